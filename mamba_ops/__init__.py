@@ -1,0 +1,9 @@
+"""Mamba-family kernels as torch.library ops: traced whole by torch.compile, several backends under one name."""
+
+from mamba_ops import backends as backends
+from mamba_ops import registry as registry
+from mamba_ops.ops import causal_conv1d_update as causal_conv1d_update
+from mamba_ops.ops import selective_state_update as selective_state_update
+from mamba_ops.registry import explain as explain
+from mamba_ops.registry import record_selections as record_selections
+from mamba_ops.registry import use_backend as use_backend

@@ -1,0 +1,30 @@
+"""The generic half of mamba-ops: a kernel is declared once as a torch.library op and has several backends.
+
+It knows no Mamba; `mamba_ops/registry` is a symlink to this folder, and `mamba_ops.registry` is its name.
+"""
+
+if __name__ == "registry":
+    raise ImportError(
+        "this folder is imported as mamba_ops.registry, never as registry; if mamba_ops/registry in your checkout is a "
+        "text file, git did not make the symlink: run `git config core.symlinks true` and check the file out again"
+    )
+
+from mamba_ops.registry.backend import Backend as Backend
+from mamba_ops.registry.backend import backends as backends
+from mamba_ops.registry.errors import DeclarationError as DeclarationError
+from mamba_ops.registry.errors import NoBackendError as NoBackendError
+from mamba_ops.registry.errors import RegistryError as RegistryError
+from mamba_ops.registry.errors import UnknownNameError as UnknownNameError
+from mamba_ops.registry.errors import bad_argument as bad_argument
+from mamba_ops.registry.op import Namespace as Namespace
+from mamba_ops.registry.op import Op as Op
+from mamba_ops.registry.op import given as given
+from mamba_ops.registry.op import ops as ops
+from mamba_ops.registry.samples import Sample as Sample
+from mamba_ops.registry.selection import Explanation as Explanation
+from mamba_ops.registry.selection import Selection as Selection
+from mamba_ops.registry.selection import explain as explain
+from mamba_ops.registry.selection import generation as generation
+from mamba_ops.registry.selection import record_selections as record_selections
+from mamba_ops.registry.selection import use_backend as use_backend
+from mamba_ops.registry.splitting import splitting_ops as splitting_ops

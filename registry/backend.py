@@ -1,0 +1,157 @@
+"""Who can run ops: a `Backend` is a name, the devices it runs on, what it needs, and its kernels."""
+
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mamba_ops.registry import errors, selection
+
+if TYPE_CHECKING:
+    from mamba_ops.registry.op import Op
+
+F = TypeVar("F", bound=Callable[..., None])
+Refusal = Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One backend's function for one op.
+
+    Attributes:
+        backend: who runs it.
+        function: the adapter, of the op's own signature.
+        unless: refusal that depends on shapes, dtypes, numbers and on what is None; its verdict is remembered.
+        per_call: refusal that reads strides, alignment or the like; asked before every call.
+    """
+
+    backend: "Backend"
+    function: Callable[..., None]
+    unless: Refusal | None = None
+    per_call: Refusal | None = None
+
+    def why_not(self, arguments: Mapping[str, Any]) -> str | None:
+        """Return why the kernel does not take these arguments, whatever their strides, or None."""
+        return None if self.unless is None else self.unless(**arguments)
+
+    def why_not_now(self, arguments: Mapping[str, Any]) -> str | None:
+        """Return what the per-call refusal says."""
+        return None if self.per_call is None else self.per_call(**arguments)
+
+
+class Backend:
+    """Somebody who can run ops.
+
+    Args:
+        name: the vendor's word, lower case.
+        devices: device types that its kernels run on; None for any.
+        requires: module that must be importable; it is imported on the first selection on such a device, never before.
+        install: what to install where it is missing, for the message.
+        priority: place in the default order; the highest usable one runs.
+        devices_by_name: device types, beyond `devices`, where it runs if asked for by name; a function, because it may
+            depend on the environment.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        devices: Sequence[str] | None,
+        requires: str | None = None,
+        install: str | None = None,
+        priority: int = 0,
+        devices_by_name: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
+        if name != name.lower():
+            raise errors.declaration(f"backend {name!r}", "names are lower case")
+        self.name = name
+        self.devices = None if devices is None else tuple(devices)
+        self.requires = requires
+        self.install = install or requires
+        self.priority = priority
+        self.devices_by_name = devices_by_name
+        caller = inspect.stack(context=0)[1]
+        self.source = f"{caller.filename}:{caller.lineno}"
+        self._import_problem = cache(self._try_import)
+        selection.add_backend(self)
+
+    def __repr__(self) -> str:
+        return f"<backend {self.name}>"
+
+    def implements(
+        self, op: "Op[...]", *, unless: Refusal | None = None, per_call: Refusal | None = None
+    ) -> Callable[[F], F]:
+        """Register the decorated adapter as this backend's kernel for `op`.
+
+        Args:
+            op: the op; the adapter has its parameters, kinds and defaults, with `output` for `out`.
+            unless: names any of the op's parameters; returns None or a sentence that says why not. It may read shapes,
+                dtypes, None-ness and numbers.
+            per_call: the same for what changes between calls of one shape: strides, alignment.
+        """
+
+        def register(adapter: F) -> F:
+            what = f"{self.name} for {op.qualname} ({errors.source_of(adapter)})"
+            if problem := _difference(op.parameters, adapter):
+                raise errors.declaration(what, problem)
+            if (first := op.kernels.get(self.name)) is not None:
+                raise errors.duplicate("kernel", what, errors.source_of(first.function))
+            refusals = [None if f is None else op._facet(f) for f in (unless, per_call)]
+            op.kernels[self.name] = Kernel(self, adapter, *refusals)
+            selection.changed()
+            return adapter
+
+        return register
+
+    def why_unusable(self, device_type: str, *, by_name: bool = False) -> str | None:
+        """Return why no kernel of this backend runs on a device type here, or None."""
+        devices = None if self.devices is None else (*self.devices, *(self.devices_by_name() if by_name else ()))
+        if devices is not None and device_type not in devices:
+            return f"runs on {', '.join(devices)}, not on {device_type}"
+        return self._import_problem()
+
+    def remove(self) -> None:
+        """Take the backend and all its kernels out of the registry again."""
+        selection.remove_backend(self)
+
+    def _try_import(self) -> str | None:
+        if self.requires is None:
+            return None
+        try:
+            importlib.import_module(self.requires)
+        except ModuleNotFoundError as error:
+            if error.name is not None and (self.requires + ".").startswith(error.name + "."):
+                return f"{self.requires} is not installed; pip install '{self.install}'"
+            problem: Exception = error
+        except Exception as error:  # an installed package may fail in any way; the sentence carries it on
+            problem = error
+        else:
+            return None
+        sentence = f"{self.requires} is installed but cannot be imported: {type(problem).__name__}: {problem}"
+        warnings.warn(f"backend {self.name}: {sentence}", RuntimeWarning, stacklevel=2)
+        return sentence
+
+
+def _difference(parameters: list[inspect.Parameter], adapter: Callable[..., Any]) -> str | None:
+    """Return how an adapter's parameters differ from the op's in name, order, kind or default."""
+    got = list(inspect.signature(adapter).parameters.values())
+    want = [str(p.replace(annotation=p.empty)) + f" ({p.kind.description})" for p in parameters]
+    have = [str(p.replace(annotation=p.empty)) + f" ({p.kind.description})" for p in got]
+    for w, h in zip(want, have, strict=False):
+        if w != h:
+            return f"got parameter {h}, expected {w}"
+    if len(want) != len(have):
+        return f"got {len(have)} parameters, expected {len(want)}: {', '.join(p.name for p in parameters)}"
+    return None
+
+
+def backends() -> list[Backend]:
+    """Return all backends in the default order."""
+    return sorted(selection.known_backends(), key=lambda b: (-b.priority, b.name))
+
+
+REFERENCE = Backend("torch", devices=None)
+"""The backend whose kernels are the ops' own bodies; it runs anywhere."""

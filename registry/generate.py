@@ -1,0 +1,163 @@
+"""Functions generated once per op with the op's literal signature.
+
+A generic `*args, **kwargs` layer costs several microseconds a call and hides names from tracebacks and from Dynamo; a
+function written out with the op's own parameters costs what a hand-written one does. All generated source is here.
+"""
+
+import inspect
+import linecache
+from collections.abc import Callable, Iterable
+from types import FunctionType
+from typing import Any, cast
+
+from torch import Tensor
+
+Parameters = list[inspect.Parameter]
+
+
+def _compiled(name: str, role: str, source: str, **closure: Any) -> Callable[..., Any]:
+    """Compile a function whose free names are cells, so that Dynamo guards on them as on any closure."""
+    factory = f"def make({', '.join(closure)}):\n" + "".join(f"    {line}\n" for line in source.splitlines())
+    factory += f"    return {source.split('(')[0].split()[-1]}\n"
+    filename = f"<{name}: {role}>"
+    linecache.cache[filename] = (len(factory), None, factory.splitlines(keepends=True), filename)  # for tracebacks
+    scope: dict[str, Any] = {}  # no __name__: Dynamo would look the globals up in a module of that name
+    exec(compile(factory, filename, "exec"), scope)
+    return cast(Callable[..., Any], scope["make"](*closure.values()))
+
+
+def _header(parameters: Iterable[inspect.Parameter], defaults: dict[str, Any]) -> str:
+    """Write a parameter list; default values go to `defaults`, by name, as closure variables."""
+    parts: list[str] = []
+    for p in parameters:
+        if p.kind is p.KEYWORD_ONLY and "*" not in parts:
+            parts.append("*")
+        if p.default is p.empty:
+            parts.append(p.name)
+        else:
+            defaults[f"_{p.name}"] = p.default
+            parts.append(f"{p.name}=_{p.name}")
+    return ", ".join(parts)
+
+
+def _passed(parameters: Iterable[inspect.Parameter], **renamed: str) -> str:
+    """Write the arguments of a call that hands every parameter on."""
+    values = ((p, renamed.get(p.name, p.name)) for p in parameters)
+    return ", ".join(f"{p.name}={value}" if p.kind is p.KEYWORD_ONLY else value for p, value in values)
+
+
+def is_tensor(parameter: inspect.Parameter) -> bool:
+    """Whether a normalised parameter holds a tensor or an optional one."""
+    return "Tensor" in str(parameter.annotation)
+
+
+def is_optional(parameter: inspect.Parameter) -> bool:
+    """Whether a normalised parameter may be None."""
+    return is_tensor(parameter) and parameter.annotation is not Tensor
+
+
+def subset(name: str, parameters: Parameters, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of the op's signature that calls `function` with the parameters it names."""
+    wanted = inspect.signature(function).parameters
+    defaults: dict[str, Any] = {}
+    call = ", ".join(f"{p.name}={p.name}" for p in parameters if p.name in wanted)
+    source = f"def call({_header(parameters, defaults)}):\n    return function({call})"
+    return _compiled(name, function.__name__, source, function=function, **defaults)
+
+
+def renamed_output(name: str, parameters: Parameters, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of the op's signature that calls a declared one, whose output is called `out`."""
+    defaults: dict[str, Any] = {}
+    call = ", ".join(f"{'out' if p.name == 'output' else p.name}={p.name}" for p in parameters)
+    source = f"def reference({_header(parameters, defaults)}):\n    function({call})"
+    return _compiled(name, "reference", source, function=function, **defaults)
+
+
+def front(
+    name: str, parameters: Parameters, mutated: list[str], first_code: int, **closure: Callable[..., Any]
+) -> FunctionType:
+    """Write the op's `__call__`: allocate what is missing, hand the rest to the dispatcher.
+
+    While tracing it also passes the selection token and, where an input requires grad, leaves a call in the graph that
+    raises when the graph runs. It reads nothing else, because Dynamo would guard on it.
+
+    Args:
+        name: qualified name of the op.
+        parameters: the op's own.
+        mutated: names of the mutated parameters.
+        first_code: number of the sentence that refuses a gradient of the first parameter; the others follow.
+        closure: `overload`, `dispatch`, `outputs`, `is_compiling`, `token`, `is_grad_enabled`, `refuse`.
+    """
+    writes_output = any(p.name == "output" for p in parameters)
+    shown = [p.replace(name="out", default=None) if p.name == "output" else p for p in parameters]
+    inputs = [p for p in parameters if p.name != "output"]
+    victim = "out" if writes_output else mutated[0]
+    defaults: dict[str, Any] = {}
+    lines = [f"def __call__(self, {_header(shown, defaults)}):"]
+    if writes_output:
+        lines += ["    if out is None:", f"        out = outputs({_passed(inputs)})"]
+    lines += ["    if is_compiling():", "        if is_grad_enabled():"]
+    for number, p in enumerate(parameters):
+        if is_tensor(p):
+            value = "out" if p.name == "output" else p.name
+            given = f"{value} is not None and " if is_optional(p) else ""
+            lines += [
+                f"            if {given}{value}.requires_grad:",
+                f"                refuse({victim}, {first_code + number})",
+            ]
+    call = _passed(parameters, output="out")
+    first = next(p.name for p in parameters if is_tensor(p) and not is_optional(p))
+    lines += [
+        f"        overload({call}, selection=token({first}.device))",
+        "    else:",
+        f"        dispatch({call})",
+        "    return out" if writes_output else "    return None",
+    ]
+    return cast(FunctionType, _compiled(name, "front", "\n".join(lines), **closure, **defaults))
+
+
+def body(name: str, parameters: Parameters, **closure: Any) -> Callable[..., None]:
+    """Write the op's implementation: recognise the call, then run its kernel.
+
+    A call is known by shape, dtype and device of every tensor and by every number, so a known call was checked before
+    and its kernel is known: checks cost nothing on a repeated call. The latest call is recognised in one C++ comparison
+    (the one that Dynamo guards with; it tells inference tensors and mode apart, so the key does too), any other by a
+    look-up.
+
+    Args:
+        name: qualified name of the op.
+        parameters: the op's own; `selection` follows them and is not read: it is there for the keys of captured graphs.
+        closure: `memories` (a list of the one `Memory` in force), `decide`, `refuse_gradient`, `is_grad_enabled`,
+            `is_inference_mode_enabled`,
+            `no_<name>` for each optional tensor (the tensor that stands for None in the comparison).
+    """
+    tensors = [p for p in parameters if is_tensor(p)]
+    compared = ", ".join(
+        f"no_{p.name} if {p.name} is None else {p.name}" if is_optional(p) else p.name for p in tensors
+    )
+    numbers = "(" + "".join(f"{p.name}, " for p in parameters if not is_tensor(p)) + ")"
+    needs_grad = " or ".join(
+        f"{p.name} is not None and {p.name}.requires_grad" if is_optional(p) else f"{p.name}.requires_grad"
+        for p in tensors
+    )
+    key = ", ".join(
+        (f"None if {p.name} is None else " if is_optional(p) else "")
+        + f"({p.name}.size(), {p.name}.dtype, {p.name}.get_device(), {p.name}.is_inference())"
+        for p in tensors
+    )
+    values = "(" + "".join(f"{p.name}, " for p in parameters) + ")"
+    defaults: dict[str, Any] = {}
+    lines = [
+        f"def run({_header(parameters, defaults)}, selection=None):",
+        "    memory = memories[0]",
+        "    same_as_last, numbers, kernel = memory.last",
+        f"    if numbers != {numbers} or not same_as_last({compared}):",
+        f"        if is_grad_enabled() and ({needs_grad}):",
+        f"            refuse_gradient({values})",
+        f"        key = ({numbers}, is_inference_mode_enabled(), {key})",
+        "        known = memory.known.get(key)",
+        f"        memory.last = known = known or decide(memory, key, {values})",
+        "        kernel = known[2]",
+        f"    kernel({_passed(parameters)})",
+    ]
+    return _compiled(name, "body", "\n".join(lines), **closure, **defaults)

@@ -1,0 +1,336 @@
+"""Declare a kernel once: `Namespace` makes torch.library ops out of documented functions, `Op` is what users call."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import ParamSpec
+
+from mamba_ops.registry import errors, generate, selection, tokens
+from mamba_ops.registry.backend import REFERENCE, Kernel
+from mamba_ops.registry.memory import Known, Memory, comparison
+from mamba_ops.registry.samples import Sample
+
+P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., Any])
+
+_SCHEMA_TYPES = (Tensor, Tensor | None, int, float, bool)
+_namespaces: dict[str, "Namespace"] = {}
+
+
+def given(out: Tensor | None) -> Tensor:
+    """Return the output tensor that the registry handed to a declared function.
+
+    In the front `out` is optional; inside the op it is always there. This says so, to the reader and to mypy.
+    """
+    if out is None:
+        raise errors.RegistryError("the reference was called without `out`; call the op, or pass a tensor to write")
+    return out
+
+
+def ops() -> Mapping[str, "Op[...]"]:
+    """Return all ops by name; where two namespaces share a name, the later op stands under its qualified name."""
+    found: dict[str, Op[...]] = {}
+    for op in selection.known_ops():
+        found[op.name if op.name not in found else op.qualname] = op
+    return found
+
+
+class Declare(Protocol):
+    """The decorator that `Namespace.op` returns; the signature of the function survives."""
+
+    @overload
+    def __call__(self, function: Callable[P, Tensor], /) -> "Op[P]": ...
+    @overload
+    def __call__(self, function: Callable[..., None], /) -> "Op[...]": ...
+
+
+class Namespace:
+    """A set of ops under one `torch.ops` namespace.
+
+    Args:
+        name: the `torch.ops` namespace. `<NAME>_BACKEND` is its environment variable, and the entry-point group
+            `<name>.backends` is where other packages add kernels to its ops.
+    """
+
+    source: str
+    """Where it was made, `file:line`."""
+
+    def __init__(self, name: str) -> None:
+        if name in _namespaces:
+            raise errors.duplicate("namespace", name, _namespaces[name].source)
+        caller = inspect.stack(context=0)[1]
+        self.name = name
+        self.source = f"{caller.filename}:{caller.lineno}"
+        self._library = torch.library.Library(name, "FRAGMENT")
+        self._sentences: list[str] = []
+        self._define("refuse", "(Tensor(a!) output, int code) -> ()", self._refuse, lambda output, code: None)
+        _namespaces[name] = self
+        selection.add_namespace(name)
+
+    def op(self, *, mutates: Iterable[str] = ("out",), splits_graph: bool = False, reads_host: bool = False) -> Declare:
+        """Declare the decorated function as an op; the function is its contract, its schema and its reference.
+
+        The function has the front's signature and ends in `*, ..., out: Tensor | None = None) -> Tensor`; inside it,
+        `given(out)` is the tensor to write. (`*, output: Tensor) -> None`, the schema's own form, is taken too; then
+        type checkers see no signature.) Its parameters are Tensors, optional Tensors, ints, floats and bools.
+
+        Args:
+            mutates: names of all parameters that the op writes, `out` among them.
+            splits_graph: engines may cut their graphs at this op.
+            reads_host: the op reads a tensor on the host and cannot be captured in a CUDA graph.
+        """
+
+        def declare(function: Callable[..., Any]) -> Any:
+            flags = {"splits_graph": splits_graph, "reads_host": reads_host}
+            front = type(function.__name__, (Op,), {"__doc__": function.__doc__, "__module__": function.__module__})
+            return front(self, function, frozenset("output" if m == "out" else m for m in mutates), **flags)
+
+        return declare
+
+    def remove(self) -> None:
+        """Take the namespace and its ops out of torch and of the registry again (for tests and reloading)."""
+        selection.remove_namespace(self.name)
+        self._library._destroy()
+        del _namespaces[self.name]
+
+    def _define(self, name: str, schema: str, body: Any, fake: Any, *tags: torch.Tag) -> None:
+        self._library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        self._library.impl(name, body, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{self.name}::{name}", fake, lib=self._library)
+
+    def _refuse(self, output: Tensor, code: int) -> None:
+        raise ValueError(self._sentences[code])
+
+    def _number(self, sentences: Iterable[str]) -> int:
+        """Store sentences that compiled calls raise by number; return the first one's number."""
+        first = len(self._sentences)
+        self._sentences.extend(sentences)
+        return first
+
+
+class Op(Generic[P]):
+    """One op: its contract, its kernels, its samples. Calling it allocates what is missing and returns the output.
+
+    Attributes:
+        name, qualname: `op` and `namespace::op`.
+        parameters: the schema's parameters (`output` for `out`), without `selection`.
+        mutates: names of the parameters that it writes.
+        kernels: backend name to kernel; the reference is the kernel of the backend `torch`.
+        splits_graph, reads_host: see `Namespace.op`.
+        overload: the `torch.ops` overload, for those who want no front.
+    """
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        function: Callable[..., Any],
+        mutates: frozenset[str],
+        *,
+        splits_graph: bool,
+        reads_host: bool,
+    ) -> None:
+        self.name = self.__name__ = function.__name__
+        self.qualname = f"{namespace.name}::{self.name}"
+        self.source = errors.source_of(function)
+        self.mutates = mutates
+        self.splits_graph = splits_graph
+        self.reads_host = reads_host
+        selection.refuse_duplicate(self)
+        self.parameters = _parameters(self.qualname, function, mutates)
+        self.reference = function
+        self.kernels: dict[str, Kernel] = {}
+        self._checks: Callable[..., None] | None = None
+        self._outputs: Callable[..., Tensor] | None = None
+        self._samples: Callable[..., Iterable[Sample]] | None = None
+        self._memories = [Memory()]
+        self._nothing = {  # what stands for None where calls are compared: one each, for a tensor met twice is no match
+            p.name: torch.empty(0, dtype=torch.complex64) for p in self.parameters if generate.is_optional(p)
+        }
+        self._register(namespace)
+        adapter = function
+        if "out" in inspect.signature(function).parameters:
+            adapter = generate.renamed_output(self.qualname, self.parameters, function)
+        self.kernels[REFERENCE.name] = Kernel(REFERENCE, adapter)
+        selection.add_op(self)
+
+    def _register(self, namespace: Namespace) -> None:
+        """Define op, body and fake in torch, and write the front."""
+        parameters = [*self.parameters, inspect.Parameter("selection", inspect.Parameter.KEYWORD_ONLY, default=None,
+                                                          annotation=Tensor | None)]  # fmt: skip
+
+        def stub() -> None: ...
+
+        stub.__signature__ = inspect.Signature(parameters, return_annotation=None)  # type: ignore[attr-defined]
+        body = generate.body(
+            self.qualname,
+            self.parameters,
+            memories=self._memories,
+            decide=self._decide,
+            refuse_gradient=self._refuse_gradient,
+            is_grad_enabled=torch.is_grad_enabled,
+            is_inference_mode_enabled=torch.is_inference_mode_enabled,
+            **{f"no_{name}": tensor for name, tensor in self._nothing.items()},
+        )
+        self.schema = torch.library.infer_schema(stub, mutates_args=tuple(self.mutates))
+        tags = (torch.Tag.cudagraph_unsafe,) if self.reads_host else ()
+        namespace._define(self.name, self.schema, body, self._fake, *tags)
+        self.overload = getattr(getattr(torch.ops, namespace.name), self.name).default
+        sentences = [self._gradient_sentence(p.name) for p in self.parameters]
+        call = generate.front(
+            self.qualname,
+            self.parameters,
+            sorted(self.mutates),
+            namespace._number(sentences),
+            overload=self.overload,
+            dispatch=self.overload._op,  # the dispatcher itself, without OpOverload's Python frame
+            outputs=self.allocate,
+            is_compiling=torch.compiler.is_dynamo_compiling,
+            token=tokens.token,
+            is_grad_enabled=torch.is_grad_enabled,
+            refuse=getattr(torch.ops, namespace.name).refuse.default,
+        )
+        type(self).__call__ = call  # type: ignore[method-assign]
+        signature = inspect.signature(call)
+        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        """Run the op (each op has its own front, generated with its literal signature)."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"<op {self.qualname}>"
+
+    def __reduce__(self) -> str:
+        return self.name  # copied and pickled as what it is: a global of the module that declares it
+
+    # -- facets -------------------------------------------------------------------------------------------------------
+
+    def checks(self, function: F) -> F:
+        """Register the checks: they name any of the op's parameters and raise ValueError before anything is written.
+
+        They may read shapes, dtypes, devices and numbers, never strides or values: a verdict is remembered for calls
+        that agree in the former.
+        """
+        self._checks = self._facet(function)
+        return function
+
+    def outputs(self, function: F) -> F:
+        """Register what `out` is: names any of the inputs, returns a new tensor, and never raises on bad input."""
+        self._outputs = self._facet(function, self._inputs())
+        return function
+
+    def samples(self, function: F) -> F:
+        """Register the samples: called with a device and static sizes by keyword, yields `Sample`s."""
+        self._samples = function
+        return function
+
+    def make_samples(self, device: torch.device | str, **sizes: Any) -> list[Sample]:
+        """Return the op's samples on a device; `sizes` are the static sizes and dtypes that its samples know."""
+        if self._samples is None:
+            raise errors.declaration(self.qualname, "has no samples; add them with @op.samples")
+        return list(self._samples(torch.device(device), **sizes))
+
+    def allocate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return a new, uninitialised output for these inputs."""
+        if self._outputs is None:
+            raise errors.declaration(self.qualname, "was called without `out` and has no @op.outputs to allocate it")
+        return self._outputs(*args, **kwargs)
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a front call's arguments by the schema's names, with defaults and the output filled in."""
+        bound = self.__signature__.bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        if "output" in self.mutates and (out := arguments.pop("out")) is None:
+            arguments["output"] = self.allocate(**arguments)
+        elif "output" in self.mutates:
+            arguments["output"] = out
+        return arguments
+
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        """Raise the ValueError that a call with these arguments would raise, if any."""
+        if self._checks is not None:
+            try:
+                self._checks(**arguments)
+            except ValueError as error:
+                raise errors.in_call_of(self.qualname, error) from None
+
+    # -- called by generated code -------------------------------------------------------------------------------------
+
+    def _decide(self, memory: Memory, key: Any, values: tuple[Any, ...]) -> Known:
+        """Check a call that was not seen before, choose its kernel and remember both."""
+        arguments = dict(zip((p.name for p in self.parameters), values, strict=True))
+        self.check(arguments)
+        tensors = [
+            self._nothing[p.name] if arguments[p.name] is None else arguments[p.name]
+            for p in self.parameters
+            if generate.is_tensor(p)
+        ]
+        known = (comparison(tensors), key[0], selection.choose(self, arguments))
+        memory.learn(key, known)
+        return known
+
+    def _refuse_gradient(self, values: tuple[Any, ...]) -> None:
+        for p, value in zip(self.parameters, values, strict=True):
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise ValueError(self._gradient_sentence(p.name))
+
+    def _gradient_sentence(self, name: str) -> str:
+        return errors.requires_grad(self.qualname, "out" if name == "output" else name)
+
+    def _fake(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the op returns nothing. Only refuse meta tensors among real ones, which would run nothing."""
+        names = [p.name for p in self.parameters]
+        tensors = {n: v for n, v in (*zip(names, args, strict=False), *kwargs.items()) if isinstance(v, Tensor)}
+        if len({t.is_meta for t in tensors.values()}) > 1:
+            expected = next(iter(tensors.values())).device
+            name = next(n for n, t in tensors.items() if t.is_meta != (expected.type == "meta"))
+            raise errors.two_worlds(self.qualname, name, tensors[name].device, expected)
+
+    def _inputs(self) -> list[inspect.Parameter]:
+        return [p for p in self.parameters if p.name != "output"]
+
+    def _facet(self, function: F, parameters: list[inspect.Parameter] | None = None) -> Callable[..., Any]:
+        parameters = self.parameters if parameters is None else parameters
+        if stray := set(inspect.signature(function).parameters) - {p.name for p in parameters}:
+            problem = f"{function.__name__} names {', '.join(sorted(stray))}, which the op does not have"
+            raise errors.declaration(f"{self.qualname} ({errors.source_of(function)})", problem)
+        return generate.subset(self.qualname, parameters, function)
+
+
+def _parameters(op: str, function: Callable[..., Any], mutates: frozenset[str]) -> list[inspect.Parameter]:
+    """Read the schema's parameters off a declared function, refusing what torch accepts and then breaks on."""
+    parameters: list[inspect.Parameter] = []
+    what = f"{op} ({errors.source_of(function)})"
+    for p in inspect.signature(function).parameters.values():
+        if isinstance(p.annotation, str):
+            raise errors.declaration(what, "annotations are strings; drop `from __future__ import annotations` there")
+        if p.name == "selection" or (p.name == "output" and p.default is not p.empty):
+            raise errors.declaration(what, f"`{p.name}` is the registry's own; call the output `out`, default None")
+        if p.name == "out":
+            p = inspect.Parameter("output", p.kind, annotation=Tensor)
+        if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+            raise errors.declaration(what, f"{p.name}: *args, **kwargs and positional-only do not fit a schema")
+        if p.annotation not in _SCHEMA_TYPES:
+            allowed = "Tensor, Tensor | None, int, float or bool (a str would make every layer's graph its own)"
+            raise errors.declaration(what, f"{p.name}: got {p.annotation}, expected {allowed}")
+        if p.name in mutates and p.annotation is not Tensor:
+            raise errors.declaration(
+                what, f"{p.name}: a mutated argument is a Tensor, never optional; pass an empty one"
+            )
+        if p.name == "output" and p.kind is not p.KEYWORD_ONLY:
+            raise errors.declaration(what, "the output must be keyword-only")
+        parameters.append(p)
+    names = [p.name for p in parameters]
+    if missing := mutates - set(names):
+        raise errors.declaration(what, f"mutates {', '.join(sorted(missing))}, which it does not have")
+    if not mutates or ("output" in names and "output" not in mutates):
+        raise errors.declaration(
+            what, "an op writes into what it is given: name the output and all caches in `mutates`"
+        )
+    if Tensor not in [p.annotation for p in parameters]:
+        raise errors.declaration(what, "needs at least one Tensor")
+    return parameters

@@ -1,0 +1,84 @@
+"""Samples of calls, and how far a kernel may be from the truth."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an op, by its front's arguments.
+
+    Attributes:
+        name: what is particular about it, in a word or two.
+        args, kwargs: the call; tensors in it may be views with padding around them.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def clone(self) -> "Sample":
+        """Return the same call on copies of its tensors; views keep their strides and the padding around them."""
+        copies: dict[int, Tensor] = {}
+        return Sample(
+            self.name,
+            tuple(_copy(a, copies) for a in self.args),
+            {name: _copy(a, copies) for name, a in self.kwargs.items()},
+        )
+
+    def to(self, dtype: torch.dtype) -> "Sample":
+        """Return the same call with every floating tensor in another dtype (float64: for the truth)."""
+
+        def convert(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        args = tuple(convert(a) for a in self.args)
+        return Sample(self.name, args, {name: convert(a) for name, a in self.kwargs.items()})
+
+
+def _copy(value: Any, copies: dict[int, Tensor]) -> Any:
+    """Copy a tensor's whole storage once and take the same view of it."""
+    if not isinstance(value, Tensor):
+        return value
+    storage = value.untyped_storage()
+    if (whole := copies.get(id(value))) is None:
+        flat = torch.empty(0, dtype=value.dtype, device=value.device).set_(storage)
+        whole = copies[id(value)] = flat.clone().as_strided(value.shape, value.stride(), value.storage_offset())
+    return whole
+
+
+def error_budget(truth: Tensor, low: Tensor, stored: torch.dtype) -> Tensor:
+    """Return how far, element by element, a kernel may be from the truth.
+
+    Twice the largest error that the oracle itself makes when it computes in the kernel's precision, plus one rounding
+    of the stored dtype: the budget comes from the data, no tolerance is set by hand.
+
+    Args:
+        truth: the oracle's result in float64.
+        low: the oracle's result computed in float32 and rounded as the kernel's is.
+        stored: dtype of the kernel's result.
+    """
+    finite = torch.isfinite(truth)
+    slip = (low.double() - truth)[finite].abs().max() if finite.any() else torch.zeros((), dtype=torch.float64)
+    return 2 * slip + torch.finfo(stored).eps * truth.abs() + torch.finfo(stored).tiny
+
+
+def assert_within_budget(actual: Tensor, truth: Tensor, low: Tensor, what: str = "result") -> None:
+    """Raise AssertionError, with the worst element, if a kernel's result is outside `error_budget`."""
+    error = (actual.double() - truth).abs()
+    budget = error_budget(truth, low, actual.dtype)
+    wrong = ~(error <= budget)  # NaN is wrong too
+    if wrong.any():
+        worst = int((error - budget).nan_to_num(torch.inf).argmax())
+        raise AssertionError(
+            f"{what}: {int(wrong.sum())} of {wrong.numel()} elements outside the budget; worst at flat index {worst}: "
+            f"got {actual.flatten()[worst].item():.6g}, truth {truth.flatten()[worst].item():.6g}, "
+            f"budget {budget.flatten()[worst].item():.3g}"
+        )
