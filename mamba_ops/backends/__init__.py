@@ -1,0 +1,3 @@
+"""The backends, one file each: the adapters that fit a vendor's kernels to the ops."""
+
+from mamba_ops.backends import triton as triton

@@ -1,0 +1,210 @@
+"""Advance a depthwise causal convolution by one or a few tokens a row, in one launch.
+
+One program owns a row and a block of channels for all tokens of that row: it reads the window once, keeps it in
+registers while it walks over the tokens, and writes the cache back itself, so no two programs touch the same state.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 256
+_NUM_WARPS = 4
+
+
+@triton.jit(
+    do_not_specialize=[
+        "length",
+        "null_slot",
+        "slots_stride",
+        "x_row",
+        "x_token",
+        "x_channel",
+        "state_slot",
+        "state_column",
+        "state_channel",
+        "output_row",
+        "output_token",
+        "output_channel",
+    ],
+    do_not_specialize_on_alignment=[
+        "x_ptr",
+        "state_ptr",
+        "weight_ptr",
+        "bias_ptr",
+        "slots_ptr",
+        "cu_seqlens_ptr",
+        "accepted_ptr",
+        "output_ptr",
+    ],
+)
+def _kernel(
+    x_ptr,
+    state_ptr,
+    weight_ptr,
+    bias_ptr,  # None: no bias
+    slots_ptr,  # None: row i uses slot i
+    cu_seqlens_ptr,  # None: every row has `length` tokens
+    accepted_ptr,  # None: windows start at column 0
+    output_ptr,
+    length,  # None: one token a row, or cu_seqlens
+    null_slot: tl.int64,
+    slots_stride: tl.int64,
+    x_row: tl.int64,
+    x_token: tl.int64,
+    x_channel,  # None, and the other two with it: see _along
+    state_slot: tl.int64,
+    state_column: tl.int64,
+    state_channel,
+    output_row: tl.int64,
+    output_token: tl.int64,
+    output_channel,
+    DIM: tl.constexpr,
+    STATE_LEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    HISTORY: tl.constexpr = WIDTH - 1
+    row = tl.program_id(0).to(tl.int64)
+    channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channels < DIM
+
+    # First what waits for no index.
+    taps: tl.tuple = ()
+    for k in tl.static_range(WIDTH):
+        taps += (tl.load(weight_ptr + channels * WIDTH + k, mask=inside).to(tl.float32),)
+    bias = tl.zeros([BLOCK], tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + channels, mask=inside).to(tl.float32)
+
+    first = row
+    tokens = 1 if length is None else length
+    if cu_seqlens_ptr is not None:
+        first = tl.load(cu_seqlens_ptr + row).to(tl.int64)
+        tokens = tl.load(cu_seqlens_ptr + row + 1).to(tl.int64) - first
+        if tokens <= 0:
+            return
+    x_ptr += first * x_row
+    output_ptr += first * output_row
+
+    slot = row
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
+        if (slot < 0) | (slot == null_slot):
+            for _ in range(tokens):
+                tl.store(_along(output_ptr, channels, output_channel), 0.0, mask=inside)
+                output_ptr += output_token
+            return
+    state_ptr += slot * state_slot
+    source_ptr = state_ptr
+    if accepted_ptr is not None:
+        oldest = tl.load(accepted_ptr + row).to(tl.int64) - 1
+        source_ptr += tl.minimum(tl.maximum(oldest, 0), STATE_LEN - HISTORY) * state_column
+
+    window: tl.tuple = ()
+    for _ in tl.static_range(HISTORY):
+        window += (tl.load(_along(source_ptr, channels, state_channel), mask=inside).to(tl.float32),)
+        source_ptr += state_column
+
+    # The thread that stores a column need not be the one that loaded it: the whole window first.
+    tl.debug_barrier()
+    if accepted_ptr is not None:
+        for k in tl.static_range(1, HISTORY):
+            tl.store(_along(state_ptr, channels, state_channel), window[k], mask=inside)
+            state_ptr += state_column
+
+    column = HISTORY - 1
+    for _ in range(tokens):
+        newest = tl.load(_along(x_ptr, channels, x_channel), mask=inside).to(tl.float32)
+        window += (newest,)
+        acc = bias
+        for k in tl.static_range(WIDTH):
+            acc += window[k] * taps[k]
+        if SILU:
+            acc *= tl.sigmoid(acc)
+        tl.store(_along(output_ptr, channels, output_channel), acc, mask=inside)
+        if accepted_ptr is not None:
+            tl.store(_along(state_ptr, channels, state_channel), newest, mask=inside & (column < STATE_LEN))
+            state_ptr += state_column
+            column += 1
+        window = window[1:]
+        x_ptr += x_token
+        output_ptr += output_token
+
+    if accepted_ptr is None:
+        for k in tl.static_range(HISTORY):
+            tl.store(_along(state_ptr, channels, state_channel), window[k], mask=inside)
+            state_ptr += state_column
+
+
+@triton.jit
+def _along(ptr, channels, stride):
+    """Pointers to `channels` from `ptr` on; None: they are neighbours and `ptr` is a multiple of 16 bytes."""
+    if stride is None:
+        return tl.multiple_of(ptr + channels, 16)
+    else:
+        return ptr + channels.to(tl.int64) * stride
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slots: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_accepted_tokens: Tensor | None,
+    silu: bool,
+    null_slot: int,
+    output: Tensor,
+) -> None:
+    """Write `output` and advance `conv_state` in place; the arguments are those of the op.
+
+    Fast where the channels of `x`, `conv_state` and `output` are contiguous and start at multiples of 16 bytes; any
+    other strides take a slower variant. The other arguments but `slots` are copied first if they are not contiguous.
+    """
+    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if rows == 0 or x.numel() == 0:
+        return
+    dim, width = weight.shape
+    x_row, x_token, x_channel = x.stride(0), x.stride(-2), x.stride(-1)
+    state_slot, state_channel, state_column = conv_state.stride()
+    output_row, output_token, output_channel = output.stride(0), output.stride(-2), output.stride(-1)
+    starts = (
+        (x.data_ptr() | conv_state.data_ptr() | output.data_ptr())
+        | (x_row | x_token) * x.element_size()
+        | (state_slot | state_column) * conv_state.element_size()
+        | (output_row | output_token) * output.element_size()
+    )
+    aligned = x_channel == state_channel == output_channel == 1 and starts % 16 == 0
+    with torch.accelerator.device_index(x.device.index):
+        _kernel[rows, triton.cdiv(dim, _BLOCK)](
+            x,
+            conv_state,
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            slots,
+            None if cu_seqlens is None else cu_seqlens.contiguous(),
+            None if num_accepted_tokens is None else num_accepted_tokens.contiguous(),
+            output,
+            x.shape[1] if x.dim() == 3 else None,
+            null_slot,
+            0 if slots is None else slots.stride(0),
+            x_row,
+            x_token,
+            None if aligned else x_channel,
+            state_slot,
+            state_column,
+            None if aligned else state_channel,
+            output_row,
+            output_token,
+            None if aligned else output_channel,
+            dim,
+            conv_state.shape[2],
+            width,
+            silu,
+            _BLOCK,
+            num_warps=_NUM_WARPS,
+        )

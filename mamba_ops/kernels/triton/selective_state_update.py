@@ -1,0 +1,321 @@
+"""One Triton kernel for the decode step of Mamba-1 and Mamba-2; its time goes into reading and writing the state.
+
+A program owns some channels of one head of one row: their state stays in registers over all tokens of the row.
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed;
+# the parameters A, D and dt_bias stay where they are, so Triton may look at their addresses.
+_NUMBERS = """slot_stride head_stride dim_stride dstate_stride x_stride dt_stride B_stride C_stride z_stride
+    output_stride slots_stride slots_columns write_stride write_columns length null_slot""".split()
+_POINTERS = "state x dt B C z output slots write_slots cu_seqlens num_accepted_tokens".split()
+
+
+@triton.jit
+def _softplus(v):
+    # log(1 + e), with what the rounding of 1 + e lost put back: right however small e is
+    e = tl.exp(v)
+    u = 1.0 + e
+    return tl.where(v > 20.0, v, tl.log(u) + (e - (u - 1.0)) / u)
+
+
+@triton.jit
+def _weight(values, head, channel, in_dim, DIM: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    # a head's number, or its channels' numbers
+    if PER_CHANNEL:
+        weight = tl.load(values + head * DIM + channel, in_dim, other=0.0)
+    else:
+        weight = tl.load(values + head)
+    return weight.to(tl.float32)
+
+
+@triton.jit
+def _advanced(pointer, offset, ALIGNED: tl.constexpr):
+    pointer += offset
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS + _POINTERS)
+def _kernel(
+    state,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    output,
+    slots,
+    write_slots,
+    cu_seqlens,
+    num_accepted_tokens,
+    slot_stride,
+    head_stride,  # this and the next two are None for an ALIGNED state, which is dense
+    dim_stride,
+    dstate_stride,
+    x_stride,  # this and the next five: from token to token
+    dt_stride,
+    B_stride,
+    C_stride,
+    z_stride,
+    output_stride,
+    slots_stride,
+    slots_columns,
+    write_stride,
+    write_columns,
+    length,  # tokens of every row; None for one, and for packed rows
+    null_slot,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DSTATE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    A_IS_FULL: tl.constexpr,
+    DT_PER_CHANNEL: tl.constexpr,
+    D_PER_CHANNEL: tl.constexpr,
+    BIAS_PER_CHANNEL: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    # Rows are outermost: programs that run together then read neighbouring state, and share B and C.
+    BLOCKS: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    row = (program // (BLOCKS * HEADS)).to(tl.int64)
+    head = program // BLOCKS % HEADS
+    channel = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    entry = tl.arange(0, WIDTH)
+    in_dim = channel < DIM
+    in_dstate = entry < DSTATE
+    in_state = in_dim[:, None] & in_dstate[None, :]
+
+    first = row
+    tokens = 1
+    if cu_seqlens is not None:
+        first = tl.load(cu_seqlens + row).to(tl.int64)
+        tokens = (tl.load(cu_seqlens + row + 1) - first).to(tl.int32)
+        if tokens <= 0:
+            return
+    elif length is not None:
+        first = row * length
+        tokens = length
+
+    of_x = head * DIM + channel
+    of_group = head // (HEADS // GROUPS) * DSTATE + entry
+    if ALIGNED:
+        of_state = of_x[:, None] * DSTATE + entry[None, :]
+    else:
+        of_head = head.to(tl.int64) * head_stride
+        of_state = of_head + channel.to(tl.int64)[:, None] * dim_stride + entry.to(tl.int64)[None, :] * dstate_stride
+
+    source = row
+    if slots is not None:
+        slots += row * slots_stride
+        if num_accepted_tokens is not None:
+            accepted = tl.load(num_accepted_tokens + row).to(tl.int32)
+            slots += tl.minimum(tl.maximum(accepted, 1), slots_columns) - 1
+        source = tl.load(slots).to(tl.int64)
+        if (source < 0) | (source == null_slot):
+            for t in range(tokens):
+                tl.store(output + (first + t) * output_stride + of_x, tl.zeros([BLOCK], tl.float32), in_dim)
+            return
+
+    s = tl.load(_advanced(state, source * slot_stride, ALIGNED) + of_state, in_state, other=0.0).to(tl.float32)
+    if A_IS_FULL:
+        a = tl.load(A + of_x[:, None] * DSTATE + entry[None, :], in_state, other=0.0).to(tl.float32)
+    else:
+        a = tl.load(A + head).to(tl.float32)
+    if D is not None:
+        skip = _weight(D, head, channel, in_dim, DIM, D_PER_CHANNEL)
+    if dt_bias is not None:
+        bias = _weight(dt_bias, head, channel, in_dim, DIM, BIAS_PER_CHANNEL)
+
+    for t in range(tokens):
+        token = first + t
+        u = tl.load(x + token * x_stride + of_x, in_dim, other=0.0).to(tl.float32)
+        b = tl.load(_advanced(B, token * B_stride, ALIGNED) + of_group, in_dstate, other=0.0).to(tl.float32)
+        c = tl.load(_advanced(C, token * C_stride, ALIGNED) + of_group, in_dstate, other=0.0).to(tl.float32)
+        d = _weight(dt + token * dt_stride, head, channel, in_dim, DIM, DT_PER_CHANNEL)
+        if dt_bias is not None:
+            d += bias
+        if SOFTPLUS:
+            d = _softplus(d)
+        if DT_PER_CHANNEL or (BIAS_PER_CHANNEL and dt_bias is not None):
+            d = d[:, None]
+
+        s = s * tl.exp(a * d) + (b[None, :] * d) * u[:, None]
+        if num_accepted_tokens is not None:
+            if t < write_columns:
+                target = tl.load(write_slots + row * write_stride + t).to(tl.int64)
+                if (target >= 0) & (target != null_slot):
+                    tl.store(_advanced(state, target * slot_stride, ALIGNED) + of_state, s, in_state)
+
+        y = tl.sum(s * c[None, :], axis=1)
+        if D is not None:
+            y += u * skip
+        if z is not None:
+            gate = tl.load(z + token * z_stride + of_x, in_dim, other=0.0).to(tl.float32)
+            y *= gate * tl.sigmoid(gate)
+        tl.store(output + token * output_stride + of_x, y, in_dim)
+
+    if num_accepted_tokens is None:
+        if write_slots is None:
+            tl.store(_advanced(state, source * slot_stride, ALIGNED) + of_state, s, in_state)
+        else:
+            target = tl.load(write_slots + row * write_stride).to(tl.int64)
+            if (target >= 0) & (target != null_slot):
+                tl.store(_advanced(state, target * slot_stride, ALIGNED) + of_state, s, in_state)
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    slots: Tensor | None,
+    write_slots: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_accepted_tokens: Tensor | None,
+    null_slot: int,
+    output: Tensor,
+) -> None:
+    """Advance `state` in place and write `output`; shapes and meaning are the op's, and are not checked again.
+
+    Every token of an activation must be dense, and every parameter: others are copied first, and an output that is
+    not is written through a copy. Where the state is not dense within a slot, or a slot of it or a token of B or C
+    does not start at a multiple of 16 bytes, the state is read and written element by element, which is slower.
+    """
+    if output.numel() == 0 or (cu_seqlens is not None and cu_seqlens.shape[0] == 1):
+        return
+    flat, headless = x.dim() < state.dim(), state.dim() == 3
+    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dim, dstate = state.shape[-2:]
+    heads, groups = (1, 1) if headless else (state.shape[1], B.shape[-2])
+    dt_per_channel = dt.dim() == x.dim()
+
+    written = _by_token(output, flat)
+    x, dt, B, C = _by_token(x, flat), _by_token(dt, flat), _by_token(B, flat), _by_token(C, flat)
+    z = None if z is None else _by_token(z, flat)
+    A = A.contiguous()
+    D = None if D is None else D.contiguous()
+    dt_bias = None if dt_bias is None else dt_bias.contiguous()
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    slots = None if slots is None else _table(slots)
+    write_slots = None if write_slots is None else _table(write_slots)
+    if num_accepted_tokens is not None:
+        num_accepted_tokens = num_accepted_tokens.contiguous()
+        write_slots = slots if write_slots is None else write_slots
+
+    slot_stride, *strides = state.stride()
+    places = state.data_ptr() | B.data_ptr() | C.data_ptr()
+    places |= slot_stride * state.itemsize | B.stride(0) * B.itemsize | C.stride(0) * C.itemsize
+    aligned = places % 16 == 0 and _is_dense(state)
+    head_stride, dim_stride, dstate_stride = (None, None, None) if aligned else (0, *strides)[-3:]
+
+    width = triton.next_power_of_2(dstate)
+    block, warps = _launch(dim, width, A.dim() > 1)
+    with _on_device_of(state):
+        _kernel[(rows * heads * triton.cdiv(dim, block),)](
+            state,
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            z,
+            dt_bias,
+            written,
+            slots,
+            write_slots,
+            cu_seqlens,
+            num_accepted_tokens,
+            slot_stride,
+            head_stride,
+            dim_stride,
+            dstate_stride,
+            x.stride(0),
+            dt.stride(0),
+            B.stride(0),
+            C.stride(0),
+            None if z is None else z.stride(0),
+            written.stride(0),
+            None if slots is None else slots.stride(0),
+            None if num_accepted_tokens is None or slots is None else slots.shape[1],
+            None if write_slots is None else write_slots.stride(0),
+            None if num_accepted_tokens is None or write_slots is None else write_slots.shape[1],
+            None if flat else output.shape[1],
+            None if slots is None and write_slots is None else null_slot,
+            HEADS=heads,
+            DIM=dim,
+            DSTATE=dstate,
+            GROUPS=groups,
+            A_IS_FULL=A.dim() > 1,
+            DT_PER_CHANNEL=dt_per_channel,
+            D_PER_CHANNEL=headless or (D is not None and D.dim() > 1),
+            BIAS_PER_CHANNEL=headless or (dt_bias is not None and dt_bias.dim() > 1),
+            SOFTPLUS=dt_softplus,
+            ALIGNED=aligned,
+            BLOCK=block,
+            WIDTH=width,
+            num_warps=warps,
+        )
+    if written.data_ptr() != output.data_ptr():
+        output.copy_(written.view(output.shape))
+
+
+def _launch(dim: int, width: int, full_A: bool) -> tuple[int, int]:
+    """Channels per program, and warps: 32 entries of the state per thread, or 16 and as many of a full A.
+
+    More threads than entries in a row of the state let each read B and C as it needs them, without shared memory.
+    """
+    entries = 4096 if full_A else 8192
+    block = min(triton.next_power_of_2(dim), max(entries // width, 1))
+    return block, min(max(8 * block * width // entries, 1), 8)
+
+
+def _by_token(tensor: Tensor, flat: bool) -> Tensor:
+    """An activation as (tokens, ...), dense within a token: itself, a view of it or else a copy."""
+    tensor = tensor if flat else tensor.flatten(0, 1)
+    return tensor if _is_dense(tensor) else tensor.contiguous()
+
+
+def _table(slots: Tensor) -> Tensor:
+    """A slot table as (rows, columns), dense within a row."""
+    table = slots if slots.dim() == 2 else slots.unsqueeze(1)
+    return table if _is_dense(table) else table.contiguous()
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether everything but the first dimension is laid out as in a contiguous tensor."""
+    expected = 1
+    for size, stride in zip(tensor.shape[:0:-1], tensor.stride()[:0:-1], strict=True):
+        if stride != expected and size != 1:
+            return False
+        expected *= size
+    return True
+
+
+def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """The context in which a launch goes to the tensor's device; on the CPU, interpreted, there is but one."""
+    if tensor.get_device() < 0:
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[object] = torch.get_device_module(tensor.device).device(tensor.device)
+    return context

@@ -1,0 +1,4 @@
+"""The ops, one file each: contract, reference, checks, outputs, samples."""
+
+from mamba_ops.ops.causal_conv1d_update import causal_conv1d_update as causal_conv1d_update
+from mamba_ops.ops.selective_state_update import selective_state_update as selective_state_update

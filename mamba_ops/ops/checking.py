@@ -1,0 +1,80 @@
+"""What the checks of several ops ask of their arguments.
+
+Each function returns quietly or raises the ValueError that names the argument, what it is and what it should be.
+None of them reads a stride or a value, so that a verdict can be remembered.
+"""
+
+import torch
+from torch import Tensor
+
+from mamba_ops.registry.errors import bad_argument
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INDICES = (torch.int32, torch.int64)
+
+
+def tensor_rank(name: str, tensor: Tensor, layouts: dict[int, str], *, hint: str = "") -> None:
+    """`tensor` has one of the ranks in `layouts`, which says for each what the axes are: `{2: "(tokens, dim)"}`."""
+    if tensor.dim() not in layouts:
+        raise bad_argument(name, got=f"shape {tuple(tensor.shape)}", expected=" or ".join(layouts.values()), hint=hint)
+
+
+def shape_is(name: str, tensor: Tensor | None, *shapes: tuple[int, ...], hint: str = "") -> None:
+    """`tensor`, where it is given, has one of `shapes`."""
+    if tensor is not None and tensor.shape not in shapes:
+        expected = " or ".join(str(tuple(shape)) for shape in shapes)
+        raise bad_argument(name, got=f"shape {tuple(tensor.shape)}", expected=expected, hint=hint)
+
+
+def floating(**tensors: Tensor | None) -> None:
+    """Every given tensor holds ordinary floating-point numbers; they need not be of one dtype."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in _FLOATS:
+            raise bad_argument(name, got=_short(tensor.dtype), expected=_one_of(_FLOATS), hint="convert it first")
+
+
+def one_device(device: torch.device, **tensors: Tensor | None) -> None:
+    """Every given tensor is on `device`, which is where x is."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise bad_argument(name, got=str(tensor.device), expected=f"{device}, where x is", hint="move one of them")
+
+
+def index_tensor(name: str, tensor: Tensor) -> None:
+    """`tensor` holds indices: int32 or int64."""
+    if tensor.dtype not in _INDICES:
+        raise bad_argument(name, got=_short(tensor.dtype), expected=_one_of(_INDICES), hint="convert it first")
+
+
+def slot_table(name: str, table: Tensor | None, *, rows: int, columns: int = 1) -> None:
+    """`table`, where it is given, is `(rows,)` or `(rows, columns)`, or larger; a 1-D table is one column."""
+    if table is None:
+        return
+    index_tensor(name, table)
+    tensor_rank(name, table, {1: "(rows,)", 2: "(rows, columns)"})
+    height, width = table.shape[0], table.shape[1] if table.dim() == 2 else 1
+    if height < rows:
+        hint = "give every row a slot; the null slot is for a row that is nobody"
+        raise bad_argument(name, got=f"{height} rows", expected=f"at least {rows}", hint=hint)
+    if width < columns:
+        hint = "every token of a row needs a column to keep its state in" if columns > 1 else "column 0 is the slot"
+        raise bad_argument(name, got=f"{width} columns", expected=f"at least {columns}", hint=hint)
+
+
+def packed_rows(cu_seqlens: Tensor | None) -> None:
+    """`cu_seqlens`, where it is given, is `(n + 1,)`: where each row starts, then where the last one ends."""
+    if cu_seqlens is None:
+        return
+    index_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        hint = "it begins with 0 and has one entry more than there are rows"
+        raise bad_argument("cu_seqlens", got=f"shape {tuple(cu_seqlens.shape)}", expected="(n + 1,)", hint=hint)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _one_of(dtypes: tuple[torch.dtype, ...]) -> str:
+    *most, last = map(_short, dtypes)
+    return f"{', '.join(most)} or {last}"

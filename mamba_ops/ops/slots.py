@@ -1,0 +1,55 @@
+"""How the references of the cached ops read slot tables and store rows, without asking the host about any value."""
+
+import torch
+from torch import Tensor
+
+
+def is_null(slots: Tensor, null_slot: int) -> Tensor:
+    """Whether each slot means "nobody"."""
+    return (slots < 0) | (slots == null_slot)
+
+
+def slot_columns(table: Tensor, rows: int) -> Tensor:
+    """The first `rows` rows of a 1-D or 2-D slot table, as int64 `(rows, columns)`."""
+    return (table if table.dim() == 2 else table.unsqueeze(1))[:rows].long()
+
+
+def row_slots(table: Tensor | None, rows: int, null_slot: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The slots of all rows, `(rows, columns)`, and which of them are somebody's: without a table row i has slot i."""
+    if table is None:
+        return torch.arange(rows, device=device).unsqueeze(1), torch.ones(rows, 1, dtype=torch.bool, device=device)
+    slots = slot_columns(table, rows)
+    return slots, ~is_null(slots, null_slot)
+
+
+def require_slots(cache: Tensor, slots: Tensor, live: Tensor) -> None:
+    """Raise IndexError, before anything is written, if a live slot is not in `cache` (a device-side assert on GPUs)."""
+    cache.new_empty(()).expand(cache.shape[0])[torch.where(live, slots, 0)]
+
+
+def store_rows(target: Tensor, index: Tensor, values: Tensor, live: Tensor) -> None:
+    """Set `target[index[i]] = values[i]` for every live i; all other rows of `target` keep their bits.
+
+    An i that is not live repeats the store of the first live one, so that stores to one place carry the same bits,
+    whichever comes last. With none live, row 0 of `target` is stored back as it is.
+    """
+    if index.numel() == 0 or target.numel() == 0:
+        return
+    values = values.to(target.dtype)
+    any_live, first = live.any(), live.int().argmax()
+    spare_index = torch.where(any_live, index[first], 0)
+    spare = torch.where(any_live, values[first], target[spare_index])
+    live_values = live.view(-1, *[1] * (values.dim() - 1))
+    target[torch.where(live, index, spare_index)] = torch.where(live_values, values, spare)
+
+
+def padded_rows(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """For rows padded to the longest: each token's index in the packed tensor, and whether there is such a token.
+
+    Both are `(n, longest)`; padding has index 0. Reads the longest length on the host.
+    """
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
+    longest = int(lengths.max()) if lengths.numel() else 0
+    offsets = torch.arange(longest, device=cu_seqlens.device)
+    inside = offsets < lengths.unsqueeze(1)
+    return torch.where(inside, starts.unsqueeze(1) + offsets, 0), inside
