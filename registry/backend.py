@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mamba_ops.registry import errors, selection
+from mamba_ops.registry import errors, selection, tables
 
 if TYPE_CHECKING:
     from mamba_ops.registry.op import Op
@@ -73,10 +73,10 @@ class Backend:
         self.install = install or requires
         self.priority = priority
         self.devices_by_name = devices_by_name
-        caller = inspect.stack(context=0)[1]
-        self.source = f"{caller.filename}:{caller.lineno}"
+        self.source = tables.caller()
         self._import_problem = cache(self._try_import)
-        selection.add_backend(self)
+        tables.refuse_duplicate("backend", name, tables.backends)
+        tables.backends[name] = self
 
     def __repr__(self) -> str:
         return f"<backend {self.name}>"
@@ -115,7 +115,11 @@ class Backend:
 
     def remove(self) -> None:
         """Take the backend and all its kernels out of the registry again."""
-        selection.remove_backend(self)
+        with tables.lock:
+            tables.backends.pop(self.name, None)
+            for op in tables.ops.values():
+                op.kernels.pop(self.name, None)
+            selection.changed()
 
     def _try_import(self) -> str | None:
         if self.requires is None:
@@ -150,7 +154,8 @@ def _difference(parameters: list[inspect.Parameter], adapter: Callable[..., Any]
 
 def backends() -> list[Backend]:
     """Return all backends in the default order."""
-    return sorted(selection.known_backends(), key=lambda b: (-b.priority, b.name))
+    tables.load_entry_points()
+    return sorted(tables.backends.values(), key=lambda b: (-b.priority, b.name))
 
 
 REFERENCE = Backend("torch", devices=None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import ParamSpec
 
-from mamba_ops.registry import errors, generate, selection, tokens
+from mamba_ops.registry import errors, generate, selection, tables, tokens
 from mamba_ops.registry.backend import REFERENCE, Kernel
 from mamba_ops.registry.memory import Known, Memory, comparison
 from mamba_ops.registry.samples import Sample
@@ -17,7 +17,6 @@ P = ParamSpec("P")
 F = TypeVar("F", bound=Callable[..., Any])
 
 _SCHEMA_TYPES = (Tensor, Tensor | None, int, float, bool)
-_namespaces: dict[str, "Namespace"] = {}
 
 
 def given(out: Tensor | None) -> Tensor:
@@ -33,7 +32,7 @@ def given(out: Tensor | None) -> Tensor:
 def ops() -> Mapping[str, "Op[...]"]:
     """Return all ops by name; where two namespaces share a name, the later op stands under its qualified name."""
     found: dict[str, Op[...]] = {}
-    for op in selection.known_ops():
+    for op in tables.ops.values():
         found[op.name if op.name not in found else op.qualname] = op
     return found
 
@@ -59,16 +58,13 @@ class Namespace:
     """Where it was made, `file:line`."""
 
     def __init__(self, name: str) -> None:
-        if name in _namespaces:
-            raise errors.duplicate("namespace", name, _namespaces[name].source)
-        caller = inspect.stack(context=0)[1]
+        tables.refuse_duplicate("namespace", name, tables.namespaces)
         self.name = name
-        self.source = f"{caller.filename}:{caller.lineno}"
+        self.source = tables.caller()
         self._library = torch.library.Library(name, "FRAGMENT")
         self._sentences: list[str] = []
         self._define("refuse", "(Tensor(a!) output, int code) -> ()", self._refuse, lambda output, code: None)
-        _namespaces[name] = self
-        selection.add_namespace(name)
+        tables.namespaces[name] = self
 
     def op(self, *, mutates: Iterable[str] = ("out",), splits_graph: bool = False, reads_host: bool = False) -> Declare:
         """Declare the decorated function as an op; the function is its contract, its schema and its reference.
@@ -94,7 +90,6 @@ class Namespace:
         """Take the namespace and its ops out of torch and of the registry again (for tests and reloading)."""
         selection.remove_namespace(self.name)
         self._library._destroy()
-        del _namespaces[self.name]
 
     def _define(self, name: str, schema: str, body: Any, fake: Any, *tags: torch.Tag) -> None:
         self._library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
@@ -138,7 +133,7 @@ class Op(Generic[P]):
         self.mutates = mutates
         self.splits_graph = splits_graph
         self.reads_host = reads_host
-        selection.refuse_duplicate(self)
+        tables.refuse_duplicate("op", self.qualname, tables.ops)
         self.parameters = _parameters(self.qualname, function, mutates)
         self.reference = function
         self.kernels: dict[str, Kernel] = {}
@@ -154,7 +149,8 @@ class Op(Generic[P]):
         if "out" in inspect.signature(function).parameters:
             adapter = generate.renamed_output(self.qualname, self.parameters, function)
         self.kernels[REFERENCE.name] = Kernel(REFERENCE, adapter)
-        selection.add_op(self)
+        tables.ops[self.qualname] = self
+        selection.changed()
 
     def _register(self, namespace: Namespace) -> None:
         """Define op, body and fake in torch, and write the front."""
@@ -328,9 +324,7 @@ def _parameters(op: str, function: Callable[..., Any], mutates: frozenset[str]) 
     if missing := mutates - set(names):
         raise errors.declaration(what, f"mutates {', '.join(sorted(missing))}, which it does not have")
     if not mutates or ("output" in names and "output" not in mutates):
-        raise errors.declaration(
-            what, "an op writes into what it is given: name the output and all caches in `mutates`"
-        )
+        raise errors.declaration(what, "an op writes into what it is given: name output and caches in `mutates`")
     if Tensor not in [p.annotation for p in parameters]:
         raise errors.declaration(what, "needs at least one Tensor")
     return parameters

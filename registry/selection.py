@@ -5,12 +5,10 @@ generation, and gives compiled graphs a new selection token.
 """
 
 import os
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,9 +16,10 @@ from torch import Tensor
 
 from mamba_ops.registry import errors, tokens
 from mamba_ops.registry.memory import Memory
+from mamba_ops.registry.tables import backends, load_entry_points, lock, namespaces, ops
 
 if TYPE_CHECKING:
-    from mamba_ops.registry.backend import Backend, Kernel
+    from mamba_ops.registry.backend import Kernel
     from mamba_ops.registry.op import Op
 
 
@@ -67,89 +66,11 @@ class Explanation:
         return "\n".join([self.op, *(f"  {name:<{width}}  {reason}" for name, reason in rows)])
 
 
-_lock = threading.RLock()
-_ops: dict[str, "Op[...]"] = {}
-_backends: dict[str, "Backend"] = {}
-_namespaces: dict[str, _Binding | None] = {}  # name to what its environment variable asks for, once read
+_environments: dict[str, _Binding] = {}  # namespace to what its environment variable asks for, once read
 _bindings: list[_Binding] = []  # use_backend() now active, outermost first
 _recorders: list[list[Selection]] = []
 _warned: set[tuple[str, str]] = set()
 _generation = 0  # raised whenever another kernel may be chosen than before
-
-
-# -- the tables: filled by op.py and backend.py -----------------------------------------------------------------------
-
-
-def known_ops() -> list["Op[...]"]:
-    """Return all declared ops, in declaration order."""
-    return list(_ops.values())
-
-
-def known_backends() -> list["Backend"]:
-    """Return all backends, entry points included."""
-    _load_entry_points()
-    return list(_backends.values())
-
-
-def add_namespace(name: str) -> None:
-    """Make a namespace known, so that its environment variable and its entry points are read when first needed."""
-    with _lock:
-        _namespaces[name] = None
-
-
-def remove_namespace(name: str) -> None:
-    """Forget a namespace and its ops."""
-    with _lock:
-        _namespaces.pop(name, None)
-        for op in [op for op in _ops.values() if op.qualname.startswith(f"{name}::")]:
-            del _ops[op.qualname]
-        changed()
-
-
-def refuse_duplicate(op: "Op[...]") -> None:
-    """Raise if an op of this name exists, pointing at it."""
-    if (first := _ops.get(op.qualname)) is not None:
-        raise errors.duplicate("op", op.qualname, first.source)
-
-
-def add_op(op: "Op[...]") -> None:
-    """Make an op known."""
-    with _lock:
-        _ops[op.qualname] = op
-        changed()
-
-
-def add_backend(backend: "Backend") -> None:
-    """Make a backend known."""
-    with _lock:
-        if (first := _backends.get(backend.name)) is not None:
-            raise errors.duplicate("backend", backend.name, first.source)
-        _backends[backend.name] = backend
-
-
-def remove_backend(backend: "Backend") -> None:
-    """Forget a backend and its kernels."""
-    with _lock:
-        _backends.pop(backend.name, None)
-        for op in _ops.values():
-            op.kernels.pop(backend.name, None)
-        changed()
-
-
-def _load_entry_points() -> None:
-    """Import other packages' backends, once per namespace; a broken one is reported and does not stop the rest."""
-    with _lock:
-        for name in [n for n in _namespaces if n not in _loaded]:
-            _loaded.add(name)
-            for entry in entry_points(group=f"{name}.backends"):
-                try:
-                    entry.load()
-                except Exception as error:
-                    problem = f"backend plug-in {entry.name} ({entry.value}) could not be loaded: {error!r}"
-                    warnings.warn(problem, RuntimeWarning, stacklevel=3)
-
-
-_loaded: set[str] = set()
 
 
 # -- changes ----------------------------------------------------------------------------------------------------------
@@ -161,20 +82,34 @@ def generation() -> int:
 
 
 def _forget() -> None:
-    with _lock:
-        for op in _ops.values():
+    with lock:
+        for op in ops.values():
             op._memories[0] = Memory()
+
+
+def remove_namespace(name: str) -> None:
+    """Forget a namespace, its ops and what its environment variable asked for."""
+    with lock:
+        namespaces.pop(name, None)
+        _environments.pop(name, None)
+        for op in [op for op in ops.values() if op.qualname.startswith(f"{name}::")]:
+            del ops[op.qualname]
+        changed()
 
 
 def changed() -> None:
     """Forget all decisions, raise the generation and renew the tokens."""
     global _generation
-    with _lock:
+    with lock:
         _generation += 1
         _forget()
-        bound = frozenset((op.qualname, b[0]) for op in _ops.values() if (b := _bound(op)) is not None)
-        kernels = frozenset((op.qualname, name) for op in _ops.values() for name in op.kernels)
-        tokens.renew((bound, kernels))
+        tokens.renew(_fingerprint)
+
+
+def _fingerprint() -> Hashable:
+    """Return what two selections have in common if and only if every op has the same kernels in the same order."""
+    bound = frozenset((op.qualname, b[0]) for op in ops.values() if (b := _bound(op)) is not None)
+    return bound, frozenset((op.qualname, name) for op in ops.values() for name in op.kernels)
 
 
 # -- one decision -----------------------------------------------------------------------------------------------------
@@ -190,8 +125,8 @@ def _bound(op: "Op[...]") -> tuple[str, str] | None:
 
 def _environment(namespace: str) -> _Binding:
     """Read `<NAMESPACE>_BACKEND`: `triton`, or `op=backend` entries and at most one bare name, separated by commas."""
-    with _lock:
-        binding = _namespaces.get(namespace)
+    with lock:
+        binding = _environments.get(namespace)
         if binding is None:
             variable = f"{namespace.upper()}_BACKEND"
             entries = [e.strip() for e in os.environ.get(variable, "").split(",") if e.strip()]
@@ -203,27 +138,27 @@ def _environment(namespace: str) -> _Binding:
                 binding = _binding(variable, bare[0] if bare else None, named)
             except errors.RegistryError as error:
                 raise type(error)(f"{variable}: {error}") from None
-            _namespaces[namespace] = binding
+            _environments[namespace] = binding
         return binding
 
 
 def _binding(by: str, everywhere: str | None, named: Mapping[str, str]) -> _Binding:
     """Check names, in any case, against what is known."""
-    _load_entry_points()
-    shorts = {op.name.lower(): op.name for op in _ops.values()}
-    ops: dict[str, str] = {}
+    load_entry_points()
+    shorts = {op.name.lower(): op.name for op in ops.values()}
+    bound: dict[str, str] = {}
     for name, backend in ((n.strip(), b.strip().lower()) for n, b in named.items()):
         if name.lower() not in shorts:
             raise errors.unknown("op", name, shorts.values())
-        if backend not in _backends:
-            raise errors.unknown("backend", backend, _backends)
-        ops[shorts[name.lower()]] = backend
-        for op in (op for op in _ops.values() if op.name == shorts[name.lower()]):
+        if backend not in backends:
+            raise errors.unknown("backend", backend, backends)
+        bound[shorts[name.lower()]] = backend
+        for op in (op for op in ops.values() if op.name == shorts[name.lower()]):
             if backend not in op.kernels:
                 raise errors.no_kernel(backend, op.qualname, op.kernels)
-    if everywhere is not None and (everywhere := everywhere.strip().lower()) not in _backends:
-        raise errors.unknown("backend", everywhere, _backends)
-    return _Binding(by, everywhere, ops)
+    if everywhere is not None and (everywhere := everywhere.strip().lower()) not in backends:
+        raise errors.unknown("backend", everywhere, backends)
+    return _Binding(by, everywhere, bound)
 
 
 def _candidates(op: "Op[...]", arguments: Mapping[str, Any]) -> Iterator[tuple["Kernel", str | None]]:
@@ -237,7 +172,7 @@ def _candidates(op: "Op[...]", arguments: Mapping[str, Any]) -> Iterator[tuple["
 
 def choose(op: "Op[...]", arguments: Mapping[str, Any]) -> Callable[..., None]:
     """Return the function that runs calls like this one, or raise with every backend's reason."""
-    _load_entry_points()
+    load_entry_points()
     reasons: dict[str, str] = {}
     takers: list[Kernel] = []
     for kernel, reason in _candidates(op, arguments):
@@ -251,7 +186,7 @@ def choose(op: "Op[...]", arguments: Mapping[str, Any]) -> Callable[..., None]:
         raise _refused(op, reasons)
     device = next(a.device.type for a in arguments.values() if isinstance(a, Tensor))
     for name, reason in reasons.items():
-        devices = _backends[name].devices
+        devices = backends[name].devices
         if devices is None or device in devices:
             _say_once(op, name, reason, takers[0])
     if takers[0].per_call is None:
@@ -309,44 +244,42 @@ def _say_once(op: "Op[...]", name: str, reason: str, taker: "Kernel") -> None:
 # -- what users call --------------------------------------------------------------------------------------------------
 
 
-def use_backend(backend: str | None = None, /, **ops: str) -> AbstractContextManager[None]:
+def use_backend(backend: str | None = None, /, **named: str) -> AbstractContextManager[None]:
     """Within the block, run ops on the backends named, in the whole process; nothing is recompiled.
 
     A backend asked for by name never falls back: what it does not take raises, with the reason.
 
     Args:
         backend: binds every op for which this backend has a kernel; other ops keep the default order.
-        ops: `op_name="backend"` for single ops. Names are taken in any case.
+        named: `op_name="backend"` for single ops. Names are taken in any case.
 
     Raises:
         UnknownNameError: a name that nobody registered; the message lists the valid ones.
         RegistryError: the backend has no kernel for an op named, or the call stands inside a traced region.
     """
-    _refuse_while_tracing()
-    return _active(_binding("use_backend", backend, ops))
+    if torch.compiler.is_dynamo_compiling():  # true in traced code alone, whatever other threads do
+        _refuse_while_tracing()
+    return _active(_binding("use_backend", backend, named))
 
 
 def _refuse_while_tracing() -> None:
-    """Raise if torch.compile traces the call; marked as constant, so that it runs then and its error is the user's.
-
-    (An error raised in traced code would only break the graph.)
-    """
-    if torch.compiler.is_compiling():
-        raise errors.swap_while_tracing()
+    raise errors.swap_while_tracing()
 
 
+# Marked as constant, it runs while Dynamo traces and its error is the user's; an error raised in traced code would only
+# break the graph.
 _refuse_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager
 def _active(binding: _Binding) -> Iterator[None]:
-    with _lock:
+    with lock:
         _bindings.append(binding)
         changed()
     try:
         yield
     finally:
-        with _lock:
+        with lock:
             _bindings[:] = [b for b in _bindings if b is not binding]  # threads may leave in another order
             changed()
 
@@ -358,13 +291,13 @@ def record_selections() -> Iterator[list[Selection]]:
     A replayed CUDA graph runs no Python, so its ops are seen when it is recorded and not when it is replayed.
     """
     record: list[Selection] = []
-    with _lock:
+    with lock:
         _recorders.append(record)
         _forget()
     try:
         yield record
     finally:
-        with _lock:
+        with lock:
             _recorders[:] = [r for r in _recorders if r is not record]
             _forget()
 
@@ -379,11 +312,11 @@ def explain(op: "Op[...] | str", /, *args: Any, **kwargs: Any) -> Explanation:
     Raises:
         ValueError: as the call itself would, for bad arguments.
     """
-    _load_entry_points()
+    load_entry_points()
     if isinstance(op, str):
-        names = {o.name: o for o in reversed(_ops.values())} | _ops
+        names = {o.name: o for o in reversed(ops.values())} | ops
         if op not in names:
-            raise errors.unknown("op", op, [o.name for o in _ops.values()])
+            raise errors.unknown("op", op, [o.name for o in ops.values()])
         op = names[op]
     arguments = op.bind(args, kwargs)
     op.check(arguments)

@@ -6,7 +6,7 @@ swap the size is another one and Inductor records anew; after swapping back it i
 """
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ class _Tokens:
 
 _tokens = _Tokens()
 _numbers: dict[Hashable, int] = {}
-_selection: Hashable = None
 _lock = threading.RLock()
+_selection: Callable[[], Hashable] = tuple  # names the selection in force; asked only if there is a token to make
 
 
 def token(device: torch.device) -> Tensor | None:
@@ -32,8 +32,8 @@ def token(device: torch.device) -> Tensor | None:
     return None if name is None else getattr(_tokens, name)
 
 
-def renew(selection: Hashable) -> None:
-    """Give all devices the token of another selection; equal selections have equal tokens."""
+def renew(selection: Callable[[], Hashable]) -> None:
+    """Give all devices in use the token of another selection; equal selections have equal tokens."""
     global _selection
     with _lock:
         _selection = selection
@@ -58,7 +58,7 @@ _name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _make(name: str) -> None:
-    number = _numbers.setdefault(_selection, len(_numbers))
+    number = _numbers.setdefault(_selection(), len(_numbers))
     tensor = torch.empty((_FIRST + 2 * number, 0), device=name.replace("_", ":"))
     torch._dynamo.mark_dynamic(tensor, 0)
     setattr(_tokens, name, tensor)

@@ -23,33 +23,17 @@ triton = Backend(
 )
 
 
-def _float64(**tensors: Tensor | None) -> str | None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype == torch.float64:
-            return f"computes in float32, and {name} is float64"
-    return None
+def _why_not(x: Tensor) -> str | None:
+    return "computes in float32, and x is float64" if x.dtype == torch.float64 else None
 
 
-def _conv_is_float64(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> str | None:
-    return _float64(x=x, conv_state=conv_state, weight=weight, bias=bias, out=output)
+def _why_not_conv(x: Tensor, conv_state: Tensor) -> str | None:
+    if conv_state.dtype == torch.float64:
+        return "moves what it keeps through float32, and conv_state is float64"
+    return _why_not(x)
 
 
-def _ssm_is_float64(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    output: Tensor,
-) -> str | None:
-    return _float64(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, out=output)
-
-
-@triton.implements(causal_conv1d_update, unless=_conv_is_float64)
+@triton.implements(causal_conv1d_update, unless=_why_not_conv)
 def _causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,
@@ -68,7 +52,7 @@ def _causal_conv1d_update(
     kernel(x, conv_state, weight, bias, slots, cu_seqlens, num_accepted_tokens, silu, null_slot, output)
 
 
-@triton.implements(selective_state_update, unless=_ssm_is_float64)
+@triton.implements(selective_state_update, unless=_why_not)
 def _selective_state_update(
     state: Tensor,
     x: Tensor,

@@ -309,7 +309,7 @@ def _samples(
 
     yield sample("slot table", slots=columns, null_slot=-1)
     yield sample("int64 slots, more than rows", slots=indices(6, 3, 0, 1, 2, dtype=torch.int64))
-    yield sample("no slots", slots=None)
+    yield sample("no slots", slots=None, null_slot=0)
     yield sample("write slots", write_slots=indices(4, 1, 7))
     yield sample("write slots alone", slots=None, write_slots=indices(4, 1, 7))
     yield sample("null rows", slots=indices(-1, 3, -1))

@@ -4,6 +4,7 @@ A program owns some channels of one head of one row: their state stays in regist
 """
 
 import contextlib
+import functools
 
 import torch
 import triton
@@ -219,9 +220,11 @@ def selective_state_update(
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     slots = None if slots is None else _table(slots)
     write_slots = None if write_slots is None else _table(write_slots)
-    if num_accepted_tokens is not None:
+    slots_columns = write_columns = None
+    if num_accepted_tokens is not None and slots is not None:
         num_accepted_tokens = num_accepted_tokens.contiguous()
         write_slots = slots if write_slots is None else write_slots
+        slots_columns, write_columns = ((*table.shape, 1)[1] for table in (slots, write_slots))
 
     slot_stride, *strides = state.stride()
     places = state.data_ptr() | B.data_ptr() | C.data_ptr()
@@ -229,10 +232,9 @@ def selective_state_update(
     aligned = places % 16 == 0 and _is_dense(state)
     head_stride, dim_stride, dstate_stride = (None, None, None) if aligned else (0, *strides)[-3:]
 
-    width = triton.next_power_of_2(dstate)
-    block, warps = _launch(dim, width, A.dim() > 1)
+    block, width, warps, blocks = _launch(dim, dstate, A.dim() > 1)
     with _on_device_of(state):
-        _kernel[(rows * heads * triton.cdiv(dim, block),)](
+        _kernel[(rows * heads * blocks,)](
             state,
             x,
             dt,
@@ -258,9 +260,9 @@ def selective_state_update(
             None if z is None else z.stride(0),
             written.stride(0),
             None if slots is None else slots.stride(0),
-            None if num_accepted_tokens is None or slots is None else slots.shape[1],
+            slots_columns,
             None if write_slots is None else write_slots.stride(0),
-            None if num_accepted_tokens is None or write_slots is None else write_slots.shape[1],
+            write_columns,
             None if flat else output.shape[1],
             None if slots is None and write_slots is None else null_slot,
             HEADS=heads,
@@ -281,14 +283,16 @@ def selective_state_update(
         output.copy_(written.view(output.shape))
 
 
-def _launch(dim: int, width: int, full_A: bool) -> tuple[int, int]:
-    """Channels per program, and warps: 32 entries of the state per thread, or 16 and as many of a full A.
+@functools.cache
+def _launch(dim: int, dstate: int, full_A: bool) -> tuple[int, int, int, int]:
+    """BLOCK, WIDTH, warps and blocks per head: a thread has 32 entries of the state, or 16 and as many of a full A.
 
-    More threads than entries in a row of the state let each read B and C as it needs them, without shared memory.
+    With more threads than a channel has entries, each reads of B and C what it needs, without shared memory.
     """
+    width = triton.next_power_of_2(dstate)
     entries = 4096 if full_A else 8192
     block = min(triton.next_power_of_2(dim), max(entries // width, 1))
-    return block, min(max(8 * block * width // entries, 1), 8)
+    return block, width, min(max(8 * block * width // entries, 1), 8), triton.cdiv(dim, block)
 
 
 def _by_token(tensor: Tensor, flat: bool) -> Tensor:
@@ -298,18 +302,19 @@ def _by_token(tensor: Tensor, flat: bool) -> Tensor:
 
 
 def _table(slots: Tensor) -> Tensor:
-    """A slot table as (rows, columns), dense within a row."""
-    table = slots if slots.dim() == 2 else slots.unsqueeze(1)
-    return table if _is_dense(table) else table.contiguous()
+    """A slot table, dense within a row."""
+    return slots if _is_dense(slots) else slots.contiguous()
 
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether everything but the first dimension is laid out as in a contiguous tensor."""
-    expected = 1
-    for size, stride in zip(tensor.shape[:0:-1], tensor.stride()[:0:-1], strict=True):
-        if stride != expected and size != 1:
+    if tensor.is_contiguous():
+        return True
+    shape, stride, dense = tensor.shape, tensor.stride(), 1
+    for axis in range(len(shape) - 1, 0, -1):
+        if stride[axis] != dense and shape[axis] != 1:
             return False
-        expected *= size
+        dense *= shape[axis]
     return True
 
 

@@ -1,0 +1,48 @@
+# One entry point for people and CI. Everything works from a fresh clone with nothing else typed.
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+BIN := .venv/bin
+READY := .venv/ready
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format gpu-test clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,triton]'
+	@touch $@
+
+.venv: $(READY)  ## install everything the targets below use into .venv
+.PHONY: .venv
+
+demo: $(READY)  ## what mamba-ops does, in half a minute
+	$(BIN)/mamba-ops demo
+
+test: $(READY)  ## the tests, without the slow ones
+	$(PYTEST) -m 'not slow'
+
+test-all: $(READY)  ## all tests
+	$(PYTEST)
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(READY)  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+gpu-test:  ## tests and benchmarks on a GPU machine, with that machine's own python and torch
+	bash benchmarks/gpu_test.sh
+
+clean:  ## remove everything that make made
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# The tests and all benchmarks in one call on a GPU machine, with its own python3 and torch: no network, nothing installed.
+# A stage that fails does not stop the next. Logs and results land in $OUT, a summary comes last. Under 8 minutes.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+OUT=${OUT:-$(mktemp -d)}
+mkdir -p "$OUT"
+export OUT PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+
+summary=
+failed=0
+stage() { # name, limit in seconds, command
+  local name=$1 limit=$2 begin=$SECONDS code
+  shift 2
+  printf '\n==== %s: %s\n' "$name" "$*"
+  timeout -k 10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
+  code=${PIPESTATUS[0]}
+  [[ $code == 0 ]] || failed=1
+  summary+=$(printf '%-8s  exit %-3d  %3d s' "$name" "$code" $((SECONDS - begin)))$'\n'
+}
+
+# Packaging needs an index and the pinned tools; CI covers it. The workers share the one GPU.
+tests=(-q --ignore=tests/test_packaging.py -p no:cacheprovider)
+python3 -c 'import xdist' 2>/dev/null && tests+=(-n "${WORKERS:-6}" --dist loadgroup)
+
+python3 -c '
+import torch, triton
+gpu = torch.accelerator.current_accelerator()
+name = torch.get_device_module(gpu).get_device_name(gpu) if gpu else "no accelerator"
+print(f"torch {torch.__version__}, triton {triton.__version__}, {name}")'
+stage tests 240 python3 -m pytest "${tests[@]}" tests compile_tests
+stage kernels 110 python3 -m benchmarks.kernels --json "$OUT/kernels.json" --save "$OUT"
+stage boundary 50 python3 -m benchmarks.boundary
+stage swap 50 python3 -m benchmarks.swap
+
+printf '\n==== summary, logs in %s\n%s' "$OUT" "$summary"
+tail -n 1 "$OUT/tests.log"
+exit $failed

@@ -1,0 +1,58 @@
+"""What compile_tests/test_absent.py traces in its child processes: decode steps on a device that is not there."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mamba_ops
+from compile_tests.test_ops import STEPS
+from mamba_ops.absent import Tracer
+
+
+def step_of_each_op(*, device: str) -> dict[str, Any]:
+    """Trace one step of every op over three batch sizes with dynamic shapes."""
+    found = {}
+    for case in STEPS:
+        op, step = case.values
+
+        def run(*args: Tensor, op: Any = op, **kwargs: Any) -> Tensor:
+            return op(*args, **kwargs)
+
+        tracer = Tracer(run, device=device, dynamic=True)
+        for rows in (5, 6, 11):
+            sample = step(rows)
+            out = tracer(*sample.args, **sample.kwargs)
+        found[op.name] = dataclasses.asdict(tracer.trace) | {"out": [out.device.type, list(out.shape)]}
+    return found
+
+
+class Decode(torch.nn.Module):
+    """Both ops with torch around them, and their caches as buffers."""
+
+    def __init__(self, slots: int = 7, dim: int = 32, heads: int = 4, dstate: int = 16) -> None:
+        super().__init__()
+        self.heads, self.dstate = heads, dstate
+        self.projection = torch.nn.Linear(dim, dim + 2 * dstate + heads)
+        self.weight = torch.nn.Parameter(torch.randn(dim, 4))
+        self.A_log = torch.nn.Parameter(torch.zeros(heads))
+        self.register_buffer("conv_state", torch.zeros(slots, dim, 3))
+        self.register_buffer("state", torch.zeros(slots, heads, dim // heads, dstate))
+
+    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+        u, B, C, dt = self.projection(x).split([x.shape[1], self.dstate, self.dstate, self.heads], dim=-1)
+        u = mamba_ops.causal_conv1d_update(u, self.conv_state, self.weight, slots=slots)
+        u = u.unflatten(-1, (self.heads, -1))
+        y = mamba_ops.selective_state_update(
+            self.state, u, dt, -self.A_log.exp(), B.unsqueeze(1), C.unsqueeze(1), dt_softplus=True, slots=slots
+        )
+        return x + y.flatten(1)
+
+
+def module(*, device: str) -> dict[str, Any]:
+    """Trace a module of both ops over three batch sizes."""
+    tracer = Tracer(Decode(), device=device, dynamic=True)
+    for rows in (5, 6, 3):
+        tracer(torch.randn(rows, 32), torch.arange(rows))
+    return dataclasses.asdict(tracer.trace)

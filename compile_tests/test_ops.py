@@ -1,0 +1,202 @@
+"""Every op under torch.compile: opcheck, eager = compiled, one graph, one graph for all sizes, no copy of a cache."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
+
+import mamba_ops
+from mamba_ops.registry import Op, Sample, use_backend
+from tests.conftest import ACCELERATOR
+from tests.harness import OPS, backends_here, cases, front_on, results, with_output
+
+DEVICE = ACCELERATOR or torch.device("cpu")
+CASES = [pytest.param(op, backend, sample, id=f"{op.name}-{backend}-{sample}") for op, backend, sample in cases(DEVICE)]
+SAMPLES = [pytest.param(op, sample, id=f"{op.name}-{sample}") for op in OPS for sample in op.make_samples(DEVICE)]
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
+
+
+@pytest.fixture
+def no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def the_call(op: Op[...]) -> Callable[..., Tensor]:
+    """A function of its own for each test: Dynamo keeps what it compiled by code object."""
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        return op(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize(("op", "backend", "sample"), CASES)
+def test_opcheck(op: Op[...], backend: str, sample: Sample) -> None:
+    arguments = op.bind(*(lambda s: (s.args, s.kwargs))(with_output(op, sample)))
+    positional = [arguments.pop(p.name) for p in op.parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    with use_backend(backend):
+        torch.library.opcheck(op.overload, tuple(positional), arguments)
+
+
+@pytest.mark.parametrize(("op", "sample"), SAMPLES)
+def test_compiled_equals_eager_in_one_graph_on_every_backend(op: Op[...], sample: Sample) -> None:
+    """Bit for bit, and swapping the backend between the calls recompiles nothing."""
+    compiled = torch.compile(the_call(op), fullgraph=True)
+    sample = with_output(op, sample)
+    for backend in (*backends_here(op, DEVICE), "torch"):
+        eager, other = sample.clone(), sample.clone()
+        with use_backend(backend):
+            op(*eager.args, **eager.kwargs)
+            compiled(*other.args, **other.kwargs)
+        for name, expected in results(op, eager).items():
+            assert torch.equal(results(op, other)[name], expected), f"{backend}: {name}"
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_compiled_with_transposed_x_and_strided_output(op: Op[...]) -> None:
+    """Where `out=` is not contiguous Dynamo breaks graphs for ops that call it `out`."""
+    sample = with_output(op, op.make_samples(DEVICE)[0])
+    arguments = op.bind(sample.args, sample.kwargs)
+    for name, p in zip(arguments, op.parameters, strict=False):
+        assert name == p.name or "output" in (name, p.name)
+
+    def transposed(t: Tensor) -> Tensor:
+        return t.movedim(0, -1).contiguous().movedim(-1, 0)
+
+    x = arguments["x"]
+    args = tuple(transposed(a) if a is x else a for a in sample.args)
+    strided = Sample("strided", args, {**sample.kwargs, "out": transposed(sample.kwargs["out"])})
+    eager, other = sample.clone(), strided.clone()
+    op(*eager.args, **eager.kwargs)
+    torch.compile(the_call(op), fullgraph=True)(*other.args, **other.kwargs)
+    for name, expected in results(op, eager).items():
+        assert torch.equal(results(op, other)[name], expected)
+    assert graphs() == 1
+
+
+def conv_step(rows: int) -> Sample:
+    dim, width, slots = 24, 4, 3 * rows + 2
+    x, weight = torch.randn(rows, dim, device=DEVICE), torch.randn(dim, width, device=DEVICE)
+    cache = torch.randn(slots, width - 1, dim, device=DEVICE).transpose(1, 2)
+    return Sample("step", (x, cache, weight), {"slots": torch.arange(rows, device=DEVICE) + 1})
+
+
+def ssm_step(rows: int) -> Sample:
+    heads, dim, dstate, groups, slots = 4, 8, 16, 2, 3 * rows + 2  # 17 at first: no two sizes agree
+    x, dt = torch.randn(rows, heads, dim, device=DEVICE), torch.rand(rows, heads, device=DEVICE)
+    B, C = (torch.randn(rows, groups, dstate, device=DEVICE) for _ in range(2))
+    state, A = torch.randn(slots, heads, dim, dstate, device=DEVICE), -torch.rand(heads, device=DEVICE)
+    return Sample("step", (state, x, dt, A, B, C), {"slots": torch.arange(rows, device=DEVICE) + 1, "D": -A})
+
+
+STEPS = [
+    pytest.param(mamba_ops.causal_conv1d_update, conv_step, id="causal_conv1d_update"),
+    pytest.param(mamba_ops.selective_state_update, ssm_step, id="selective_state_update"),
+]
+
+
+def test_every_op_has_a_step() -> None:
+    assert [p.values[0] for p in STEPS] == OPS
+
+
+@pytest.mark.parametrize(("op", "step"), STEPS)
+def test_one_graph_for_all_sizes(op: Op[...], step: Callable[[int], Sample]) -> None:
+    """Batches 2 to 64 share a graph; 1 and 0 may have one each."""
+    compiled = torch.compile(the_call(op), fullgraph=True, dynamic=True)
+
+    def run(rows: int) -> None:
+        eager = step(rows)
+        other = eager.clone()
+        expected, got = op(*eager.args, **eager.kwargs), compiled(*other.args, **other.kwargs)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+    for rows in (5, *range(2, 65)):
+        run(rows)
+    assert graphs() == 1
+    run(1)
+    assert graphs() <= 2
+    run(0)
+    assert graphs() <= 3
+
+
+def _whole(cache: Tensor) -> Tensor:
+    return cache
+
+
+def _padded(cache: Tensor) -> Tensor:
+    pages = cache.new_zeros(cache.shape[0], cache[0].numel() + 7)
+    return pages.as_strided(cache.shape, (pages.stride(0), *cache[0].contiguous().stride())).copy_(cache)
+
+
+def _sliced(cache: Tensor) -> Tensor:
+    return torch.cat([cache, cache, cache])[2 : 2 + cache.shape[0]]
+
+
+def _transposed(cache: Tensor) -> Tensor:
+    return cache.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@pytest.mark.parametrize("layout", [_whole, _padded, _sliced, _transposed])
+@pytest.mark.parametrize(("op", "step"), STEPS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_no_copy_of_a_cache(op: Op[...], step: Callable[[int], Sample], layout: Any, dynamic: bool) -> None:
+    """Read from Inductor's code: nothing is allocated but the output, and nothing is copied."""
+    sample = step(5)
+    cache = next(name for name in op.mutates if name != "output")
+    names = [p.name for p in op.parameters]
+    args = [layout(a) if n == cache else a for n, a in zip(names, sample.args, strict=False)]
+    compiled = torch.compile(the_call(op), fullgraph=True, dynamic=dynamic)
+    with torch._inductor.config.patch(fx_graph_cache=False):  # code from the cache is not written again
+        _, [code] = run_and_get_code(compiled, *args, **sample.kwargs)
+    called = code[code.index("def call(") :]
+    assert called.count(f"torch.ops.mamba_ops.{op.name}.default(") == 1
+    assert called.count(" = empty_strided") == 1, called
+    assert not any(word in called for word in ("copy_(", "clone(", "kernels.", "async_compile")), called
+
+
+def test_a_layer_of_both_ops_is_one_graph() -> None:
+    """Two ops and torch around them: one graph, one copy of nothing, for many batches."""
+    conv, ssm = conv_step(4), ssm_step(4)
+
+    def layer(x: Tensor, cache: Tensor, weight: Tensor, *ssm_args: Tensor, slots: Tensor) -> Tensor:
+        x = mamba_ops.causal_conv1d_update(x, cache, weight, slots=slots) * 2
+        state, _, dt, A, B, C = ssm_args
+        heads, dim = state.shape[1:3]
+        u = x[:, :1].unsqueeze(1).expand(-1, heads, dim)
+        return mamba_ops.selective_state_update(state, u, dt, A, B, C, slots=slots, dt_softplus=True).sin()
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for _ in range(3):
+        runs = [(conv.clone(), ssm.clone()) for _ in range(2)]
+        outs = [f(*c.args, *s.args, slots=c.kwargs["slots"]) for f, (c, s) in zip((layer, compiled), runs, strict=True)]
+        torch.testing.assert_close(*outs)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_exports_without_a_token(op: Op[...]) -> None:
+    sample = with_output(op, op.make_samples(DEVICE)[0])
+
+    class Module(torch.nn.Module):
+        def forward(self, *args: Tensor, **kwargs: Any) -> Tensor:
+            return op(*args, **kwargs)
+
+    program = torch.export.export(Module(), sample.args, dict(sample.kwargs))
+    [node] = [n for n in program.graph.nodes if n.target is op.overload]
+    assert node.kwargs.get("selection") is None
+    eager, other = sample.clone(), sample.clone()
+    front_on(op, "torch")(*eager.args, **eager.kwargs)
+    with use_backend("torch"):
+        program.module()(*other.args, **other.kwargs)
+    assert torch.equal(results(op, eager)["output"], results(op, other)["output"])

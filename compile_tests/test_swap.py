@@ -1,0 +1,191 @@
+"""Backends change under compiled graphs: nothing recompiles, the right kernel runs, and no recording goes stale."""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import mamba_ops
+from compile_tests.test_ops import conv_step, graphs, ssm_step
+from mamba_ops.registry import Backend, record_selections, use_backend
+from tests.conftest import ACCELERATOR
+
+DEVICE = ACCELERATOR or torch.device("cpu")
+MARK = 1000.0
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def marker() -> Iterator[Backend]:
+    """A backend that does what the reference does and adds a mark to the output, so that the numbers say who ran."""
+    backend = Backend("marker", devices=None, priority=-10)
+    conv = mamba_ops.causal_conv1d_update.kernels["torch"].function
+
+    @backend.implements(mamba_ops.causal_conv1d_update)
+    def _conv(
+        x: Tensor,
+        conv_state: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        slots: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        num_accepted_tokens: Tensor | None = None,
+        silu: bool = True,
+        null_slot: int = -1,
+        output: Tensor,
+    ) -> None:
+        given = {"slots": slots, "cu_seqlens": cu_seqlens, "num_accepted_tokens": num_accepted_tokens}
+        conv(x, conv_state, weight, bias, **given, silu=silu, null_slot=null_slot, output=output)
+        output.add_(MARK)
+
+    yield backend
+    backend.remove()
+
+
+def step(x: Tensor, cache: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
+    return mamba_ops.causal_conv1d_update(x, cache, weight, slots=slots) * 2
+
+
+def marked(out: Tensor) -> bool:
+    return bool((out > MARK).all())
+
+
+@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_swap_recompiles_nothing(marker: Backend, dynamic: bool | None, mode: str) -> None:
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, mode=mode)
+    sample = conv_step(5)
+    with record_selections() as record:
+        for backend in ("torch", "marker", "torch", "marker"):
+            eager, other = sample.clone(), sample.clone()
+            with use_backend(backend):
+                expected = step(*eager.args, **eager.kwargs)
+                out = compiled(*other.args, **other.kwargs)
+            assert marked(out) == (backend == "marker")
+            torch.testing.assert_close(out, expected)
+            torch.testing.assert_close(other.args[1], eager.args[1], rtol=0, atol=0)
+    assert [r.backend for r in record] == ["torch"] * 2 + ["marker"] * 2 + ["torch"] * 2 + ["marker"] * 2
+    assert graphs() == 1
+
+
+def test_a_new_default_reaches_compiled_code(marker: Backend) -> None:
+    """Registering a better kernel is a swap too."""
+    compiled = torch.compile(step, fullgraph=True)
+    sample = conv_step(5)
+    assert not marked(compiled(*sample.clone().args, **sample.kwargs))
+    marker.priority = 100
+    with use_backend("torch"):
+        pass
+    assert marked(compiled(*sample.clone().args, **sample.kwargs))
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_swap_inside_a_traced_region_is_refused(marker: Backend, fullgraph: bool) -> None:
+    def inside(*args: Tensor, slots: Tensor) -> Tensor:
+        with use_backend("marker"):
+            return step(*args, slots=slots)
+
+    sample = conv_step(5)
+    with pytest.raises(Exception, match="inside a region that torch"):
+        torch.compile(inside, fullgraph=fullgraph)(*sample.clone().args, **sample.kwargs)
+    assert marked(inside(*sample.clone().args, **sample.kwargs))
+
+
+def test_two_threads_compile_and_swap(marker: Backend) -> None:
+    """Whatever the interleaving, every result is one backend's or the other's, and all agree in the cache."""
+    problems: list[BaseException] = []
+
+    def work(backend: str) -> None:
+        try:
+            sample = conv_step(5 + len(backend))
+            compiled = torch.compile(lambda *a, **k: step(*a, **k), fullgraph=True)
+            with torch.no_grad():  # grad mode is a thread's own
+                for _ in range(10):
+                    eager, other = sample.clone(), sample.clone()
+                    with use_backend(backend):
+                        expected = step(*eager.args, **eager.kwargs)
+                        out = compiled(*other.args, **other.kwargs)
+                    shift = (out - expected).abs()
+                    assert bool(torch.isclose(shift, shift.new_tensor([0.0, 2 * MARK])[:, None, None]).any(0).all())
+                    torch.testing.assert_close(other.args[1], eager.args[1], rtol=0, atol=0)
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=work, args=[name]) for name in ("torch", "marker")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems, problems
+
+
+def test_the_token_names_the_selection(marker: Backend) -> None:
+    """Equal selections have equal tokens: the graph's input has the same size again after swapping back."""
+    sizes = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        [place] = [i for i, t in enumerate(inputs) if isinstance(t, Tensor) and t.numel() == 0]
+
+        def run(*args: Tensor) -> Any:
+            sizes.append(args[place].shape)
+            return gm(*args)
+
+        return run
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    sample = conv_step(5)
+    for name in ("torch", "marker", "torch", "marker"):
+        with use_backend(name):
+            compiled(*sample.clone().args, **sample.kwargs)
+    assert sizes[0] == sizes[2] != sizes[1] == sizes[3]
+    assert all(size[1] == 0 and size[0] > 10**6 and size[0] % 2 for size in sizes)
+
+
+@pytest.mark.gpu
+def test_recordings_follow_the_selection(marker: Backend) -> None:
+    """With CUDA graphs: every swap is seen, what was recorded before is replayed, nothing is skipped or recompiled."""
+    sample = conv_step(5)
+    x, cache, weight = sample.clone().args
+    torch._dynamo.mark_static_address(cache, guard=False)
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    eager_cache = cache.clone()
+    for backend in ["torch"] * 4 + ["marker"] * 4 + ["torch"] * 3 + ["marker"] * 3:
+        with use_backend(backend):
+            torch.compiler.cudagraph_mark_step_begin()
+            out = compiled(x, cache, weight, sample.kwargs["slots"]).clone()
+            expected = step(x, eager_cache, weight, sample.kwargs["slots"])
+        assert marked(out) == (backend == "marker")
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(cache, eager_cache, rtol=0, atol=0)
+    assert graphs() == 1
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+def test_ssm_and_conv_swap_apart(marker: Backend) -> None:
+    """`use_backend(op="name")` moves that op alone."""
+    conv, ssm = conv_step(5), ssm_step(5)
+
+    def both(x: Tensor, cache: Tensor, weight: Tensor, *rest: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        return step(x, cache, weight, slots), mamba_ops.selective_state_update(*rest, slots=slots)
+
+    compiled = torch.compile(both, fullgraph=True)
+    with use_backend("torch"), use_backend(causal_conv1d_update="marker"), record_selections() as record:
+        c, s = conv.clone(), ssm.clone()
+        compiled(*c.args, *s.args, slots=c.kwargs["slots"])
+    assert record == [
+        ("mamba_ops::causal_conv1d_update", "marker"),
+        ("mamba_ops::selective_state_update", "torch"),
+    ]

@@ -1,0 +1,48 @@
+"""What every test stands on: one thread, NaN in fresh memory, and Triton interpreted where there is no GPU."""
+
+import contextlib
+import os
+
+# Before torch reads them: the tests run one process per core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode asks for it
+
+import pytest
+import torch
+
+ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
+if ACCELERATOR is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it once, at import
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN: what nobody wrote shows
+
+with contextlib.suppress(ImportError):  # a bare GPU machine has none
+    import hypothesis
+
+    # No deadline, an interpreted kernel is slow; no database and no randomness, a red test stays red.
+    hypothesis.settings.register_profile("mamba_ops", deadline=None, derandomize=True, database=None)
+    hypothesis.settings.load_profile("mamba_ops")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if ACCELERATOR is None and item.get_closest_marker("gpu"):
+        pytest.skip("needs an accelerator")
+    torch.manual_seed(0)  # so that a test draws the same numbers alone and in company
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The accelerator of this machine, or its CPU."""
+    return ACCELERATOR or torch.device("cpu")
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Forget all compiled code before and after the test; for tests that count graphs or recompiles."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()

@@ -1,0 +1,115 @@
+"""How a kernel is judged: every output and every mutated tensor against the oracle, everything else untouched."""
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba_ops import registry
+from mamba_ops.registry import Op, Sample, use_backend
+from mamba_ops.registry.samples import assert_within_budget
+
+OPS = [op for op in registry.ops().values() if op.qualname.startswith("mamba_ops::")]
+Front = Callable[..., Any]
+
+
+def backends_here(op: Op[...], device: torch.device) -> list[str]:
+    """Backends that run an op on this device, by name at least (Triton interpreted, on a CPU)."""
+    return [
+        name for name, kernel in op.kernels.items() if kernel.backend.why_unusable(device.type, by_name=True) is None
+    ]
+
+
+def cases(device: torch.device) -> Iterator[tuple[Op[...], str, Sample]]:
+    """Every op x backend x sample on this device."""
+    for op in OPS:
+        for backend in backends_here(op, device):
+            for sample in op.make_samples(device):
+                yield op, backend, sample
+
+
+def oracle_of(op: Op[...]) -> Front:
+    """The op's sequential oracle."""
+    oracle: Front = getattr(importlib.import_module(f"tests.oracle.{op.name}"), op.name)
+    return oracle
+
+
+def with_output(op: Op[...], sample: Sample) -> Sample:
+    """The same call with an output to write that is full of numbers, so that what nobody writes shows."""
+    if sample.kwargs.get("out") is not None:
+        return sample
+    out = op.allocate(**{k: v for k, v in op.bind(sample.args, sample.kwargs).items() if k != "output"})
+    generator = torch.Generator().manual_seed(1)
+    filled = torch.randn(out.shape, generator=generator).to(out)
+    return Sample(sample.name, sample.args, {**sample.kwargs, "out": filled})
+
+
+def results(op: Op[...], sample: Sample) -> dict[str, Tensor]:
+    """The tensors of a call that the op mutates, by the op's names."""
+    arguments = op.bind(sample.args, sample.kwargs)
+    return {name: arguments[name] for name in sorted(op.mutates)}
+
+
+def judge(op: Op[...], sample: Sample, front: Front) -> None:
+    """Run `front` on a copy of a sample; raise AssertionError unless it did what the op's contract says, no more."""
+    sample = with_output(op, sample)
+    mine = sample.clone()
+    front(*mine.args, **mine.kwargs)
+    oracle = oracle_of(op)
+    expected = {}
+    for dtype in (torch.float64, torch.float32):
+        call = sample.clone().to(dtype)
+        output, state = oracle(*call.args, **call.kwargs, dtype=dtype)
+        cache = next(name for name in op.mutates if name != "output")
+        expected[dtype] = {"output": output, cache: state}
+    for name, actual in results(op, mine).items():
+        truth, low = (expected[dtype][name] for dtype in (torch.float64, torch.float32))
+        assert_within_budget(actual, truth, low, f"{op.name}, {sample.name}: {name}")
+    _assert_rest_untouched(op, sample, mine)
+
+
+def _assert_rest_untouched(op: Op[...], before: Sample, after: Sample) -> None:
+    """What the op does not mutate, and the padding around what it does, keeps its bits."""
+    old, new = (op.bind(s.args, s.kwargs) for s in (before, after))
+    for name, tensor in old.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        was, now = (_storage(t) for t in (tensor, new[name]))
+        if name in op.mutates:
+            inside = torch.zeros(was.shape, dtype=torch.bool, device=was.device)
+            inside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
+            was, now = was[~inside], now[~inside]
+        assert torch.equal(was.view(torch.uint8), now.view(torch.uint8)), (
+            f"{op.name}, {before.name}: {name} was touched"
+        )
+
+
+def _storage(tensor: Tensor) -> Tensor:
+    """All of a tensor's storage, padding included, as one flat tensor."""
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def front_on(op: Op[...], backend: str) -> Front:
+    """The op's front, with every call on one backend."""
+
+    def front(*args: Any, **kwargs: Any) -> Any:
+        with use_backend(backend):
+            return op(*args, **kwargs)
+
+    return front
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Within the block, set environment variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})

@@ -1,0 +1,93 @@
+"""Every op x backend x sample against the oracle; and what a result may not depend on."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mamba_ops.registry import Op, Sample
+from tests.conftest import ACCELERATOR
+from tests.harness import OPS, backends_here, cases, front_on, judge, results, with_output
+
+DEVICE = ACCELERATOR or torch.device("cpu")
+CASES = [pytest.param(op, backend, sample, id=f"{op.name}-{backend}-{sample}") for op, backend, sample in cases(DEVICE)]
+PAIRS = [pytest.param(op, backend, id=f"{op.name}-{backend}") for op in OPS for backend in backends_here(op, DEVICE)]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(("op", "backend", "sample"), CASES)
+def test_against_the_oracle(op: Op[...], backend: str, sample: Sample) -> None:
+    judge(op, sample, front_on(op, backend))
+
+
+@pytest.mark.parametrize("state_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("op", "backend"), PAIRS)
+def test_dtype_pairs(op: Op[...], backend: str, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    samples = op.make_samples(DEVICE, dtype=dtype, state_dtype=state_dtype)
+    judge(op, samples[0], front_on(op, backend))
+    judge(op, samples[-1], front_on(op, backend))
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_reference_gives_the_truth_for_float64(op: Op[...]) -> None:
+    for sample in op.make_samples(DEVICE):
+        judge(op, sample.to(torch.float64), front_on(op, "torch"))
+
+
+@pytest.mark.parametrize(("op", "backend", "sample"), CASES)
+def test_same_bits_again(op: Op[...], backend: str, sample: Sample) -> None:
+    sample = with_output(op, sample)
+    runs = [sample.clone(), sample.clone()]
+    for run in runs:
+        front_on(op, backend)(*run.args, **run.kwargs)
+    for name, first in results(op, runs[0]).items():
+        assert torch.equal(first, results(op, runs[1])[name])
+
+
+@pytest.mark.parametrize(("op", "backend"), PAIRS)
+def test_a_row_does_not_depend_on_the_others(op: Op[...], backend: str) -> None:
+    """Each row of the base sample gives the same bits alone, and among neighbours that are NaN."""
+    sample = op.make_samples(DEVICE)[0]
+    whole = with_output(op, sample).clone()
+    front_on(op, backend)(*whole.args, **whole.kwargs)
+    rows = op.bind(whole.args, whole.kwargs)["output"].shape[0]
+    tokens = {
+        n for n, v in op.bind(whole.args, whole.kwargs).items() if isinstance(v, Tensor) and v.shape[:1] == (rows,)
+    }
+    tokens &= {"x", "dt", "B", "C", "z"}
+    names = [p.name for p in op.parameters]
+
+    def change(value: object, name: str, row: int, alone: bool) -> object:
+        if not isinstance(value, Tensor) or name not in tokens | {"slots", "out"}:
+            return value
+        if alone:
+            return value[row : row + 1]
+        if name not in tokens:
+            return value
+        poisoned = torch.full_like(value, torch.nan)
+        poisoned[row] = value[row]
+        return poisoned
+
+    for row in range(rows):
+        for alone in (True, False):
+            run = with_output(op, sample).clone()
+            args = tuple(change(v, n, row, alone) for n, v in zip(names, run.args, strict=False))
+            kwargs = {n: change(v, n, row, alone) for n, v in run.kwargs.items()}
+            out = front_on(op, backend)(*args, **kwargs)
+            assert torch.equal(out[0 if alone else row], op.bind(whole.args, whole.kwargs)["output"][row])
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_samples_reach_every_argument(op: Op[...]) -> None:
+    """Over an op's samples every argument takes two values, and every optional is absent once and present once."""
+    unsupported = {"rounding_seed", "philox_rounds"}
+    seen = [op.bind(s.args, s.kwargs) | {"output": s.kwargs.get("out")} for s in op.make_samples(DEVICE)]
+    for p in op.parameters:
+        if p.name in unsupported:
+            continue
+        values = [arguments[p.name] for arguments in seen]
+        if p.default is None or p.name == "output":
+            assert any(v is None for v in values), p.name
+            assert any(v is not None for v in values), p.name
+        facts = {(v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in values}
+        assert len(facts) > 1, p.name

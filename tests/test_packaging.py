@@ -1,0 +1,118 @@
+"""What a user gets: the wheel, built from the sdist, in an environment that has never seen the checkout."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("build.env", reason="building the wheel needs the package `build`")
+pytestmark = pytest.mark.xdist_group("packaging")  # one process builds, once
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
+
+
+def succeed(*command: str | Path, cwd: Path) -> str:
+    done = run(*command, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist and the wheel built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    checkout = folder / "checkout"  # a copy: what an earlier build left in the real one must not leak in
+    for name in ("mamba_ops", "registry"):
+        shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    succeed(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, checkout, cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    [wheel] = dist.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def bin_of_clean_venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scripts of a venv that has the wheel and, for torch, sees the packages that these tests run on."""
+    folder = tmp_path_factory.mktemp("venv")
+    venv.create(folder, symlinks=True)
+    pip = (sys.executable, "-m", "pip", "--python", folder / "bin" / "python")
+    succeed(*pip, "install", "-q", "--no-deps", "--no-index", wheel, cwd=folder)
+    # A path in a .pth file is searched, but the .pth files in it are not run: the editable install stays out of sight.
+    [site_packages] = folder.glob("lib/python*/site-packages")
+    (site_packages / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    return folder / "bin"
+
+
+def files_of(folder: Path) -> set[str]:
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix in (".py", ".json", ".typed") and "__pycache__" not in path.parts
+    }
+
+
+def everything() -> set[str]:
+    package = {name for name in files_of(ROOT / "mamba_ops") if not name.startswith("registry/")}
+    return {f"mamba_ops/{name}" for name in package | {f"registry/{name}" for name in files_of(ROOT / "registry")}}
+
+
+def test_the_checkout_links_to_the_registry():
+    link = ROOT / "mamba_ops" / "registry"
+    assert link.is_symlink()
+    assert link.readlink() == Path("../registry")
+
+
+def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel: Path):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert "mamba_ops/py.typed" in names
+    assert "mamba_ops/registry/__init__.py" in names
+    assert names == everything()
+
+
+def test_the_sdist_holds_real_files(dist: Path):
+    [sdist] = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        members = {member.name.partition("/")[2]: member for member in archive}
+    assert everything() <= members.keys()
+    assert all(member.isfile() or member.isdir() for member in members.values())
+
+
+def test_the_wheel_works_where_there_is_no_checkout(bin_of_clean_venv: Path, tmp_path: Path):
+    code = "import mamba_ops; print(mamba_ops.__file__); print(*mamba_ops.registry.ops())"
+    path, ops = succeed(bin_of_clean_venv / "python", "-c", code, cwd=tmp_path).splitlines()
+    assert Path(path).is_relative_to(bin_of_clean_venv.parent)
+    assert "selective_state_update" in ops.split()
+
+
+def test_the_wheel_brings_the_command(bin_of_clean_venv: Path, tmp_path: Path):
+    assert "demo" in succeed(bin_of_clean_venv / "mamba-ops", "--help", cwd=tmp_path)
+
+
+def test_the_wheel_has_no_module_called_registry(bin_of_clean_venv: Path, tmp_path: Path):
+    assert (
+        "No module named 'registry'" in run(bin_of_clean_venv / "python", "-c", "import registry", cwd=tmp_path).stderr
+    )
+
+
+def test_the_registry_refuses_the_name_of_its_folder():
+    done = run(sys.executable, "-c", "import registry", cwd=ROOT)
+    assert done.returncode == 1
+    assert "ImportError: this folder is imported as mamba_ops.registry, never as registry" in done.stderr
