@@ -119,10 +119,10 @@ def front(
 def body(name: str, parameters: Parameters, **closure: Any) -> Callable[..., None]:
     """Write the op's implementation: recognise the call, then run its kernel.
 
-    A call is known by shape, dtype and device of every tensor and by every number, so a known call was checked before
-    and its kernel is known: checks cost nothing on a repeated call. The latest call is recognised in one C++ comparison
-    (the one that Dynamo guards with; it tells inference tensors and mode apart, so the key does too), any other by a
-    look-up.
+    A call is known by shape, dtype and device of every tensor, by every number and by the grad mode, so a known call
+    was checked before and its kernel is known: checks cost nothing on a repeated call. The latest call is recognised in
+    one C++ comparison (the one that Dynamo guards with; it tells inference tensors and mode apart, so the key does
+    too), any other by a look-up.
 
     Args:
         name: qualified name of the op.
@@ -135,7 +135,7 @@ def body(name: str, parameters: Parameters, **closure: Any) -> Callable[..., Non
     compared = ", ".join(
         f"no_{p.name} if {p.name} is None else {p.name}" if is_optional(p) else p.name for p in tensors
     )
-    numbers = "(" + "".join(f"{p.name}, " for p in parameters if not is_tensor(p)) + ")"
+    numbers = "(is_grad_enabled(), " + "".join(f"{p.name}, " for p in parameters if not is_tensor(p)) + ")"
     needs_grad = " or ".join(
         f"{p.name} is not None and {p.name}.requires_grad" if is_optional(p) else f"{p.name}.requires_grad"
         for p in tensors

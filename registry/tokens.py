@@ -25,9 +25,7 @@ _selection: Callable[[], Hashable] = tuple  # names the selection in force; aske
 
 
 def token(device: torch.device) -> Tensor | None:
-    """Return the token of a device while tracing, or None where there can be none (export, absent devices)."""
-    if torch.compiler.is_exporting():  # there it would become a constant
-        return None
+    """Return the token of a device, for traced code; None where there can be none (export, absent devices)."""
     name = _name(device.type, device.index)
     return None if name is None else getattr(_tokens, name)
 
@@ -42,7 +40,9 @@ def renew(selection: Callable[[], Hashable]) -> None:
 
 
 def _name(device_type: str, index: int | None) -> str | None:
-    """Return the attribute that holds a device's token, making it if need be."""
+    """Return the attribute that holds a device's token, making it if need be; None where there is no token."""
+    if torch.compiler.is_exporting():  # it would become a constant; asked here because traced code is told True by 2.11
+        return None
     if device_type != "cpu" and not torch.get_device_module(device_type).is_available():
         return None
     name = device_type if index is None else f"{device_type}_{index}"

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 pytest.importorskip("rich", reason="the benchmarks and the demo's report are shown with it")
 
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from benchmarks import boundary as ladder
 from benchmarks import swap
-from mamba_ops import causal_conv1d_update, demo, selective_state_update, use_backend
+from mamba_ops import causal_conv1d_update, demo, explain, selective_state_update, use_backend
 from mamba_ops.demo.boundary import bare_op, does_nothing, idle_backend, measure_boundary, us_per_call
 from mamba_ops.demo.loop import loop_backend
 from mamba_ops.demo.run import watch_compiler
@@ -100,21 +101,21 @@ def test_a_swap_to_what_runs_anyway_is_refused(device, report):
 
 
 def test_a_backend_that_nobody_has_is_refused(device):
-    with pytest.raises(UnknownNameError, match=r"unknown backend 'nope'; valid: loop, torch"):
+    with pytest.raises(UnknownNameError, match=r"unknown backend 'nope'; valid: .*loop, torch"):
         demo.run_demo(TEXT, device=device, swap_to="nope")
 
 
 def test_a_backend_that_refuses_is_not_compiled_for(device):
     picky = Backend("picky", devices=None, priority=-50)
     try:
-        picky.implements(causal_conv1d_update, unless=lambda x: "never does")(
-            does_nothing(causal_conv1d_update.parameters)
-        )
-        with watch_compiler() as watch, pytest.raises(NoBackendError, match="picky  never does"):
+        kernel = does_nothing(causal_conv1d_update.parameters)
+        picky.implements(causal_conv1d_update, unless=lambda x: "never does")(kernel)
+        before = counters["stats"]["unique_graphs"]
+        with pytest.raises(NoBackendError, match="picky  never does"):
             demo.run_demo(TEXT, device=device, swap_to="picky")
+        assert counters["stats"]["unique_graphs"] == before
     finally:
         picky.remove()
-    assert watch.graphs == 0
 
 
 def test_the_demo_leaves_nothing_behind(report):
@@ -140,12 +141,12 @@ def test_the_loop_takes_what_it_says_and_computes_it(device, op):
     with torch.no_grad(), loop_backend():
         for sample in op.make_samples(device):
             looped, expected = sample.clone(), sample.clone()
-            try:
-                with use_backend("loop"):
-                    result = op(*looped.args, **looped.kwargs)
-            except NoBackendError as error:
-                assert error.reasons["loop"].startswith("takes ")
-                continue
+            with use_backend("loop"):
+                explanation = explain(op, *sample.args, **sample.kwargs)
+                if explanation.backend is None:
+                    assert explanation.reasons["loop"].startswith("takes ")
+                    continue
+                result = op(*looped.args, **looped.kwargs)
             with use_backend("torch"):
                 torch.testing.assert_close(result, op(*expected.args, **expected.kwargs), atol=1e-2, rtol=1e-2)
             torch.testing.assert_close(looped.args, expected.args, atol=1e-2, rtol=1e-2)  # the caches
@@ -160,8 +161,7 @@ def test_the_watch_counts_graphs_and_recompiles():
         compiled(torch.zeros(2))
         assert (watch.graphs, watch.recompiles) == (1, 0)
         compiled(torch.zeros(3))
-    compiled(torch.zeros(4))
-    assert (watch.graphs - 1, watch.recompiles) == (2, 1)  # graphs are read off when asked for, so the last one counts
+        assert (watch.graphs, watch.recompiles) == (2, 1)
 
 
 # -- the boundary -----------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_the_ladder_has_all_rungs_and_is_saved(tmp_path, capsys):
 
 def test_the_front_costs_little(device):
     for _ in range(5):  # the best of five: another process may be in the way
-        criteria = ladder.criteria(ladder.measure(device, rounds=20, number=200))
+        criteria = ladder.criteria(ladder.measure(device, rounds=60, number=60))
         if all(ratio <= limit for _, ratio, limit in criteria):
             return
     pytest.fail(str(criteria))
@@ -222,11 +222,14 @@ def test_the_front_costs_little(device):
 # -- the swap benchmark -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # interpreted where there is no GPU
 def test_the_swap_benchmark_tells_backends_apart_by_the_numbers(device):
-    readings, watch, _ = swap.swap(device)
+    readings, watch, skips = swap.swap(device)
     torch._dynamo.reset()
     assert [reading.ran for reading in readings] == [[reading.asked] for reading in readings]
     assert (watch.graphs, watch.recompiles) == (1, 0)
+    if device.type == "cuda":
+        assert swap.problems(readings, watch, skips) == []
 
 
 def test_the_swap_benchmark_finds_a_stale_replay():
@@ -243,7 +246,8 @@ def test_the_swap_benchmark_finds_a_stale_replay():
     ]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it runs here")
-def test_the_swap_benchmark_says_that_it_needs_a_gpu(capsys):
+def test_the_swap_benchmark_says_that_it_needs_a_gpu(device, capsys):
+    if device.type == "cuda":
+        pytest.skip("it runs here")
     assert swap.main() == 0
     assert capsys.readouterr().out == "benchmarks.swap needs a GPU with CUDA graphs; there is none here.\n"

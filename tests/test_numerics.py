@@ -1,8 +1,11 @@
 """Every op x backend x sample against the oracle; and what a result may not depend on."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mamba_ops.registry import Op, Sample
 from tests.conftest import ACCELERATOR
@@ -42,6 +45,26 @@ def test_same_bits_again(op: Op[...], backend: str, sample: Sample) -> None:
         front_on(op, backend)(*run.args, **run.kwargs)
     for name, first in results(op, runs[0]).items():
         assert torch.equal(first, results(op, runs[1])[name])
+
+
+class _HostReads(TorchDispatchMode):
+    """Counts reads of a tensor's value by the host, which would stop a CUDA graph from being captured."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_references_do_not_read_the_host(op: Op[...]) -> None:
+    """But for the length of the longest packed row in selective_state_update, which its docstring owns up to."""
+    for sample in op.make_samples("cpu"):
+        packed = op.name == "selective_state_update" and sample.kwargs.get("cu_seqlens") is not None
+        with _HostReads() as reads:
+            op.kernels["torch"].function(**op.bind(sample.clone().args, sample.clone().kwargs))
+        assert reads.count == int(packed), sample
 
 
 @pytest.mark.parametrize(("op", "backend"), PAIRS)

@@ -36,9 +36,12 @@ def store_rows(target: Tensor, index: Tensor, values: Tensor, live: Tensor) -> N
     if index.numel() == 0 or target.numel() == 0:
         return
     values = values.to(target.dtype)
-    any_live, first = live.any(), live.int().argmax()
-    spare_index = torch.where(any_live, index[first], 0)
-    spare = torch.where(any_live, values[first], target[spare_index])
+    first = live.int().argmax().unsqueeze(0)  # indexing with a tensor of no dimension would read it on the host
+    any_live = live.index_select(0, first)
+    spare_index = torch.where(any_live, index.index_select(0, first), 0)
+    spare = torch.where(
+        any_live.view([1] * values.dim()), values.index_select(0, first), target.index_select(0, spare_index)
+    )
     live_values = live.view(-1, *[1] * (values.dim() - 1))
     target[torch.where(live, index, spare_index)] = torch.where(live_values, values, spare)
 

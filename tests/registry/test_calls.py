@@ -1,6 +1,7 @@
 """One call: checks, gradients, what is remembered, samples."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,22 @@ def test_gradients_are_refused_in_a_sentence(add: Op[...], argument: str) -> Non
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             add(*(tensors[n].detach() for n in ("total", "x")), bias=tensors["bias"])
+
+
+@pytest.mark.parametrize("before", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_gradients_are_refused_after_the_same_call_was_remembered(add: Op[...], before: Any) -> None:
+    total, x, out = torch.zeros(3), torch.ones(3), torch.zeros(3)
+    for _ in range(2):
+        with before():
+            add(total, x, out=out)
+        x.requires_grad_()
+        with pytest.raises(ValueError, match="toys::add: x: got a tensor that requires grad"):
+            add(total, x, out=out)
+        with torch.no_grad():
+            add(total, x, out=out)
+        with pytest.raises(ValueError, match="toys::add: x: got a tensor that requires grad"):
+            add(total, x, out=out)
+        x = x.detach()
 
 
 def test_meta_tensors_among_real_ones(add: Op[...]) -> None:

@@ -1,0 +1,92 @@
+"""The code on our pages runs, prints what they say, and the table of environment variables is whole."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
+    """Yield the line that each block of a language begins on, and its text."""
+    text = page.read_text(encoding="utf-8")
+    for match in BLOCK.finditer(text):
+        if match[1] == language:
+            yield text.count("\n", 0, match.start(2)), match[2]
+
+
+def program(page: Path) -> str:
+    """Return the page's `python` blocks as one program in which every line keeps its number, for tracebacks.
+
+    A block marked `py` is a sketch and does not run; `output` is what the program prints on a CPU.
+    """
+    lines: list[str] = []
+    for line, text in blocks(page, "python"):
+        lines += [""] * (line - len(lines)) + text.splitlines()
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if program(page)], ids=lambda page: page.name)
+def test_the_code_on_a_page_runs(page: Path, tmp_path: Path):
+    script = tmp_path / f"{page.stem}.py"
+    script.write_text(program(page), encoding="utf-8")
+    # A RuntimeWarning is one of ours; torch has its own, that depend on the machine.
+    command = (sys.executable, "-W", "error::RuntimeWarning", script)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if torch.accelerator.current_accelerator(check_available=True) is None:  # the pages show what a CPU prints
+        for line, text in blocks(page, "output"):
+            assert text in done.stdout, f"{page.name}:{line}: the program printed:\n{done.stdout}"
+
+
+# -- docs/environment.md ----------------------------------------------------------------------------------------------
+
+READERS = ("os.environ.get", "os.environ.pop", "os.environ.setdefault", "os.getenv")
+COMPUTED = {"variable": "MAMBA_OPS_BACKEND"}  # the registry's: named after a namespace
+PYTHON = ("registry/**/*.py", "mamba_ops/**/*.py", "benchmarks/**/*.py", "examples/**/*.py", "tests/conftest.py")
+SHELL = re.compile(r"\$\{([A-Z_]+):?-|^([A-Z_]+) *\?=", re.MULTILINE)  # ${NAME:-default}, NAME ?= default
+
+
+def variables_in(tree: ast.AST) -> Iterator[str]:
+    """Yield the names of the environment variables that a Python file reads or sets; computed ones by COMPUTED."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
+            name = node.slice
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in READERS:
+            name = node.args[0]
+        else:
+            continue
+        yield name.value if isinstance(name, ast.Constant) else COMPUTED[ast.unparse(name)]
+
+
+def test_the_table_of_environment_variables_is_whole():
+    read = {
+        name
+        for pattern in PYTHON
+        for path in ROOT.glob(pattern)
+        for name in variables_in(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    for path in (ROOT / "Makefile", ROOT / "benchmarks" / "gpu_test.sh", ROOT / ".ci" / "run"):
+        read |= {name for names in SHELL.findall(path.read_text(encoding="utf-8")) for name in names if name}
+    rows = re.findall(
+        r"^\| `([A-Z_]+)` \|", (ROOT / "docs" / "environment.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(rows) == len(set(rows))
+    assert set(rows) == read
+
+
+# -- links ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_files_lead_somewhere(page: Path):
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []

@@ -1,0 +1,46 @@
+"""Every example runs by itself, as a user would run it; the decode step is one graph on a device that is not here."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mamba_ops import absent
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_an_example_runs(example: Path, tmp_path: Path):
+    # A RuntimeWarning is one of ours; torch has its own, that depend on the machine.
+    command = (sys.executable, "-W", "error::RuntimeWarning", example)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if example.name == "decode_step.py":
+        assert "torch: mamba_ops::causal_conv1d_update on torch" in done.stdout
+        assert "graphs compiled for all of this: 1\n" in done.stdout
+
+
+def child_decode(*, device: str) -> absent.Trace:
+    from examples.decode_step import Mixer
+
+    mixer = Mixer(hidden=128, heads=4, dim=64, dstate=32, groups=1, width=4, slots=16)
+    tracer = absent.Tracer(mixer, device=device, dynamic=True)
+    for rows in (4, 6, 3):
+        tracer(torch.randn(rows, 128), torch.arange(rows))
+    return tracer.trace
+
+
+@pytest.mark.skipif(torch.xpu.is_available(), reason="here it runs")
+def test_the_decode_step_is_one_graph_on_xpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    trace = absent.run("tests.test_examples:child_decode", device="xpu")
+    [graph] = trace["graphs"]
+    assert trace["breaks"] == trace["recompiles"] == []
+    assert trace["stopped"] is None
+    assert [op for op in graph["ops"] if op.startswith("mamba_ops")] == [
+        "mamba_ops.causal_conv1d_update.default",
+        "mamba_ops.selective_state_update.default",
+    ]
