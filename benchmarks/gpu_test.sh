@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 OUT=${OUT:-$(mktemp -d)}
 mkdir -p "$OUT"
-export OUT PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export OUT PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 summary=
 failed=0
@@ -21,7 +21,7 @@ stage() { # name, limit in seconds, command
 }
 
 # Packaging needs an index and the pinned tools; CI covers it. The workers share the one GPU.
-tests=(-q --ignore=tests/test_packaging.py -p no:cacheprovider)
+tests=(-q --ignore=tests/test_packaging.py -p no:cacheprovider -p no:benchmark)
 python3 -c 'import xdist' 2>/dev/null && tests+=(-n "${WORKERS:-6}" --dist loadgroup)
 
 python3 -c '
@@ -29,7 +29,7 @@ import torch, triton
 gpu = torch.accelerator.current_accelerator()
 name = torch.get_device_module(gpu).get_device_name(gpu) if gpu else "no accelerator"
 print(f"torch {torch.__version__}, triton {triton.__version__}, {name}")'
-stage tests 240 python3 -m pytest "${tests[@]}" tests compile_tests
+stage tests 300 python3 -m pytest "${tests[@]}" tests compile_tests
 stage kernels 110 python3 -m benchmarks.kernels --json "$OUT/kernels.json" --save "$OUT"
 stage boundary 50 python3 -m benchmarks.boundary
 stage swap 50 python3 -m benchmarks.swap

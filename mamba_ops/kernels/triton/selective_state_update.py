@@ -20,10 +20,16 @@ _POINTERS = "state x dt B C z output slots write_slots cu_seqlens num_accepted_t
 
 @triton.jit
 def _softplus(v):
-    # log(1 + e), with what the rounding of 1 + e lost put back: right however small e is
-    e = tl.exp(v)
-    u = 1.0 + e
-    return tl.where(v > 20.0, v, tl.log(u) + (e - (u - 1.0)) / u)
+    # max(v, 0) + log(1 + e), e at most 1. No log: where 1 + e is near 1 a GPU's own is wrong in the fourth digit of the
+    # result. Instead log(1 + e) = 2 atanh(r), r = e / (2 + e), whose series in r * r ends in time, as r is at most 1/3.
+    e = tl.exp(-tl.abs(v))
+    r = e / (2.0 + e)
+    q = r * r
+    series = 1.0 / 15 + q * (1.0 / 17)
+    series = 1.0 / 11 + q * (1.0 / 13 + q * series)
+    series = 1.0 / 7 + q * (1.0 / 9 + q * series)
+    series = 1.0 / 3 + q * (1.0 / 5 + q * series)
+    return tl.maximum(v, 0.0) + 2.0 * (r + r * q * series)
 
 
 @triton.jit
