@@ -172,6 +172,7 @@ def fake(value: _T, device: str) -> _T:
 
 @functools.cache
 def _fake_mode() -> FakeTensorMode:
+    fake_tensor.init_gpu_context = lambda device: None  # beside a present device, a fake tensor would start the absent one
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -228,7 +229,6 @@ def install(device_type: str, *, compiler: bool = True) -> str:
         _borrow_guard(device_type)
     # torch asks whether any accelerator is there; a present one must not make it put constants on the absent one.
     FakeTensorMode.avoid_device_init = True  # type: ignore[assignment, method-assign]
-    fake_tensor.init_gpu_context = lambda device: None  # nor must a fake tensor start the absent one
     if device_type == "xpu":
         _use_math_attention()
     return _installed.setdefault(device_type, how)

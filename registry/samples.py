@@ -33,11 +33,13 @@ class Sample:
             {name: _copy(a, copies) for name, a in self.kwargs.items()},
         )
 
-    def to(self, dtype: torch.dtype) -> "Sample":
-        """Return the same call with every floating tensor in another dtype (float64: for the truth)."""
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "Sample":
+        """Return the same call with its floating tensors in another dtype, and all of them on another device."""
 
         def convert(value: Any) -> Any:
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(device or value.device, dtype if value.is_floating_point() else value.dtype)
 
         args = tuple(convert(a) for a in self.args)
         return Sample(self.name, args, {name: convert(a) for name, a in self.kwargs.items()})
