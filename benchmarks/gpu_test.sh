@@ -31,7 +31,7 @@ name = torch.get_device_module(gpu).get_device_name(gpu) if gpu else "no acceler
 print(f"torch {torch.__version__}, triton {triton.__version__}, {name}")'
 stage tests 300 python3 -m pytest "${tests[@]}" tests compile_tests
 stage kernels 110 python3 -m benchmarks.kernels --json "$OUT/kernels.json" --save "$OUT"
-stage boundary 50 python3 -m benchmarks.boundary
+stage boundary 50 python3 -m benchmarks.boundary --save "$OUT"
 stage swap 50 python3 -m benchmarks.swap
 
 printf '\n==== summary, logs in %s\n%s' "$OUT" "$summary"
