@@ -53,7 +53,9 @@ def _device(name: str) -> torch.device:
     return device
 
 
-Device = Annotated[torch.device | None, typer.Option("--device", parser=_device, metavar="DEVICE", help="cpu, cuda, xpu, cuda:1")]
+Device = Annotated[
+    torch.device | None, typer.Option("--device", parser=_device, metavar="DEVICE", help="cpu, cuda, xpu, cuda:1")
+]
 
 
 def _print_version(wanted: bool) -> None:
