@@ -57,10 +57,13 @@ def is_optional(parameter: inspect.Parameter) -> bool:
 
 
 def subset(name: str, parameters: Parameters, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function of the op's signature that calls `function` with the parameters it names."""
+    """Return a function of the op's signature that calls `function` with the parameters it names, or with all of them
+    where it takes any.
+    """
     wanted = inspect.signature(function).parameters
+    takes_any = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in wanted.values())
     defaults: dict[str, Any] = {}
-    call = ", ".join(f"{p.name}={p.name}" for p in parameters if p.name in wanted)
+    call = _passed(parameters) if takes_any else ", ".join(f"{p.name}={p.name}" for p in parameters if p.name in wanted)
     source = f"def call({_header(parameters, defaults)}):\n    return function({call})"
     return _compiled(name, function.__name__, source, function=function, **defaults)
 

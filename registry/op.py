@@ -291,7 +291,8 @@ class Op(Generic[P]):
 
     def _facet(self, function: F, parameters: list[inspect.Parameter] | None = None) -> Callable[..., Any]:
         parameters = self.parameters if parameters is None else parameters
-        if stray := set(inspect.signature(function).parameters) - {p.name for p in parameters}:
+        named = [p.name for p in inspect.signature(function).parameters.values() if "VAR_" not in p.kind.name]
+        if stray := set(named) - {p.name for p in parameters}:
             problem = f"{function.__name__} names {', '.join(sorted(stray))}, which the op does not have"
             raise errors.declaration(f"{self.qualname} ({errors.source_of(function)})", problem)
         return generate.subset(self.qualname, parameters, function)

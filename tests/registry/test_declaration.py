@@ -16,6 +16,7 @@ from mamba_ops.registry import (
     RegistryError,
     given,
 )
+from tests.registry.toys import call
 
 
 def test_front_allocates_writes_and_mutates(add: Op[...]) -> None:
@@ -122,6 +123,14 @@ def test_facets_name_the_ops_parameters(add: Op[...]) -> None:
         add.checks(lambda x, y: None)
     with pytest.raises(DeclarationError, match="names output"):
         add.outputs(lambda output: output)
+
+
+def test_facets_may_take_everything(add: Op[...]) -> None:
+    seen: list[Any] = []
+    add.checks(lambda *args, **kwargs: seen.append((len(args), sorted(kwargs))))
+    add.outputs(lambda *args, **kwargs: args[1].new_zeros(args[1].shape))
+    assert call(add) == 1.0
+    assert seen == [(2, ["bias", "output", "scale"])]
 
 
 def test_without_outputs_out_must_be_given(toys: Namespace) -> None:
