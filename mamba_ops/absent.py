@@ -172,7 +172,8 @@ def fake(value: _T, device: str) -> _T:
 
 @functools.cache
 def _fake_mode() -> FakeTensorMode:
-    fake_tensor.init_gpu_context = lambda device: None  # beside a present device it would start the absent one
+    # Beside a present device it would start the absent one.
+    fake_tensor.init_gpu_context = lambda device: None  # type: ignore[assignment]
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
