@@ -6,7 +6,7 @@ function written out with the op's own parameters costs what a hand-written one 
 
 import inspect
 import linecache
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from types import FunctionType
 from typing import Any, cast
 
@@ -56,6 +56,15 @@ def is_optional(parameter: inspect.Parameter) -> bool:
     return is_tensor(parameter) and parameter.annotation is not Tensor
 
 
+def left_out(parameters: Parameters, mutated: Collection[str]) -> list[str]:
+    """Names of the mutated parameters that a caller may leave out: None in Python, an empty tensor at the op."""
+    return [
+        p.name
+        for p in parameters
+        if p.name in mutated and is_optional(p) and p.kind is p.KEYWORD_ONLY and p.default is None
+    ]
+
+
 def subset(name: str, parameters: Parameters, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of the op's signature that calls `function` with the parameters it names, or with all of them
     where it takes any.
@@ -77,7 +86,12 @@ def renamed_output(name: str, parameters: Parameters, function: Callable[..., An
 
 
 def front(
-    name: str, parameters: Parameters, mutated: list[str], first_code: int, **closure: Callable[..., Any]
+    name: str,
+    parameters: Parameters,
+    mutated: list[str],
+    caches: list[str],
+    first_code: int,
+    **closure: Callable[..., Any],
 ) -> FunctionType:
     """Write the op's `__call__`: allocate what is missing, hand the rest to the dispatcher.
 
@@ -88,6 +102,7 @@ def front(
         name: qualified name of the op.
         parameters: the op's own.
         mutated: names of the mutated parameters.
+        caches: those of them that may be left out.
         first_code: number of the sentence that refuses a gradient of the first parameter; the others follow.
         closure: `overload`, `dispatch`, `outputs`, `is_compiling`, `token`, `is_grad_enabled`, `refuse`.
     """
@@ -99,6 +114,9 @@ def front(
     lines = [f"def __call__(self, {_header(shown, defaults)}):"]
     if writes_output:
         lines += ["    if out is None:", f"        out = outputs({_passed(inputs)})"]
+    first = next(p.name for p in parameters if is_tensor(p) and not is_optional(p))
+    for cache in caches:
+        lines += [f"    if {cache} is None:", f"        {cache} = {first}.new_empty(0)"]
     lines += ["    if is_compiling():", "        if is_grad_enabled():"]
     for number, p in enumerate(parameters):
         if is_tensor(p):
@@ -109,7 +127,6 @@ def front(
                 f"                refuse({victim}, {first_code + number})",
             ]
     call = _passed(parameters, output="out")
-    first = next(p.name for p in parameters if is_tensor(p) and not is_optional(p))
     lines += [
         f"        overload({call}, selection=token({first}.device))",
         "    else:",
@@ -119,7 +136,7 @@ def front(
     return cast(FunctionType, _compiled(name, "front", "\n".join(lines), **closure, **defaults))
 
 
-def body(name: str, parameters: Parameters, **closure: Any) -> Callable[..., None]:
+def body(name: str, parameters: Parameters, caches: list[str], **closure: Any) -> Callable[..., None]:
     """Write the op's implementation: recognise the call, then run its kernel.
 
     A call is known by shape, dtype and device of every tensor, by every number and by the grad mode, so a known call
@@ -130,6 +147,7 @@ def body(name: str, parameters: Parameters, **closure: Any) -> Callable[..., Non
     Args:
         name: qualified name of the op.
         parameters: the op's own; `selection` follows them and is not read: it is there for the keys of captured graphs.
+        caches: those of them that are empty where the caller left them out; from here on they are None.
         closure: `memories` (a list of the one `Memory` in force), `decide`, `refuse_gradient`, `is_grad_enabled`,
             `is_inference_mode_enabled`,
             `no_<name>` for each optional tensor (the tensor that stands for None in the comparison).
@@ -152,6 +170,7 @@ def body(name: str, parameters: Parameters, **closure: Any) -> Callable[..., Non
     defaults: dict[str, Any] = {}
     lines = [
         f"def run({_header(parameters, defaults)}, selection=None):",
+        *(f"    {cache} = {cache} if {cache}.numel() else None" for cache in caches),
         "    memory = memories[0]",
         "    same_as_last, numbers, kernel = memory.last",
         f"    if numbers != {numbers} or not same_as_last({compared}):",

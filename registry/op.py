@@ -73,6 +73,10 @@ class Namespace:
         `given(out)` is the tensor to write. (`*, output: Tensor) -> None`, the schema's own form, is taken too; then
         type checkers see no signature.) Its parameters are Tensors, optional Tensors, ints, floats and bools.
 
+        A cache that callers may leave out is `*, cache: Tensor | None = None`, named in `mutates` (in the front's form
+        alone). No schema may have an optional mutated tensor, so at the op it is a Tensor: the front passes an empty
+        one for None, and the op hands its checks, refusals and kernels None for an empty one.
+
         Args:
             mutates: names of all parameters that the op writes, `out` among them.
             splits_graph: engines may cut their graphs at this op.
@@ -111,7 +115,8 @@ class Op(Generic[P]):
 
     Attributes:
         name, qualname: `op` and `namespace::op`.
-        parameters: the schema's parameters (`output` for `out`), without `selection`.
+        parameters: what checks and kernels get: the schema's parameters (`output` for `out`), without `selection`; a
+            cache that may be left out is optional here.
         mutates: names of the parameters that it writes.
         kernels: backend name to kernel; the reference is the kernel of the backend `torch`.
         splits_graph, reads_host: see `Namespace.op`.
@@ -154,8 +159,11 @@ class Op(Generic[P]):
 
     def _register(self, namespace: Namespace) -> None:
         """Define op, body and fake in torch, and write the front."""
-        parameters = [*self.parameters, inspect.Parameter("selection", inspect.Parameter.KEYWORD_ONLY, default=None,
-                                                          annotation=Tensor | None)]  # fmt: skip
+        caches = generate.left_out(self.parameters, self.mutates)
+        parameters = [
+            *(p.replace(annotation=Tensor, default=p.empty) if p.name in caches else p for p in self.parameters),
+            inspect.Parameter("selection", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None),
+        ]
 
         def stub() -> None: ...
 
@@ -163,6 +171,7 @@ class Op(Generic[P]):
         body = generate.body(
             self.qualname,
             self.parameters,
+            caches,
             memories=self._memories,
             decide=self._decide,
             refuse_gradient=self._refuse_gradient,
@@ -179,6 +188,7 @@ class Op(Generic[P]):
             self.qualname,
             self.parameters,
             sorted(self.mutates),
+            caches,
             namespace._number(sentences),
             overload=self.overload,
             dispatch=self.overload._op,  # the dispatcher itself, without OpOverload's Python frame
@@ -236,7 +246,7 @@ class Op(Generic[P]):
         return self._outputs(*args, **kwargs)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a front call's arguments by the schema's names, with defaults and the output filled in."""
+        """Return a front call's arguments as checks and kernels get them, with defaults and the output filled in."""
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
@@ -302,6 +312,7 @@ def _parameters(op: str, function: Callable[..., Any], mutates: frozenset[str]) 
     """Read the schema's parameters off a declared function, refusing what torch accepts and then breaks on."""
     parameters: list[inspect.Parameter] = []
     what = f"{op} ({errors.source_of(function)})"
+    is_front = "out" in inspect.signature(function).parameters
     for p in inspect.signature(function).parameters.values():
         if isinstance(p.annotation, str):
             raise errors.declaration(what, "annotations are strings; drop `from __future__ import annotations` there")
@@ -314,10 +325,9 @@ def _parameters(op: str, function: Callable[..., Any], mutates: frozenset[str]) 
         if p.annotation not in _SCHEMA_TYPES:
             allowed = "Tensor, Tensor | None, int, float or bool (a str would make every layer's graph its own)"
             raise errors.declaration(what, f"{p.name}: got {p.annotation}, expected {allowed}")
-        if p.name in mutates and p.annotation is not Tensor:
-            raise errors.declaration(
-                what, f"{p.name}: a mutated argument is a Tensor, never optional; pass an empty one"
-            )
+        if p.name in mutates and p.annotation is not Tensor and not (is_front and generate.left_out([p], mutates)):
+            remedy = f"where it may be left out, declare the front: `*, {p.name}: Tensor | None = None, ..., out`"
+            raise errors.declaration(what, f"{p.name}: a mutated argument is a Tensor, never optional; {remedy}")
         if p.name == "output" and p.kind is not p.KEYWORD_ONLY:
             raise errors.declaration(what, "the output must be keyword-only")
         parameters.append(p)

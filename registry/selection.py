@@ -107,20 +107,31 @@ def changed() -> None:
 
 
 def _fingerprint() -> Hashable:
-    """Return what two selections have in common if and only if every op has the same kernels in the same order."""
-    bound = frozenset((op.qualname, b[0]) for op in ops.values() if (b := _bound(op)) is not None)
-    return bound, frozenset((op.qualname, name) for op in ops.values() for name in op.kernels)
+    """Return what two selections have in common if and only if every op has the same kernels in the same order.
+
+    The environment is the same all the time, so it is left out (and not read before the first selection).
+    """
+    asked = frozenset((op.qualname, a[0]) for op in ops.values() if (a := _asked(op)) is not None)
+    return asked, frozenset((op.qualname, name) for op in ops.values() for name in op.kernels)
 
 
 # -- one decision -----------------------------------------------------------------------------------------------------
 
 
-def _bound(op: "Op[...]") -> tuple[str, str] | None:
-    """Return the backend that was asked for by name for this op, and who asked."""
-    for binding in (*reversed(_bindings), _environment(op.qualname.split("::")[0])):
+def _asked(op: "Op[...]") -> tuple[str, str] | None:
+    """Return the backend that use_backend() asks for, for this op, and who asked."""
+    for binding in reversed(_bindings):
         if (name := binding.of(op)) is not None:
             return name, binding.by
     return None
+
+
+def _bound(op: "Op[...]") -> tuple[str, str] | None:
+    """Return the backend that was asked for by name for this op, and who asked."""
+    if (asked := _asked(op)) is None:
+        binding = _environment(op.qualname.split("::")[0])
+        asked = None if (name := binding.of(op)) is None else (name, binding.by)
+    return asked
 
 
 def _environment(namespace: str) -> _Binding:

@@ -14,6 +14,7 @@ from mamba_ops.registry import (
     Namespace,
     Op,
     RegistryError,
+    explain,
     given,
 )
 from tests.registry.toys import call
@@ -50,6 +51,48 @@ def test_schema_form_of_a_declaration(toys: Namespace) -> None:
 
     assert torch.equal(double(torch.ones(2)), torch.full((2,), 2.0))
     assert "toys::double" in registry.splitting_ops()
+
+
+def test_a_cache_that_may_be_left_out(toys: Namespace, backend: Any) -> None:
+    """None in the front and in kernels, an empty tensor at the op, a Tensor in the schema."""
+    seen: list[Tensor | None] = []
+
+    @toys.op(mutates=("cache", "out"))
+    def keep(x: Tensor, *, cache: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        seen.append(cache)
+        if cache is not None:
+            cache += x
+        return given(out).copy_(x)
+
+    @keep.checks
+    def _checks(cache: Tensor | None) -> None:
+        assert cache is None or cache.numel()
+
+    @keep.outputs
+    def _output(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    assert keep.schema == "(Tensor x, *, Tensor(a1!) cache, Tensor(a2!) output, Tensor? selection=None) -> ()"
+    x, cache = torch.ones(2), torch.zeros(2)
+    compiled = torch.compile(lambda x, cache: keep(x, cache=cache), fullgraph=True, backend="aot_eager")
+    for run in (lambda x, cache: keep(x, cache=cache), compiled):
+        for given_cache in (None, cache):
+            assert torch.equal(run(x, given_cache), x)
+    keep.overload(x, cache=x.new_empty(0), output=torch.empty(2))
+    assert [c is None for c in seen] == [True, False, True, False, True]
+    assert cache.tolist() == [2.0, 2.0]
+    assert explain(keep, x).backend == "torch"
+    torch.library.opcheck(keep.overload, (x,), {"cache": cache, "output": torch.empty(2)})
+
+    def _keep(x: Tensor, *, cache: Tensor | None = None, output: Tensor) -> None:
+        output.zero_()
+
+    backend("other").implements(keep)(_keep)
+
+    def optional(x: Tensor, *, cache: Tensor | None = None, output: Tensor) -> None: ...
+
+    with pytest.raises(DeclarationError, match="cache: a mutated argument is a Tensor, never optional; where it may"):
+        declare(toys, optional, "cache", "output")
 
 
 def test_op_without_output(toys: Namespace) -> None:
