@@ -148,15 +148,27 @@ def _transposed(cache: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", [_whole, _padded, _sliced, _transposed])
+@pytest.mark.parametrize("inside", [None, "slice", "transpose"])
 @pytest.mark.parametrize(("op", "step"), STEPS)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_no_copy_of_a_cache(op: Op[...], step: Callable[[int], Sample], layout: Any, dynamic: bool) -> None:
-    """Read from Inductor's code: nothing is allocated but the output, and nothing is copied."""
+def test_no_copy_of_a_cache(
+    op: Op[...], step: Callable[[int], Sample], layout: Any, inside: str | None, dynamic: bool
+) -> None:
+    """Read from Inductor's code: nothing is allocated but the output, and nothing is copied.
+
+    The cache comes in as a whole, padded, sliced or transposed tensor; or the graph takes such a view of it itself.
+    """
     sample = step(5)
-    cache = next(name for name in op.mutates if name != "output")
-    names = [p.name for p in op.parameters]
-    args = [layout(a) if n == cache else a for n, a in zip(names, sample.args, strict=False)]
-    compiled = torch.compile(the_call(op), fullgraph=True, dynamic=dynamic)
+    place = [p.name for p in op.parameters].index(next(name for name in op.mutates if name != "output"))
+    args = [layout(a) if i == place else a for i, a in enumerate(sample.args)]
+    if inside == "transpose":
+        args[place] = args[place].transpose(-1, -2).contiguous()
+    views = {None: lambda c: c, "slice": lambda c: c[1:], "transpose": lambda c: c.transpose(-1, -2)}
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        return op(*(views[inside](a) if i == place else a for i, a in enumerate(args)), **kwargs)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic)
     with torch._inductor.config.patch(fx_graph_cache=False):  # code from the cache is not written again
         _, [code] = run_and_get_code(compiled, *args, **sample.kwargs)
     called = code[code.index("def call(") :]
