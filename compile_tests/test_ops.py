@@ -43,6 +43,7 @@ def the_call(op: Op[...]) -> Callable[..., Tensor]:
 @pytest.mark.parametrize(("op", "backend", "sample"), CASES)
 def test_opcheck(op: Op[...], backend: str, sample: Sample) -> None:
     arguments = op.bind(*(lambda s: (s.args, s.kwargs))(with_output(op, sample)))
+    arguments |= {name: torch.empty(0, device=DEVICE) for name in op.mutates if arguments[name] is None}
     positional = [arguments.pop(p.name) for p in op.parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     with use_backend(backend):
         torch.library.opcheck(op.overload, tuple(positional), arguments)
@@ -92,6 +93,15 @@ def conv_step(rows: int) -> Sample:
     return Sample("step", (x, cache, weight), {"slots": torch.arange(rows, device=DEVICE) + 1})
 
 
+def conv_prefill(rows: int) -> Sample:
+    dim, width, slots, length = 24, 4, 3 * rows + 2, 2 * rows + 1
+    x, weight = torch.randn(rows, length, dim, device=DEVICE), torch.randn(dim, width, device=DEVICE)
+    cache = torch.randn(slots, width - 1, dim, device=DEVICE).transpose(1, 2)
+    known = torch.arange(rows, device=DEVICE) % 2 == 0
+    places = torch.arange(rows, device=DEVICE) + 1
+    return Sample("step", (x, weight), {"conv_state": cache, "slots": places, "has_initial_state": known})
+
+
 def ssm_step(rows: int) -> Sample:
     heads, dim, dstate, groups, slots = 4, 8, 16, 2, 3 * rows + 2  # 17 at first: no two sizes agree
     x, dt = torch.randn(rows, heads, dim, device=DEVICE), torch.rand(rows, heads, device=DEVICE)
@@ -100,8 +110,20 @@ def ssm_step(rows: int) -> Sample:
     return Sample("step", (state, x, dt, A, B, C), {"slots": torch.arange(rows, device=DEVICE) + 1, "D": -A})
 
 
+def scan_step(rows: int) -> Sample:
+    heads, dim, dstate, groups, length, slots = 4, 8, 16, 2, 7, 3 * rows + 2
+    x, dt = torch.randn(rows, length, heads, dim, device=DEVICE), torch.rand(rows, length, heads, device=DEVICE)
+    B, C = (torch.randn(rows, length, groups, dstate, device=DEVICE) for _ in range(2))
+    state, A = torch.randn(slots, heads, dim, dstate, device=DEVICE), -torch.rand(heads, device=DEVICE)
+    kept = torch.randn(3 * rows + 3, heads, dim, dstate, device=DEVICE)
+    kwargs = {"D": A, "ssm_state": state, "slots": torch.arange(rows, device=DEVICE) + 1, "chunk_states": kept}
+    return Sample("step", (x, dt, A, B, C, 4), kwargs)
+
+
 STEPS = [
+    pytest.param(mamba_ops.causal_conv1d, conv_prefill, id="causal_conv1d"),
     pytest.param(mamba_ops.causal_conv1d_update, conv_step, id="causal_conv1d_update"),
+    pytest.param(mamba_ops.mamba_chunk_scan, scan_step, id="mamba_chunk_scan"),
     pytest.param(mamba_ops.selective_state_update, ssm_step, id="selective_state_update"),
 ]
 
@@ -159,18 +181,21 @@ def test_no_copy_of_a_cache(
     The cache comes in as a whole, padded, sliced or transposed tensor; or the graph takes such a view of it itself.
     """
     sample = step(5)
-    place = [p.name for p in op.parameters].index(next(name for name in op.mutates if name != "output"))
-    args = [layout(a) if i == place else a for i, a in enumerate(sample.args)]
-    if inside == "transpose":
-        args[place] = args[place].transpose(-1, -2).contiguous()
+    caches = op.mutates - {"output"}
+    names = [p.name for p in op.parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    arguments = dict(zip(names, sample.args, strict=False)) | dict(sample.kwargs)
+    for name in caches:
+        arguments[name] = layout(arguments[name])
+        if inside == "transpose":
+            arguments[name] = arguments[name].transpose(-1, -2).contiguous()
     views = {None: lambda c: c, "slice": lambda c: c[1:], "transpose": lambda c: c.transpose(-1, -2)}
 
-    def call(*args: Any, **kwargs: Any) -> Tensor:
-        return op(*(views[inside](a) if i == place else a for i, a in enumerate(args)), **kwargs)
+    def call(**arguments: Any) -> Tensor:
+        return op(**{name: views[inside](a) if name in caches else a for name, a in arguments.items()})
 
     compiled = torch.compile(call, fullgraph=True, dynamic=dynamic)
     with torch._inductor.config.patch(fx_graph_cache=False):  # code from the cache is not written again
-        _, [code] = run_and_get_code(compiled, *args, **sample.kwargs)
+        _, [code] = run_and_get_code(compiled, **arguments)
     called = code[code.index("def call(") :]
     assert called.count(f"torch.ops.mamba_ops.{op.name}.default(") == 1
     assert called.count(" = empty_strided") == 1, called

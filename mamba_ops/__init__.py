@@ -2,7 +2,9 @@
 
 from mamba_ops import backends as backends
 from mamba_ops import registry as registry
+from mamba_ops.ops import causal_conv1d as causal_conv1d
 from mamba_ops.ops import causal_conv1d_update as causal_conv1d_update
+from mamba_ops.ops import mamba_chunk_scan as mamba_chunk_scan
 from mamba_ops.ops import selective_state_update as selective_state_update
 from mamba_ops.registry import explain as explain
 from mamba_ops.registry import record_selections as record_selections

@@ -1,6 +1,7 @@
 """Declare a kernel once: `Namespace` makes torch.library ops out of documented functions, `Op` is what users call."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar, overload
 
@@ -161,7 +162,7 @@ class Op(Generic[P]):
         """Define op, body and fake in torch, and write the front."""
         caches = generate.left_out(self.parameters, self.mutates)
         parameters = [
-            *(p.replace(annotation=Tensor, default=p.empty) if p.name in caches else p for p in self.parameters),
+            *(_in_schema(p, p.name in caches) for p in self.parameters),
             inspect.Parameter("selection", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None),
         ]
 
@@ -306,6 +307,15 @@ class Op(Generic[P]):
             problem = f"{function.__name__} names {', '.join(sorted(stray))}, which the op does not have"
             raise errors.declaration(f"{self.qualname} ({errors.source_of(function)})", problem)
         return generate.subset(self.qualname, parameters, function)
+
+
+def _in_schema(parameter: inspect.Parameter, is_cache: bool) -> inspect.Parameter:
+    """Return a parameter as the schema has it: caches are tensors, and no default is infinite, which none can say."""
+    if is_cache:
+        return parameter.replace(annotation=Tensor, default=parameter.empty)
+    if isinstance(parameter.default, float) and not math.isfinite(parameter.default):
+        return parameter.replace(default=parameter.empty)
+    return parameter
 
 
 def _parameters(op: str, function: Callable[..., Any], mutates: frozenset[str]) -> list[inspect.Parameter]:

@@ -1,11 +1,12 @@
 """Our own Triton kernels: one source for CUDA, ROCm and XPU; interpreted on the CPU if asked for by name."""
 
+import math
 import os
 
 import torch
 from torch import Tensor
 
-from mamba_ops.ops import causal_conv1d_update, selective_state_update
+from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba_chunk_scan, selective_state_update
 from mamba_ops.registry import Backend
 
 
@@ -27,10 +28,29 @@ def _why_not(x: Tensor) -> str | None:
     return "computes in float32, and x is float64" if x.dtype == torch.float64 else None
 
 
-def _why_not_conv(x: Tensor, conv_state: Tensor) -> str | None:
-    if conv_state.dtype == torch.float64:
+def _why_not_conv(x: Tensor, conv_state: Tensor | None) -> str | None:
+    if conv_state is not None and conv_state.dtype == torch.float64:
         return "moves what it keeps through float32, and conv_state is float64"
     return _why_not(x)
+
+
+@triton.implements(causal_conv1d, unless=_why_not_conv)
+def _causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    conv_state: Tensor | None = None,
+    slots: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    silu: bool = True,
+    null_slot: int = -1,
+    output: Tensor,
+) -> None:
+    from mamba_ops.kernels.triton.causal_conv1d import causal_conv1d as kernel
+
+    kernel(x, weight, bias, cu_seqlens, conv_state, slots, has_initial_state, silu, null_slot, output)
 
 
 @triton.implements(causal_conv1d_update, unless=_why_not_conv)
@@ -92,5 +112,65 @@ def _selective_state_update(
         cu_seqlens=cu_seqlens,
         num_accepted_tokens=num_accepted_tokens,
         null_slot=null_slot,
+        output=output,
+    )
+
+
+def _why_not_scan(x: Tensor, B: Tensor, chunk_size: int) -> str | None:
+    if B.shape[-1] > 256:
+        return f"takes a dstate of at most 256, and B has {B.shape[-1]}"
+    if chunk_size > 4096:
+        return f"takes chunks of at most 4096 tokens, and chunk_size is {chunk_size}"
+    return _why_not(x)
+
+
+@triton.implements(mamba_chunk_scan, unless=_why_not_scan)
+def _mamba_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_min: float = 0.0,
+    dt_max: float = math.inf,
+    cu_seqlens: Tensor | None = None,
+    computed_tokens: Tensor | None = None,
+    ssm_state: Tensor | None = None,
+    slots: Tensor | None = None,
+    write_slots: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    null_slot: int = -1,
+    chunk_states: Tensor | None = None,
+    output: Tensor,
+) -> None:
+    from mamba_ops.kernels.triton.mamba_chunk_scan import mamba_chunk_scan as kernel
+
+    kernel(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        dt_min=dt_min,
+        dt_max=dt_max,
+        cu_seqlens=cu_seqlens,
+        computed_tokens=computed_tokens,
+        ssm_state=ssm_state,
+        slots=slots,
+        write_slots=write_slots,
+        has_initial_state=has_initial_state,
+        null_slot=null_slot,
+        chunk_states=chunk_states,
         output=output,
     )

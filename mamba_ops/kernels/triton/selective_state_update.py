@@ -3,33 +3,19 @@
 A program owns some channels of one head of one row: their state stays in registers over all tokens of the row.
 """
 
-import contextlib
 import functools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mamba_ops.kernels.triton.common import by_token, dense, is_dense, on_device_of, softplus
 
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed;
 # the parameters A, D and dt_bias stay where they are, so Triton may look at their addresses.
 _NUMBERS = """slot_stride head_stride dim_stride dstate_stride x_stride dt_stride B_stride C_stride z_stride
     output_stride slots_stride slots_columns write_stride write_columns length null_slot""".split()
 _POINTERS = "state x dt B C z output slots write_slots cu_seqlens num_accepted_tokens".split()
-
-
-@triton.jit
-def _softplus(v):
-    # max(v, 0) + log(1 + e), e at most 1. No log: where 1 + e is near 1 a GPU's own is wrong in the fourth digit of the
-    # result. Instead log(1 + e) = 2 atanh(r), r = e / (2 + e), whose series in r * r ends in time, as r is at most 1/3.
-    e = tl.exp(-tl.abs(v))
-    r = e / (2.0 + e)
-    q = r * r
-    series = 1.0 / 15 + q * (1.0 / 17)
-    series = 1.0 / 11 + q * (1.0 / 13 + q * series)
-    series = 1.0 / 7 + q * (1.0 / 9 + q * series)
-    series = 1.0 / 3 + q * (1.0 / 5 + q * series)
-    return tl.maximum(v, 0.0) + 2.0 * (r + r * q * series)
 
 
 @triton.jit
@@ -156,7 +142,7 @@ def _kernel(
         if dt_bias is not None:
             d += bias
         if SOFTPLUS:
-            d = _softplus(d)
+            d = softplus(d)
         if DT_PER_CHANNEL or (BIAS_PER_CHANNEL and dt_bias is not None):
             d = d[:, None]
 
@@ -217,15 +203,15 @@ def selective_state_update(
     heads, groups = (1, 1) if headless else (state.shape[1], B.shape[-2])
     dt_per_channel = dt.dim() == x.dim()
 
-    written = _by_token(output, flat)
-    x, dt, B, C = _by_token(x, flat), _by_token(dt, flat), _by_token(B, flat), _by_token(C, flat)
-    z = None if z is None else _by_token(z, flat)
+    written = by_token(output, flat)
+    x, dt, B, C = by_token(x, flat), by_token(dt, flat), by_token(B, flat), by_token(C, flat)
+    z = None if z is None else by_token(z, flat)
     A = A.contiguous()
     D = None if D is None else D.contiguous()
     dt_bias = None if dt_bias is None else dt_bias.contiguous()
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    slots = None if slots is None else _table(slots)
-    write_slots = None if write_slots is None else _table(write_slots)
+    slots = None if slots is None else dense(slots)
+    write_slots = None if write_slots is None else dense(write_slots)
     slots_columns = write_columns = None
     if num_accepted_tokens is not None and slots is not None:
         num_accepted_tokens = num_accepted_tokens.contiguous()
@@ -235,11 +221,11 @@ def selective_state_update(
     slot_stride, *strides = state.stride()
     places = state.data_ptr() | B.data_ptr() | C.data_ptr()
     places |= slot_stride * state.itemsize | B.stride(0) * B.itemsize | C.stride(0) * C.itemsize
-    aligned = places % 16 == 0 and _is_dense(state)
+    aligned = places % 16 == 0 and is_dense(state)
     head_stride, dim_stride, dstate_stride = (None, None, None) if aligned else (0, *strides)[-3:]
 
     block, width, warps, blocks = _launch(dim, dstate, A.dim() > 1)
-    with _on_device_of(state):
+    with on_device_of(state):
         _kernel[(rows * heads * blocks,)](
             state,
             x,
@@ -299,34 +285,3 @@ def _launch(dim: int, dstate: int, full_A: bool) -> tuple[int, int, int, int]:
     entries = 4096 if full_A else 8192
     block = min(triton.next_power_of_2(dim), max(entries // width, 1))
     return block, width, min(max(8 * block * width // entries, 1), 8), triton.cdiv(dim, block)
-
-
-def _by_token(tensor: Tensor, flat: bool) -> Tensor:
-    """An activation as (tokens, ...), dense within a token: itself, a view of it or else a copy."""
-    tensor = tensor if flat else tensor.flatten(0, 1)
-    return tensor if _is_dense(tensor) else tensor.contiguous()
-
-
-def _table(slots: Tensor) -> Tensor:
-    """A slot table, dense within a row."""
-    return slots if _is_dense(slots) else slots.contiguous()
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether everything but the first dimension is laid out as in a contiguous tensor."""
-    if tensor.is_contiguous():
-        return True
-    shape, stride, dense = tensor.shape, tensor.stride(), 1
-    for axis in range(len(shape) - 1, 0, -1):
-        if stride[axis] != dense and shape[axis] != 1:
-            return False
-        dense *= shape[axis]
-    return True
-
-
-def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """The context in which a launch goes to the tensor's device; on the CPU, interpreted, there is but one."""
-    if tensor.get_device() < 0:
-        return contextlib.nullcontext()
-    context: contextlib.AbstractContextManager[object] = torch.get_device_module(tensor.device).device(tensor.device)
-    return context

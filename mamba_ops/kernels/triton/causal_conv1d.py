@@ -1,0 +1,241 @@
+"""A depthwise causal convolution over whole sequences, in one launch that asks the host about no length.
+
+A program owns a tile: a few tokens of one sequence by a block of channels. It loads these tokens and the width - 1
+before them into registers, all of them before it computes anything, so that the loads are under way together.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK_T = 16  # tokens of a tile: no fewer than a window looks back
+_BLOCK = 256
+_CHANNELS = 128  # that a warp owns: 8 bytes of bfloat16 a thread
+
+
+@triton.jit(
+    do_not_specialize=[
+        "sequences",
+        "length",
+        "null_slot",
+        "slots_stride",
+        "x_row",
+        "x_token",
+        "x_channel",
+        "state_slot",
+        "state_column",
+        "state_channel",
+        "output_row",
+        "output_token",
+        "output_channel",
+    ],
+    do_not_specialize_on_alignment=[
+        "x_ptr",
+        "weight_ptr",
+        "bias_ptr",
+        "cu_seqlens_ptr",
+        "state_ptr",
+        "slots_ptr",
+        "initial_ptr",
+        "output_ptr",
+    ],
+)
+def _kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,  # None: no bias
+    cu_seqlens_ptr,  # None: every sequence has `length` tokens
+    state_ptr,  # None: nothing is kept
+    slots_ptr,  # None: sequence i uses slot i
+    initial_ptr,  # None: every sequence starts from zeros
+    output_ptr,
+    sequences,  # None without cu_seqlens
+    length,  # None with cu_seqlens
+    null_slot: tl.int64,
+    slots_stride: tl.int64,
+    x_row: tl.int64,
+    x_token: tl.int64,
+    x_channel,  # None, and the other two with it: see _along
+    state_slot: tl.int64,
+    state_column: tl.int64,
+    state_channel,
+    output_row: tl.int64,
+    output_token: tl.int64,
+    output_channel,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    HISTORY: tl.constexpr = WIDTH - 1
+    BLOCKS: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    tile = program // BLOCKS
+    channels = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    inside = channels < DIM
+
+    # First what waits for no index.
+    taps: tl.tuple = ()
+    for k in tl.static_range(WIDTH):
+        taps += (tl.load(weight_ptr + channels * WIDTH + k, mask=inside).to(tl.float32),)
+    bias = tl.zeros([BLOCK], tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + channels, mask=inside).to(tl.float32)
+
+    if cu_seqlens_ptr is None:
+        tiles = tl.cdiv(length, BLOCK_T)
+        row = (tile // tiles).to(tl.int64)
+        tile %= tiles
+        first = row
+        tokens = length
+    else:
+        # The tiles of sequence i are numbered from cu_seqlens[i] // BLOCK_T + i on. From one sequence to the next that
+        # grows by at least the number of its tiles, so it needs no prefix sum; numbers left over have no tokens.
+        row = 0
+        above = sequences
+        while above - row > 1:
+            middle = (row + above) // 2
+            if tl.load(cu_seqlens_ptr + middle) // BLOCK_T + middle <= tile:
+                row = middle
+            else:
+                above = middle
+        first = tl.load(cu_seqlens_ptr + row).to(tl.int64)
+        tokens = (tl.load(cu_seqlens_ptr + row + 1) - first).to(tl.int32)
+        tile -= (first // BLOCK_T).to(tl.int32) + row
+        row = row.to(tl.int64)
+    begin = tile * BLOCK_T
+    if (begin < 0) | (begin >= tokens):
+        return
+    x_ptr += first * x_row
+    output_ptr += first * output_row + begin * output_token
+
+    slot = row
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
+        if (slot < 0) | (slot == null_slot):
+            for t in tl.static_range(BLOCK_T):
+                live = inside & (begin + t < tokens)
+                tl.store(_along(output_ptr + t * output_token, channels, output_channel), 0.0, mask=live)
+            return
+
+    window: tl.tuple = ()
+    for k in tl.static_range(HISTORY + BLOCK_T):
+        token = begin + (k - HISTORY)
+        live = inside & (token >= 0) & (token < tokens)
+        window += (tl.load(_along(x_ptr + token * x_token, channels, x_channel), mask=live, other=0.0).to(tl.float32),)
+
+    # Only a sequence's first tile looks back into the cache. The same program stores what the sequence leaves there,
+    # read from x even where it is another tile's, so that no program writes what another one reads.
+    if state_ptr is not None:
+        state_ptr += slot * state_slot
+        if tile == 0:
+            known = 0  # columns of the cache that count
+            if initial_ptr is not None:
+                known = tl.load(initial_ptr + row).to(tl.int32) * HISTORY
+                past: tl.tuple = ()
+                for k in tl.static_range(HISTORY):
+                    old = _along(state_ptr + k * state_column, channels, state_channel)
+                    past += (tl.load(old, mask=inside & (k < known), other=0.0).to(tl.float32),)
+                window = past + window[HISTORY:]
+            kept: tl.tuple = ()
+            for k in tl.static_range(HISTORY):
+                entry = tokens + k  # of the window at the first token, then on through all inputs
+                old = _along(state_ptr + entry * state_column, channels, state_channel)
+                old = tl.load(old, mask=inside & (entry < known), other=0.0).to(tl.float32)
+                new = _along(x_ptr + (entry - HISTORY) * x_token, channels, x_channel)
+                new = tl.load(new, mask=inside & (entry >= HISTORY), other=0.0).to(tl.float32)
+                kept += (tl.where(entry < HISTORY, old, new),)
+            # The thread that stores a column need not be the one that loaded it: all loads first.
+            tl.debug_barrier()
+            for k in tl.static_range(HISTORY):
+                tl.store(_along(state_ptr + k * state_column, channels, state_channel), kept[k], mask=inside)
+
+    for t in tl.static_range(BLOCK_T):
+        acc = bias
+        for k in tl.static_range(WIDTH):
+            acc += window[t + k] * taps[k]
+        if SILU:
+            acc *= tl.sigmoid(acc)
+        live = inside & (begin + t < tokens)
+        tl.store(_along(output_ptr + t * output_token, channels, output_channel), acc, mask=live)
+
+
+@triton.jit
+def _along(ptr, channels, stride):
+    """Pointers to `channels` from `ptr` on; None: they are neighbours and `ptr` is a multiple of 16 bytes."""
+    if stride is None:
+        return tl.multiple_of(ptr + channels, 16)
+    else:
+        return ptr + channels.to(tl.int64) * stride
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    conv_state: Tensor | None,
+    slots: Tensor | None,
+    has_initial_state: Tensor | None,
+    silu: bool,
+    null_slot: int,
+    output: Tensor,
+) -> None:
+    """Write `output` and the final `conv_state` in place; the arguments are those of the op.
+
+    Fast where the channels of `x`, `conv_state` and `output` are contiguous and start at multiples of 16 bytes; any
+    other strides take a slower variant. The other arguments but `slots` are copied first if they are not contiguous.
+    """
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if sequences == 0 or x.numel() == 0:
+        return
+    dim, width = weight.shape
+    x_row, x_token, x_channel = x.stride(0), x.stride(-2), x.stride(-1)
+    state_slot, state_channel, state_column = (0, 1, 0) if conv_state is None else conv_state.stride()
+    output_row, output_token, output_channel = output.stride(0), output.stride(-2), output.stride(-1)
+    starts = (
+        (x.data_ptr() | output.data_ptr())
+        | (x_row | x_token) * x.element_size()
+        | (output_row | output_token) * output.element_size()
+    )
+    if conv_state is not None:
+        starts |= conv_state.data_ptr() | (state_slot | state_column) * conv_state.element_size()
+    aligned = x_channel == state_channel == output_channel == 1 and starts % 16 == 0
+
+    if cu_seqlens is None:
+        tiles = sequences * triton.cdiv(x.shape[1], _BLOCK_T)
+    else:
+        tiles = x.shape[0] // _BLOCK_T + sequences  # at most: how many there are, the device knows
+    block = min(_BLOCK, triton.next_power_of_2(dim))
+    with torch.accelerator.device_index(x.device.index):
+        _kernel[(tiles * triton.cdiv(dim, block),)](
+            x,
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            None if cu_seqlens is None else cu_seqlens.contiguous(),
+            conv_state,
+            slots,
+            None if has_initial_state is None else has_initial_state.contiguous(),
+            output,
+            None if cu_seqlens is None else sequences,
+            x.shape[1] if cu_seqlens is None else None,
+            null_slot,
+            0 if slots is None else slots.stride(0),
+            x_row,
+            x_token,
+            None if aligned else x_channel,
+            state_slot,
+            state_column,
+            None if aligned else state_channel,
+            output_row,
+            output_token,
+            None if aligned else output_channel,
+            dim,
+            width,
+            silu,
+            _BLOCK_T,
+            block,
+            num_warps=max(block // _CHANNELS, 1),
+        )

@@ -1,0 +1,59 @@
+"""How the references of the chunked ops lay the tokens of all rows out, without asking the host about any length."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def row_count(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def most_chunks(tokens: int, n: int, chunk_size: int, computed_tokens: Tensor | None) -> int:
+    """How many chunks n rows can have: each may end in a short one, and begin with one if its start is not aligned."""
+    return tokens // chunk_size + (n if computed_tokens is None else 2 * n)
+
+
+class Pieces(NamedTuple):
+    """Where the tokens of all rows go when they are laid out in pieces of chunks."""
+
+    row: Tensor  # (pieces,): whose it is
+    number: Tensor  # (pieces,): its number within the row
+    closes: Tensor  # (pieces,): whether it is the last one of its chunk
+    token: Tensor  # (pieces, size): the tokens there, by their place among all rows' tokens; 0 where there is none
+    inside: Tensor  # (pieces, size): whether there is one
+    of_row: Tensor  # (n,): how many pieces a row has
+    end: Tensor  # (n,): the piece after its last one
+    longest: int  # the most pieces that a row can have
+
+
+def lay_out(x: Tensor, size: int, per_chunk: int, cu_seqlens: Tensor | None, computed_tokens: Tensor | None) -> Pieces:
+    """Number the pieces of all rows in order, as many as there can be; those beyond the last hold no token."""
+    n = row_count(x, cu_seqlens)
+    if cu_seqlens is None:
+        length = x.shape[1]
+        starts, tokens = torch.arange(n, device=x.device) * length, n * length
+        lengths = torch.full_like(starts, length)
+    else:
+        starts, tokens = cu_seqlens[:-1].long(), x.shape[0]
+        lengths = cu_seqlens.diff().long()
+    before = torch.zeros_like(starts) if computed_tokens is None else computed_tokens.long()
+    skipped = before % size
+    of_row = torch.where(lengths > 0, (skipped + lengths + size - 1) // size, 0)
+    end = of_row.cumsum(0)
+
+    longest = most = most_chunks(tokens, n, size, computed_tokens)
+    if cu_seqlens is None:
+        longest = (length - 1) // size + (1 if computed_tokens is None else 2)
+        most = n * longest
+    piece = torch.arange(most, device=x.device)
+    row = torch.bucketize(piece, end, right=True)
+    exists = row < n
+    row = row.clamp(max=n - 1)
+    number = piece - (end - of_row)[row]
+    closes = exists & ((number == of_row[row] - 1) | ((before[row] // size + number + 1) % per_chunk == 0))
+    place = (number * size - skipped[row]).unsqueeze(1) + torch.arange(size, device=x.device)
+    inside = exists.unsqueeze(1) & (place >= 0) & (place < lengths[row].unsqueeze(1))
+    token = torch.where(inside, starts[row].unsqueeze(1) + place, 0)
+    return Pieces(row, number, closes, token, inside, of_row, end, longest)
