@@ -1,0 +1,315 @@
+"""The Mamba-2 layer. Its parameters are named as in mamba_ssm and Transformers, so that it loads their checkpoints."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba_chunk_scan, selective_state_update
+
+
+class Mamba2(nn.Module):
+    """Mix the tokens of each sequence, `(..., hidden_size)` to the same shape, with `heads` state space models.
+
+    Calling the layer reads sequences from their beginning or on from a cache (prefill); `step` reads one token more of
+    every sequence (decode). Caches are passed in and changed in place; what is returned is the output.
+
+    Args:
+        hidden_size: size of the residual stream.
+        heads, head_dim: the state space models; together they have heads * head_dim channels.
+        dstate: numbers of state per channel.
+        groups: how many pairs of B and C the heads share; the norm has as many groups of channels.
+        width: taps of the convolution, 2 to 8.
+        chunk_size: tokens per chunk of the scan; it decides speed and rounding, not what is computed.
+        dt_min, dt_max: limits of the step size after its softplus, while decoding too.
+        eps: of the gated norm.
+        bias, conv_bias: whether the two projections and the convolution have one.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        heads: int,
+        head_dim: int = 64,
+        dstate: int = 128,
+        groups: int = 1,
+        width: int = 4,
+        chunk_size: int = 256,
+        dt_min: float = 0.0,
+        dt_max: float = math.inf,
+        eps: float = 1e-5,
+        bias: bool = False,
+        conv_bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if heads % groups:
+            raise ValueError(f"Mamba2: groups: got {groups}, expected a divisor of the {heads} heads")
+        self.heads, self.head_dim, self.dstate, self.groups = heads, head_dim, dstate, groups
+        self.chunk_size, self.dt_min, self.dt_max = chunk_size, dt_min, dt_max
+        inner = heads * head_dim
+        self.convolved = [inner, groups * dstate, groups * dstate]  # x, B and C
+        self.projected = [inner, sum(self.convolved), heads]  # gate, what is convolved, dt
+
+        new: dict[str, Any] = {"device": device, "dtype": dtype}
+        dim = sum(self.convolved)
+        self.in_proj = nn.Linear(hidden_size, sum(self.projected), bias=bias, **new)
+        self.conv1d = nn.Conv1d(dim, dim, width, groups=dim, bias=conv_bias, **new)  # for its parameters, never called
+        self.dt_bias = nn.Parameter(torch.empty(heads, **new))
+        self.A_log = nn.Parameter(torch.empty(heads, **new))
+        self.D = nn.Parameter(torch.empty(heads, **new))
+        self.norm = GatedRMSNorm(inner, groups=groups, eps=eps, **new)
+        self.out_proj = nn.Linear(inner, hidden_size, bias=bias, **new)
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(
+        cls, config: Any, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Mamba2":
+        """Return the layer that a `Mamba2Config` of Transformers describes, with new parameters.
+
+        The chunk size is `mamba_chunk_size`, else `chunk_size`, else the layer's default.
+
+        Raises:
+            ValueError: the config asks for something else than silu, or has not all of `Mamba2Config`'s attributes.
+        """
+        try:
+            activation, (dt_min, dt_max) = config.hidden_act, config.time_step_limit
+            sizes: dict[str, Any] = {
+                "hidden_size": config.hidden_size,
+                "heads": config.num_heads,
+                "head_dim": config.head_dim,
+                "dstate": config.state_size,
+                "groups": config.n_groups,
+                "width": config.conv_kernel,
+                "dt_min": float(dt_min),
+                "dt_max": float(dt_max),
+                "eps": config.layer_norm_epsilon,
+                "bias": config.use_bias,
+                "conv_bias": config.use_conv_bias,
+            }
+        except AttributeError as error:
+            raise ValueError(f"Mamba2.from_config: config: {error}; expected Transformers' Mamba2Config") from None
+        if activation not in ("silu", "swish"):
+            raise ValueError(f"Mamba2.from_config: hidden_act: got {activation!r}, expected 'silu' (or 'swish')")
+        for name in ("chunk_size", "mamba_chunk_size"):
+            if (chunk_size := getattr(config, name, None)) is not None:
+                sizes["chunk_size"] = int(chunk_size)
+        return cls(**sizes, device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set A to -1 .. -heads and D to ones, and draw step sizes, log-uniform in 0.001 to 0.1."""
+        self.A_log.copy_(torch.arange(1, self.heads + 1).log())
+        nn.init.ones_(self.D)
+        dt = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.dt_bias.copy_(dt.expm1().log())  # the inverse of softplus
+
+    def extra_repr(self) -> str:
+        """Return what the sub-modules do not show."""
+        names = ("heads", "head_dim", "dstate", "groups", "chunk_size", "dt_min", "dt_max")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    def empty_caches(
+        self, slots: int, *, dtype: torch.dtype | None = None, state_dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Return a `(conv_state, ssm_state)` of zeros for `slots` sequences, on the parameters' device.
+
+        Args:
+            slots: how many sequences they hold.
+            dtype: of conv_state; None: that of the parameters.
+            state_dtype: of ssm_state, which sums over a whole sequence.
+        """
+        weight = self.conv1d.weight
+        dim, _, width = weight.shape
+        conv_state = weight.new_zeros((slots, width - 1, dim), dtype=dtype).transpose(1, 2)  # channels lie together
+        return conv_state, weight.new_zeros((slots, self.heads, self.head_dim, self.dstate), dtype=state_dtype)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        conv_state: Tensor | None = None,
+        ssm_state: Tensor | None = None,
+        *,
+        slots: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        has_initial_state: Tensor | None = None,
+        null_slot: int = -1,
+    ) -> Tensor:
+        """Read sequences and return their output; with caches, leave each sequence's last state there.
+
+        Args:
+            hidden_states: `(batch, length, hidden_size)`, or packed `(tokens, hidden_size)` with `cu_seqlens`.
+            conv_state, ssm_state: caches as `empty_caches` makes them, both or neither. Mutated.
+            slots: int32 or int64 `(>= n,)`: where in the caches sequence i is. None: in slot i.
+            cu_seqlens: int32 or int64 `(n + 1,)`: sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1]; what
+                is returned for tokens past the last sequence means nothing.
+            has_initial_state: bool `(n,)`: sequence i goes on from its state in the caches. None: none does.
+            null_slot: a sequence whose slot is this or negative is nobody: it is not mixed, and no cache is touched.
+        """
+        gate, mixed, dt = self._project(hidden_states, conv_state, ssm_state)
+        rows: dict[str, Any] = {
+            "cu_seqlens": cu_seqlens,
+            "slots": slots,
+            "has_initial_state": has_initial_state,
+            "null_slot": null_slot,
+        }
+        mixed = causal_conv1d(mixed, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state=conv_state, **rows)
+        x, B, C = self._split(mixed)
+        y = mamba_chunk_scan(
+            x,
+            dt,
+            self._A(),
+            B,
+            C,
+            self.chunk_size,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_min=self.dt_min,
+            dt_max=self.dt_max,
+            ssm_state=ssm_state,
+            **rows,
+        )
+        return self._output(y, gate)
+
+    def step(
+        self,
+        hidden_states: Tensor,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        *,
+        slots: Tensor | None = None,
+        null_slot: int = -1,
+    ) -> Tensor:
+        """Read one token more of every sequence, advance the caches in place and return the tokens' output.
+
+        Args:
+            hidden_states: `(n, hidden_size)`, or a few tokens more of every sequence `(n, length, hidden_size)`.
+            conv_state, ssm_state, slots, null_slot: as for a call of the layer.
+        """
+        gate, mixed, dt = self._project(hidden_states, conv_state, ssm_state)
+        rows: dict[str, Any] = {"slots": slots, "null_slot": null_slot}
+        mixed = causal_conv1d_update(mixed, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, **rows)
+        x, B, C = self._split(mixed)
+        bias: Tensor | None = self.dt_bias
+        if limited := self.dt_min > 0 or self.dt_max < math.inf:  # the update has no limits of its own
+            dt, bias = functional.softplus(_wide(dt) + _wide(self.dt_bias)).clamp(self.dt_min, self.dt_max), None
+        y = selective_state_update(
+            ssm_state, x, dt, self._A(), B, C, D=self.D, dt_bias=bias, dt_softplus=not limited, **rows
+        )
+        return self._output(y, gate)
+
+    def _project(
+        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Return gate, what is convolved, and dt, having looked at what the ops after the convolution will refuse."""
+        gate, mixed, dt = cast(Tensor, self.in_proj(hidden_states)).split(self.projected, dim=-1)
+        sizes = (self.heads, self.head_dim, self.dstate)
+        if not _are_a_pair(conv_state, ssm_state, sizes):
+            refuse = torch.ops.mamba_ops.refuse_caches if torch.compiler.is_compiling() else _refuse_caches
+            refuse(mixed, conv_state, ssm_state, sizes)
+        return gate, mixed, dt
+
+    def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x by head, and B and C by group."""
+        x, B, C = mixed.split(self.convolved, dim=-1)
+        by_group = (self.groups, self.dstate)
+        return x.unflatten(-1, (self.heads, self.head_dim)), B.unflatten(-1, by_group), C.unflatten(-1, by_group)
+
+    def _A(self) -> Tensor:
+        return -_wide(self.A_log).exp()
+
+    def _output(self, y: Tensor, gate: Tensor) -> Tensor:
+        return cast(Tensor, self.out_proj(self.norm(y.flatten(-2), gate)))
+
+
+class GatedRMSNorm(nn.Module):
+    """`gated_rms_norm` with a weight of its own."""
+
+    def __init__(self, size: int, *, groups: int = 1, eps: float = 1e-5, **new: Any) -> None:
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.empty(size, **new))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight to ones."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Gate `x` and normalise it."""
+        return gated_rms_norm(x, gate, self.weight, groups=self.groups, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        """Return the sizes."""
+        return f"{self.weight.shape[0]}, groups={self.groups}, eps={self.eps}"
+
+
+def gated_rms_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, *, groups: int = 1, eps: float = 1e-5, norm_before_gate: bool = False
+) -> Tensor:
+    """Return rms_norm(x * silu(gate)) * weight, or rms_norm(x) * weight * silu(gate) where the norm comes first.
+
+    Computed in float32 (float64 for float64 `x`) and rounded once, to the dtype of `x`.
+
+    Args:
+        x, gate: `(..., size)`.
+        weight: `(size,)`.
+        groups: of consecutive channels; each is normalised by itself.
+        eps: added to the mean square.
+        norm_before_gate: whether the norm comes first.
+    """
+    h, opened = _wide(x), functional.silu(_wide(gate))
+    if not norm_before_gate:
+        h = h * opened
+    h = h.unflatten(-1, (groups, -1))
+    h = functional.rms_norm(h, h.shape[-1:], eps=eps).flatten(-2) * _wide(weight)
+    return (h * opened if norm_before_gate else h).to(x.dtype)
+
+
+def _are_a_pair(conv_state: Tensor | None, ssm_state: Tensor | None, sizes: Sequence[int]) -> bool:
+    """Whether two caches belong together, so that what the convolution takes the op after it takes as well.
+
+    It reads only what Dynamo knows while it traces. So a compiled call whose caches are right holds nothing of it, and
+    one whose caches are wrong holds the op below in front of the convolution: there its ValueError reaches the user as
+    itself, and nothing has been written yet.
+    """
+    if conv_state is None or ssm_state is None:
+        return conv_state is ssm_state
+    return (
+        ssm_state.shape == (conv_state.shape[0], *sizes)
+        and ssm_state.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        and ssm_state.device == conv_state.device
+    )
+
+
+def _refuse_caches(mixed: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, sizes: Sequence[int]) -> None:
+    """Raise; `mixed` is said to be mutated, so that the convolution, which reads it, comes later."""
+
+    def shown(cache: Tensor | None) -> str:
+        return "None" if cache is None else f"{tuple(cache.shape)} of {cache.dtype} on {cache.device}"
+
+    raise ValueError(
+        f"conv_state, ssm_state: got {shown(conv_state)} and {shown(ssm_state)}, expected neither or a pair: on one "
+        f"device, as many slots, ssm_state (slots, {', '.join(map(str, sizes))}) of a float dtype; see empty_caches()"
+    )
+
+
+_library = torch.library.Library("mamba_ops", "FRAGMENT")
+_library.define(
+    "refuse_caches(Tensor(a!) mixed, Tensor? conv_state, Tensor? ssm_state, SymInt[] sizes) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("refuse_caches", _refuse_caches, "CompositeExplicitAutograd")
+torch.library.register_fake("mamba_ops::refuse_caches", lambda *args: None, lib=_library)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
