@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,triton,transformers]'
 	@touch $@
@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 .venv: $(READY)  ## install everything the targets below use into .venv
 .PHONY: .venv
 
-demo: $(READY)  ## what mamba-ops does, in half a minute
+demo: $(READY)  ## what mamba-ops does, in about two minutes
 	$(BIN)/mamba-ops demo
 
 test: $(READY)  ## the tests, without the slow ones

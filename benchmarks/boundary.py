@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mamba_ops import selective_state_update
 from mamba_ops.demo.boundary import bare_op, does_nothing, idle_backend, us_per_call
-from mamba_ops.demo.run import device_name
+from mamba_ops.demo.watch import device_name
 from mamba_ops.registry import Namespace, Op, given
 
 

@@ -1,4 +1,4 @@
-"""Swapping the backend under CUDA graphs: torch.compile(mode="reduce-overhead") over the demo's model.
+"""Swapping the backend under CUDA graphs: torch.compile(mode="reduce-overhead") over a small model.
 
 Nothing but the numbers can tell what a replayed graph runs. So the second backend marks its outputs, by adding 1, and
 every reading is compared with an eager one on each backend. The caches go on from reading to reading.
@@ -17,9 +17,10 @@ from rich.table import Table
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from benchmarks.decoder import Decoder
 from mamba_ops import causal_conv1d_update, record_selections, selective_state_update, use_backend
-from mamba_ops.demo.model import Decoder
-from mamba_ops.demo.run import TOLERANCE, CompilerWatch, device_name, watch_compiler
+from mamba_ops.demo.run import TOLERANCE
+from mamba_ops.demo.watch import CompilerWatch, device_name, watch_compiler
 from mamba_ops.registry import Backend
 
 BASE, MARKER = "triton", "marker"

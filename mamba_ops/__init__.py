@@ -2,6 +2,7 @@
 
 from mamba_ops import backends as backends
 from mamba_ops import registry as registry
+from mamba_ops.compare import compare as compare
 from mamba_ops.ops import causal_conv1d as causal_conv1d
 from mamba_ops.ops import causal_conv1d_update as causal_conv1d_update
 from mamba_ops.ops import mamba_chunk_scan as mamba_chunk_scan

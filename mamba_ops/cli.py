@@ -1,7 +1,10 @@
-"""The command `mamba-ops`: which backends run here and why not the others, and a demo."""
+"""The command `mamba-ops`: which backends run here and why not the others, a demo, a model on several backends."""
 
 import os
 import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -9,7 +12,8 @@ from typing import Annotated, NoReturn
 try:
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.markup import escape
+    from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ModuleNotFoundError as error:
     if (missing := str(error.name).partition(".")[0]) not in ("typer", "rich"):
@@ -56,6 +60,10 @@ def _device(name: str) -> torch.device:
 Device = Annotated[
     torch.device | None, typer.Option("--device", parser=_device, metavar="DEVICE", help="cpu, cuda, xpu, cuda:1")
 ]
+Layers = Annotated[int | None, typer.Option(min=1, help="Of a model with random weights.", show_default="2")]
+TARGET_HELP = (
+    "package.module:factory or file.py:factory, which returns (model, inputs); transformers:mamba2 or :FOLDER."
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -115,39 +123,122 @@ def _choice(op: Op[...], device: torch.device) -> str:
     return f"{explanation.backend or 'nothing'}{who}"
 
 
+# -- demo and compare -------------------------------------------------------------------------------------------------
+
+
+class _Steps:
+    """Shows the steps of a long command with the seconds that each takes: as they run, or line by line in a log."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Callable[[str], None]:
+        if self._console.is_terminal:
+            self._progress.start()
+        return self._begin
+
+    def __exit__(self, *exception: object) -> None:
+        self._end()
+        if self._console.is_terminal:
+            self._progress.stop()
+
+    def _begin(self, step: str) -> None:
+        self._end()
+        self._task = self._progress.add_task(escape(step), total=1)
+        if not self._console.is_terminal:
+            self._console.print(f"{step} ...", markup=False)
+
+    def _end(self) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, completed=1)
+
+
 @app.command("demo")
 def run_demo(
     text: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="What to read.", show_default="this project's README"),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="A Mamba-2 checkpoint.", show_default="random weights"),
+    ] = None,
     backend: Annotated[
         str | None, typer.Option(help="The backend to swap to.", show_default="the next in the default order")
     ] = None,
+    layers: Layers = None,
     device: Device = None,
-    tokens: Annotated[int, typer.Option(min=4, help="How many bytes of each stream to read, at most.")] = 256,
+    cap: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="When to stop stock from compiling.")] = 60,
 ) -> None:
-    """Read a text eagerly, compiled, and compiled with another backend from the middle on: one graph, equal results."""
-    from mamba_ops import demo  # brings torch.compile, which takes seconds
+    """Transformers' own Mamba-2, stock against ours: compiled for three prompts; decoding while the backend changes."""
+    with _failing():
+        from mamba_ops import demo  # brings torch.compile, which takes seconds
+        from mamba_ops.demo.show import show
 
-    console = Console(highlight=False)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    try:
-        with Progress(*columns, console=console) as progress:
+        console = Console(highlight=False)
+        with _Steps(console) as tell:
             report = demo.run_demo(
                 demo.read_text(text),
+                checkpoint=checkpoint,
                 device=device or _devices()[0],
                 swap_to=backend,
-                tokens=tokens,
-                track=lambda steps, name: progress.track(steps, description=name),
+                layers=layers,
+                cap=cap,
+                tell=tell,
             )
-    except (demo.DemoError, RegistryError) as error:
-        _fail(error)
-    demo.show(report, console)
+    show(report, console)
     raise typer.Exit(1 if report.problems else 0)
+
+
+@app.command("compare")
+def compare_backends(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help=TARGET_HELP)],
+    backends: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Names, the first to be compared with.", show_default="all here")
+    ] = None,
+    layers: Layers = None,
+    device: Device = None,
+) -> None:
+    """Run a model of yours on one backend after the other: time, largest difference, refusals, recompiles."""
+    with _failing():
+        from mamba_ops.compare import compare
+
+        console = Console(highlight=False, markup=False)  # a refusal may hold brackets
+        names = [name.strip() for name in backends.split(",") if name.strip()] if backends else None
+        with _Steps(console) as tell:
+            comparison = compare(target, names, device=device or _devices()[0], layers=layers, tell=tell)
+    table = Table(title=f"{target} on {comparison.device}", title_justify="left")
+    for heading in ("backend", "eager ms", "compiled ms", "differs by", "recompiles", "ops ran on"):
+        table.add_column(heading, justify="left" if heading in ("backend", "ops ran on") else "right")
+    for row in comparison.rows:
+        if row.refusal:
+            table.add_row(row.backend, "-", "-", "-", "-", f"refuses: {row.refusal}")
+            continue
+        ran = ", ".join(f"{name} ({count})" for name, count in row.kernel_calls.items()) or "none of ours"
+        numbers = f"{row.eager_ms:.1f}", f"{row.compiled_ms:.1f}", f"{row.difference:.1e}", str(row.recompiles)
+        table.add_row(row.backend, *numbers, ran)
+    console.print(table)
+    console.print(f"graphs for all of this: {comparison.graphs}; the largest output: {comparison.largest:.2g}")
+    for problem in comparison.problems:
+        console.print(f"FAILED: {problem}", style="bold red")
+    raise typer.Exit(1 if comparison.problems else 0)
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    """End the command with a sentence for what the user can put right; an error in their code is shown before it."""
+    from mamba_ops.targets import TargetError
+
+    try:
+        yield
+    except TargetError as error:
+        if error.__cause__ is not None:
+            shown = error.__cause__.__traceback__
+            traceback.print_exception(error.__cause__.with_traceback(shown and shown.tb_next))  # not our frame
+        _fail(error)
+    except RegistryError as error:
+        _fail(error)

@@ -30,12 +30,14 @@ MAY_IMPORT = {
     ".compat": (".layers .ops .serving torch", IMITATED),
     ".audit": (".absent .ops .registry jinja2 rich torch", ""),
     ".absent": ("torch", ""),
+    ".compare": (".registry .targets torch", ".compat .demo"),
+    ".targets": ("torch", ""),
     ".config": (".ops .registry torch", ""),
     ".testing": (".ops .registry torch", ""),
     ".warm_up": (".ops .registry torch", ""),
     ".cli": (".* rich torch typer", ""),
     ".demo": (".* rich torch typer", ""),
-    ".": (".backends .config .layers .ops .registry .serving .warm_up torch", ""),
+    ".": (".backends .compare .config .layers .ops .registry .serving .warm_up torch", ""),
 }
 
 

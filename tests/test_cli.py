@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,8 @@ from typer.testing import CliRunner, Result
 
 from mamba_ops import causal_conv1d_update, demo, use_backend
 from mamba_ops.cli import app
+from mamba_ops.compare import Comparison, Row
+from mamba_ops.demo import show as demo_show
 from mamba_ops.demo.boundary import does_nothing
 from mamba_ops.registry import Backend, backends, ops
 
@@ -76,18 +79,59 @@ def test_the_demo_reads_a_text_and_its_verdict_is_the_exit_status(monkeypatch, t
     text.write_bytes(b"bytes")
     asked = {}
 
-    def run_demo(read, *, track, **options):
-        asked.update(options, text=read, steps=list(track(range(3), "eager")))
+    def run_demo(read, *, tell, **options):
+        tell("stock, eager")
+        asked.update(options, text=read)
         return SimpleNamespace(problems=problems)
 
     monkeypatch.setattr(demo, "run_demo", run_demo)
-    monkeypatch.setattr(demo, "show", lambda report, console: console.print("the report"))
-    result = run("demo", "--text", str(text), "--backend", "loop", "--device", "cpu", "--tokens", "9")
+    monkeypatch.setattr(demo_show, "show", lambda report, console: console.print("the report"))
+    options = ("--backend", "loop", "--layers", "3", "--device", "cpu", "--cap", "9", "--checkpoint", str(tmp_path))
+    result = run("demo", "--text", str(text), *options)
     assert result.exit_code == len(problems)
-    assert "eager" in result.output  # the progress bar
-    assert "the report" in result.output
+    assert "stock, eager ...\nthe report\n" in result.output
     cpu = torch.device("cpu")
-    assert asked == {"text": b"bytes", "device": cpu, "swap_to": "loop", "tokens": 9, "steps": [0, 1, 2]}
+    expected = {"text": b"bytes", "device": cpu, "swap_to": "loop", "layers": 3, "cap": 9, "checkpoint": tmp_path}
+    assert asked == expected
+
+
+ROW = Row("torch", None, 2.0, 1.0, 0.5, 0, {"torch": 4})
+
+
+@pytest.mark.parametrize(("largest", "status"), [(1e3, 0), (1.0, 1)])
+def test_a_comparison_is_shown_and_its_verdict_is_the_exit_status(monkeypatch, largest, status):
+    asked = []
+
+    def compare(target, names, *, tell, **options):
+        asked.append((target, names, options))
+        rows = (ROW, Row("other", refusal="takes no [z]"))
+        return Comparison(rows, "a machine", calls=3, graphs=1, largest=largest)
+
+    monkeypatch.setattr(sys.modules[Comparison.__module__], "compare", compare)
+    result = run("compare", "file.py:make", "--backends", "torch, other", "--layers", "3", "--device", "cpu")
+    assert result.exit_code == status
+    assert asked == [("file.py:make", ["torch", "other"], {"device": torch.device("cpu"), "layers": 3})]
+    assert "torch (4)" in result.output
+    assert "refuses: takes no [z]" in result.output
+    assert ("FAILED: torch: an output is 0.5 off" in result.output) == bool(status)
+
+
+def test_an_error_of_the_users_is_shown_with_its_traceback(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def make():\n    return 1 / 0\n")
+    result = run("compare", f"{file}:make")
+    assert result.exit_code == 2
+    assert "return 1 / 0" in result.output
+    assert "targets.py" not in result.output
+    assert result.output.splitlines()[-1] == f"mamba-ops: {file}:make raised ZeroDivisionError"
+
+
+def test_the_demo_without_transformers_names_the_extra():
+    absent = "import sys; sys.modules['transformers'] = None; sys.argv[1:] = ['demo']"
+    done = python(f"{absent}; from mamba_ops.cli import main; main()")
+    assert done.returncode == 2
+    expected = "mamba-ops: transformers is not installed, and this needs it; pip install 'mamba-ops[transformers]'"
+    assert done.stderr.splitlines()[-1] == expected
 
 
 @pytest.mark.parametrize(
@@ -96,7 +140,12 @@ def test_the_demo_reads_a_text_and_its_verdict_is_the_exit_status(monkeypatch, t
         (["backends", "--device", "gpu0"], "'gpu0' is no device; devices here: "),
         (["backends", "--device", "meta"], "there is no meta here; devices here: "),
         (["demo", "--device", "cpu:7"], "there is no cpu:7 here; devices here: "),
-        (["demo", "--tokens", "3"], "--tokens"),
+        (["demo", "--layers", "0"], "--layers"),
+        (["demo", "--checkpoint", "nowhere"], "'nowhere' does not exist"),
+        (["demo", "--checkpoint", str(Path(__file__).parent)], "mamba-ops: there is no config.json in "),
+        (["compare"], "TARGET"),
+        (["compare", "nowhere"], "mamba-ops: got nowhere, expected package.module:factory"),
+        (["compare", "transformers:mamba2", "--backends", "nope"], "mamba-ops: unknown backend 'nope'; valid: "),
         (["demo", "--text", "nowhere"], "'nowhere' does not exist"),
         (["demo", "--backend", "nope"], "mamba-ops: unknown backend 'nope'; valid: "),
         (["demo", "--device", "cpu", "--backend", "torch"], "mamba-ops: torch runs here anyway"),
@@ -104,6 +153,8 @@ def test_the_demo_reads_a_text_and_its_verdict_is_the_exit_status(monkeypatch, t
     ],
 )
 def test_wrong_usage_is_answered_in_a_sentence(arguments, sentence):
+    if arguments[0] == "demo" or "transformers:mamba2" in arguments:
+        pytest.importorskip("transformers")
     result = run(*arguments)
     assert result.exit_code == 2
     assert sentence in result.output
@@ -132,6 +183,7 @@ def test_the_version_is_printed():
 
 @pytest.mark.slow
 def test_the_demo_runs_as_a_command():
-    result = run("demo", "--tokens", "4")
+    pytest.importorskip("transformers")
+    result = run("demo", "--layers", "1", "--cap", "1")
     assert result.exit_code == 0, result.output
-    assert "OK: one graph, no recompile" in result.output
+    assert "OK: one graph for all prompts" in result.output

@@ -11,117 +11,200 @@ import torch
 from torch._dynamo.utils import counters
 
 pytest.importorskip("rich", reason="the benchmarks and the demo's report are shown with it")
+pytest.importorskip("transformers", reason="the demo runs its Mamba-2")
 
 from rich.console import Console
 
 from benchmarks import boundary as ladder
-from benchmarks import swap
+from benchmarks import compile_time, swap
 from mamba_ops import causal_conv1d_update, demo, explain, selective_state_update, use_backend
-from mamba_ops.demo.boundary import bare_op, does_nothing, idle_backend, measure_boundary, us_per_call
+from mamba_ops.demo.boundary import bare_op, does_nothing, idle_backend, us_per_call
+from mamba_ops.demo.decode import decode
 from mamba_ops.demo.loop import loop_backend
-from mamba_ops.demo.run import watch_compiler
+from mamba_ops.demo.prefill import Job, MeasurementError, Prefill, measure, measure_in_child
+from mamba_ops.demo.show import compile_ratio, prefill_table, show
+from mamba_ops.demo.watch import watch_compiler
 from mamba_ops.registry import Backend, NoBackendError, UnknownNameError, ops
+from mamba_ops.targets import TargetError, transformers_model
 
 pytestmark = pytest.mark.xdist_group("demo")  # its times are taken side by side, not beside each other's
 
-TEXT = b"A state space model reads one byte after another and forgets some of them."
 OPS = [causal_conv1d_update, selective_state_update]
+TEXT = list(b"A state space model reads one byte after another and forgets some of them.")
 NAMES = set(ops())
+SMALL = {"layers": 1, "width": 32}
+OURS = Prefill((512, 300), (6.0, 0.0), 5e4, 4e4, graphs=1, compiles=1, difference=1e-6, largest_logit=5.0)
+STOPPED = Prefill((512, 300), (), 2e4, largest_logit=5.0, stopped_after_s=60.0)
 
 
 @pytest.fixture(scope="module")
-def report(device):
-    yield demo.run_demo(TEXT, device=device, tokens=8)
+def without_inductor():
+    """Compile in a second: what is looked at is what is counted."""
+    compile = torch.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda *args, **options: compile(*args, **{**options, "backend": "eager"}))
+        yield
     torch._dynamo.reset()
 
 
-def test_one_graph_serves_both_compiled_runs(report):
-    assert [(run.graphs, run.recompiles) for run in report.runs] == [(0, 0), (1, 0), (1, 0)]
+# -- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_backend_changes_in_the_middle(report):
-    eager, compiled, swapped = (run.kernel_calls for run in report.runs)
+def small_job(device: torch.device, *, ours: bool = True) -> Job:
+    return Job("mamba2", [TEXT[:21], TEXT[:34]], str(device), ours, **SMALL)
+
+
+@pytest.mark.usefixtures("fresh_dynamo", "without_inductor")
+def test_prompts_are_one_graph(device):
+    steps, reports = [], []
+    measure(small_job(device), steps.append, reports.append)
+    before, first, last = reports
+    assert (before.compile_s, before.graphs, before.lengths) == ((), 0, (21, 34))
+    assert last.compile_s == (*first.compile_s, 0.0)
+    assert (last.graphs, last.compiles) == (1, 1)
+    assert 0 < last.difference < 1e-4 * last.largest_logit
+    assert min(last.eager_tokens_per_s, last.compiled_tokens_per_s) > 0
+    assert steps[-2:] == ["compiling for 21 tokens", "compiling for 34 tokens"]
+
+
+@pytest.mark.slow
+def test_a_child_is_stopped_when_its_time_is_over(device, tmp_path):
+    steps = []
+    stock = dataclasses.replace(small_job(device, ours=False), layers=8)
+    measured = measure_in_child(stock, steps.append, cache=tmp_path, cap=0.5)
+    assert measured.stopped_after_s == measured.total_compile_s == 0.5
+    assert measured.compile_s == ()
+    assert measured.eager_tokens_per_s > 0
+    assert steps[0] == "stock, eager"
+
+
+@pytest.mark.slow
+def test_what_a_child_refuses_is_said(tmp_path, device):
+    with pytest.raises(TargetError, match="got nothing, expected mamba2, or a folder with a checkpoint"):
+        measure_in_child(dataclasses.replace(small_job(device), model="nothing"), print, cache=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_child_that_fails_is_quoted(tmp_path):
+    broken = Job("mamba2", [[999]], "cpu", True, **SMALL)  # there are 256 tokens
+    with pytest.raises(MeasurementError, match=r"(?s)ours: the child process ended with 1\n.*IndexError"):
+        measure_in_child(broken, print, cache=tmp_path)
+
+
+# -- decoding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def decoding(device, without_inductor):
+    model = transformers_model("mamba2", device, **SMALL)
+    return decode(model, TEXT, 8, swap_to=None, tell=lambda step: None, device=device)
+
+
+def test_the_backend_changes_in_the_middle(decoding):
+    runs, other = decoding
+    stock, eager, compiled, swapped = (run.kernel_calls for run in runs)
     [default] = eager
-    assert eager == compiled == {default: 32}  # 2 layers of 2 ops, 8 steps
-    assert swapped == {default: 16, report.swap_to: 16}
+    assert not stock
+    assert eager == compiled == {default: 16}  # 1 layer of 2 ops: the prompt, then 7 steps
+    assert swapped == {default: 10, other: 6}
 
 
-def test_all_runs_agree(report):
-    assert all(run.difference <= report.tolerance and run.same_predictions == 1 for run in report.runs)
-    assert report.problems == []
+def test_one_graph_serves_both_compiled_runs_and_the_text_is_unchanged(decoding):
+    runs, _ = decoding
+    assert [(run.graphs, run.recompiles) for run in runs] == [(0, 0), (0, 0), (1, 0), (1, 0)]
+    assert {run.tokens for run in runs} == {runs[0].tokens}
+    assert len(set(runs[0].tokens)) > 1
 
 
-def test_predictions_depend_on_the_text():
-    torch.manual_seed(0)
-    model = demo.Decoder(2)
-    with torch.no_grad():
-        predicted = [model(torch.tensor([ord("a"), byte])).argmax(-1).tolist() for byte in TEXT]
-    assert len({first for first, _ in predicted}) > 1  # the same byte again and again: only the caches differ
-    assert len({second for _, second in predicted}) > 10
+def decode_with(backend: str, device: torch.device) -> None:
+    model = transformers_model("mamba2", device, **SMALL)
+    decode(model, TEXT, 4, swap_to=backend, tell=lambda step: None, device=device)
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"graphs": 2}, "2 graphs were compiled, expected 1"),
-        ({"recompiles": 3}, "3 recompiles, expected none"),
-        ({"difference": math.nan}, "compiled, swapped: a logit is nan off, expected at most"),
-        ({"kernel_calls": {"torch": 32}}, "compiled, swapped: ran on torch, expected two"),
-    ],
-)
-def test_a_report_says_what_is_wrong(report, change, sentence):
-    wrong = dataclasses.replace(report, runs=(*report.runs[:-1], dataclasses.replace(report.runs[-1], **change)))
-    [problem] = wrong.problems
-    assert problem.startswith(sentence)
-    assert "FAILED: " + problem in shown(wrong)
-
-
-def test_a_report_is_shown_with_its_verdict(report):
-    text = shown(report)
-    assert "compiled, swapped" in text
-    assert f"{report.swap_to} (16)" in text
-    assert text.splitlines()[-1].startswith("OK: one graph, no recompile")
-
-
-def shown(report: demo.DemoReport) -> str:
-    console = Console(width=200)
-    with console.capture() as capture:
-        demo.show(report, console)
-    return capture.get()
-
-
-def test_a_text_that_is_too_short_is_refused():
-    with pytest.raises(demo.DemoError, match="got 3 bytes for each of 4 streams, expected at least 4"):
-        demo.run_demo(TEXT[:15])
-
-
-def test_a_swap_to_what_runs_anyway_is_refused(device, report):
-    [default] = report.runs[0].kernel_calls
-    with pytest.raises(demo.DemoError, match=f"{default} runs here anyway, expected a backend to swap to: .*loop"):
-        demo.run_demo(TEXT, device=device, swap_to=default.upper())
+def test_a_swap_to_what_runs_anyway_is_refused(device, decoding):
+    [default] = decoding[0][1].kernel_calls
+    with pytest.raises(TargetError, match=f"{default} runs here anyway, expected a backend to swap to: .*loop"):
+        decode_with(default.upper(), device)
 
 
 def test_a_backend_that_nobody_has_is_refused(device):
     with pytest.raises(UnknownNameError, match=r"unknown backend 'nope'; valid: .*loop, torch"):
-        demo.run_demo(TEXT, device=device, swap_to="nope")
+        decode_with("nope", device)
 
 
 def test_a_backend_that_refuses_is_not_compiled_for(device):
     picky = Backend("picky", devices=None, priority=-50)
+    before = counters["stats"]["unique_graphs"]
     try:
         kernel = does_nothing(causal_conv1d_update.parameters)
         picky.implements(causal_conv1d_update, unless=lambda x: "never does")(kernel)
-        before = counters["stats"]["unique_graphs"]
         with pytest.raises(NoBackendError, match="picky  never does"):
-            demo.run_demo(TEXT, device=device, swap_to="picky")
+            decode_with("picky", device)
         assert counters["stats"]["unique_graphs"] == before
     finally:
         picky.remove()
 
 
-def test_the_demo_leaves_nothing_behind(report):
+def test_the_demo_leaves_nothing_behind(decoding):
     assert {name for op in OPS for name in op.kernels}.isdisjoint({"loop", "idle"})
     assert set(ops()) == NAMES
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def report(decoding):
+    return demo.DemoReport("a model", "a machine", STOPPED, OURS, tuple(decoding[0]), decoding[1])
+
+
+def shown(report: demo.DemoReport) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        show(report, console)
+    return capture.get()
+
+
+def test_a_report_is_shown_with_its_verdict(report):
+    text = shown(report)
+    assert report.problems == []
+    assert "stopped after 60 s" in text
+    assert "not reached" in text
+    assert f"{report.swap_to} (6)" in text
+    assert text.splitlines()[-1].startswith("OK: one graph for all prompts, compiled in more than 10.0x less time")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"graphs": 2, "compiles": 2}, "ours: 2 graphs in 2 compiles, expected 1 in 1"),
+        ({"difference": math.nan}, "ours: a logit is nan off, expected at most 0.0005"),
+    ],
+)
+def test_a_report_says_what_is_wrong_with_the_prompts(report, change, sentence):
+    wrong = dataclasses.replace(report, ours=dataclasses.replace(OURS, **change))
+    assert wrong.problems == [sentence]
+    assert "FAILED: " + sentence in shown(wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"graphs": 2}, "decoding: 2 graphs and 0 recompiles, expected 1 and none"),
+        ({"recompiles": 3}, "decoding: 1 graphs and 3 recompiles, expected 1 and none"),
+        ({"kernel_calls": {"torch": 16}}, "swapped half way: ran on torch, expected two"),
+        ({"tokens": (999,) * 8}, "swapped half way: 0 of 8 tokens are those of stock, expected all"),
+    ],
+)
+def test_a_report_says_what_is_wrong_with_the_decoding(report, change, sentence):
+    last = dataclasses.replace(report.decoding[-1], **change)
+    [problem] = dataclasses.replace(report, decoding=(*report.decoding[:-1], last)).problems
+    assert problem.startswith(sentence)
+
+
+def test_a_text_that_is_too_short_is_refused():
+    with pytest.raises(TargetError, match="got a text of 3 tokens, expected at least 1024"):
+        demo.run_demo(b"abc", layers=1)
 
 
 def test_the_default_text_is_the_readme(monkeypatch, tmp_path):
@@ -130,10 +213,13 @@ def test_the_default_text_is_the_readme(monkeypatch, tmp_path):
     try:
         version("mamba-ops")
     except PackageNotFoundError:
-        with pytest.raises(demo.DemoError, match="name a file"):
+        with pytest.raises(TargetError, match="name a file"):
             demo.read_text()
     else:
         assert demo.read_text().startswith(b"# mamba-ops")
+
+
+# -- its second backend, and its watch --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -160,9 +246,9 @@ def test_the_watch_counts_graphs_and_recompiles():
     compiled = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
     with watch_compiler() as watch:
         compiled(torch.zeros(2))
-        assert (watch.graphs, watch.recompiles) == (1, 0)
+        assert (watch.graphs, watch.compiles, watch.recompiles) == (1, 1, 0)
         compiled(torch.zeros(3))
-        assert (watch.graphs, watch.recompiles) == (2, 1)
+        assert (watch.graphs, watch.compiles, watch.recompiles) == (2, 2, 1)
 
 
 # -- the boundary -----------------------------------------------------------------------------------------------------
@@ -193,11 +279,6 @@ def test_calls_take_turns():
     times = us_per_call({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, rounds=3, number=2)
     assert "".join(turns) == "aabb" * 3
     assert all(time > 0 for time in times.values())
-
-
-def test_the_boundary_is_measured(device):
-    boundary = measure_boundary(device, rounds=3)
-    assert boundary.ratio == boundary.front_us / boundary.bare_us > 0
 
 
 def test_the_ladder_has_all_rungs_and_is_saved(tmp_path, capsys):
@@ -252,3 +333,35 @@ def test_the_swap_benchmark_says_that_it_needs_a_gpu(device, capsys):
         pytest.skip("it runs here")
     assert swap.main() == 0
     assert capsys.readouterr().out == "benchmarks.swap needs a GPU with CUDA graphs; there is none here.\n"
+
+
+# -- the compile-time benchmark ---------------------------------------------------------------------------------------
+
+
+def test_a_ratio_against_what_was_stopped_is_a_lower_bound(monkeypatch, tmp_path, capsys):
+    jobs = []
+
+    def measure_in_child(job, tell, *, cache, cap=None):
+        jobs.append((job.ours, len(job.prompts), job.layers, cap))
+        return OURS if job.ours else STOPPED
+
+    monkeypatch.setattr(compile_time, "measure_in_child", measure_in_child)
+    assert compile_time.main(["--cap", "60", "--layers", "3", "--save", str(tmp_path)]) == 0
+    assert jobs == [(True, 5, 3, None), (False, 5, 3, 60.0)]
+    [page] = tmp_path.glob("*_compile_time.md")
+    assert "compiled in more than 10.0x less time than stock" in page.read_text()
+    assert page.read_text() in capsys.readouterr().out
+
+
+def test_stock_that_was_stopped_early_is_no_slower():
+    early = dataclasses.replace(STOPPED, stopped_after_s=2.0)
+    assert compile_ratio(early, OURS) == "and stock was stopped too early to compare"
+
+
+def test_the_table_says_what_was_measured():
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(prefill_table(dataclasses.replace(OURS, compile_s=(70.0, 80.0)), OURS))
+    assert "70.0 s" in capture.get()
+    assert "150.0 s" in capture.get()
+    assert "stopped" not in capture.get()

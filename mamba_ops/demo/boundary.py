@@ -4,40 +4,11 @@ import inspect
 import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from mamba_ops import selective_state_update, use_backend
+from mamba_ops import use_backend
 from mamba_ops.registry import Backend, Op
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """Microseconds of one call of an op that does nothing: a bare torch.library op, and ours of the same schema."""
-
-    op: str
-    bare_us: float
-    front_us: float
-
-    @property
-    def ratio(self) -> float:
-        return self.front_us / self.bare_us
-
-
-def measure_boundary(device: torch.device, *, rounds: int = 200) -> Boundary:
-    """Measure a decode call of `selective_state_update`, its output given."""
-    op = selective_state_update
-    sample = op.make_samples(device)[0]
-    output = op.bind(sample.args, sample.kwargs)["output"]
-    with torch.no_grad(), idle_backend(op), bare_op(op) as bare:
-        calls: dict[str, Callable[[], object]] = {
-            "bare": partial(bare, *sample.args, **sample.kwargs, output=output),
-            "front": partial(op, *sample.args, **sample.kwargs, out=output),
-        }
-        times = us_per_call(calls, rounds=rounds)
-    return Boundary(op.qualname, times["bare"], times["front"])
 
 
 def us_per_call(calls: Mapping[str, Callable[[], object]], *, rounds: int = 200, number: int = 100) -> dict[str, float]:

@@ -31,7 +31,8 @@ def loop_backend() -> Iterator[None]:
 def _why_not_conv(
     x: Tensor, slots: Tensor | None, cu_seqlens: Tensor | None, num_accepted_tokens: Tensor | None
 ) -> str | None:
-    plain = slots is None and cu_seqlens is None and num_accepted_tokens is None and x.dim() == 2
+    one_token = x.dim() == 2 or x.shape[1] == 1
+    plain = slots is None and cu_seqlens is None and num_accepted_tokens is None and one_token
     return None if plain else ROWS
 
 
@@ -49,6 +50,8 @@ def _causal_conv1d_update(
     output: Tensor,
 ) -> None:
     history = conv_state[:, :, : weight.shape[1] - 1]
+    if x.dim() == 3:
+        x, output = x.squeeze(1), output.squeeze(1)
     for token, past, result in zip(x, history, output, strict=False):  # there may be more slots than rows
         window = torch.cat((past.float(), token.float().unsqueeze(1)), dim=1)
         y = (window * weight).sum(1)

@@ -1,59 +1,20 @@
-"""Three readings of one text, and what they show: `run_demo` returns it as data."""
+"""The demo: Transformers' own Mamba-2, stock against ours, on a real text; `run_demo` returns what it saw as data."""
 
-import os
-import platform
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, metadata
+import tempfile
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
-from torch._dynamo.utils import counters
 
-from mamba_ops import record_selections, use_backend
-from mamba_ops.demo.boundary import Boundary, measure_boundary
-from mamba_ops.demo.loop import loop_backend
-from mamba_ops.demo.model import Decoder
-from mamba_ops.registry import backends, ops
+from mamba_ops.demo.decode import Decoding, decode
+from mamba_ops.demo.prefill import Job, Prefill, Tell, measure_in_child
+from mamba_ops.demo.watch import device_name
+from mamba_ops.targets import PROMPTS, TargetError, quiet_transformers, tokenize, transformers_model
 
 TOLERANCE = 1e-4  # of the largest logit; sums in another order change a logit by about 1e-6 of it
-
-
-class DemoError(ValueError):
-    """The demo was asked for what it cannot show; the message is a sentence for the user."""
-
-
-# -- the report -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """One reading of the whole text.
-
-    Attributes:
-        name: "eager", "compiled" or "compiled, swapped".
-        graphs, recompiles: how many there have been from the demo's start to the end of this run.
-        first_step_s: seconds of the first step, which is the one that compiles.
-        tokens_per_s: speed of the other steps.
-        kernel_calls: how many runs of an op each backend took.
-        difference: the largest difference of a logit from the eager run's.
-        same_predictions: the share of next bytes that are predicted as in the eager run.
-    """
-
-    name: str
-    graphs: int
-    recompiles: int
-    first_step_s: float
-    tokens_per_s: float
-    kernel_calls: Mapping[str, int]
-    difference: float
-    same_predictions: float
+PROMPT, WRITTEN = 300, 64  # tokens: what decoding goes on from, and how many it adds
 
 
 @dataclass(frozen=True)
@@ -61,202 +22,99 @@ class DemoReport:
     """What the demo saw.
 
     Attributes:
+        model: what ran, in words.
         device: what ran it.
-        streams, steps: the text was read as so many streams of so many bytes.
-        swap_to: the backend that the last run changed to in the middle.
-        tolerance: how far a logit may be from the eager run's.
-        runs: the three readings.
-        boundary: what the front adds to a call.
+        stock, ours: prompts of several lengths, read without a cache.
+        decoding: a prompt continued with a cache, in four ways; stock's comes first.
+        swap_to: the backend that the last of them changed to in the middle.
     """
 
+    model: str
     device: str
-    streams: int
-    steps: int
+    stock: Prefill
+    ours: Prefill
+    decoding: tuple[Decoding, ...]
     swap_to: str
-    tolerance: float
-    runs: tuple[Run, ...]
-    boundary: Boundary
 
     @property
     def problems(self) -> list[str]:
         """A sentence for each thing that is not as it should be."""
-        last = self.runs[-1]
-        found = [
-            f"{run.name}: a logit is {run.difference:.2g} off, expected at most {self.tolerance:.2g}"
-            for run in self.runs
-            if not run.difference <= self.tolerance  # NaN is wrong too
-        ]
-        if last.graphs != 1:
-            found.append(f"{last.graphs} graphs were compiled, expected 1")
-        if last.recompiles:
-            found.append(f"{last.recompiles} recompiles, expected none")
+        found = []
+        tolerance = TOLERANCE * self.ours.largest_logit
+        if not self.ours.difference <= tolerance:  # NaN is wrong too
+            found.append(f"ours: a logit is {self.ours.difference:.2g} off, expected at most {tolerance:.2g}")
+        if (self.ours.graphs, self.ours.compiles) != (1, 1):
+            found.append(f"ours: {self.ours.graphs} graphs in {self.ours.compiles} compiles, expected 1 in 1")
+        stock, last = self.decoding[0], self.decoding[-1]
+        for run in self.decoding[1:]:
+            same = sum(a == b for a, b in zip(run.tokens, stock.tokens, strict=True))
+            if same < len(stock.tokens):
+                found.append(f"{run.name}: {same} of {len(stock.tokens)} tokens are those of stock, expected all")
+        if (last.graphs, last.recompiles) != (1, 0):
+            found.append(f"decoding: {last.graphs} graphs and {last.recompiles} recompiles, expected 1 and none")
         if self.swap_to not in last.kernel_calls or len(last.kernel_calls) == 1:
             found.append(f"{last.name}: ran on {', '.join(last.kernel_calls)}, expected two, {self.swap_to} the second")
         return found
 
 
-# -- the runs ---------------------------------------------------------------------------------------------------------
-
-
 def run_demo(
     text: bytes,
     *,
+    checkpoint: Path | None = None,
     device: torch.device | str = "cpu",
     swap_to: str | None = None,
-    tokens: int = 256,
-    streams: int = 4,
-    track: Callable[[Iterable[int], str], Iterable[int]] = lambda steps, name: steps,
+    layers: int | None = None,
+    cap: float = 60.0,
+    prompts: tuple[int, ...] = PROMPTS,
+    tell: Tell = lambda step: None,
 ) -> DemoReport:
-    """Read a text three times (eager, compiled, compiled with another backend from the middle on) and compare.
+    """Read a text with Transformers' Mamba-2, stock and ours, and continue it with the backend swapped half way.
 
-    It resets torch.compile. While it runs there is one backend more, called `loop`.
+    Both compile with `dynamic=True`, each in a process of its own, into an empty cache that ours fills first.
 
     Args:
-        text: read as several streams at once, each beginning where the one before it ends.
+        text: what is read; bytes are tokens, unless the checkpoint has a tokenizer.
+        checkpoint: a folder. None: a small model with random weights.
         device: where to run.
         swap_to: the backend to change to; None: the next in the default order.
-        tokens: how many bytes of each stream to read, at most.
-        streams: rows of the batch.
-        track: wraps the steps of each run, given its name; for a progress bar.
+        layers: of a model with random weights; 2 by default.
+        cap: stock is stopped that many seconds after its first compiled call began.
+        prompts: how many tokens to read, one length after the other.
+        tell: called with each step that begins.
 
     Raises:
-        DemoError: the text is too short, or there is nothing to swap to.
+        TargetError: no transformers, no such checkpoint, too short a text, or nothing to swap to.
         RegistryError: there is no such backend, or it refuses.
+        MeasurementError: a child process failed.
     """
     device = torch.device(device)
-    steps = min(tokens, len(text) // streams)
-    if steps < 4:
-        raise DemoError(f"got {steps} bytes for each of {streams} streams, expected at least 4 to read")
-    read = torch.tensor(list(text[: streams * steps]), device=device).view(streams, steps).t().contiguous()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Decoder(streams).to(device)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True)
-
-    runs: list[Run] = []
-    with torch.no_grad(), _one_thread(), loop_backend(), watch_compiler() as watch:
-        other = _partner(swap_to, lambda: model(read[0]), device)
-        for name, step, swap in (
-            ("eager", model, None),
-            ("compiled", compiled, None),
-            ("compiled, swapped", compiled, other),
-        ):
-            model.forget()
-            reading = _read(read, step, swap, track(range(steps), name))
-            if not runs:
-                eager = reading.logits
-            difference = (reading.logits - eager).abs().max()
-            same = (reading.logits.argmax(-1) == eager.argmax(-1)).float().mean()
-            runs.append(Run(name, watch.graphs, watch.recompiles, *reading[1:], float(difference), float(same)))
-    tolerance = TOLERANCE * float(eager.abs().max())
-    return DemoReport(device_name(device), streams, steps, other, tolerance, tuple(runs), measure_boundary(device))
+    what = str(checkpoint) if checkpoint else "mamba2"
+    tell("loading the model")
+    with quiet_transformers():
+        model = transformers_model(what, device, layers=layers)
+        tokens = tokenize(text, what)
+    described = describe(model)
+    if len(tokens) < max(prompts):
+        raise TargetError(f"got a text of {len(tokens)} tokens, expected at least {max(prompts)}")
+    decoding, other = decode(
+        model, tokens[: min(PROMPT, len(tokens))], WRITTEN, swap_to=swap_to, tell=tell, device=device
+    )
+    del model
+    job = Job(what, [tokens[:length] for length in prompts], str(device), ours=True, layers=layers)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        ours = measure_in_child(job, tell, cache=Path(folder))
+        stock = measure_in_child(replace(job, ours=False), tell, cache=Path(folder), cap=cap)
+    return DemoReport(described, device_name(device), stock, ours, tuple(decoding), other)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Within the block, use one core: a step here is too little work to share among several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _partner(name: str | None, step: Callable[[], object], device: torch.device) -> str:
-    """Return the backend to swap to, after one step on it: what it refuses is said before anything is compiled."""
-    with record_selections() as record:
-        step()
-    running = {selection.backend for selection in record}
-    needed = [op for op in ops().values() if op.qualname in {selection.op for selection in record}]
-    others = [
-        b.name
-        for b in backends()
-        if b.why_unusable(device.type) is None and b.name not in running and all(b.name in op.kernels for op in needed)
-    ]
-    name = name.lower() if name else others[0]
-    if running == {name}:
-        raise DemoError(f"{name} runs here anyway, expected a backend to swap to: {', '.join(others)}")
-    with use_backend(name):
-        step()
-    return name
-
-
-class _Reading(NamedTuple):
-    logits: Tensor  # (steps, streams, 256)
-    first_step_s: float
-    tokens_per_s: float
-    kernel_calls: Counter[str]
-
-
-def _read(text: Tensor, step: Callable[[Tensor], Tensor], swap_to: str | None, steps: Iterable[int]) -> _Reading:
-    """Read a text `(steps, streams)` once; from the middle on with another backend, if one is named."""
-    count, streams = text.shape
-    synchronize = torch.get_device_module(text.device).synchronize
-    logits: list[Tensor] = []
-    moments = [time.perf_counter()]
-    with record_selections() as record, ExitStack() as swapped:
-        for i in steps:
-            if swap_to is not None and i == count // 2:
-                swapped.enter_context(use_backend(swap_to))
-            logits.append(step(text[i]))
-            if i in (0, count - 1):
-                synchronize()
-                moments.append(time.perf_counter())
-    start, first, end = moments
-    kernel_calls = Counter(selection.backend for selection in record)
-    return _Reading(torch.stack(logits), first - start, streams * (count - 1) / (end - first), kernel_calls)
-
-
-# -- what it stands on, and the benchmarks too ------------------------------------------------------------------------
-
-
-@dataclass
-class CompilerWatch:
-    """What torch.compile has done since somebody watches.
-
-    Attributes:
-        recompiles: how often Dynamo compiled code that it had compiled before.
-        recordings: how many CUDA graphs Inductor recorded.
-    """
-
-    recompiles: int = 0
-    recordings: int = 0
-    _graphs_before: int = field(default_factory=lambda: counters["stats"]["unique_graphs"])
-
-    @property
-    def graphs(self) -> int:
-        """How many graphs Dynamo made."""
-        return counters["stats"]["unique_graphs"] - self._graphs_before
-
-    def note(self, event: CallbackArgs) -> None:
-        """Count one event; a compile's id is the number of the code, a slash, and how often it was compiled before."""
-        if event.callback_trigger is CallbackTrigger.CUDAGRAPH_RECORDING:
-            self.recordings += 1
-        elif event.callback_trigger is CallbackTrigger.DYNAMO and not event.compile_id.endswith("/0"):
-            self.recompiles += 1
-
-
-@contextmanager
-def watch_compiler() -> Iterator[CompilerWatch]:
-    """Within the block, count what torch.compile does."""
-    watch = CompilerWatch()
-    note = callback_handler.register_start_callback(watch.note)
-    try:
-        yield watch
-    finally:
-        callback_handler.remove_start_callback(note)
-
-
-def device_name(device: torch.device) -> str:
-    """Return what a report calls a device: the GPU's name, or the CPU's and its number of cores."""
-    if device.type != "cpu":
-        return str(torch.get_device_module(device).get_device_name(device))
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
+def describe(model: Any) -> str:
+    """Return what a report calls a Mamba-2 model of Transformers."""
+    config = model.config
+    if getattr(config, "model_type", "") != "mamba2":
+        raise TargetError(f"got a checkpoint of {getattr(config, 'model_type', 'unknown type')}, expected mamba2")
+    weights = sum(p.numel() for p in model.parameters())
+    sizes = f"{config.num_hidden_layers} layers of width {config.hidden_size}, {weights / 1e6:.1f} M weights"
+    return f"transformers {version('transformers')}, {type(model).__name__}: {sizes}, float32"
 
 
 def read_text(path: Path | None = None) -> bytes:
@@ -269,4 +127,6 @@ def read_text(path: Path | None = None) -> bytes:
     try:
         return str(metadata("mamba-ops").json.get("description", "")).encode()
     except PackageNotFoundError:
-        raise DemoError("got no text, expected the README of a checkout or an installed package; name a file") from None
+        raise TargetError(
+            "got no text, expected the README of a checkout or an installed package; name a file"
+        ) from None

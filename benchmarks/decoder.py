@@ -1,4 +1,4 @@
-"""The model that the demo runs: a few Mamba-2-like layers over bytes, made of the two decode ops."""
+"""The model of the swap benchmark: a few Mamba-2-like layers over bytes, made of the two decode ops."""
 
 from typing import cast
 
