@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tests and all benchmarks in one call on a GPU machine, with its own python3 and torch: no network, nothing installed.
-# A stage that fails does not stop the next. Logs and results land in $OUT, a summary comes last. Under 8 minutes.
+# A stage that fails does not stop the next. Logs and results land in $OUT, a summary comes last. About 8 minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -31,6 +31,7 @@ name = torch.get_device_module(gpu).get_device_name(gpu) if gpu else "no acceler
 print(f"torch {torch.__version__}, triton {triton.__version__}, {name}")'
 stage tests 300 python3 -m pytest "${tests[@]}" tests compile_tests
 stage kernels 110 python3 -m benchmarks.kernels --json "$OUT/kernels.json" --save "$OUT"
+stage prefill 180 python3 -m benchmarks.prefill --json "$OUT/prefill.json" --save "$OUT"
 stage boundary 50 python3 -m benchmarks.boundary --save "$OUT"
 stage swap 50 python3 -m benchmarks.swap
 

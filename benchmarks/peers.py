@@ -8,16 +8,34 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Call = Callable[[Tensor, Tensor, Tensor], object]
 """(state, slots, out); everything else is already bound."""
 
+Prefill = Callable[[Tensor], Any]
+"""From the cache, which it updates, to the output, a tensor; everything else is already bound."""
+
 _FOLDER = Path(__file__).parent.parent / ".peers"
 _OPS = "vllm.model_executor.layers.mamba.ops"
+
+
+def _module(name: str) -> ModuleType:
+    """A peer's module; those of the folder that MAMBA_OPS_PEERS names (default: .peers beside benchmarks/) come before
+    installed ones."""
+    folder = str(Path(os.environ.get("MAMBA_OPS_PEERS", _FOLDER)).resolve())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module(name)
+
+
+# ---- decode ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -57,16 +75,168 @@ class Peer:
 
 
 def find_peer() -> tuple[Peer | None, str]:
-    """The peer, or None, and a sentence that says which. MAMBA_OPS_PEERS names a folder to look in before the installed
-    packages (default: .peers beside benchmarks/)."""
-    folder = Path(os.environ.get("MAMBA_OPS_PEERS", _FOLDER)).resolve()
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+    """The peer of the decode kernels, or None, and a sentence that says which."""
     try:
-        version = importlib.import_module("vllm").__version__
-        mamba_ssm = importlib.import_module(f"{_OPS}.mamba_ssm")
-        causal_conv1d = importlib.import_module(f"{_OPS}.causal_conv1d")
+        version = _module("vllm").__version__
+        mamba_ssm, causal_conv1d = _module(f"{_OPS}.mamba_ssm"), _module(f"{_OPS}.causal_conv1d")
     except ImportError as error:
-        return None, f"No peer: vLLM's kernels are neither in {folder} nor installed ({error})."
+        return None, f"No peer: vLLM's kernels cannot be imported ({error})."
     peer = Peer(f"vLLM {version}", mamba_ssm.selective_state_update, causal_conv1d.causal_conv1d_update)
     return peer, f"Peer: {peer.name}, from {Path(str(mamba_ssm.__file__)).parent}."
+
+
+# ---- prefill: sequences are of one length, packed, and sequence i uses slot i + 1 ------------------------------------
+
+
+def vllm_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    *,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    has_initial_state: Tensor | None,
+    **weights: Any,
+) -> Prefill:
+    """vLLM's layer gathers the initial states, where there are any; its table of chunks is made once for all layers."""
+    scan = _module(f"{_OPS}.ssd_combined").mamba_chunk_scan_combined_varlen
+    gather = _module(f"{_OPS}.gather_initial_states").gather_initial_states
+    ends, row_of, last = [0], [], []
+    for row, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+        new = [*range(start + chunk_size, stop, chunk_size), stop]
+        ends += new
+        row_of += [row] * len(new)
+        last.append(len(row_of) - 1)
+    table = {"cu_chunk_seqlens": ends, "seq_idx": row_of, "last_chunk_indices": last}
+    options = {key: torch.tensor(value, dtype=torch.int32, device=x.device) for key, value in table.items()}
+    options |= weights | {"cu_seqlens": cu_seqlens, "out": x.new_empty(x.shape), "final_state_indices": slots}
+
+    def call(cache: Tensor) -> Any:
+        initial = None if has_initial_state is None else gather(cache, slots, has_initial_state)
+        kept = {"initial_states": initial, "final_states_out": cache, "state_dtype": cache.dtype}
+        scan(x, dt, A, B, C, chunk_size, **options, **kept)
+        return options["out"]
+
+    return call
+
+
+def mamba_ssm_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    *,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    has_initial_state: Tensor | None,
+    **weights: Any,
+) -> Prefill:
+    """mamba_ssm's layer has a dense batch, a cache without slots, and copies the last states there."""
+    scan = _module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    x, dt, B, C = (t.unflatten(0, (len(slots), -1)) for t in (x, dt, B, C))
+
+    def call(cache: Tensor) -> Any:
+        rows = cache[1:]
+        initial = None if has_initial_state is None else rows
+        out, last = scan(x, dt, A, B, C, chunk_size, initial_states=initial, return_final_states=True, **weights)
+        rows.copy_(last)
+        return out.flatten(0, 1)
+
+    return call
+
+
+def vllm_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    has_initial_state: Tensor | None,
+) -> Prefill:
+    """vLLM has channels first, as a view, and takes a table of programs that is made once for all layers."""
+    conv = _module(f"{_OPS}.causal_conv1d").causal_conv1d_fn
+    block = 8  # tokens of a program: it has no say in that
+    counts = [-(-(stop - start) // block) for start, stop in pairwise(cu_seqlens.tolist())]
+    row_of = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], dtype=torch.int32)
+    number = torch.tensor([k for count in counts for k in range(count)], dtype=torch.int32)
+    programs = {"batch_ptr": row_of.to(x.device), "token_chunk_offset_ptr": number.to(x.device)}
+    numbers = {block: {"tot": sum(counts), "mlist": row_of, "mlist_len": sum(counts), "offsetlist": number, **programs}}
+    options = {
+        "query_start_loc": cu_seqlens,
+        "cache_indices": slots,
+        "has_initial_state": torch.zeros_like(slots, dtype=torch.bool)
+        if has_initial_state is None
+        else has_initial_state,
+        "metadata": SimpleNamespace(nums_dict=numbers, **programs),
+    }
+    return lambda cache: conv(x.t(), weight, bias, cache, **options).t()
+
+
+def cuda_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    has_initial_state: Tensor | None,
+) -> Prefill:
+    """causal-conv1d has a dense batch, channels first as a view, and no slots; the last inputs are copied."""
+    conv = _module("causal_conv1d").causal_conv1d_fn
+    batch = x.unflatten(0, (len(slots), -1)).transpose(1, 2)
+
+    def call(cache: Tensor) -> Any:
+        rows = cache[1:]
+        initial = None if has_initial_state is None else rows
+        out, last = conv(batch, weight, bias, initial_states=initial, return_final_states=True, activation="silu")
+        rows.copy_(last)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return call
+
+
+def cuda_conv_packed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    has_initial_state: None,
+) -> Prefill:
+    """The same kernel over packed sequences: it starts from no state, and a second kernel finds the last inputs."""
+    conv = _module("causal_conv1d").causal_conv1d_fn
+    last_inputs = _module("causal_conv1d.causal_conv1d_varlen").causal_conv1d_varlen_states
+    rows = torch.arange(len(slots), dtype=torch.int32, device=x.device)
+    row_of = rows.repeat_interleave(cu_seqlens.diff()).unsqueeze(0)
+
+    def call(cache: Tensor) -> Any:
+        out = conv(x.t().unsqueeze(0), weight, bias, seq_idx=row_of, activation="silu")
+        cache[1:].copy_(last_inputs(x, cu_seqlens, cache.shape[-1]))
+        return out.squeeze(0).t()
+
+    return call
+
+
+PREFILL: dict[str, dict[str, Callable[..., Prefill]]] = {
+    "mamba_chunk_scan": {"vLLM": vllm_scan, "mamba_ssm": mamba_ssm_scan},
+    "causal_conv1d": {"vLLM": vllm_conv, "causal-conv1d": cuda_conv, "causal-conv1d, packed": cuda_conv_packed},
+}
+"""For every op, its peers: functions of our arguments less the cache. They raise ImportError where a peer is absent."""
+
+
+def versions() -> dict[str, str]:
+    """Which projects are here: name to version."""
+    found = {}
+    for name, module in {"vLLM": "vllm", "mamba_ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}.items():
+        try:
+            found[name] = str(_module(module).__version__)
+        except ImportError as error:
+            found[name] = f"absent ({error})"
+    return found

@@ -1,0 +1,159 @@
+"""What the benchmarks of kernels share: inputs, clocks, and the page that each leaves."""
+
+import argparse
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+AGREEMENT = 1e-2  # relative error above which two kernels do not compute the same thing; bf16 products alone make 3e-3
+
+LABELS = ("case", "kernels")  # columns of words
+
+Row = dict[str, Any]
+"""What was measured, by key."""
+
+
+def random(*shape: int, device: torch.device) -> Tensor:
+    """In bfloat16, which Triton's interpreter cannot multiply: in float32 on a CPU."""
+    return torch.randn(shape, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+
+def nbytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# ---- clocks ----------------------------------------------------------------------------------------------------------
+
+
+def bench_us(call: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return 1e3 * float(do_bench(call, return_mode="median"))
+
+
+def device_us(calls: Callable[[], object], device: torch.device) -> float:
+    """Time of the calls on the device alone: recorded in one CUDA graph, where there are such, and replayed."""
+    module = torch.get_device_module(device)
+    calls()
+    module.synchronize()
+    replay = calls
+    if hasattr(module, "CUDAGraph"):
+        graph = module.CUDAGraph()
+        with module.graph(graph):
+            calls()
+        replay = graph.replay
+    return bench_us(replay)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of a large copy on the device."""
+    source = torch.randn(1 << 28, device=device)
+    target = torch.empty_like(source)
+    return 2 * nbytes(source) / (1e-6 * bench_us(lambda: target.copy_(source)))
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Collects what Triton compiles, or loads from its cache on disk, meanwhile."""
+    from triton import knobs
+
+    compiled: list[str] = []
+
+    def note(*_: object, repr: str, **__: object) -> None:
+        compiled.append(repr)
+
+    with knobs.runtime.scope():
+        knobs.runtime.jit_post_compile_hook = note
+        yield compiled
+
+
+# ---- the command and its page ----------------------------------------------------------------------------------------
+
+
+def options(name: str, description: str, ops: Iterable[str]) -> argparse.Namespace:
+    """The arguments of `python -m benchmarks.<name>`. On a CPU, Triton is told to interpret: before it is imported,
+    because it decides as it decorates."""
+    default = torch.accelerator.current_accelerator() or torch.device("cpu")
+    results = Path(__file__).parent / "results"
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description.partition("\n")[0])
+    parser.add_argument("--op", choices=list(ops), help="this op alone")
+    parser.add_argument("--device", type=torch.device, default=default, help=f"default: {default}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    parser.add_argument(
+        "--save", type=Path, nargs="?", const=results, metavar="FOLDER", help="write a dated page (default: results/)"
+    )
+    given = parser.parse_args()
+    given.name = name
+    if given.device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    return given
+
+
+def facts(options: argparse.Namespace) -> dict[str, Any]:
+    import triton
+
+    device = options.device
+    return {
+        "command": f"python -m benchmarks.{options.name}{f' --op {options.op}' if options.op else ''}",
+        "date": date.today().isoformat(),
+        "device": "CPU" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def number(row: Row, key: str, unit: float = 1, digits: int = 1) -> str:
+    return f"{row[key] / unit:.{digits}f}" if key in row else "-"
+
+
+def ratio(row: Row, key: str, base: str) -> str:
+    return f"{row[key] / row[base]:.2f}" if key in row and base in row else "-"
+
+
+def page(
+    title: str,
+    facts: Mapping[str, Any],
+    tables: Mapping[str, tuple[dict[str, Callable[[Row], str]], list[Row]]],
+    notes: Iterable[str],
+) -> str:
+    """A markdown page: for every op its table, of columns and rows, then the notes and the command."""
+    text = io.StringIO()
+    console = Console(file=text, width=200, markup=False, highlight=False)  # the same in a log as in a terminal
+    console.print(f"# {title} on {facts['device']}, {facts['date']}")
+    for op, (columns, rows) in tables.items():
+        table = Table(box=MARKDOWN)
+        for column in columns:
+            table.add_column(column, justify="left" if column in LABELS else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(cell(row) for cell in columns.values()))
+        console.print(f"\n## {op}", table)
+    for note in (*notes, f"`{facts['command']}`"):
+        console.print(f"- {note}")
+    return re.sub(r" +\n", "\n", text.getvalue())
+
+
+def bandwidth_note(bytes_a_second: float) -> str:
+    return f"a copy of 1 GiB on the device moves {bytes_a_second / 1e12:.2f} TB/s, read and written"
+
+
+def report(options: argparse.Namespace, text: str, results: dict[str, Any]) -> None:
+    """Print the page, and write what was asked for."""
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    if options.save:
+        options.save.mkdir(parents=True, exist_ok=True)
+        device = re.sub(r"[^A-Za-z0-9]+", "-", results["device"])
+        (options.save / f"{results['date']}_{device}_{options.name}.md").write_text(text)
+    print(text)
