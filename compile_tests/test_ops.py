@@ -11,6 +11,7 @@ from torch._inductor.utils import run_and_get_code
 
 import mamba_ops
 from mamba_ops.registry import Op, Sample, use_backend
+from mamba_ops.serving import Plan
 from tests.conftest import ACCELERATOR
 from tests.harness import OPS, backends_here, cases, front_on, results, with_output
 
@@ -75,7 +76,7 @@ def test_compiled_with_transposed_x_and_strided_output(op: Op[...]) -> None:
     def transposed(t: Tensor) -> Tensor:
         return t.movedim(0, -1).contiguous().movedim(-1, 0)
 
-    x = arguments["x"]
+    x = next(arguments[name] for name in ("x", "u", "v", "projected", "projected_qkvz") if name in arguments)
     args = tuple(transposed(a) if a is x else a for a in sample.args)
     strided = Sample("strided", args, {**sample.kwargs, "out": transposed(sample.kwargs["out"])})
     eager, other = sample.clone(), strided.clone()
@@ -120,9 +121,23 @@ def scan_step(rows: int) -> Sample:
     return Sample("step", (x, dt, A, B, C, 4), kwargs)
 
 
+def mamba2_step(rows: int) -> Sample:
+    heads, dim, dstate, groups, tokens = 4, 8, 16, 2, 3 * rows
+    conv_dim = heads * dim + 2 * groups * dstate
+    computed, new = [rows] * rows + [0] * rows, [1] * rows + [2] * rows
+    plan = Plan.of(computed, new, range(2 * rows), max_requests=150, device=DEVICE)
+    conv_state = torch.randn(3 * rows + 3, 3, conv_dim, device=DEVICE).transpose(1, 2)
+    state = torch.randn(3 * rows + 3, heads, dim, dstate, device=DEVICE)
+    projected = torch.randn(tokens, heads * dim + conv_dim + heads, device=DEVICE)
+    weights = (torch.randn(conv_dim, 4), None, -torch.rand(heads), torch.rand(heads), torch.rand(heads))
+    on_device = (w if w is None else w.to(DEVICE) for w in weights)
+    return Sample("step", (projected, conv_state, state, *on_device, *plan.tensors, heads, dim, dstate, groups, 16), {})
+
+
 STEPS = [
     pytest.param(mamba_ops.causal_conv1d, conv_prefill, id="causal_conv1d"),
     pytest.param(mamba_ops.causal_conv1d_update, conv_step, id="causal_conv1d_update"),
+    pytest.param(mamba_ops.mamba2_mixing, mamba2_step, id="mamba2_mixing"),
     pytest.param(mamba_ops.mamba_chunk_scan, scan_step, id="mamba_chunk_scan"),
     pytest.param(mamba_ops.selective_state_update, ssm_step, id="selective_state_update"),
 ]

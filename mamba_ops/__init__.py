@@ -5,6 +5,7 @@ from mamba_ops import registry as registry
 from mamba_ops.compare import compare as compare
 from mamba_ops.ops import causal_conv1d as causal_conv1d
 from mamba_ops.ops import causal_conv1d_update as causal_conv1d_update
+from mamba_ops.ops import mamba2_mixing as mamba2_mixing
 from mamba_ops.ops import mamba_chunk_scan as mamba_chunk_scan
 from mamba_ops.ops import selective_state_update as selective_state_update
 from mamba_ops.registry import explain as explain

@@ -108,7 +108,7 @@ def show_backends(device: Device = None) -> None:
 def _answer(backend: Backend, op: Op[...], device: torch.device) -> str:
     """Return "yes", or why not."""
     if backend.name not in op.kernels:
-        return "has no kernel"
+        return "-"
     reason = backend.why_unusable(device.type)
     if reason and backend.why_unusable(device.type, by_name=True) is None:
         return "if asked for by name"

@@ -160,3 +160,6 @@ def backends() -> list[Backend]:
 
 REFERENCE = Backend("torch", devices=None)
 """The backend whose kernels are the ops' own bodies; it runs anywhere."""
+
+COMPOSED = Backend(selection.COMPOSED, devices=None)
+"""The backend of ops whose bodies call other ops: it runs anywhere, and those ops have backends of their own."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import ParamSpec
 
 from mamba_ops.registry import errors, generate, selection, tables, tokens
-from mamba_ops.registry.backend import REFERENCE, Kernel
+from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
 from mamba_ops.registry.memory import Known, Memory, comparison
 from mamba_ops.registry.samples import Sample
 
@@ -67,7 +67,14 @@ class Namespace:
         self._define("refuse", "(Tensor(a!) output, int code) -> ()", self._refuse, lambda output, code: None)
         tables.namespaces[name] = self
 
-    def op(self, *, mutates: Iterable[str] = ("out",), splits_graph: bool = False, reads_host: bool = False) -> Declare:
+    def op(
+        self,
+        *,
+        mutates: Iterable[str] = ("out",),
+        splits_graph: bool = False,
+        reads_host: bool = False,
+        composed: bool = False,
+    ) -> Declare:
         """Declare the decorated function as an op; the function is its contract, its schema and its reference.
 
         The function has the front's signature and ends in `*, ..., out: Tensor | None = None) -> Tensor`; inside it,
@@ -82,10 +89,12 @@ class Namespace:
             mutates: names of all parameters that the op writes, `out` among them.
             splits_graph: engines may cut their graphs at this op.
             reads_host: the op reads a tensor on the host and cannot be captured in a CUDA graph.
+            composed: the function calls other ops. Its backend is then called `composed`, and a backend asked for by a
+                bare name that has no kernel for this op acts on the ops inside.
         """
 
         def declare(function: Callable[..., Any]) -> Any:
-            flags = {"splits_graph": splits_graph, "reads_host": reads_host}
+            flags = {"splits_graph": splits_graph, "reads_host": reads_host, "composed": composed}
             front = type(function.__name__, (Op,), {"__doc__": function.__doc__, "__module__": function.__module__})
             return front(self, function, frozenset("output" if m == "out" else m for m in mutates), **flags)
 
@@ -119,8 +128,8 @@ class Op(Generic[P]):
         parameters: what checks and kernels get: the schema's parameters (`output` for `out`), without `selection`; a
             cache that may be left out is optional here.
         mutates: names of the parameters that it writes.
-        kernels: backend name to kernel; the reference is the kernel of the backend `torch`.
-        splits_graph, reads_host: see `Namespace.op`.
+        kernels: backend name to kernel; the reference is the kernel of the backend `torch`, or `composed`.
+        splits_graph, reads_host, composed: see `Namespace.op`.
         overload: the `torch.ops` overload, for those who want no front.
     """
 
@@ -132,6 +141,7 @@ class Op(Generic[P]):
         *,
         splits_graph: bool,
         reads_host: bool,
+        composed: bool,
     ) -> None:
         self.name = self.__name__ = function.__name__
         self.qualname = f"{namespace.name}::{self.name}"
@@ -139,6 +149,7 @@ class Op(Generic[P]):
         self.mutates = mutates
         self.splits_graph = splits_graph
         self.reads_host = reads_host
+        self.composed = composed
         tables.refuse_duplicate("op", self.qualname, tables.ops)
         self.parameters = _parameters(self.qualname, function, mutates)
         self.reference = function
@@ -154,7 +165,8 @@ class Op(Generic[P]):
         adapter = function
         if "out" in inspect.signature(function).parameters:
             adapter = generate.renamed_output(self.qualname, self.parameters, function)
-        self.kernels[REFERENCE.name] = Kernel(REFERENCE, adapter)
+        own = COMPOSED if composed else REFERENCE
+        self.kernels[own.name] = Kernel(own, adapter)
         tables.ops[self.qualname] = self
         selection.changed()
 
@@ -264,6 +276,17 @@ class Op(Generic[P]):
                 self._checks(**arguments)
             except ValueError as error:
                 raise errors.in_call_of(self.qualname, error) from None
+
+    def require(self, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Raise what a call with these arguments would raise because the backend asked for by name refuses it.
+
+        For composed ops, before the first op inside writes anything. In the default order somebody takes every call, so
+        then nothing is looked at.
+        """
+        if selection.is_bound(self):
+            arguments = self.bind(args, kwargs)
+            self.check(arguments)
+            selection.require(self, arguments)
 
     # -- called by generated code -------------------------------------------------------------------------------------
 

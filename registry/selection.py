@@ -28,12 +28,16 @@ class _Binding:
     """One request for backends by name."""
 
     by: str
-    everywhere: str | None = None  # binds only the ops for which this backend has a kernel
+    everywhere: str | None = None  # binds the ops for which this backend has a kernel, and what is composed of them
     ops: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, op: "Op[...]") -> str | None:
         name = self.ops.get(op.name)
-        return self.everywhere if name is None and self.everywhere in op.kernels else name
+        if name is not None or self.everywhere is None:
+            return name
+        if self.everywhere in op.kernels:
+            return self.everywhere
+        return COMPOSED if op.composed else None  # then it is the ops inside that the name binds
 
 
 class Selection(NamedTuple):
@@ -65,6 +69,9 @@ class Explanation:
         width = max((len(name) for name, _ in rows), default=0)
         return "\n".join([self.op, *(f"  {name:<{width}}  {reason}" for name, reason in rows)])
 
+
+COMPOSED = "composed"
+"""Name of the backend whose kernels call other ops."""
 
 _environments: dict[str, _Binding] = {}  # namespace to what its environment variable asks for, once read
 _bindings: list[_Binding] = []  # use_backend() now active, outermost first
@@ -205,6 +212,21 @@ def choose(op: "Op[...]", arguments: Mapping[str, Any]) -> Callable[..., None]:
     return _asking(op, takers, reasons)
 
 
+def is_bound(op: "Op[...]") -> bool:
+    """Return whether somebody asked for one backend by name, for this op."""
+    return _bound(op) is not None
+
+
+def require(op: "Op[...]", arguments: Mapping[str, Any]) -> None:
+    """Raise with every backend's reason unless one takes these very arguments."""
+    reasons: dict[str, str] = {}
+    for kernel, refusal in _candidates(op, arguments):
+        if (reason := refusal or kernel.why_not_now(arguments)) is None:
+            return
+        reasons[kernel.backend.name] = reason
+    raise _refused(op, reasons)
+
+
 def _asking(op: "Op[...]", takers: list["Kernel"], reasons: Mapping[str, str]) -> Callable[..., None]:
     """Return a function that asks per-call refusals before each run."""
     runs = [(kernel, _recorded(op, kernel)) for kernel in takers]
@@ -261,7 +283,8 @@ def use_backend(backend: str | None = None, /, **named: str) -> AbstractContextM
     A backend asked for by name never falls back: what it does not take raises, with the reason.
 
     Args:
-        backend: binds every op for which this backend has a kernel; other ops keep the default order.
+        backend: binds every op for which this backend has a kernel; other ops keep the default order. An op that is
+            composed of others runs on them, on this backend where they have it.
         named: `op_name="backend"` for single ops. Names are taken in any case.
 
     Raises:

@@ -16,21 +16,41 @@ from mamba_ops.registry import Op, Sample, use_backend
 from mamba_ops.registry.samples import assert_within_budget
 
 OPS = [op for op in registry.ops().values() if op.qualname.startswith("mamba_ops::")]
+OPERANDS = ("x", "B", "C", "q", "k", "v", "projected", "projected_qkvz")
+"""What matrix units are given, or a mixing op hands from one op to the next, has the dtype of these arguments."""
+
 Front = Callable[..., Any]
 
 
 def backends_here(op: Op[...], device: torch.device) -> list[str]:
-    """Backends that run an op on this device, by name at least (Triton interpreted, on a CPU)."""
+    """Backends that run an op on this device, by name at least (Triton interpreted, on a CPU).
+
+    For a composed op those that run what is inside.
+    """
+    if op.composed:
+        return sorted({name for inside in OPS if not inside.composed for name in backends_here(inside, device)})
     return [
         name for name, kernel in op.kernels.items() if kernel.backend.why_unusable(device.type, by_name=True) is None
     ]
+
+
+def truncates(op: Op[...], backend: str, device: torch.device) -> bool:
+    """Whether what one op hands to the next inside a composed op is truncated to the activations' dtype, as Triton's
+    interpreter does, and not rounded, as hardware does. Only float32 activations can be judged there.
+    """
+    return op.composed and backend == "triton" and device.type == "cpu"
+
+
+def samples_for(op: Op[...], backend: str, device: torch.device) -> list[Sample]:
+    """An op's samples for a backend."""
+    return op.make_samples(device, **({"dtype": torch.float32} if truncates(op, backend, device) else {}))
 
 
 def cases(device: torch.device) -> Iterator[tuple[Op[...], str, Sample]]:
     """Every op x backend x sample on this device."""
     for op in OPS:
         for backend in backends_here(op, device):
-            for sample in op.make_samples(device):
+            for sample in samples_for(op, backend, device):
                 yield op, backend, sample
 
 
@@ -59,13 +79,13 @@ def results(op: Op[...], sample: Sample) -> dict[str, Tensor]:
 def expected(op: Op[...], sample: Sample, dtype: torch.dtype) -> dict[str, Tensor]:
     """What the oracle says that a call leaves in the tensors that the op mutates, computed in `dtype`.
 
-    In float32 an oracle that knows how rounds the operands of matrix products as kernels do. It runs on the CPU, where
+    In float32 an oracle that knows how rounds what kernels round on their way (see OPERANDS). It runs on the CPU, where
     one element costs no launch, and so the budget is the same on every machine.
     """
     oracle, extra = oracle_of(op), {}
     if dtype == torch.float32 and "operands" in inspect.signature(oracle).parameters:
         bound = op.bind(sample.args, sample.kwargs)
-        extra["operands"] = functools.reduce(torch.promote_types, (bound[n].dtype for n in ("x", "B", "C")))
+        extra["operands"] = functools.reduce(torch.promote_types, (bound[n].dtype for n in OPERANDS if n in bound))
     call = sample.to(dtype, "cpu").clone()
     names = ["output", *(p.name for p in op.parameters if p.name in op.mutates - {"output"})]
     return dict(zip(names, oracle(*call.args, **call.kwargs, dtype=dtype, **extra), strict=True))

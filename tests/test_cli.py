@@ -36,7 +36,12 @@ def test_backends_are_listed_with_their_reasons():
     rows = [[cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in result.output.splitlines()]
     assert ["op", *(backend.name for backend in backends()), "runs on"] in rows
     cells = {row[0]: row[1:] for row in rows if row}
-    assert all(cells[name][-2:] == ["yes", "torch"] for name in ops())
+    names = [backend.name for backend in backends()]
+    for name, op in ops().items():
+        answers = dict(zip(names, cells[name], strict=False))
+        assert answers["composed" if op.composed else "torch"] == "yes"
+        assert answers["torch" if op.composed else "composed"] == "-"
+        assert cells[name][-1] == ("composed" if op.composed else "torch")
     assert "Default order: " + ", ".join(f"{b.name} {b.priority}" for b in backends()) in result.output
 
 

@@ -5,125 +5,57 @@ Only bugs that stay inside their tensors: an interpreted kernel that leaves them
 
 import functools
 import importlib.util
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 import mamba_ops.kernels.triton as kernels
-from mamba_ops import registry
+from mamba_ops.ops import mixing
 from mamba_ops.registry import Backend, Op
 from tests.conftest import ACCELERATOR
-from tests.harness import front_on, judge
+from tests.harness import OPS, front_on, judge
+from tests.tables import tables_of
 
 pytest.importorskip("triton", reason="the kernels that bugs are planted in are Triton's")
 
 DEVICE = ACCELERATOR or torch.device("cpu")
-CONV = {  # bug: (the kernel's text, what stands there instead)
-    "window off by one": ("tl.maximum(oldest, 0)", "tl.maximum(oldest + 1, 0)"),
-    "taps reversed": ("acc += window[k] * taps[k]", "acc += window[WIDTH - 1 - k] * taps[k]"),
-    "bias dropped": ("acc = bias\n", "acc = bias * 0\n"),
-    "silu always": ("        if SILU:", "        if True:"),
-    "silu inverted": ("acc *= tl.sigmoid(acc)", "acc *= tl.sigmoid(-acc)"),
-    "state not written": ("    if accepted_ptr is None:\n        for k", "    if False:\n        for k"),
-    "state shifted by one token only": (
-        "window = window[1:]",
-        "window = window[1:] if length is None else window[:-1]",
-    ),
-    "null rows not zeroed": ("output_channel), 0.0, mask=inside)", "output_channel), 1.0, mask=inside)"),
-    "null slot ignored": ("if (slot < 0) | (slot == null_slot):", "if slot < 0:"),
-    "old columns kept when speculating": ("tl.static_range(1, HISTORY)", "tl.static_range(2, HISTORY)"),
-    "packed rows taken for single tokens": ("x_ptr += first * x_row", "x_ptr += row * x_row"),
-}
-PREFILL = {
-    "window off by one": ("window[t + k] * taps[k]", "window[t + (k + 1) % WIDTH] * taps[k]"),
-    "taps reversed": ("window[t + k] * taps[k]", "window[t + k] * taps[WIDTH - 1 - k]"),
-    "bias dropped": ("acc = bias\n", "acc = bias * 0\n"),
-    "silu always": ("        if SILU:", "        if True:"),
-    "tiles start from zeros": ("(token >= 0)", "(token >= begin)"),
-    "sequences see the one before": ("(token >= 0)", "(token >= -first)"),
-    "first tile only": ("tile %= tiles", "tile = 0"),
-    "tiles of the wrong sequence": ("+ middle <= tile:", "+ middle < tile:"),
-    "initial state ignored": (".to(tl.int32) * HISTORY", ".to(tl.int32) * 0"),
-    "initial state assumed": (".to(tl.int32) * HISTORY", ".to(tl.int32) * 0 + HISTORY"),
-    "state not written": ("kept[k], mask=inside)", "kept[k], mask=inside & (tokens < 0))"),
-    "state of short sequences forgotten": ("tl.where(entry < HISTORY, old, new)", "new"),
-    "state not moved by short sequences": ("state_ptr + entry * state_column", "state_ptr + k * state_column"),
-    "null sequences not zeroed": ("output_channel), 0.0, mask=live)", "output_channel), 1.0, mask=live)"),
-    "null slot ignored": ("if (slot < 0) | (slot == null_slot):", "if slot < 0:"),
-}
-SSU = {
-    "wrong group": ("head // (HEADS // GROUPS)", "head % GROUPS"),
-    "softplus always": ("        if SOFTPLUS:", "        if True:"),
-    "bias dropped": ("            d += bias", "            d += 0 * bias"),
-    "D dropped": ("y += u * skip", "y += 0 * u * skip"),
-    "gate without sigmoid": ("y *= gate * tl.sigmoid(gate)", "y *= gate"),
-    "decay with the wrong sign": ("tl.exp(a * d)", "tl.exp(-a * d)"),
-    "output from the old state": ("tl.sum(s * c[None, :]", "tl.sum((s - (b[None, :] * d) * u[:, None]) * c[None, :]"),
-    "state not written": ("    if num_accepted_tokens is None:\n        if", "    if False:\n        if"),
-    "write slots ignored": ("        if write_slots is None:", "        if True:"),
-    "null destination written": ("if (target >= 0) & (target != null_slot):", "if target >= 0:"),
-    "null rows not zeroed": ("tl.zeros([BLOCK], tl.float32)", "tl.full([BLOCK], 1.0, tl.float32)"),
-    "null slot ignored": ("if (source < 0) | (source == null_slot):", "if source < 0:"),
-    "accepted column off by one": ("slots_columns) - 1", "slots_columns - 1)"),
-    "state rounded between tokens": ("u[:, None]\n", "u[:, None]\n        s = s.to(tl.bfloat16).to(tl.float32)\n"),
-    "first token only": ("    for t in range(tokens):\n        token", "    for t in range(1):\n        token"),
-}
-SSD = {
-    "wrong group": ("head // (HEADS // GROUPS)", "head % GROUPS"),
-    "softplus always": ("    if SOFTPLUS:", "    if True:"),
-    "dt not limited": ("tl.minimum(tl.maximum(d, dt_min), dt_max)", "d"),
-    "tokens not decayed to the chunk's end": ("reverse=True) - log_decay) * d", "reverse=True) * 0.0) * d"),
-    "state not decayed over a chunk": ("s *= tl.exp2(tl.load(decay + high - 1))", "s *= 1.0"),
-    "token does not read itself": ("token[:, None] >= t[None, :]", "token[:, None] > t[None, :]"),
-    "state before the chunk not read": ("    if past > 0:", "    if past > 1:"),
-    "initial state not read": ("past |= tl.load(has_initial_state", "past |= 0 * tl.load(has_initial_state"),
-    "chunks do not end at absolute positions": ("before = (tl.load", "before = 0 * (tl.load"),
-    "null rows not zeroed": ("tl.zeros([BLOCK_TOKENS, BLOCK_DIM], tl.float32), written", "1.0, written"),
-}
-SSD_TOO = {  # slow: interpreted matrix products
-    "bias dropped": ("d += tl.load(dt_bias", "d += 0.0 * tl.load(dt_bias"),
-    "start of a long chunk dropped": ("range(begin, tl.minimum(", "range(first, tl.minimum("),
-    "state of the chunk before last": ("(number - 1).to(tl.int64) * kept_stride", "number.to(tl.int64) * kept_stride"),
-    "last chunk's state not kept": (
-        "        if chunk_states is not None:\n            tl.store(",
-        "        if 0:\n            tl.store(",
-    ),
-    "null slot ignored": ("if (source < 0) | (source == null_slot):", "if source < 0:"),
-    "null destination written": ("& (target >= 0) & (target != null_slot)", "& (target >= 0)"),
-    "write slots ignored": ("        if write_slots is not None:", "        if False:"),
-    "empty row resets its state": ("stored = count > 0", "stored = count >= 0"),
-    "D dropped": ("y += u * tl.load(D + head)", "y += 0.0 * u * tl.load(D + head)"),
-    "gate without sigmoid": ("y *= gate * tl.sigmoid(gate)", "y *= gate"),
-}
-TABLES = {
-    "causal_conv1d": PREFILL,
-    "causal_conv1d_update": CONV,
-    "mamba_chunk_scan": SSD,
-    "selective_state_update": SSU,
-}
+Bug = tuple[str, str]
 MUTANTS = [
-    pytest.param((op, *bug), marks=marks, id=f"{op}-{bug[0]}")
-    for tables, marks in ((TABLES, ()), ({"mamba_chunk_scan": SSD_TOO}, pytest.mark.slow))
-    for op, table in tables.items()
-    for bug in table.items()
+    pytest.param((op, *bug), marks=marks, id=f"{op.name}-{bug[0]}")
+    for op in OPS
+    for table, marks in (("BUGS", ()), ("SLOW_BUGS", pytest.mark.slow))
+    for bug in getattr(tables_of(op), table, {}).items()
 ]
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_ten_bugs_of_every_op(op: Op[...]) -> None:
+    tables = tables_of(op)
+    assert len({**tables.BUGS, **getattr(tables, "SLOW_BUGS", {})}) >= 10
 
 
 @pytest.fixture
 def planted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Op[...], str]]:
     """An op, and the name of a backend whose kernel is ours with one bug in it."""
-    name, _, (right, wrong) = request.param
-    op = registry.ops()[name]
-    source = (Path(kernels.__path__[0]) / f"{name}.py").read_text()
-    assert right in source, f"{right!r} is no longer in the kernel; plant the bug elsewhere"
-    mutant = _load(tmp_path / f"mutant_{name}.py", source.replace(right, wrong))
+    op, _, bug = request.param
     backend = Backend("mutant", devices=[DEVICE.type])
+    backend.implements(op)(composed_with(bug, op) if op.composed else triton_with(bug, op, tmp_path))
+    yield op, backend.name
+    backend.remove()
+
+
+def triton_with(bug: Bug, op: Op[...], folder: Path) -> Callable[..., None]:
+    """The Triton kernel with a bug, called by the adapter of ours."""
+    source = (Path(kernels.__path__[0]) / f"{op.name}.py").read_text()
+    mutant = _load(folder / f"mutant_{op.name}.py", _changed(source, bug))
     original = op.kernels["triton"].function
-    here = f"mamba_ops.kernels.triton.{name}"
+    here = f"mamba_ops.kernels.triton.{op.name}"
 
     @functools.wraps(original)
     def kernel(*args: object, **kwargs: object) -> None:
@@ -133,9 +65,30 @@ def planted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Op
         finally:
             sys.modules.pop(here) if healthy is None else sys.modules.update({here: healthy})
 
-    backend.implements(op)(kernel)
-    yield op, backend.name
-    backend.remove()
+    return kernel
+
+
+def composed_with(bug: Bug, op: Op[...]) -> Callable[..., None]:
+    """The body of a composed op, and what reads its plan, with a bug."""
+    body = inspect.getsource(op.reference)
+    source = inspect.getsource(mixing.batch_of) + "\n\n" + body[body.index("\ndef ") + 1 :]
+    scope = vars(mixing) | vars(sys.modules[op.reference.__module__])
+    del scope[op.name], scope["batch_of"]
+    exec(
+        compile(_changed(source, bug).replace(f"{op.name}.qualname", "'mutant'"), f"mutant_{op.name}.py", "exec"), scope
+    )
+
+    @functools.wraps(op.kernels["composed"].function)
+    def kernel(*args: object, output: Tensor, **kwargs: object) -> None:
+        scope[op.name](*args, out=output, **kwargs)
+
+    return kernel
+
+
+def _changed(source: str, bug: Bug) -> str:
+    right, wrong = bug
+    assert right in source, f"{right!r} is no longer in the kernel; plant the bug elsewhere"
+    return source.replace(right, wrong)
 
 
 @pytest.mark.parametrize("planted", MUTANTS, indirect=True)

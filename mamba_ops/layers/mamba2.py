@@ -1,14 +1,16 @@
 """The Mamba-2 layer. Its parameters are named as in mamba_ssm and Transformers, so that it loads their checkpoints."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba_chunk_scan, selective_state_update
+from mamba_ops.layers.caches import require_a_pair
+from mamba_ops.layers.norms import GatedRMSNorm, wide
+from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba2_mixing, mamba_chunk_scan, selective_state_update
+from mamba_ops.ops.mixing import HasPlan
 
 
 class Mamba2(nn.Module):
@@ -137,6 +139,7 @@ class Mamba2(nn.Module):
         conv_state: Tensor | None = None,
         ssm_state: Tensor | None = None,
         *,
+        plan: HasPlan | None = None,
         slots: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         has_initial_state: Tensor | None = None,
@@ -144,15 +147,23 @@ class Mamba2(nn.Module):
     ) -> Tensor:
         """Read sequences and return their output; with caches, leave each sequence's last state there.
 
+        With a plan, the tokens are those of an engine's step: some sequences decode, others are read.
+
         Args:
             hidden_states: `(batch, length, hidden_size)`, or packed `(tokens, hidden_size)` with `cu_seqlens`.
             conv_state, ssm_state: caches as `empty_caches` makes them, both or neither. Mutated.
+            plan: a `mamba_ops.serving.Plan` of packed tokens; it says all that the arguments after it would, and what
+                is returned for tokens of nobody means nothing.
             slots: int32 or int64 `(>= n,)`: where in the caches sequence i is. None: in slot i.
             cu_seqlens: int32 or int64 `(n + 1,)`: sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1]; what
                 is returned for tokens past the last sequence means nothing.
             has_initial_state: bool `(n,)`: sequence i goes on from its state in the caches. None: none does.
             null_slot: a sequence whose slot is this or negative is nobody: it is not mixed, and no cache is touched.
         """
+        if plan is not None:
+            if conv_state is None or ssm_state is None:
+                raise ValueError("Mamba2: plan: got a plan without caches, expected both caches; see empty_caches()")
+            return self._mix(hidden_states, conv_state, ssm_state, plan)
         gate, mixed, dt = self._project(hidden_states, conv_state, ssm_state)
         rows: dict[str, Any] = {
             "cu_seqlens": cu_seqlens,
@@ -179,6 +190,29 @@ class Mamba2(nn.Module):
         )
         return self._output(y, gate)
 
+    def _mix(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
+        projected = cast(Tensor, self.in_proj(hidden_states))
+        y = mamba2_mixing(
+            projected,
+            conv_state,
+            ssm_state,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self._A(),
+            self.D,
+            self.dt_bias,
+            *plan.tensors,
+            self.heads,
+            self.head_dim,
+            self.dstate,
+            self.groups,
+            self.chunk_size,
+            dt_min=self.dt_min,
+            dt_max=self.dt_max,
+            null_slot=plan.null_slot,
+        )
+        return self._output(y, projected[..., : self.projected[0]])
+
     def step(
         self,
         hidden_states: Tensor,
@@ -200,7 +234,7 @@ class Mamba2(nn.Module):
         x, B, C = self._split(mixed)
         bias: Tensor | None = self.dt_bias
         if limited := self.dt_min > 0 or self.dt_max < math.inf:  # the update has no limits of its own
-            dt, bias = functional.softplus(_wide(dt) + _wide(self.dt_bias)).clamp(self.dt_min, self.dt_max), None
+            dt, bias = functional.softplus(wide(dt) + wide(self.dt_bias)).clamp(self.dt_min, self.dt_max), None
         y = selective_state_update(
             ssm_state, x, dt, self._A(), B, C, D=self.D, dt_bias=bias, dt_softplus=not limited, **rows
         )
@@ -212,9 +246,7 @@ class Mamba2(nn.Module):
         """Return gate, what is convolved, and dt, having looked at what the ops after the convolution will refuse."""
         gate, mixed, dt = cast(Tensor, self.in_proj(hidden_states)).split(self.projected, dim=-1)
         sizes = (self.heads, self.head_dim, self.dstate)
-        if not _are_a_pair(conv_state, ssm_state, sizes):
-            refuse = torch.ops.mamba_ops.refuse_caches if torch.compiler.is_compiling() else _refuse_caches
-            refuse(mixed, conv_state, ssm_state, sizes)
+        require_a_pair(mixed, conv_state, ssm_state, sizes)
         return gate, mixed, dt
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,92 +256,7 @@ class Mamba2(nn.Module):
         return x.unflatten(-1, (self.heads, self.head_dim)), B.unflatten(-1, by_group), C.unflatten(-1, by_group)
 
     def _A(self) -> Tensor:
-        return -_wide(self.A_log).exp()
+        return -wide(self.A_log).exp()
 
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         return cast(Tensor, self.out_proj(self.norm(y.flatten(-2), gate)))
-
-
-class GatedRMSNorm(nn.Module):
-    """`gated_rms_norm` with a weight of its own."""
-
-    def __init__(self, size: int, *, groups: int = 1, eps: float = 1e-5, **new: Any) -> None:
-        super().__init__()
-        self.groups, self.eps = groups, eps
-        self.weight = nn.Parameter(torch.empty(size, **new))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the weight to ones."""
-        nn.init.ones_(self.weight)
-
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        """Gate `x` and normalise it."""
-        return gated_rms_norm(x, gate, self.weight, groups=self.groups, eps=self.eps)
-
-    def extra_repr(self) -> str:
-        """Return the sizes."""
-        return f"{self.weight.shape[0]}, groups={self.groups}, eps={self.eps}"
-
-
-def gated_rms_norm(
-    x: Tensor, gate: Tensor, weight: Tensor, *, groups: int = 1, eps: float = 1e-5, norm_before_gate: bool = False
-) -> Tensor:
-    """Return rms_norm(x * silu(gate)) * weight, or rms_norm(x) * weight * silu(gate) where the norm comes first.
-
-    Computed in float32 (float64 for float64 `x`) and rounded once, to the dtype of `x`.
-
-    Args:
-        x, gate: `(..., size)`.
-        weight: `(size,)`.
-        groups: of consecutive channels; each is normalised by itself.
-        eps: added to the mean square.
-        norm_before_gate: whether the norm comes first.
-    """
-    h, opened = _wide(x), functional.silu(_wide(gate))
-    if not norm_before_gate:
-        h = h * opened
-    h = h.unflatten(-1, (groups, -1))
-    h = functional.rms_norm(h, h.shape[-1:], eps=eps).flatten(-2) * _wide(weight)
-    return (h * opened if norm_before_gate else h).to(x.dtype)
-
-
-def _are_a_pair(conv_state: Tensor | None, ssm_state: Tensor | None, sizes: Sequence[int]) -> bool:
-    """Whether two caches belong together, so that what the convolution takes the op after it takes as well.
-
-    It reads only what Dynamo knows while it traces. So a compiled call whose caches are right holds nothing of it, and
-    one whose caches are wrong holds the op below in front of the convolution: there its ValueError reaches the user as
-    itself, and nothing has been written yet.
-    """
-    if conv_state is None or ssm_state is None:
-        return conv_state is ssm_state
-    return (
-        ssm_state.shape == (conv_state.shape[0], *sizes)
-        and ssm_state.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        and ssm_state.device == conv_state.device
-    )
-
-
-def _refuse_caches(mixed: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, sizes: Sequence[int]) -> None:
-    """Raise; `mixed` is said to be mutated, so that the convolution, which reads it, comes later."""
-
-    def shown(cache: Tensor | None) -> str:
-        return "None" if cache is None else f"{tuple(cache.shape)} of {cache.dtype} on {cache.device}"
-
-    raise ValueError(
-        f"conv_state, ssm_state: got {shown(conv_state)} and {shown(ssm_state)}, expected neither or a pair: on one "
-        f"device, as many slots, ssm_state (slots, {', '.join(map(str, sizes))}) of a float dtype; see empty_caches()"
-    )
-
-
-_library = torch.library.Library("mamba_ops", "FRAGMENT")
-_library.define(
-    "refuse_caches(Tensor(a!) mixed, Tensor? conv_state, Tensor? ssm_state, SymInt[] sizes) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.impl("refuse_caches", _refuse_caches, "CompositeExplicitAutograd")
-torch.library.register_fake("mamba_ops::refuse_caches", lambda *args: None, lib=_library)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

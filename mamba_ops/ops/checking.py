@@ -33,11 +33,12 @@ def floating(**tensors: Tensor | None) -> None:
             raise bad_argument(name, got=_short(tensor.dtype), expected=_one_of(_FLOATS), hint="convert it first")
 
 
-def one_device(device: torch.device, **tensors: Tensor | None) -> None:
-    """Every given tensor is on `device`, which is where x is."""
+def one_device(device: torch.device, of: str = "x", /, **tensors: Tensor | None) -> None:
+    """Every given tensor is on `device`, which is where the argument `of` is."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
-            raise bad_argument(name, got=str(tensor.device), expected=f"{device}, where x is", hint="move one of them")
+            expected = f"{device}, where {of} is"
+            raise bad_argument(name, got=str(tensor.device), expected=expected, hint="move one of them")
 
 
 def index_tensor(name: str, tensor: Tensor) -> None:

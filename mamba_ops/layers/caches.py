@@ -1,0 +1,54 @@
+"""What layers ask of their two caches, before the convolution writes to one of them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def require_a_pair(mixed: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, sizes: Sequence[int]) -> None:
+    """Raise ValueError unless the caches belong together, so that the op after the convolution takes them as well.
+
+    It reads only what Dynamo knows while it traces. So a compiled call whose caches are right holds nothing of it, and
+    one whose caches are wrong holds the op below in front of the convolution: there its ValueError reaches the user as
+    itself, and nothing has been written yet.
+
+    Args:
+        mixed: what is convolved.
+        conv_state, ssm_state: the caches, or neither.
+        sizes: of one slot of ssm_state.
+    """
+    if not _are_a_pair(conv_state, ssm_state, sizes):
+        refuse = torch.ops.mamba_ops.refuse_caches if torch.compiler.is_dynamo_compiling() else _refuse
+        refuse(mixed, conv_state, ssm_state, sizes)
+
+
+def _are_a_pair(conv_state: Tensor | None, ssm_state: Tensor | None, sizes: Sequence[int]) -> bool:
+    if conv_state is None or ssm_state is None:
+        return conv_state is ssm_state
+    return (
+        ssm_state.shape == (conv_state.shape[0], *sizes)
+        and ssm_state.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        and ssm_state.device == conv_state.device
+    )
+
+
+def _refuse(mixed: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, sizes: Sequence[int]) -> None:
+    """Raise; `mixed` is said to be mutated, so that the convolution, which reads it, comes later."""
+
+    def shown(cache: Tensor | None) -> str:
+        return "None" if cache is None else f"{tuple(cache.shape)} of {cache.dtype} on {cache.device}"
+
+    raise ValueError(
+        f"conv_state, ssm_state: got {shown(conv_state)} and {shown(ssm_state)}, expected neither or a pair: on one "
+        f"device, as many slots, ssm_state (slots, {', '.join(map(str, sizes))}) of a float dtype; see empty_caches()"
+    )
+
+
+_library = torch.library.Library("mamba_ops", "FRAGMENT")
+_library.define(
+    "refuse_caches(Tensor(a!) mixed, Tensor? conv_state, Tensor? ssm_state, SymInt[] sizes) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("refuse_caches", _refuse, "CompositeExplicitAutograd")
+torch.library.register_fake("mamba_ops::refuse_caches", lambda *args: None, lib=_library)

@@ -1,0 +1,222 @@
+"""What the mixing ops share: the tensors of a plan, and which rows of a batch they say are decodes and prefills.
+
+A mixing op is one layer's convolution and recurrence on a batch in which some rows decode and others read a prompt. It
+is composed of the ops for either. Decodes come first, in rows and in tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mamba_ops.ops.checking import index_tensor, one_device, packed_rows, shape_is, slot_table, tensor_rank
+from mamba_ops.registry import bad_argument
+from mamba_ops.registry.errors import in_call_of
+
+
+class PlanTensors(NamedTuple):
+    """A batch as the mixing ops are told of it, in the order of their arguments. R is the most rows that it can have.
+
+    Attributes:
+        counts: int64 (4,), on the host: decodes, their tokens, prefills, their tokens.
+        cu_seqlens: int32 or int64 (R + 1,): the tokens of row i; rows beyond the last are empty.
+        prefill_cu_seqlens: the same for the prefills alone, counted from the first prefill's first token.
+        slots: int32 or int64 (R,) or (R, columns): where the rows' states are; in columns 1 on those after the second
+            and later tokens of speculative decodes.
+        has_initial_state: bool (R,): whether a row goes on from the state in its slot.
+        computed_tokens: int32 or int64 (R,): how many tokens of a row came before these.
+        num_accepted_tokens: int32 or int64 (R,): of a speculative decode's latest tokens, how many were kept. None:
+            every decode is one token.
+    """
+
+    counts: Tensor | None
+    cu_seqlens: Tensor | None
+    prefill_cu_seqlens: Tensor | None
+    slots: Tensor | None
+    has_initial_state: Tensor | None
+    computed_tokens: Tensor | None
+    num_accepted_tokens: Tensor | None
+
+
+NO_PLAN = PlanTensors(None, None, None, None, None, None, None)
+"""For a run that only allocates: outputs are zero, caches stay as they are."""
+
+
+class HasPlan(Protocol):
+    """What layers are given a plan as, such as a `mamba_ops.serving.Plan`."""
+
+    @property
+    def tensors(self) -> PlanTensors:
+        """The tensors of the plan."""
+
+    @property
+    def null_slot(self) -> int:
+        """The slot that means nobody."""
+
+
+class Rows(NamedTuple):
+    """The decodes, or the prefills, of a batch: which tokens they are, and what the ops want to know of their rows."""
+
+    tokens: slice
+    options: dict[str, Any]
+
+
+class Batch(NamedTuple):
+    """A plan's rows; None where there are none of a kind."""
+
+    decodes: Rows | None
+    prefills: Rows | None
+    computed_tokens: Tensor | None
+    tokens: int
+
+
+def check_plan(device: torch.device, plan: PlanTensors) -> None:
+    """Raise the ValueError about a plan's shapes and dtypes; a plan that is not there is right."""
+    needed = plan._asdict()
+    accepted = needed.pop("num_accepted_tokens")
+    if plan.counts is None:
+        for name, tensor in {**needed, "num_accepted_tokens": accepted}.items():
+            if tensor is not None:
+                raise bad_argument(name, got="a tensor without counts", expected="a whole plan, or none")
+        return
+    for name, tensor in needed.items():
+        if tensor is None:
+            raise bad_argument(name, got="None with counts", expected="a whole plan, or none")
+    if plan.counts.device.type != "cpu":
+        hint = "they are read on the host, and must not be waited for"
+        raise bad_argument("counts", got=str(plan.counts.device), expected="cpu", hint=hint)
+    if plan.counts.dtype != torch.int64:
+        raise bad_argument("counts", got=str(plan.counts.dtype).removeprefix("torch."), expected="int64")
+    shape_is("counts", plan.counts, (4,), hint="decodes, their tokens, prefills, their tokens")
+    assert plan.cu_seqlens is not None  # for mypy; the loop above saw to it
+    packed_rows(plan.cu_seqlens)
+    rows = plan.cu_seqlens.shape[0] - 1
+    hint = "all tensors of a plan have its most rows"
+    for name in ("prefill_cu_seqlens", "computed_tokens", "num_accepted_tokens"):
+        if (tensor := getattr(plan, name)) is not None:
+            index_tensor(name, tensor)
+            shape_is(name, tensor, (rows + (name == "prefill_cu_seqlens"),), hint=hint)
+    shape_is("has_initial_state", plan.has_initial_state, (rows,), hint=hint)
+    if plan.has_initial_state is not None and plan.has_initial_state.dtype != torch.bool:
+        got = str(plan.has_initial_state.dtype).removeprefix("torch.")
+        raise bad_argument("has_initial_state", got=got, expected="bool", hint="convert it first")
+    slot_table("slots", plan.slots, rows=rows)
+    one_device(device, "projected", **{n: t for n, t in plan._asdict().items() if n != "counts"})
+
+
+def check_caches(
+    plan: PlanTensors,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dim: int,
+    state: tuple[int, ...],
+) -> None:
+    """Raise the ValueError about two caches of a layer that convolves `dim` channels and has states like `state`."""
+    tensor_rank("conv_weight", conv_weight, {2: "(dim, width)"})
+    width = conv_weight.shape[1]
+    shape_is("conv_weight", conv_weight, (dim, width))
+    if not 2 <= width <= 8:
+        raise bad_argument("conv_weight", got=f"width {width}", expected="a width of 2 to 8")
+    shape_is("conv_bias", conv_bias, (dim,))
+    tensor_rank("conv_state", conv_state, {3: "(slots, dim, state_len)"})
+    slots, _, state_len = conv_state.shape
+    shape_is("conv_state", conv_state, (slots, dim, state_len))
+    if state_len < width - 1:
+        raise bad_argument("conv_state", got=f"state_len {state_len}", expected=f"at least {width - 1}")
+    shape_is("ssm_state", ssm_state, (slots, *state), hint="both caches have as many slots")
+
+
+def batch_of(op: str, plan: PlanTensors, tokens: int, null_slot: int) -> Batch:
+    """Read a plan's counts, on the host, and take the decodes' and the prefills' part of every tensor.
+
+    Raises:
+        ValueError: in a call of `op`, the counts are not those of `tokens` tokens in as many rows as the plan can have.
+    """
+
+    def wrong(got: str, expected: str, hint: str = "the plan is another batch's") -> ValueError:
+        return in_call_of(op, bad_argument("counts", got=got, expected=expected, hint=hint))
+
+    if plan.counts is None or plan.slots is None or plan.cu_seqlens is None:
+        return Batch(None, None, None, 0)
+    decodes, decode_tokens, prefills, prefill_tokens = counts = plan.counts.tolist()
+    rows, total = decodes + prefills, decode_tokens + prefill_tokens
+    most = plan.cu_seqlens.shape[0] - 1
+    if min(counts) < 0 or rows > most:
+        raise wrong(f"{decodes} decodes and {prefills} prefills", f"at most {most} rows", "build a plan with more rows")
+    if total > tokens:
+        raise wrong(f"{total} tokens", f"at most {tokens}")
+    if plan.num_accepted_tokens is None and decode_tokens != decodes:
+        hint = "decodes of several tokens need num_accepted_tokens"
+        raise wrong(f"{decode_tokens} tokens of {decodes} decodes", "one each", hint)
+
+    decoding, reading = None, None
+    first = plan.slots if plan.slots.dim() == 1 else plan.slots[:, 0]
+    if decodes and decode_tokens:
+        options: dict[str, Any] = {"slots": first[:decodes], "null_slot": null_slot}
+        if plan.num_accepted_tokens is not None:
+            options["slots"] = plan.slots[:decodes]
+            options["cu_seqlens"] = plan.cu_seqlens[: decodes + 1]
+            options["num_accepted_tokens"] = plan.num_accepted_tokens[:decodes]
+        decoding = Rows(slice(0, decode_tokens), options)
+    if prefills and prefill_tokens and plan.prefill_cu_seqlens is not None and plan.has_initial_state is not None:
+        options = {
+            "slots": first[decodes:rows],
+            "cu_seqlens": plan.prefill_cu_seqlens[: prefills + 1],
+            "has_initial_state": plan.has_initial_state[decodes:rows],
+            "null_slot": null_slot,
+        }
+        reading = Rows(slice(decode_tokens, total), options)
+    computed = None if plan.computed_tokens is None else plan.computed_tokens[decodes:rows]
+    return Batch(decoding, reading, computed, total)
+
+
+class SamplePlan(NamedTuple):
+    """A plan to sample a mixing op with, over caches of `SAMPLE_SLOTS` slots."""
+
+    name: str
+    tokens: int
+    plan: PlanTensors
+    null_slot: int
+
+
+SAMPLE_SLOTS = 9
+
+
+def sample_plans(device: torch.device) -> Iterator[SamplePlan]:
+    """Yield plans of every kind: mixed, of one kind, speculative, padded, with rows that are nobody, empty, none."""
+
+    def plan(
+        decodes: Sequence[int], prefills: Sequence[int], slots: Tensor, *, most: int = 7, accepted: Sequence[int] = ()
+    ) -> PlanTensors:
+        lengths, idle = [*decodes, *prefills], most - len(decodes) - len(prefills)
+
+        def on(values: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        def ends(lengths: Sequence[int]) -> Tensor:
+            return on([0, *accumulate(lengths), *[sum(lengths)] * (most - len(lengths))])
+
+        return PlanTensors(
+            torch.tensor([len(decodes), sum(decodes), len(prefills), sum(prefills)]),
+            ends(lengths),
+            ends(prefills),
+            slots.to(device),
+            on([1] * len(decodes) + [i % 2 for i in range(len(prefills))] + [0] * idle, torch.bool),
+            on([9] * len(decodes) + [5 * (i % 2) for i in range(len(prefills))] + [0] * idle),
+            on([*accepted, *[1] * (most - len(accepted))]) if accepted else None,
+        )
+
+    slots = torch.tensor([3, 8, 1, 4, 6, -1, -1], dtype=torch.int32)
+    table = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 0, 0], [8, 0, 0], *[[0, 0, 0]] * 3], dtype=torch.int64)
+    yield SamplePlan("base", 25, plan([1, 1], [5, 17, 1], slots), -1)
+    yield SamplePlan("decodes", 5, plan([1] * 5, [], slots), -1)
+    yield SamplePlan("prefills", 20, plan([], [3, 0, 17], slots, most=3), -1)
+    yield SamplePlan("some are nobody", 12, plan([1, 1, 1], [4, 5], slots), 8)
+    yield SamplePlan("padded", 31, plan([1], [6], slots.unsqueeze(1), most=4), 0)
+    yield SamplePlan("speculative", 14, plan([3, 2], [4, 5], table, accepted=[2, 1]), 0)
+    yield SamplePlan("nobody at all", 6, plan([], [], slots), -1)
+    yield SamplePlan("no plan", 6, NO_PLAN, -1)

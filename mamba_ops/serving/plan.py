@@ -1,0 +1,185 @@
+"""The plan of one engine step: which tokens of a batch belong to whom, as tensors of fixed sizes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from mamba_ops.ops.mixing import PlanTensors
+
+NOBODY = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What the mixing ops and `layers.*` are told about a batch of decodes and prefills.
+
+    All tensors have the size of the largest batch, whatever is in this one, and the counts are in a host tensor that
+    only the ops read: so a compiled graph is the same for 0, 1 or many decodes and prefills. Nothing waits for the
+    device.
+
+    Attributes:
+        tensors: the plan as the mixing ops take it: `mamba2_mixing(..., *plan.tensors, ...)`.
+        tokens: how many tokens the step has.
+        order: the requests, by their place in the lists given, in the order in which the batch has their tokens:
+            decodes first, then prefills, each as given.
+        null_slot: the slot that means nobody, beside all negative ones.
+    """
+
+    tensors: PlanTensors
+    tokens: int
+    order: tuple[int, ...] = ()
+    null_slot: int = NOBODY
+
+    @classmethod
+    def of(
+        cls,
+        computed_tokens: Sequence[int],
+        new_tokens: Sequence[int],
+        slots: Sequence[int] | Sequence[Sequence[int]],
+        *,
+        accepted: Sequence[int] | None = None,
+        max_requests: int = 256,
+        null_slot: int = NOBODY,
+        device: torch.device | str = "cpu",
+    ) -> "Plan":
+        """Plan a step from lists with one entry per request.
+
+        A request decodes if it has tokens behind it and one new one; else it is a prefill, whole or one chunk of it.
+
+        Args:
+            computed_tokens: how many of its tokens went before.
+            new_tokens: how many it has in this step, 1 at least.
+            slots: where its state is in the caches, each slot for one request; with `accepted`, as many slots as a
+                speculative decode has tokens at most. A negative one, or the null slot: nobody's.
+            accepted: speculative decoding: how many of the request's tokens of the step before were kept, 0 for a
+                request that does not speculate yet (a prefill). None: nobody speculates.
+            max_requests: the most requests that any step may have; all steps of an engine have the same.
+            null_slot: a slot that means nobody, where an engine reserves one.
+            device: where the caches are.
+
+        Raises:
+            ValueError: lists of different lengths, too many requests, a request without tokens, a slot used twice.
+        """
+        requests = range(len(new_tokens))
+        for name, values in (("computed_tokens", computed_tokens), ("slots", slots), ("accepted", accepted)):
+            if values is not None and len(values) != len(requests):
+                raise _wrong(name, f"{len(values)} entries", f"{len(requests)}, one per request, as new_tokens has")
+        if len(requests) > max_requests:
+            raise _wrong("new_tokens", f"{len(requests)} requests", f"at most max_requests={max_requests}")
+        table = [[s] if isinstance(s, int) else list(s) for s in slots]
+        columns = len(table[0]) if table else 1
+        _check_requests(computed_tokens, new_tokens, table, columns, null_slot)
+
+        def decodes(i: int) -> bool:
+            return computed_tokens[i] > 0 and (new_tokens[i] == 1 or (accepted is not None and accepted[i] > 0))
+
+        kept = [1] * len(requests) if accepted is None else [max(1, a) for a in accepted]
+        first = [i for i in requests if decodes(i)]
+        for i in first:
+            if max(new_tokens[i], kept[i]) > columns:
+                got = f"{new_tokens[i]} new tokens and {kept[i]} accepted ones for request {i}"
+                raise _wrong("slots", got, f"no more than its {columns} slots", "every token's state needs a place")
+        order = first + [i for i in requests if not decodes(i)]
+        lengths = [new_tokens[i] for i in order]
+        return cls(
+            _on_device(
+                lengths,
+                len(first),
+                [table[i] for i in order],
+                [computed_tokens[i] for i in order],
+                None if accepted is None else [kept[i] for i in order],
+                columns,
+                max_requests,
+                device,
+            ),
+            sum(lengths),
+            tuple(order),
+            null_slot,
+        )
+
+    @classmethod
+    def zeros(
+        cls,
+        tokens: int,
+        *,
+        columns: int = 1,
+        speculative: bool = False,
+        max_requests: int = 256,
+        null_slot: int = NOBODY,
+        device: torch.device | str = "cpu",
+    ) -> "Plan":
+        """Plan a profile run: `tokens` tokens that are nobody's, so outputs are zero and caches stay as they are.
+
+        It has the tensors, and so the graph, of the plans that `of` makes with the same `max_requests`, as many slots a
+        request as `columns`, and `accepted` if `speculative`.
+        """
+        tensors = _on_device([], 0, [], [], [] if speculative else None, columns, max_requests, device)
+        return cls(tensors, tokens, null_slot=null_slot)
+
+    def __str__(self) -> str:
+        decodes, _, prefills, _ = [] if self.tensors.counts is None else self.tensors.counts.tolist()
+        return f"plan of {decodes} decodes and {prefills} prefills, {self.tokens} tokens"
+
+
+def _check_requests(
+    computed_tokens: Sequence[int], new_tokens: Sequence[int], table: list[list[int]], columns: int, null_slot: int
+) -> None:
+    """Raise the ValueError about the first request that is wrong in itself, or shares a slot with one before it."""
+    taken: dict[int, int] = {}
+    for i, slots in enumerate(table):
+        if new_tokens[i] < 1:
+            raise _wrong("new_tokens", f"{new_tokens[i]} for request {i}", "at least 1", "leave the request out")
+        if computed_tokens[i] < 0:
+            raise _wrong("computed_tokens", f"{computed_tokens[i]} for request {i}", "0 or more")
+        if len(slots) != columns:
+            raise _wrong("slots", f"{len(slots)} for request {i}", f"{columns}, as for the others")
+        for slot in slots:
+            if slot >= 0 and slot != null_slot and taken.setdefault(slot, i) != i:
+                hint = "a slot has the state of one request"
+                raise _wrong("slots", f"slot {slot} for requests {taken[slot]} and {i}", "different slots", hint)
+
+
+def _on_device(
+    lengths: list[int],
+    decodes: int,
+    slots: list[list[int]],
+    computed: list[int],
+    accepted: list[int] | None,
+    columns: int,
+    most: int,
+    device: torch.device | str,
+) -> PlanTensors:
+    """Lay a plan's lists out at their largest sizes and send them to the device in one copy that nobody waits for."""
+    rows = len(lengths)
+
+    def ends(lengths: list[int]) -> list[int]:
+        found = list(accumulate(lengths, initial=0))
+        return found + found[-1:] * (most + 1 - len(found))
+
+    parts = [
+        ends(lengths),
+        ends(lengths[decodes:]),
+        [slot for row in slots for slot in row] + [NOBODY] * ((most - rows) * columns),
+        computed + [0] * (most - rows),
+        [] if accepted is None else accepted + [1] * (most - rows),
+    ]
+    here: dict[str, Any] = {"pin_memory": torch.device(device).type != "cpu" and torch.accelerator.is_available()}
+    flat = torch.tensor([n for part in parts for n in part], dtype=torch.int32, **here).to(device, non_blocking=True)
+    cu_seqlens, prefill_cu_seqlens, table, before, kept = flat.split([len(part) for part in parts])
+    split = sum(lengths[:decodes])
+    return PlanTensors(
+        torch.tensor([decodes, split, rows - decodes, sum(lengths) - split]),
+        cu_seqlens,
+        prefill_cu_seqlens,
+        table.view(most, columns),
+        before > 0,
+        before,
+        None if accepted is None else kept,
+    )
+
+
+def _wrong(name: str, got: str, expected: str, hint: str = "") -> ValueError:
+    return ValueError(f"Plan: {name}: got {got}, expected {expected}" + (f"; {hint}" if hint else ""))

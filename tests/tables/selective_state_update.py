@@ -1,0 +1,61 @@
+"""Bugs to plant in selective_state_update, and calls of it that are wrong."""
+
+import torch
+
+from tests.conftest import ACCELERATOR
+from tests.tables import BadInput
+
+BUGS = {
+    "wrong group": ("head // (HEADS // GROUPS)", "head % GROUPS"),
+    "softplus always": ("        if SOFTPLUS:", "        if True:"),
+    "bias dropped": ("            d += bias", "            d += 0 * bias"),
+    "D dropped": ("y += u * skip", "y += 0 * u * skip"),
+    "gate without sigmoid": ("y *= gate * tl.sigmoid(gate)", "y *= gate"),
+    "decay with the wrong sign": ("tl.exp(a * d)", "tl.exp(-a * d)"),
+    "output from the old state": ("tl.sum(s * c[None, :]", "tl.sum((s - (b[None, :] * d) * u[:, None]) * c[None, :]"),
+    "state not written": ("    if num_accepted_tokens is None:\n        if", "    if False:\n        if"),
+    "write slots ignored": ("        if write_slots is None:", "        if True:"),
+    "null destination written": ("if (target >= 0) & (target != null_slot):", "if target >= 0:"),
+    "null rows not zeroed": ("tl.zeros([BLOCK], tl.float32)", "tl.full([BLOCK], 1.0, tl.float32)"),
+    "null slot ignored": ("if (source < 0) | (source == null_slot):", "if source < 0:"),
+    "accepted column off by one": ("slots_columns) - 1", "slots_columns - 1)"),
+    "state rounded between tokens": ("u[:, None]\n", "u[:, None]\n        s = s.to(tl.bfloat16).to(tl.float32)\n"),
+    "first token only": ("    for t in range(tokens):\n        token", "    for t in range(1):\n        token"),
+}
+
+BAD_INPUT: list[BadInput] = [
+    ("base", "state", lambda s: s[0, 0], r"state: got shape \(16, 16\), expected \(slots, dim, dstate\) or"),
+    ("base", "state", lambda s: s.int(), "state: got int32, expected float16"),
+    ("base", "state", lambda s: s[:, :3], r"x: got shape"),
+    ("no slots", "state", lambda s: s[:1], "state: got 1 slots, expected at least"),
+    ("base", "x", lambda x: x[0], r"x: got shape \(4, 16\), expected"),
+    ("base", "x", lambda x: x.bool(), "x: got bool, expected float16"),
+    ("base", "dt", lambda d: d[:, :2], r"dt: got shape"),
+    ("base", "dt", lambda d: d.long(), "dt: got int64"),
+    ("base", "A", lambda a: a[:3], r"A: got shape \(3,\), expected \(4, 16, 16\) or \(4,\)"),
+    ("base", "B", lambda b: b[..., :8], r"B: got shape"),
+    ("one group", "B", lambda b: b.repeat(1, 3, 1), r"C: got shape \(3, 1, 16\), expected \(3, 3, 16\); C is like B"),
+    ("base", "C", lambda c: c[:1], r"C: got shape"),
+    ("base", "D", lambda d: d[:2], r"D: got shape \(2,\), expected \(4, 16\) or \(4,\)"),
+    ("base", "dt_bias", lambda d: d[:2], r"dt_bias: got shape \(2,\), expected \(4, 16\) or \(4,\)"),
+    ("gate", "z", lambda z: z[:1], "z: got shape"),
+    ("base", "slots", lambda s: s.double(), "slots: got float64, expected int32 or int64"),
+    ("base", "slots", lambda s: s[:1], "slots: got 1 rows, expected at least"),
+    ("write slots", "write_slots", lambda s: s[:1], "write_slots: got 1 rows, expected at least"),
+    ("packed", "cu_seqlens", lambda c: c[None], r"cu_seqlens: got shape .* expected \(n \+ 1,\)"),
+    ("speculative", "num_accepted_tokens", lambda a: a[:1], r"num_accepted_tokens: got shape \(1,\)"),
+    ("speculative", "slots", lambda s: None, "slots: got None"),
+    ("base", "out", lambda o: o[..., :1], r"out: got shape"),
+    (
+        "base",
+        "rounding_seed",
+        lambda _: torch.zeros(1, dtype=torch.int64, device=ACCELERATOR),
+        "rounding_seed: .*not implemented yet",
+    ),
+    (
+        "base",
+        "philox_rounds",
+        lambda _: 7,
+        "philox_rounds: got 7, expected 0; stochastic rounding is not implemented yet",
+    ),
+]

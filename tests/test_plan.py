@@ -1,0 +1,97 @@
+"""serving.Plan: what it says of a batch, and how it refuses one."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from mamba_ops.serving import Plan
+from tests.conftest import ACCELERATOR
+
+DEVICE = ACCELERATOR or torch.device("cpu")
+
+
+def lists(plan: Plan) -> dict[str, Any]:
+    return {name: None if t is None else t.tolist() for name, t in plan.tensors._asdict().items()}
+
+
+def test_decodes_first_then_prefills_padded_to_the_largest_batch() -> None:
+    plan = Plan.of([0, 7, 4, 9], [5, 1, 3, 1], [6, 2, 0, 3], max_requests=6, device=DEVICE)
+    assert plan.order == (1, 3, 0, 2)
+    assert plan.tokens == 10
+    assert str(plan) == "plan of 2 decodes and 2 prefills, 10 tokens"
+    assert lists(plan) == {
+        "counts": [2, 2, 2, 8],
+        "cu_seqlens": [0, 1, 2, 7, 10, 10, 10],
+        "prefill_cu_seqlens": [0, 5, 8, 8, 8, 8, 8],
+        "slots": [[2], [3], [6], [0], [-1], [-1]],
+        "has_initial_state": [True, True, False, True, False, False],
+        "computed_tokens": [7, 9, 0, 4, 0, 0],
+        "num_accepted_tokens": None,
+    }
+    assert plan.tensors.counts is not None
+    assert plan.tensors.counts.device.type == "cpu"
+    assert {t.device.type for t in plan.tensors[1:] if t is not None} == {DEVICE.type}
+
+
+def test_a_first_token_alone_is_a_prefill() -> None:
+    assert str(Plan.of([0], [1], [0])) == "plan of 0 decodes and 1 prefills, 1 tokens"
+
+
+def test_speculative_decodes_have_a_slot_per_token() -> None:
+    plan = Plan.of(
+        [9, 0, 4], [3, 2, 1], [[1, 2, 3], [4, 5, 6], [7, 8, 0]], accepted=[2, 0, 0], max_requests=4, null_slot=0
+    )
+    assert plan.order == (0, 2, 1)
+    assert plan.null_slot == 0
+    found = lists(plan)
+    assert found["counts"] == [2, 4, 1, 2]
+    assert found["num_accepted_tokens"] == [2, 1, 1, 1]
+    assert found["slots"] == [[1, 2, 3], [7, 8, 0], [4, 5, 6], [-1, -1, -1]]
+
+
+def test_zeros_has_the_sizes_of_any_other_plan() -> None:
+    zeros = Plan.zeros(40, columns=2, speculative=True, max_requests=5, device=DEVICE)
+    other = Plan.of([3], [2], [[1, 2]], accepted=[1], max_requests=5, device=DEVICE)
+    assert zeros.tokens == 40
+    assert lists(zeros)["counts"] == [0, 0, 0, 0]
+    for mine, theirs in zip(zeros.tensors, other.tensors, strict=True):
+        assert mine is not None
+        assert theirs is not None
+        assert (mine.shape, mine.dtype, mine.device) == (theirs.shape, theirs.dtype, theirs.device)
+
+
+def test_nothing_at_all_is_a_plan() -> None:
+    assert lists(Plan.of([], [], [], max_requests=2))["cu_seqlens"] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "says"),
+    [
+        (([1], [1, 1], [0, 1]), {}, "computed_tokens: got 1 entries, expected 2, one per request"),
+        (([1, 1], [1, 1], [0]), {}, "slots: got 1 entries, expected 2, one per request"),
+        (([1], [1], [0]), {"accepted": []}, "accepted: got 0 entries, expected 1, one per request"),
+        (
+            ([0] * 3, [1] * 3, [0, 1, 2]),
+            {"max_requests": 2},
+            "new_tokens: got 3 requests, expected at most max_requests",
+        ),
+        (([0, 0], [1, 0], [0, 1]), {}, "new_tokens: got 0 for request 1, expected at least 1; leave the request out"),
+        (([0, -1], [1, 1], [0, 1]), {}, "computed_tokens: got -1 for request 1, expected 0 or more"),
+        (([0, 0], [1, 1], [[0], [1, 2]]), {}, "slots: got 2 for request 1, expected 1, as for the others"),
+        (([0, 5], [4, 1], [3, 3]), {}, "slots: got slot 3 for requests 0 and 1, expected different slots; a slot has"),
+        (
+            ([5], [3], [[1, 2]]),
+            {"accepted": [1]},
+            "slots: got 3 new tokens and 1 accepted ones for request 0, expected no more than its 2 slots; every",
+        ),
+        (([5], [1], [[1, 2]]), {"accepted": [3]}, "slots: got 1 new tokens and 3 accepted ones for request 0"),
+    ],
+)
+def test_refusals(arguments: Any, options: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=f"^Plan: {says}"):
+        Plan.of(*arguments, **options)
+
+
+def test_nobody_may_share_a_slot() -> None:
+    Plan.of([1, 1, 1, 1], [1, 1, 1, 1], [-1, -1, 0, 0], null_slot=0)
