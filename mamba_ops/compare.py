@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba_ops.registry import NoBackendError, backends, record_selections, use_backend
+from mamba_ops.registry.selection import COMPOSED
 from mamba_ops.targets import Target, TargetError, as_target, load_target
 
 ROUNDS = 3  # of each timed pass over all calls; the best counts
@@ -149,7 +150,9 @@ def compare(
 
 
 def _here(device: torch.device) -> list[str]:
-    return [backend.name for backend in backends() if backend.why_unusable(device.type) is None]
+    """What can be compared: not "composed", which leaves the choice to the ops inside."""
+    usable = [backend.name for backend in backends() if backend.why_unusable(device.type) is None]
+    return [name for name in usable if name != COMPOSED]
 
 
 def _bind(model: nn.Module, stack: ExitStack) -> None:
