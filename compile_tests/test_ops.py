@@ -121,11 +121,68 @@ def scan_step(rows: int) -> Sample:
     return Sample("step", (x, dt, A, B, C, 4), kwargs)
 
 
+def selective_scan_step(rows: int) -> Sample:
+    dim, dstate, groups, length, slots = 24, 16, 2, 7, 3 * rows + 2
+    u, delta = torch.randn(rows, length, dim, device=DEVICE), torch.rand(rows, length, dim, device=DEVICE)
+    B, C = (torch.randn(rows, length, groups, dstate, device=DEVICE) for _ in range(2))
+    state, A = torch.randn(slots, dim, dstate, device=DEVICE), -torch.rand(dim, dstate, device=DEVICE)
+    kwargs = {"D": A[:, 0], "ssm_state": state, "slots": torch.arange(rows, device=DEVICE) + 1}
+    return Sample("step", (u, delta, A, B, C), kwargs)
+
+
+def delta_rule_tokens(rows: int, *length: int) -> tuple[Tensor, ...]:
+    """State, q, k, v, g and beta of rows of so many tokens."""
+    q, k = (torch.randn(rows, *length, 2, 16, device=DEVICE) for _ in range(2))
+    v, g = torch.randn(rows, *length, 4, 8, device=DEVICE), -torch.rand(rows, *length, 4, device=DEVICE)
+    return torch.randn(3 * rows + 2, 4, 8, 16, device=DEVICE), q, k, v, g, g.exp()
+
+
+def delta_rule_step(rows: int) -> Sample:
+    state, q, k, v, g, beta = delta_rule_tokens(rows)
+    kwargs = {"g": g, "beta": beta, "slots": torch.arange(rows, device=DEVICE) + 1, "qk_l2norm": True}
+    return Sample("step", (state, q, k, v), kwargs)
+
+
+def delta_rule_prefill(rows: int) -> Sample:
+    state, *tokens = delta_rule_tokens(rows, 7)
+    kwargs = {"state": state, "slots": torch.arange(rows, device=DEVICE) + 1, "qk_l2norm": True}
+    return Sample("step", tuple(tokens), kwargs)
+
+
+def mixed_plan(rows: int) -> Plan:
+    """As many decodes as prefills of two tokens."""
+    computed, new = [rows] * rows + [0] * rows, [1] * rows + [2] * rows
+    return Plan.of(computed, new, range(2 * rows), max_requests=150, device=DEVICE)
+
+
+def mamba_step(rows: int) -> Sample:
+    inner, dstate, rank = 24, 16, 5
+    conv_state = torch.randn(3 * rows + 3, 3, inner, device=DEVICE).transpose(1, 2)
+    state = torch.randn(3 * rows + 3, inner, dstate, device=DEVICE)
+    weights = (torch.randn(rank + 2 * dstate, inner), torch.randn(inner, rank), torch.rand(inner))
+    weights = (torch.randn(inner, 4), None, *weights, -torch.rand(inner, dstate), torch.rand(inner), None, None, None)
+    on_device = (w if w is None else w.to(DEVICE) for w in weights)
+    projected = torch.randn(3 * rows, 2 * inner, device=DEVICE)
+    return Sample("step", (projected, conv_state, state, *on_device, *mixed_plan(rows).tensors), {})
+
+
+def gdn_step(rows: int) -> Sample:
+    k_heads, heads, k_dim, dim = 2, 4, 16, 8
+    conv_dim = 2 * k_heads * k_dim + heads * dim
+    conv_state = torch.randn(3 * rows + 3, 3, conv_dim, device=DEVICE).transpose(1, 2)
+    state = torch.randn(3 * rows + 3, heads, dim, k_dim, device=DEVICE)
+    qkvz = torch.randn(3 * rows, conv_dim + heads * dim, device=DEVICE)
+    ba = torch.randn(3 * rows, 2 * heads, device=DEVICE)
+    on_device = (w.to(DEVICE) for w in (torch.rand(heads), torch.rand(heads)))
+    caches = (conv_state, state, torch.randn(conv_dim, 4, device=DEVICE), None)
+    sizes = (k_heads, heads, k_dim, dim, True)
+    return Sample("step", (qkvz, ba, *caches, *on_device, *mixed_plan(rows).tensors, *sizes), {})
+
+
 def mamba2_step(rows: int) -> Sample:
     heads, dim, dstate, groups, tokens = 4, 8, 16, 2, 3 * rows
     conv_dim = heads * dim + 2 * groups * dstate
-    computed, new = [rows] * rows + [0] * rows, [1] * rows + [2] * rows
-    plan = Plan.of(computed, new, range(2 * rows), max_requests=150, device=DEVICE)
+    plan = mixed_plan(rows)
     conv_state = torch.randn(3 * rows + 3, 3, conv_dim, device=DEVICE).transpose(1, 2)
     state = torch.randn(3 * rows + 3, heads, dim, dstate, device=DEVICE)
     projected = torch.randn(tokens, heads * dim + conv_dim + heads, device=DEVICE)
@@ -137,8 +194,13 @@ def mamba2_step(rows: int) -> Sample:
 STEPS = [
     pytest.param(mamba_ops.causal_conv1d, conv_prefill, id="causal_conv1d"),
     pytest.param(mamba_ops.causal_conv1d_update, conv_step, id="causal_conv1d_update"),
+    pytest.param(mamba_ops.chunk_gated_delta_rule, delta_rule_prefill, id="chunk_gated_delta_rule"),
+    pytest.param(mamba_ops.gated_delta_rule_update, delta_rule_step, id="gated_delta_rule_update"),
+    pytest.param(mamba_ops.gdn_mixing, gdn_step, id="gdn_mixing"),
     pytest.param(mamba_ops.mamba2_mixing, mamba2_step, id="mamba2_mixing"),
     pytest.param(mamba_ops.mamba_chunk_scan, scan_step, id="mamba_chunk_scan"),
+    pytest.param(mamba_ops.mamba_mixing, mamba_step, id="mamba_mixing"),
+    pytest.param(mamba_ops.selective_scan, selective_scan_step, id="selective_scan"),
     pytest.param(mamba_ops.selective_state_update, ssm_step, id="selective_state_update"),
 ]
 

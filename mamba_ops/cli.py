@@ -1,4 +1,4 @@
-"""The command `mamba-ops`: which backends run here and why not the others, a demo, a model on several backends."""
+"""The command `mamba-ops`: backends here and why not the others, the ops, a demo, a model on several backends."""
 
 import os
 import sys
@@ -121,6 +121,28 @@ def _choice(op: Op[...], device: torch.device) -> str:
     explanation = explain(op, *sample.args, **sample.kwargs)
     who = f" ({explanation.bound_by})" if explanation.bound_by else ""
     return f"{explanation.backend or 'nothing'}{who}"
+
+
+@app.command("ops")
+def show_ops(
+    name: Annotated[str | None, typer.Argument(help="The op to show.", show_default="all of them")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As it is in docs/ops.md.")] = False,
+) -> None:
+    """Say what the ops compute, what their arguments are, and what each backend does not take."""
+    from rich.markdown import Markdown
+
+    from mamba_ops import ops_page
+
+    if name is None:
+        text = ops_page.page()
+    elif name in ops():
+        text = ops_page.section(ops()[name])
+    else:
+        _fail(f"there is no op {name!r}; ops: {', '.join(sorted(ops()))}")
+    if markdown:
+        print(text, end="")
+    else:
+        Console().print(Markdown(text))
 
 
 # -- demo and compare -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from mamba_ops.registry.samples import Sample
 P = ParamSpec("P")
 F = TypeVar("F", bound=Callable[..., Any])
 
-_SCHEMA_TYPES = (Tensor, Tensor | None, int, float, bool)
+_SCHEMA_TYPES = (Tensor, Tensor | None, int, float, float | None, bool)
 
 
 def given(out: Tensor | None) -> Tensor:
@@ -79,7 +79,8 @@ class Namespace:
 
         The function has the front's signature and ends in `*, ..., out: Tensor | None = None) -> Tensor`; inside it,
         `given(out)` is the tensor to write. (`*, output: Tensor) -> None`, the schema's own form, is taken too; then
-        type checkers see no signature.) Its parameters are Tensors, optional Tensors, ints, floats and bools.
+        type checkers see no signature.) Its parameters are Tensors, ints, floats and bools;
+        Tensors and floats may be optional.
 
         A cache that callers may leave out is `*, cache: Tensor | None = None`, named in `mutates` (in the front's form
         alone). No schema may have an optional mutated tensor, so at the op it is a Tensor: the front passes an empty
@@ -356,7 +357,9 @@ def _parameters(op: str, function: Callable[..., Any], mutates: frozenset[str]) 
         if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
             raise errors.declaration(what, f"{p.name}: *args, **kwargs and positional-only do not fit a schema")
         if p.annotation not in _SCHEMA_TYPES:
-            allowed = "Tensor, Tensor | None, int, float or bool (a str would make every layer's graph its own)"
+            allowed = (
+                "Tensor, Tensor | None, int, float, float | None or bool (a str would make every layer's graph its own)"
+            )
             raise errors.declaration(what, f"{p.name}: got {p.annotation}, expected {allowed}")
         if p.name in mutates and p.annotation is not Tensor and not (is_front and generate.left_out([p], mutates)):
             remedy = f"where it may be left out, declare the front: `*, {p.name}: Tensor | None = None, ..., out`"

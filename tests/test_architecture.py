@@ -32,6 +32,7 @@ MAY_IMPORT = {
     ".absent": ("torch", ""),
     ".compare": (".registry .targets torch", ".compat .demo"),
     ".targets": ("torch", ""),
+    ".ops_page": (".registry", ""),
     ".config": (".ops .registry torch", ""),
     ".testing": (".ops .registry torch", ""),
     ".warm_up": (".ops .registry torch", ""),

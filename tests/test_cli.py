@@ -68,6 +68,14 @@ def test_what_to_install_is_said():
     assert "not_installed is not installed; pip install 'mamba-ops[absent]'" in output
 
 
+def test_an_op_is_shown_by_name():
+    output = run("ops", "selective_state_update").output
+    assert "Advance the cached state of every row" in output
+    assert "Takes no float64 x" in output
+    assert run("ops", "causal_conv1d", "--markdown").output.startswith("## `causal_conv1d`")
+    assert "there is no op 'scan'; ops: causal_conv1d," in run("ops", "scan").output
+
+
 def test_who_chose_the_backend_is_said(monkeypatch):
     with use_backend("torch"):
         assert "torch (use_backend)" in run("backends", "--device", "cpu").output

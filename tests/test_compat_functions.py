@@ -1,7 +1,8 @@
-"""The functions of mamba_ssm and causal_conv1d that compat.transformers binds: parameters are honoured or refused."""
+"""The functions of mamba_ssm, causal_conv1d and fla over our ops: their parameters are honoured or refused."""
 
 import inspect
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mamba_ops.compat import transformers as compat
+from mamba_ops.compat import causal_conv1d as conv
+from mamba_ops.compat import fla, mamba_ssm
 from mamba_ops.layers import gated_rms_norm
 
 
@@ -19,9 +21,17 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
-ORIGINALS = {  # the parameters of mamba_ssm 2.3.2 and causal_conv1d 1.6.1
+compat = SimpleNamespace(**{n: f for m in (conv, fla, mamba_ssm) for n, f in vars(m).items() if not n.startswith("_")})
+
+ORIGINALS = {  # the parameters of mamba_ssm 2.3.2, causal_conv1d 1.6.1 and fla-core 0.6.0
     "causal_conv1d_fn": "x weight bias seq_idx initial_states return_final_states final_states_out activation",
     "causal_conv1d_update": "x conv_state weight bias activation cache_seqlens conv_state_indices",
+    "chunk_gated_delta_rule": "q k v g beta scale initial_state output_final_state use_qk_l2norm_in_kernel "
+    "use_beta_sigmoid_in_kernel allow_neg_eigval state_v_first cu_seqlens cu_seqlens_cpu chunk_indices cp_context",
+    "fused_recurrent_gated_delta_rule": "q k v g gk gv beta scale initial_state output_final_state "
+    "use_qk_l2norm_in_kernel use_gate_in_kernel A_log dt_bias use_beta_sigmoid_in_kernel allow_neg_eigval "
+    "state_v_first cu_seqlens",
+    "selective_scan_fn": "u delta A B C D z delta_bias delta_softplus return_last_state",
     "mamba_chunk_scan_combined": "x dt A B C chunk_size D z dt_bias initial_states seq_idx cu_seqlens dt_softplus "
     "dt_limit return_final_states return_varlen_states",
     "mamba_split_conv1d_scan_combined": "zxbcdt conv1d_weight conv1d_bias dt_bias A D chunk_size initial_states "
@@ -197,6 +207,80 @@ def test_the_fused_function_is_its_parts(device: torch.device, norm: str) -> Non
     torch.testing.assert_close(compat.mamba_split_conv1d_scan_combined(zxbcdt, weight, None, **arguments, **options), y)
 
 
+@pytest.mark.parametrize("groups", [None, 2])
+def test_selective_scan_is_the_recurrence(device: torch.device, groups: int | None) -> None:
+    batch, dim, dstate, length = 2, 6, 4, 9
+    u, delta, z = (torch.randn(batch, dim, length, device=device, dtype=torch.float64) for _ in range(3))
+    A, D = -torch.rand(dim, dstate, device=device, dtype=torch.float64), torch.randn(dim, device=device).double()
+    sizes = (batch, dstate, length) if groups is None else (batch, groups, dstate, length)
+    B, C = (torch.randn(sizes, device=device, dtype=torch.float64) for _ in range(2))
+    options = {"D": D, "z": z, "delta_bias": D, "delta_softplus": True}
+    out, last = compat.selective_scan_fn(u, delta, A, B, C, **options, return_last_state=True)
+    b, c = (t.unsqueeze(1) if groups is None else t for t in (B, C))
+    b, c = (t.repeat_interleave(dim // t.shape[1], dim=1) for t in (b, c))
+    state, d = torch.zeros_like(last), functional.softplus(delta + D[:, None])
+    for t in range(length):
+        step = d[:, :, t, None]
+        state = state * torch.exp(A * step) + step * b[..., t] * u[:, :, t, None]
+        y = (state * c[..., t]).sum(-1) + D * u[..., t]
+        torch.testing.assert_close(out[..., t], y * functional.silu(z[..., t]))
+    torch.testing.assert_close(last, state)
+    assert torch.equal(compat.selective_scan_fn(u, delta, A, B, C, **options), out)
+
+
+def gdn_arguments(device: torch.device, length: int = 9) -> dict[str, Tensor]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(2, length, *shape, device=device, dtype=torch.float64)
+
+    return {"q": normal(2, 4), "k": normal(2, 4), "v": normal(4, 6), "g": -normal(4).exp(), "beta": normal(4).sigmoid()}
+
+
+GDN = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
+
+
+@pytest.mark.parametrize("name", GDN)
+@pytest.mark.parametrize("v_first", [False, True])
+def test_delta_rule_goes_on_from_initial_states(device: torch.device, name: str, v_first: bool) -> None:
+    call, arguments = getattr(compat, name), gdn_arguments(device)
+    options = {"use_qk_l2norm_in_kernel": True, "output_final_state": True, "state_v_first": v_first}
+    whole, last = call(**arguments, **options)
+    assert last.shape == ((2, 4, 6, 4) if v_first else (2, 4, 4, 6))
+    first, middle = call(**{n: t[:, :4] for n, t in arguments.items()}, **options)
+    kept = middle.clone()
+    rest, end = call(**{n: t[:, 4:] for n, t in arguments.items()}, **options, initial_state=middle)
+    torch.testing.assert_close(torch.cat([first, rest], dim=1), whole)
+    torch.testing.assert_close(end, last)
+    assert torch.equal(middle, kept)
+    assert call(**arguments)[1] is None
+
+
+@pytest.mark.parametrize("name", GDN)
+def test_delta_rule_with_what_its_kernels_can_fuse(device: torch.device, name: str) -> None:
+    call, arguments = getattr(compat, name), gdn_arguments(device)
+    raw = {"g": torch.randn_like(arguments["g"]), "beta": torch.randn_like(arguments["beta"])}
+    weights = {"A_log": torch.randn(4, device=device).double(), "dt_bias": torch.randn(4, device=device).double()}
+    done = {
+        "g": -weights["A_log"].exp() * functional.softplus(raw["g"] + weights["dt_bias"]),
+        "beta": 2 * raw["beta"].sigmoid(),
+    }
+    fused = {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": True}
+    got, _ = call(**arguments | raw, **weights, **fused)
+    torch.testing.assert_close(got, call(**arguments | done)[0])
+
+
+@pytest.mark.parametrize("name", GDN)
+def test_delta_rule_keeps_packed_sequences_apart(device: torch.device, name: str) -> None:
+    call, arguments = getattr(compat, name), gdn_arguments(device)
+    ends = torch.tensor([0, 9, 18], device=device)
+    packed = {n: t.flatten(0, 1).unsqueeze(0) for n, t in arguments.items()}
+    out, last = call(**packed, cu_seqlens=ends, output_final_state=True)
+    expected, state = call(**arguments, output_final_state=True)
+    torch.testing.assert_close(out.view_as(expected), expected)
+    torch.testing.assert_close(last, state)
+    with pytest.raises(ValueError, match=f"^{name}: q: got a batch of 2, expected 1: cu_seqlens says"):
+        call(**arguments, cu_seqlens=ends)
+
+
 def good_arguments(function: str, device: torch.device) -> dict[str, Any]:
     """A call that each function takes."""
     scan = scan_arguments(device)
@@ -207,6 +291,11 @@ def good_arguments(function: str, device: torch.device) -> dict[str, Any]:
         own = {"zxbcdt": torch.zeros(2, 7, 132, device=device), "conv1d_weight": torch.zeros(96, 4, device=device)}
         scan = {name: scan[name] for name in ("A", "D", "dt_bias")} | own
         return {**scan, "conv1d_bias": None, "chunk_size": 16, "headdim": 8, "ngroups": 2}
+    if function.endswith("delta_rule"):
+        return gdn_arguments(device)
+    if function == "selective_scan_fn":
+        ones = torch.ones(2, 6, 9, device=device)
+        return {"u": ones, "delta": ones, "A": -ones[0, :, :4], "B": ones[:, :4], "C": ones[:, :4]}
     if function == "selective_state_update":
         step = {name: scan[name][:, 0] for name in ("x", "dt", "B", "C")}
         step["dt"], A = step["dt"][..., None].expand(2, 4, 8), scan["A"][:, None, None].expand(4, 8, 16)
@@ -223,6 +312,12 @@ def good_arguments(function: str, device: torch.device) -> dict[str, Any]:
         ("causal_conv1d_fn", "seq_idx"),
         ("causal_conv1d_update", "activation"),
         ("causal_conv1d_update", "cache_seqlens"),
+        ("chunk_gated_delta_rule", "A_log"),
+        ("chunk_gated_delta_rule", "cp_context"),
+        ("fused_recurrent_gated_delta_rule", "gk"),
+        ("fused_recurrent_gated_delta_rule", "gv"),
+        ("selective_scan_fn", "B"),
+        ("selective_scan_fn", "cu_seqlens"),
         ("mamba_chunk_scan_combined", "cu_seqlens"),
         ("mamba_chunk_scan_combined", "position_ids"),
         ("mamba_chunk_scan_combined", "return_varlen_states"),

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mamba_ops.compat import transformers as compat
 from mamba_ops.compat.transformers import use_mamba_ops
 from mamba_ops.layers import Mamba2
 from mamba_ops.registry.samples import assert_within_budget
-from tests.test_layers_mamba2 import Oracle
+from tests.oracle.layers import Mamba2Oracle
 
 modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
 PROMPT = 21
@@ -55,7 +54,7 @@ def oracle_logits(model: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     for block in model.backbone.layers:
         layer = Mamba2.from_config(model.config)
         layer.load_state_dict(block.mixer.state_dict())
-        hidden = hidden + torch.stack([Oracle(layer, dtype).read(row) for row in norm(hidden, block.norm)])
+        hidden = hidden + torch.stack([Mamba2Oracle(layer, dtype).read(row) for row in norm(hidden, block.norm)])
     return norm(hidden, model.backbone.norm_f) @ weight(model.lm_head).t()
 
 
@@ -142,7 +141,10 @@ def in_file() -> dict[str, Any]:
 def test_all_five_are_bound_and_put_back(model: Any, prompt: Tensor) -> None:
     before, stock = in_file(), model(prompt).logits
     binding = use_mamba_ops(model)
-    assert {f.__module__ for f in in_file().values()} == {compat.__name__}
+    assert {f.__module__ for f in in_file().values()} == {
+        "mamba_ops.compat.causal_conv1d",
+        "mamba_ops.compat.mamba_ssm",
+    }
     assert binding.bound == [f"{modeling.__name__}.{name}" for name in before]
     assert binding.not_bound == {}
     assert f"{modeling.__name__}.causal_conv1d_fn runs on mamba_ops" in str(binding).splitlines()
@@ -168,7 +170,7 @@ def test_models_of_one_file_share_the_binding(device: torch.device) -> None:
 
 def test_what_a_file_does_not_have_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     file = ModuleType("planted_modeling_file")
-    file.mamba2_chunk_scan = stock = object()
+    file.mamba2_chunk_scan = stock = len
     monkeypatch.setitem(sys.modules, file.__name__, file)
     mixer = type("Mixer", (nn.Module,), {"__module__": file.__name__})
     with use_mamba_ops(nn.Sequential(mixer())) as binding:
@@ -180,7 +182,7 @@ def test_what_a_file_does_not_have_is_reported(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_model_of_another_family() -> None:
-    with pytest.raises(ValueError, match="got Linear, expected a model with Mamba-2 mixers"):
+    with pytest.raises(ValueError, match="got Linear, expected a model of Transformers 5 with Mamba, Mamba-2 or"):
         use_mamba_ops(nn.Linear(2, 2))
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mamba_ops import ops_page
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -45,6 +47,12 @@ def test_the_code_on_a_page_runs(page: Path, tmp_path: Path):
     if torch.accelerator.current_accelerator(check_available=True) is None:  # the pages show what a CPU prints
         for line, text in blocks(page, "output"):
             assert text in done.stdout, f"{page.name}:{line}: the program printed:\n{done.stdout}"
+
+
+def test_the_page_about_ops_says_what_the_registry_knows():
+    made = ops_page.page()
+    assert (ROOT / "docs" / "ops.md").read_text(encoding="utf-8") == made, "mamba-ops ops --markdown > docs/ops.md"
+    assert "| none |" not in made.replace("| torch | any device | none |", "")  # every adapter says what it refuses
 
 
 # -- docs/environment.md ----------------------------------------------------------------------------------------------

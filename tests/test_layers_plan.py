@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mamba_ops.layers import Mamba2
+from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
 from mamba_ops.registry import use_backend
 from mamba_ops.serving import Plan
 from tests.conftest import ACCELERATOR
@@ -16,6 +16,12 @@ from tests.conftest import ACCELERATOR
 DEVICE = ACCELERATOR or torch.device("cpu")
 HIDDEN = 16
 LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "mamba": lambda: Mamba(HIDDEN, inner=24, dstate=8, dt_rank=3),
+    "mamba, norms": lambda: Mamba(HIDDEN, inner=24, dstate=8, dt_rank=3, norms="weighted"),
+    "gdn": lambda: GatedDeltaNet(HIDDEN, num_k_heads=2, num_v_heads=4, head_k_dim=8, head_v_dim=4),
+    "gdn, flat": lambda: GatedDeltaNet(
+        HIDDEN, num_k_heads=2, num_v_heads=2, head_k_dim=8, head_v_dim=4, interleaved=False
+    ),
     "mamba2": lambda: Mamba2(HIDDEN, heads=4, head_dim=8, dstate=8, groups=2, chunk_size=8),
     "mamba2, dt limited": lambda: Mamba2(HIDDEN, heads=2, head_dim=4, dstate=8, chunk_size=8, dt_min=0.01, dt_max=0.1),
 }

@@ -70,9 +70,12 @@ class _HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("op", [op for op in OPS if not op.composed], ids=lambda op: op.name)
 def test_references_do_not_read_the_host(op: Op[...]) -> None:
-    """But for the length of the longest packed row in selective_state_update, which its docstring owns up to."""
+    """But for the length of the longest packed row in the update ops, which their docstrings own up to."""
     for sample in op.make_samples("cpu"):
-        packed = op.name == "selective_state_update" and sample.kwargs.get("cu_seqlens") is not None
+        packed = (
+            op.name in ("selective_state_update", "gated_delta_rule_update")
+            and sample.kwargs.get("cu_seqlens") is not None
+        )
         with _HostReads() as reads:
             op.kernels["torch"].function(**op.bind(sample.clone().args, sample.clone().kwargs))
         assert reads.count == int(packed), sample
@@ -88,7 +91,7 @@ def test_a_row_does_not_depend_on_the_others(op: Op[...], backend: str) -> None:
     tokens = {
         n for n, v in op.bind(whole.args, whole.kwargs).items() if isinstance(v, Tensor) and v.shape[:1] == (rows,)
     }
-    tokens &= {"x", "dt", "B", "C", "z"}
+    tokens &= {"x", "dt", "B", "C", "z", "u", "delta", "q", "k", "v", "g", "beta", "a", "b"}
     names = [p.name for p in op.parameters]
 
     def change(value: object, name: str, row: int, alone: bool) -> object:

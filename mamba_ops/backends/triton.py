@@ -6,7 +6,14 @@ import os
 import torch
 from torch import Tensor
 
-from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba_chunk_scan, selective_state_update
+from mamba_ops.ops import (
+    causal_conv1d,
+    causal_conv1d_update,
+    gated_delta_rule_update,
+    mamba_chunk_scan,
+    selective_scan,
+    selective_state_update,
+)
 from mamba_ops.registry import Backend
 
 
@@ -48,6 +55,7 @@ def _causal_conv1d(
     null_slot: int = -1,
     output: Tensor,
 ) -> None:
+    """Takes no float64 x or conv_state."""
     from mamba_ops.kernels.triton.causal_conv1d import causal_conv1d as kernel
 
     kernel(x, weight, bias, cu_seqlens, conv_state, slots, has_initial_state, silu, null_slot, output)
@@ -67,6 +75,7 @@ def _causal_conv1d_update(
     null_slot: int = -1,
     output: Tensor,
 ) -> None:
+    """Takes no float64 x or conv_state."""
     from mamba_ops.kernels.triton.causal_conv1d_update import causal_conv1d_update as kernel
 
     kernel(x, conv_state, weight, bias, slots, cu_seqlens, num_accepted_tokens, silu, null_slot, output)
@@ -94,6 +103,7 @@ def _selective_state_update(
     philox_rounds: int = 0,
     output: Tensor,
 ) -> None:
+    """Takes no float64 x."""
     from mamba_ops.kernels.triton.selective_state_update import selective_state_update as kernel
 
     kernel(
@@ -149,6 +159,7 @@ def _mamba_chunk_scan(
     chunk_states: Tensor | None = None,
     output: Tensor,
 ) -> None:
+    """Takes no float64 x, a dstate of at most 256, and chunks of at most 4096 tokens."""
     from mamba_ops.kernels.triton.mamba_chunk_scan import mamba_chunk_scan as kernel
 
     kernel(
@@ -172,5 +183,119 @@ def _mamba_chunk_scan(
         has_initial_state=has_initial_state,
         null_slot=null_slot,
         chunk_states=chunk_states,
+        output=output,
+    )
+
+
+def _why_not_selective_scan(u: Tensor, A: Tensor) -> str | None:
+    if A.shape[1] > 256:
+        return f"takes a dstate of at most 256, and A has {A.shape[1]}"
+    return "computes in float32, and u is float64" if u.dtype == torch.float64 else None
+
+
+@triton.implements(selective_scan, unless=_why_not_selective_scan)
+def _selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    cu_seqlens: Tensor | None = None,
+    ssm_state: Tensor | None = None,
+    slots: Tensor | None = None,
+    write_slots: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    null_slot: int = -1,
+    block_size: int = 0,
+    first_block: Tensor | None = None,
+    last_block: Tensor | None = None,
+    initial_block: Tensor | None = None,
+    chunk_ends: Tensor | None = None,
+    last_chunk: Tensor | None = None,
+    output: Tensor,
+) -> None:
+    """Takes no float64 u, and a dstate of at most 256."""
+    from mamba_ops.kernels.triton.selective_scan import selective_scan as kernel
+
+    kernel(
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D=D,
+        z=z,
+        delta_bias=delta_bias,
+        delta_softplus=delta_softplus,
+        cu_seqlens=cu_seqlens,
+        ssm_state=ssm_state,
+        slots=slots,
+        write_slots=write_slots,
+        has_initial_state=has_initial_state,
+        null_slot=null_slot,
+        block_size=block_size,
+        first_block=first_block,
+        last_block=last_block,
+        initial_block=initial_block,
+        chunk_ends=chunk_ends,
+        last_chunk=last_chunk,
+        output=output,
+    )
+
+
+def _why_not_delta_rule(q: Tensor, v: Tensor) -> str | None:
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        return f"takes a k_dim and a v_dim of at most 256, and they are {q.shape[-1]} and {v.shape[-1]}"
+    return "computes in float32, and q is float64" if q.dtype == torch.float64 else None
+
+
+@triton.implements(gated_delta_rule_update, unless=_why_not_delta_rule)
+def _gated_delta_rule_update(
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    scale: float | None = None,
+    slots: Tensor | None = None,
+    write_slots: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    qk_l2norm: bool = False,
+    null_slot: int = -1,
+    output: Tensor,
+) -> None:
+    """Takes no float64 q, and a k_dim and a v_dim of at most 256."""
+    from mamba_ops.kernels.triton.gated_delta_rule_update import gated_delta_rule_update as kernel
+
+    kernel(
+        state,
+        q,
+        k,
+        v,
+        g=g,
+        beta=beta,
+        a=a,
+        b=b,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        scale=scale,
+        slots=slots,
+        write_slots=write_slots,
+        cu_seqlens=cu_seqlens,
+        num_accepted_tokens=num_accepted_tokens,
+        qk_l2norm=qk_l2norm,
+        null_slot=null_slot,
         output=output,
     )

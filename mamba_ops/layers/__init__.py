@@ -1,5 +1,7 @@
 """The layers of Mamba-family models as nn.Modules: the mixing of tokens is ops, all around it is visible torch."""
 
+from mamba_ops.layers.gated_delta_net import GatedDeltaNet as GatedDeltaNet
+from mamba_ops.layers.mamba import Mamba as Mamba
 from mamba_ops.layers.mamba2 import Mamba2 as Mamba2
 from mamba_ops.layers.norms import GatedRMSNorm as GatedRMSNorm
 from mamba_ops.layers.norms import gated_rms_norm as gated_rms_norm

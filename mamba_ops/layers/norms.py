@@ -6,13 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mamba_ops.ops.norms import rms_norm
+
 
 class GatedRMSNorm(nn.Module):
     """`gated_rms_norm` with a weight of its own."""
 
-    def __init__(self, size: int, *, groups: int = 1, eps: float = 1e-5, **new: Any) -> None:
+    def __init__(
+        self, size: int, *, groups: int = 1, eps: float = 1e-5, norm_before_gate: bool = False, **new: Any
+    ) -> None:
         super().__init__()
-        self.groups, self.eps = groups, eps
+        self.groups, self.eps, self.norm_before_gate = groups, eps, norm_before_gate
         self.weight = nn.Parameter(torch.empty(size, **new))
         self.reset_parameters()
 
@@ -22,11 +26,34 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """Gate `x` and normalise it."""
-        return gated_rms_norm(x, gate, self.weight, groups=self.groups, eps=self.eps)
+        options: dict[str, Any] = {"eps": self.eps, "norm_before_gate": self.norm_before_gate}
+        return gated_rms_norm(x, gate, self.weight, groups=self.groups, **options)
 
     def extra_repr(self) -> str:
         """Return the sizes."""
-        return f"{self.weight.shape[0]}, groups={self.groups}, eps={self.eps}"
+        first = ", norm_before_gate=True" if self.norm_before_gate else ""
+        return f"{self.weight.shape[0]}, groups={self.groups}, eps={self.eps}{first}"
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), times a weight; without one, `weight` is ones and no parameter."""
+
+    def __init__(self, size: int, *, eps: float, weighted: bool = True, **new: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        ones = torch.ones(size, **new)
+        if weighted:
+            self.weight = nn.Parameter(ones)
+        else:
+            self.register_buffer("weight", ones, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` over its last axis."""
+        return rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        """Return the sizes."""
+        return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
 def gated_rms_norm(

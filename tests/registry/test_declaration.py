@@ -53,6 +53,33 @@ def test_schema_form_of_a_declaration(toys: Namespace) -> None:
     assert "toys::double" in registry.splitting_ops()
 
 
+def test_a_number_that_may_be_left_out(toys: Namespace) -> None:
+    """None where it is; another number is another call, checked and decided by itself."""
+    seen: list[float | None] = []
+
+    @toys.op()
+    def scaled(x: Tensor, *, scale: float | None = None, out: Tensor | None = None) -> Tensor:
+        return torch.mul(x, 0.5 if scale is None else scale, out=given(out))
+
+    @scaled.outputs
+    def _output(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    @scaled.checks
+    def _checks(scale: float | None) -> None:
+        seen.append(scale)
+
+    assert "float? scale=None" in scaled.schema
+    x = torch.ones(2)
+    calls: list[tuple[dict[str, Any], float]] = [({}, 0.5), ({"scale": 3.0}, 3.0), ({"scale": None}, 0.5)]
+    for options, expected in calls:
+        assert torch.equal(scaled(x, **options), x * expected)
+    assert seen == [None, 3.0]
+    compiled = torch.compile(lambda x, **options: scaled(x, **options), fullgraph=True, backend="aot_eager")
+    for options, expected in calls:
+        assert torch.equal(compiled(x, **options), x * expected)
+
+
 def test_a_cache_that_may_be_left_out(toys: Namespace, backend: Any) -> None:
     """None in the front and in kernels, an empty tensor at the op, a Tensor in the schema."""
     seen: list[Tensor | None] = []

@@ -22,6 +22,57 @@ def softplus(v):
     return tl.maximum(v, 0.0) + 2.0 * (r + r * q * series)
 
 
+@triton.jit
+def chunk_at(chunk, cu_seqlens, rows, length, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    # Of the chunk with this number, counted through all rows: its row (`rows` if there is no such chunk), its tokens
+    # from low to high, and whether it is the row's first and its last one. Chunks end at multiples of CHUNK from a
+    # row's first token.
+    if cu_seqlens is not None:
+        row = 0
+        first = 0
+        total = 0
+        for start in range(0, rows, BLOCK_ROWS):
+            r = start + tl.arange(0, BLOCK_ROWS)
+            begin = tl.load(cu_seqlens + r, r < rows, other=0).to(tl.int32)
+            count = tl.load(cu_seqlens + r + 1, r < rows, other=0).to(tl.int32) - begin
+            of_row = (tl.maximum(count, 0) + CHUNK - 1) // CHUNK
+            end = total + tl.cumsum(of_row, 0)
+            earlier = (r < rows) & (end <= chunk)
+            row += tl.sum(earlier.to(tl.int32), 0)
+            first = tl.maximum(first, tl.max(tl.where(earlier, end, 0), 0))
+            total += tl.sum(of_row, 0)
+        begin = tl.load(cu_seqlens + row, row < rows, other=0).to(tl.int32)
+        end = tl.load(cu_seqlens + row + 1, row < rows, other=0).to(tl.int32)
+        low = begin + (chunk - first) * CHUNK
+        return row, low, tl.minimum(low + CHUNK, end), chunk == first, low + CHUNK >= end
+    else:
+        per_row = (length + CHUNK - 1) // CHUNK
+        row = chunk // per_row
+        low = chunk % per_row * CHUNK
+        is_first = low == 0
+        is_last = low + CHUNK >= length
+        high = tl.minimum(low + CHUNK, length)
+        return row, row * length + low, row * length + high, is_first, is_last
+
+
+@triton.jit
+def chunks_of(row, cu_seqlens, length, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    # The number of a row's first chunk, how many it has, its first token, and how many of those.
+    if cu_seqlens is not None:
+        first = 0
+        for start in range(0, row, BLOCK_ROWS):
+            r = start + tl.arange(0, BLOCK_ROWS)
+            begin = tl.load(cu_seqlens + r, r < row, other=0).to(tl.int32)
+            count = tl.load(cu_seqlens + r + 1, r < row, other=0).to(tl.int32) - begin
+            first += tl.sum((tl.maximum(count, 0) + CHUNK - 1) // CHUNK, 0)
+        begin = tl.load(cu_seqlens + row).to(tl.int32)
+        count = tl.load(cu_seqlens + row + 1).to(tl.int32) - begin
+        return first, (count + CHUNK - 1) // CHUNK, begin, count
+    else:
+        chunks = (length + CHUNK - 1) // CHUNK
+        return row * chunks, chunks, row * length, length
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether everything but the first dimension is laid out as in a contiguous tensor."""
     if tensor.is_contiguous():

@@ -1,0 +1,41 @@
+"""What the imitated functions do with arguments that have no effect here, or are said otherwise."""
+
+import torch
+from torch import Tensor
+
+States = tuple[Tensor, Tensor]
+"""An output and the last states."""
+
+# Keyword arguments that a model takes for itself and yet hands on: they ask for more outputs, are for the loss, or
+# choose among its torch fallbacks.
+_OF_THE_MODEL = (
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "use_associative_scan",
+    "use_cache",
+    "use_mambapy",
+)
+
+
+def refuse(function: str, **arguments: object) -> None:
+    """Raise if one of the arguments is set."""
+    for name, got in arguments.items():
+        if got is not None and got is not False and name not in _OF_THE_MODEL:
+            packed = name in ("cu_seqlens", "seq_idx")
+            hint = "; the layers in mamba_ops.layers keep packed sequences apart, with cu_seqlens" if packed else ""
+            raise ValueError(
+                f"{function}: {name}: got a {type(got).__name__}, expected none: it has no effect here{hint}"
+            )
+
+
+def is_silu(function: str, activation: str | None) -> bool:
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(f"{function}: activation: got {activation!r}, expected None, 'silu' or 'swish'")
+    return activation is not None
+
+
+def all_have(initial_states: Tensor | None) -> Tensor | None:
+    """Say to an op that every sequence has an initial state, if there are any."""
+    return None if initial_states is None else initial_states.new_ones(initial_states.shape[0], dtype=torch.bool)

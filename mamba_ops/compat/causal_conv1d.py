@@ -1,0 +1,79 @@
+"""The functions of causal_conv1d 1.6, over our ops."""
+
+from torch import Tensor
+from torch.nn import functional
+
+from mamba_ops import ops
+from mamba_ops.compat.arguments import States, all_have, is_silu, refuse
+
+
+def causal_conv1d_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+    **others: object,
+) -> Tensor | States:
+    """Convolve sequences `(batch, dim, length)`; with `return_final_states` also return their last width - 1 inputs.
+
+    Args:
+        x, weight, bias: `(batch, dim, length)`, `(dim, width)` and `(dim,)`.
+        seq_idx: refused.
+        initial_states: `(batch, dim, width - 1)`, the inputs before the first.
+        return_final_states: whether to return `(output, final states)`.
+        final_states_out: where the final states go, `(batch, dim, width - 1)`. Mutated.
+        activation: None, "silu" or "swish".
+        others: refused.
+    """
+    refuse("causal_conv1d_fn", seq_idx=seq_idx, **others)
+    if not return_final_states:
+        refuse("causal_conv1d_fn", final_states_out=final_states_out)
+    batch, dim, _ = x.shape
+    state = final_states_out
+    if state is None and (return_final_states or initial_states is not None):
+        state = x.new_zeros(batch, weight.shape[1] - 1, dim).transpose(1, 2)
+    if state is not None and initial_states is not None:
+        state.copy_(initial_states)
+    out = ops.causal_conv1d(
+        x.transpose(1, 2),
+        weight,
+        bias,
+        conv_state=state,
+        has_initial_state=all_have(initial_states),
+        silu=is_silu("causal_conv1d_fn", activation),
+    ).transpose(1, 2)
+    return (out, state) if return_final_states and state is not None else out
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    """Convolve new inputs, `(batch, dim)` or `(batch, dim, length)`, with those before them, which `conv_state` holds.
+
+    Args:
+        x: the new inputs.
+        conv_state: `(slots, dim, state_len)`, the last state_len inputs, the latest in the last column. Mutated.
+        weight, bias: `(dim, width)` and `(dim,)`; state_len is at least width - 1, and at most 7.
+        activation: None, "silu" or "swish".
+        cache_seqlens: refused; conv_state is no circular buffer here, its columns move.
+        conv_state_indices: int32 or int64 `(batch,)`, the slot of each row; a negative one is nobody's.
+    """
+    refuse("causal_conv1d_update", cache_seqlens=cache_seqlens)
+    silu = is_silu("causal_conv1d_update", activation)
+    if spare := conv_state.shape[2] + 1 - weight.shape[1]:
+        # The op's window begins in column 0, the original's ends in the last one. With a tap of weight zero for each
+        # column to spare the two are the same, and all columns move along.
+        weight = functional.pad(weight, (spare, 0))
+    rows = x if x.dim() == 2 else x.transpose(1, 2)
+    out = ops.causal_conv1d_update(rows, conv_state, weight, bias, slots=conv_state_indices, silu=silu)
+    return out if x.dim() == 2 else out.transpose(1, 2)

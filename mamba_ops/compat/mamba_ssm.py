@@ -1,0 +1,241 @@
+"""The functions of mamba_ssm 2.3, over our ops."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mamba_ops import ops
+from mamba_ops.compat.arguments import States, all_have, is_silu, refuse
+from mamba_ops.layers import gated_rms_norm
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+    **others: object,
+) -> Tensor:
+    """Advance `state` by one token and return that token's output.
+
+    Args:
+        state: `(slots, heads, dim, dstate)`, or without heads as all else. Mutated.
+        x, dt, z: `(batch, heads, dim)`.
+        A: `(heads, dim, dstate)`.
+        B, C: `(batch, groups, dstate)`.
+        D, dt_bias: `(heads, dim)`.
+        dt_softplus: whether softplus is applied to dt after the bias.
+        state_batch_indices: int32 or int64 `(batch,)`, the slot of each row; a negative one is nobody's.
+        others: refused.
+    """
+    refuse("selective_state_update", **others)
+    if state.dim() == 4:  # what is expanded from one number a head is handed on as such: a kernel then reads it once
+        dt, A = _per_head(dt, 1), _per_head(A, 2)
+        D, dt_bias = (None if t is None else _per_head(t, 1) for t in (D, dt_bias))
+    return ops.selective_state_update(
+        state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, slots=state_batch_indices
+    )
+
+
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **others: object,
+) -> Tensor | States:
+    """Scan sequences of length `length`; with `return_last_state` also return their last states, in float32.
+
+    Args:
+        u, delta, z: `(batch, dim, length)`.
+        A: `(dim, dstate)`, real.
+        B, C: `(batch, dstate, length)` or `(batch, groups, dstate, length)`.
+        D, delta_bias: `(dim,)`.
+        delta_softplus: whether softplus is applied to delta after the bias.
+        return_last_state: whether to return `(output, last states)`, the latter `(batch, dim, dstate)`.
+        others: refused.
+    """
+    name = "selective_scan_fn"
+    refuse(name, **others)
+    for argument, tensor in (("B", B), ("C", C)):
+        if tensor.dim() not in (3, 4):
+            expected = "(batch, dstate, length) or (batch, groups, dstate, length)"
+            raise ValueError(f"{name}: {argument}: got shape {tuple(tensor.shape)}, expected {expected}")
+    state = None
+    if return_last_state:
+        state = u.new_zeros(u.shape[0], *A.shape, dtype=torch.promote_types(u.dtype, torch.float32))
+    out = ops.selective_scan(
+        u.transpose(1, 2),
+        delta.transpose(1, 2),
+        A,
+        B.movedim(-1, 1),
+        C.movedim(-1, 1),
+        D=D,
+        z=None if z is None else z.transpose(1, 2),
+        delta_bias=delta_bias,
+        delta_softplus=delta_softplus,
+        ssm_state=state,
+    ).transpose(1, 2)
+    return (out, state) if state is not None else out
+
+
+def mamba_chunk_scan_combined(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+    return_varlen_states: bool = False,
+    **others: object,
+) -> Tensor | States:
+    """Scan sequences of length `length`; with `return_final_states` also return their last states, in float32.
+
+    Args:
+        x, z: `(batch, length, heads, dim)`.
+        dt: `(batch, length, heads)`.
+        A, dt_bias: `(heads,)`.
+        B, C: `(batch, length, groups, dstate)`.
+        chunk_size: tokens per chunk.
+        D: `(heads,)` or `(heads, dim)`.
+        initial_states: `(batch, heads, dim, dstate)`.
+        seq_idx, cu_seqlens, return_varlen_states: refused.
+        dt_softplus: whether softplus is applied to dt after the bias.
+        dt_limit: the least and the largest dt.
+        return_final_states: whether to return `(output, final states)`.
+        others: refused.
+    """
+    name = "mamba_chunk_scan_combined"
+    refuse(name, seq_idx=seq_idx, cu_seqlens=cu_seqlens, return_varlen_states=return_varlen_states, **others)
+    state_dtype, state = torch.promote_types(x.dtype, torch.float32), None
+    if initial_states is not None:
+        state = initial_states.to(state_dtype, copy=True)
+    elif return_final_states:
+        state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1], dtype=state_dtype)
+    dt_min, dt_max = dt_limit
+    out = ops.mamba_chunk_scan(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        dt_min=dt_min,
+        dt_max=dt_max,
+        ssm_state=state,
+        has_initial_state=all_have(initial_states),
+    )
+    return (out, state) if return_final_states and state is not None else out
+
+
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+    activation: str | None = "silu",
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
+    **others: object,
+) -> Tensor | States:
+    """Do all that a Mamba-2 mixer does to its first projection `zxbcdt`, but for caches; return what the mixer returns.
+
+    Args:
+        zxbcdt: `(batch, length, heads * dim + conv_dim + heads)`: gate, what is convolved, dt.
+        conv1d_weight, conv1d_bias: `(conv_dim, width)` and `(conv_dim,)`, conv_dim = heads * dim + 2 * groups * dstate.
+        dt_bias, A: `(heads,)`.
+        D: `(heads, dim)`, or `(heads,)` with `headdim`.
+        chunk_size, initial_states, seq_idx, dt_limit, return_final_states: as for `mamba_chunk_scan_combined`.
+        activation: of the convolution; None, "silu" or "swish".
+        rmsnorm_weight: `(heads * dim,)`; None: the scan's output is gated and not normalised.
+        rmsnorm_eps, norm_before_gate: of the norm.
+        outproj_weight, outproj_bias: of the last projection; None: there is none.
+        headdim: dim, where `D` does not tell.
+        ngroups: groups of B and C, and of the norm's channels.
+        others: refused.
+    """
+    name = "mamba_split_conv1d_scan_combined"
+    refuse(name, seq_idx=seq_idx, **others)
+    heads, dim = D.shape if D.dim() == 2 else (D.shape[0], headdim)
+    if dim is None:
+        raise ValueError(f"{name}: headdim: got None, expected the size of a head, as D is per head")
+    inner, conv_dim = heads * dim, conv1d_weight.shape[0]
+    if zxbcdt.shape[-1] != inner + conv_dim + heads:
+        expected = (
+            f"{inner} + {conv_dim} + {heads} (gate, conv_dim, heads); a gated MLP beside the mixer is not supported"
+        )
+        raise ValueError(f"{name}: zxbcdt: got {zxbcdt.shape[-1]} channels, expected {expected}")
+    gate, mixed, dt = zxbcdt.split([inner, conv_dim, heads], dim=-1)
+    mixed = ops.causal_conv1d(mixed, conv1d_weight, conv1d_bias, silu=is_silu(name, activation))
+    x, B, C = mixed.split([inner, (conv_dim - inner) // 2, (conv_dim - inner) // 2], dim=-1)
+    y = mamba_chunk_scan_combined(
+        x.unflatten(-1, (heads, dim)),
+        dt,
+        A,
+        B.unflatten(-1, (ngroups, -1)),
+        C.unflatten(-1, (ngroups, -1)),
+        chunk_size,
+        D=D,
+        z=gate.unflatten(-1, (heads, dim)) if rmsnorm_weight is None else None,
+        dt_bias=dt_bias,
+        initial_states=initial_states,
+        dt_softplus=True,
+        dt_limit=dt_limit,
+        return_final_states=return_final_states,
+    )
+    out, *states = y if isinstance(y, tuple) else (y,)
+    out = out.flatten(-2)
+    if rmsnorm_weight is not None:
+        out = gated_rms_norm(
+            out, gate, rmsnorm_weight, groups=ngroups, eps=rmsnorm_eps, norm_before_gate=norm_before_gate
+        )
+    if outproj_weight is not None:
+        out = functional.linear(out, outproj_weight, outproj_bias)
+    return (out, states[0]) if states else out
+
+
+def _per_head(tensor: Tensor, axes: int) -> Tensor:
+    """Take back the expansion of a tensor's last axes, where it is one."""
+    if any(tensor.stride(-1 - axis) for axis in range(axes)):
+        return tensor
+    return tensor.flatten(-axes)[..., 0]

@@ -1,0 +1,254 @@
+"""One Triton kernel for the decode step of the gated delta rule; its time goes into reading and writing the state.
+
+A program owns some rows of one head's state (v_dim by k_dim) of one row of the batch: they stay in registers over all
+tokens. Everything else, gates and norms included, is computed again by every program, which is cheaper than a launch.
+"""
+
+import functools
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mamba_ops.kernels.triton.common import by_token, dense, is_dense, on_device_of, softplus
+
+# What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
+_NUMBERS = """slot_stride head_stride value_stride key_stride q_stride k_stride v_stride gate_stride much_stride
+    output_stride slots_stride slots_columns write_stride write_columns length null_slot""".split()
+_POINTERS = """state q k v gate much A_log dt_bias output slots write_slots cu_seqlens num_accepted_tokens""".split()
+
+
+@triton.jit
+def _advanced(pointer, offset, ALIGNED: tl.constexpr):
+    pointer += offset
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS + _POINTERS)
+def _kernel(
+    state,
+    q,
+    k,
+    v,
+    gate,  # g; with RAW a
+    much,  # beta; with RAW b
+    A_log,
+    dt_bias,
+    output,
+    slots,
+    write_slots,
+    cu_seqlens,
+    num_accepted_tokens,
+    scale,
+    slot_stride,
+    head_stride,  # this and the next two are None for an ALIGNED state, which is dense
+    value_stride,
+    key_stride,
+    q_stride,  # this and the next five: from token to token
+    k_stride,
+    v_stride,
+    gate_stride,
+    much_stride,
+    output_stride,
+    slots_stride,
+    slots_columns,
+    write_stride,
+    write_columns,
+    length,  # tokens of every row; None for one, and for packed rows
+    null_slot,
+    K_HEADS: tl.constexpr,
+    V_HEADS: tl.constexpr,
+    K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    RAW: tl.constexpr,
+    L2NORM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = (V_DIM + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    row = (program // (BLOCKS * V_HEADS)).to(tl.int64)
+    head = program // BLOCKS % V_HEADS
+    value = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    key = tl.arange(0, WIDTH)
+    in_value = value < V_DIM
+    in_key = key < K_DIM
+    in_state = in_value[:, None] & in_key[None, :]
+
+    first = row
+    tokens = 1
+    if cu_seqlens is not None:
+        first = tl.load(cu_seqlens + row).to(tl.int64)
+        tokens = (tl.load(cu_seqlens + row + 1) - first).to(tl.int32)
+        if tokens <= 0:
+            return
+    elif length is not None:
+        first = row * length
+        tokens = length
+
+    of_v = head * V_DIM + value
+    of_k = head // (V_HEADS // K_HEADS) * K_DIM + key
+    if ALIGNED:
+        of_state = of_v[:, None] * K_DIM + key[None, :]
+    else:
+        of_state = value.to(tl.int64)[:, None] * value_stride + key.to(tl.int64)[None, :] * key_stride
+        of_state += head.to(tl.int64) * head_stride
+
+    source = row
+    if slots is not None:
+        slots += row * slots_stride
+        if num_accepted_tokens is not None:
+            accepted = tl.load(num_accepted_tokens + row).to(tl.int32)
+            slots += tl.minimum(tl.maximum(accepted, 1), slots_columns) - 1
+        source = tl.load(slots).to(tl.int64)
+        if (source < 0) | (source == null_slot):
+            for t in range(tokens):
+                tl.store(output + (first + t) * output_stride + of_v, tl.zeros([BLOCK], tl.float32), in_value)
+            return
+
+    s = tl.load(_advanced(state, source * slot_stride, ALIGNED) + of_state, in_state, other=0.0).to(tl.float32)
+    if RAW:
+        rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
+        bias = tl.load(dt_bias + head).to(tl.float32)
+
+    for t in range(tokens):
+        token = first + t
+        query = tl.load(_advanced(q, token * q_stride, ALIGNED) + of_k, in_key, other=0.0).to(tl.float32)
+        keys = tl.load(_advanced(k, token * k_stride, ALIGNED) + of_k, in_key, other=0.0).to(tl.float32)
+        values = tl.load(v + token * v_stride + of_v, in_value, other=0.0).to(tl.float32)
+        g = tl.load(gate + token * gate_stride + head).to(tl.float32)
+        beta = tl.load(much + token * much_stride + head).to(tl.float32)
+        if RAW:
+            g = rate * softplus(g + bias)
+            beta = tl.sigmoid(beta)
+        if L2NORM:
+            query /= tl.sqrt(tl.sum(query * query, axis=0) + 1e-6)
+            keys /= tl.sqrt(tl.sum(keys * keys, axis=0) + 1e-6)
+
+        s *= tl.exp(g)
+        wrong = values - tl.sum(s * keys[None, :], axis=1)
+        s += (beta * wrong)[:, None] * keys[None, :]
+        if num_accepted_tokens is not None:
+            if t < write_columns:
+                target = tl.load(write_slots + row * write_stride + t).to(tl.int64)
+                if (target >= 0) & (target != null_slot):
+                    tl.store(_advanced(state, target * slot_stride, ALIGNED) + of_state, s, in_state)
+        y = tl.sum(s * (query * scale)[None, :], axis=1)
+        tl.store(output + token * output_stride + of_v, y, in_value)
+
+    if num_accepted_tokens is None:
+        if write_slots is None:
+            tl.store(_advanced(state, source * slot_stride, ALIGNED) + of_state, s, in_state)
+        else:
+            target = tl.load(write_slots + row * write_stride).to(tl.int64)
+            if (target >= 0) & (target != null_slot):
+                tl.store(_advanced(state, target * slot_stride, ALIGNED) + of_state, s, in_state)
+
+
+def gated_delta_rule_update(
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    g: Tensor | None,
+    beta: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    scale: float | None,
+    slots: Tensor | None,
+    write_slots: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_accepted_tokens: Tensor | None,
+    qk_l2norm: bool,
+    null_slot: int,
+    output: Tensor,
+) -> None:
+    """Advance `state` in place and write `output`; shapes and meaning are the op's, and are not checked again.
+
+    Every token of an activation must be dense, and every parameter: others are copied first, and an output that is
+    not is written through a copy. Where the state is not dense within a slot, or a slot of it or a token of q or k
+    does not start at a multiple of 16 bytes, the state is read and written element by element, which is slower.
+    """
+    gate, much = (a, b) if g is None else (g, beta)
+    if output.numel() == 0 or (cu_seqlens is not None and cu_seqlens.shape[0] == 1) or gate is None or much is None:
+        return
+    flat = v.dim() < state.dim()
+    rows = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    (_, v_heads, v_dim, k_dim), k_heads = state.shape, q.shape[-2]
+
+    written = by_token(output, flat)
+    q, k, v, gate, much = (by_token(t, flat) for t in (q, k, v, gate, much))
+    A_log, dt_bias, cu_seqlens = (None if t is None else t.contiguous() for t in (A_log, dt_bias, cu_seqlens))
+    slots, write_slots = (None if t is None else dense(t) for t in (slots, write_slots))
+    slots_columns = write_columns = None
+    if num_accepted_tokens is not None and slots is not None:
+        num_accepted_tokens = num_accepted_tokens.contiguous()
+        write_slots = slots if write_slots is None else write_slots
+        slots_columns, write_columns = ((*table.shape, 1)[1] for table in (slots, write_slots))
+
+    slot_stride, *strides = state.stride()
+    places = state.data_ptr() | q.data_ptr() | k.data_ptr()
+    places |= slot_stride * state.itemsize | q.stride(0) * q.itemsize | k.stride(0) * k.itemsize
+    aligned = places % 16 == 0 and is_dense(state)
+    head_stride, value_stride, key_stride = (None, None, None) if aligned else strides
+
+    block, width, warps, blocks = _launch(v_dim, k_dim)
+    with on_device_of(state):
+        _kernel[(rows * v_heads * blocks,)](
+            state,
+            q,
+            k,
+            v,
+            gate,
+            much,
+            A_log,
+            dt_bias,
+            written,
+            slots,
+            write_slots,
+            cu_seqlens,
+            num_accepted_tokens,
+            k_dim**-0.5 if scale is None else float(scale),
+            slot_stride,
+            head_stride,
+            value_stride,
+            key_stride,
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            gate.stride(0),
+            much.stride(0),
+            written.stride(0),
+            None if slots is None else slots.stride(0),
+            slots_columns,
+            None if write_slots is None else write_slots.stride(0),
+            write_columns,
+            None if flat else output.shape[1],
+            None if slots is None and write_slots is None else null_slot,
+            K_HEADS=k_heads,
+            V_HEADS=v_heads,
+            K_DIM=k_dim,
+            V_DIM=v_dim,
+            RAW=g is None,
+            L2NORM=qk_l2norm,
+            ALIGNED=aligned,
+            BLOCK=block,
+            WIDTH=width,
+            num_warps=warps,
+        )
+    if written.data_ptr() != output.data_ptr():
+        output.copy_(written.view(output.shape))
+
+
+@functools.cache
+def _launch(v_dim: int, k_dim: int) -> tuple[int, int, int, int]:
+    """BLOCK, WIDTH, warps and blocks per head: a thread has 32 numbers of the state, a warp whole rows of it."""
+    width = triton.next_power_of_2(k_dim)
+    block = min(triton.next_power_of_2(v_dim), max(4096 // width, 1))
+    return block, width, min(max(block * width // 1024, 1), 8), triton.cdiv(v_dim, block)

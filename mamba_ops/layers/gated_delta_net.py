@@ -1,0 +1,254 @@
+"""The gated delta net layer. Its parameters are named as in Transformers, so that it loads checkpoints of Qwen3-Next
+and Qwen3.5.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mamba_ops.layers.caches import require_a_pair
+from mamba_ops.layers.norms import GatedRMSNorm, wide
+from mamba_ops.ops import (
+    causal_conv1d,
+    causal_conv1d_update,
+    chunk_gated_delta_rule,
+    gated_delta_rule_update,
+    gdn_mixing,
+)
+from mamba_ops.ops.gdn_mixing import unpack
+from mamba_ops.ops.mixing import HasPlan
+
+
+class GatedDeltaNet(nn.Module):
+    """Mix the tokens of each sequence, `(..., hidden_size)` to the same shape, with the gated delta rule.
+
+    Calling the layer reads sequences from their beginning or on from a cache (prefill); `step` reads one token more of
+    every sequence (decode). Caches are passed in and changed in place; what is returned is the output.
+
+    Args:
+        hidden_size: size of the residual stream.
+        num_k_heads, head_k_dim: heads of q and k, and the size of one.
+        num_v_heads, head_v_dim: heads of v and of the state; each head of k serves num_v_heads / num_k_heads of them.
+        width: taps of the convolution, 2 to 8.
+        interleaved: whether two projections hold q, k, v, gate and b, a of one head of k after the other (Qwen3-Next:
+            `in_proj_qkvz`, `in_proj_ba`), or four hold each for all heads (Qwen3.5: `in_proj_qkv`, `in_proj_z`,
+            `in_proj_b`, `in_proj_a`).
+        eps: of the gated norm.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_k_heads: int,
+        num_v_heads: int,
+        head_k_dim: int = 128,
+        head_v_dim: int = 128,
+        width: int = 4,
+        interleaved: bool = True,
+        eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_v_heads % num_k_heads:
+            raise ValueError(f"GatedDeltaNet: num_k_heads: got {num_k_heads}, expected a divisor of {num_v_heads}")
+        self.num_k_heads, self.num_v_heads = num_k_heads, num_v_heads
+        self.head_k_dim, self.head_v_dim, self.interleaved = head_k_dim, head_v_dim, interleaved
+        keys, values = num_k_heads * head_k_dim, num_v_heads * head_v_dim
+        self.convolved = [keys, keys, values]  # q, k and v
+
+        new: dict[str, Any] = {"device": device, "dtype": dtype}
+        dim = sum(self.convolved)
+        if interleaved:
+            self.in_proj_qkvz = nn.Linear(hidden_size, dim + values, bias=False, **new)
+            self.in_proj_ba = nn.Linear(hidden_size, 2 * num_v_heads, bias=False, **new)
+        else:
+            self.in_proj_qkv = nn.Linear(hidden_size, dim, bias=False, **new)
+            self.in_proj_z = nn.Linear(hidden_size, values, bias=False, **new)
+            self.in_proj_b = nn.Linear(hidden_size, num_v_heads, bias=False, **new)
+            self.in_proj_a = nn.Linear(hidden_size, num_v_heads, bias=False, **new)
+        self.conv1d = nn.Conv1d(dim, dim, width, groups=dim, bias=False, **new)  # for its parameters, never called
+        self.dt_bias = nn.Parameter(torch.empty(num_v_heads, **new))
+        self.A_log = nn.Parameter(torch.empty(num_v_heads, **new))
+        self.norm = GatedRMSNorm(head_v_dim, eps=eps, norm_before_gate=True, **new)
+        self.out_proj = nn.Linear(values, hidden_size, bias=False, **new)
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(
+        cls, config: Any, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "GatedDeltaNet":
+        """Return the layer that a config of Transformers describes, with new parameters.
+
+        Args:
+            config: a `Qwen3NextConfig` (interleaved) or a `Qwen3_5TextConfig` (not).
+            device, dtype: of the parameters.
+
+        Raises:
+            ValueError: the config asks for something else than silu, or is none of these.
+        """
+        try:
+            activation = config.hidden_act
+            sizes: dict[str, Any] = {
+                "hidden_size": config.hidden_size,
+                "num_k_heads": config.linear_num_key_heads,
+                "num_v_heads": config.linear_num_value_heads,
+                "head_k_dim": config.linear_key_head_dim,
+                "head_v_dim": config.linear_value_head_dim,
+                "width": config.linear_conv_kernel_dim,
+                "interleaved": config.model_type == "qwen3_next",
+                "eps": config.rms_norm_eps,
+            }
+        except AttributeError as error:
+            expected = "Transformers' Qwen3NextConfig or Qwen3_5TextConfig"
+            raise ValueError(f"GatedDeltaNet.from_config: config: {error}; expected {expected}") from None
+        if config.model_type != "qwen3_next" and not config.model_type.startswith("qwen3_5"):
+            expected = "'qwen3_next' or 'qwen3_5...', whose projections are known here"
+            raise ValueError(f"GatedDeltaNet.from_config: model_type: got {config.model_type!r}, expected {expected}")
+        if activation not in ("silu", "swish"):
+            raise ValueError(f"GatedDeltaNet.from_config: hidden_act: got {activation!r}, expected 'silu' (or 'swish')")
+        return cls(**sizes, device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw decay rates A, uniform in 0.01 to 16, and set dt_bias to ones."""
+        self.A_log.copy_(torch.empty_like(self.A_log, dtype=torch.float32).uniform_(0.01, 16).log())
+        nn.init.ones_(self.dt_bias)
+
+    def extra_repr(self) -> str:
+        """Return what the sub-modules do not show."""
+        names = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "interleaved")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    def empty_caches(
+        self, slots: int, *, dtype: torch.dtype | None = None, state_dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Return a `(conv_state, ssm_state)` of zeros for `slots` sequences, on the parameters' device.
+
+        Args:
+            slots: how many sequences they hold.
+            dtype: of conv_state; None: that of the parameters.
+            state_dtype: of ssm_state, which sums over a whole sequence.
+        """
+        weight = self.conv1d.weight
+        dim, _, width = weight.shape
+        conv_state = weight.new_zeros((slots, width - 1, dim), dtype=dtype).transpose(1, 2)  # channels lie together
+        return conv_state, weight.new_zeros((slots, *self._state()), dtype=state_dtype)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        conv_state: Tensor | None = None,
+        ssm_state: Tensor | None = None,
+        *,
+        plan: HasPlan | None = None,
+        slots: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        has_initial_state: Tensor | None = None,
+        null_slot: int = -1,
+    ) -> Tensor:
+        """Read sequences and return their output; with caches, leave each sequence's last state there.
+
+        With a plan, the tokens are those of an engine's step: some sequences decode, others are read.
+
+        Args:
+            hidden_states: `(batch, length, hidden_size)`, or packed `(tokens, hidden_size)` with `cu_seqlens`.
+            conv_state, ssm_state: caches as `empty_caches` makes them, both or neither. Mutated.
+            plan: a `mamba_ops.serving.Plan` of packed tokens; it says all that the arguments after it would, and what
+                is returned for tokens of nobody means nothing.
+            slots: int32 or int64 `(>= n,)`: where in the caches sequence i is. None: in slot i.
+            cu_seqlens: int32 or int64 `(n + 1,)`: sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1]; what
+                is returned for tokens past the last sequence means nothing.
+            has_initial_state: bool `(n,)`: sequence i goes on from its state in the caches. None: none does.
+            null_slot: a sequence whose slot is this or negative is nobody: it is not mixed, and no cache is touched.
+        """
+        if plan is not None:
+            if conv_state is None or ssm_state is None:
+                got = "a plan without caches"
+                raise ValueError(f"GatedDeltaNet: plan: got {got}, expected both caches; see empty_caches()")
+            return self._mix(hidden_states, conv_state, ssm_state, plan)
+        mixed, z, b, a = self._project(hidden_states, conv_state, ssm_state)
+        rows: dict[str, Any] = {"cu_seqlens": cu_seqlens, "slots": slots, "has_initial_state": has_initial_state}
+        rows["null_slot"] = null_slot
+        weight = self.conv1d.weight.squeeze(1)
+        q, k, v = self._split(causal_conv1d(mixed, weight, conv_state=conv_state, **rows))
+        g = -wide(self.A_log).exp() * functional.softplus(wide(a) + wide(self.dt_bias))
+        y = chunk_gated_delta_rule(q, k, v, g, wide(b).sigmoid(), state=ssm_state, qk_l2norm=True, **rows)
+        return self._output(y, z)
+
+    def _mix(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
+        if self.interleaved:
+            qkvz, ba = self.in_proj_qkvz(hidden_states), self.in_proj_ba(hidden_states)
+        else:  # compiled, the projections write where they are wanted
+            qkvz = torch.cat([self.in_proj_qkv(hidden_states), self.in_proj_z(hidden_states)], dim=-1)
+            ba = torch.cat([self.in_proj_b(hidden_states), self.in_proj_a(hidden_states)], dim=-1)
+        z = qkvz.new_empty(hidden_states.shape[0], self.num_v_heads, self.head_v_dim)
+        y = gdn_mixing(
+            qkvz,
+            ba,
+            conv_state,
+            ssm_state,
+            self.conv1d.weight.squeeze(1),
+            None,
+            self.A_log,
+            self.dt_bias,
+            *plan.tensors,
+            *self._sizes(),
+            self.interleaved,
+            z=z,
+            null_slot=plan.null_slot,
+        )
+        return self._output(y, z)
+
+    def step(
+        self,
+        hidden_states: Tensor,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        *,
+        slots: Tensor | None = None,
+        null_slot: int = -1,
+    ) -> Tensor:
+        """Read one token more of every sequence, advance the caches in place and return the tokens' output.
+
+        Args:
+            hidden_states: `(n, hidden_size)`, or a few tokens more of every sequence `(n, length, hidden_size)`.
+            conv_state, ssm_state, slots, null_slot: as for a call of the layer.
+        """
+        mixed, z, b, a = self._project(hidden_states, conv_state, ssm_state)
+        rows: dict[str, Any] = {"slots": slots, "null_slot": null_slot}
+        q, k, v = self._split(causal_conv1d_update(mixed, conv_state, self.conv1d.weight.squeeze(1), **rows))
+        rows |= {"a": a, "b": b, "A_log": self.A_log, "dt_bias": self.dt_bias}
+        return self._output(gated_delta_rule_update(ssm_state, q, k, v, qk_l2norm=True, **rows), z)
+
+    def _project(
+        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Return what is convolved, gate, b and a, having looked at what the ops after the convolution will refuse."""
+        if self.interleaved:
+            qkvz, ba = self.in_proj_qkvz(hidden_states), self.in_proj_ba(hidden_states)
+            mixed, z, b, a = unpack(qkvz, ba, *self._sizes(), self.interleaved)
+        else:
+            mixed, b, a = (p(hidden_states) for p in (self.in_proj_qkv, self.in_proj_b, self.in_proj_a))
+            z = self.in_proj_z(hidden_states).unflatten(-1, (self.num_v_heads, self.head_v_dim))
+        require_a_pair(mixed, conv_state, ssm_state, self._state())
+        return mixed, z, b, a
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        return self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim
+
+    def _state(self) -> tuple[int, int, int]:
+        return self.num_v_heads, self.head_v_dim, self.head_k_dim
+
+    def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v by head."""
+        q, k, v = mixed.split(self.convolved, dim=-1)
+        by_key, by_value = (self.num_k_heads, self.head_k_dim), (self.num_v_heads, self.head_v_dim)
+        return q.unflatten(-1, by_key), k.unflatten(-1, by_key), v.unflatten(-1, by_value)
+
+    def _output(self, y: Tensor, z: Tensor) -> Tensor:
+        return cast(Tensor, self.out_proj(self.norm(y, z).flatten(-2)))

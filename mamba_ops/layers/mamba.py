@@ -1,0 +1,257 @@
+"""The Mamba-1 layer. Its parameters are named as in mamba_ssm and Transformers, so that it loads their checkpoints."""
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mamba_ops.layers.caches import require_a_pair
+from mamba_ops.layers.norms import RMSNorm, wide
+from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba_mixing, selective_scan, selective_state_update
+from mamba_ops.ops.mixing import HasPlan
+
+NORMS = (None, "weightless", "weighted")
+
+
+class Mamba(nn.Module):
+    """Mix the tokens of each sequence, `(..., hidden_size)` to the same shape, with a state space model per channel.
+
+    Calling the layer reads sequences from their beginning or on from a cache (prefill); `step` reads one token more of
+    every sequence (decode). Caches are passed in and changed in place; what is returned is the output.
+
+    Args:
+        hidden_size: size of the residual stream.
+        inner: channels; None: twice the hidden size.
+        dstate: numbers of state per channel.
+        dt_rank: numbers that step sizes are made of; None: a sixteenth of the hidden size, rounded up.
+        width: taps of the convolution, 2 to 8.
+        norms: RMS norms of dt (before its projection), B and C: None, "weightless" (Falcon-Mamba) or "weighted"
+            (Jamba).
+        eps: of the norms.
+        bias, conv_bias: whether the two outer projections and the convolution have one.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        inner: int | None = None,
+        dstate: int = 16,
+        dt_rank: int | None = None,
+        width: int = 4,
+        norms: str | None = None,
+        eps: float = 1e-6,
+        bias: bool = False,
+        conv_bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if norms not in NORMS:
+            raise ValueError(f"Mamba: norms: got {norms!r}, expected None, 'weightless' or 'weighted'")
+        inner = 2 * hidden_size if inner is None else inner
+        dt_rank = -(-hidden_size // 16) if dt_rank is None else dt_rank
+        self.inner, self.dstate, self.dt_rank, self.norms, self.eps = inner, dstate, dt_rank, norms, eps
+
+        new: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_proj = nn.Linear(hidden_size, 2 * inner, bias=bias, **new)
+        self.conv1d = nn.Conv1d(inner, inner, width, groups=inner, bias=conv_bias, **new)  # for its parameters alone
+        self.x_proj = nn.Linear(inner, dt_rank + 2 * dstate, bias=False, **new)
+        self.dt_proj = nn.Linear(dt_rank, inner, **new)
+        self.A_log = nn.Parameter(torch.empty(inner, dstate, **new))
+        self.D = nn.Parameter(torch.empty(inner, **new))
+        if norms is not None:
+            weighted = norms == "weighted"
+            self.dt_layernorm = RMSNorm(dt_rank, eps=eps, weighted=weighted, **new)
+            self.b_layernorm = RMSNorm(dstate, eps=eps, weighted=weighted, **new)
+            self.c_layernorm = RMSNorm(dstate, eps=eps, weighted=weighted, **new)
+        self.out_proj = nn.Linear(inner, hidden_size, bias=bias, **new)
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(
+        cls, config: Any, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Mamba":
+        """Return the layer that a config of Transformers describes, with new parameters.
+
+        Args:
+            config: a `MambaConfig`, `FalconMambaConfig` or `JambaConfig`.
+            device, dtype: of the parameters.
+
+        Raises:
+            ValueError: the config asks for something else than silu, or is none of these.
+        """
+        try:
+            activation = config.hidden_act
+            sizes: dict[str, Any]
+            if hasattr(config, "mamba_d_state"):
+                sizes = {
+                    "inner": config.mamba_expand * config.hidden_size,
+                    "dstate": config.mamba_d_state,
+                    "dt_rank": config.mamba_dt_rank,
+                    "width": config.mamba_d_conv,
+                    "norms": "weighted",
+                    "eps": config.rms_norm_eps,
+                    "bias": config.mamba_proj_bias,
+                    "conv_bias": config.mamba_conv_bias,
+                }
+            else:
+                sizes = {
+                    "inner": config.intermediate_size,
+                    "dstate": config.state_size,
+                    "dt_rank": int(config.time_step_rank),
+                    "width": config.conv_kernel,
+                    "bias": config.use_bias,
+                    "conv_bias": config.use_conv_bias,
+                }
+                if hasattr(config, "mixer_rms_eps"):
+                    sizes |= {"norms": "weightless", "eps": config.mixer_rms_eps}
+        except AttributeError as error:
+            expected = "Transformers' MambaConfig, FalconMambaConfig or JambaConfig"
+            raise ValueError(f"Mamba.from_config: config: {error}; expected {expected}") from None
+        if activation not in ("silu", "swish"):
+            raise ValueError(f"Mamba.from_config: hidden_act: got {activation!r}, expected 'silu' (or 'swish')")
+        return cls(config.hidden_size, **sizes, device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set A to -1 .. -dstate and D to ones, and draw step sizes, log-uniform in 0.001 to 0.1."""
+        self.A_log.copy_(torch.arange(1, self.dstate + 1).log().expand(self.inner, -1))
+        nn.init.ones_(self.D)
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        dt = torch.empty_like(self.dt_proj.bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.dt_proj.bias.copy_(dt.expm1().log())  # the inverse of softplus
+
+    def extra_repr(self) -> str:
+        """Return what the sub-modules do not show."""
+        return f"inner={self.inner}, dstate={self.dstate}, dt_rank={self.dt_rank}, norms={self.norms!r}"
+
+    def empty_caches(
+        self, slots: int, *, dtype: torch.dtype | None = None, state_dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Return a `(conv_state, ssm_state)` of zeros for `slots` sequences, on the parameters' device.
+
+        Args:
+            slots: how many sequences they hold.
+            dtype: of conv_state; None: that of the parameters.
+            state_dtype: of ssm_state, which sums over a whole sequence.
+        """
+        weight = self.conv1d.weight
+        inner, _, width = weight.shape
+        conv_state = weight.new_zeros((slots, width - 1, inner), dtype=dtype).transpose(1, 2)  # channels lie together
+        return conv_state, weight.new_zeros((slots, inner, self.dstate), dtype=state_dtype)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        conv_state: Tensor | None = None,
+        ssm_state: Tensor | None = None,
+        *,
+        plan: HasPlan | None = None,
+        slots: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        has_initial_state: Tensor | None = None,
+        null_slot: int = -1,
+    ) -> Tensor:
+        """Read sequences and return their output; with caches, leave each sequence's last state there.
+
+        With a plan, the tokens are those of an engine's step: some sequences decode, others are read.
+
+        Args:
+            hidden_states: `(batch, length, hidden_size)`, or packed `(tokens, hidden_size)` with `cu_seqlens`.
+            conv_state, ssm_state: caches as `empty_caches` makes them, both or neither. Mutated.
+            plan: a `mamba_ops.serving.Plan` of packed tokens; it says all that the arguments after it would, and what
+                is returned for tokens of nobody means nothing.
+            slots: int32 or int64 `(>= n,)`: where in the caches sequence i is. None: in slot i.
+            cu_seqlens: int32 or int64 `(n + 1,)`: sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1]; what
+                is returned for tokens past the last sequence means nothing.
+            has_initial_state: bool `(n,)`: sequence i goes on from its state in the caches. None: none does.
+            null_slot: a sequence whose slot is this or negative is nobody: it is not mixed, and no cache is touched.
+        """
+        if plan is not None:
+            if conv_state is None or ssm_state is None:
+                raise ValueError("Mamba: plan: got a plan without caches, expected both caches; see empty_caches()")
+            return self._mix(hidden_states, conv_state, ssm_state, plan)
+        x, z = self._project(hidden_states, conv_state, ssm_state)
+        rows: dict[str, Any] = {
+            "cu_seqlens": cu_seqlens,
+            "slots": slots,
+            "has_initial_state": has_initial_state,
+            "null_slot": null_slot,
+        }
+        x = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state=conv_state, **rows)
+        delta, B, C = self._steps(x)
+        rows |= {"D": self.D, "z": z, "delta_bias": self.dt_proj.bias, "ssm_state": ssm_state}
+        return self._output(selective_scan(x, delta, self._A(), B, C, delta_softplus=True, **rows))
+
+    def _mix(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
+        dt_norm, b_norm, c_norm = (
+            (None, None, None)
+            if self.norms is None
+            else (self.dt_layernorm.weight, self.b_layernorm.weight, self.c_layernorm.weight)
+        )
+        y = mamba_mixing(
+            self.in_proj(hidden_states),
+            conv_state,
+            ssm_state,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            self._A(),
+            self.D,
+            dt_norm,
+            b_norm,
+            c_norm,
+            *plan.tensors,
+            norm_eps=self.eps,
+            null_slot=plan.null_slot,
+        )
+        return self._output(y)
+
+    def step(
+        self,
+        hidden_states: Tensor,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        *,
+        slots: Tensor | None = None,
+        null_slot: int = -1,
+    ) -> Tensor:
+        """Read one token more of every sequence, advance the caches in place and return the tokens' output.
+
+        Args:
+            hidden_states: `(n, hidden_size)`, or a few tokens more of every sequence `(n, length, hidden_size)`.
+            conv_state, ssm_state, slots, null_slot: as for a call of the layer.
+        """
+        x, z = self._project(hidden_states, conv_state, ssm_state)
+        rows: dict[str, Any] = {"slots": slots, "null_slot": null_slot}
+        x = causal_conv1d_update(x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, **rows)
+        delta, B, C = self._steps(x)
+        rows |= {"D": self.D, "z": z, "dt_bias": self.dt_proj.bias}
+        return self._output(selective_state_update(ssm_state, x, delta, self._A(), B, C, dt_softplus=True, **rows))
+
+    def _project(
+        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what is convolved and the gate, having looked at what the ops after the convolution will refuse."""
+        x, z = cast(Tensor, self.in_proj(hidden_states)).chunk(2, dim=-1)
+        require_a_pair(x, conv_state, ssm_state, (self.inner, self.dstate))
+        return x, z
+
+    def _steps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return step sizes without their bias, B and C."""
+        dt, B, C = cast(Tensor, self.x_proj(x)).split([self.dt_rank, self.dstate, self.dstate], dim=-1)
+        if self.norms is not None:
+            dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
+        return functional.linear(dt, self.dt_proj.weight), B, C
+
+    def _A(self) -> Tensor:
+        return -wide(self.A_log).exp()
+
+    def _output(self, y: Tensor) -> Tensor:
+        return cast(Tensor, self.out_proj(y))

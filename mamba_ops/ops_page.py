@@ -1,0 +1,140 @@
+"""The page about all ops, docs/ops.md: made from what the registry knows, so that it cannot say anything else."""
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from mamba_ops.registry import Backend, Op, backends, ops
+
+_SECTION = re.compile(r"^(\w+):$")
+_ARGUMENT = re.compile(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)$")
+
+
+def page() -> str:
+    """Return the page, in Markdown."""
+    known = sorted((op for op in ops().values() if op.qualname.startswith("mamba_ops::")), key=lambda op: op.name)
+    who = [backend for backend in backends() if Path(__file__).parent in Path(backend.source).parents]  # no plug-in's
+    lines = [
+        "# The ops",
+        "",
+        "Made by `mamba-ops ops --markdown > docs/ops.md`; a test compares it with the code. Arguments are those of",
+        "the fronts, `mamba_ops.<name>`; at `torch.ops.mamba_ops.<name>` `out` is `output`, and must be given.",
+        "",
+        *_overview(known, who),
+        "",
+    ]
+    return "\n".join([*lines, *(section(op, who) for op in known)])
+
+
+def section(op: Op[...], who: Iterable[Backend] | None = None) -> str:
+    """Return what the page says about one op: signature, contract, arguments, backends and their limits."""
+    text, arguments, others = _parts(op.__doc__ or "")
+    mutated = ", ".join(f"`{'out' if name == 'output' else name}`" for name in sorted(op.mutates))
+    facts = [f"Mutates {mutated}."]
+    if op.splits_graph:
+        facts.append("Engines cut their graphs here.")
+    if op.reads_host:
+        facts.append("It reads a tensor on the host, and is not captured in CUDA graphs.")
+    lines = [
+        f"## `{op.name}`",
+        "",
+        "```py",
+        _signature(op),
+        "```",
+        "",
+        *_as_markdown(text),
+        "",
+        "| argument | what |",
+        "|---|---|",
+        *(f"| {_names(names)} | {_cell(what)} |" for names, what in arguments),
+        "",
+        *_as_markdown(others),
+        "",
+        " ".join(facts),
+        "",
+        *_kernels(op, backends() if who is None else who),
+    ]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
+
+
+def _overview(known: list[Op[...]], who: list[Backend]) -> Iterator[str]:
+    yield "| op | what | mutates besides `out` | splits graphs | " + " | ".join(backend.name for backend in who) + " |"
+    yield "|---" * (4 + len(who)) + "|"
+    for op in known:
+        summary = _parts(op.__doc__ or "")[0].partition("\n\n")[0].replace("\n", " ")
+        mutated = ", ".join(f"`{name}`" for name in sorted(op.mutates - {"output"}))
+        kernels = ["x" if backend.name in op.kernels else "" for backend in who]
+        cells = [f"[`{op.name}`](#{op.name})", summary, mutated, "yes" if op.splits_graph else "", *kernels]
+        yield f"| {' | '.join(_cell(cell) for cell in cells)} |"
+
+
+def _parts(docstring: str) -> tuple[str, list[tuple[str, str]], str]:
+    """Take a docstring apart: what comes before its arguments, the arguments, and what comes after them."""
+    before: list[str] = []
+    after: list[str] = []
+    arguments: list[tuple[str, str]] = []
+    section = None
+    for line in inspect.cleandoc(docstring).splitlines():
+        if found := _SECTION.match(line):
+            section = found[1]
+            after += [] if section == "Args" else [f"**{section}**", ""]
+        elif section == "Args" and line.startswith("    "):
+            if found := _ARGUMENT.match(line):
+                arguments.append((found[1], found[2]))
+            else:
+                names, what = arguments[-1]
+                arguments[-1] = (names, f"{what} {line.strip()}")
+        elif section and line.startswith("    "):
+            after.append(f"- {line.strip()}" if line[4] != " " else line[4:])
+        else:
+            section = section if not line else None
+            (after if arguments else before).append(line)
+    return "\n".join(before).strip(), arguments, "\n".join(after).strip()
+
+
+def _as_markdown(text: str) -> Iterator[str]:
+    """Fence what a docstring indents; the rest is Markdown as it is."""
+    for paragraph in text.split("\n\n"):
+        lines = paragraph.splitlines()
+        if lines and all(line.startswith("    ") for line in lines):
+            yield from ("```text", *(line.removeprefix("    ") for line in lines), "```")
+        else:
+            yield from lines
+        yield ""
+
+
+def _signature(op: Op[...]) -> str:
+    lines, line = [], f"{op.name}("
+    names = []
+    parameters = inspect.signature(op).parameters.values()
+    for p in parameters:
+        if p.kind is p.KEYWORD_ONLY and "*" not in names:
+            names.append("*")
+        names.append(p.name if p.default is p.empty else f"{p.name}={p.default}")
+    for i, name in enumerate(names):
+        word = name + (", " if i < len(names) - 1 else ")")
+        if len(line) + len(word) > 100:
+            lines.append(line.rstrip())
+            line = "    "
+        line += word
+    return "\n".join([*lines, line])
+
+
+def _names(names: str) -> str:
+    return ", ".join(f"`{name}`" for name in names.split(", "))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _kernels(op: Op[...], who: Iterable[Backend]) -> Iterator[str]:
+    yield "| backend | runs on | limits |"
+    yield "|---|---|---|"
+    for backend in who:
+        if (kernel := op.kernels.get(backend.name)) is None:
+            continue
+        devices = "any device" if backend.devices is None else ", ".join(backend.devices)
+        limits = "what the backends of the ops inside have" if op.composed and backend.devices is None else "none"
+        yield f"| {backend.name} | {devices} | {_cell(' '.join((kernel.function.__doc__ or limits).split()))} |"

@@ -1,0 +1,90 @@
+"""Every kind of layer, small, for the tests that hold for all of them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
+from tests.oracle.layers import GatedDeltaNetOracle, LayerOracle, Mamba2Oracle, MambaOracle
+
+HIDDEN = 24
+
+
+class Kind(NamedTuple):
+    layer: Any
+    sizes: dict[str, Any]
+    variants: Sequence[dict[str, Any]]  # what may be otherwise
+    oracle: type[LayerOracle]
+    prefill: Sequence[str]  # the ops that it is made of
+    decode: Sequence[str]
+    stages: int  # at which a result is rounded
+
+
+KINDS = {
+    "mamba": Kind(
+        Mamba,
+        {"inner": 32, "dstate": 8, "dt_rank": 5},
+        [
+            {},
+            {"norms": "weightless", "width": 2},
+            {"norms": "weighted", "eps": 1e-2, "bias": True, "conv_bias": False},
+            {"inner": None, "dt_rank": None},
+        ],
+        MambaOracle,
+        ["causal_conv1d", "selective_scan"],
+        ["causal_conv1d_update", "selective_state_update"],
+        stages=6,
+    ),
+    "mamba2": Kind(
+        Mamba2,
+        {"heads": 4, "head_dim": 8, "dstate": 16, "groups": 2, "chunk_size": 16},
+        [
+            {},
+            {"groups": 1, "width": 2},
+            {"bias": True, "conv_bias": False},
+            {"dt_min": 0.02, "dt_max": 0.05},
+            {"dt_min": 0.02},
+            {"chunk_size": 256},
+        ],
+        Mamba2Oracle,
+        ["causal_conv1d", "mamba_chunk_scan"],
+        ["causal_conv1d_update", "selective_state_update"],
+        stages=6,
+    ),
+    "gdn": Kind(
+        GatedDeltaNet,
+        # with a small eps the norm makes the rounding of an output near zero as large as the output
+        {"num_k_heads": 2, "num_v_heads": 4, "head_k_dim": 8, "head_v_dim": 12, "eps": 1e-2},
+        [{}, {"interleaved": False}, {"num_k_heads": 4, "width": 2, "eps": 1e-1}],
+        GatedDeltaNetOracle,
+        ["causal_conv1d", "chunk_gated_delta_rule"],
+        ["causal_conv1d_update", "gated_delta_rule_update"],
+        stages=8,
+    ),
+}
+
+
+def new_layer(name: str, device: torch.device | str, **changes: Any) -> Any:
+    kind = KINDS[name]
+    layer = kind.layer(HIDDEN, **{**kind.sizes, **changes}, device=device)
+    with torch.no_grad():
+        for parameter_name, parameter in layer.named_parameters():
+            if parameter_name == "D":
+                parameter.normal_()
+            elif "norm" in parameter_name:
+                parameter.uniform_(0.5, 1.5)
+    return layer
+
+
+def oracles(oracle: type[LayerOracle], layer: Any, hidden: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """For a batch: truth and float32 result of the output, the conv state and the ssm state."""
+    by_dtype = []
+    for dtype in (torch.float64, torch.float32):
+        rows = [oracle(layer, dtype) for _ in hidden]
+        output = torch.stack([row.read(h) for row, h in zip(rows, hidden, strict=True)])
+        window = torch.stack([row.window.t() for row in rows])
+        by_dtype.append((output, window, torch.stack([row.state for row in rows])))
+    truth, low = by_dtype
+    return dict(zip(("output", "conv_state", "ssm_state"), zip(truth, low, strict=True), strict=True))

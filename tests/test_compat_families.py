@@ -1,0 +1,85 @@
+"""compat.transformers on one small model of every family: what stock computes, on our ops, and put back afterwards."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+from mamba_ops.compat.transformers import use_mamba_ops
+from mamba_ops.registry import record_selections
+from mamba_ops.registry.samples import assert_within_budget
+from tests.transformers_models import MODELS, VOCABULARY, new_model
+
+OPS = {
+    "mamba": {"causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update"},
+    "mamba2": {"causal_conv1d", "causal_conv1d_update", "mamba_chunk_scan", "selective_state_update"},
+    "gdn": {"causal_conv1d", "causal_conv1d_update", "chunk_gated_delta_rule", "gated_delta_rule_update"},
+}
+FAMILY = (
+    dict.fromkeys(MODELS, "gdn") | dict.fromkeys(("mamba", "falcon_mamba", "jamba"), "mamba") | {"mamba2": "mamba2"}
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=MODELS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def logits(model: Any, tokens: Tensor, first: int) -> Tensor:
+    """Of a cached reading: the first tokens at once, the others one by one."""
+    out = model(tokens[:, :first], use_cache=True)
+    parts = [out.logits]
+    for token in tokens[:, first:].split(1, dim=1):
+        cache = {key: out[key] for key in ("cache_params", "past_key_values") if out.get(key) is not None}
+        out = model(token.contiguous(), **cache, use_cache=True)
+        parts.append(out.logits)
+    return torch.cat(parts, dim=1).cpu()
+
+
+def test_logits_are_as_near_to_the_truth_as_stock(name: str, device: torch.device) -> None:
+    """The truth is stock in float64; it computes decays in float32 there too."""
+    model, tokens = new_model(name, device), torch.randint(3, VOCABULARY, (2, 21), device=device)
+    low = logits(model, tokens, 9)
+    truth = logits(new_model_like(model, name, device), tokens, 9)
+    with use_mamba_ops(model), record_selections() as record:
+        ours, whole = logits(model, tokens, 9), model(tokens, use_cache=False).logits.cpu()
+    assert {selection.op.split("::")[1] for selection in record} == OPS[FAMILY[name]]
+    assert_within_budget(ours, truth, low, name)
+    assert_within_budget(whole, truth, low, name)
+
+
+def new_model_like(model: Any, name: str, device: torch.device) -> Any:
+    other = new_model(name, device).double()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_the_text_is_unchanged(name: str, device: torch.device) -> None:
+    model, tokens = new_model(name, device), torch.randint(3, VOCABULARY, (2, 9), device=device)
+    options = {"max_new_tokens": 8, "do_sample": False, "use_cache": True}
+    stock = model.generate(tokens, **options)
+    with use_mamba_ops(model):
+        assert torch.equal(model.generate(tokens, **options), stock)
+
+
+def test_every_function_is_bound_and_put_back(name: str) -> None:
+    model = new_model(name, "cpu")
+    [file] = {type(m).__module__ for m in model.modules() if "modeling_" in type(m).__module__}
+    before = dict(vars(sys.modules[file]))
+    with use_mamba_ops(model) as binding:
+        assert not binding.not_bound
+        ours = {n for n, f in vars(sys.modules[file]).items() if f is not before[n]}
+        assert {f"{file}.{n}" for n in ours} == set(binding.bound)
+        assert all(vars(sys.modules[file])[n].__module__.startswith("mamba_ops.compat.") for n in ours)
+    assert vars(sys.modules[file]) == before

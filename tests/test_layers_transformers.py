@@ -1,0 +1,84 @@
+"""Layers beside the modules of Transformers whose weights they load: the same outputs, prefill and then decode."""
+
+import importlib
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
+from mamba_ops.registry.samples import assert_within_budget
+from tests.layers import KINDS, oracles
+
+transformers = pytest.importorskip("transformers")
+HIDDEN, PROMPT, STEPS = 32, 37, 16
+
+
+class Model(NamedTuple):
+    layer: Any
+    file: str
+    mixer: str
+    config: str
+    sizes: dict[str, Any]
+
+
+MAMBA = {"num_hidden_layers": 1, "state_size": 8, "time_step_rank": 5}
+MAMBA2 = {"num_hidden_layers": 1, "num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 2, "chunk_size": 16}
+GDN = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "num_hidden_layers": 1,
+    "layer_types": ["linear_attention"],
+}
+JAMBA = {"mamba_d_state": 8, "mamba_dt_rank": 5, "num_hidden_layers": 1, "attn_layer_offset": 1}
+MODELS = {
+    "Mamba": Model(Mamba, "mamba", "MambaMixer", "MambaConfig", MAMBA),
+    "Mamba, other biases": Model(
+        Mamba, "mamba", "MambaMixer", "MambaConfig", {**MAMBA, "use_bias": True, "use_conv_bias": False}
+    ),
+    "Falcon-Mamba": Model(Mamba, "falcon_mamba", "FalconMambaMixer", "FalconMambaConfig", MAMBA),
+    "Jamba": Model(Mamba, "jamba", "JambaMambaMixer", "JambaConfig", JAMBA),
+    "Mamba-2": Model(Mamba2, "mamba2", "Mamba2Mixer", "Mamba2Config", MAMBA2),
+    "Mamba-2, other biases": Model(
+        Mamba2,
+        "mamba2",
+        "Mamba2Mixer",
+        "Mamba2Config",
+        {**MAMBA2, "use_bias": True, "use_conv_bias": False, "n_groups": 1},
+    ),
+    "Qwen3-Next": Model(GatedDeltaNet, "qwen3_next", "Qwen3NextGatedDeltaNet", "Qwen3NextConfig", GDN),
+    "Qwen3.5": Model(GatedDeltaNet, "qwen3_5", "Qwen3_5GatedDeltaNet", "Qwen3_5TextConfig", GDN),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_module_of_transformers(name: str, device: torch.device) -> None:
+    """As near to Transformers' output as their and our distances from the truth allow."""
+    model = MODELS[name]
+    modeling = importlib.import_module(f"transformers.models.{model.file}.modeling_{model.file}")
+    config = getattr(modeling, model.config)(hidden_size=HIDDEN, **model.sizes)
+    if name == "Falcon-Mamba":  # the mixer alone cannot be built: it initialises norms that it does not have yet
+        mixer = modeling.FalconMambaModel(config).layers[0].mixer.eval()
+    else:
+        mixer = getattr(modeling, model.mixer)(config, 0).eval()
+    [kind] = [kind for kind in KINDS.values() if kind.layer is model.layer]
+    with torch.no_grad():
+        for parameter_name, parameter in mixer.named_parameters():
+            if "norm" in parameter_name:
+                parameter.uniform_(0.5, 1.5)
+        layer = model.layer.from_config(config)
+        layer.load_state_dict(mixer.state_dict())
+        assert layer.state_dict().keys() == mixer.state_dict().keys()
+        mixer, layer = mixer.to(device), layer.to(device)
+        hidden = torch.randn(2, PROMPT + STEPS, HIDDEN, device=device)
+        truth, low = oracles(kind.oracle, layer, hidden)["output"]
+
+        cache, caches = transformers.DynamicCache(config=config), layer.empty_caches(2)
+        parts = [hidden[:, :PROMPT], *hidden[:, PROMPT:].split(1, dim=1)]
+        theirs = torch.cat([mixer(part, cache_params=cache) for part in parts], dim=1).cpu()
+        ours = torch.cat([layer(parts[0], *caches), *(layer.step(part, *caches) for part in parts[1:])], dim=1).cpu()
+    assert_within_budget(ours, truth, low)
+    slip = 2 * (low - truth).abs().max() + (theirs - truth).abs().max()
+    torch.testing.assert_close(ours, theirs, rtol=torch.finfo(torch.float32).eps, atol=float(slip))
