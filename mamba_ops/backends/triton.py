@@ -9,6 +9,7 @@ from torch import Tensor
 from mamba_ops.ops import (
     causal_conv1d,
     causal_conv1d_update,
+    chunk_gated_delta_rule,
     gated_delta_rule_update,
     mamba_chunk_scan,
     selective_scan,
@@ -252,6 +253,45 @@ def _why_not_delta_rule(q: Tensor, v: Tensor) -> str | None:
     if max(q.shape[-1], v.shape[-1]) > 256:
         return f"takes a k_dim and a v_dim of at most 256, and they are {q.shape[-1]} and {v.shape[-1]}"
     return "computes in float32, and q is float64" if q.dtype == torch.float64 else None
+
+
+@triton.implements(chunk_gated_delta_rule, unless=_why_not_delta_rule)
+def _chunk_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: Tensor | None = None,
+    slots: Tensor | None = None,
+    write_slots: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    qk_l2norm: bool = False,
+    null_slot: int = -1,
+    output: Tensor,
+) -> None:
+    """Takes no float64 q, and a k_dim and a v_dim of at most 256."""
+    from mamba_ops.kernels.triton.chunk_gated_delta_rule import chunk_gated_delta_rule as kernel
+
+    kernel(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale=scale,
+        cu_seqlens=cu_seqlens,
+        state=state,
+        slots=slots,
+        write_slots=write_slots,
+        has_initial_state=has_initial_state,
+        qk_l2norm=qk_l2norm,
+        null_slot=null_slot,
+        output=output,
+    )
 
 
 @triton.implements(gated_delta_rule_update, unless=_why_not_delta_rule)

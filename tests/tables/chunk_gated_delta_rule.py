@@ -1,0 +1,84 @@
+"""Bugs to plant in chunk_gated_delta_rule, and calls of it that are wrong."""
+
+from tests.tables import BadInput
+
+BUGS = {
+    "wrong group": ("head // (V_HEADS // K_HEADS)", "head % K_HEADS"),
+    "not normalised": ("    if L2NORM:", "    if False:"),
+    "system without beta": ("* beta[:, None] * between", "* between"),
+    "parts not decayed": ("between = tl.exp(total_i[:, None] - total_j[None, :])", "between = 1.0"),
+    "last token of a part not solved": ("for i in range(2, _PART):", "for i in range(2, _PART - 1):"),
+    "corner of the inverse wrong": ("_product(a30, x00) + ", ""),
+    "state not decayed over a chunk": ("s * tl.exp(end)", "s"),
+    "tokens not decayed to the chunk's end": ("tl.exp(end - total)", "1.0"),
+    "what a state takes off dropped": ("(u - tl.dot(", "(u - 0.0 * tl.dot("),
+    "token does not read itself": ("t[:, None] >= t[None, :]", "t[:, None] > t[None, :]"),
+    "initial state not read": ("tl.load(has_initial_state + row) != 0", "tl.load(has_initial_state + row) == 2"),
+}
+
+SLOW_BUGS = {  # slow: interpreted matrix products
+    "state read by rows that have none": (
+        "tl.load(has_initial_state + row) != 0",
+        "tl.load(has_initial_state + row) >= 0",
+    ),
+    "sum of decays begins anew in a part": ("g1 = sum0 + tl.cumsum(g1, 0)", "g1 = tl.cumsum(g1, 0)"),
+    "neighbours of the third part dropped": ("x21 = -_product(", "x21 = 0.0 * _product("),
+    "state before a chunk not decayed": ("* tl.exp(total)[:, None]", "* 1.0"),
+    "state before the first chunk for all": ("(chunk.to(tl.int64) * V_HEADS", "(chunk.to(tl.int64) * 0 * V_HEADS"),
+    "scale dropped": ("y * scale", "y"),
+    "null rows not zeroed": ("tl.zeros([CHUNK, BLOCK], tl.float32), there", "1.0, there"),
+    "null slot ignored": ("(source < 0) | (source == null_slot)", "source < 0"),
+    "write slots ignored": ("        if write_slots is not None:", "        if False:"),
+    "empty row's state not copied": ("(stored | (target != source))", "stored"),
+}
+
+BAD_INPUT: list[BadInput] = [
+    (
+        "base",
+        "v",
+        lambda v: v[0],
+        r"v: got shape \(75, 4, 24\), expected \(n, length, v_heads, v_dim\); packed tokens come",
+    ),
+    (
+        "packed, null rows",
+        "v",
+        lambda v: v[None],
+        r"v: got shape \(1, 153, 4, 24\), expected \(tokens, v_heads, v_dim\); with cu_seqlens",
+    ),
+    ("base", "v", lambda v: v.int(), "v: got int32, expected float16"),
+    ("base", "v", lambda v: v[..., :0], r"v: got shape \(3, 75, 4, 0\), expected only tokens of size 0"),
+    ("base", "q", lambda q: q[0], r"q: got shape \(75, 2, 16\), expected \(..., k_heads, k_dim\), with the tokens"),
+    ("base", "q", lambda q: q[..., :0], r"q: got shape \(3, 75, 2, 0\), expected only tokens of size 0"),
+    ("base", "q", lambda q: q.long(), "q: got int64, expected float16"),
+    ("base", "q", lambda q: q[:2], r"q: got shape \(2, 75, 2, 16\), expected \(3, 75, 2, 16\); tokens are those of v"),
+    ("base", "k", lambda k: k[..., :8], r"k: got shape \(3, 75, 2, 8\), expected \(3, 75, 2, 16\); k is like q"),
+    ("base", "v", lambda v: v[:, :, :3], "q: got 2 heads, expected a divisor of the 3 heads of v"),
+    ("base", "g", lambda g: g[..., :2], r"g: got shape \(3, 75, 2\), expected \(3, 75, 4\); one number a token"),
+    ("base", "g", lambda g: g.int(), "g: got int32, expected float16"),
+    ("base", "beta", lambda b: b[:, 1:], r"beta: got shape \(3, 74, 4\), expected \(3, 75, 4\); one number a token"),
+    ("packed, null rows", "cu_seqlens", lambda c: c[None], r"cu_seqlens: got shape \(1, 4\), expected \(n \+ 1,\)"),
+    ("packed, null rows", "cu_seqlens", lambda c: c.float(), "cu_seqlens: got float32, expected int32 or int64"),
+    (
+        "base",
+        "state",
+        lambda s: s[0],
+        r"state: got shape \(4, 24, 16\), expected \(4, 4, 24, 16\); \(slots, v_heads, v_dim, k_dim\)",
+    ),
+    ("base", "state", lambda s: s.mT, r"state: got shape \(9, 4, 16, 24\), expected \(9, 4, 24, 16\)"),
+    ("base", "state", lambda s: s.int(), "state: got int32, expected float16"),
+    ("base", "state", lambda s: None, "state: got none, expected a cache; has_initial_state says who reads it"),
+    (
+        "not normalised, no slots",
+        "state",
+        lambda s: s[:1],
+        "state: got 1 slots, expected at least 2; without slots, row i uses slot i",
+    ),
+    ("base", "slots", lambda s: s.float(), "slots: got float32, expected int32 or int64"),
+    ("base", "slots", lambda s: s[:2], "slots: got 2 rows, expected at least 3"),
+    ("base", "slots", lambda s: s.view(3, 1, 1), r"slots: got shape \(3, 1, 1\), expected \(rows,\) or"),
+    ("packed, write slots", "write_slots", lambda s: s[:1], "write_slots: got 1 rows, expected at least 3"),
+    ("base", "has_initial_state", lambda h: h.int(), "has_initial_state: got int32, expected bool"),
+    ("base", "has_initial_state", lambda h: h[:2], r"has_initial_state: got shape \(2,\), expected \(3,\)"),
+    ("base", "out", lambda o: o[..., :1], r"out: got shape \(3, 75, 4, 1\), expected \(3, 75, 4, 24\); out is like v"),
+    ("base", "out", lambda o: o.int(), "out: got int32, expected float16"),
+]
