@@ -203,14 +203,9 @@ def _kept_states(
     block_size: int,
 ) -> _Kept | None:
     """Say where states go that are stored at the ends of chunks; None without a prefix cache."""
-    if (
-        cu_seqlens is None
-        or first_block is None
-        or last_block is None
-        or chunk_ends is None
-        or last_chunk is None
-        or chunk_ends.numel() == 0
-    ):
+    if cu_seqlens is None or first_block is None or last_block is None or chunk_ends is None or last_chunk is None:
+        return None
+    if chunk_ends.numel() == 0:
         return None
     ends, last = chunk_ends.long(), last_chunk.long()
     starts = cu_seqlens[:-1].long()
@@ -306,19 +301,21 @@ def _checks(
             if tensor is not None:
                 raise bad_argument(name, got="a tensor", expected="none without block_size")
         return
-    hint = "the prefix cache keeps states of packed rows at the ends of blocks"
     for name, tensor in {"cu_seqlens": cu_seqlens, "ssm_state": ssm_state, "slots": slots, **prefix}.items():
         if tensor is None:
+            hint = "the prefix cache keeps states of packed rows at the ends of blocks"
             raise bad_argument(name, got="none", expected="a tensor with block_size", hint=hint)
     if write_slots is not None:
         raise bad_argument("write_slots", got="a tensor", expected="none with block_size", hint="slots says it all")
     for name, tensor in prefix.items():
         if tensor is not None:
             index_tensor(name, tensor)
-            shape_is(name, tensor, (tensor.shape[0],) if name == "chunk_ends" and tensor.dim() else (n,))
-    if slots is not None and slots.dim() != 2:
-        expected = "(n, positions), one column a block"
-        raise bad_argument("slots", got=f"shape {tuple(slots.shape)}", expected=expected)
+            if name != "chunk_ends":
+                shape_is(name, tensor, (n,), hint="one for each row")
+    if chunk_ends is not None:
+        tensor_rank("chunk_ends", chunk_ends, {1: "(chunks,)"})
+    if slots is not None:
+        tensor_rank("slots", slots, {2: "(n, positions), one column a block"})
 
 
 @selective_scan.samples
@@ -367,22 +364,25 @@ def _samples(
     packed: dict[str, Any] = {"cu_seqlens": indices(0, length, length + 3, tokens)}
     yield sample("base", **initial)
     yield Sample("no optionals", tuple(a.abs() if i == 1 else a for i, a in enumerate(sample("bare").args)))
-    large = normal(2, length, dim) * 40
+    large = normal(2, length, dim) * 20
     yield sample("delta and gate of any size", 2, length, groups=(), delta=large, delta_bias=None, z=large)
     strided = normal(3, dim, length).transpose(1, 2)
     wide = normal(8, dim * dstate + 24, dtype=state_dtype)[:, 8:-16].view(8, dim, dstate)
     yield sample("channel-major, padded slots", u=strided, z=strided.flip(0), groups=(1,), ssm_state=wide, **initial)
     yield sample("no slots", 3, 2, dstate=2 * dstate - 1, slots=None, null_slot=0, D=None, **initial)
-    moved: dict[str, Any] = {"write_slots": indices(4, -1, 0, 9), "null_slot": 7}
+    moved: dict[str, Any] = {"write_slots": indices(4, 7, 0, 9), "null_slot": 7}
     empty: dict[str, Any] = {"cu_seqlens": indices(0, length, length, tokens, dtype=torch.int64)}
     yield sample("packed, null rows", tokens, slots=indices((-1, 3), (0, 1), (7, 2)), null_slot=7, **packed, **initial)
     yield sample("packed, write slots", tokens, groups=(), **moved, **packed, **initial)
     out = normal(tokens + 4, dim, dtype=torch.float32)
     yield sample("packed, empty row", tokens + 4, write_slots=indices(4, 3, 0), out=out, **empty, **initial)
 
-    # A row of 37 tokens from block 1 on, of which the first ends 5 tokens early in it; one of 3 tokens; one of 37.
+    long: dict[str, Any] = {"cu_seqlens": indices(0, 135, 140, 205), "write_slots": indices(3, 2, 7)}
+    yield sample("packed, long", 205, groups=(1,), **long, **initial)
+
+    # A row of 37 tokens whose first 5 end block 1; one of 3 tokens; one of 37, 12 of them at the end of block 1.
     table = indices((1, 2, 3, 4, 5), (6, -1, 6, 6, 6), (7, 0, 8, -1, 9), dtype=torch.int64)
-    ends = indices(5, 21, 37, 40, 56, 72, 77)
+    ends = indices(5, 21, 37, 40, 52, 56, 77)
     prefix: dict[str, Any] = {
         "ssm_state": normal(10, dim, dstate, dtype=state_dtype),
         "slots": table,
