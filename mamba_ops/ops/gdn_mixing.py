@@ -12,7 +12,16 @@ from mamba_ops.ops.causal_conv1d_update import causal_conv1d_update
 from mamba_ops.ops.checking import floating, one_device, shape_is, tensor_rank
 from mamba_ops.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
 from mamba_ops.ops.gated_delta_rule_update import gated_delta_rule_update
-from mamba_ops.ops.mixing import SAMPLE_SLOTS, PlanTensors, Rows, batch_of, check_caches, check_plan, sample_plans
+from mamba_ops.ops.mixing import (
+    SAMPLE_SLOTS,
+    PlanTensors,
+    Rows,
+    batch_of,
+    check_caches,
+    check_plan,
+    require_window,
+    sample_plans,
+)
 from mamba_ops.registry import Sample, bad_argument, given
 
 
@@ -80,6 +89,7 @@ def gdn_mixing(
         counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, computed_tokens, num_accepted_tokens
     )
     batch = batch_of(gdn_mixing.qualname, plan, projected_qkvz.shape[0], null_slot)
+    require_window(gdn_mixing.qualname, plan, conv_state, conv_weight)
     sizes = (num_k_heads, num_v_heads, head_k_dim, head_v_dim)
     here = slice(0, batch.tokens)
     mixed, gate, b, a = unpack(projected_qkvz[here], projected_ba[here], *sizes, interleaved)

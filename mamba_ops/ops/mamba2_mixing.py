@@ -13,7 +13,16 @@ from mamba_ops.ops.causal_conv1d import causal_conv1d
 from mamba_ops.ops.causal_conv1d_update import causal_conv1d_update
 from mamba_ops.ops.checking import floating, one_device, shape_is, tensor_rank
 from mamba_ops.ops.mamba_chunk_scan import mamba_chunk_scan
-from mamba_ops.ops.mixing import SAMPLE_SLOTS, PlanTensors, Rows, batch_of, check_caches, check_plan, sample_plans
+from mamba_ops.ops.mixing import (
+    SAMPLE_SLOTS,
+    PlanTensors,
+    Rows,
+    batch_of,
+    check_caches,
+    check_plan,
+    require_window,
+    sample_plans,
+)
 from mamba_ops.ops.selective_state_update import selective_state_update
 from mamba_ops.registry import Sample, bad_argument, given
 
@@ -79,6 +88,7 @@ def mamba2_mixing(
         counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, computed_tokens, num_accepted_tokens
     )
     batch = batch_of(mamba2_mixing.qualname, plan, projected.shape[0], null_slot)
+    require_window(mamba2_mixing.qualname, plan, conv_state, conv_weight)
     inner, bc = heads * head_dim, groups * dstate
     _, mixed, dt = projected.split([inner, inner + 2 * bc, heads], dim=-1)
 

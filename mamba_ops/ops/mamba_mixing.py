@@ -10,7 +10,15 @@ from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.causal_conv1d import causal_conv1d
 from mamba_ops.ops.causal_conv1d_update import causal_conv1d_update
 from mamba_ops.ops.checking import floating, one_device, shape_is, tensor_rank
-from mamba_ops.ops.mixing import SAMPLE_SLOTS, PlanTensors, batch_of, check_caches, check_plan, sample_plans
+from mamba_ops.ops.mixing import (
+    SAMPLE_SLOTS,
+    PlanTensors,
+    batch_of,
+    check_caches,
+    check_plan,
+    require_window,
+    sample_plans,
+)
 from mamba_ops.ops.norms import rms_norm
 from mamba_ops.ops.selective_scan import selective_scan
 from mamba_ops.ops.selective_state_update import selective_state_update
@@ -82,6 +90,7 @@ def mamba_mixing(
         counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, computed_tokens, num_accepted_tokens
     )
     batch = batch_of(mamba_mixing.qualname, plan, projected.shape[0], null_slot)
+    require_window(mamba_mixing.qualname, plan, conv_state, conv_weight)
     (inner, dstate), rank = A.shape, dt_proj_weight.shape[1]
     x, z = projected.split([inner, inner], dim=-1)
     mixed, delta = (x.new_empty(batch.tokens, inner) for _ in range(2))

@@ -174,6 +174,21 @@ def batch_of(op: str, plan: PlanTensors, tokens: int, null_slot: int) -> Batch:
     return Batch(decoding, reading, computed, total)
 
 
+def require_window(op: str, plan: PlanTensors, conv_state: Tensor, conv_weight: Tensor) -> None:
+    """Raise ValueError, in a call of `op`, where conv_state does not hold all that a speculative decode may go back to.
+
+    That is how the composed ops keep it: one long window in the slot of column 0. A vendor may keep one in every slot.
+    """
+    if plan.num_accepted_tokens is not None and plan.slots is not None:
+        more = 0 if plan.slots.dim() == 1 else plan.slots.shape[1] - 1
+        got, needed = conv_state.shape[2], conv_weight.shape[1] - 1 + more
+        if got < needed:
+            hint = f"a speculative decode goes back by up to {more} tokens"
+            raise in_call_of(
+                op, bad_argument("conv_state", got=f"state_len {got}", expected=f"at least {needed}", hint=hint)
+            )
+
+
 class SamplePlan(NamedTuple):
     """A plan to sample a mixing op with, over caches of `SAMPLE_SLOTS` slots."""
 

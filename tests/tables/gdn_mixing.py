@@ -57,6 +57,12 @@ BAD_INPUT: list[BadInput] = [
     ("prefills", "conv_bias", lambda b: b[1:], r"conv_bias: got shape \(159,\), expected \(160,\)"),
     ("base", "A_log", lambda a: a[:, None], r"A_log: got shape \(4, 1\), expected \(4,\)"),
     ("base", "dt_bias", lambda a: a[1:], r"dt_bias: got shape \(3,\), expected \(4,\)"),
+    (
+        "speculative",
+        "conv_state",
+        lambda s: s[..., 2:],
+        "conv_state: got state_len 3, expected at least 5; a speculative decode goes back by up to 2 tokens",
+    ),
     ("base", "counts", lambda c: c.int(), "counts: got int32, expected int64"),
     ("base", "slots", lambda s: None, "slots: got None with counts, expected a whole plan, or none"),
     ("decodes", "z", lambda z: z[1:], r"z: got shape \(4, 4, 12\), expected \(5, 4, 12\)"),

@@ -54,6 +54,12 @@ BAD_INPUT: list[BadInput] = [
     ("base", "counts", lambda c: None, "cu_seqlens: got a tensor without counts, expected a whole plan, or none"),
     ("base", "slots", lambda s: None, "slots: got None with counts, expected a whole plan, or none"),
     ("base", "counts", lambda c: c[1:], r"counts: got shape \(3,\), expected \(4,\); decodes, their tokens, prefills"),
+    (
+        "speculative",
+        "conv_state",
+        lambda s: s[..., 2:],
+        "conv_state: got state_len 3, expected at least 5; a speculative decode goes back by up to 2 tokens",
+    ),
     ("base", "counts", lambda c: c.int(), "counts: got int32, expected int64"),
     (
         "base",

@@ -65,6 +65,12 @@ BAD_INPUT: list[BadInput] = [
         lambda s: s[:4],
         r"ssm_state: got shape \(4, 24, 8\), expected \(9, 24, 8\); both caches have as",
     ),
+    (
+        "speculative",
+        "conv_state",
+        lambda s: s[..., 2:],
+        "conv_state: got state_len 3, expected at least 5; a speculative decode goes back by up to 2 tokens",
+    ),
     ("base", "counts", lambda c: c.int(), "counts: got int32, expected int64"),
     ("base", "slots", lambda s: None, "slots: got None with counts, expected a whole plan, or none"),
     ("base", "out", lambda o: o[:, 1:], r"out: got shape \(25, 23\), expected \(25, 24\)"),

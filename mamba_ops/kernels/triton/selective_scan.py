@@ -222,9 +222,7 @@ def _starts(
     if source < 0:
         return
     if chunk_ends is not None:
-        first = 0
-        if row > 0:
-            first = tl.load(last_chunk + row - 1).to(tl.int32) + 1
+        first = tl.load(last_chunk + row - 1, row > 0, other=-1).to(tl.int32) + 1
         chunks = tl.load(last_chunk + row).to(tl.int32) + 1 - first
         low = tl.load(chunk_ends + first - 1, first > 0, other=0).to(tl.int32)
         count = chunks
