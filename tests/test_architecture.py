@@ -222,3 +222,17 @@ def test_no_file_is_too_long():
         if word(source.module) != ".kernels"
     }
     assert {path: lines for path, lines in lengths.items() if lines > MAX_LINES} == {}
+
+
+def test_no_file_names_a_vendors_device_but_where_that_is_its_business():
+    # cli: what --device takes; absent: the devices that it imitates; backends: their records.
+    allowed = {f"mamba_ops/{name}" for name in ("absent.py", "backends/triton.py", "cli.py", "serving/capture.py")}
+    named = [
+        f"{source.path}:{node.lineno}"
+        for source in sources(*PACKAGE)
+        if str(source.path) not in allowed
+        for node in ast.walk(source.tree)
+        if (isinstance(node, ast.Constant) and str(node.value).partition(":")[0] == "cuda")
+        or (isinstance(node, ast.Attribute) and node.attr == "cuda")
+    ]
+    assert named == []
