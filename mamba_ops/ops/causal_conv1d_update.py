@@ -61,6 +61,9 @@ def causal_conv1d_update(
     dim, width = weight.shape
     history, state_len = width - 1, conv_state.shape[2]
 
+    if cu_seqlens is None and num_accepted_tokens is None:
+        return _step(x, conv_state, weight, bias, slots, silu, null_slot, output)
+
     rows = torch.arange(n, device=x.device)
     if cu_seqlens is None:
         length = 1 if x.dim() == 2 else x.shape[1]
@@ -112,6 +115,48 @@ def causal_conv1d_update(
     result = torch.where(owned.unsqueeze(-1), acc.to(output.dtype), output.reshape(-1, dim))
     output.copy_(result.reshape(x.shape))
     store_rows(conv_state, slot, state, live & (lengths > 0))
+    return output
+
+
+def _step(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slots: Tensor | None,
+    silu: bool,
+    null_slot: int,
+    output: Tensor,
+) -> Tensor:
+    """The usual call, rows of one length that no token was taken back from: no row needs an index of its own."""
+    n, history = x.shape[0], weight.shape[1] - 1
+    compute = torch.promote_types(x.dtype, torch.float32)
+    new = x.unsqueeze(1) if x.dim() == 2 else x
+    if slots is None:
+        live, state = None, conv_state[:n, :, :history]
+    else:
+        slot = slot_columns(slots, n)[:, 0]
+        live = ~is_null(slot, null_slot)
+        state = conv_state[torch.where(live, slot, 0)]
+    old = state[:, :, :history].transpose(1, 2)
+
+    window = torch.cat((old.to(compute), new.to(compute)), dim=1)
+    acc = weight.new_zeros(x.shape[-1], dtype=compute) if bias is None else bias.to(compute)
+    for tap in range(history + 1):
+        acc = acc + window[:, tap : tap + new.shape[1]] * weight[:, tap].to(compute)
+    if silu:
+        acc = acc / (1 + torch.exp(-acc))  # not torch.sigmoid: on a CPU its last bit depends on an element's place
+    if live is not None:
+        acc = torch.where(live.view(n, 1, 1), acc, 0)
+    output.copy_(acc.view_as(x))
+
+    # Old entries move as they are, new ones are rounded to the state's dtype.
+    moved = torch.cat((old, new.to(old.dtype)), dim=1)[:, new.shape[1] :].transpose(1, 2)
+    if live is None:
+        state.copy_(moved)
+    else:
+        state[:, :, :history] = moved
+        store_rows(conv_state, slot, state, live)
     return output
 
 

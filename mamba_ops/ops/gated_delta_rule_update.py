@@ -104,6 +104,7 @@ def gated_delta_rule_update(
             tokens = tokens.unsqueeze(1)
         return tokens.to(compute)
 
+    in_order = slots is None and write_slots is None and index is None  # row i has slot i, and every row has tokens
     columns, somebody = row_slots(slots, n, null_slot, v.device)
     first = torch.zeros_like(columns[:, :1])
     if num_accepted_tokens is not None:
@@ -113,7 +114,8 @@ def gated_delta_rule_update(
     if written is None:
         written = row_slots(slots, n, null_slot, v.device)[1]
     live = somebody & inside.any(1)
-    require_slots(state, source, live)
+    if not in_order:
+        require_slots(state, source, live)
 
     queries, keys, values = rows(q), rows(k), rows(v)
     if qk_l2norm:
@@ -128,20 +130,24 @@ def gated_delta_rule_update(
         decay, much = torch.exp(-torch.exp(A_log.to(compute)) * d), 1 / (1 + torch.exp(-rows(b)))
 
     k_heads, of_one = q.shape[-2], v.shape[-2] // q.shape[-2]
-    s = state[torch.where(live, source, 0)].to(compute).unflatten(1, (k_heads, of_one))
+    # Rows in order are a view: a state of the dtype that is computed in then advances where it is.
+    s = (state[:n] if in_order else state[torch.where(live, source, 0)]).to(compute).unflatten(1, (k_heads, of_one))
     y = torch.empty_like(values)
     last = inside.sum(1) - 1
     for t in range(length):
         here = inside[:, t] & live
         key, query = (x[:, t, :, None, :, None] for x in (keys, queries))
-        new = s * decay[:, t].view(n, k_heads, of_one, 1, 1)
+        by = decay[:, t].view(n, k_heads, of_one, 1, 1)
+        new = s * by if index is not None else s.mul_(by)
         wrong = values[:, t].view(n, k_heads, of_one, -1, 1) - new @ key
-        new = new + much[:, t].view(n, k_heads, of_one, 1, 1) * wrong * key.transpose(-1, -2)
+        new += much[:, t].view(n, k_heads, of_one, 1, 1) * wrong * key.transpose(-1, -2)
         y[:, t] = torch.where(here.view(n, 1, 1), (new @ query).view_as(y[:, t]), 0)
-        s = torch.where(here.view(n, 1, 1, 1, 1), new, s)
+        s = new if index is None else torch.where(here.view(n, 1, 1, 1, 1), new, s)
         if num_accepted_tokens is not None and t < targets.shape[1]:
             _store(state, targets[:, t], s, here & written[:, t])
-    if num_accepted_tokens is None:
+    if in_order and state.dtype != compute:
+        state[:n].copy_(s.flatten(1, 2))
+    elif not in_order and num_accepted_tokens is None:
         _store(state, targets[:, 0], s, live & written[:, 0] & (last >= 0))
 
     if index is not None:

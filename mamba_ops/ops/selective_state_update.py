@@ -105,6 +105,7 @@ def selective_state_update(
         weight = weight.unsqueeze(0) if headless else weight
         return (weight if weight.dim() > 1 else weight.unsqueeze(1)).to(compute)
 
+    in_order = slots is None and write_slots is None and index is None  # row i has slot i, and every row has tokens
     columns, somebody = row_slots(slots, n, null_slot, x.device)
     first = torch.zeros_like(columns[:, :1])
     if num_accepted_tokens is not None:
@@ -114,8 +115,9 @@ def selective_state_update(
     target, stored = (columns, somebody) if write_slots is None else row_slots(write_slots, n, null_slot, x.device)
     kept = 1 if num_accepted_tokens is None else min(length, target.shape[1])  # how many states of a row are stored
     target, stored = target[:, :kept], stored[:, :kept] & inside[:, :kept] & live.unsqueeze(1)
-    require_slots(state, source, live)
-    require_slots(state, target, stored)
+    if not in_order:
+        require_slots(state, source, live)
+        require_slots(state, target, stored)
 
     u, d, b, c = rows(x), rows(dt), rows(B), rows(C)
     d = d if d.dim() == u.dim() else d.unsqueeze(-1)
@@ -129,15 +131,21 @@ def selective_state_update(
     a = a if a.dim() == 3 else a.unsqueeze(-1)
 
     cache = state.unsqueeze(1) if headless else state
-    s = cache[torch.where(live, source, 0)].to(compute)
+    # Rows in order are a view: a cache of the dtype that is computed in then advances where it is.
+    s = (cache[:n] if in_order else cache[torch.where(live, source, 0)]).to(compute)
     sums = []
     for t in range(length):
-        advanced = s * torch.exp(a * d[:, t]) + (b[:, t] * d[:, t]) * u[:, t].unsqueeze(-1)
-        s = torch.where(inside[:, t].view(n, 1, 1, 1), advanced, s)
-        sums.append((s * c[:, t]).sum(-1))
+        decay, written = torch.exp(a * d[:, t]), (b[:, t] * d[:, t]) * u[:, t].unsqueeze(-1)
+        if index is None:
+            s = s.mul_(decay).add_(written)
+        else:
+            s = torch.where(inside[:, t].view(n, 1, 1, 1), s * decay + written, s)
+        sums.append(torch.mul(s, c[:, t], out=written).sum(-1))
         if num_accepted_tokens is not None and t < kept:
             store_rows(cache, target[:, t], s, stored[:, t])
-    if num_accepted_tokens is None:
+    if in_order and state.dtype != compute:
+        cache[:n].copy_(s)
+    elif not in_order and num_accepted_tokens is None:
         store_rows(cache, target[:, 0], s, stored[:, 0])
 
     y = torch.stack(sums, dim=1)
@@ -146,7 +154,7 @@ def selective_state_update(
     if z is not None:
         gate = rows(z)
         y = y * (gate / (1 + torch.exp(-gate)))
-    y = torch.where(live.view(n, 1, 1, 1), y, 0).to(output.dtype)
+    y = (y if in_order else torch.where(live.view(n, 1, 1, 1), y, 0)).to(output.dtype)
     if index is None:
         output.copy_(y.view(output.shape))
     else:

@@ -198,7 +198,7 @@ def gated_delta_rule_update(
     aligned = places % 16 == 0 and is_dense(state)
     head_stride, value_stride, key_stride = (None, None, None) if aligned else strides
 
-    block, width, warps, blocks = _launch(v_dim, k_dim)
+    block, width, warps, blocks = _launch(v_dim, k_dim, state.itemsize)
     with on_device_of(state):
         _kernel[(rows * v_heads * blocks,)](
             state,
@@ -247,8 +247,12 @@ def gated_delta_rule_update(
 
 
 @functools.cache
-def _launch(v_dim: int, k_dim: int) -> tuple[int, int, int, int]:
-    """BLOCK, WIDTH, warps and blocks per head: a thread has 32 numbers of the state, a warp whole rows of it."""
+def _launch(v_dim: int, k_dim: int, itemsize: int) -> tuple[int, int, int, int]:
+    """BLOCK, WIDTH, warps and blocks per head: a program is one warp and has 2 KB of the state.
+
+    More warps would have to meet at every sum; more of the state to a thread would take the registers that let many
+    programs share a multiprocessor.
+    """
     width = triton.next_power_of_2(k_dim)
-    block = min(triton.next_power_of_2(v_dim), max(4096 // width, 1))
-    return block, width, min(max(block * width // 1024, 1), 8), triton.cdiv(v_dim, block)
+    block = min(triton.next_power_of_2(v_dim), max(2048 // (width * itemsize), 1))
+    return block, width, 1, triton.cdiv(v_dim, block)
