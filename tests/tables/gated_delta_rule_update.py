@@ -6,6 +6,7 @@ from tests.conftest import ACCELERATOR
 from tests.tables import BadInput
 
 BUGS = {
+    "empty row stores": ("        if tokens <= 0:\n", "        if tokens < 0:\n"),
     "wrong head of k": ("head // (V_HEADS // K_HEADS) * K_DIM", "head % K_HEADS * K_DIM"),
     "gate of another head": ("gate_stride + head)", "gate_stride + head // 2)"),
     "bias dropped": ("            g = rate * softplus(g + bias)", "            g = rate * softplus(g)"),
