@@ -238,7 +238,7 @@ def _samples(
             "q": q.unflatten(-1, (k_heads, k_dim)),
             "k": k.unflatten(-1, (k_heads, k_dim)),
             "v": v.unflatten(-1, (v_heads, v_dim)),
-            "g": -normal(*lead, v_heads, dtype=torch.float32).abs(),
+            "g": -0.1 * normal(*lead, v_heads, dtype=torch.float32).abs(),  # the last token still knows the first
             "beta": normal(*lead, v_heads).sigmoid(),
             "state": normal(9, v_heads, v_dim, k_dim, dtype=state_dtype),
             "slots": indices(5, 1, 2),
@@ -249,7 +249,12 @@ def _samples(
 
     initial: dict[str, Any] = {"has_initial_state": torch.tensor((True, False, True), device=device)}
     packed: dict[str, Any] = {"cu_seqlens": indices(0, length, length + 3, tokens)}
-    empty: dict[str, Any] = {"cu_seqlens": indices(0, length, length, tokens, dtype=torch.int64)}
+    empty: dict[str, Any] = {
+        "cu_seqlens": indices(0, length, length, length, tokens, dtype=torch.int64),
+        "slots": indices(5, 1, 2, 6),
+        "write_slots": indices(4, 1, 3, 0),
+        "has_initial_state": torch.tensor((True, False, True, True), device=device),
+    }
     wide = normal(9, v_heads * v_dim * k_dim + 16, dtype=state_dtype)[:, 8:-8].view(9, v_heads, v_dim, k_dim)
     turned = normal(9, v_heads, k_dim, v_dim, dtype=state_dtype).transpose(2, 3)
     doubled, strong = 2 * normal(1, length, v_heads).sigmoid(), -40 * normal(1, length, v_heads).abs()
@@ -259,8 +264,8 @@ def _samples(
     yield sample("not normalised, no slots", 2, 9, **short, slots=None, null_slot=0)
     yield sample("negative eigenvalues", 1, length, beta=doubled, k_heads=1, state=turned)
     yield sample("strong decay", 1, length, g=strong, k_heads=v_heads, state=wide)
-    moved: dict[str, Any] = {"write_slots": indices(4, -1, 0, 8), "null_slot": 7}
+    moved: dict[str, Any] = {"write_slots": indices(7, -1, 0, 8), "null_slot": 7}
     yield sample("packed, null rows", tokens, slots=indices((-1, 3), (0, 1), (7, 2)), null_slot=7, **packed, **initial)
     yield sample("packed, write slots", tokens, **moved, **packed, **initial)
     out = normal(tokens + 4, v_heads, v_dim, dtype=torch.float32)
-    yield sample("packed, empty row", tokens + 4, write_slots=indices(4, 3, 0), out=out, **empty, **initial)
+    yield sample("packed, empty rows", tokens + 4, out=out, **empty)

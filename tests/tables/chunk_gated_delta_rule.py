@@ -24,11 +24,14 @@ SLOW_BUGS = {  # slow: interpreted matrix products
         "tl.load(has_initial_state + row) >= 0",
     ),
     "second chunk read as the first": ("solved += V_HEADS * CHUNK * CHUNK", "solved += 0"),
+    "corner of the inverse wrong": ("whole += tl.dot(square,", "whole += 0.0 * tl.dot(square,"),
     "scale dropped": ("_factor(queries, L2NORM) * scale", "_factor(queries, L2NORM)"),
     "null rows not zeroed": ("tl.zeros([CHUNK, BLOCK], tl.float32), (t", "1.0, (t"),
     "null slot ignored": ("(source < 0) | (source == null_slot)", "source < 0"),
     "write slots ignored": ("        if write_slots is not None:", "        if False:"),
+    "null destination written": ("stored = stored & (target != null_slot)", "stored = stored & True"),
     "empty row's state not copied": ("(stored | (target != source))", "stored"),
+    "empty row's state reset": ("(stored | (target != source))", "(stored | (target >= 0))"),
 }
 
 BAD_INPUT: list[BadInput] = [
