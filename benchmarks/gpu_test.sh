@@ -32,6 +32,8 @@ print(f"torch {torch.__version__}, triton {triton.__version__}, {name}")'
 stage tests 300 python3 -m pytest "${tests[@]}" tests compile_tests
 stage kernels 110 python3 -m benchmarks.kernels --json "$OUT/kernels.json" --save "$OUT"
 stage prefill 180 python3 -m benchmarks.prefill --json "$OUT/prefill.json" --save "$OUT"
+stage scan 110 python3 -m benchmarks.scan --save "$OUT"
+stage delta_rule 110 python3 -m benchmarks.delta_rule --save "$OUT"
 stage boundary 50 python3 -m benchmarks.boundary --save "$OUT"
 stage swap 50 python3 -m benchmarks.swap
 

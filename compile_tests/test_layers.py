@@ -78,10 +78,10 @@ def test_prefill_into_slots_is_one_graph(layer: Any) -> None:
 
 def test_packed_prefill_is_one_graph(layer: Any) -> None:
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
-    for lengths in ((5, 9, 17), (30, 1), (2,) * 40):
+    for lengths in ((5, 9, 17, 2, 6), (30, 1), (2,) * 40):
         ends = torch.tensor((0, *lengths), device=DEVICE).cumsum(0)
         hidden = torch.randn(sum(lengths), HIDDEN, device=DEVICE)
-        same(layer, compiled, hidden, *caches_of(layer, 3 * len(lengths)), cu_seqlens=ends)
+        same(layer, compiled, hidden, *caches_of(layer, 3 * len(lengths) + 2), cu_seqlens=ends)
     assert graphs() == 1
 
 

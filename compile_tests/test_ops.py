@@ -176,7 +176,8 @@ def gdn_step(rows: int) -> Sample:
     on_device = (w.to(DEVICE) for w in (torch.rand(heads), torch.rand(heads)))
     caches = (conv_state, state, torch.randn(conv_dim, 4, device=DEVICE), None)
     sizes = (k_heads, heads, k_dim, dim, True)
-    return Sample("step", (qkvz, ba, *caches, *on_device, *mixed_plan(rows).tensors, *sizes), {})
+    gate = {"z": torch.randn(3 * rows, heads, dim, device=DEVICE)}
+    return Sample("step", (qkvz, ba, *caches, *on_device, *mixed_plan(rows).tensors, *sizes), gate)
 
 
 def mamba2_step(rows: int) -> Sample:

@@ -12,7 +12,6 @@ pytest.importorskip("transformers")
 
 from mamba_ops.compat.transformers import use_mamba_ops
 from mamba_ops.registry import record_selections
-from mamba_ops.registry.samples import assert_within_budget
 from tests.transformers_models import MODELS, VOCABULARY, new_model
 
 OPS = {
@@ -48,15 +47,21 @@ def logits(model: Any, tokens: Tensor, first: int) -> Tensor:
 
 
 def test_logits_are_as_near_to_the_truth_as_stock(name: str, device: torch.device) -> None:
-    """The truth is stock in float64; it computes decays in float32 there too."""
+    """The truth is stock in float64; it computes decays in float32 there too. Stock in float32 is far from that by so
+    much on a CPU, and by so much on this device: ours may be by as much as the two, the first counted twice.
+    """
     model, tokens = new_model(name, device), torch.randint(3, VOCABULARY, (2, 21), device=device)
-    low = logits(model, tokens, 9)
+    stock = logits(model, tokens, 9)
+    low = logits(model.cpu(), tokens.cpu(), 9)
+    model.to(device)
     truth = logits(new_model_like(model, name, device), tokens, 9)
     with use_mamba_ops(model), record_selections() as record:
         ours, whole = logits(model, tokens, 9), model(tokens, use_cache=False).logits.cpu()
     assert {selection.op.split("::")[1] for selection in record} == OPS[FAMILY[name]]
-    assert_within_budget(ours, truth, low, name)
-    assert_within_budget(whole, truth, low, name)
+    slip = 2 * (low - truth).abs().max() + (stock - truth).abs().max()
+    bounds = {"rtol": torch.finfo(torch.float32).eps, "atol": float(slip)}
+    torch.testing.assert_close(ours, truth.to(ours.dtype), **bounds)
+    torch.testing.assert_close(whole, truth.to(whole.dtype), **bounds)
 
 
 def new_model_like(model: Any, name: str, device: torch.device) -> Any:

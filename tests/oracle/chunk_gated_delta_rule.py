@@ -5,6 +5,7 @@ from itertools import pairwise, product
 import torch
 from torch import Tensor
 
+from tests.oracle.exponential import exp
 from tests.oracle.gated_delta_rule_update import delta_step
 
 
@@ -99,14 +100,14 @@ def chunk_step(
         q, k = (rounded(t / torch.sqrt((t * t).sum(1, keepdim=True) + 1e-6)) for t in (q, k))
     scale = q.shape[1] ** -0.5 if scale is None else scale
     G = torch.cumsum(g, 0)
-    decay = torch.exp((G.unsqueeze(1) - G).tril()).tril()
+    decay = exp((G.unsqueeze(1) - G).tril()).tril()
     system = ((k @ k.T) * decay * beta.unsqueeze(1)).tril(-1)
     inverse = torch.eye(len(g), dtype=g.dtype)
     for i in range(1, len(g)):
         inverse[i] -= system[i, :i] @ inverse[:i]
     inverse = rounded(inverse)
     alone = rounded(inverse @ rounded(v * beta.unsqueeze(1)))
-    through = rounded(inverse @ rounded(k * (beta * torch.exp(G)).unsqueeze(1)))
+    through = rounded(inverse @ rounded(k * (beta * exp(G)).unsqueeze(1)))
     new = rounded(alone - through @ rounded(S).T)
-    out = scale * (torch.exp(G).unsqueeze(1) * (q @ rounded(S).T) + rounded((q @ k.T) * decay) @ new)
-    return S * torch.exp(G[-1]) + rounded(new * torch.exp(G[-1] - G).unsqueeze(1)).T @ k, out
+    out = scale * (exp(G).unsqueeze(1) * (q @ rounded(S).T) + rounded((q @ k.T) * decay) @ new)
+    return S * exp(G[-1]) + rounded(new * exp(G[-1] - G).unsqueeze(1)).T @ k, out

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.oracle.chunk_gated_delta_rule import chunk_step
+from tests.oracle.exponential import exp
 from tests.oracle.mixing import softplus
 
 
@@ -54,7 +55,7 @@ class Mamba2Oracle(LayerOracle):
             b, c = B[group][: layer.dstate], C[group][: layer.dstate]
             u = x[h * layer.head_dim : (h + 1) * layer.head_dim]
             d = softplus(dt[h] + weights["dt_bias"][h]).clamp(layer.dt_min, layer.dt_max)
-            decay = torch.exp(-torch.exp(weights["A_log"][h]) * d)
+            decay = exp(-torch.exp(weights["A_log"][h]) * d)
             self.state[h] = self.state[h] * decay + d * u.unsqueeze(1) * b
             y[h] = self.state[h] @ c + weights["D"][h] * u
         y = y.flatten() * gate * torch.sigmoid(gate)
@@ -72,7 +73,7 @@ class MambaOracle(LayerOracle):
         if layer.norms == "weighted":
             dt, B, C = (p * weights[f"{n}_layernorm.weight"] for n, p in (("dt", dt), ("b", B), ("c", C)))
         d = softplus(self.linear(dt, "dt_proj")).unsqueeze(1)
-        self.state = self.state * torch.exp(-torch.exp(weights["A_log"]) * d) + d * x.unsqueeze(1) * B
+        self.state = self.state * exp(-torch.exp(weights["A_log"]) * d) + d * x.unsqueeze(1) * B
         y = self.state @ C + weights["D"] * x
         return self.linear(y * z * torch.sigmoid(z), "out_proj")
 

@@ -5,6 +5,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from tests.oracle.exponential import exp
+
 
 def selective_scan(
     u: Tensor,
@@ -75,7 +77,7 @@ def selective_scan(
             x = u[at].to(dtype)
             b, c = (t[at].to(dtype).view(-1, dstate) for t in (B, C))
             b, c = (t.repeat_interleave(dim // t.shape[0], 0) for t in (b, c))
-            s = s * decay(A.to(dtype) * d.unsqueeze(1)) + d.unsqueeze(1) * b * x.unsqueeze(1)
+            s = s * exp(A.to(dtype) * d.unsqueeze(1)) + d.unsqueeze(1) * b * x.unsqueeze(1)
             y = (s * c).sum(1)
             if D is not None:
                 y = y + D.to(dtype) * x
@@ -115,9 +117,3 @@ def stored_columns(
         columns[done + length] = int(last_block[row]) if is_last else (position + length - 1) // block_size
         done, position = done + length, position + length
     return columns
-
-
-def decay(log: Tensor) -> Tensor:
-    """exp, with a relative error of up to 2^-22 in float32: the documented one of the instruction that kernels use."""
-    exact = torch.exp(log)
-    return exact if log.dtype == torch.float64 else ((exact.view(torch.int32) + 2) & ~3).view(torch.float32)

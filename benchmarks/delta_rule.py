@@ -1,0 +1,210 @@
+"""Our Triton kernels of the gated delta rule beside fla's, in one process on one device: errors first, then times.
+
+README.md says what each column means. The layer is that of Qwen3-Next. On a CPU ours run alone, in Triton's interpreter
+on small sizes, and only errors are shown.
+"""
+
+import itertools
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mamba_ops
+from benchmarks import measure, peers
+from benchmarks.measure import AGREEMENT, Row, nbytes
+from benchmarks.peers import Prefill
+from benchmarks.prefill import COLUMNS, VARIANT_TOKENS, Case, correct
+
+MIXED = (37, 512, 1024, 77, 2048, 300, 900, 64, 128, 1500, 33, 256, 700, 444, 130, 39)  # lengths of 16 sequences
+PREFILL = ((512,), (2048,), (8192,), (2048,) * 8, MIXED)
+DECODE = (1, 8, 64, 256)
+LIMIT = 1.05  # ours may take so many times as long as fla's
+
+# ---- cases -----------------------------------------------------------------------------------------------------------
+
+
+def tokens_of(count: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """q, k and v, views of one tensor as the convolution leaves them, the raw gates a and b, and an output."""
+    k_heads, v_heads, dim = (2, 4, 16) if device.type == "cpu" else (16, 32, 128)
+    random, keys, values = partial(measure.random, device=device), k_heads * dim, v_heads * dim
+    q, k, v = random(count, 2 * keys + values).split([keys, keys, values], dim=1)
+    heads = {"q": q.unflatten(1, (k_heads, dim)), "k": k.unflatten(1, (k_heads, dim)), "v": v.unflatten(1, (-1, dim))}
+    a, b = random(count, 2 * v_heads).chunk(2, dim=1)
+    return heads, a, b, random(count, v_heads, dim)
+
+
+def states_of(rows: int, out: Tensor) -> Tensor:
+    return torch.randn(1 + rows, *out.shape[1:], out.shape[2], device=out.device)
+
+
+def prefill(lengths: tuple[int, ...], device: torch.device) -> Case:
+    """Packed sequences that go on from states."""
+    heads, a, b, out = tokens_of(sum(lengths), device)
+    rows = len(lengths)
+    cache = states_of(rows, out)
+    tensors = heads | {
+        "g": -0.1 * torch.nn.functional.softplus(a.float()),
+        "beta": b.sigmoid(),
+        "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device),
+        "slots": torch.arange(1, rows + 1, dtype=torch.int32, device=device),
+        "has_initial_state": torch.ones(rows, dtype=torch.bool, device=device),
+    }
+    one = len(set(lengths)) == 1
+    name = f"{rows} x {lengths[0]} tokens" if one else f"{rows} sequences, {sum(lengths)} tokens"
+    moved = nbytes(*tensors.values(), out) + 2 * nbytes(cache[1:])
+    return Case("chunk_gated_delta_rule", name, tensors | {"qk_l2norm": True}, "state", cache, out, moved)
+
+
+def decode(rows: int, device: torch.device) -> Case:
+    """One token for every row, the gates computed by the kernel; float32 states."""
+    heads, a, b, out = tokens_of(rows, device)
+    cache = states_of(rows, out)
+    tensors = heads | {
+        "a": a,
+        "b": b,
+        "A_log": torch.rand(out.shape[1], device=device),
+        "dt_bias": torch.randn(out.shape[1], device=device) - 3,
+        "slots": torch.arange(1, rows + 1, dtype=torch.int32, device=device),
+    }
+    moved = nbytes(*tensors.values(), out) + 2 * nbytes(cache[1:])
+    name = f"{rows} row{'s' * (rows > 1)}"
+    return Case("gated_delta_rule_update", name, tensors | {"qk_l2norm": True}, "state", cache, out, moved)
+
+
+OPS: dict[str, tuple[Callable[[Any, torch.device], Case], tuple[Any, ...], tuple[Any, ...]]] = {
+    "chunk_gated_delta_rule": (prefill, PREFILL, ((40,), (3, 20, 70))),
+    "gated_delta_rule_update": (decode, DECODE, (1, 3)),
+}
+"""For every op: what builds a case, of which sizes, and of which on a CPU."""
+
+
+def cases(op: str, device: torch.device) -> Iterator[Case]:
+    """Built one by one, for the truth about one of them takes gigabytes."""
+    build, sizes, small = OPS[op]
+    for size in small if device.type == "cpu" else sizes:
+        yield build(size, device)
+
+
+# ---- the peer --------------------------------------------------------------------------------------------------------
+
+
+def fla(case: Case) -> tuple[Prefill, Callable[[], object]]:
+    """fla's kernel as its layers call it: once with a copy of our states, for errors, and once bare, for times.
+
+    Its states are (k_dim, v_dim) and have no slots; q, k and v are made contiguous, and the gates of decode computed,
+    before the clock starts.
+    """
+    module = peers._module("fla.ops.gated_delta_rule")
+    given, many = case.arguments, case.op == "chunk_gated_delta_rule"
+    if many:
+        function, options = module.chunk_gated_delta_rule, {"cu_seqlens": given["cu_seqlens"].long()}
+        g, beta, axis = given["g"], given["beta"], 0
+    else:
+        function, options, axis = module.fused_recurrent_gated_delta_rule, {}, 1
+        steps = torch.nn.functional.softplus(given["a"].float() + given["dt_bias"])
+        g, beta = -given["A_log"].exp() * steps, given["b"].sigmoid()
+    tensors = {"q": given["q"], "k": given["k"], "v": given["v"], "g": g, "beta": beta}
+    options |= {name: tensor.contiguous().unsqueeze(axis) for name, tensor in tensors.items()}
+    options |= {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    start = case.cache[1:].mT.contiguous()
+
+    def call(cache: Tensor) -> Any:
+        out, last = function(initial_state=cache[1:].mT.contiguous(), **options)
+        cache[1:].copy_(last.mT)
+        return out.squeeze(axis)
+
+    return call, lambda: function(initial_state=start, **options)
+
+
+# ---- measures --------------------------------------------------------------------------------------------------------
+
+
+def contestants(case: Case) -> dict[str, tuple[Prefill, Callable[[], object]]]:
+    """Ours and, on a GPU, fla's if it is there: a call for errors, and one for times."""
+    calls: dict[str, tuple[Prefill, Callable[[], object]]] = {
+        "ours": (case.ours(), partial(case.ours(), case.cache.clone()))
+    }
+    if case.cache.device.type != "cpu":
+        try:
+            calls["fla"] = fla(case)
+        except ImportError as error:
+            print(f"  no fla: {error}", flush=True)
+    return calls
+
+
+def measured(case: Case, bandwidth: float | None) -> list[Row]:
+    """A row for each contestant; times in microseconds. A failure is noted in it, so that the others still run."""
+    print(f"{case.op}: {case.name}", flush=True)
+    true, rows = case.true(), []
+    for who, (call, timed) in contestants(case).items():
+        row: Row = {"op": case.op, "case": case.name, "who": who}
+        rows.append(row)
+        try:
+            row["error"], row["steady"] = correct(case, call, true)
+            if bandwidth is not None:
+                row["us"] = measure.device_us(timed, case.cache.device)
+                row |= {"bytes": case.bytes, "floor": 1e6 * case.bytes / bandwidth}
+        except Exception as error:
+            traceback.print_exc()
+            row["failed"] = repr(error)
+        if "us" in rows[0]:
+            row["ours"] = rows[0]["us"]
+    return rows
+
+
+def variants(op: str, device: torch.device) -> list[int]:
+    """How many kernel variants Triton has made of ours after each of VARIANT_TOKENS token counts, first of all."""
+    counts = []
+    for tokens in VARIANT_TOKENS:
+        rows = min(tokens, 7)
+        lengths = tuple(tokens * (i + 1) // rows - tokens * i // rows for i in range(rows))
+        case = prefill(lengths, device) if op == "chunk_gated_delta_rule" else decode(min(tokens, 300), device)
+        with measure.compilations() as compiled:
+            case.ours()(case.cache)
+        counts.append(len(compiled))
+    return list(itertools.accumulate(counts))
+
+
+def main() -> int:
+    options = measure.options("delta_rule", str(__doc__), OPS)
+    device: torch.device = options.device
+    timed = device.type != "cpu"
+    ops = [options.op] if options.op else list(OPS)
+    facts: dict[str, Any] = {**measure.facts(options), "variants": {}}
+    torch.manual_seed(0)
+    with torch.inference_mode(), mamba_ops.use_backend("triton"):
+        for op in ops if timed else ():
+            facts["variants"][op] = variants(op, device)
+        facts["copy_bandwidth"] = measure.copy_bandwidth(device) if timed else None
+        groups = {
+            op: [row for case in cases(op, device) for row in measured(case, facts["copy_bandwidth"])] for op in ops
+        }
+
+    notes = [", ".join(f"{name} {facts[name]}" for name in ("torch", "triton"))]
+    if "fla" in sys.modules:
+        notes[0] += f"; fla {getattr(sys.modules['fla'], '__version__', '?')}"
+    if timed:
+        notes.append(measure.bandwidth_note(facts["copy_bandwidth"]))
+    for op, after in facts["variants"].items():
+        new = f"{after[1]} variants after the first two, +{after[-1] - after[1]} after all"
+        notes.append(f"{op}, ours, {len(after)} sizes: {new}")
+    passed = True
+    for op, rows in groups.items():
+        ratios = [row["ours"] / row["us"] for row in rows if row["who"] == "fla" and "us" in row and "ours" in row]
+        if ratios:
+            passed &= max(ratios) <= LIMIT
+            verdict = "pass" if max(ratios) <= LIMIT else "FAIL"
+            notes.append(f"{op}, ours / fla: {max(ratios):.2f} at worst, at most {LIMIT}: {verdict}")
+        passed &= all(row.get("steady") and row["error"] <= AGREEMENT for row in rows if row["who"] == "ours")
+    page = measure.page("Gated delta rule", facts, {op: (COLUMNS, rows) for op, rows in groups.items()}, notes)
+    measure.report(options, page, {**facts, "rows": list(itertools.chain.from_iterable(groups.values()))})
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
