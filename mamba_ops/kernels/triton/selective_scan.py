@@ -7,6 +7,7 @@ chunk need the last one alone, and give the same bits either way.
 A thread has some channels, with all their state in registers: nothing is exchanged between threads, and channels that
 lie together in memory are read together. For that, Triton must not know which numbers of A or of a state lie together,
 or it would give the numbers of one channel to several threads: hence `one`, and strides where constants would do.
+Triton 3.7 then does so; 3.6 still spreads a channel's state over several threads, and is slower for it.
 """
 
 import functools
@@ -154,9 +155,10 @@ def _ends(
     B = _pointers(B, row, low, B_row, B_token, group, B_group, entry, B_entry, STRIDED)
     s = tl.zeros([WIDTH, BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    x = tl.load(u, in_dim, other=0.0)
-    d = tl.load(delta, in_dim, other=0.0)
-    b = tl.load(B, in_dstate, other=0.0)
+    some = low < high
+    x = tl.load(u, in_dim & some, other=0.0)
+    d = tl.load(delta, in_dim & some, other=0.0)
+    b = tl.load(B, in_dstate & some, other=0.0)
     for t in range(low, high):
         u += u_token
         delta += delta_token
@@ -389,13 +391,14 @@ def _outputs(
     delta = _pointers(delta, row, low, delta_row, delta_token, None, None, channel, delta_channel, STRIDED)
     B = _pointers(B, row, low, B_row, B_token, group, B_group, entry, B_entry, STRIDED)
     C = _pointers(C, row, low, C_row, C_token, group, C_group, entry, C_entry, STRIDED)
-    x = tl.load(u, in_dim, other=0.0)
-    d = tl.load(delta, in_dim, other=0.0)
-    b = tl.load(B, in_dstate, other=0.0)
-    c = tl.load(C, in_dstate, other=0.0)
+    some = low < high
+    x = tl.load(u, in_dim & some, other=0.0)
+    d = tl.load(delta, in_dim & some, other=0.0)
+    b = tl.load(B, in_dstate & some, other=0.0)
+    c = tl.load(C, in_dstate & some, other=0.0)
     if z is not None:
         z = _pointers(z, row, low, z_row, z_token, None, None, channel, z_channel, STRIDED)
-        gate = tl.load(z, in_dim, other=0.0)
+        gate = tl.load(z, in_dim & some, other=0.0)
     for t in range(low, high):
         u += u_token
         delta += delta_token
