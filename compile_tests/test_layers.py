@@ -128,7 +128,7 @@ def test_transformers_reads_prompts_in_one_graph(family: str, backend: str) -> N
 def test_transformers_decodes_in_one_graph(family: str, backend: str) -> None:
     """Token by token on a cache, as on the whole text at once. Without the binding it is stock's graph again."""
     model = new_model(family, DEVICE)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     tokens = torch.randint(VOCABULARY, (3, 19), device=DEVICE)
     with use_mamba_ops(model):
         expected = model(tokens, use_cache=False).logits
