@@ -10,12 +10,12 @@ BUGS = {
     "state not decayed over a chunk": ("s *= tl.exp2(tl.load(decay + high - 1))", "s *= 1.0"),
     "token does not read itself": ("token[:, None] >= t[None, :]", "token[:, None] > t[None, :]"),
     "state before the chunk not read": ("    if past > 0:", "    if past > 1:"),
-    "initial state not read": ("past |= tl.load(has_initial_state", "past |= 0 * tl.load(has_initial_state"),
-    "chunks do not end at absolute positions": ("before = (tl.load", "before = 0 * (tl.load"),
-    "null rows not zeroed": ("tl.zeros([BLOCK_TOKENS, BLOCK_DIM], tl.float32), written", "1.0, written"),
 }
 
 SLOW_BUGS = {  # slow: interpreted matrix products
+    "initial state not read": ("past |= tl.load(has_initial_state", "past |= 0 * tl.load(has_initial_state"),
+    "chunks do not end at absolute positions": ("before = (tl.load", "before = 0 * (tl.load"),
+    "null rows not zeroed": ("tl.zeros([BLOCK_TOKENS, BLOCK_DIM], tl.float32), written", "1.0, written"),
     "bias dropped": ("d += tl.load(dt_bias", "d += 0.0 * tl.load(dt_bias"),
     "start of a long chunk dropped": ("range(begin, tl.minimum(", "range(first, tl.minimum("),
     "state of the chunk before last": ("(number - 1).to(tl.int64) * kept_stride", "number.to(tl.int64) * kept_stride"),

@@ -24,10 +24,13 @@ BUGS = {
     "null rows not zeroed": ("tl.zeros([BLOCK], tl.float32), in_dim", "1.0, in_dim"),
     "write slots ignored": ("            elif write_slots is not None:", "            elif False:"),
     "null destination written": ("stored = stored & (target != null_slot)", "stored = target >= 0"),
+    "empty row's state not copied": ("        if count <= 0:", "        if False:"),
+}
+
+SLOW_BUGS = {  # slow: caught by the last samples, or by long ones
     "chunks not decayed": ("s * tl.exp2(rate * total[None, :]) + left", "s + left"),
     "chunks begin with nothing": ("tl.store(place, s, in_state)", "tl.store(place, 0 * s, in_state)"),
     "step sizes of one token": ("        total += step", "        total = step"),
-    "empty row's state not copied": ("        if count <= 0:", "        if False:"),
     "states of the prefix cache a block late": (
         "column = (position - 1) // block_size",
         "column = position // block_size",
