@@ -152,10 +152,10 @@ def chunk_gated_delta_rule(
 def _inverse(system: Tensor) -> Tensor:
     """Return the inverse of 1 + system, `(..., CHUNK, CHUNK)`, which is strictly lower triangular.
 
-    Not by torch's solver, which on a GPU may choose its algorithm by how many systems there are: a row's last bits would
-    depend on the other rows.
-    Parts of 16 on the diagonal are solved by elimination, a column after the other. With P made of their inverses, and
-    N = P @ (what is left of the system), N^4 is zero, and the whole inverse is (1 - N) (1 + N^2) P.
+    Not by torch's solver, which on a GPU may choose its algorithm by how many systems there are: the last bits of a row
+    would depend on the other rows. Parts of 16 on the diagonal are solved by elimination, a column after the other.
+    With P made of their inverses, and N = P @ (what is left of the system), N^4 is zero, and the whole inverse is
+    (1 - N) (1 + N^2) P.
     """
     size = 16
     parts = CHUNK // size
