@@ -4,11 +4,13 @@
 of a row and turns that into the state before each of them. `_outputs` then runs every chunk from its state. Rows of one
 chunk need the last one alone, and give the same bits either way.
 
-A thread has some channels, with all their state in registers: nothing is exchanged between threads, and channels that
-lie together in memory are read together. For that, Triton must not know which numbers of A or of a state lie together,
-or it would give the numbers of one channel to several threads: hence `one`, and strides where constants would do.
-Triton 3.7 then does so; 3.6 still spreads a channel's state over several threads, and is slower for it.
+A thread has a channel with all its state in registers, and threads exchange nothing: a state is not one tensor, which
+Triton would spread over threads as it sees fit, but a tuple of up to 16, each with one number of every channel. Larger
+states have several such numbers (parts) in each tensor of the tuple.
 """
+
+# mypy: disable-error-code="assignment"
+# Tuples grow in what Triton compiles.
 
 import functools
 
@@ -20,6 +22,8 @@ from torch import Tensor
 from mamba_ops.kernels.triton.common import chunk_at, chunks_of, dense, on_device_of, softplus
 
 CHUNK = 64  # tokens, counted from a row's first one
+WARPS = 1
+START_BLOCK = 128  # channels of a program of `_starts`
 
 # What varies from call to call: Triton would compile anew for some values.
 _NUMBERS = """rows length null_slot one A_channel A_entry slots_stride write_stride slot_stride dim_stride dstate_stride
@@ -65,25 +69,134 @@ def _source(row, slots, initial_block, slots_stride, null_slot):
 
 
 @triton.jit
-def _pointers(
-    tensor, row, token, row_stride, token_stride, base, base_stride, lane, lane_stride, STRIDED: tl.constexpr
-):
-    # to the numbers `lane` of one token
-    tensor += token.to(tl.int64) * token_stride
-    if base is not None:
-        tensor += base * base_stride
+def _first_token(tensor, row, token, row_stride, token_stride, base, base_stride, STRIDED: tl.constexpr):
+    # to where a token begins: a number for all threads, so that walking on costs nothing
+    tensor += token.to(tl.int64) * token_stride + base * base_stride
     if STRIDED:
-        return tensor + row.to(tl.int64) * row_stride + lane.to(tl.int64) * lane_stride
-    return tensor + lane
+        tensor += row.to(tl.int64) * row_stride
+    return tensor
 
 
 @triton.jit
-def _step_size(d, bias, there, SOFTPLUS: tl.constexpr):
+def _lanes(lane, lane_stride, STRIDED: tl.constexpr):
+    # offsets of the numbers `lane` of a token
+    if STRIDED:
+        return lane.to(tl.int64) * lane_stride
+    else:
+        return lane
+
+
+@triton.jit
+def _entries(
+    tensor,
+    entry_stride,
+    DSTATE: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STRIDED: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    # B or C of a token as it lies there: WIDTH times PARTS numbers, or words of four
+    part = tl.arange(0, PARTS)
+    found = ()
+    if WORDS:
+        tensor = tensor.to(tl.pointer_type(tl.int64), bitcast=True)
+        for word in tl.static_range(WIDTH // 4):
+            found += (tl.load(tensor + part * (WIDTH // 4) + word, part * WIDTH + word * 4 < DSTATE, other=0),)
+    else:
+        for number in tl.static_range(WIDTH):
+            entry = part * WIDTH + number
+            if STRIDED:
+                found += (tl.load(tensor + entry.to(tl.int64) * entry_stride, entry < DSTATE, other=0.0),)
+            else:
+                found += (tl.load(tensor + entry, entry < DSTATE, other=0.0),)
+    return found
+
+
+@triton.jit
+def _numbers(found, dtype: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr):
+    # the same in float32
+    numbers = ()
+    if WORDS:
+        for word in tl.static_range(WIDTH // 4):
+            for half in tl.static_range(2):
+                pair = (found[word] >> (32 * half)).to(tl.int32)
+                if dtype == tl.bfloat16:
+                    low = (pair << 16).to(tl.float32, bitcast=True)
+                    high = (pair & -65536).to(tl.float32, bitcast=True)
+                else:
+                    low = pair.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+                    high = (pair >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+                numbers += (low, high)
+    else:
+        for number in tl.static_range(WIDTH):
+            numbers += (found[number].to(tl.float32),)
+    return numbers
+
+
+@triton.jit
+def _of_state(
+    pointer,
+    channel,
+    channel_stride,
+    in_dim,
+    entry_stride,
+    DSTATE: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    # the numbers of some channels' states, in float32
+    found = ()
+    for number in tl.static_range(WIDTH):
+        entry = tl.arange(0, PARTS)[:, None] * WIDTH + number
+        place = pointer + channel[None, :] * channel_stride + entry * entry_stride
+        found += (tl.load(place, (entry < DSTATE) & in_dim[None, :], other=0.0).to(tl.float32),)
+    return found
+
+
+@triton.jit
+def _store_state(
+    pointer,
+    values,
+    channel,
+    channel_stride,
+    in_dim,
+    entry_stride,
+    DSTATE: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    for number in tl.static_range(WIDTH):
+        entry = tl.arange(0, PARTS)[:, None] * WIDTH + number
+        place = pointer + channel[None, :] * channel_stride + entry * entry_stride
+        tl.store(place, values[number], (entry < DSTATE) & in_dim[None, :])
+
+
+@triton.jit
+def _after(s, step, pushed, rates, into, WIDTH: tl.constexpr):
+    # the states after a token
+    after = ()
+    for number in tl.static_range(WIDTH):
+        after += (s[number] * tl.exp2(rates[number] * step[None, :]) + pushed[None, :] * into[number][:, None],)
+    return after
+
+
+@triton.jit
+def _rates(A, channel, A_channel, in_dim, A_entry, DSTATE: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    rates = ()
+    found = _of_state(A, channel, A_channel, in_dim, A_entry, DSTATE, PARTS, WIDTH)
+    for number in tl.static_range(WIDTH):
+        rates += (found[number] * 1.4426950408889634,)
+    return rates
+
+
+@triton.jit
+def _step_size(d, bias, SOFTPLUS: tl.constexpr):
     if bias is not None:
         d += bias
     if SOFTPLUS:
         d = softplus(d)
-    return tl.where(there, d, 0.0)
+    return d
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS + _POINTERS)
@@ -122,9 +235,11 @@ def _ends(
     GROUPS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     STRIDED: tl.constexpr,
+    WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     OF_GROUP: tl.constexpr = DIM // GROUPS
@@ -135,47 +250,45 @@ def _ends(
     in_group = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     in_dim = in_group < OF_GROUP
     channel = group * OF_GROUP + in_group
-    entry = tl.arange(0, WIDTH)
-    in_dstate = entry < DSTATE
-    in_state = in_dstate[:, None] & in_dim[None, :]
 
     row, low, high, _, is_last = _chunk(chunk, cu_seqlens, chunk_ends, last_chunk, rows, length, CHUNK, BLOCK_ROWS)
     if (row >= rows) | is_last:
         return
     if _source(row, slots, initial_block, slots_stride, null_slot) < 0:
         return
-    rate = tl.load(A + channel[None, :] * A_channel + entry[:, None] * A_entry, in_state, other=0.0).to(tl.float32)
-    rate *= 1.4426950408889634
+    rates = _rates(A, channel, A_channel, in_dim, A_entry, DSTATE, PARTS, WIDTH)
     bias = None
     if delta_bias is not None:
         bias = tl.load(delta_bias + channel, in_dim, other=0.0).to(tl.float32)
 
-    u = _pointers(u, row, low, u_row, u_token, None, None, channel, u_channel, STRIDED)
-    delta = _pointers(delta, row, low, delta_row, delta_token, None, None, channel, delta_channel, STRIDED)
-    B = _pointers(B, row, low, B_row, B_token, group, B_group, entry, B_entry, STRIDED)
-    s = tl.zeros([WIDTH, BLOCK], tl.float32)
+    u = _first_token(u, row, low, u_row, u_token, 0, 0, STRIDED)
+    u += _lanes(channel, u_channel, STRIDED)
+    delta = _first_token(delta, row, low, delta_row, delta_token, 0, 0, STRIDED)
+    delta += _lanes(channel, delta_channel, STRIDED)
+    B = _first_token(B, row, low, B_row, B_token, group, B_group, STRIDED)
+    s = ()
+    for _ in tl.static_range(WIDTH):
+        s += (tl.zeros([PARTS, BLOCK], tl.float32),)
     total = tl.zeros([BLOCK], tl.float32)
     some = low < high
     x = tl.load(u, in_dim & some, other=0.0)
     d = tl.load(delta, in_dim & some, other=0.0)
-    b = tl.load(B, in_dstate & some, other=0.0)
     for t in range(low, high):
-        u += u_token
-        delta += delta_token
+        # Taken out of where the next token's go before those are asked for: a register then waits for neither.
+        rhs = x.to(tl.float32)
+        step = d.to(tl.float32)
+        more = (t + 1 < high).to(tl.int32)
+        u += more * u_token
+        delta += more * delta_token
+        x = tl.load(u, in_dim, other=0.0)
+        d = tl.load(delta, in_dim, other=0.0)
+        b = _entries(B, B_entry, DSTATE, PARTS, WIDTH, STRIDED, WORDS)
         B += B_token
-        there = t + 1 < high  # what comes next is asked for before it is needed
-        next_x = tl.load(u, in_dim & there, other=0.0)
-        next_d = tl.load(delta, in_dim & there, other=0.0)
-        next_b = tl.load(B, in_dstate & there, other=0.0)
-        step = _step_size(d.to(tl.float32), bias, in_dim, SOFTPLUS)
-        pushed = (step * x.to(tl.float32))[None, :] * b.to(tl.float32)[:, None]
-        s = s * tl.exp2(rate * step[None, :]) + pushed
+        step = _step_size(step, bias, SOFTPLUS)
+        s = _after(s, step, step * rhs, rates, _numbers(b, B.dtype.element_ty, WIDTH, WORDS), WIDTH)
         total += step
-        x = next_x
-        d = next_d
-        b = next_b
     states += chunk.to(tl.int64) * (DSTATE * DIM)
-    tl.store(states + entry[:, None] * DIM + channel[None, :] * one, s, in_state)
+    _store_state(states, s, channel, one, in_dim, DIM, DSTATE, PARTS, WIDTH)
     tl.store(sums + chunk.to(tl.int64) * DIM + channel * one, total, in_dim)
 
 
@@ -196,7 +309,6 @@ def _starts(
     rows,
     length,
     null_slot,
-    one,
     A_channel,
     A_entry,
     slots_stride,
@@ -210,15 +322,13 @@ def _starts(
     CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
-    row = program // BLOCKS
-    channel = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    entry = tl.arange(0, WIDTH)
+    row = program // (BLOCKS * DSTATE)
+    channel = program // DSTATE % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    entry = program % DSTATE
     in_dim = channel < DIM
-    in_state = (entry < DSTATE)[:, None] & in_dim[None, :]
 
     source = _source(row, slots, initial_block, slots_stride, null_slot)
     if source < 0:
@@ -231,18 +341,18 @@ def _starts(
     else:
         first, chunks, low, count = chunks_of(row, cu_seqlens, length, CHUNK, BLOCK_ROWS)
 
-    s = tl.zeros([WIDTH, BLOCK], tl.float32)
+    s = tl.zeros([BLOCK], tl.float32)
     if ssm_state is not None:
-        of_state = channel.to(tl.int64)[None, :] * dim_stride + entry.to(tl.int64)[:, None] * dstate_stride
+        of_state = channel.to(tl.int64) * dim_stride + entry.to(tl.int64) * dstate_stride
     if has_initial_state is not None:
         carried = tl.load(has_initial_state + row) != 0
-        s = tl.load(ssm_state + source * slot_stride + of_state, in_state & carried, other=0.0).to(tl.float32)
+        s = tl.load(ssm_state + source * slot_stride + of_state, in_dim & carried, other=0.0).to(tl.float32)
 
     if write_slots is not None:
         if count <= 0:  # no token, no chunk: the state moves as it is
             target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
             stored = (target != source) & (target >= 0) & (target != null_slot)
-            tl.store(ssm_state + target * slot_stride + of_state, s, in_state & stored)
+            tl.store(ssm_state + target * slot_stride + of_state, s, in_dim & stored)
 
     if states is not None:
         if chunks > 1:
@@ -251,20 +361,18 @@ def _starts(
                 high = tl.load(chunk_ends + first).to(tl.int32)
                 position = tl.load(first_block + row).to(tl.int32) * block_size
                 position += tl.maximum(block_size - (high - low), 0)
-            rate = tl.load(A + channel[None, :] * A_channel + entry[:, None] * A_entry, in_state, other=0.0).to(
-                tl.float32
-            )
+            rate = tl.load(A + channel * A_channel + entry * A_entry, in_dim, other=0.0).to(tl.float32)
             rate *= 1.4426950408889634
-            place = states + first.to(tl.int64) * (DSTATE * DIM) + entry[:, None] * DIM + channel[None, :] * one
+            place = states + first.to(tl.int64) * (DSTATE * DIM) + entry * DIM + channel
             of_chunk = sums + first.to(tl.int64) * DIM + channel
-            left = tl.load(place, in_state, other=0.0)
+            left = tl.load(place, in_dim, other=0.0)
             total = tl.load(of_chunk, in_dim, other=0.0)
             for number in range(chunks - 1):
                 there = number + 2 < chunks
-                next_left = tl.load(place + DSTATE * DIM, in_state & there, other=0.0)
+                next_left = tl.load(place + DSTATE * DIM, in_dim & there, other=0.0)
                 next_total = tl.load(of_chunk + DIM, in_dim & there, other=0.0)
-                tl.store(place, s, in_state)
-                s = s * tl.exp2(rate * total[None, :]) + left
+                tl.store(place, s, in_dim)
+                s = s * tl.exp2(rate * total) + left
                 if chunk_ends is not None:
                     high = tl.load(chunk_ends + first + number).to(tl.int32)
                     position += high - low
@@ -272,12 +380,12 @@ def _starts(
                     column = (position - 1) // block_size
                     target = tl.load(slots + row.to(tl.int64) * slots_stride + column).to(tl.int64)
                     stored = (target >= 0) & (target != null_slot)
-                    tl.store(ssm_state + target * slot_stride + of_state, s, in_state & stored)
+                    tl.store(ssm_state + target * slot_stride + of_state, s, in_dim & stored)
                 left = next_left
                 total = next_total
                 place += DSTATE * DIM
                 of_chunk += DIM
-            tl.store(place, s, in_state)
+            tl.store(place, s, in_dim)
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS + _POINTERS)
@@ -337,9 +445,11 @@ def _outputs(
     GROUPS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     STRIDED: tl.constexpr,
+    WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     OF_GROUP: tl.constexpr = DIM // GROUPS
@@ -350,9 +460,6 @@ def _outputs(
     in_group = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     in_dim = in_group < OF_GROUP
     channel = group * OF_GROUP + in_group
-    entry = tl.arange(0, WIDTH)
-    in_dstate = entry < DSTATE
-    in_state = in_dstate[:, None] & in_dim[None, :]
 
     row, low, high, is_first, is_last = _chunk(
         chunk, cu_seqlens, chunk_ends, last_chunk, rows, length, CHUNK, BLOCK_ROWS
@@ -360,74 +467,80 @@ def _outputs(
     if row >= rows:
         return
     source = _source(row, slots, initial_block, slots_stride, null_slot)
-    written = _pointers(output, row, low, output_row, output_token, None, None, channel, output_channel, STRIDED)
+    output = _first_token(output, row, low, output_row, output_token, 0, 0, STRIDED)
+    output += _lanes(channel, output_channel, STRIDED)
     if source < 0:
         for _ in range(low, high):
-            tl.store(written, tl.zeros([BLOCK], tl.float32), in_dim)
-            written += output_token
+            tl.store(output, tl.zeros([BLOCK], tl.float32), in_dim)
+            output += output_token
         return
 
-    s = tl.zeros([WIDTH, BLOCK], tl.float32)
-    if ssm_state is not None:
-        of_state = channel.to(tl.int64)[None, :] * dim_stride + entry.to(tl.int64)[:, None] * dstate_stride
     alone = is_first & is_last
+    s = ()
+    for _ in tl.static_range(WIDTH):
+        s += (tl.zeros([PARTS, BLOCK], tl.float32),)
     if has_initial_state is not None:
-        carried = (tl.load(has_initial_state + row) != 0) & alone
-        s = tl.load(ssm_state + source * slot_stride + of_state, in_state & carried, other=0.0).to(tl.float32)
+        carried = in_dim & (tl.load(has_initial_state + row) != 0) & alone
+        first_state = ssm_state + source * slot_stride
+        s = _of_state(first_state, channel.to(tl.int64), dim_stride, carried, dstate_stride, DSTATE, PARTS, WIDTH)
     if states is not None:
         states += chunk.to(tl.int64) * (DSTATE * DIM)
-        begun = in_state & (alone == 0)
-        s += tl.load(states + entry[:, None] * DIM + channel[None, :] * one, begun, other=0.0)
+        begun = _of_state(states, channel, one, in_dim & (alone == 0), DIM, DSTATE, PARTS, WIDTH)
+        both = ()
+        for number in tl.static_range(WIDTH):
+            both += (s[number] + begun[number],)  # one of them is zero
+        s = both
 
-    rate = tl.load(A + channel[None, :] * A_channel + entry[:, None] * A_entry, in_state, other=0.0).to(tl.float32)
-    rate *= 1.4426950408889634
+    rates = _rates(A, channel, A_channel, in_dim, A_entry, DSTATE, PARTS, WIDTH)
     bias = None
     if delta_bias is not None:
         bias = tl.load(delta_bias + channel, in_dim, other=0.0).to(tl.float32)
     if D is not None:
         skip = tl.load(D + channel, in_dim, other=0.0).to(tl.float32)
 
-    u = _pointers(u, row, low, u_row, u_token, None, None, channel, u_channel, STRIDED)
-    delta = _pointers(delta, row, low, delta_row, delta_token, None, None, channel, delta_channel, STRIDED)
-    B = _pointers(B, row, low, B_row, B_token, group, B_group, entry, B_entry, STRIDED)
-    C = _pointers(C, row, low, C_row, C_token, group, C_group, entry, C_entry, STRIDED)
+    u = _first_token(u, row, low, u_row, u_token, 0, 0, STRIDED)
+    u += _lanes(channel, u_channel, STRIDED)
+    delta = _first_token(delta, row, low, delta_row, delta_token, 0, 0, STRIDED)
+    delta += _lanes(channel, delta_channel, STRIDED)
+    B = _first_token(B, row, low, B_row, B_token, group, B_group, STRIDED)
+    C = _first_token(C, row, low, C_row, C_token, group, C_group, STRIDED)
     some = low < high
     x = tl.load(u, in_dim & some, other=0.0)
     d = tl.load(delta, in_dim & some, other=0.0)
-    b = tl.load(B, in_dstate & some, other=0.0)
-    c = tl.load(C, in_dstate & some, other=0.0)
     if z is not None:
-        z = _pointers(z, row, low, z_row, z_token, None, None, channel, z_channel, STRIDED)
-        gate = tl.load(z, in_dim & some, other=0.0)
+        z = _first_token(z, row, low, z_row, z_token, 0, 0, STRIDED)
+        z += _lanes(channel, z_channel, STRIDED)
+        next_gate = tl.load(z, in_dim & some, other=0.0)
     for t in range(low, high):
-        u += u_token
-        delta += delta_token
+        # Taken out of where the next token's go before those are asked for: a register then waits for neither.
+        rhs = x.to(tl.float32)
+        step = d.to(tl.float32)
+        more = (t + 1 < high).to(tl.int32)
+        u += more * u_token
+        delta += more * delta_token
+        x = tl.load(u, in_dim, other=0.0)
+        d = tl.load(delta, in_dim, other=0.0)
+        if z is not None:
+            gate = next_gate.to(tl.float32)
+            z += more * z_token
+            next_gate = tl.load(z, in_dim, other=0.0)
+        b = _entries(B, B_entry, DSTATE, PARTS, WIDTH, STRIDED, WORDS)
+        c = _entries(C, C_entry, DSTATE, PARTS, WIDTH, STRIDED, WORDS)
         B += B_token
         C += C_token
-        there = t + 1 < high  # what comes next is asked for before it is needed
-        next_x = tl.load(u, in_dim & there, other=0.0)
-        next_d = tl.load(delta, in_dim & there, other=0.0)
-        next_b = tl.load(B, in_dstate & there, other=0.0)
-        next_c = tl.load(C, in_dstate & there, other=0.0)
-        if z is not None:
-            z += z_token
-            next_gate = tl.load(z, in_dim & there, other=0.0)
-        step = _step_size(d.to(tl.float32), bias, in_dim, SOFTPLUS)
-        pushed = (step * x.to(tl.float32))[None, :] * b.to(tl.float32)[:, None]
-        s = s * tl.exp2(rate * step[None, :]) + pushed
-        y = tl.sum(s * c.to(tl.float32)[:, None], axis=0)
+        step = _step_size(step, bias, SOFTPLUS)
+        s = _after(s, step, step * rhs, rates, _numbers(b, B.dtype.element_ty, WIDTH, WORDS), WIDTH)
+        c = _numbers(c, C.dtype.element_ty, WIDTH, WORDS)
+        products = s[0] * c[0][:, None]
+        for number in tl.static_range(1, WIDTH):
+            products += s[number] * c[number][:, None]
+        y = tl.sum(products, axis=0)
         if D is not None:
-            y += x.to(tl.float32) * skip
+            y += rhs * skip
         if z is not None:
-            gate = gate.to(tl.float32)
             y *= gate * tl.sigmoid(gate)
-            gate = next_gate
-        tl.store(written, y, in_dim)
-        written += output_token
-        x = next_x
-        d = next_d
-        b = next_b
-        c = next_c
+        tl.store(output, y, in_dim)
+        output += output_token
 
     if ssm_state is not None:
         if is_last:
@@ -436,10 +549,11 @@ def _outputs(
                 target = tl.load(slots + row.to(tl.int64) * slots_stride + tl.load(last_block + row)).to(tl.int64)
             elif write_slots is not None:
                 target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
-            stored = target >= 0
+            stored = in_dim & (target >= 0)
             if null_slot is not None:
                 stored = stored & (target != null_slot)
-            tl.store(ssm_state + target * slot_stride + of_state, s, in_state & stored)
+            last_state = ssm_state + target * slot_stride
+            _store_state(last_state, s, channel.to(tl.int64), dim_stride, stored, dstate_stride, DSTATE, PARTS, WIDTH)
 
 
 def selective_scan(
@@ -517,10 +631,12 @@ def selective_scan(
     slot_stride, dim_stride, dstate_stride = (None, None, None) if ssm_state is None else ssm_state.stride()
     null = None if slots is None and write_slots is None else null_slot
 
-    width, block, warps = _launch(dim // groups, dstate)
+    parts, width, block = _block(dstate, u.get_device() < 0)
     blocks = groups * triton.cdiv(dim // groups, block)
-    sizes = {"DIM": dim, "DSTATE": dstate, "CHUNK": CHUNK, "BLOCK_ROWS": 128, "WIDTH": width}
-    sizes_of_tokens = {**sizes, "GROUPS": groups, "SOFTPLUS": delta_softplus, "STRIDED": strided, "BLOCK": block}
+    words = not strided and dstate % 4 == 0 and width % 4 == 0 and all(map(_in_words, entries))
+    sizes = {"DIM": dim, "DSTATE": dstate, "CHUNK": CHUNK, "BLOCK_ROWS": 128}
+    sizes_of_tokens = {**sizes, "GROUPS": groups, "SOFTPLUS": delta_softplus, "STRIDED": strided, "WORDS": words}
+    sizes_of_tokens |= {"BLOCK": block, "PARTS": parts, "WIDTH": width}
     states = sums = None
     with on_device_of(u):
         if several and tokens:
@@ -556,11 +672,10 @@ def selective_scan(
                 group_stride(B),
                 B_entry,
                 **sizes_of_tokens,
-                num_warps=warps,
+                num_warps=WARPS,
             )
         if (several and tokens) or moves:
-            starts = min(block, 32)
-            _starts[(rows * triton.cdiv(dim, starts),)](
+            _starts[(rows * triton.cdiv(dim, START_BLOCK) * dstate,)](
                 A,
                 ssm_state,
                 slots,
@@ -576,7 +691,6 @@ def selective_scan(
                 rows,
                 length,
                 null,
-                1,
                 *A.stride(),
                 slots_stride,
                 write_stride,
@@ -585,7 +699,7 @@ def selective_scan(
                 dstate_stride,
                 block_size or None,
                 **sizes,
-                BLOCK=starts,
+                BLOCK=START_BLOCK,
                 num_warps=1,
             )
         if tokens == 0 or chunks == 0:
@@ -641,7 +755,7 @@ def selective_scan(
             B_entry,
             C_entry,
             **sizes_of_tokens,
-            num_warps=warps,
+            num_warps=WARPS,
         )
 
 
@@ -655,9 +769,16 @@ def _is_plain(tensor: Tensor, batched: bool) -> bool:
     return tensor.shape[1] == 1 or row == tensor.shape[1] * token
 
 
+def _in_words(tensor: Tensor) -> bool:
+    """Whether every token's B or C is made of whole words of four numbers of 2 bytes."""
+    strides = tensor.stride()[:-1]
+    return tensor.element_size() == 2 and tensor.data_ptr() % 8 == 0 and all(stride % 4 == 0 for stride in strides)
+
+
 @functools.cache
-def _launch(dim: int, dstate: int) -> tuple[int, int, int]:
-    """WIDTH, BLOCK and warps: a thread has one channel, four warps share B and C."""
-    width = triton.next_power_of_2(dstate)
-    warps = min(max(triton.next_power_of_2(dim) // 32, 1), 4)
-    return width, 32 * warps, warps
+def _block(dstate: int, interpreted: bool) -> tuple[int, int, int]:
+    """PARTS, WIDTH and BLOCK; interpreted, few operations on large tensors take less time than many."""
+    padded = triton.next_power_of_2(dstate)
+    width = min(padded, 16) if not interpreted or padded <= 4 else 1
+    parts = padded // width
+    return parts, width, 32 * WARPS if interpreted else max(min(64 // parts, 32), 8) * WARPS
