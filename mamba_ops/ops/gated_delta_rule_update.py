@@ -109,13 +109,14 @@ def gated_delta_rule_update(
     first = torch.zeros_like(columns[:, :1])
     if num_accepted_tokens is not None:
         first = (num_accepted_tokens.long() - 1).clamp(0, columns.shape[1] - 1).unsqueeze(1)
-    source, somebody = columns.gather(1, first)[:, 0], somebody.gather(1, first)[:, 0]
-    targets, written = (columns, None) if write_slots is None else row_slots(write_slots, n, null_slot, v.device)
-    if written is None:
-        written = row_slots(slots, n, null_slot, v.device)[1]
-    live = somebody & inside.any(1)
+    source = columns.gather(1, first).squeeze(1)
+    live = somebody.gather(1, first).squeeze(1) & inside[:, 0]
+    target, stored = (columns, somebody) if write_slots is None else row_slots(write_slots, n, null_slot, v.device)
+    kept = 1 if num_accepted_tokens is None else min(length, target.shape[1])  # how many states of a row are stored
+    target, stored = target[:, :kept], stored[:, :kept] & inside[:, :kept] & live.unsqueeze(1)
     if not in_order:
         require_slots(state, source, live)
+        require_slots(state, target, stored)
 
     queries, keys, values = rows(q), rows(k), rows(v)
     if qk_l2norm:
@@ -133,7 +134,6 @@ def gated_delta_rule_update(
     # Rows in order are a view: a state of the dtype that is computed in then advances where it is.
     s = (state[:n] if in_order else state[torch.where(live, source, 0)]).to(compute).unflatten(1, (k_heads, of_one))
     y = torch.empty_like(values)
-    last = inside.sum(1) - 1
     for t in range(length):
         here = inside[:, t] & live
         key, query = (x[:, t, :, None, :, None] for x in (keys, queries))
@@ -143,23 +143,18 @@ def gated_delta_rule_update(
         new += much[:, t].view(n, k_heads, of_one, 1, 1) * wrong * key.transpose(-1, -2)
         y[:, t] = torch.where(here.view(n, 1, 1), (new @ query).view_as(y[:, t]), 0)
         s = new if index is None else torch.where(here.view(n, 1, 1, 1, 1), new, s)
-        if num_accepted_tokens is not None and t < targets.shape[1]:
-            _store(state, targets[:, t], s, here & written[:, t])
+        if num_accepted_tokens is not None and t < kept:
+            store_rows(state, target[:, t], s.flatten(1, 2), stored[:, t])
     if in_order and state.dtype != compute:
         state[:n].copy_(s.flatten(1, 2))
     elif not in_order and num_accepted_tokens is None:
-        _store(state, targets[:, 0], s, live & written[:, 0] & (last >= 0))
+        store_rows(state, target[:, 0], s.flatten(1, 2), stored[:, 0])
 
     if index is not None:
         store_rows(output, index.flatten(), y.flatten(0, 1), inside.flatten())
     else:
         output.copy_(y[:, 0] if flat else y)
     return output
-
-
-def _store(state: Tensor, slots: Tensor, s: Tensor, stored: Tensor) -> None:
-    require_slots(state, slots, stored)
-    store_rows(state, slots, s.flatten(1, 2), stored)
 
 
 @gated_delta_rule_update.outputs

@@ -124,6 +124,13 @@ def selective_scan(
         return output
 
     inside = pieces.inside & somebody[pieces.row].unsqueeze(1)
+    kept = None
+    if slots is not None and ssm_state is not None and cu_seqlens is not None:
+        of_blocks = (first_block, last_block, chunk_ends, last_chunk)
+        kept = _kept_states(slot_columns(slots, n)[pieces.row], pieces.token, cu_seqlens, *of_blocks, block_size)
+    if kept is not None and ssm_state is not None:
+        kept = _Kept(kept.slot, inside & kept.stored & ~is_null(kept.slot, null_slot))
+        require_slots(ssm_state, kept.slot, kept.stored)
 
     def laid_out(tokens: Tensor) -> Tensor:
         """An activation as (PIECE, pieces, ...), zero where there is no token."""
@@ -162,15 +169,11 @@ def selective_scan(
         store_rows(begun, piece, state, exists)
         state = torch.where(exists.view(n, 1, 1), state * decay[piece] + left[piece], state)
     after, y = begun, torch.empty_like(x)
-    kept = _kept_states(pieces.token, inside, cu_seqlens, first_block, last_block, chunk_ends, last_chunk, block_size)
     for t in range(PIECE):
         after = advance(after, t)
         y[t] = (after.view(-1, *by_group[:2], dstate) * c[t]).sum(-1).flatten(1)
-        if kept is not None and ssm_state is not None and slots is not None:
-            where = slot_columns(slots, n)[pieces.row, kept.column[:, t]]
-            keep = kept.ends[:, t] & ~is_null(where, null_slot)
-            require_slots(ssm_state, where, keep)
-            store_rows(ssm_state, where, after, keep)
+        if kept is not None and ssm_state is not None:
+            store_rows(ssm_state, kept.slot[:, t], after, kept.stored[:, t])
     if D is not None:
         y = y + D.to(compute) * x
     if z is not None:
@@ -186,26 +189,24 @@ def selective_scan(
 
 
 class _Kept(NamedTuple):
-    """Whether a state is stored after a token, and in which column of its row's slots, both (pieces, PIECE)."""
+    """In which slot the state after a token belongs, and whether it is stored, both (pieces, PIECE)."""
 
-    ends: Tensor
-    column: Tensor
+    slot: Tensor
+    stored: Tensor
 
 
 def _kept_states(
+    slots: Tensor,
     token: Tensor,
-    inside: Tensor,
-    cu_seqlens: Tensor | None,
+    cu_seqlens: Tensor,
     first_block: Tensor | None,
     last_block: Tensor | None,
     chunk_ends: Tensor | None,
     last_chunk: Tensor | None,
     block_size: int,
 ) -> _Kept | None:
-    """Say where states go that are stored at the ends of chunks; None without a prefix cache."""
-    if cu_seqlens is None or first_block is None or last_block is None or chunk_ends is None or last_chunk is None:
-        return None
-    if chunk_ends.numel() == 0:
+    """Say which of the `slots` of every piece get its states at the ends of chunks; None without a prefix cache."""
+    if first_block is None or last_block is None or chunk_ends is None or last_chunk is None or chunk_ends.numel() == 0:
         return None
     ends, last = chunk_ends.long(), last_chunk.long()
     starts = cu_seqlens[:-1].long()
@@ -216,7 +217,8 @@ def _kept_states(
     skipped = torch.where((last > first_chunk) & (short < block_size), block_size - short, 0)
     position = first_block.long()[row] * block_size + skipped[row] + token - starts[row]
     column = torch.where(chunk == last[row], last_block.long()[row], position // block_size)
-    return _Kept(inside & (ends[chunk] == token + 1), column)
+    piece = torch.arange(slots.shape[0], device=slots.device).unsqueeze(1)
+    return _Kept(slots[piece, column], ends[chunk] == token + 1)
 
 
 @selective_scan.outputs
@@ -370,6 +372,7 @@ def _samples(
     wide = normal(8, dim * dstate + 24, dtype=state_dtype)[:, 8:-16].view(8, dim, dstate)
     yield sample("channel-major, padded slots", u=strided, z=strided.flip(0), groups=(1,), ssm_state=wide, **initial)
     yield sample("no slots", 3, 2, dstate=2 * dstate - 1, slots=None, null_slot=0, D=None, **initial)
+    yield sample("words of four states", 3, 5, dstate=4, **initial)
     moved: dict[str, Any] = {"write_slots": indices(4, 7, 0, 9), "null_slot": 7}
     empty: dict[str, Any] = {"cu_seqlens": indices(0, length, length, tokens, dtype=torch.int64)}
     yield sample("packed, null rows", tokens, slots=indices((-1, 3), (0, 1), (7, 2)), null_slot=7, **packed, **initial)
