@@ -69,13 +69,22 @@ KINDS = {
 def new_layer(name: str, device: torch.device | str, **changes: Any) -> Any:
     kind = KINDS[name]
     layer = kind.layer(HIDDEN, **{**kind.sizes, **changes}, device=device)
-    with torch.no_grad():
-        for parameter_name, parameter in layer.named_parameters():
-            if parameter_name == "D":
-                parameter.normal_()
-            elif "norm" in parameter_name:
-                parameter.uniform_(0.5, 1.5)
+    set_weights(layer, name)
     return layer
+
+
+@torch.no_grad()
+def set_weights(module: torch.nn.Module, name: str) -> None:
+    """Let every weight of a layer of that kind matter, where it would begin with ones or forget all."""
+    for parameter_name, parameter in module.named_parameters():
+        if parameter_name == "D":
+            parameter.normal_()
+        elif parameter_name == "A_log" and name == "gdn":
+            # As initialised, most heads forget all in one token: their memory would not be tested, and sums of such
+            # decays over a chunk have no digits left for the difference between two tokens.
+            parameter.uniform_(-3, 0)
+        elif "norm" in parameter_name:
+            parameter.uniform_(0.5, 1.5)
 
 
 def oracles(oracle: type[LayerOracle], layer: Any, hidden: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -8,7 +8,7 @@ import torch
 
 from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
 from mamba_ops.registry.samples import assert_within_budget
-from tests.layers import KINDS, oracles
+from tests.layers import KINDS, oracles, set_weights
 
 transformers = pytest.importorskip("transformers")
 HIDDEN, PROMPT, STEPS = 32, 37, 16
@@ -63,17 +63,15 @@ def test_equals_the_module_of_transformers(name: str, device: torch.device) -> N
         mixer = modeling.FalconMambaModel(config).layers[0].mixer.eval()
     else:
         mixer = getattr(modeling, model.mixer)(config, 0).eval()
-    [kind] = [kind for kind in KINDS.values() if kind.layer is model.layer]
+    [name] = [name for name, kind in KINDS.items() if kind.layer is model.layer]
+    set_weights(mixer, name)
     with torch.no_grad():
-        for parameter_name, parameter in mixer.named_parameters():
-            if "norm" in parameter_name:
-                parameter.uniform_(0.5, 1.5)
         layer = model.layer.from_config(config)
         layer.load_state_dict(mixer.state_dict())
         assert layer.state_dict().keys() == mixer.state_dict().keys()
         mixer, layer = mixer.to(device), layer.to(device)
         hidden = torch.randn(2, PROMPT + STEPS, HIDDEN, device=device)
-        truth, low = oracles(kind.oracle, layer, hidden)["output"]
+        truth, low = oracles(KINDS[name].oracle, layer, hidden)["output"]
 
         cache, caches = transformers.DynamicCache(config=config), layer.empty_caches(2)
         parts = [hidden[:, :PROMPT], *hidden[:, PROMPT:].split(1, dim=1)]
