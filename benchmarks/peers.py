@@ -224,8 +224,36 @@ def cuda_conv_packed(
     return call
 
 
+def cuda_selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor,
+    delta_softplus: bool,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+) -> Prefill:
+    """mamba_ssm's kernel has a dense batch with a channel's tokens together, as it wants them, and no slots."""
+    scan = _module("selective_scan_cuda").fwd
+    u, delta, z, B, C = (t.unflatten(0, (len(slots), -1)).transpose(1, 2).contiguous() for t in (u, delta, z, B, C))
+    B, C = B.unsqueeze(1), C.unsqueeze(1)
+
+    def call(cache: Tensor) -> Any:
+        _, states, out = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        cache[1:].copy_(states[:, :, -1, 1::2])
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return call
+
+
 PREFILL: dict[str, dict[str, Callable[..., Prefill]]] = {
     "mamba_chunk_scan": {"vLLM": vllm_scan, "mamba_ssm": mamba_ssm_scan},
+    "selective_scan": {"mamba_ssm": cuda_selective_scan},
     "causal_conv1d": {"vLLM": vllm_conv, "causal-conv1d": cuda_conv, "causal-conv1d, packed": cuda_conv_packed},
 }
 """For every op, its peers: functions of our arguments less the cache. They raise ImportError where a peer is absent."""
