@@ -1,0 +1,127 @@
+"""The table of planted cases: what is wrong, the class a finding must have, a clean twin."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compile_tests.planted import breaks, guards, ops
+from compile_tests.planted.breaks import x
+
+MARK = "# planted"
+Calls = list[tuple[Any, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One defect and its twin.
+
+    Attributes:
+        name: what it is called in tests.
+        kind, cause: of the finding that names the defect.
+        model, twin: what makes the two; the twin takes `twin_calls`.
+        calls: what the model is called with, one call after the other.
+        options: what `audit` is given besides.
+    """
+
+    name: str
+    kind: str
+    cause: str
+    model: Callable[[], nn.Module]
+    twin: Callable[[], nn.Module]
+    calls: Callable[[], Calls] = lambda: [(x(),)]
+    twin_calls: Callable[[], Calls] | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def where(self) -> tuple[str, int]:
+        """The file and the line that the finding has to name."""
+        made = self.model() if not isinstance(self.model, type) else None
+        cls = self.model if isinstance(self.model, type) else getattr(made, "planted_in", type(made))
+        lines, first = inspect.getsourcelines(cls)
+        marked = [first + i for i, line in enumerate(lines) if MARK in line]
+        assert len(marked) == 1, cls
+        return str(Path(inspect.getsourcefile(cls) or "")), marked[0]
+
+
+def rows(*sizes: int) -> Callable[[], Calls]:
+    """Calls with inputs of these many rows."""
+    return lambda: [(torch.randn(n, 8),) for n in sizes]
+
+
+def with_each(*others: Any) -> Callable[[], Calls]:
+    """Calls with a second argument each."""
+    return lambda: [(x(), other) for other in others]
+
+
+def deep() -> nn.Module:
+    """48 layers with the same break."""
+    model = breaks.Deep()
+    model.planted_in = breaks.LayerWithBreak  # type: ignore[assignment]
+    return model
+
+
+def tensors(*values: Any) -> list[Tensor]:
+    """Tensors of these."""
+    return [torch.tensor(value) for value in values]
+
+
+B, G, K = breaks, guards, ops
+CASES = [
+    Case("item", "sync", "item", B.Item, B.ItemTwin),
+    Case("tolist", "sync", "tolist", B.Tolist, B.TolistTwin, with_each(torch.tensor([3, 2]))),
+    Case("nonzero", "sync", "dynamic-shape", B.Nonzero, B.NonzeroTwin),
+    Case("boolean mask", "sync", "dynamic-shape", B.Mask, B.MaskTwin),
+    Case("repeat_interleave", "sync", "dynamic-shape", B.Repeats, B.RepeatsTwin, with_each(torch.tensor([2, 2, 2, 2]))),
+    Case("unique", "sync", "dynamic-shape", B.Unique, B.UniqueTwin),
+    Case("branch", "sync", "branch", B.Branch, B.BranchTwin),
+    Case("print", "break", "print", B.Print, B.Quiet),
+    Case("logger", "break", "logging", B.Logger, B.Quiet),
+    Case("clock", "break", "builtin", B.Clock, B.Quiet),
+    Case("deepcopy", "break", "skipped-function", B.DeepCopy, B.DeepCopyTwin),
+    Case("pybind", "kernel", "pybind", B.Pybind, B.Quiet),
+    Case("disable", "kernel", "disable", B.Disabled, B.DisabledTwin),
+    Case("data_ptr", "break", "data-pointer", B.DataPointer, B.Quiet),
+    Case("explicit", "break", "explicit", B.Explicit, B.Quiet),
+    Case("loop", "break", "explicit", B.LoopWithBreak, B.LoopTwin),
+    Case("deep", "kernel", "disable", deep, B.LoopTwin),
+    Case("no fake", "kernel", "no-fake", K.NoFake, K.WithFake),
+    Case("hidden mutation", "kernel", "hidden-mutation", K.Hidden, K.Told),
+    Case("alias", "kernel", "alias", K.Alias, K.WithFake),
+    Case(
+        "autograd.Function", "kernel", "autograd-function", K.AutogradFunction, K.AutogradTwin, options={"train": True}
+    ),
+    Case("cache on a view", "copy", "mutated-input", K.CacheInPlaceOnView, K.CacheTwin, options={"copies": True}),
+    Case("counter", "recompile", "attribute", G.Counter, G.CounterTwin, rows(4, 4, 4)),
+    Case(
+        "int argument",
+        "recompile",
+        "constant",
+        G.IntArgument,
+        G.IntTwin,
+        with_each(1, 2, 3),
+        with_each(*tensors(1, 2, 3)),
+    ),
+    Case(
+        "text", "recompile", "constant", G.Text, G.TextTwin, with_each("relu", "tanh"), with_each(*tensors(True, False))
+    ),
+    Case("growing list", "recompile", "length", G.Growing, G.GrowingTwin, rows(4, 4, 4)),
+    Case("size 1", "recompile", "size-one", G.SizeOne, B.Quiet, rows(4, 7, 1), rows(4, 7, 5)),
+    Case("dtype", "recompile", "dtype", G.Dtype, B.Quiet, lambda: [(x(),), (x().double(),)], rows(4, 4)),
+    Case(
+        "None, then a tensor",
+        "recompile",
+        "type",
+        G.NoneThenTensor,
+        G.AlwaysTensor,
+        with_each(None, torch.zeros(8)),
+        with_each(torch.zeros(8), torch.ones(8)),
+    ),
+    Case(
+        "strides", "recompile", "strides", G.Contiguity, B.Quiet, lambda: [(x(),), (torch.randn(8, 4).t(),)], rows(4, 4)
+    ),
+]

@@ -1,0 +1,279 @@
+"""Listens to torch.compile while something runs, and keeps what it says as findings.
+
+Torch's public records (`torch._dynamo.explain`, the counters) hold no stack for a break that costs a whole frame and no
+guard for a recompile. The functions wrapped here are where those objects pass by.
+"""
+
+import contextlib
+import re
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._dynamo
+from torch._dynamo import convert_frame, exc, guards, output_graph, symbolic_convert
+
+from mamba_ops.audit import graph as graphs
+from mamba_ops.audit.places import Layers, in_text, is_theirs, running, theirs
+from mamba_ops.audit.remedies import RULES, classify_break, classify_guard, guard_subject, remedy
+from mamba_ops.audit.report import CallRow, Finding, Graph, Place, Report
+
+
+class Collector:
+    """Adds to a report what torch.compile does while `listen` is entered."""
+
+    def __init__(self, report: Report, model: Any = None) -> None:
+        self.report = report
+        self.layers = Layers(model)
+        self.call = -1
+        self._early = 0  # Triton's compiles before the first call that counts
+        self._grown: set[tuple[types.CodeType, str]] = set()
+
+    def add(
+        self,
+        cause: str,
+        op: str,
+        message: str,
+        stack: Sequence[Place],
+        *,
+        fallback: Place | None = None,
+        **more: Any,
+    ) -> Finding:
+        """Add a finding of a cause in `remedies.RULES`; where it is, is the innermost place of the stack."""
+        rule = RULES[cause]
+        where = stack[-1] if stack else fallback
+        around = " ".join([where.source if where else "", message[:500]])
+        severity = more.pop("severity", rule.severity)
+        finding = Finding(
+            rule.kind,
+            cause,
+            severity,
+            op,
+            _sentence(message),
+            remedy(cause, op, around),
+            where,
+            tuple(stack),
+            layers=self.layers.of(stack or ([fallback] if fallback else [])),
+            **more,
+        )
+        self.report.add(finding)
+        return finding
+
+    @contextlib.contextmanager
+    def one_call(self, shapes: str) -> Iterator[CallRow]:
+        """Count what happens inside as one call of the model."""
+        self.call += 1
+        row = CallRow(shapes, jit=self._early)
+        self._early = 0
+        self.report.calls.append(row)
+        start = time.perf_counter()
+        try:
+            yield row
+        finally:
+            row.seconds = round(time.perf_counter() - start, 3)
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        """Wrap the functions of torch that know what happens."""
+        with contextlib.ExitStack() as stack:
+
+            def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+                original = getattr(owner, name, None)
+                if original is not None:
+                    replaced = lambda *args, **kwargs: around(original, *args, **kwargs)  # noqa: E731
+                    stack.enter_context(mock.patch.object(owner, name, replaced))
+
+            def method(owner: Any, name: str, around: Callable[..., Any]) -> None:
+                original = getattr(owner, name)
+
+                def replaced(this: Any, *args: Any, **kwargs: Any) -> Any:
+                    return around(original, this, *args, **kwargs)
+
+                stack.enter_context(mock.patch.object(owner, name, replaced))
+
+            method(symbolic_convert.InstructionTranslatorBase, "log_graph_break", self._break)
+            method(output_graph.OutputGraph, "call_user_compiler", self._graph)
+            for owner in (guards, convert_frame):
+                wrap(owner, "get_and_maybe_log_recompilation_reasons", self._recompile)
+            _hook_cudagraphs(stack, self._no_capture)
+            _hook_triton(stack, self._jit)
+            try:
+                yield
+            except exc.Unsupported as error:  # fullgraph=True: it stops at the first break
+                self.unsupported(error)
+                raise
+
+    def unsupported(self, error: exc.Unsupported, code: types.CodeType | None = None, skipped: bool = False) -> None:
+        """Keep a graph break."""
+        # A break inside a loop comes as "graph break in loop"; its message begins with the page of the break itself.
+        message = str(error.msg)
+        in_loop = error.gb_type == "graph break in loop"
+        gb_type = message.partition("\n")[0] if in_loop else str(error.gb_type or message.partition("\n")[0])
+        message = message.partition("*** While handling this graph break")[0]
+        stack = theirs(error.real_stack or ())
+        if not stack and code is not None and not is_theirs(code.co_filename):
+            return  # the inside of torch or Triton, which Python runs after a break of theirs
+        source = stack[-1].source if stack else ""
+        name = classify_break(gb_type, message, source)
+        fallback = Place.defined(code) if code else None
+        frame = getattr(code, "co_qualname", code.co_name) if code and skipped else None
+        self.add(
+            name, _subject(name, message, source), message, stack, fallback=fallback, breaks=True, skipped_frame=frame
+        )
+
+    def _break(self, original: Any, translator: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for `log_graph_break(self, code_options, reason, exc)`."""
+        given = dict(zip(("code_options", "reason", "exc"), args, strict=False)) | kwargs
+        reason, error = str(given["reason"]), given["exc"]
+        if getattr(error, "logged", False):
+            pass
+        elif isinstance(error, exc.Unsupported):
+            skipped = error.skip_frame or "Skipping the function" in reason or error.gb_type == "graph break in loop"
+            self.unsupported(error, translator.f_code, skipped)
+        else:
+            stack = theirs(getattr(error, "real_stack", None) or torch._guards.TracingContext.extract_stack())
+            source = stack[-1].source if stack else ""
+            cause = classify_break(reason.partition("\n")[0], reason, source)
+            self.add(cause, _subject(cause, reason, source), reason, stack, breaks=True)
+        return original(translator, *args, **kwargs)
+
+    def _graph(self, original: Any, output: Any, module: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        found = graphs.walk(module)
+        compiled = original(output, module, *args, **kwargs)  # first: it may send Dynamo back for another attempt
+        identity = torch._guards.CompileContext.current_compile_id()
+        pieces = graphs.pieces(module, self.layers)
+        self.report.graphs.append(Graph(max(self.call, 0), str(identity or "?"), sum(p.ops for p in pieces), pieces))
+        if 0 <= self.call < len(self.report.calls):
+            self.report.calls[self.call].graphs += 1
+        for cause, op, message, stack in found:
+            self.add(cause, op, message, stack)
+        return compiled
+
+    def _recompile(self, original: Any, entries: Any, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        reasons = original(entries, frame, *args, **kwargs)
+        if args[1:2] == (True,) or kwargs.get("skip_logging") or not reasons:
+            return reasons
+        code = frame.f_code
+        if 0 <= self.call < len(self.report.calls):
+            self.report.calls[self.call].recompiles += 1
+        text = re.sub(r"^\d+/\d+(?:_\d+)?: ", "", str(reasons[0]))
+        guard = re.split(r"\s+# |\n", text)[0].strip()
+        cause, subject = classify_guard(guard), guard_subject(guard)
+        key = code, subject
+        if cause == "size" and key in self._grown:
+            cause = "size-again"
+        self._grown.add(key)
+        if not is_theirs(code.co_filename):
+            return reasons
+        if _count(entries) >= torch._dynamo.config.recompile_limit:
+            cause = "limit"
+            subject = code.co_name
+        definition = Place.defined(code)
+        if not self.layers.of((definition,)):  # a decorator's wrapper, of which the model's own code knows nothing
+            definition = self.layers.forward or definition
+        stack = () if cause in ("size", "size-one") else _guard_stack(text, code)
+        self.add(cause, subject, guard, stack, fallback=definition)
+        return reasons
+
+    def _no_capture(self, message: str) -> None:
+        self.add("host-copy", "CUDA graph", message, in_text(message), needs_device=False)
+
+    def _jit(self, name: str) -> None:
+        call = max(self.call, 0)  # the one without the compiler has the first call's shapes
+        if call < len(self.report.calls):
+            self.report.calls[call].jit += 1
+        else:
+            self._early += 1
+        self.add("jit-later" if call else "jit-first", name, f"Triton compiled it in call {call + 1}", running())
+
+    @contextlib.contextmanager
+    def listen_to_triton(self) -> Iterator[None]:
+        """Hear of Triton's compiles alone."""
+        with contextlib.ExitStack() as stack:
+            _hook_triton(stack, self._jit)
+            yield
+
+
+def _count(entries: Any) -> int:
+    """Return how many versions of a function there are: torch 2.13 has a list of them, 2.11 a chain."""
+    if isinstance(entries, Sequence):
+        return len(entries)
+    count = 0
+    while entries is not None:
+        count, entries = count + 1, entries.next
+    return count
+
+
+def _guard_stack(text: str, code: types.CodeType) -> tuple[Place, ...]:
+    """Where the value that a guard is about was used: torch keeps that in the guard's comment."""
+    if stack := in_text(text):
+        return stack
+    for file, line, name in re.findall(r"# .*# (\S+\.py):(\d+) in (\S+)", text):
+        if code.co_filename.endswith(file):
+            return (Place.of(code.co_filename, int(line), name),)
+    return ()
+
+
+def _sentence(message: str) -> str:
+    """Shorten torch's page to its heading and its explanation."""
+    message = re.sub(r" at 0x[0-9a-f]+", "", message)  # an address is another one each time
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    explained = [line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: ")]
+    heading = lines[0] if lines else ""
+    return f"{heading}: {explained[0]}" if explained and explained[0] != "Explanation:" else heading
+
+
+def _subject(cause: str, message: str, source: str) -> str:
+    """Return the function or op that a break is about."""
+    patterns = {
+        "item": r"call_method \S+ (item)\b",
+        "dynamic-shape": r"`(aten\.\w+)",
+        "no-fake": r"unsupported operator: ([\w:.]+)|`([\w:.]+)`",
+        "disable": r"<(?:bound method|function) ([\w.]+)",
+        "builtin": r"builtin `([\w.]+?)\.?`|builtin (?:operator )?`?([\w.]+)",
+    }
+    fallback = r"<built-in (?:method|function) (\w+)|<(?:function|bound method) ([\w.]+)|call_function ([\w.]+)"
+    for pattern in (patterns.get(cause), fallback):
+        if pattern and (found := re.search(pattern, message)):
+            return next(group for group in found.groups() if group)
+    called = re.search(r"([\w.]+)\(", source)
+    return {"branch": "if"}.get(cause) or (called[1] if called else cause)
+
+
+def _hook_cudagraphs(stack: contextlib.ExitStack, tell: Callable[[str], None]) -> None:
+    from torch._inductor import cudagraph_utils
+
+    name = "log_cudagraph_skip_and_bump_counter"
+    if (original := getattr(cudagraph_utils, name, None)) is None:
+        return
+
+    def skip(message: str) -> None:
+        tell(message)
+        original(message)
+
+    stack.enter_context(mock.patch.object(cudagraph_utils, name, skip))
+
+
+def _hook_triton(stack: contextlib.ExitStack, tell: Callable[[str], None]) -> None:
+    """Triton calls a hook after each compile; where there is no triton, nothing compiles."""
+    try:
+        import triton
+    except ImportError:
+        return
+    runtime = getattr(getattr(triton, "knobs", None), "runtime", None)
+    if runtime is None or not hasattr(runtime, "jit_post_compile_hook"):
+        return
+    before = runtime.jit_post_compile_hook
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        function = kwargs.get("fn")
+        name = getattr(function, "name", None) or str(kwargs.get("repr", "a kernel"))
+        if not name.rpartition(".")[2].startswith("triton_"):  # those are Inductor's own
+            tell(name.rpartition(".")[2])
+        return before(*args, **kwargs) if before else None
+
+    runtime.jit_post_compile_hook = compiled
+    stack.callback(setattr, runtime, "jit_post_compile_hook", before)

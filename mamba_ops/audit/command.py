@@ -1,0 +1,236 @@
+"""What `mamba-ops audit` does, without its options: finds the target, audits it here or in a child process."""
+
+import dataclasses
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mamba_ops.audit.models import SHAPES, ModelNameError, build
+from mamba_ops.audit.report import Report
+from mamba_ops.audit.run import ModelError, audit, watch
+
+TRANSFORMERS = "transformers:"
+
+
+@dataclasses.dataclass
+class Options:
+    """What was asked for; it travels to a child process as JSON."""
+
+    target: str
+    device: str = "cpu"
+    shapes: list[list[int]] | None = None
+    mode: str | None = None
+    train: bool = False
+    copies: bool = False
+    layers: int | None = None
+    full: bool = False
+    limit: float | None = None
+
+
+class UserError(Exception):
+    """The command ends with status 2: a sentence; the cause is an error in the user's code, if any."""
+
+
+def read_shapes(text: str) -> list[list[int]]:
+    """Read "1x128,4x512".
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        shapes = [[int(size) for size in shape.split("x")] for shape in text.split(",")]
+    except ValueError:
+        raise UserError(f"--shapes: got {text}, expected sizes such as 1x128,4x512") from None
+    if any(size < 1 for shape in shapes for size in shape):
+        raise UserError(f"--shapes: got {text}, expected sizes of 1 at least")
+    return shapes
+
+
+def is_absent(device: str) -> bool:
+    """Whether a device would have to be traced without being there."""
+    kind = torch.device(device).type
+    return kind != "cpu" and not torch.get_device_module(kind).is_available()
+
+
+def run(options: Options, report: Report, tell: Callable[[str], None]) -> Report:
+    """Audit a target; `report` holds what is known if it is interrupted.
+
+    Raises:
+        UserError: nothing could be audited.
+    """
+    if is_absent(options.device):
+        if options.train:
+            raise UserError(
+                f"{options.device} is not present on this machine, and it cannot be given gradients; "
+                "leave --train out, or take --device cpu"
+            )
+        return _in_child(options, report)
+    return run_here(options, report, tell)
+
+
+def run_here(options: Options, report: Report, tell: Callable[[str], None]) -> Report:
+    """Audit a target in this process."""
+    report.target = options.target
+    with _errors_of_theirs():
+        tell("loading the model")
+        model, calls = _load(options)
+        (args, kwargs), *more = calls
+        shapes = options.shapes
+        if shapes is None and options.target.startswith(TRANSFORMERS):
+            shapes = [list(shape) for shape in SHAPES]
+        audit(
+            model,
+            *args,
+            shapes=shapes,
+            device=options.device,
+            train=options.train,
+            mode=options.mode,
+            copies=options.copies,
+            more_calls=more,
+            tell=tell,
+            report=report,
+            **kwargs,
+        )
+    report.target = options.target
+    return report
+
+
+def _load(options: Options) -> tuple[Any, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    if options.target.startswith(TRANSFORMERS):
+        model, kwargs = build(options.target.removeprefix(TRANSFORMERS), layers=options.layers, full=options.full)
+        return model.train(options.train), [((), kwargs)]
+    if options.layers or options.full:
+        raise UserError(f"--layers and --full are for {TRANSFORMERS}NAME alone")
+    from mamba_ops.targets import load_target
+
+    found = load_target(options.target, torch.device("cpu"))
+    return found.model.train(options.train), [(call.args, dict(call.kwargs or {})) for call in found.calls]
+
+
+@contextmanager
+def _errors_of_theirs() -> Iterator[None]:
+    from mamba_ops.targets import TargetError
+
+    try:
+        yield
+    except (TargetError, ModelNameError, ModelError) as error:
+        raise UserError(str(error)) from error.__cause__
+    except ValueError as error:  # shapes that do not fit
+        raise UserError(str(error)) from None
+
+
+def show_cause(error: UserError) -> None:
+    """Print the user's own traceback, without our frames at its top."""
+    cause = error.__cause__
+    if cause is None:
+        return
+    ours = str(Path(__file__).parents[1])
+    shown = cause.__traceback__
+    while shown is not None and shown.tb_frame.f_code.co_filename.startswith((ours, "<frozen importlib")):
+        shown = shown.tb_next
+    traceback.print_exception(type(cause), cause, shown)
+
+
+# -- a device that is not there ---------------------------------------------------------------------------------------
+
+_BOOTSTRAP = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from mamba_ops.audit.command import child; sys.exit(child(sys.argv[2], sys.argv[3]))"
+)
+
+
+def _in_child(options: Options, report: Report) -> Report:
+    """Audit in a child process, as an absent device stays in its process for good; its progress goes to stderr."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "report.json")
+        command = [sys.executable, "-c", _BOOTSTRAP, json.dumps(sys.path), json.dumps(vars(options)), str(answer)]
+        # Interpreted kernels are Python that Dynamo would trace; the device would be given compiled ones.
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        process = subprocess.Popen(
+            command, env=environment, stdout=sys.stderr.fileno() if _has_descriptor() else subprocess.DEVNULL
+        )
+        try:
+            process.wait(options.limit)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait(30)
+        except KeyboardInterrupt:  # the child was interrupted too, and writes what it knows
+            process.wait(30)
+        if answer.exists():
+            vars(report).update(vars(Report.from_json(answer.read_text(encoding="utf-8"))))
+        elif process.returncode == 2:
+            raise UserError(f"{options.target} could not be audited")  # the child has said why
+        else:
+            raise UserError(f"the child process for {options.device} ended with status {process.returncode}")
+    return report
+
+
+def _has_descriptor() -> bool:
+    try:
+        return sys.stderr.fileno() >= 0
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _say(step: str) -> None:
+    sys.stderr.write(f"{step} ...\n")
+    sys.stderr.flush()
+
+
+def child(options_text: str, answer: str) -> int:
+    """Audit in this process and write the report; what the user's code prints goes to stderr."""
+    import signal
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    options = Options(**json.loads(options_text))
+    report = Report(options.target, options.device, absent=True, finished=False)
+    status = 0
+    try:
+        run_here(options, report, _say)
+    except UserError as error:
+        show_cause(error)
+        sys.stderr.write(f"mamba-ops: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        report.finished = False
+        status = 130
+    Path(answer).write_text(report.to_json(), encoding="utf-8")
+    sys.stderr.flush()
+    if status == 0:
+        os._exit(0)  # an absent device's streams are never closed
+    return status
+
+
+# -- a script of theirs -----------------------------------------------------------------------------------------------
+
+
+def run_script(script: str, arguments: list[str]) -> tuple[Report, BaseException | None]:
+    """Run a script as Python would, and watch torch.compile meanwhile; return what ended it, too."""
+    path = Path(script)
+    if not path.is_file():
+        raise UserError(f"there is no file {script}")
+    ended: BaseException | None = None
+    argv, paths = sys.argv, list(sys.path)
+    sys.argv, sys.path[:] = [script, *arguments], [str(path.resolve().parent), *sys.path]
+    try:
+        with watch(script) as report:
+            try:
+                runpy.run_path(script, run_name="__main__")
+            except SystemExit as error:
+                ended = error if error.code not in (None, 0) else None
+            except BaseException as error:
+                ended = error
+    finally:
+        sys.argv, sys.path[:] = argv, paths
+    report.finished = not isinstance(ended, KeyboardInterrupt)
+    return report, ended

@@ -1,0 +1,176 @@
+"""One call without the compiler: what ops do beside what their schemas say, and slow paths taken in silence."""
+
+import contextlib
+import logging
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mamba_ops.audit.collect import Collector
+from mamba_ops.audit.graph import op_name
+from mamba_ops.audit.places import running
+from mamba_ops.registry import Op, explain, ops, record_selections
+
+_BUILT_IN = (
+    "aten",
+    "prim",
+    "prims",
+    "quantized",
+    "inductor",
+    "_c10d_functional",
+    "c10d",
+    "profiler",
+    "mkldnn",
+    "sparse",
+)
+_SYNCS = {"aten._local_scalar_dense.default": "item", "aten.nonzero.default": "dynamic-shape"}
+_SLOW = re.compile(r"fast[ -]path|falling back|fallback|slower|naive|sequential implementation", re.IGNORECASE)
+_MISSING = re.compile(r"install|not available|unavailable|could not be|failed to load|is None", re.IGNORECASE)
+
+
+class _Watch(TorchDispatchMode):
+    """Compares what ops of other packages do with their schemas; keeps where the host waits."""
+
+    def __init__(self, collector: Collector) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.collector = collector
+        self.syncs: list[tuple[str, tuple[Any, ...]]] = []
+        self.refusals: dict[str, str] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if (cause := _SYNCS.get(str(func))) is not None:
+            self.syncs.append((cause, running()))
+        if func.namespace in _BUILT_IN:
+            return func(*args, **kwargs)
+        ours = ops().get(op_name(func))
+        if ours is not None:
+            if ours.name not in self.refusals:
+                self.refusals[ours.name] = _refusals(ours, func, args, kwargs)
+            return func(*args, **kwargs)
+        return self._checked(func, args, kwargs)
+
+    def _checked(self, func: Any, args: Any, kwargs: Any) -> Any:
+        schema = func._schema
+        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+        told = {a.name for a in schema.arguments if a.alias_info is not None}
+        silent = {name: value for name, value in given.items() if name not in told and isinstance(value, Tensor)}
+        before = {name: value.detach().clone() for name, value in silent.items()}
+        result = func(*args, **kwargs)
+        name = op_name(func)
+        for argument, value in silent.items():
+            if not _same(before[argument], value):
+                message = f"writes to {argument}, which its schema does not say"
+                self.collector.add("hidden-mutation", name, message, running())
+        memory = {value.untyped_storage()._cdata: argument for argument, value in silent.items() if value.numel()}
+        for out in torch.utils._pytree.tree_leaves(result):
+            if isinstance(out, Tensor) and out.numel() and (argument := memory.get(out.untyped_storage()._cdata)):
+                self.collector.add(
+                    "alias", name, f"returns memory of {argument}, which its schema does not say", running()
+                )
+        return result
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.is_floating_point() or a.is_complex():
+        return torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
+    return torch.equal(a, b)
+
+
+def _refusals(op: Op[...], func: Any, args: Any, kwargs: Any) -> str:
+    """Return what the backends that do not run a call say."""
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    given.pop("selection", None)
+    if "output" in given:
+        given["out"] = given.pop("output")
+    with contextlib.suppress(Exception):  # a call that explain does not read says nothing about the model
+        return "; ".join(f"{name}: {reason}" for name, reason in explain(op, **given).reasons.items())
+    return ""
+
+
+class _Handler(logging.Handler):
+    """Takes warnings that speak of a slow path."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self.tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.tell(record.getMessage())
+
+
+@contextlib.contextmanager
+def hear_fallbacks(collector: Collector) -> Iterator[None]:
+    """Within the block, warnings of Transformers and others about slow paths become findings.
+
+    Transformers says each thing once in a process; here every call says it, so that it is found in each layer and in
+    the second audit too.
+    """
+
+    def tell(message: str) -> None:
+        if not (_SLOW.search(message) and _MISSING.search(message)):
+            return
+        said = ("hub_kernels.py", "/utils/logging.py", "/logging/__init__.py")
+        stack = tuple(place for place in running() if not place.file.endswith(said))
+        names = re.findall(r"`([\w./-]+)`", message)
+        missing = re.search(r"`([\w.-]+)` is not installed|install `?([\w.-]+)`?", message)
+        package = next((group for group in missing.groups() if group), "") if missing else ""
+        cause = "reference-path" if "reference" in message else "optional-package"
+        collector.add(cause, package or (names[0] if names else "the package named"), message, stack)
+
+    handler = _Handler(tell)
+    loggers = [logging.getLogger(), *(logging.getLogger(name) for name in ("transformers",) if name in sys.modules)]
+    loggers = [log for log in loggers if log.name == "root" or not log.propagate]
+    warning_once = getattr(logging.Logger, "warning_once", None)
+    if warning_once is not None:
+        logging.Logger.warning_once = lambda self, message, *rest, **more: tell(str(message))  # type: ignore[attr-defined]
+    for log in loggers:
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        for log in loggers:
+            log.removeHandler(handler)
+        if warning_once is not None:
+            logging.Logger.warning_once = warning_once  # type: ignore[attr-defined]
+
+
+def run_eagerly(collector: Collector, call: Callable[[], Any]) -> list[tuple[str, tuple[Any, ...]]]:
+    """Run one call without the compiler; return where the host waited, each as a cause and a stack."""
+    with hear_fallbacks(collector), record_selections() as record, _Watch(collector) as watch:
+        call()
+    for name, ran in _counted(record).items():
+        reasons = watch.refusals.get(name, "")
+        collector.report.backends[name] = ran + (f"; {reasons}" if reasons else "")
+    syncs: list[tuple[str, tuple[Any, ...]]] = watch.syncs
+    return syncs
+
+
+def _counted(record: Any) -> dict[str, str]:
+    counts = Counter((selection.op, selection.backend) for selection in record)
+    found: dict[str, list[str]] = {}
+    for (op, backend), count in counts.items():
+        found.setdefault(op.rpartition("::")[2], []).append(f"{backend} ({count})")
+    return {op: ", ".join(ran) for op, ran in found.items()}
+
+
+def add_hidden_syncs(collector: Collector, syncs: list[tuple[str, tuple[Any, ...]]]) -> None:
+    """Add the waits that stand below a call that Dynamo left to Python: elsewhere it finds them itself."""
+    broken = {
+        finding.where
+        for finding in collector.report.findings
+        if finding.breaks and finding.cause in ("disable", "pybind", "skipped-function")
+    }
+    for cause, stack in syncs:
+        above = [i for i, place in enumerate(stack) if place in broken]
+        if above and above[-1] < len(stack) - 1:
+            source = stack[-1].source
+            cause = "tolist" if ".tolist(" in source else "branch" if source.startswith(("if ", "while ")) else cause
+            op = {"item": "item", "tolist": "tolist", "branch": "if"}.get(cause, cause)
+            collector.add(cause, op, "waits for the device, unseen by the compiler", stack)

@@ -1,0 +1,136 @@
+"""What stands in a graph: kernels that the compiler cannot place, the pieces between splitting ops, added copies."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+
+from mamba_ops.audit.places import Layers, in_text
+from mamba_ops.audit.report import Piece, Place
+from mamba_ops.registry import splitting_ops
+
+Found = tuple[str, str, str, tuple[Place, ...]]  # cause, op, message, stack
+_INERT = ("placeholder", "output", "get_attr")
+
+
+def stack_of(node: fx.Node) -> tuple[Place, ...]:
+    """Return the user's places that a node was traced at; a node made by a pass has those of what it stands beside."""
+    for other in (node, *node.users, *node.all_input_nodes):
+        if places := in_text(other.meta.get("stack_trace")):
+            return places
+    return ()
+
+
+def walk(module: fx.GraphModule) -> list[Found]:
+    """Return what Dynamo put into a graph that costs something there."""
+    found: list[Found] = []
+    for node in module.graph.nodes:
+        if node.op in _INERT:
+            continue
+        name = getattr(node.target, "__name__", str(node.target))
+        if isinstance(node.target, HigherOrderOperator) and name.startswith("triton_kernel_wrapper"):
+            kernel = _triton_name(node)
+            message = "the graph holds a raw Triton launch, whose writes the compiler has to guess"
+            found.append(("triton", kernel, message, stack_of(node)))
+        elif isinstance(node.target, HigherOrderOperator) and name == "autograd_function_apply":
+            stack = stack_of(node)
+            found.append(("autograd-function", _function_name(stack), "Dynamo traced the inside of a Function", stack))
+        elif moved := _to_host(node):
+            found.append(("host-copy", moved, "copies a tensor of the device to the host", stack_of(node)))
+    return found
+
+
+def _triton_name(node: fx.Node) -> str:
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    kernel: Any = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])  # type: ignore[arg-type]
+    while hasattr(kernel, "fn") and not hasattr(kernel, "__name__"):
+        kernel = kernel.fn
+    return str(getattr(kernel, "__name__", None) or getattr(getattr(kernel, "fn", None), "__name__", "a kernel"))
+
+
+def _function_name(stack: tuple[Place, ...]) -> str:
+    source = stack[-1].source if stack else ""
+    return source.partition(".apply")[0].split()[-1].split("(")[-1] if ".apply" in source else "autograd.Function"
+
+
+def _to_host(node: fx.Node) -> str | None:
+    """Return the call by which a tensor leaves the device, if that is what a node does."""
+    value = node.meta.get("example_value")
+    source = node.args[0] if node.args else None
+    if not isinstance(value, Tensor) or not isinstance(source, fx.Node) or value.device.type != "cpu":
+        return None
+    before = source.meta.get("example_value")
+    if isinstance(before, Tensor) and before.device.type not in ("cpu", "meta"):
+        return f".{node.target}()" if node.op == "call_method" else str(node.target)
+    return None
+
+
+def pieces(module: fx.GraphModule, layers: Layers) -> list[Piece]:
+    """Return how splitting ops divide a graph: what lies between them can be captured."""
+    names = set(splitting_ops())
+    divided: list[Piece] = []
+    for node in module.graph.nodes:
+        if node.op in _INERT:
+            continue
+        where = layers.of(stack_of(node))
+        shown = (_numbered(node) or where[0],) if where else ()
+        name = op_name(node.target)
+        if name in names:
+            divided.append(Piece(1, name, shown))
+            continue
+        if not divided or divided[-1].splitting:
+            divided.append(Piece(0))
+        divided[-1].ops += 1
+        divided[-1].layers = tuple(dict.fromkeys(divided[-1].layers + shown))
+    return divided
+
+
+def _numbered(node: fx.Node) -> str | None:
+    """Return the module that a node belongs to, as Dynamo writes it."""
+    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
+    for path, _ in reversed(list(stack.values())):
+        name = str(path).replace("L['self']", "").replace("_modules", "")
+        name = ".".join(part for part in name.replace("['", ".").replace("']", "").split(".") if part)
+        if name:
+            return name
+    return None
+
+
+def op_name(target: object) -> str:
+    """Return an op's name as `splitting_ops` has it."""
+    if isinstance(target, OpOverload):
+        return str(target.name()).removesuffix(".default")
+    if isinstance(target, OpOverloadPacket):
+        return str(target._qualified_op_name)
+    return ""
+
+
+def copies(module: fx.GraphModule) -> Iterator[tuple[str, int, tuple[Place, ...]]]:
+    """Return the clones in a graph after Inductor's passes that feed an op which mutates: op, bytes, stack."""
+    for node in module.graph.nodes:
+        if node.target is not torch.ops.aten.clone.default:
+            continue
+        for user in _users_through_views(node):
+            schema = getattr(user.target, "_schema", None)
+            is_triton = "triton_kernel_wrapper" in getattr(user.target, "__name__", "")
+            if is_triton or (schema is not None and schema.is_mutable and not _is_aten(user.target)):
+                value = node.meta.get("val")
+                size = value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+                op = _triton_name(user) if is_triton else op_name(user.target)
+                yield op, size if isinstance(size, int) else int(getattr(size.node, "hint", 0) or 0), stack_of(user)
+                break
+
+
+def _is_aten(target: Any) -> bool:
+    return str(getattr(target, "namespace", "")) in ("aten", "prims")
+
+
+def _users_through_views(node: fx.Node) -> Iterator[fx.Node]:
+    for user in node.users:
+        if isinstance(user.target, OpOverload) and user.target.is_view:
+            yield from _users_through_views(user)
+        else:
+            yield user

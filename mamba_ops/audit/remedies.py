@@ -1,0 +1,223 @@
+"""The one place where a reason becomes a class, a severity and a sentence that says what to change."""
+
+import dataclasses
+import re
+import sys
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a cause means.
+
+    Attributes:
+        kind, severity: of the finding.
+        remedy: one sentence; `{op}` is what the finding is about.
+    """
+
+    kind: str
+    severity: str
+    remedy: str
+
+
+RULES = {
+    # what ends a graph
+    "item": Rule("sync", "error", "Keep the value a tensor ({op} waits for the device and ends the graph)."),
+    "tolist": Rule(
+        "sync",
+        "error",
+        "Pass the lengths as a tensor such as cu_seqlens, which mamba_ops' ops read on the device, instead of {op}.",
+    ),
+    "dynamic-shape": Rule(
+        "sync",
+        "error",
+        "Use a form with a fixed size (torch.where, a mask, output_size=...): {op} sizes its result by values.",
+    ),
+    "branch": Rule("sync", "error", "Compute both sides and select with torch.where, or decide before the model runs."),
+    "disable": Rule(
+        "kernel",
+        "error",
+        "Replace {op} by an op that the compiler knows ({replacement}), or remove the torch.compiler.disable.",
+    ),
+    "pybind": Rule(
+        "kernel", "error", "Call {op} through an op with a fake: {replacement}, or torch.library.custom_op around it."
+    ),
+    "no-fake": Rule(
+        "kernel", "error", "Register a fake for {op} (torch.library.register_fake); until then it runs alone."
+    ),
+    "print": Rule(
+        "break", "error", "Remove the print, or add it to torch._dynamo.config.reorderable_logging_functions."
+    ),
+    "logging": Rule(
+        "break", "error", "Log outside the model, or add it to torch._dynamo.config.ignore_logging_functions."
+    ),
+    "data-pointer": Rule("break", "error", "Leave addresses to the kernel: a trace has no tensors with memory."),
+    "explicit": Rule("break", "error", "Remove the call of torch._dynamo.graph_break."),
+    "builtin": Rule("break", "error", "Call {op} outside the compiled model, and pass what it returns."),
+    "skipped-function": Rule("break", "error", "Move {op} out of the compiled model, or write it with tensor ops."),
+    "context-manager": Rule("break", "error", "Enter {op} outside the compiled model; ops choose their own device."),
+    "exception": Rule("break", "error", "Check shapes before the model is compiled: tracing ended in an exception."),
+    "hook": Rule("break", "error", "Remove the hook, or register it outside the compiled region."),
+    "out-argument": Rule("break", "error", "Pass a contiguous tensor as out, or let the function allocate its result."),
+    "autograd-function-break": Rule(
+        "kernel", "error", "Replace {op} by an op with a registered gradient ({replacement}); Dynamo cannot trace it."
+    ),
+    "other-break": Rule(
+        "break", "error", "Move what this line does out of the compiled model, or write it with tensor ops."
+    ),
+    "compiler-error": Rule("break", "error", "Take this line out of the compiled model: the compiler fails at it."),
+    # what stays in the graph
+    "triton": Rule(
+        "kernel",
+        "warning",
+        "Wrap the launch of {op} as an op ({replacement}, or torch.library.triton_op): engines cannot split there.",
+    ),
+    "autograd-function": Rule(
+        "kernel",
+        "warning",
+        "Register the gradient on an op (torch.library.register_autograd) instead of {op}: Dynamo traces its inside.",
+    ),
+    "hidden-mutation": Rule(
+        "kernel", "error", "Declare the mutation in the schema of {op}, as in Tensor(a!): compiled code may reorder it."
+    ),
+    "alias": Rule(
+        "kernel", "error", "Let {op} return a new tensor or nothing: what it returns shares memory with an argument."
+    ),
+    "host-copy": Rule("sync", "warning", "Keep the tensor on the device: {op} waits for it and cannot be captured."),
+    # what starts over
+    "attribute": Rule(
+        "recompile", "error", "Make {op} a tensor buffer: numbers on a module are constants to the compiler."
+    ),
+    "constant": Rule("recompile", "error", "Pass {op} as a tensor, or keep it the same: each value is compiled anew."),
+    "length": Rule("recompile", "error", "Keep {op} at one length, such as a tensor allocated beforehand."),
+    "size-one": Rule(
+        "recompile", "warning", "Keep {op} above 1 (padded), or mark_unbacked it: size 1 is always compiled for itself."
+    ),
+    "size-again": Rule(
+        "recompile", "error", "Take {op} from a tensor's shape and compile with dynamic=True; it is guarded on."
+    ),
+    "size": Rule(
+        "recompile", "note", "Compile with dynamic=True or torch._dynamo.mark_dynamic ({op}): this costs one compile."
+    ),
+    "dtype": Rule("recompile", "warning", "Cast {op} before the model: each dtype is compiled for itself."),
+    "strides": Rule(
+        "recompile", "warning", "Make {op} contiguous before the model: each layout is compiled for itself."
+    ),
+    "type": Rule("recompile", "warning", "Pass {op} always or never: None and a tensor are compiled each for itself."),
+    "grad-mode": Rule("recompile", "warning", "Call the model under one grad mode and one autocast state."),
+    "identity": Rule(
+        "recompile", "error", "Keep {op} the same object from call to call: it is guarded on by identity."
+    ),
+    "limit": Rule(
+        "recompile", "error", "Remove the recompiles above first: at the limit {op} runs without the compiler."
+    ),
+    "other-guard": Rule(
+        "recompile", "warning", "Keep {op} the same from call to call: the compiled code depends on it."
+    ),
+    # the rest
+    "mutated-input": Rule(
+        "copy", "warning", "Write to a contiguous cache of its own that nobody reads after {op} has run."
+    ),
+    "reference-path": Rule("fallback", "warning", "Install {op}, or run the model on mamba_ops.compat.transformers."),
+    "optional-package": Rule("fallback", "warning", "Install {op}; without it a slower path runs."),
+    "refusal": Rule("fallback", "warning", "Give {op} what its faster backend takes: see the refusal."),
+    "jit-first": Rule("jit", "note", "Warm {op} up before serving: it is compiled when it is first called."),
+    "jit-later": Rule(
+        "jit", "error", "Do not specialise {op} on what varies (do_not_specialize): a new shape compiles it anew."
+    ),
+    "needs-values": Rule("stopped", "note", "Audit on the device itself to see what comes after."),
+}
+
+REPLACEMENTS = [  # what this library has for functions of others, by name
+    (r"causal_conv1d_update", "mamba_ops.causal_conv1d_update"),
+    (r"causal_conv1d|short_?conv", "mamba_ops.causal_conv1d"),
+    (r"selective_state_update", "mamba_ops.selective_state_update"),
+    (r"mamba_chunk_scan|ssd_|mamba_split_conv1d", "mamba_ops.mamba_chunk_scan"),
+    (r"selective_scan|mamba_inner", "mamba_ops.selective_scan"),
+    (r"chunk_gated_delta_rule", "mamba_ops.chunk_gated_delta_rule"),
+    (r"(fused_recurrent_)?gated_delta_rule", "mamba_ops.gated_delta_rule_update"),
+]
+
+_TYPES = [  # torch's name for a break, what its context says, the cause
+    (r"Tensor\.item\(\)", r"", "item"),
+    (r"Data dependent operator", r"_local_scalar_dense|item", "item"),
+    (r"Data.dependent branching|data-dependent jump|Data-dependent assertion", r"", "branch"),
+    (r"Data dependent operator|Could not guard on data-dependent", r"", "branch"),
+    (r"Dynamic shape operator", r"", "dynamic-shape"),
+    (r"compiler\.disable|disabled function", r"", "disable"),
+    (r"fake tensors|Missing fake|no fake|FakeTensor|fake impl", r"", "no-fake"),
+    (r"graph_break\(\)", r"", "explicit"),
+    (r"logging\.Logger", r"", "logging"),
+    (r"builtin operator", r"builtin print", "print"),
+    (r"Observed exception", r"data_ptr|data pointer", "data-pointer"),
+    (r"", r"data_ptr", "data-pointer"),
+    (r"context manager", r"", "context-manager"),
+    (r"autograd\.Function", r"", "autograd-function-break"),
+    (r"hook", r"", "hook"),
+    (r"out=|out variant", r"", "out-argument"),
+    (r"", r"PyCapsule|pybind11|instancemethod", "pybind"),
+    (r"marked as skipped|builtin operator", r"[Bb]uiltin|built-in", "builtin"),
+    (r"marked as skipped|deepcopy|skipped", r"", "skipped-function"),
+    (r"Observed exception", r"", "exception"),
+]
+
+
+def classify_break(gb_type: str, text: str, source: str) -> str:
+    """Return the cause of a graph break from torch's class of it, its message and the source line."""
+    if ".data_ptr(" in source:
+        return "data-pointer"
+    for wanted, context, cause in _TYPES:
+        if re.search(wanted, gb_type) and re.search(context, text):
+            if cause == "item" and ".tolist(" in source:
+                return "tolist"
+            if cause == "builtin" and (named := re.search(r"`(\w+)\.[\w.]+`", text)):
+                return cause if named[1] in sys.stdlib_module_names else "pybind"
+            return cause
+    return "other-break"
+
+
+_GUARDS = [
+    (r"size mismatch .*(expected 1, actual|actual 1$)", "size-one"),
+    (r"size mismatch", "size"),
+    (r"stride mismatch", "strides"),
+    (r"dtype mismatch", "dtype"),
+    (r"tensor '.*' (requires_grad|rank|dispatch|device)|expected type of|Tensor .*mismatch", "type"),
+    (r"2 <= |== 1\b.*size\(\)|0/1 specialization", "size-one"),
+    (r"size\(\)\[|\.size\(|stride\(\)|\.shape\[", "size-again"),
+    (r"^len\(|^not \w|keys\(\)", "length"),
+    (r" is None| is not None|TYPE_MATCH|___check_type_id|type\(", "type"),
+    (r"GRAD_MODE|grad_mode|autocast|torch_function|GLOBAL_STATE", "grad-mode"),
+    (r"___check_obj_id|ID_MATCH| is ", "identity"),
+    (r"^self\.[\w.\[\]']+ ==", "attribute"),
+    (r" == ", "constant"),
+]
+
+
+def classify_guard(guard: str) -> str:
+    """Return the cause of a recompile from the guard that failed."""
+    for pattern, cause in _GUARDS:
+        if re.search(pattern, guard):
+            return cause
+    return "other-guard"
+
+
+def guard_subject(guard: str) -> str:
+    """Return the argument or attribute that a guard is about."""
+    guard = re.sub(r"kwargs\['(\w+)'\]", r"\1", guard)
+    if named := re.match(r"tensor '(.+?)' ", guard):
+        dim = re.search(r"(?:size|stride) mismatch at index (\d+)", guard)
+        return named[1] + (f".shape[{dim[1]}]" if dim and "size" in guard else "")
+    if sized := re.search(r"([\w.\[\]']+)\.(?:size|stride)\(\)\[(\d+)\]", guard):
+        return f"{sized[1]}.shape[{sized[2]}]"
+    guard = re.sub(r"^not |^len\((.*?)\)", r"\1", guard)
+    guard = re.sub(r"___check_\w+\((.+?),.*", r"\1", guard)
+    return re.split(r" (?:==|is|!=|in|<=|>=)\b| [<>=!]=? ", guard)[0].strip() or guard
+
+
+def remedy(cause: str, op: str, around: str = "") -> str:
+    """Return the sentence; `around` is other text in which the name of a function of others may stand."""
+    replacement = "torch.library.custom_op"
+    for pattern, ours in REPLACEMENTS:
+        if re.search(pattern, f"{op} {around}"):
+            replacement = ours
+            break
+    return RULES[cause].remedy.format(op=op, replacement=replacement)

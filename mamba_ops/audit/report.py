@@ -1,0 +1,283 @@
+"""What an audit found, as data: it can be written to JSON, read back, and told apart from an older one."""
+
+import dataclasses
+import json
+import linecache
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+VERSION = 1  # of the JSON; raised when a name in it changes its meaning
+SEVERITIES = ("error", "warning", "note")
+KINDS = {
+    "break": "graph breaks",
+    "sync": "waits for the device",
+    "kernel": "kernels that the compiler cannot see through or place",
+    "recompile": "recompiles",
+    "copy": "copies for mutated inputs",
+    "fallback": "slow paths taken in silence",
+    "jit": "Triton kernels compiled",
+    "stopped": "places where the trace had to stop",
+}
+_ONE = {
+    "break": "graph break",
+    "sync": "wait for the device",
+    "kernel": "kernel that the compiler cannot see through or place",
+    "recompile": "recompile",
+    "copy": "copy for a mutated input",
+    "fallback": "slow path taken in silence",
+    "jit": "Triton kernel compiled",
+    "stopped": "place where the trace had to stop",
+}
+
+
+def counted(kind: str, count: int) -> str:
+    """Return "1 graph break" or "3 graph breaks"."""
+    return f"{count} {_ONE[kind] if count == 1 else KINDS[kind]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A line of code."""
+
+    file: str
+    line: int
+    function: str = ""
+    source: str = ""
+
+    @classmethod
+    def of(cls, file: str, line: int, function: str = "") -> "Place":
+        """Return the place with its source line, if that can be read."""
+        return cls(file, line, function, linecache.getline(file, line).strip())
+
+    @classmethod
+    def defined(cls, code: types.CodeType) -> "Place":
+        """Return the line of a function's `def`: its code begins at the first decorator."""
+        last = max((line for _, _, line in code.co_lines() if line is not None), default=code.co_firstlineno)
+        for line in range(code.co_firstlineno, last + 1):
+            if linecache.getline(code.co_filename, line).lstrip().startswith(("def ", "async def ")):
+                return cls.of(code.co_filename, line, code.co_name)
+        return cls.of(code.co_filename, code.co_firstlineno, code.co_name)
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclasses.dataclass
+class Finding:
+    """One thing that costs speed, or stops `fullgraph=True`.
+
+    Attributes:
+        kind: one of `KINDS`.
+        cause: the class of the reason; it selects the remedy.
+        severity: "error" (the compiled model is not what was asked for), "warning" (it costs time) or "note".
+        op: the function, op, guard or argument involved.
+        message: what torch said, or what was seen, in a sentence.
+        remedy: what to change, in one sentence.
+        where: the line of the user's code; None if nothing knows it.
+        stack: the calls that led there, outermost first, without torch's own frames.
+        count: how often it was seen; identical findings of several layers are one.
+        layers: names of the modules in which that code runs.
+        breaks: whether a graph ended here.
+        skipped_frame: the function that was not compiled at all because of this.
+        needs_device: whether only the real device can confirm it.
+        bytes: of a copy, where it is known.
+    """
+
+    kind: str
+    cause: str
+    severity: str
+    op: str
+    message: str
+    remedy: str
+    where: Place | None = None
+    stack: tuple[Place, ...] = ()
+    count: int = 1
+    layers: tuple[str, ...] = ()
+    breaks: bool = False
+    skipped_frame: str | None = None
+    needs_device: bool = False
+    bytes: int | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What two findings have in common if they are the same one."""
+        return (self.kind, self.cause, str(self.where), self.op)
+
+    @property
+    def classes(self) -> set[str]:
+        """What `--fail-on` may call it."""
+        return {self.kind} | ({"break"} if self.breaks else set())
+
+
+@dataclasses.dataclass
+class Piece:
+    """A part of a graph between splitting ops.
+
+    Attributes:
+        ops: how many ops it has.
+        splitting: the splitting op that it is, or None for what can be captured.
+        layers: the modules that its ops belong to, in order.
+    """
+
+    ops: int
+    splitting: str | None = None
+    layers: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass
+class Graph:
+    """One graph that Dynamo made.
+
+    Attributes:
+        call: the number of the call that it was made in; 0 is the first.
+        compile_id: torch's name for it; "0/1" is a second version of the first frame.
+        ops: how many ops it has.
+        pieces: how splitting ops divide it.
+    """
+
+    call: int
+    compile_id: str
+    ops: int
+    pieces: list[Piece] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class CallRow:
+    """What one call cost: the table of recompiles over shapes."""
+
+    shapes: str
+    graphs: int = 0
+    recompiles: int = 0
+    seconds: float = 0.0
+    jit: int = 0
+
+
+@dataclasses.dataclass
+class Report:
+    """All findings of one audit.
+
+    Attributes:
+        target, device: what was audited, and where.
+        absent: whether the device is not present on this machine, so that nothing ran.
+        calls: one row for each call.
+        graphs: in the order in which they were made.
+        backends: for our ops: which backend ran how often, and each refusal.
+        notes: what was left out or replaced, in sentences.
+        finished: False if it was interrupted or ran out of time; the rest is what was known then.
+    """
+
+    target: str
+    device: str = "cpu"
+    absent: bool = False
+    findings: list[Finding] = dataclasses.field(default_factory=list)
+    calls: list[CallRow] = dataclasses.field(default_factory=list)
+    graphs: list[Graph] = dataclasses.field(default_factory=list)
+    backends: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    layers: list[str] = dataclasses.field(default_factory=list)
+    torch: str = ""
+    finished: bool = True
+
+    @property
+    def clean(self) -> bool:
+        """Whether there is nothing to change: no finding above a note."""
+        return self.finished and all(finding.severity == "note" for finding in self.findings)
+
+    @property
+    def verdict(self) -> str:
+        """The report in one sentence."""
+        if not self.finished:
+            return "The audit was interrupted: this is what was known by then."
+        serious = [finding for finding in self.findings if finding.severity != "note"]
+        if not serious:
+            count = len(self.graphs)
+            return f"Nothing to change: {count} graph{'s' if count != 1 else ''}, no break."
+        counts = {kind: sum(kind in finding.classes for finding in serious) for kind in KINDS}
+        return "Found: " + ", ".join(counted(kind, count) for kind, count in counts.items() if count) + "."
+
+    def failing(self, classes: Iterable[str]) -> list[Finding]:
+        """Return the findings above a note that belong to one of these kinds."""
+        wanted = set(classes)
+        return [finding for finding in self.findings if finding.classes & wanted and finding.severity != "note"]
+
+    def add(self, finding: Finding) -> None:
+        """Add a finding, or count it if it is known already."""
+        for known in self.findings:
+            if known.key == finding.key:
+                known.count += finding.count
+                known.layers = tuple(dict.fromkeys(known.layers + finding.layers))
+                known.skipped_frame = known.skipped_frame or finding.skipped_frame
+                known.breaks |= finding.breaks
+                if SEVERITIES.index(finding.severity) < SEVERITIES.index(known.severity):
+                    known.severity = finding.severity
+                return
+        self.findings.append(finding)
+
+    def sort(self) -> None:
+        """Put the worst first."""
+        kinds = list(KINDS)
+        self.findings.sort(key=lambda f: (SEVERITIES.index(f.severity), kinds.index(f.kind), -f.count))
+
+    def to_json(self) -> str:
+        """Return the report as JSON; `from_json` reads it."""
+        facts = {"version": VERSION, "verdict": self.verdict, **dataclasses.asdict(self)}
+        return json.dumps(facts, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: it is no report, or one of another version.
+        """
+        facts = json.loads(text)
+        if not isinstance(facts, dict) or facts.get("version") != VERSION:
+            got = facts.get("version") if isinstance(facts, dict) else type(facts).__name__
+            raise ValueError(f"got a report of version {got}, expected {VERSION}")
+        facts = {name: value for name, value in facts.items() if name not in ("version", "verdict")}
+        facts["findings"] = [_finding(finding) for finding in facts["findings"]]
+        facts["calls"] = [CallRow(**row) for row in facts["calls"]]
+        facts["graphs"] = [
+            Graph(**{**graph, "pieces": [Piece(**{**p, "layers": tuple(p["layers"])}) for p in graph["pieces"]]})
+            for graph in facts["graphs"]
+        ]
+        return cls(**facts)
+
+
+def _finding(facts: Mapping[str, Any]) -> Finding:
+    where = Place(**facts["where"]) if facts["where"] else None
+    stack = tuple(Place(**place) for place in facts["stack"])
+    return Finding(**{**facts, "where": where, "stack": stack, "layers": tuple(facts["layers"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What became of one finding since another report: "new", "gone", "more" or "fewer"."""
+
+    what: str
+    finding: Finding
+    before: int
+    after: int
+
+
+def compare(now: Report, before: Report) -> list[Change]:
+    """Return what got worse or better; lines may have moved, so a finding is known by its file and source line."""
+    mine, theirs = _by_source(now), _by_source(before)
+    changes = []
+    for key in dict.fromkeys([*mine, *theirs]):
+        old, new = theirs.get(key, []), mine.get(key, [])
+        counts = sum(f.count for f in old), sum(f.count for f in new)
+        if counts[0] != counts[1]:
+            what = "new" if not old else "gone" if not new else "more" if counts[1] > counts[0] else "fewer"
+            changes.append(Change(what, (new or old)[0], *counts))
+    return changes
+
+
+def _by_source(report: Report) -> dict[tuple[str, ...], list[Finding]]:
+    found: dict[tuple[str, ...], list[Finding]] = {}
+    for finding in report.findings:
+        where = (Path(finding.where.file).name, finding.where.source) if finding.where else ("", "")
+        found.setdefault((finding.kind, finding.cause, finding.op, *where), []).append(finding)
+    return found

@@ -1,0 +1,342 @@
+"""Runs a model under the collector: eagerly once, then compiled, call after call."""
+
+import contextlib
+import copy
+import importlib.util
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+
+from mamba_ops import absent
+from mamba_ops.audit import graph as graphs
+from mamba_ops.audit.collect import Collector
+from mamba_ops.audit.eager import add_hidden_syncs, hear_fallbacks, run_eagerly
+from mamba_ops.audit.report import Report
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class ModelError(RuntimeError):
+    """The model itself failed, without the compiler; the cause is the user's own error."""
+
+
+def audit(
+    fn: Callable[..., Any],
+    *args: Any,
+    shapes: Sequence[Sequence[int]] | None = None,
+    device: str | torch.device | None = None,
+    train: bool = False,
+    calls: Sequence[Any] = (),
+    dynamic: bool | None = None,
+    mode: str | None = None,
+    copies: bool = False,
+    more_calls: Sequence[Arguments] = (),
+    tell: Callable[[str], None] = lambda step: None,
+    report: Report | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Compile a function or a module, call it, and return what stood in the way.
+
+    It resets torch.compile. The model is not changed: it is called with copies of its arguments, and its buffers are
+    put back. A device that is not present is traced in this process, which cannot be undone: `mamba-ops audit` uses a
+    child process.
+
+    Args:
+        fn, args, kwargs: what is called.
+        shapes: the leading sizes to call it with, such as `[(1, 128), (4, 512)]`. Each tensor argument that begins as
+            the first one does is cut, or repeated, to them. None: as it is.
+        device: where to; None: where the first tensor is.
+        train: whether the backward pass is compiled too.
+        calls: further calls, each a tuple of arguments.
+        dynamic: as for torch.compile. None shows the recompiles that a user sees.
+        mode: as for torch.compile; Inductor runs, where the device is present.
+        copies: whether to look for copies in what Inductor makes, which takes longer.
+        more_calls: the same, each as positional and keyword arguments.
+        tell: called with each step that begins.
+        report: filled in as things become known, so that an interrupted audit has something to show.
+
+    Raises:
+        ModelError: the model fails without the compiler.
+        ValueError: shapes or device do not fit.
+    """
+    made = [(args, dict(kwargs)), *((tuple(one), dict(kwargs)) for one in calls), *more_calls]
+    if shapes:
+        made = [(resize(a, shape), resize(k, shape)) for shape in shapes for a, k in made[:1]] + made[1:]
+    first = next((leaf for leaf in torch.utils._pytree.tree_leaves(made[0]) if isinstance(leaf, Tensor)), None)
+    where = torch.device(device) if device is not None else first.device if first is not None else torch.device("cpu")
+    is_absent = where.type != "cpu" and not torch.get_device_module(where).is_available()
+    name = type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__qualname__", str(fn))
+    report = report if report is not None else Report(name)
+    report.device, report.absent, report.torch = str(where), is_absent, str(torch.__version__)
+    report.finished = False
+    if is_absent and train:
+        raise ValueError(
+            f"{where} is not present, and gradients cannot be traced for an absent device; leave train out"
+        )
+    collector = Collector(report, fn)
+    report.layers = collector.layers.repeated()
+    if not is_absent:
+        fn = fn.to(where) if isinstance(fn, nn.Module) else fn
+        made = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to(where), made)
+    with _quiet(), torch.set_grad_enabled(train):
+        tell("without the compiler")
+        syncs = _first(collector, fn, made[0], is_absent)
+        if is_absent:
+            _trace_absent(collector, fn, made, where, dynamic, tell)
+        else:
+            _compile(collector, fn, made, where, train, dynamic, mode, tell)
+        add_hidden_syncs(collector, syncs)
+        if copies:
+            tell("copies, through Inductor")
+            if is_absent:
+                report.notes.append("Copies were taken from code for the CPU; the device's own code may differ.")
+            _find_copies(collector, fn, made[0], dynamic)
+    report.finished = True
+    report.sort()
+    return report
+
+
+@contextlib.contextmanager
+def watch(target: str = "watched code") -> Iterator[Report]:
+    """Within the block, keep what torch.compile does with the user's own code; the report is complete after it."""
+    report = Report(target, torch=str(torch.__version__), finished=False)
+    collector = Collector(report)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    report.device = str(accelerator or "cpu")
+    try:
+        with hear_fallbacks(collector), collector.listen(), collector.one_call("watched"):
+            yield report
+    finally:
+        report.finished = True
+        report.sort()
+
+
+def resize(value: Any, shape: Sequence[int]) -> Any:
+    """Return arguments with other leading sizes: the values are cut, or repeated from the start."""
+    first = next((leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)), None)
+    if first is None:
+        return value
+    if first.dim() < len(shape):
+        raise ValueError(f"got shape {'x'.join(map(str, shape))}, expected at most {first.dim()} sizes")
+    old = tuple(first.shape[: len(shape)])
+
+    def one(tensor: Tensor) -> Tensor:
+        if tuple(tensor.shape[: len(shape)]) != old:
+            return tensor
+        for dim, size in enumerate(shape):
+            if size != tensor.shape[dim]:
+                tensor = tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
+        return tensor
+
+    return torch.utils._pytree.tree_map_only(Tensor, one, value)
+
+
+def describe(made: Arguments) -> str:
+    """Return the shapes of a call's tensors, as in "1x128"."""
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
+    sizes = list(dict.fromkeys("x".join(map(str, leaf.shape)) or "()" for leaf in leaves))
+    return ", ".join(sizes[:4]) + (", ..." if len(sizes) > 4 else "") or "no tensors"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch logs what the report says, at length."""
+    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch._inductor", "torch.fx", "torch._functorch")]
+    levels = [log.level for log in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for log in loggers:
+            log.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for log, level in zip(loggers, levels, strict=True):
+                log.setLevel(level)
+
+
+def _copied(made: Arguments) -> Arguments:
+    try:
+        return copy.deepcopy(made)
+    except (RuntimeError, TypeError):  # no leaf tensors, or objects that cannot be copied
+        return made
+
+
+@contextlib.contextmanager
+def _unchanged(fn: Any) -> Iterator[None]:
+    """Put back the buffers and plain attributes that calls changed."""
+    if not isinstance(fn, nn.Module):
+        yield
+        return
+    plain = (int, float, str, bool, list, dict, type(None))
+    buffers = {name: buffer.clone() for name, buffer in fn.named_buffers()}
+    members = [
+        (module, {k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, plain) and not k.startswith("_")})
+        for module in fn.modules()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in fn.named_buffers():
+                if name in buffers and buffers[name].shape == buffer.shape:
+                    buffer.copy_(buffers[name])
+        for module, before in members:
+            vars(module).update(before)
+
+
+def _first(collector: Collector, fn: Any, made: Arguments, is_absent: bool) -> list[tuple[str, tuple[Any, ...]]]:
+    """Run the first call eagerly, on the CPU if the device is absent."""
+    args, kwargs = _copied(made)
+    try:
+        with _unchanged(fn), collector.listen_to_triton():
+            return run_eagerly(collector, lambda: fn(*args, **kwargs))
+    except Exception as error:
+        if not is_absent:
+            raise ModelError(f"the model raised {type(error).__name__} without the compiler") from error
+        collector.report.notes.append(
+            f"The model does not run on this CPU ({type(error).__name__}: {str(error).partition(chr(10))[0]}), so slow "
+            "paths and the schemas of its ops were not looked at."
+        )
+        return []
+
+
+def _compile(
+    collector: Collector,
+    fn: Any,
+    calls: Sequence[Arguments],
+    device: torch.device,
+    train: bool,
+    dynamic: bool | None,
+    mode: str | None,
+    tell: Callable[[str], None],
+) -> None:
+    torch._dynamo.reset()
+    inductor = mode is not None or device.type != "cpu"
+    options: dict[str, Any] = {"mode": mode} if inductor else {"backend": "aot_eager"}
+    with _unchanged(fn), collector.listen():
+        compiled: Callable[..., Any] = torch.compile(fn, dynamic=dynamic, **options)
+        for made in calls:
+            shapes = describe(made)
+            tell(f"compiled, {shapes}")
+            args, kwargs = _copied(made)
+            with collector.one_call(shapes):
+                try:
+                    out = compiled(*args, **kwargs)
+                    if train:
+                        _backward(out)
+                except Exception as error:
+                    _failed(collector, error)
+                    break
+    torch._dynamo.reset()
+
+
+def _backward(out: Any) -> None:
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if leaves:
+        torch.autograd.backward([leaf.sum() for leaf in leaves])
+
+
+def _failed(collector: Collector, error: Exception) -> None:
+    """The eager call went well, so it is the compiler that failed: that is a finding."""
+    from mamba_ops.audit.places import in_text, theirs
+
+    stack = theirs(getattr(error, "real_stack", None) or ()) or in_text(str(error))
+    collector.add("compiler-error", type(error).__name__, str(error), stack, breaks=True)
+
+
+def _trace_absent(
+    collector: Collector,
+    fn: Any,
+    calls: Sequence[Arguments],
+    device: torch.device,
+    dynamic: bool | None,
+    tell: Callable[[str], None],
+) -> None:
+    report = collector.report
+    report.notes.append(
+        f"{device} is not present: Dynamo and AOTAutograd ran, Inductor and kernels did not. Copies, CUDA graphs and "
+        "compiled Triton kernels need the device itself."
+    )
+    if device.type == "xpu":
+        report.notes.append(
+            "Attention was traced through the math op: which fused kernel xpu takes, it decides itself."
+        )
+    # Dynamo takes a launch for one only where a device could run it.
+    launches = mock.patch("torch.utils._triton.has_triton", return_value=importlib.util.find_spec("triton") is not None)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(collector.listen())
+        stack.enter_context(launches)
+        _let_devices_be_entered(stack, device)
+        tracer = absent.Tracer(fn, device=device.type, dynamic=dynamic)
+        for made in calls:
+            shapes = describe(made)
+            tell(f"traced, {shapes}")
+            with collector.one_call(shapes):
+                try:
+                    tracer(*made[0], **made[1])
+                except Exception as error:
+                    if not any(finding.breaks for finding in report.findings):
+                        _failed(collector, error)
+                    else:  # what Python runs between two graphs has no values to run on
+                        _stop(collector, error)
+            if tracer.trace.stopped:
+                collector.add("needs-values", "fake tensor", tracer.trace.stopped, (), needs_device=True)
+    torch._dynamo.reset()
+
+
+def _let_devices_be_entered(stack: contextlib.ExitStack, device: torch.device) -> None:
+    """Let `with torch.cuda.device(...)` be traced where torch was built without CUDA: nothing is exchanged."""
+    from torch._dynamo.variables import ctx_manager
+
+    module = torch.get_device_module(device)
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        if hasattr(module, name):
+            stack.enter_context(mock.patch.object(module, name, return_value=0))
+    for cls in vars(ctx_manager).values():  # which keep the functions that were there when they were made
+        for name in ("_exchange_fn", "_maybe_exchange_fn"):
+            if isinstance(cls, type) and callable(vars(cls).get(name)):
+                stack.enter_context(mock.patch.object(cls, name, staticmethod(lambda index: 0)))
+
+
+def _stop(collector: Collector, error: Exception) -> None:
+    sentence = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    collector.add(
+        "needs-values", "fake tensor", f"what runs between two graphs failed, {sentence}", (), needs_device=True
+    )
+
+
+def _find_copies(collector: Collector, fn: Any, made: Arguments, dynamic: bool | None) -> None:
+    """Compile once more, with Inductor and without its caches, and read the graphs that its passes leave."""
+    from torch._inductor import compile_fx
+
+    found: list[tuple[str, int, Any]] = []
+    passes = compile_fx.post_grad_passes  # type: ignore[attr-defined]
+
+    def read(module: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> None:
+        passes(module, *args, **kwargs)
+        found.extend(graphs.copies(module))
+
+    torch._dynamo.reset()
+    args, kwargs = _copied(made)
+    start = time.perf_counter()
+    with _unchanged(fn), mock.patch.object(compile_fx, "post_grad_passes", read):
+        try:
+            with torch._inductor.config.patch(force_disable_caches=True):
+                compiled: Callable[..., Any] = torch.compile(fn, dynamic=dynamic)
+                compiled(*args, **kwargs)
+        except Exception as error:
+            collector.report.notes.append(
+                f"Inductor did not get through ({type(error).__name__}), after {time.perf_counter() - start:.0f} s: "
+                "copies were not looked at."
+            )
+    torch._dynamo.reset()
+    for op, size, stack in found:
+        message = f"the compiler copies {size:,} bytes before {op} writes" if size else f"a copy before {op} writes"
+        collector.add("mutated-input", op, message, stack, bytes=size or None)

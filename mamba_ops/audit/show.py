@@ -1,0 +1,118 @@
+"""A report as text, for a terminal or a log."""
+
+from typing import TYPE_CHECKING
+
+from mamba_ops.audit.report import KINDS, Change, Finding, Place, Report, compare
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
+
+
+def grouped(layers: tuple[str, ...]) -> str:
+    """Return the names of layers on one line: the numbers of a module list as ranges."""
+    if len(layers) <= 2:
+        return ", ".join(layers)
+    numbers: dict[tuple[str, str], list[int]] = {}
+    others = []
+    for name in layers:
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if at is None:
+            others.append(name)
+        else:
+            numbers.setdefault((".".join(parts[:at]), ".".join(parts[at + 1 :])), []).append(int(parts[at]))
+    ranges = [
+        f"{'.'.join(filter(None, (before, f'[{_ranges(sorted(set(found)))}]', after)))}"
+        for (before, after), found in numbers.items()
+    ]
+    return ", ".join([*ranges, *others[:3]]) + (", ..." if len(others) > 3 else "") + f" ({len(layers)} modules)"
+
+
+def _ranges(numbers: list[int]) -> str:
+    pieces: list[list[int]] = []
+    for number in numbers:
+        if pieces and number == pieces[-1][1] + 1:
+            pieces[-1][1] = number
+        else:
+            pieces.append([number, number])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in pieces)
+
+
+def caller(finding: Finding) -> list[Place]:
+    """Return the line outside installed packages that led into one, if there is one: that is the user's own."""
+    if finding.where is None or "site-packages" not in finding.where.file:
+        return []
+    return [place for place in finding.stack if "site-packages" not in place.file][-1:]
+
+
+def lines(finding: Finding) -> list[str]:
+    """Return a finding as lines of text; the first is its heading."""
+    times = f" ({finding.count} times)" if finding.count > 1 else ""
+    text = [f"{finding.severity}: {finding.kind}/{finding.cause}: {finding.op}{times}"]
+    if finding.where:
+        text += [f"{finding.where} in {finding.where.function}", f"    {finding.where.source}"]
+        text += [f"called from {place}: {place.source}" for place in caller(finding)]
+    text.append(finding.message)
+    if finding.skipped_frame:
+        text.append(f"All of {finding.skipped_frame} runs without the compiler because of this.")
+    if finding.layers:
+        text.append(f"In {grouped(finding.layers)}")
+    if finding.needs_device:
+        text.append("Only the device itself can confirm this.")
+    return [*text, f"-> {finding.remedy}"]
+
+
+def show(report: Report, console: "Console") -> None:
+    """Print a report."""
+    from rich.table import Table
+    from rich.text import Text
+
+    absent = ", which is not present" if report.absent else ""
+    console.print(Text(f"{report.target} on {report.device}{absent} (torch {report.torch})", "bold"))
+    console.print(Text(report.verdict, "green" if report.clean else "bold red"))
+    for finding in report.findings:
+        heading, *rest = lines(finding)
+        console.print()
+        console.print(Text(heading, _STYLES[finding.severity]))
+        for line in rest:
+            console.print(Text(f"  {line}", "bold" if line.startswith("->") else ""), soft_wrap=True)
+    if report.calls:
+        console.print()
+        table = Table(title="Calls", title_justify="left")
+        for heading in ("shapes", "graphs", "recompiles", "seconds", "Triton compiles"):
+            table.add_column(heading, justify="left" if heading == "shapes" else "right")
+        for row in report.calls:
+            numbers = (str(row.graphs), str(row.recompiles), f"{row.seconds:.1f}", str(row.jit))
+            table.add_row(Text(row.shapes), *numbers)
+        console.print(table)
+    for graph in report.graphs:
+        if any(piece.splitting for piece in graph.pieces):
+            parts = [piece.splitting or f"{piece.ops} ops" for piece in graph.pieces]
+            console.print(Text(f"graph {graph.compile_id}: " + " | ".join(parts)))
+    for op, ran in report.backends.items():
+        console.print(Text(f"{op} ran on {ran}"))
+    for note in report.notes:
+        console.print(Text(f"Note: {note}"), soft_wrap=True)
+
+
+def show_changes(report: Report, before: Report, console: "Console") -> None:
+    """Print what became of the findings since another report."""
+    from rich.text import Text
+
+    changes = compare(report, before)
+    console.print()
+    console.print(Text("Since the other report:" if changes else "Since the other report nothing has changed.", "bold"))
+    for change in changes:
+        console.print(
+            Text(f"  {describe(change)}", "green" if change.what in ("gone", "fewer") else "red"), soft_wrap=True
+        )
+
+
+def describe(change: Change) -> str:
+    """Return a change in a line."""
+    finding = change.finding
+    counts = "" if change.what in ("new", "gone") else f" {change.before} -> {change.after}"
+    where = f" at {finding.where}" if finding.where else ""
+    return f"{change.what}{counts}: {KINDS[finding.kind]}, {finding.op}{where}"

@@ -1,0 +1,53 @@
+"""For tests of models: `assert_one_graph`, and the pytest fixture `graph_audit`.
+
+pytest finds the fixture by itself where this package is installed.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mamba_ops.audit import Report
+
+try:
+    import pytest
+except ModuleNotFoundError:
+    pytest = None  # type: ignore[assignment]
+
+
+def assert_one_graph(
+    model: Callable[..., Any],
+    *inputs: Any,
+    shapes: Sequence[Sequence[int]] | None = None,
+    allow: Sequence[str] = (),
+    **kwargs: Any,
+) -> "Report":
+    """Fail, with what to change, unless a model compiles to one graph, and to one more at most over all shapes.
+
+    Args:
+        model, inputs, kwargs: what is called; `train`, `device` and the other options of `mamba_ops.audit.audit` too.
+        shapes: leading sizes to call it with, such as `[(1, 128), (4, 512)]`.
+        allow: causes that may be found all the same, such as "size-one".
+
+    Raises:
+        AssertionError: the model breaks or recompiles; its message holds the findings.
+    """
+    from mamba_ops.audit import audit
+    from mamba_ops.audit.show import lines
+
+    report = audit(model, *inputs, shapes=shapes, **kwargs)
+    found = [f for f in report.failing(("break", "recompile", "kernel", "sync", "copy")) if f.cause not in allow]
+    first = [graph for graph in report.graphs if graph.call == 0]
+    if found or len(first) != 1:
+        text = [f"{report.target}: got {len(first)} graphs in the first call, expected 1. {report.verdict}"]
+        text += ["\n".join(["", *lines(finding)]) for finding in found]
+        raise AssertionError("\n".join(text))
+    return report
+
+
+if pytest is not None:
+
+    @pytest.fixture
+    def graph_audit() -> Callable[..., "Report"]:
+        """Return `assert_one_graph`."""
+        return assert_one_graph
