@@ -1,4 +1,4 @@
-"""The command `mamba-ops`: backends here and why not the others, the ops, a demo, a model on several backends."""
+"""The command `mamba-ops`: backends here and why not the others, the ops, a demo, a model compared or audited."""
 
 import os
 import sys
@@ -23,6 +23,7 @@ except ModuleNotFoundError as error:
 
 import torch
 
+from mamba_ops.audit.cli import audit_command
 from mamba_ops.registry import Backend, Op, RegistryError, backends, explain, ops
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -248,6 +249,9 @@ def compare_backends(
     for problem in comparison.problems:
         console.print(f"FAILED: {problem}", style="bold red")
     raise typer.Exit(1 if comparison.problems else 0)
+
+
+app.command("audit")(audit_command)
 
 
 @contextmanager

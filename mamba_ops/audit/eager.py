@@ -6,16 +6,18 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mamba_ops.audit.collect import Collector
 from mamba_ops.audit.graph import op_name
 from mamba_ops.audit.places import running
 from mamba_ops.registry import Op, explain, ops, record_selections
+
+if TYPE_CHECKING:
+    from mamba_ops.audit.collect import Collector
 
 _BUILT_IN = (
     "aten",
@@ -37,7 +39,7 @@ _MISSING = re.compile(r"install|not available|unavailable|could not be|failed to
 class _Watch(TorchDispatchMode):
     """Compares what ops of other packages do with their schemas; keeps where the host waits."""
 
-    def __init__(self, collector: Collector) -> None:
+    def __init__(self, collector: "Collector") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.collector = collector
         self.syncs: list[tuple[str, tuple[Any, ...]]] = []
@@ -106,7 +108,7 @@ class _Handler(logging.Handler):
 
 
 @contextlib.contextmanager
-def hear_fallbacks(collector: Collector) -> Iterator[None]:
+def hear_fallbacks(collector: "Collector") -> Iterator[None]:
     """Within the block, warnings of Transformers and others about slow paths become findings.
 
     Transformers says each thing once in a process; here every call says it, so that it is found in each layer and in
@@ -141,7 +143,7 @@ def hear_fallbacks(collector: Collector) -> Iterator[None]:
             logging.Logger.warning_once = warning_once  # type: ignore[attr-defined]
 
 
-def run_eagerly(collector: Collector, call: Callable[[], Any]) -> list[tuple[str, tuple[Any, ...]]]:
+def run_eagerly(collector: "Collector", call: Callable[[], Any]) -> list[tuple[str, tuple[Any, ...]]]:
     """Run one call without the compiler; return where the host waited, each as a cause and a stack."""
     with hear_fallbacks(collector), record_selections() as record, _Watch(collector) as watch:
         call()
@@ -160,7 +162,7 @@ def _counted(record: Any) -> dict[str, str]:
     return {op: ", ".join(ran) for op, ran in found.items()}
 
 
-def add_hidden_syncs(collector: Collector, syncs: list[tuple[str, tuple[Any, ...]]]) -> None:
+def add_hidden_syncs(collector: "Collector", syncs: list[tuple[str, tuple[Any, ...]]]) -> None:
     """Add the waits that stand below a call that Dynamo left to Python: elsewhere it finds them itself."""
     broken = {
         finding.where

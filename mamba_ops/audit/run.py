@@ -7,18 +7,19 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 
 from mamba_ops import absent
 from mamba_ops.audit import graph as graphs
-from mamba_ops.audit.collect import Collector
 from mamba_ops.audit.eager import add_hidden_syncs, hear_fallbacks, run_eagerly
 from mamba_ops.audit.report import Report
+
+if TYPE_CHECKING:
+    from mamba_ops.audit.collect import Collector
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -66,6 +67,8 @@ def audit(
         ModelError: the model fails without the compiler.
         ValueError: shapes or device do not fit.
     """
+    from mamba_ops.audit.collect import Collector  # brings torch.compile, which takes seconds
+
     made = [(args, dict(kwargs)), *((tuple(one), dict(kwargs)) for one in calls), *more_calls]
     if shapes:
         made = [(resize(a, shape), resize(k, shape)) for shape in shapes for a, k in made[:1]] + made[1:]
@@ -106,6 +109,8 @@ def audit(
 @contextlib.contextmanager
 def watch(target: str = "watched code") -> Iterator[Report]:
     """Within the block, keep what torch.compile does with the user's own code; the report is complete after it."""
+    from mamba_ops.audit.collect import Collector
+
     report = Report(target, torch=str(torch.__version__), finished=False)
     collector = Collector(report)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -191,7 +196,7 @@ def _unchanged(fn: Any) -> Iterator[None]:
             vars(module).update(before)
 
 
-def _first(collector: Collector, fn: Any, made: Arguments, is_absent: bool) -> list[tuple[str, tuple[Any, ...]]]:
+def _first(collector: "Collector", fn: Any, made: Arguments, is_absent: bool) -> list[tuple[str, tuple[Any, ...]]]:
     """Run the first call eagerly, on the CPU if the device is absent."""
     args, kwargs = _copied(made)
     try:
@@ -208,7 +213,7 @@ def _first(collector: Collector, fn: Any, made: Arguments, is_absent: bool) -> l
 
 
 def _compile(
-    collector: Collector,
+    collector: "Collector",
     fn: Any,
     calls: Sequence[Arguments],
     device: torch.device,
@@ -243,7 +248,7 @@ def _backward(out: Any) -> None:
         torch.autograd.backward([leaf.sum() for leaf in leaves])
 
 
-def _failed(collector: Collector, error: Exception) -> None:
+def _failed(collector: "Collector", error: Exception) -> None:
     """The eager call went well, so it is the compiler that failed: that is a finding."""
     from mamba_ops.audit.places import in_text, theirs
 
@@ -252,7 +257,7 @@ def _failed(collector: Collector, error: Exception) -> None:
 
 
 def _trace_absent(
-    collector: Collector,
+    collector: "Collector",
     fn: Any,
     calls: Sequence[Arguments],
     device: torch.device,
@@ -305,14 +310,14 @@ def _let_devices_be_entered(stack: contextlib.ExitStack, device: torch.device) -
                 stack.enter_context(mock.patch.object(cls, name, staticmethod(lambda index: 0)))
 
 
-def _stop(collector: Collector, error: Exception) -> None:
+def _stop(collector: "Collector", error: Exception) -> None:
     sentence = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     collector.add(
         "needs-values", "fake tensor", f"what runs between two graphs failed, {sentence}", (), needs_device=True
     )
 
 
-def _find_copies(collector: Collector, fn: Any, made: Arguments, dynamic: bool | None) -> None:
+def _find_copies(collector: "Collector", fn: Any, made: Arguments, dynamic: bool | None) -> None:
     """Compile once more, with Inductor and without its caches, and read the graphs that its passes leave."""
     from torch._inductor import compile_fx
 
