@@ -6,10 +6,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mamba_ops.layers.caches import require_a_pair
-from mamba_ops.layers.norms import GatedRMSNorm, wide
+from mamba_ops.layers.mixer import Mixer, require_silu
+from mamba_ops.layers.norms import GatedRMSNorm
 from mamba_ops.ops import (
     causal_conv1d,
     causal_conv1d_update,
@@ -17,11 +17,12 @@ from mamba_ops.ops import (
     gated_delta_rule_update,
     gdn_mixing,
 )
+from mamba_ops.ops.gated_delta_rule_update import delta_rule_gates
 from mamba_ops.ops.gdn_mixing import unpack
 from mamba_ops.ops.mixing import HasPlan
 
 
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(Mixer):
     """Mix the tokens of each sequence, `(..., hidden_size)` to the same shape, with the gated delta rule.
 
     Calling the layer reads sequences from their beginning or on from a cache (prefill); `step` reads one token more of
@@ -109,8 +110,7 @@ class GatedDeltaNet(nn.Module):
         if config.model_type != "qwen3_next" and not config.model_type.startswith("qwen3_5"):
             expected = "'qwen3_next' or 'qwen3_5...', whose projections are known here"
             raise ValueError(f"GatedDeltaNet.from_config: model_type: got {config.model_type!r}, expected {expected}")
-        if activation not in ("silu", "swish"):
-            raise ValueError(f"GatedDeltaNet.from_config: hidden_act: got {activation!r}, expected 'silu' (or 'swish')")
+        require_silu("GatedDeltaNet", activation)
         return cls(**sizes, device=device, dtype=dtype)
 
     @torch.no_grad()
@@ -124,60 +124,17 @@ class GatedDeltaNet(nn.Module):
         names = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "interleaved")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
-    def empty_caches(
-        self, slots: int, *, dtype: torch.dtype | None = None, state_dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, Tensor]:
-        """Return a `(conv_state, ssm_state)` of zeros for `slots` sequences, on the parameters' device.
+    def _state(self) -> tuple[int, int, int]:
+        return self.num_v_heads, self.head_v_dim, self.head_k_dim
 
-        Args:
-            slots: how many sequences they hold.
-            dtype: of conv_state; None: that of the parameters.
-            state_dtype: of ssm_state, which sums over a whole sequence.
-        """
-        weight = self.conv1d.weight
-        dim, _, width = weight.shape
-        conv_state = weight.new_zeros((slots, width - 1, dim), dtype=dtype).transpose(1, 2)  # channels lie together
-        return conv_state, weight.new_zeros((slots, *self._state()), dtype=state_dtype)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        conv_state: Tensor | None = None,
-        ssm_state: Tensor | None = None,
-        *,
-        plan: HasPlan | None = None,
-        slots: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        has_initial_state: Tensor | None = None,
-        null_slot: int = -1,
+    def _read(
+        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: dict[str, Any]
     ) -> Tensor:
-        """Read sequences and return their output; with caches, leave each sequence's last state there.
-
-        With a plan, the tokens are those of an engine's step: some sequences decode, others are read.
-
-        Args:
-            hidden_states: `(batch, length, hidden_size)`, or packed `(tokens, hidden_size)` with `cu_seqlens`.
-            conv_state, ssm_state: caches as `empty_caches` makes them, both or neither. Mutated.
-            plan: a `mamba_ops.serving.Plan` of packed tokens; it says all that the arguments after it would, and what
-                is returned for tokens of nobody means nothing.
-            slots: int32 or int64 `(>= n,)`: where in the caches sequence i is. None: in slot i.
-            cu_seqlens: int32 or int64 `(n + 1,)`: sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1]; what
-                is returned for tokens past the last sequence means nothing.
-            has_initial_state: bool `(n,)`: sequence i goes on from its state in the caches. None: none does.
-            null_slot: a sequence whose slot is this or negative is nobody: it is not mixed, and no cache is touched.
-        """
-        if plan is not None:
-            if conv_state is None or ssm_state is None:
-                got = "a plan without caches"
-                raise ValueError(f"GatedDeltaNet: plan: got {got}, expected both caches; see empty_caches()")
-            return self._mix(hidden_states, conv_state, ssm_state, plan)
         mixed, z, b, a = self._project(hidden_states, conv_state, ssm_state)
-        rows: dict[str, Any] = {"cu_seqlens": cu_seqlens, "slots": slots, "has_initial_state": has_initial_state}
-        rows["null_slot"] = null_slot
         weight = self.conv1d.weight.squeeze(1)
         q, k, v = self._split(causal_conv1d(mixed, weight, conv_state=conv_state, **rows))
-        g = -wide(self.A_log).exp() * functional.softplus(wide(a) + wide(self.dt_bias))
-        y = chunk_gated_delta_rule(q, k, v, g, wide(b).sigmoid(), state=ssm_state, qk_l2norm=True, **rows)
+        g, beta = delta_rule_gates(a, b, self.A_log, self.dt_bias)
+        y = chunk_gated_delta_rule(q, k, v, g, beta, state=ssm_state, qk_l2norm=True, **rows)
         return self._output(y, z)
 
     def _mix(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
@@ -204,25 +161,10 @@ class GatedDeltaNet(nn.Module):
         )
         return self._output(y, z)
 
-    def step(
-        self,
-        hidden_states: Tensor,
-        conv_state: Tensor,
-        ssm_state: Tensor,
-        *,
-        slots: Tensor | None = None,
-        null_slot: int = -1,
-    ) -> Tensor:
-        """Read one token more of every sequence, advance the caches in place and return the tokens' output.
-
-        Args:
-            hidden_states: `(n, hidden_size)`, or a few tokens more of every sequence `(n, length, hidden_size)`.
-            conv_state, ssm_state, slots, null_slot: as for a call of the layer.
-        """
+    def _step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: dict[str, Any]) -> Tensor:
         mixed, z, b, a = self._project(hidden_states, conv_state, ssm_state)
-        rows: dict[str, Any] = {"slots": slots, "null_slot": null_slot}
         q, k, v = self._split(causal_conv1d_update(mixed, conv_state, self.conv1d.weight.squeeze(1), **rows))
-        rows |= {"a": a, "b": b, "A_log": self.A_log, "dt_bias": self.dt_bias}
+        rows = rows | {"a": a, "b": b, "A_log": self.A_log, "dt_bias": self.dt_bias}
         return self._output(gated_delta_rule_update(ssm_state, q, k, v, qk_l2norm=True, **rows), z)
 
     def _project(
@@ -240,9 +182,6 @@ class GatedDeltaNet(nn.Module):
 
     def _sizes(self) -> tuple[int, int, int, int]:
         return self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim
-
-    def _state(self) -> tuple[int, int, int]:
-        return self.num_v_heads, self.head_v_dim, self.head_k_dim
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v by head."""

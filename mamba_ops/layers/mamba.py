@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mamba_ops.layers.caches import require_a_pair
+from mamba_ops.layers.mixer import Mixer, require_silu
 from mamba_ops.layers.norms import RMSNorm, wide
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba_mixing, selective_scan, selective_state_update
 from mamba_ops.ops.mixing import HasPlan
@@ -15,7 +16,7 @@ from mamba_ops.ops.mixing import HasPlan
 NORMS = (None, "weightless", "weighted")
 
 
-class Mamba(nn.Module):
+class Mamba(Mixer):
     """Mix the tokens of each sequence, `(..., hidden_size)` to the same shape, with a state space model per channel.
 
     Calling the layer reads sequences from their beginning or on from a cache (prefill); `step` reads one token more of
@@ -112,8 +113,7 @@ class Mamba(nn.Module):
         except AttributeError as error:
             expected = "Transformers' MambaConfig, FalconMambaConfig or JambaConfig"
             raise ValueError(f"Mamba.from_config: config: {error}; expected {expected}") from None
-        if activation not in ("silu", "swish"):
-            raise ValueError(f"Mamba.from_config: hidden_act: got {activation!r}, expected 'silu' (or 'swish')")
+        require_silu("Mamba", activation)
         return cls(config.hidden_size, **sizes, device=device, dtype=dtype)
 
     @torch.no_grad()
@@ -129,62 +129,16 @@ class Mamba(nn.Module):
         """Return what the sub-modules do not show."""
         return f"inner={self.inner}, dstate={self.dstate}, dt_rank={self.dt_rank}, norms={self.norms!r}"
 
-    def empty_caches(
-        self, slots: int, *, dtype: torch.dtype | None = None, state_dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, Tensor]:
-        """Return a `(conv_state, ssm_state)` of zeros for `slots` sequences, on the parameters' device.
+    def _state(self) -> tuple[int, int]:
+        return self.inner, self.dstate
 
-        Args:
-            slots: how many sequences they hold.
-            dtype: of conv_state; None: that of the parameters.
-            state_dtype: of ssm_state, which sums over a whole sequence.
-        """
-        weight = self.conv1d.weight
-        inner, _, width = weight.shape
-        conv_state = weight.new_zeros((slots, width - 1, inner), dtype=dtype).transpose(1, 2)  # channels lie together
-        return conv_state, weight.new_zeros((slots, inner, self.dstate), dtype=state_dtype)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        conv_state: Tensor | None = None,
-        ssm_state: Tensor | None = None,
-        *,
-        plan: HasPlan | None = None,
-        slots: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        has_initial_state: Tensor | None = None,
-        null_slot: int = -1,
+    def _read(
+        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: dict[str, Any]
     ) -> Tensor:
-        """Read sequences and return their output; with caches, leave each sequence's last state there.
-
-        With a plan, the tokens are those of an engine's step: some sequences decode, others are read.
-
-        Args:
-            hidden_states: `(batch, length, hidden_size)`, or packed `(tokens, hidden_size)` with `cu_seqlens`.
-            conv_state, ssm_state: caches as `empty_caches` makes them, both or neither. Mutated.
-            plan: a `mamba_ops.serving.Plan` of packed tokens; it says all that the arguments after it would, and what
-                is returned for tokens of nobody means nothing.
-            slots: int32 or int64 `(>= n,)`: where in the caches sequence i is. None: in slot i.
-            cu_seqlens: int32 or int64 `(n + 1,)`: sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1]; what
-                is returned for tokens past the last sequence means nothing.
-            has_initial_state: bool `(n,)`: sequence i goes on from its state in the caches. None: none does.
-            null_slot: a sequence whose slot is this or negative is nobody: it is not mixed, and no cache is touched.
-        """
-        if plan is not None:
-            if conv_state is None or ssm_state is None:
-                raise ValueError("Mamba: plan: got a plan without caches, expected both caches; see empty_caches()")
-            return self._mix(hidden_states, conv_state, ssm_state, plan)
         x, z = self._project(hidden_states, conv_state, ssm_state)
-        rows: dict[str, Any] = {
-            "cu_seqlens": cu_seqlens,
-            "slots": slots,
-            "has_initial_state": has_initial_state,
-            "null_slot": null_slot,
-        }
         x = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state=conv_state, **rows)
         delta, B, C = self._steps(x)
-        rows |= {"D": self.D, "z": z, "delta_bias": self.dt_proj.bias, "ssm_state": ssm_state}
+        rows = rows | {"D": self.D, "z": z, "delta_bias": self.dt_proj.bias, "ssm_state": ssm_state}
         return self._output(selective_scan(x, delta, self._A(), B, C, delta_softplus=True, **rows))
 
     def _mix(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
@@ -213,26 +167,11 @@ class Mamba(nn.Module):
         )
         return self._output(y)
 
-    def step(
-        self,
-        hidden_states: Tensor,
-        conv_state: Tensor,
-        ssm_state: Tensor,
-        *,
-        slots: Tensor | None = None,
-        null_slot: int = -1,
-    ) -> Tensor:
-        """Read one token more of every sequence, advance the caches in place and return the tokens' output.
-
-        Args:
-            hidden_states: `(n, hidden_size)`, or a few tokens more of every sequence `(n, length, hidden_size)`.
-            conv_state, ssm_state, slots, null_slot: as for a call of the layer.
-        """
+    def _step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: dict[str, Any]) -> Tensor:
         x, z = self._project(hidden_states, conv_state, ssm_state)
-        rows: dict[str, Any] = {"slots": slots, "null_slot": null_slot}
         x = causal_conv1d_update(x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, **rows)
         delta, B, C = self._steps(x)
-        rows |= {"D": self.D, "z": z, "dt_bias": self.dt_proj.bias}
+        rows = rows | {"D": self.D, "z": z, "dt_bias": self.dt_proj.bias}
         return self._output(selective_state_update(ssm_state, x, delta, self._A(), B, C, dt_softplus=True, **rows))
 
     def _project(
@@ -240,7 +179,7 @@ class Mamba(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return what is convolved and the gate, having looked at what the ops after the convolution will refuse."""
         x, z = cast(Tensor, self.in_proj(hidden_states)).chunk(2, dim=-1)
-        require_a_pair(x, conv_state, ssm_state, (self.inner, self.dstate))
+        require_a_pair(x, conv_state, ssm_state, self._state())
         return x, z
 
     def _steps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mamba_ops.layers.caches import require_a_pair
+from mamba_ops.layers.mixer import Mixer, require_silu
 from mamba_ops.layers.norms import GatedRMSNorm, wide
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba2_mixing, mamba_chunk_scan, selective_state_update
 from mamba_ops.ops.mixing import HasPlan
 
 
-class Mamba2(nn.Module):
+class Mamba2(Mixer):
     """Mix the tokens of each sequence, `(..., hidden_size)` to the same shape, with `heads` state space models.
 
     Calling the layer reads sequences from their beginning or on from a cache (prefill); `step` reads one token more of
@@ -98,8 +99,7 @@ class Mamba2(nn.Module):
             }
         except AttributeError as error:
             raise ValueError(f"Mamba2.from_config: config: {error}; expected Transformers' Mamba2Config") from None
-        if activation not in ("silu", "swish"):
-            raise ValueError(f"Mamba2.from_config: hidden_act: got {activation!r}, expected 'silu' (or 'swish')")
+        require_silu("Mamba2", activation)
         for name in ("chunk_size", "mamba_chunk_size"):
             if (chunk_size := getattr(config, name, None)) is not None:
                 sizes["chunk_size"] = int(chunk_size)
@@ -118,59 +118,13 @@ class Mamba2(nn.Module):
         names = ("heads", "head_dim", "dstate", "groups", "chunk_size", "dt_min", "dt_max")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
-    def empty_caches(
-        self, slots: int, *, dtype: torch.dtype | None = None, state_dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, Tensor]:
-        """Return a `(conv_state, ssm_state)` of zeros for `slots` sequences, on the parameters' device.
+    def _state(self) -> tuple[int, int, int]:
+        return self.heads, self.head_dim, self.dstate
 
-        Args:
-            slots: how many sequences they hold.
-            dtype: of conv_state; None: that of the parameters.
-            state_dtype: of ssm_state, which sums over a whole sequence.
-        """
-        weight = self.conv1d.weight
-        dim, _, width = weight.shape
-        conv_state = weight.new_zeros((slots, width - 1, dim), dtype=dtype).transpose(1, 2)  # channels lie together
-        return conv_state, weight.new_zeros((slots, self.heads, self.head_dim, self.dstate), dtype=state_dtype)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        conv_state: Tensor | None = None,
-        ssm_state: Tensor | None = None,
-        *,
-        plan: HasPlan | None = None,
-        slots: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        has_initial_state: Tensor | None = None,
-        null_slot: int = -1,
+    def _read(
+        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: dict[str, Any]
     ) -> Tensor:
-        """Read sequences and return their output; with caches, leave each sequence's last state there.
-
-        With a plan, the tokens are those of an engine's step: some sequences decode, others are read.
-
-        Args:
-            hidden_states: `(batch, length, hidden_size)`, or packed `(tokens, hidden_size)` with `cu_seqlens`.
-            conv_state, ssm_state: caches as `empty_caches` makes them, both or neither. Mutated.
-            plan: a `mamba_ops.serving.Plan` of packed tokens; it says all that the arguments after it would, and what
-                is returned for tokens of nobody means nothing.
-            slots: int32 or int64 `(>= n,)`: where in the caches sequence i is. None: in slot i.
-            cu_seqlens: int32 or int64 `(n + 1,)`: sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1]; what
-                is returned for tokens past the last sequence means nothing.
-            has_initial_state: bool `(n,)`: sequence i goes on from its state in the caches. None: none does.
-            null_slot: a sequence whose slot is this or negative is nobody: it is not mixed, and no cache is touched.
-        """
-        if plan is not None:
-            if conv_state is None or ssm_state is None:
-                raise ValueError("Mamba2: plan: got a plan without caches, expected both caches; see empty_caches()")
-            return self._mix(hidden_states, conv_state, ssm_state, plan)
         gate, mixed, dt = self._project(hidden_states, conv_state, ssm_state)
-        rows: dict[str, Any] = {
-            "cu_seqlens": cu_seqlens,
-            "slots": slots,
-            "has_initial_state": has_initial_state,
-            "null_slot": null_slot,
-        }
         mixed = causal_conv1d(mixed, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state=conv_state, **rows)
         x, B, C = self._split(mixed)
         y = mamba_chunk_scan(
@@ -213,23 +167,8 @@ class Mamba2(nn.Module):
         )
         return self._output(y, projected[..., : self.projected[0]])
 
-    def step(
-        self,
-        hidden_states: Tensor,
-        conv_state: Tensor,
-        ssm_state: Tensor,
-        *,
-        slots: Tensor | None = None,
-        null_slot: int = -1,
-    ) -> Tensor:
-        """Read one token more of every sequence, advance the caches in place and return the tokens' output.
-
-        Args:
-            hidden_states: `(n, hidden_size)`, or a few tokens more of every sequence `(n, length, hidden_size)`.
-            conv_state, ssm_state, slots, null_slot: as for a call of the layer.
-        """
+    def _step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: dict[str, Any]) -> Tensor:
         gate, mixed, dt = self._project(hidden_states, conv_state, ssm_state)
-        rows: dict[str, Any] = {"slots": slots, "null_slot": null_slot}
         mixed = causal_conv1d_update(mixed, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, **rows)
         x, B, C = self._split(mixed)
         bias: Tensor | None = self.dt_bias
@@ -245,8 +184,7 @@ class Mamba2(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Return gate, what is convolved, and dt, having looked at what the ops after the convolution will refuse."""
         gate, mixed, dt = cast(Tensor, self.in_proj(hidden_states)).split(self.projected, dim=-1)
-        sizes = (self.heads, self.head_dim, self.dstate)
-        require_a_pair(mixed, conv_state, ssm_state, sizes)
+        require_a_pair(mixed, conv_state, ssm_state, self._state())
         return gate, mixed, dt
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:

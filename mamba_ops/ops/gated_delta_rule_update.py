@@ -123,12 +123,10 @@ def gated_delta_rule_update(
         queries, keys = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS) for x in (queries, keys))
     queries = queries * (q.shape[-1] ** -0.5 if scale is None else scale)
     if g is not None and beta is not None:
-        decay, much = torch.exp(rows(g)), rows(beta)
+        decay, much = rows(g), rows(beta)
     elif a is not None and b is not None and A_log is not None and dt_bias is not None:
-        # not torch's softplus and sigmoid: on a CPU their last bits depend on where an element stands
-        d = rows(a) + dt_bias.to(compute)
-        d = torch.where(d > 20, d, torch.log1p(torch.exp(d)))
-        decay, much = torch.exp(-torch.exp(A_log.to(compute)) * d), 1 / (1 + torch.exp(-rows(b)))
+        decay, much = delta_rule_gates(rows(a), rows(b), A_log, dt_bias)
+    decay = torch.exp(decay)
 
     k_heads, of_one = q.shape[-2], v.shape[-2] // q.shape[-2]
     # Rows in order are a view: a state of the dtype that is computed in then advances where it is.
@@ -155,6 +153,15 @@ def gated_delta_rule_update(
     else:
         output.copy_(y[:, 0] if flat else y)
     return output
+
+
+def delta_rule_gates(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return g and beta, like `a`, from what a layer projects, in float32 at least."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    d = a.to(wide) + dt_bias.to(wide)
+    # not torch's softplus and sigmoid: on a CPU their last bits depend on where an element stands
+    d = torch.where(d > 20, d, torch.log1p(torch.exp(d)))
+    return -torch.exp(A_log.to(wide)) * d, 1 / (1 + torch.exp(-b.to(wide)))
 
 
 @gated_delta_rule_update.outputs

@@ -11,7 +11,7 @@ from mamba_ops.ops.causal_conv1d import causal_conv1d
 from mamba_ops.ops.causal_conv1d_update import causal_conv1d_update
 from mamba_ops.ops.checking import floating, one_device, shape_is, tensor_rank
 from mamba_ops.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
-from mamba_ops.ops.gated_delta_rule_update import gated_delta_rule_update
+from mamba_ops.ops.gated_delta_rule_update import delta_rule_gates, gated_delta_rule_update
 from mamba_ops.ops.mixing import (
     SAMPLE_SLOTS,
     PlanTensors,
@@ -104,7 +104,7 @@ def gdn_mixing(
         tokens, options = rows
         convolved = convolve(mixed[tokens], conv_weight, conv_bias, conv_state=conv_state, **options)
         q, k, v = by_head(mixed[tokens] if convolved is None else convolved)
-        g, beta = _gates(a[tokens], b[tokens], A_log, dt_bias)
+        g, beta = delta_rule_gates(a[tokens], b[tokens], A_log, dt_bias)
         scan(q, k, v, g, beta, state=ssm_state, qk_l2norm=True, out=output[tokens], **options)
 
     def step(rows: Rows, convolve: Callable[..., Any], update: Callable[..., Any]) -> None:
@@ -154,14 +154,6 @@ def unpack(
     b, a = ba.unflatten(-1, (num_k_heads, 2 * of_one)).chunk(2, dim=-1)
     mixed = torch.cat([q.flatten(-2), k.flatten(-2), v.flatten(-2)], dim=-1)
     return mixed, z.reshape(*z.shape[:-2], num_v_heads, head_v_dim), b.flatten(-2), a.flatten(-2)
-
-
-def _gates(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the log of the decay, and how much of a value is written, in float32 at least."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    d = a.to(wide) + dt_bias.to(wide)
-    d = torch.where(d > 20, d, torch.log1p(torch.exp(d)))
-    return -A_log.to(wide).exp() * d, b.to(wide).sigmoid()
 
 
 @gdn_mixing.checks
