@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import by_token, chunk_at, chunks_of, dense, on_device_of
+from mamba_ops.kernels.triton.common import by_token, chunk_at, chunks_of, dense, on_device_of, tile
 
 CHUNK = 64
 _PART: tl.constexpr = tl.constexpr(16)  # of a chunk: systems of so many tokens are solved token by token
@@ -22,15 +22,6 @@ _PART: tl.constexpr = tl.constexpr(16)  # of a chunk: systems of so many tokens 
 _NUMBERS = """length rows null_slot slots_stride write_stride q_stride k_stride v_stride g_stride beta_stride
     output_stride slot_stride head_stride value_stride key_stride scale""".split()
 _POINTERS = """q k v g beta cu_seqlens state slots write_slots has_initial_state output""".split()
-
-
-@triton.jit
-def _tile(pointer, i, i_stride, j, ALIGNED: tl.constexpr):
-    # pointers to the entries j of rows i; where ALIGNED, rows start at multiples of 16 bytes
-    pointers = pointer + i.to(tl.int64)[:, None] * i_stride + j[None, :]
-    if ALIGNED:
-        pointers = tl.multiple_of(pointers, (1, 16))
-    return pointers
 
 
 @triton.jit
@@ -124,8 +115,8 @@ def _solve(
     t = low + i
     there = (t < high)[:, None] & (key < K_DIM)[None, :]
     operand = solved.dtype.element_ty
-    keys = tl.load(_tile(k + k_head * K_DIM, t, k_stride, key, ALIGNED), there, other=0.0)
-    queries = tl.load(_tile(q + k_head * K_DIM, t, q_stride, key, ALIGNED), there, other=0.0)
+    keys = tl.load(tile(k + k_head * K_DIM, t, k_stride, key, ALIGNED), there, other=0.0)
+    queries = tl.load(tile(q + k_head * K_DIM, t, q_stride, key, ALIGNED), there, other=0.0)
     much = tl.load(beta + head + t.to(tl.int64) * beta_stride, t < high, other=0.0).to(tl.float32)
     decay = tl.load(g + head + t.to(tl.int64) * g_stride, t < high, other=0.0).to(tl.float32)
 
@@ -204,7 +195,7 @@ def _scan(
     if source < 0:
         for number in range(chunks):
             t = begin + number * CHUNK + i
-            place = _tile(output, t, output_stride, value, ALIGNED)
+            place = tile(output, t, output_stride, value, ALIGNED)
             tl.store(place, tl.zeros([CHUNK, BLOCK], tl.float32), (t < begin + count)[:, None] & in_value)
         return
     s = tl.zeros([BLOCK, BLOCK_K], tl.float32)
@@ -227,9 +218,9 @@ def _scan(
     for number in range(chunks):
         t = begin + number * CHUNK + i
         there = (t < begin + count)[:, None]
-        keys = tl.load(_tile(k, t, k_stride, key, ALIGNED), there & in_key, other=0.0).to(operand)
-        queries = tl.load(_tile(q, t, q_stride, key, ALIGNED), there & in_key, other=0.0).to(operand)
-        values = tl.load(_tile(v, t, v_stride, value, ALIGNED), there & in_value, other=0.0)
+        keys = tl.load(tile(k, t, k_stride, key, ALIGNED), there & in_key, other=0.0).to(operand)
+        queries = tl.load(tile(q, t, q_stride, key, ALIGNED), there & in_key, other=0.0).to(operand)
+        values = tl.load(tile(v, t, v_stride, value, ALIGNED), there & in_value, other=0.0)
         inverse = tl.load(solved + square)
         weight = tl.load(weights + square)
 
@@ -244,7 +235,7 @@ def _scan(
         kept = (new * tl.load(factors + 2 * CHUNK + i)[None, :]).to(operand)
         s = tl.dot(kept, keys, s * decay, input_precision="ieee")
         y = tl.dot(new.to(operand), tl.trans(weight), y, input_precision="ieee")
-        tl.store(_tile(output, t, output_stride, value, ALIGNED), tl.trans(y), there & in_value)
+        tl.store(tile(output, t, output_stride, value, ALIGNED), tl.trans(y), there & in_value)
         factors += V_HEADS * 4 * CHUNK
         solved += V_HEADS * CHUNK * CHUNK
         weights += V_HEADS * CHUNK * CHUNK

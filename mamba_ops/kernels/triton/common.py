@@ -73,6 +73,15 @@ def chunks_of(row, cu_seqlens, length, CHUNK: tl.constexpr, BLOCK_ROWS: tl.const
         return row * chunks, chunks, row * length, length
 
 
+@triton.jit
+def tile(pointer, i, i_stride, j, ALIGNED: tl.constexpr):
+    # pointers to the entries j of rows i; where ALIGNED, rows start at multiples of 16 bytes
+    pointers = pointer + i.to(tl.int64)[:, None] * i_stride + j[None, :]
+    if ALIGNED:
+        pointers = tl.multiple_of(pointers, (1, 16))
+    return pointers
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether everything but the first dimension is laid out as in a contiguous tensor."""
     if tensor.is_contiguous():

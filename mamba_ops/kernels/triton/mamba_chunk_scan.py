@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import by_token, dense, is_dense, on_device_of, softplus
+from mamba_ops.kernels.triton.common import by_token, dense, is_dense, on_device_of, softplus, tile
 
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
 _NUMBERS = """length rows tokens null_slot slots_stride write_stride x_stride dt_stride B_stride C_stride z_stride
@@ -34,15 +34,6 @@ def _extent(row, inside, cu_seqlens, computed_tokens, length, CHUNK: tl.constexp
     if computed_tokens is not None:
         before = (tl.load(computed_tokens + row, inside, other=0) % CHUNK).to(tl.int32)
     return begin, count, before
-
-
-@triton.jit
-def _tile(pointer, i, i_stride, j, ALIGNED: tl.constexpr):
-    # pointers to the entries j of rows i; where ALIGNED, rows start at multiples of 16 bytes
-    pointers = pointer + i.to(tl.int64)[:, None] * i_stride + j[None, :]
-    if ALIGNED:
-        pointers = tl.multiple_of(pointers, (1, 16))
-    return pointers
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS + _POINTERS)
@@ -115,7 +106,7 @@ def _prepare(
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     token = low + tl.arange(0, BLOCK_TOKENS)
     inside = (token < high)[:, None] & (head < HEADS)[None, :]
-    d = tl.load(_tile(dt, token, dt_stride, head, False), inside, other=0.0).to(tl.float32)
+    d = tl.load(tile(dt, token, dt_stride, head, False), inside, other=0.0).to(tl.float32)
     if dt_bias is not None:
         d += tl.load(dt_bias + head, head < HEADS, other=0.0).to(tl.float32)[None, :]
     if SOFTPLUS:
@@ -226,8 +217,8 @@ def _states(
                 s *= tl.exp2(tl.load(decay + high - 1))
             t = low + block % PER_CHUNK * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
             inside = (t >= 0) & (t < high)
-            u = tl.load(_tile(x, begin + t, x_stride, channel, ALIGNED), inside[:, None] & in_dim[None, :], other=0.0)
-            b = tl.load(_tile(B, begin + t, B_stride, entry, ALIGNED), inside[:, None] & in_dstate[None, :], other=0.0)
+            u = tl.load(tile(x, begin + t, x_stride, channel, ALIGNED), inside[:, None] & in_dim[None, :], other=0.0)
+            b = tl.load(tile(B, begin + t, B_stride, entry, ALIGNED), inside[:, None] & in_dstate[None, :], other=0.0)
             w = tl.load(weight + t, inside, other=0.0)
             b = b.to(tl.float32) * w[:, None]
             operand = befores.dtype.element_ty
@@ -293,7 +284,7 @@ def _outputs(
     token = first + tl.arange(0, BLOCK_TOKENS)
     inside = token < end
     written = inside[:, None] & in_dim[None, :]
-    output = _tile(output + head * DIM, token, output_stride, channel, ALIGNED)
+    output = tile(output + head * DIM, token, output_stride, channel, ALIGNED)
     if past < 0:
         tl.store(output, tl.zeros([BLOCK_TOKENS, BLOCK_DIM], tl.float32), written)
         return
@@ -305,18 +296,18 @@ def _outputs(
     decays = steps + head.to(tl.int64) * tokens
     sizes = decays + HEADS * tokens.to(tl.int64)
     decay = tl.load(decays + token, inside, other=float("-inf"))
-    c = tl.load(_tile(C, token, C_stride, entry, ALIGNED), inside[:, None] & in_dstate[None, :], other=0.0).to(operand)
+    c = tl.load(tile(C, token, C_stride, entry, ALIGNED), inside[:, None] & in_dstate[None, :], other=0.0).to(operand)
 
     y = tl.zeros([BLOCK_TOKENS, BLOCK_DIM], tl.float32)
     if past > 0:
         befores += (chunk * HEADS + head) * (DIM * DSTATE)
-        s = tl.load(_tile(befores, channel, DSTATE, entry, ALIGNED), in_dim[:, None] & in_dstate[None, :], other=0.0)
+        s = tl.load(tile(befores, channel, DSTATE, entry, ALIGNED), in_dim[:, None] & in_dstate[None, :], other=0.0)
         y = tl.dot(c, tl.trans(s), input_precision="ieee") * tl.exp2(decay)[:, None]
     for start in range(begin, tl.minimum(first + BLOCK_TOKENS, end), BLOCK_PAST):
         t = start + tl.arange(0, BLOCK_PAST)
         there = t < end
-        b = tl.load(_tile(B, t, B_stride, entry, ALIGNED), there[:, None] & in_dstate[None, :], other=0.0).to(operand)
-        u = tl.load(_tile(x, t, x_stride, channel, ALIGNED), there[:, None] & in_dim[None, :], other=0.0).to(operand)
+        b = tl.load(tile(B, t, B_stride, entry, ALIGNED), there[:, None] & in_dstate[None, :], other=0.0).to(operand)
+        u = tl.load(tile(x, t, x_stride, channel, ALIGNED), there[:, None] & in_dim[None, :], other=0.0).to(operand)
         w = decay[:, None] - tl.load(decays + t, there, other=0.0)[None, :]
         w = tl.exp2(tl.where(token[:, None] >= t[None, :], w, float("-inf")))
         w *= tl.load(sizes + t, there, other=0.0)[None, :]
@@ -324,13 +315,13 @@ def _outputs(
         y = tl.dot(w.to(operand), u, y, input_precision="ieee")
 
     if D is not None:
-        u = tl.load(_tile(x, token, x_stride, channel, ALIGNED), written, other=0.0).to(tl.float32)
+        u = tl.load(tile(x, token, x_stride, channel, ALIGNED), written, other=0.0).to(tl.float32)
         if D_PER_CHANNEL:
             y += u * tl.load(D + head * DIM + channel, in_dim, other=0.0).to(tl.float32)[None, :]
         else:
             y += u * tl.load(D + head).to(tl.float32)
     if z is not None:
-        gate = tl.load(_tile(z + head * DIM, token, z_stride, channel, ALIGNED), written, other=0.0).to(tl.float32)
+        gate = tl.load(tile(z + head * DIM, token, z_stride, channel, ALIGNED), written, other=0.0).to(tl.float32)
         y *= gate * tl.sigmoid(gate)
     tl.store(output, y, written)
 
