@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._namespace import mamba
-from mamba_ops.ops.checking import floating, one_device, packed_rows, shape_is, slot_table, tensor_rank
+from mamba_ops.ops.checking import floating, one_device, packed_rows, shape_is, short, slot_table, tensor_rank
 from mamba_ops.ops.slots import row_slots, store_rows
 from mamba_ops.registry import Sample, bad_argument, given
 
@@ -159,7 +159,7 @@ def _checks(
 
     slot_table("slots", slots, rows=n)
     if has_initial_state is not None and has_initial_state.dtype != torch.bool:
-        got = str(has_initial_state.dtype).removeprefix("torch.")
+        got = short(has_initial_state.dtype)
         raise bad_argument("has_initial_state", got=got, expected="bool", hint="compare it with 0")
     shape_is("has_initial_state", has_initial_state, (n,), hint="one a sequence")
     if conv_state is None:
@@ -229,9 +229,7 @@ def _samples(
     yield Sample("many tokens", (normal(3, 8 * length, dim), weight), base())
     for other_dtype in (torch.float16, torch.float32):
         changes = {"bias": bias.to(other_dtype), "conv_state": cache(dtype=other_dtype)}
-        yield Sample(
-            str(other_dtype).removeprefix("torch."), (x.to(other_dtype), weight.to(other_dtype)), base(**changes)
-        )
+        yield Sample(short(other_dtype), (x.to(other_dtype), weight.to(other_dtype)), base(**changes))
     mixed = base(conv_state=cache(dtype=torch.float16), out=normal(3, length, dim, dtype=torch.float32))
     yield Sample("mixed dtypes", (x, weight.float()), mixed)
 

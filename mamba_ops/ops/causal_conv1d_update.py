@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._namespace import mamba
-from mamba_ops.ops.checking import floating, index_tensor, one_device, packed_rows, shape_is, slot_table, tensor_rank
+from mamba_ops.ops.checking import (
+    floating,
+    index_tensor,
+    one_device,
+    packed_rows,
+    shape_is,
+    short,
+    slot_table,
+    tensor_rank,
+)
 from mamba_ops.ops.slots import is_null, slot_columns, store_rows
 from mamba_ops.registry import Sample, bad_argument, given
 
@@ -252,7 +261,7 @@ def _samples(
     for other_dtype in (torch.float16, torch.float32):
         other_base = {"bias": normal(dim, dtype=other_dtype), "slots": slots}
         arguments = normal(4, dim, dtype=other_dtype), cache(dtype=other_dtype), normal(dim, width, dtype=other_dtype)
-        yield Sample(str(other_dtype).removeprefix("torch."), arguments, other_base)
+        yield Sample(short(other_dtype), arguments, other_base)
     mixed = {**base, "out": normal(4, dim, dtype=torch.float32)}
     yield Sample("mixed dtypes", (normal(4, dim), cache(dtype=torch.float16), weight.float()), mixed)
 

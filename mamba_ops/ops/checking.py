@@ -30,7 +30,7 @@ def floating(**tensors: Tensor | None) -> None:
     """Every given tensor holds ordinary floating-point numbers; they need not be of one dtype."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in _FLOATS:
-            raise bad_argument(name, got=_short(tensor.dtype), expected=_one_of(_FLOATS), hint="convert it first")
+            raise bad_argument(name, got=short(tensor.dtype), expected=_one_of(_FLOATS), hint="convert it first")
 
 
 def one_device(device: torch.device, of: str = "x", /, **tensors: Tensor | None) -> None:
@@ -44,7 +44,7 @@ def one_device(device: torch.device, of: str = "x", /, **tensors: Tensor | None)
 def index_tensor(name: str, tensor: Tensor) -> None:
     """`tensor` holds indices: int32 or int64."""
     if tensor.dtype not in _INDICES:
-        raise bad_argument(name, got=_short(tensor.dtype), expected=_one_of(_INDICES), hint="convert it first")
+        raise bad_argument(name, got=short(tensor.dtype), expected=_one_of(_INDICES), hint="convert it first")
 
 
 def slot_table(name: str, table: Tensor | None, *, rows: int, columns: int = 1) -> None:
@@ -62,6 +62,24 @@ def slot_table(name: str, table: Tensor | None, *, rows: int, columns: int = 1) 
         raise bad_argument(name, got=f"{width} columns", expected=f"at least {columns}", hint=hint)
 
 
+def slot_for_each(name: str, cache: Tensor, slots: Tensor | None, *, rows: int) -> None:
+    """`cache` has a slot for each of `rows` rows, where no table says which is whose."""
+    if slots is None and cache.shape[0] < rows:
+        hint = "without slots, row i uses slot i"
+        raise bad_argument(name, got=f"{cache.shape[0]} slots", expected=f"at least {rows}", hint=hint)
+
+
+def initial_flags(name: str, cache: Tensor | None, has_initial_state: Tensor | None, *, rows: int) -> None:
+    """`has_initial_state`, where it is given, has a bool for each row, and there is a `cache` to read them from."""
+    if has_initial_state is None:
+        return
+    if has_initial_state.dtype != torch.bool:
+        raise bad_argument("has_initial_state", got=short(has_initial_state.dtype), expected="bool")
+    shape_is("has_initial_state", has_initial_state, (rows,), hint="one for each row")
+    if cache is None:
+        raise bad_argument(name, got="none", expected="a cache", hint="has_initial_state says who reads it")
+
+
 def packed_rows(cu_seqlens: Tensor | None) -> None:
     """`cu_seqlens`, where it is given, is `(n + 1,)`: where each row starts, then where the last one ends."""
     if cu_seqlens is None:
@@ -72,10 +90,11 @@ def packed_rows(cu_seqlens: Tensor | None) -> None:
         raise bad_argument("cu_seqlens", got=f"shape {tuple(cu_seqlens.shape)}", expected="(n + 1,)", hint=hint)
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
+    """A dtype's name as messages have it."""
     return str(dtype).removeprefix("torch.")
 
 
 def _one_of(dtypes: tuple[torch.dtype, ...]) -> str:
-    *most, last = map(_short, dtypes)
+    *most, last = map(short, dtypes)
     return f"{', '.join(most)} or {last}"

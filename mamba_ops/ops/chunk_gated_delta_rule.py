@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._namespace import mamba
-from mamba_ops.ops.checking import floating, one_device, packed_rows, shape_is, slot_table, tensor_rank
+from mamba_ops.ops.checking import (
+    floating,
+    initial_flags,
+    one_device,
+    packed_rows,
+    shape_is,
+    slot_for_each,
+    slot_table,
+    tensor_rank,
+)
 from mamba_ops.ops.gated_delta_rule_update import EPS, delta_rule_tokens
 from mamba_ops.ops.pieces import lay_out, row_count
-from mamba_ops.ops.slots import require_slots, row_slots, store_rows
+from mamba_ops.ops.slots import initial_states, row_ends, store_rows
 from mamba_ops.registry import Sample, bad_argument, given
 
 CHUNK = 64
@@ -83,31 +92,20 @@ def chunk_gated_delta_rule(
         return output
     pieces = lay_out(v, CHUNK, 1, cu_seqlens, None)
     empty = pieces.of_row == 0
-    source, somebody = (t[:, 0] for t in row_slots(slots, n, null_slot, v.device))
-    target, stored = source, somebody & ~empty
-    if write_slots is not None:
-        target, written = (t[:, 0] for t in row_slots(write_slots, n, null_slot, v.device))
-        stored = somebody & written & ~(empty & (target == source))
-
+    ends = row_ends(slots, write_slots, null_slot, empty, state)
     last = v.new_zeros(n, v_heads, v_dim, k_dim, dtype=compute)
-    if state is not None:
-        require_slots(state, source, somebody)
-        require_slots(state, target, stored)
-        if has_initial_state is not None:
-            carried = somebody & has_initial_state
-            last = torch.where(carried.view(n, 1, 1, 1), state[torch.where(carried, source, 0)], 0).to(compute)
+    if state is not None and has_initial_state is not None:
+        last = initial_states(state, ends, has_initial_state, compute)
     if v.numel() == 0:
         if state is not None:
-            store_rows(state, target, last, stored)
+            store_rows(state, ends.target, last, ends.stored)
         return output
 
-    inside = pieces.inside & somebody[pieces.row].unsqueeze(1)
+    inside = pieces.inside & ends.somebody[pieces.row].unsqueeze(1)
 
     def laid_out(tokens: Tensor) -> Tensor:
         """An activation as (pieces, heads, CHUNK, ...), zero where there is no token; heads of q and k as of v."""
-        tokens = (tokens if cu_seqlens is not None else tokens.flatten(0, 1))[pieces.token]
-        tokens = torch.where(inside.view(*inside.shape, *[1] * (tokens.dim() - 2)), tokens, 0).to(compute)
-        return tokens.transpose(1, 2)
+        return pieces.laid_out(tokens, inside, compute).transpose(1, 2)
 
     queries, keys, values, much = laid_out(q), laid_out(k), laid_out(v), laid_out(beta).unsqueeze(3)
     if qk_l2norm:
@@ -139,13 +137,9 @@ def chunk_gated_delta_rule(
         after = decay[piece] * last + new.transpose(2, 3) @ closing[piece]
         last = torch.where(exists.view(n, 1, 1, 1), after, last)
 
-    packed = output if cu_seqlens is not None else output.new_empty(v.flatten(0, 1).shape)
-    rows = y.transpose(1, 2).flatten(0, 1)
-    store_rows(packed, pieces.token.flatten(), rows, pieces.inside.flatten())
-    if cu_seqlens is None:
-        output.copy_(packed.view(output.shape))
+    pieces.store(output, y.transpose(1, 2))
     if state is not None:
-        store_rows(state, target, last, stored)
+        store_rows(state, ends.target, last, ends.stored)
     return output
 
 
@@ -216,18 +210,10 @@ def _checks(
     n = row_count(v, cu_seqlens)
     slot_table("slots", slots, rows=n)
     slot_table("write_slots", write_slots, rows=n)
-    if has_initial_state is not None:
-        if has_initial_state.dtype != torch.bool:
-            dtype = str(has_initial_state.dtype).removeprefix("torch.")
-            raise bad_argument("has_initial_state", got=dtype, expected="bool")
-        shape_is("has_initial_state", has_initial_state, (n,), hint="one for each row")
-        if state is None:
-            raise bad_argument("state", got="none", expected="a cache", hint="has_initial_state says who reads it")
+    initial_flags("state", state, has_initial_state, rows=n)
     if state is not None:
         shape_is("state", state, (state.shape[0], v_heads, v_dim, k_dim), hint="(slots, v_heads, v_dim, k_dim)")
-        if slots is None and state.shape[0] < n:
-            got, hint = f"{state.shape[0]} slots", "without slots, row i uses slot i"
-            raise bad_argument("state", got=got, expected=f"at least {n}", hint=hint)
+        slot_for_each("state", state, slots, rows=n)
 
 
 @chunk_gated_delta_rule.samples

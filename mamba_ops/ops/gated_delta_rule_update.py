@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._namespace import mamba
-from mamba_ops.ops.checking import floating, index_tensor, one_device, packed_rows, shape_is, slot_table, tensor_rank
+from mamba_ops.ops.checking import (
+    floating,
+    index_tensor,
+    one_device,
+    packed_rows,
+    shape_is,
+    slot_for_each,
+    slot_table,
+    tensor_rank,
+)
 from mamba_ops.ops.slots import padded_rows, require_slots, row_slots, store_rows
 from mamba_ops.registry import Sample, bad_argument, given
 
@@ -223,9 +232,7 @@ def _checks(
     n = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     slot_table("slots", slots, rows=n)
     slot_table("write_slots", write_slots, rows=n)
-    if slots is None and state.shape[0] < n:
-        got, hint = f"{state.shape[0]} slots", "without slots, row i uses slot i"
-        raise bad_argument("state", got=got, expected=f"at least {n}", hint=hint)
+    slot_for_each("state", state, slots, rows=n)
     if num_accepted_tokens is not None:
         index_tensor("num_accepted_tokens", num_accepted_tokens)
         shape_is("num_accepted_tokens", num_accepted_tokens, (n,), hint="one for each row")

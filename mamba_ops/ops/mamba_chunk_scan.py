@@ -11,9 +11,19 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._namespace import mamba
-from mamba_ops.ops.checking import floating, index_tensor, one_device, packed_rows, shape_is, slot_table, tensor_rank
+from mamba_ops.ops.checking import (
+    floating,
+    index_tensor,
+    initial_flags,
+    one_device,
+    packed_rows,
+    shape_is,
+    slot_for_each,
+    slot_table,
+    tensor_rank,
+)
 from mamba_ops.ops.pieces import Pieces, lay_out, most_chunks, row_count
-from mamba_ops.ops.slots import require_slots, row_slots, store_rows
+from mamba_ops.ops.slots import initial_states, row_ends, store_rows
 from mamba_ops.registry import Sample, bad_argument, given
 
 
@@ -101,52 +111,32 @@ def mamba_chunk_scan(
         size //= 2
     pieces = lay_out(x, size, chunk_size // size, cu_seqlens, computed_tokens)
     empty = pieces.of_row == 0
-    source, somebody = (t[:, 0] for t in row_slots(slots, n, null_slot, x.device))
-    target, stored = source, somebody & ~empty
-    if write_slots is not None:
-        target, written = (t[:, 0] for t in row_slots(write_slots, n, null_slot, x.device))
-        stored = somebody & written & ~(empty & (target == source))
-
+    ends = row_ends(slots, write_slots, null_slot, empty, cache)
     initial = None
-    if cache is not None:
-        require_slots(cache, source, somebody)
-        require_slots(cache, target, stored)
-        if has_initial_state is not None:
-            carried = somebody & has_initial_state
-            state = cache[torch.where(carried, source, 0)]
-            initial = torch.where(carried.view(n, 1, 1, 1), state, 0).to(compute)
-
+    if cache is not None and has_initial_state is not None:
+        initial = initial_states(cache, ends, has_initial_state, compute)
     last = x.new_zeros(n, heads, dim, dstate, dtype=compute) if initial is None else initial
     if x.numel() > 0:
-        inside = pieces.inside & somebody[pieces.row].unsqueeze(1)
-
-        def laid_out(tokens: Tensor) -> Tensor:
-            """An activation as (pieces, size, ...), zero where there is no token."""
-            tokens = (tokens if cu_seqlens is not None else tokens.flatten(0, 1))[pieces.token]
-            return torch.where(inside.view(*inside.shape, *[1] * (tokens.dim() - 2)), tokens, 0).to(compute)
-
-        u, d = laid_out(x), laid_out(dt)
+        inside = pieces.inside & ends.somebody[pieces.row].unsqueeze(1)
+        u, d, b, c = (pieces.laid_out(tokens, inside, compute) for tokens in (x, dt, B, C))
         if dt_bias is not None:
             d = d + dt_bias.to(compute)
         if dt_softplus:  # not torch's softplus: on a CPU its last bits depend on where an element stands
             d = torch.where(d > 20, d, torch.log1p(torch.exp(d)))
         d = torch.where(inside.unsqueeze(2), d.clamp(dt_min, dt_max), 0)
-        y, states = _scan(u, d, A.to(compute), laid_out(B), laid_out(C), initial, pieces)
+        y, states = _scan(u, d, A.to(compute), b, c, initial, pieces)
         if D is not None:
             y = y + (D if D.dim() == 2 else D.unsqueeze(1)).to(compute) * u
         if z is not None:
-            gate = laid_out(z)
+            gate = pieces.laid_out(z, inside, compute)
             y = y * (gate / (1 + torch.exp(-gate)))
 
         last = torch.where(empty.view(n, 1, 1, 1), last, states[(pieces.end - 1).clamp(min=0)])
         if kept is not None:
-            store_rows(kept, pieces.closes.cumsum(0) - 1, states, pieces.closes & somebody[pieces.row])
-        packed = output if cu_seqlens is not None else output.new_empty(x.flatten(0, 1).shape)
-        store_rows(packed, pieces.token.flatten(), y.flatten(0, 1), pieces.inside.flatten())
-        if cu_seqlens is None:
-            output.copy_(packed.view(output.shape))
+            store_rows(kept, pieces.closes.cumsum(0) - 1, states, pieces.closes & ends.somebody[pieces.row])
+        pieces.store(output, y)
     if cache is not None:
-        store_rows(cache, target, last, stored)
+        store_rows(cache, ends.target, last, ends.stored)
     return output
 
 
@@ -216,18 +206,10 @@ def _checks(
         shape_is("computed_tokens", computed_tokens, (n,), hint="one for each row")
     slot_table("slots", slots, rows=n)
     slot_table("write_slots", write_slots, rows=n)
-    if has_initial_state is not None:
-        if has_initial_state.dtype != torch.bool:
-            dtype = str(has_initial_state.dtype).removeprefix("torch.")
-            raise bad_argument("has_initial_state", got=dtype, expected="bool")
-        shape_is("has_initial_state", has_initial_state, (n,), hint="one for each row")
-        if cache is None:
-            raise bad_argument("ssm_state", got="none", expected="a cache", hint="has_initial_state says who reads it")
+    initial_flags("ssm_state", cache, has_initial_state, rows=n)
     if cache is not None:
         shape_is("ssm_state", cache, (cache.shape[0], heads, dim, dstate), hint="(slots, heads, dim, dstate)")
-        if slots is None and cache.shape[0] < n:
-            got, hint = f"{cache.shape[0]} slots", "without slots, row i uses slot i"
-            raise bad_argument("ssm_state", got=got, expected=f"at least {n}", hint=hint)
+        slot_for_each("ssm_state", cache, slots, rows=n)
     if kept is not None:
         shape_is("chunk_states", kept, (kept.shape[0], heads, dim, dstate), hint="(chunks, heads, dim, dstate)")
         most = most_chunks(math.prod(lead), n, chunk_size, computed_tokens)

@@ -9,7 +9,7 @@ from torch import Tensor
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.causal_conv1d import causal_conv1d
 from mamba_ops.ops.causal_conv1d_update import causal_conv1d_update
-from mamba_ops.ops.checking import floating, one_device, shape_is, tensor_rank
+from mamba_ops.ops.checking import floating, one_device, shape_is, short, tensor_rank
 from mamba_ops.ops.mixing import (
     SAMPLE_SLOTS,
     PlanTensors,
@@ -182,7 +182,7 @@ def _checks(
     shape_is("dt_proj_weight", dt_proj_weight, (inner, rank))
     for name in ("x_proj_weight", "dt_proj_weight"):
         if weights[name].dtype != projected.dtype:  # type: ignore[union-attr]
-            got, expected = (str(t.dtype).removeprefix("torch.") for t in (weights[name], projected))  # type: ignore[union-attr]
+            got, expected = (short(t.dtype) for t in (weights[name], projected))  # type: ignore[union-attr]
             raise bad_argument(name, got=got, expected=f"{expected}, as projected", hint="convert it once, beforehand")
     for name in ("dt_proj_bias", "D"):
         shape_is(name, weights[name], (inner,))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mamba_ops.ops.checking import index_tensor, one_device, packed_rows, shape_is, slot_table, tensor_rank
+from mamba_ops.ops.checking import index_tensor, one_device, packed_rows, shape_is, short, slot_table, tensor_rank
 from mamba_ops.registry import bad_argument
 from mamba_ops.registry.errors import in_call_of
 
@@ -88,7 +88,7 @@ def check_plan(device: torch.device, plan: PlanTensors) -> None:
         hint = "they are read on the host, and must not be waited for"
         raise bad_argument("counts", got=str(plan.counts.device), expected="cpu", hint=hint)
     if plan.counts.dtype != torch.int64:
-        raise bad_argument("counts", got=str(plan.counts.dtype).removeprefix("torch."), expected="int64")
+        raise bad_argument("counts", got=short(plan.counts.dtype), expected="int64")
     shape_is("counts", plan.counts, (4,), hint="decodes, their tokens, prefills, their tokens")
     assert plan.cu_seqlens is not None  # for mypy; the loop above saw to it
     packed_rows(plan.cu_seqlens)
@@ -100,7 +100,7 @@ def check_plan(device: torch.device, plan: PlanTensors) -> None:
             shape_is(name, tensor, (rows + (name == "prefill_cu_seqlens"),), hint=hint)
     shape_is("has_initial_state", plan.has_initial_state, (rows,), hint=hint)
     if plan.has_initial_state is not None and plan.has_initial_state.dtype != torch.bool:
-        got = str(plan.has_initial_state.dtype).removeprefix("torch.")
+        got = short(plan.has_initial_state.dtype)
         raise bad_argument("has_initial_state", got=got, expected="bool", hint="convert it first")
     slot_table("slots", plan.slots, rows=rows)
     one_device(device, "projected", **{n: t for n, t in plan._asdict().items() if n != "counts"})

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mamba_ops.ops.slots import store_rows
+
 
 def row_count(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -26,6 +28,19 @@ class Pieces(NamedTuple):
     of_row: Tensor  # (n,): how many pieces a row has
     end: Tensor  # (n,): the piece after its last one
     longest: int  # the most pieces that a row can have
+    packed: bool  # whether all rows' tokens are packed, as they are with cu_seqlens
+
+    def laid_out(self, tokens: Tensor, inside: Tensor, dtype: torch.dtype) -> Tensor:
+        """An activation as (pieces, size, ...), zero where not `inside`."""
+        tokens = (tokens if self.packed else tokens.flatten(0, 1))[self.token]
+        return torch.where(inside.view(*inside.shape, *[1] * (tokens.dim() - 2)), tokens, 0).to(dtype)
+
+    def store(self, output: Tensor, values: Tensor) -> None:
+        """Store what is `laid_out` where its tokens are in `output`; the rest of that stays as it is."""
+        packed = output if self.packed else output.new_empty(output.flatten(0, 1).shape)
+        store_rows(packed, self.token.flatten(), values.flatten(0, 1), self.inside.flatten())
+        if not self.packed:
+            output.copy_(packed.view(output.shape))
 
 
 def lay_out(x: Tensor, size: int, per_chunk: int, cu_seqlens: Tensor | None, computed_tokens: Tensor | None) -> Pieces:
@@ -56,4 +71,4 @@ def lay_out(x: Tensor, size: int, per_chunk: int, cu_seqlens: Tensor | None, com
     place = (number * size - skipped[row]).unsqueeze(1) + torch.arange(size, device=x.device)
     inside = exists.unsqueeze(1) & (place >= 0) & (place < lengths[row].unsqueeze(1))
     token = torch.where(inside, starts[row].unsqueeze(1) + place, 0)
-    return Pieces(row, number, closes, token, inside, of_row, end, longest)
+    return Pieces(row, number, closes, token, inside, of_row, end, longest, cu_seqlens is not None)

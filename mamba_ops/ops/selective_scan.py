@@ -7,9 +7,19 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._namespace import mamba
-from mamba_ops.ops.checking import floating, index_tensor, one_device, packed_rows, shape_is, slot_table, tensor_rank
+from mamba_ops.ops.checking import (
+    floating,
+    index_tensor,
+    initial_flags,
+    one_device,
+    packed_rows,
+    shape_is,
+    slot_for_each,
+    slot_table,
+    tensor_rank,
+)
 from mamba_ops.ops.pieces import lay_out, row_count
-from mamba_ops.ops.slots import is_null, require_slots, row_slots, slot_columns, store_rows
+from mamba_ops.ops.slots import initial_states, is_null, require_slots, row_ends, slot_columns, store_rows
 from mamba_ops.registry import Sample, bad_argument, given
 
 PIECE = 16  # tokens that the reference reads one after the other, of all pieces at once
@@ -99,31 +109,19 @@ def selective_scan(
     blocks = block_size > 0
     pieces = lay_out(u, PIECE, 1, cu_seqlens, None)
     empty = pieces.of_row == 0
+    of_rows = slots
     if slots is not None and initial_block is not None:
-        source = slot_columns(slots, n).gather(1, initial_block.long().unsqueeze(1))[:, 0]
-        somebody = ~is_null(source, null_slot)
-    else:
-        source, somebody = (t[:, 0] for t in row_slots(slots, n, null_slot, u.device))
-    target, stored = source, somebody & ~empty
-    if write_slots is not None:
-        target, written = (t[:, 0] for t in row_slots(write_slots, n, null_slot, u.device))
-        stored = somebody & written & ~(empty & (target == source))
-
+        of_rows = slot_columns(slots, n).gather(1, initial_block.long().unsqueeze(1))
+    ends = row_ends(of_rows, write_slots, null_slot, empty, ssm_state)
     initial = u.new_zeros(n, dim, dstate, dtype=compute)
-    if ssm_state is not None:
-        require_slots(ssm_state, source, somebody)
-        if not blocks:
-            require_slots(ssm_state, target, stored)
-        if has_initial_state is not None:
-            carried = somebody & has_initial_state
-            state = ssm_state[torch.where(carried, source, 0)]
-            initial = torch.where(carried.view(n, 1, 1), state, 0).to(compute)
+    if ssm_state is not None and has_initial_state is not None:
+        initial = initial_states(ssm_state, ends, has_initial_state, compute)
     if u.numel() == 0:
         if ssm_state is not None and not blocks:
-            store_rows(ssm_state, target, initial, stored)
+            store_rows(ssm_state, ends.target, initial, ends.stored)
         return output
 
-    inside = pieces.inside & somebody[pieces.row].unsqueeze(1)
+    inside = pieces.inside & ends.somebody[pieces.row].unsqueeze(1)
     kept = None
     if slots is not None and ssm_state is not None and cu_seqlens is not None:
         of_blocks = (first_block, last_block, chunk_ends, last_chunk)
@@ -134,9 +132,7 @@ def selective_scan(
 
     def laid_out(tokens: Tensor) -> Tensor:
         """An activation as (PIECE, pieces, ...), zero where there is no token."""
-        tokens = (tokens if cu_seqlens is not None else tokens.flatten(0, 1))[pieces.token]
-        tokens = torch.where(inside.view(*inside.shape, *[1] * (tokens.dim() - 2)), tokens, 0)
-        return tokens.to(compute).transpose(0, 1)
+        return pieces.laid_out(tokens, inside, compute).transpose(0, 1)
 
     def of_channels(tokens: Tensor) -> Tensor:
         """B or C as (PIECE, pieces, groups or 1, channels of a group or 1, dstate)."""
@@ -179,12 +175,9 @@ def selective_scan(
     if z is not None:
         gate = laid_out(z)
         y = y * (gate / (1 + torch.exp(-gate)))
-    packed = output if cu_seqlens is not None else output.new_empty(u.flatten(0, 1).shape)
-    store_rows(packed, pieces.token.flatten(), y.transpose(0, 1).flatten(0, 1), pieces.inside.flatten())
-    if cu_seqlens is None:
-        output.copy_(packed.view(output.shape))
+    pieces.store(output, y.transpose(0, 1))
     if ssm_state is not None and not blocks:
-        store_rows(ssm_state, target, state, stored)
+        store_rows(ssm_state, ends.target, state, ends.stored)
     return output
 
 
@@ -283,18 +276,10 @@ def _checks(
     n = row_count(u, cu_seqlens)
     slot_table("slots", slots, rows=n)
     slot_table("write_slots", write_slots, rows=n)
-    if has_initial_state is not None:
-        if has_initial_state.dtype != torch.bool:
-            dtype = str(has_initial_state.dtype).removeprefix("torch.")
-            raise bad_argument("has_initial_state", got=dtype, expected="bool")
-        shape_is("has_initial_state", has_initial_state, (n,), hint="one for each row")
-        if ssm_state is None:
-            raise bad_argument("ssm_state", got="none", expected="a cache", hint="has_initial_state says who reads it")
+    initial_flags("ssm_state", ssm_state, has_initial_state, rows=n)
     if ssm_state is not None:
         shape_is("ssm_state", ssm_state, (ssm_state.shape[0], dim, dstate), hint="(slots, dim, dstate)")
-        if slots is None and ssm_state.shape[0] < n:
-            got, hint = f"{ssm_state.shape[0]} slots", "without slots, row i uses slot i"
-            raise bad_argument("ssm_state", got=got, expected=f"at least {n}", hint=hint)
+        slot_for_each("ssm_state", ssm_state, slots, rows=n)
 
     if block_size < 0:
         raise bad_argument("block_size", got=block_size, expected="0 or a positive number of tokens")

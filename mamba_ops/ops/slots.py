@@ -1,5 +1,7 @@
 """How the references of the cached ops read slot tables and store rows, without asking the host about any value."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,38 @@ def row_slots(table: Tensor | None, rows: int, null_slot: int, device: torch.dev
 def require_slots(cache: Tensor, slots: Tensor, live: Tensor) -> None:
     """Raise IndexError, before anything is written, if a live slot is not in `cache` (a device-side assert on GPUs)."""
     cache.new_empty(()).expand(cache.shape[0])[torch.where(live, slots, 0)]
+
+
+class Ends(NamedTuple):
+    """Where each of n rows begins and where its last state goes, all (n,)."""
+
+    source: Tensor
+    somebody: Tensor
+    target: Tensor
+    stored: Tensor
+
+
+def row_ends(
+    slots: Tensor | None, write_slots: Tensor | None, null_slot: int, empty: Tensor, cache: Tensor | None
+) -> Ends:
+    """Read both tables; a row that is `empty` stores only where it moves. Raises IndexError as `require_slots` does."""
+    n, device = empty.shape[0], empty.device
+    source, somebody = (t[:, 0] for t in row_slots(slots, n, null_slot, device))
+    target, stored = source, somebody & ~empty
+    if write_slots is not None:
+        target, written = (t[:, 0] for t in row_slots(write_slots, n, null_slot, device))
+        stored = somebody & written & ~(empty & (target == source))
+    if cache is not None:
+        require_slots(cache, source, somebody)
+        require_slots(cache, target, stored)
+    return Ends(source, somebody, target, stored)
+
+
+def initial_states(cache: Tensor, ends: Ends, has_initial_state: Tensor, dtype: torch.dtype) -> Tensor:
+    """The states that rows begin with: those in `cache`, or zero."""
+    carried = ends.somebody & has_initial_state
+    states = cache[torch.where(carried, ends.source, 0)]
+    return torch.where(carried.view(-1, *[1] * (cache.dim() - 1)), states, 0).to(dtype)
 
 
 def store_rows(target: Tensor, index: Tensor, values: Tensor, live: Tensor) -> None:
