@@ -27,4 +27,9 @@ from mamba_ops.registry.selection import explain as explain
 from mamba_ops.registry.selection import generation as generation
 from mamba_ops.registry.selection import record_selections as record_selections
 from mamba_ops.registry.selection import use_backend as use_backend
+from mamba_ops.registry.splitting import Piece as Piece
+from mamba_ops.registry.splitting import SplitGraph as SplitGraph
+from mamba_ops.registry.splitting import mark_splitting as mark_splitting
+from mamba_ops.registry.splitting import partition_at_splitting_ops as partition_at_splitting_ops
+from mamba_ops.registry.splitting import split_graph as split_graph
 from mamba_ops.registry.splitting import splitting_ops as splitting_ops
