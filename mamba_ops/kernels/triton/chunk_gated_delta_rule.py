@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import by_token, chunk_at, chunks_of, dense, on_device_of, tile
+from mamba_ops.kernels.triton.common import INTERPRETED, by_token, chunk_at, chunks_of, dense, on_device_of, tile
 
 CHUNK = 64
 _PART: tl.constexpr = tl.constexpr(16)  # of a chunk: systems of so many tokens are solved token by token
@@ -290,7 +290,7 @@ def chunk_gated_delta_rule(
     cu_seqlens, has_initial_state = (None if t is None else t.contiguous() for t in (cu_seqlens, has_initial_state))
     slots, write_slots = (None if t is None else dense(t) for t in (slots, write_slots))
     operand = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    if operand == torch.float64 or (operand == torch.bfloat16 and q.get_device() < 0):
+    if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
         operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
 
     factors = torch.empty((chunks, v_heads, 4, CHUNK), dtype=torch.float32, device=v.device)

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+INTERPRETED: bool = triton.knobs.runtime.interpret  # Triton reads it as it decorates, so it does not change
+
 
 @triton.jit
 def softplus(v):

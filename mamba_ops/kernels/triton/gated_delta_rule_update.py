@@ -14,7 +14,7 @@ from mamba_ops.kernels.triton.common import by_token, dense, is_dense, on_device
 
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
 _NUMBERS = """slot_stride head_stride value_stride key_stride q_stride k_stride v_stride gate_stride much_stride
-    output_stride slots_stride slots_columns write_stride write_columns length null_slot""".split()
+    output_stride slots_stride slots_columns write_stride write_columns length null_slot scale""".split()
 _POINTERS = """state q k v gate much A_log dt_bias output slots write_slots cu_seqlens num_accepted_tokens""".split()
 
 

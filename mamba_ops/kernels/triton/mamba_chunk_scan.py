@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import by_token, dense, is_dense, on_device_of, softplus, tile
+from mamba_ops.kernels.triton.common import INTERPRETED, by_token, dense, is_dense, on_device_of, softplus, tile
 
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
 _NUMBERS = """length rows tokens null_slot slots_stride write_stride x_stride dt_stride B_stride C_stride z_stride
-    output_stride slot_stride head_stride dim_stride dstate_stride kept_stride""".split()
+    output_stride slot_stride head_stride dim_stride dstate_stride kept_stride dt_min dt_max""".split()
 _POINTERS = """x dt A B C D z dt_bias cu_seqlens computed_tokens ssm_state slots write_slots has_initial_state
     chunk_states output""".split()
 
@@ -374,7 +374,7 @@ def mamba_chunk_scan(
     tokens = x.shape[0]
     chunks = tokens // chunk_size + (rows if computed_tokens is None else 2 * rows)  # at most
     operand = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
-    if operand == torch.float64 or (operand == torch.bfloat16 and x.get_device() < 0):
+    if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
         operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
     steps = x.new_empty(3, heads, tokens, dtype=torch.float32)
     table = x.new_empty(chunks, 3, dtype=torch.int32)

@@ -19,11 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import chunk_at, chunks_of, dense, on_device_of, softplus
+from mamba_ops.kernels.triton.common import INTERPRETED, chunk_at, chunks_of, dense, on_device_of, softplus
 
 CHUNK = 64  # tokens, counted from a row's first one
 WARPS = 1
 START_BLOCK = 128  # channels of a program of `_starts`
+MORE_VARIANTS = {  # than two of a kernel that random calls of one form may compile: how many, and why
+    "_ends": (3, "strided, in words of four numbers, or neither"),
+    "_outputs": (6, "strided, in words of four numbers, or neither; rows of one chunk read no states of earlier ones"),
+}
 
 # What varies from call to call: Triton would compile anew for some values.
 _NUMBERS = """rows length null_slot one A_channel A_entry slots_stride write_stride slot_stride dim_stride dstate_stride
@@ -306,7 +310,6 @@ def _starts(
     last_chunk,
     states,  # in: what chunks leave; out: what they begin with
     sums,
-    rows,
     length,
     null_slot,
     A_channel,
@@ -631,7 +634,7 @@ def selective_scan(
     slot_stride, dim_stride, dstate_stride = (None, None, None) if ssm_state is None else ssm_state.stride()
     null = None if slots is None and write_slots is None else null_slot
 
-    parts, width, block = _block(dstate, u.get_device() < 0)
+    parts, width, block = _block(dstate)
     blocks = groups * triton.cdiv(dim // groups, block)
     words = not strided and dstate % 4 == 0 and width % 4 == 0 and all(map(_in_words, entries))
     sizes = {"DIM": dim, "DSTATE": dstate, "CHUNK": CHUNK, "BLOCK_ROWS": 128}
@@ -688,7 +691,6 @@ def selective_scan(
                 last_chunk,
                 states,
                 sums,
-                rows,
                 length,
                 null,
                 *A.stride(),
@@ -776,9 +778,9 @@ def _in_words(tensor: Tensor) -> bool:
 
 
 @functools.cache
-def _block(dstate: int, interpreted: bool) -> tuple[int, int, int]:
+def _block(dstate: int) -> tuple[int, int, int]:
     """PARTS, WIDTH and BLOCK; interpreted, few operations on large tensors take less time than many."""
     padded = triton.next_power_of_2(dstate)
-    width = min(padded, 16) if not interpreted or padded <= 4 else 1
+    width = min(padded, 16) if not INTERPRETED or padded <= 4 else 1
     parts = padded // width
-    return parts, width, 32 * WARPS if interpreted else max(min(64 // parts, 32), 8) * WARPS
+    return parts, width, 32 * WARPS if INTERPRETED else max(min(64 // parts, 32), 8) * WARPS

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from mamba_ops.kernels.triton.common import by_token, dense, is_dense, on_device_of, softplus
 
-# What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed;
-# the parameters A, D and dt_bias stay where they are, so Triton may look at their addresses.
+# What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
 _NUMBERS = """slot_stride head_stride dim_stride dstate_stride x_stride dt_stride B_stride C_stride z_stride
     output_stride slots_stride slots_columns write_stride write_columns length null_slot""".split()
 _POINTERS = "state x dt B C z output slots write_slots cu_seqlens num_accepted_tokens".split()
+STAY = ("A", "D", "dt_bias")  # parameters: they stay where they are, so Triton may look at their addresses
 
 
 @triton.jit

@@ -1,0 +1,50 @@
+"""A stand-in for a GPU's driver, for child processes of tests: Triton compiles for an H100, and launches nothing.
+
+CPU tensors take the place of a GPU's, and every launch ends once its kernel is compiled.
+"""
+
+import os
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported, which decides as it decorates
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+
+class Driver:
+    """As much of Triton's driver as a launch asks before it compiles."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+
+def install() -> None:
+    """Put the driver in place, for good; the backend `triton` then takes CPU tensors, by default."""
+    from mamba_ops import backends
+
+    triton.runtime.driver.set_active(Driver())
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    JITFunction.run = compile_only
+    backends.triton.triton.devices = ("cpu", "cuda", "xpu")
