@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mamba_ops.registry import errors, selection, tables
 
 if TYPE_CHECKING:
+    import torch
+
     from mamba_ops.registry.op import Op
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -45,11 +47,19 @@ class Kernel:
 class Backend:
     """Somebody who can run ops.
 
+    Attributes:
+        choices: setting to the values that it may have, the default first.
+        settings: setting to the value in force; adapters and refusals read it.
+
     Args:
         name: the vendor's word, lower case.
         devices: device types that its kernels run on; None for any.
         requires: module that must be importable; it is imported on the first selection on such a device, never before.
-        install: what to install where it is missing, for the message.
+        install: what to install where it is missing or broken, for the message.
+        usable: asked once, after that import; returns None, or why the package as installed will not do.
+        settings: what else about its kernels can be chosen: each setting's name with the values that it may have, the
+            default first.
+        why_not_setting: given a setting, a value and a device, returns None, or why that device can't have it.
         priority: place in the default order; the highest usable one runs.
         devices_by_name: device types, beyond `devices`, where it runs if asked for by name; a function, because it may
             depend on the environment.
@@ -62,8 +72,11 @@ class Backend:
         devices: Sequence[str] | None,
         requires: str | None = None,
         install: str | None = None,
+        usable: Callable[[], str | None] | None = None,
         priority: int = 0,
         devices_by_name: Callable[[], Sequence[str]] = tuple,
+        settings: Mapping[str, Sequence[str]] | None = None,
+        why_not_setting: "Callable[[str, str, torch.device], str | None] | None" = None,
     ) -> None:
         if name != name.lower():
             raise errors.declaration(f"backend {name!r}", "names are lower case")
@@ -71,6 +84,10 @@ class Backend:
         self.devices = None if devices is None else tuple(devices)
         self.requires = requires
         self.install = install or requires
+        self.usable = usable
+        self.choices = {name: tuple(values) for name, values in (settings or {}).items()}
+        self.settings = {name: values[0] for name, values in self.choices.items()}
+        self.why_not_setting = why_not_setting
         self.priority = priority
         self.devices_by_name = devices_by_name
         self.source = tables.caller()
@@ -133,8 +150,11 @@ class Backend:
         except Exception as error:  # an installed package may fail in any way; the sentence carries it on
             problem = error
         else:
-            return None
-        sentence = f"{self.requires} is installed but cannot be imported: {type(problem).__name__}: {problem}"
+            return None if self.usable is None else self.usable()
+        sentence = (
+            f"{self.requires} is installed but cannot be imported: {type(problem).__name__}: {problem}; "
+            f"pip install '{self.install}' has what it needs"
+        )
         warnings.warn(f"backend {self.name}: {sentence}", RuntimeWarning, stacklevel=2)
         return sentence
 

@@ -90,3 +90,10 @@ def padded_rows(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     offsets = torch.arange(longest, device=cu_seqlens.device)
     inside = offsets < lengths.unsqueeze(1)
     return torch.where(inside, starts.unsqueeze(1) + offsets, 0), inside
+
+
+def row_of_tokens(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """For every packed token the row that it is in, and whether it is in one. Empty rows have none."""
+    at = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    row = torch.searchsorted(cu_seqlens[1:], at, right=True)
+    return row.clamp(max=cu_seqlens.shape[0] - 2), row < cu_seqlens.shape[0] - 1

@@ -1,0 +1,209 @@
+"""Decode for Mamba-2 on `flashinfer.mamba.selective_state_update`.
+
+A kernel is compiled with nvcc at the first call of its dtypes and sizes, unless it came prebuilt. To keep their number
+low, indices go in as int32 and A as float32.
+"""
+
+import torch
+from torch import Tensor
+
+from mamba_ops.backends.flashinfer.vendor import cleaned, flashinfer, older_than, why_not_setting, word, zero
+from mamba_ops.ops import selective_state_update
+from mamba_ops.ops.pieces import row_count
+from mamba_ops.ops.slots import row_of_tokens
+
+_LONGEST = 16  # tokens of a row: a kernel is compiled for a number of them, and its shared memory grows with it
+
+
+def _why_not_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    slots: Tensor | None,
+    write_slots: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_accepted_tokens: Tensor | None,
+    output: Tensor,
+) -> str | None:
+    if reason := older_than(8, x.device):
+        return reason
+    if A.dim() > 1:
+        return "takes one A for a whole head, as Mamba-2 has it, and A has one for every channel and entry of the state"
+    for name, weight, rank in (("dt", dt, x.dim() - 1), ("D", D, 1), ("dt_bias", dt_bias, 1)):
+        if weight is not None and weight.dim() != rank:
+            return f"takes one {name} for a whole head, and {name} has one for every channel"
+    for name, tensor in (("x", x), ("state", state)):
+        if tensor.dtype == torch.float64:
+            return f"computes in float32, and {name} is float64"
+    for name, given in (("B", B), ("C", C), ("z", z), ("out", output)):
+        if given is not None and given.dtype != x.dtype:
+            return f"takes {name} in x's {word(x)}, and it is {word(given)}"
+    slot_count, heads, dim, dstate = state.shape
+    if dim not in (64, 128):
+        return f"takes a dim of 64 or 128, and it is {dim}"
+    if dstate not in (64, 96, 128, 256):
+        return f"takes a dstate of 64, 96, 128 or 256, and it is {dstate}"
+    rows = row_count(x, cu_seqlens)
+    if rows > slot_count:
+        return f"takes no more rows than state has slots, and there are {rows} rows and {slot_count} slots"
+    if cu_seqlens is not None and num_accepted_tokens is None:
+        return "takes packed rows in speculative decoding alone, where a table's columns say how long one can be"
+
+    algorithm = flashinfer.settings["algorithm"]
+    several = x.dim() == 4 or write_slots is not None or num_accepted_tokens is not None
+    if several:
+        table = slots if write_slots is None else write_slots
+        columns = 1 if table is None or table.dim() == 1 else table.shape[1]
+        length = columns if cu_seqlens is not None else x.shape[1] if x.dim() == 4 else 1
+        if length > _LONGEST:
+            return f"takes at most {_LONGEST} tokens a row, and there may be {length}"
+        if algorithm in ("vertical", "horizontal"):
+            what = f"the algorithm {algorithm} for several tokens a row, or write slots, on "
+            if reason := older_than(10, x.device, what):
+                return reason
+            if cu_seqlens is not None:
+                return f"takes no packed rows with the algorithm {algorithm}"
+    if several or algorithm == "horizontal":
+        of_group = heads // B.shape[-2]
+        if of_group not in (1, 2, 4, 8, 16, 32, 64):
+            return f"takes 1, 2, 4, 8, 16, 32 or 64 heads a group for this call, and there are {of_group}"
+    return why_not_setting("algorithm", algorithm, x.device)
+
+
+def _why_not_update_now(state: Tensor, x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, output: Tensor) -> str | None:
+    _, _, dim, dstate = state.shape
+    slot, *inner = state.stride()
+    if inner != [dim * dstate, dstate, 1]:
+        return f"takes a state whose slots are each dense, and its strides are {state.stride()}"
+    if (state.data_ptr() | slot * state.itemsize) & 15:
+        return "takes a state whose slots start at multiples of 16 bytes, and not all of them do"
+    if not output.is_contiguous():
+        return f"takes an out that is contiguous, and its strides are {output.stride()}"
+    itemsize = x.itemsize
+    for name, tensor, width in (("x", x, dim), ("B", B, dstate), ("C", C, dstate), ("z", z, dim), ("out", output, dim)):
+        if tensor is None:
+            continue
+        *lead, head, entry = tensor.stride()
+        if entry != 1 or head != width:
+            return f"takes tokens of {name} that are each dense, and its strides are {tensor.stride()}"
+        places = tensor.data_ptr()
+        for stride in lead:
+            places |= stride * itemsize
+        if places & 15:
+            return f"takes tokens of {name} that start at multiples of 16 bytes, and not all of them do"
+    return None
+
+
+def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers of heads, side by side."""
+    weight = weight.to(dtype)
+    return weight if weight.stride(-1) == 1 else weight.clone(memory_format=torch.contiguous_format)
+
+
+@flashinfer.implements(selective_state_update, unless=_why_not_update, per_call=_why_not_update_now)
+def _selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    slots: Tensor | None = None,
+    write_slots: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    null_slot: int = -1,
+    rounding_seed: Tensor | None = None,
+    philox_rounds: int = 0,
+    output: Tensor,
+) -> None:
+    """Takes Mamba-2 alone (one A, dt, D and dt_bias a head), a dim of 64 or 128, a dstate of 64, 96, 128 or 256, B, C,
+    z and out in x's dtype, dense slots and tokens that start at multiples of 16 bytes, at most 16 tokens a row, and
+    packed rows in speculative decoding alone. There a row of more tokens than its write slots have columns fails an
+    assertion on the device.
+
+    Its exponential and logarithm are the GPU's fast ones. With the algorithm auto the number of rows decides on the
+    algorithm, and so on the last bits. Its stochastic rounding turns subnormal numbers of float16 into zeros, but on
+    GPUs that have an instruction for it.
+    """
+    from flashinfer.mamba import selective_state_update as kernel
+
+    rows = row_count(x, cu_seqlens)
+    if rows == 0 or output.numel() == 0:
+        return
+    _, heads, dim, dstate = state.shape
+    dtype = dt.dtype
+    for weight in (D, dt_bias):
+        dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+    dtype = torch.float32 if dtype == torch.float64 else dtype
+    dt = _dense(dt, dtype)
+    D = dt.new_zeros(heads) if D is None else _dense(D, dtype)
+
+    null = 0 if slots is not None and null_slot == 0 else -1
+    source, target, longest = None, None, 0
+    if slots is not None:
+        columns = slots[:rows] if slots.dim() == 2 else slots[:rows].unsqueeze(1)
+        if num_accepted_tokens is None:
+            source = cleaned(columns[:, 0], null_slot, null)
+        else:
+            target = cleaned(columns, null_slot, null)
+            last = (num_accepted_tokens.long() - 1).clamp(0, columns.shape[1] - 1)
+            source = target.gather(1, last.unsqueeze(1)).squeeze(1)
+    if write_slots is not None:
+        columns = write_slots[:rows] if write_slots.dim() == 2 else write_slots[:rows].unsqueeze(1)
+        if num_accepted_tokens is None:  # after the last token alone
+            before = x.shape[1] - 1 if x.dim() == 4 else 0
+            target = torch.nn.functional.pad(cleaned(columns[:, :1], null_slot, null), (before, 0), value=null)
+        else:
+            target = cleaned(columns, null_slot, null)
+    written = output
+    dt = dt.as_strided(x.shape, (*dt.stride(), 0))
+    if cu_seqlens is not None and target is not None:
+        longest = target.shape[1]
+        cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
+        torch._assert_async(
+            (cu_seqlens.diff() <= longest).all(),
+            "mamba_ops::selective_state_update on flashinfer: a row has more tokens than its write slots have columns",
+        )
+    elif target is not None and x.dim() == 3:
+        x, dt, B, C, written = (tensor.unsqueeze(1) for tensor in (x, dt, B, C, output))
+        z = None if z is None else z.unsqueeze(1)
+
+    kernel(
+        state,
+        x,
+        dt,
+        _dense(A, torch.float32).as_strided((heads, dim, dstate), (1, 0, 0)),
+        B,
+        C,
+        D.as_strided((heads, dim), (1, 0)),
+        z=z,
+        dt_bias=None if dt_bias is None else _dense(dt_bias, dtype).as_strided((heads, dim), (1, 0)),
+        dt_softplus=dt_softplus,
+        state_batch_indices=source,
+        pad_slot_id=null,
+        out=written,
+        rand_seed=rounding_seed,
+        philox_rounds=philox_rounds or 10,
+        cache_steps=longest,
+        algorithm=flashinfer.settings["algorithm"],
+        dst_state_batch_indices=target,
+        cu_seqlens=cu_seqlens,
+    )
+    if source is not None:
+        nobody = source == null
+        if cu_seqlens is not None:
+            row, inside = row_of_tokens(cu_seqlens, output.shape[0])
+            nobody = nobody[row] & inside
+        zero(output, nobody)

@@ -1,0 +1,82 @@
+"""The vendor's record: what must be installed, what the GPU must be, and what its adapters share."""
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mamba_ops.registry import Backend
+
+_OLDEST = (0, 7, 2)  # whose signatures and limits are those below
+INSTALL = "mamba-ops[flashinfer]"
+
+
+def usable() -> str | None:
+    import flashinfer
+
+    version = str(flashinfer.__version__)
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    oldest = ".".join(map(str, _OLDEST))
+    if (0, 0, 0) != numbers < _OLDEST:  # a build from source has no number
+        return f"flashinfer {version} is installed, and {oldest} is the oldest that will do; pip install -U '{INSTALL}'"
+    compiler = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or shutil.which("nvcc")
+    prebuilt = importlib.util.find_spec("flashinfer_jit_cache") is not None
+    if not (compiler or prebuilt or Path("/usr/local/cuda").exists()):
+        return (
+            "flashinfer compiles its kernels, and there is no CUDA compiler (nvcc) here; install CUDA's toolkit, "
+            f"or pip install '{INSTALL}' flashinfer-jit-cache"
+        )
+    return None
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    major, minor = torch.get_device_module(device).get_device_capability(device)
+    return major, minor
+
+
+def older_than(major: int, device: torch.device, what: str = "") -> str | None:
+    """Refuse a GPU that is older than a compute capability."""
+    mine = capability(device)
+    if mine[0] >= major:
+        return None
+    return f"takes {what}GPUs from compute capability {major}.0 on, and this one has {mine[0]}.{mine[1]}"
+
+
+def why_not_setting(name: str, value: str, device: torch.device) -> str | None:
+    tensor_memory = name == "algorithm" and value in ("vertical", "horizontal")
+    return older_than(9, device, f"the algorithm {value} on ") if tensor_memory else None
+
+
+flashinfer = Backend(
+    "flashinfer",
+    devices=("cuda",),
+    requires="flashinfer",
+    install=INSTALL,
+    usable=usable,
+    priority=10,
+    settings={"algorithm": ("auto", "simple", "vertical", "horizontal")},
+    why_not_setting=why_not_setting,
+)
+
+
+def word(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def cleaned(table: Tensor, null_slot: int, null: int) -> Tensor:
+    """The slots of a table with one number, `null`, for all that are nobody: the vendor knows one."""
+    table = table.to(torch.int32)
+    if null == 0 == null_slot or (null == -1 and null_slot < 0):
+        return table.clamp_min(null)
+    return torch.where((table < 0) | (table == null_slot), null, table)
+
+
+def zero(output: Tensor, nobody: Tensor) -> None:
+    """Zero the outputs of rows, or tokens, that are nobody: the vendor computes them from a zero state."""
+    output.masked_fill_(nobody.view(-1, *[1] * (output.dim() - 1)), 0)
