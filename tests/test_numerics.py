@@ -55,7 +55,7 @@ def test_dtype_pairs(op: Op[...], backend: str, dtype: torch.dtype, state_dtype:
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_reference_gives_the_truth_for_float64(op: Op[...]) -> None:
-    for sample in op.make_samples("cpu"):
+    for sample in (s for s in op.make_samples("cpu") if "rounding_seed" not in s.kwargs):  # that is float16's
         exact = with_output(op, sample).to(torch.float64).clone()
         truth = expected(op, exact, torch.float64)
         front_on(op, "torch")(*exact.args, **exact.kwargs)
@@ -134,11 +134,8 @@ def test_a_row_does_not_depend_on_the_others(op: Op[...], backend: str) -> None:
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_samples_reach_every_argument(op: Op[...]) -> None:
     """Over an op's samples every argument takes two values, and every optional is absent once and present once."""
-    unsupported = {"rounding_seed", "philox_rounds"}
     seen = [op.bind(s.args, s.kwargs) | {"output": s.kwargs.get("out")} for s in op.make_samples(DEVICE)]
     for p in op.parameters:
-        if p.name in unsupported:
-            continue
         values = [arguments[p.name] for arguments in seen]
         if p.default is None or p.name == "output":
             assert any(v is None for v in values), p.name

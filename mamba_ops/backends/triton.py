@@ -1,5 +1,6 @@
 """Our own Triton kernels: one source for CUDA, ROCm and XPU; interpreted on the CPU if asked for by name."""
 
+import functools
 import math
 import os
 
@@ -82,6 +83,14 @@ def _causal_conv1d_update(
     kernel(x, conv_state, weight, bias, slots, cu_seqlens, num_accepted_tokens, silu, null_slot, output)
 
 
+@functools.cache
+def _rounds_by_hardware(device: torch.device) -> bool:
+    """Whether the GPU has the instruction that rounds stochastically, cvt.rs."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.get_device_module(device).get_device_capability(device) in ((10, 0), (10, 3))
+
+
 @triton.implements(selective_state_update, unless=_why_not)
 def _selective_state_update(
     state: Tensor,
@@ -100,7 +109,7 @@ def _selective_state_update(
     cu_seqlens: Tensor | None = None,
     num_accepted_tokens: Tensor | None = None,
     null_slot: int = -1,
-    rounding_seed: Tensor | None = None,  # refused by the op's checks
+    rounding_seed: Tensor | None = None,
     philox_rounds: int = 0,
     output: Tensor,
 ) -> None:
@@ -123,6 +132,9 @@ def _selective_state_update(
         cu_seqlens=cu_seqlens,
         num_accepted_tokens=num_accepted_tokens,
         null_slot=null_slot,
+        rounding_seed=rounding_seed,
+        philox_rounds=philox_rounds or 10,
+        round_by_hardware=rounding_seed is not None and _rounds_by_hardware(x.device),
         output=output,
     )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.checking import floating, index_tensor, one_device, packed_rows, shape_is, slot_table, tensor_rank
+from mamba_ops.ops.rounding import round_stochastically
 from mamba_ops.ops.slots import padded_rows, require_slots, row_slots, store_rows
 from mamba_ops.registry import Sample, bad_argument, given
 
@@ -66,7 +67,9 @@ def selective_state_update(
             stored in column 0.
         null_slot: a slot that means "nobody", as does any slot below 0. Such a row's output is zero, and nothing is
             read or stored for it.
-        rounding_seed, philox_rounds: for stochastic rounding of a float16 state, which is not there yet: None and 0.
+        rounding_seed: one int64, () or (1,): a state of float16, which it must be, is rounded stochastically at each
+            store, in any of the forms above. None: to the nearest.
+        philox_rounds: rounds of the generator for that. 0: 10.
         out: like x, any float dtype; mutated.
 
     For every row, head and channel, in float32 at least, from the row's state s on:
@@ -77,6 +80,10 @@ def selective_state_update(
 
     The state is not rounded between the tokens of a row. No two rows may store to one slot, nor one row store to a slot
     that another reads.
+
+    How an entry is rounded stochastically depends on the seed, on the slot that it is stored in and on its place there
+    alone, as `round_stochastically` in mamba_ops/ops/rounding.py says exactly. That is the stream of torch and Triton;
+    FlashInfer has another, of the slot that a row starts from.
 
     The reference keeps all rows padded to the longest and, given cu_seqlens, reads that length on the host.
     """
@@ -130,6 +137,10 @@ def selective_state_update(
     a = weights(A)
     a = a if a.dim() == 3 else a.unsqueeze(-1)
 
+    def kept_in(slots: Tensor, s: Tensor) -> Tensor:
+        """What is stored of a state."""
+        return s if rounding_seed is None else round_stochastically(s, rounding_seed, slots, philox_rounds)
+
     cache = state.unsqueeze(1) if headless else state
     # Rows in order are a view: a cache of the dtype that is computed in then advances where it is.
     s = (cache[:n] if in_order else cache[torch.where(live, source, 0)]).to(compute)
@@ -142,11 +153,11 @@ def selective_state_update(
             s = torch.where(inside[:, t].view(n, 1, 1, 1), s * decay + written, s)
         sums.append(torch.mul(s, c[:, t], out=written).sum(-1))
         if num_accepted_tokens is not None and t < kept:
-            store_rows(cache, target[:, t], s, stored[:, t])
+            store_rows(cache, target[:, t], kept_in(target[:, t], s), stored[:, t])
     if in_order and state.dtype != compute:
-        cache[:n].copy_(s)
+        cache[:n].copy_(kept_in(source, s))
     elif not in_order and num_accepted_tokens is None:
-        store_rows(cache, target[:, 0], s, stored[:, 0])
+        store_rows(cache, target[:, 0], kept_in(target[:, 0], s), stored[:, 0])
 
     y = torch.stack(sums, dim=1)
     if D is not None:
@@ -186,12 +197,6 @@ def _checks(
     philox_rounds: int,
     output: Tensor,
 ) -> None:
-    later = "stochastic rounding is not implemented yet; leave rounding_seed None and philox_rounds 0"
-    if rounding_seed is not None:
-        raise bad_argument("rounding_seed", got="a tensor", expected="None", hint=later)
-    if philox_rounds != 0:
-        raise bad_argument("philox_rounds", got=philox_rounds, expected=0, hint=later)
-
     floats = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
     indices = {"slots": slots, "write_slots": write_slots, "cu_seqlens": cu_seqlens}
     floating(**floats, out=output)
@@ -224,6 +229,19 @@ def _checks(
     shape_is("C", C, tuple(B.shape), hint="C is like B")
     if heads and (groups == (0,) or heads[0] % groups[0]):
         raise bad_argument("B", got=f"{groups[0]} groups", expected=f"a divisor of the {heads[0]} heads")
+
+    one_device(x.device, rounding_seed=rounding_seed)
+    if rounding_seed is not None:
+        if rounding_seed.dtype != torch.int64:
+            got = str(rounding_seed.dtype).removeprefix("torch.")
+            raise bad_argument("rounding_seed", got=got, expected="int64", hint="one number from torch.randint will do")
+        shape_is("rounding_seed", rounding_seed, (1,), ())
+        if state.dtype != torch.float16:
+            got = str(state.dtype).removeprefix("torch.")
+            hint = "rounding_seed asks for stochastic rounding, which is for states of float16"
+            raise bad_argument("state", got=got, expected="float16", hint=hint)
+    if philox_rounds < 0:
+        raise bad_argument("philox_rounds", got=philox_rounds, expected="at least 1, or 0 for 10")
 
     n = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     states = 1
@@ -338,6 +356,11 @@ def _samples(
     yield sample("speculative rows", 3, 3, **accepted)
     yield sample("speculative packed", 6, cu_seqlens=indices(0, 3, 4, 6), **accepted)
     yield sample("speculative, more tokens than columns", 6, cu_seqlens=indices(0, 1, 1, 6), **accepted)
+    half = normal(8, *channels, dstate, dtype=torch.float16)
+    seed: dict[str, Any] = {"state": half, "rounding_seed": indices(0x123456789ABCDEF, dtype=torch.int64)}
+    yield sample("stochastic rounding", **seed)
+    rounded: dict[str, Any] = {**seed, **accepted, "rounding_seed": indices(-5, dtype=torch.int64)[0]}
+    yield sample("stochastic rounding, speculative rows", 3, 3, **rounded, philox_rounds=7)
     yield sample("no rows", 0, slots=None)
     yield sample("one row", 1)
     yield sample(

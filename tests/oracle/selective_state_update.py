@@ -23,6 +23,8 @@ def selective_state_update(
     cu_seqlens: Tensor | None = None,
     num_accepted_tokens: Tensor | None = None,
     null_slot: int = -1,
+    rounding_seed: Tensor | None = None,
+    philox_rounds: int = 0,
     out: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
@@ -30,7 +32,8 @@ def selective_state_update(
 
     Everything is computed in `dtype`. In float64, the truth, the results are float64 too; else they are rounded once,
     to the dtypes of the output (`out`'s, or x's) and of the state, as a kernel's are. What the op does not write is
-    what was there before; without `out` that is NaN.
+    what was there before; without `out` that is NaN. The state is rounded to the nearest, whatever the seed: how it is
+    rounded stochastically has an oracle of its own, rounding.py.
     """
     exact = dtype == torch.float64
     before = torch.full_like(x, torch.nan) if out is None else out

@@ -23,6 +23,27 @@ BUGS = {
     "first token only": ("    for t in range(tokens):\n        token", "    for t in range(1):\n        token"),
 }
 
+ROUNDING_BUGS = {
+    "rounded to the nearest": ("s = _rounded(", "_rounded("),
+    "every number has the first word": (
+        "tl.join(tl.join(r0, r2), tl.join(r1, r3))",
+        "tl.join(tl.join(r0, r0), tl.join(r0, r0))",
+    ),
+    "words in another order": (
+        "tl.join(tl.join(r0, r2), tl.join(r1, r3))",
+        "tl.join(tl.join(r0, r1), tl.join(r2, r3))",
+    ),
+    "the row's words": ("rounding_seed, target,", "rounding_seed, row,"),
+    "the source's words": ("rounding_seed, target,", "rounding_seed, source,"),
+    "one channel's words": ("channel[:, None].to(tl.uint32)", "(0 * channel)[:, None].to(tl.uint32)"),
+    "the head forgotten": ("source, of_x, WIDTH", "source, channel, WIDTH"),
+    "rounds ignored": ("zero, ROUNDS)", "zero, 10)"),
+    "biased towards zero": ("(r >> 8)", "(r >> 9)"),
+    "subnormals like the others": ("tl.maximum(exponent, 113)", "tl.maximum(exponent, 10)"),
+    "the sign forgotten": ("| (bits & 0x80000000)", ""),
+}
+"""Bugs of stochastic rounding: an error budget lets any neighbour pass, so tests/test_rounding.py catches these."""
+
 BAD_INPUT: list[BadInput] = [
     ("base", "state", lambda s: s[0, 0], r"state: got shape \(16, 16\), expected \(slots, dim, dstate\) or"),
     ("base", "state", lambda s: s.int(), "state: got int32, expected float16"),
@@ -49,13 +70,25 @@ BAD_INPUT: list[BadInput] = [
     (
         "base",
         "rounding_seed",
-        lambda _: torch.zeros(1, dtype=torch.int64, device=ACCELERATOR),
-        "rounding_seed: .*not implemented yet",
+        lambda _: torch.zeros(1, dtype=torch.int32, device=ACCELERATOR),
+        "rounding_seed: got int32, expected int64",
     ),
     (
         "base",
         "philox_rounds",
-        lambda _: 7,
-        "philox_rounds: got 7, expected 0; stochastic rounding is not implemented yet",
+        lambda _: -7,
+        "philox_rounds: got -7, expected at least 1, or 0 for 10",
+    ),
+    (
+        "stochastic rounding",
+        "rounding_seed",
+        lambda s: s.repeat(2),
+        r"rounding_seed: got shape \(2,\), expected \(1,\) or",
+    ),
+    (
+        "stochastic rounding",
+        "state",
+        lambda s: s.bfloat16(),
+        "state: got bfloat16, expected float16; rounding_seed asks",
     ),
 ]

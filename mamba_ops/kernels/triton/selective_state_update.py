@@ -14,7 +14,7 @@ from mamba_ops.kernels.triton.common import by_token, dense, is_dense, on_device
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
 _NUMBERS = """slot_stride head_stride dim_stride dstate_stride x_stride dt_stride B_stride C_stride z_stride
     output_stride slots_stride slots_columns write_stride write_columns length null_slot""".split()
-_POINTERS = "state x dt B C z output slots write_slots cu_seqlens num_accepted_tokens".split()
+_POINTERS = "state x dt B C z output slots write_slots cu_seqlens num_accepted_tokens rounding_seed".split()
 STAY = ("A", "D", "dt_bias")  # parameters: they stay where they are, so Triton may look at their addresses
 
 
@@ -36,6 +36,63 @@ def _advanced(pointer, offset, ALIGNED: tl.constexpr):
     return pointer
 
 
+@triton.jit
+def _rounded(s, r):
+    # s as float16, rounded by the random words r: mamba_ops/ops/rounding.py says how
+    bits = s.to(tl.uint32, bitcast=True)
+    exponent = (bits >> 23) & 0xFF
+    exponent = tl.maximum(exponent, 113)  # below 2^-14 neighbours are as far apart as there
+    steps = tl.abs(s) * ((264 - exponent) << 23).to(tl.float32, bitcast=True)
+    whole = tl.floor(steps)
+    u = (r >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+    whole += (steps - whole >= 1.0 - u).to(tl.float32)
+    size = whole * ((exponent - 10) << 23).to(tl.float32, bitcast=True)
+    return (size.to(tl.uint32, bitcast=True) | (bits & 0x80000000)).to(tl.float32, bitcast=True).to(tl.float16)
+
+
+@triton.jit
+def _rounded_by_hardware(s, r):
+    # the same for normal numbers: the instruction adds 13 random bits a number, and takes two numbers
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 low, high;
+        shr.u32 low, $3, 19;
+        shr.u32 high, $4, 19;
+        shl.b32 high, high, 16;
+        or.b32 low, low, high;
+        cvt.rs.f16x2.f32 $0, $2, $1, low;
+        }""",
+        "=r,f,f,r,r",
+        [s, r],
+        dtype=tl.float16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _stored(s, rounding_seed, slot, channel, WIDTH: tl.constexpr, ROUNDS: tl.constexpr, HARDWARE: tl.constexpr):
+    # what is stored of a state: four entries in a row share one call of the generator
+    if rounding_seed is not None:
+        quad = tl.arange(0, WIDTH // 4)
+        zero = tl.zeros([1, WIDTH // 4], tl.uint32)
+        place = channel[:, None].to(tl.uint32) + zero
+        r0, r1, r2, r3 = tl.philox(
+            tl.load(rounding_seed),
+            quad[None, :].to(tl.uint32) + 0 * place,
+            place,
+            slot.to(tl.uint32) + zero,
+            zero,
+            ROUNDS,
+        )
+        words = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), s.shape)
+        if HARDWARE:
+            s = _rounded_by_hardware(s, words)
+        else:
+            s = _rounded(s, words)
+    return s
+
+
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS + _POINTERS)
 def _kernel(
     state,
@@ -52,6 +109,7 @@ def _kernel(
     write_slots,
     cu_seqlens,
     num_accepted_tokens,
+    rounding_seed,
     slot_stride,
     head_stride,  # this and the next two are None for an ALIGNED state, which is dense
     dim_stride,
@@ -80,6 +138,8 @@ def _kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
     # Rows are outermost: programs that run together then read neighbouring state, and share B and C.
     BLOCKS: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
@@ -151,7 +211,8 @@ def _kernel(
             if t < write_columns:
                 target = tl.load(write_slots + row * write_stride + t).to(tl.int64)
                 if (target >= 0) & (target != null_slot):
-                    tl.store(_advanced(state, target * slot_stride, ALIGNED) + of_state, s, in_state)
+                    new = _stored(s, rounding_seed, target, of_x, WIDTH, ROUNDS, HARDWARE)
+                    tl.store(_advanced(state, target * slot_stride, ALIGNED) + of_state, new, in_state)
 
         y = tl.sum(s * c[None, :], axis=1)
         if D is not None:
@@ -163,10 +224,12 @@ def _kernel(
 
     if num_accepted_tokens is None:
         if write_slots is None:
+            s = _stored(s, rounding_seed, source, of_x, WIDTH, ROUNDS, HARDWARE)
             tl.store(_advanced(state, source * slot_stride, ALIGNED) + of_state, s, in_state)
         else:
             target = tl.load(write_slots + row * write_stride).to(tl.int64)
             if (target >= 0) & (target != null_slot):
+                s = _stored(s, rounding_seed, target, of_x, WIDTH, ROUNDS, HARDWARE)
                 tl.store(_advanced(state, target * slot_stride, ALIGNED) + of_state, s, in_state)
 
 
@@ -187,6 +250,9 @@ def selective_state_update(
     cu_seqlens: Tensor | None,
     num_accepted_tokens: Tensor | None,
     null_slot: int,
+    rounding_seed: Tensor | None = None,
+    philox_rounds: int = 10,
+    round_by_hardware: bool = False,
     output: Tensor,
 ) -> None:
     """Advance `state` in place and write `output`; shapes and meaning are the op's, and are not checked again.
@@ -225,6 +291,10 @@ def selective_state_update(
     head_stride, dim_stride, dstate_stride = (None, None, None) if aligned else (0, *strides)[-3:]
 
     block, width, warps, blocks = _launch(dim, dstate, A.dim() > 1)
+    if rounding_seed is None:  # then neither is to tell kernels apart
+        philox_rounds, round_by_hardware = 0, False
+    else:
+        width = max(width, 4)
     with on_device_of(state):
         _kernel[(rows * heads * blocks,)](
             state,
@@ -241,6 +311,7 @@ def selective_state_update(
             write_slots,
             cu_seqlens,
             num_accepted_tokens,
+            rounding_seed,
             slot_stride,
             head_stride,
             dim_stride,
@@ -269,6 +340,8 @@ def selective_state_update(
             ALIGNED=aligned,
             BLOCK=block,
             WIDTH=width,
+            ROUNDS=philox_rounds,
+            HARDWARE=round_by_hardware,
             num_warps=warps,
         )
     if written.data_ptr() != output.data_ptr():
