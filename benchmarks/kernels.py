@@ -60,7 +60,7 @@ def mamba(version: int, state_dtype: torch.dtype, rows: int, device: torch.devic
     weights = {"D": random(*dt_shape), "dt_bias": random(*dt_shape) - 3}
     options: dict[str, Any] = weights | ({"z": random(rows, *x_shape)} if version == 1 else {}) | {"dt_softplus": True}
     state_shape = (*x_shape, dstate)
-    slots, tables = _slot_tables(rows, math.prod(state_shape) * state_dtype.itemsize, device)
+    slots, tables = slot_tables(rows, math.prod(state_shape) * state_dtype.itemsize, device)
     state = torch.randn(slots, *state_shape, device=device, dtype=state_dtype)
     out = torch.empty_like(x)
 
@@ -84,7 +84,7 @@ def conv(rows: int, device: torch.device, peer: Peer | None) -> Case:
     dim, width = (48, 4) if device.type == "cpu" else (10240, 4)
     x = measure.random(rows, dim, device=device)
     weight, bias = measure.random(dim, width, device=device), measure.random(dim, device=device)
-    slots, tables = _slot_tables(rows, dim * (width - 1) * x.element_size(), device)
+    slots, tables = slot_tables(rows, dim * (width - 1) * x.element_size(), device)
     state = measure.random(slots, width - 1, dim, device=device).transpose(1, 2)
     out = torch.empty_like(x)
 
@@ -120,7 +120,7 @@ def cases(op: str, device: torch.device, peer: Peer | None) -> Iterator[Case]:
             yield build(rows, device, peer)
 
 
-def _slot_tables(rows: int, row_bytes: int, device: torch.device) -> tuple[int, list[Tensor]]:
+def slot_tables(rows: int, row_bytes: int, device: torch.device) -> tuple[int, list[Tensor]]:
     """The slots that a cache needs, and random tables into it, each in memory of its own as an engine's is.
 
     A round through all of them touches COLD_BYTES, so that no call finds its state in the L2 cache. Slot 0 is in none.

@@ -1,0 +1,228 @@
+"""FlashInfer's decode step through our op, the same function called directly, and our Triton kernel: in one process.
+
+`--compile` compiles what this benchmark and the tests need of FlashInfer, on all cores, and times nothing.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mamba_ops
+from benchmarks import measure
+from benchmarks.kernels import slot_tables
+from benchmarks.measure import AGREEMENT, Row, number, ratio
+from mamba_ops.demo.boundary import idle_backend
+from mamba_ops.registry import Op, Sample
+from tests.harness import SIZES, samples_for
+
+BATCHES = (1, 8, 64, 256)
+STATES = {"bfloat16": {}, "float32": {}, "float16": {}, "float16, stochastic": {"philox_rounds": 10}}
+HEADS, DIM, DSTATE, GROUPS = 128, 64, 128, 8
+Call = Callable[[Tensor], object]
+"""Of a slot table; everything else is bound."""
+
+
+class Case:
+    """One decode step of a large Mamba-2 layer, bound to our op, and to FlashInfer as an engine's layer calls it."""
+
+    def __init__(self, rows: int, kind: str, device: torch.device) -> None:
+        dtype = getattr(torch, kind.partition(",")[0])
+        random = partial(torch.randn, device=device, dtype=torch.bfloat16)
+        x, dt, B, C = random(rows, HEADS, DIM), random(rows, HEADS), *random(2, rows, GROUPS, DSTATE)
+        A, D, dt_bias = -1 - 15 * torch.rand(HEADS, device=device), random(HEADS), random(HEADS) - 3
+        count, self.tables = slot_tables(rows, HEADS * DIM * DSTATE * dtype.itemsize, device)
+        self.state = torch.randn(count, HEADS, DIM, DSTATE, device=device, dtype=dtype)
+        self.out = torch.empty_like(x)
+        seed = torch.tensor([1234567], device=device) if "philox_rounds" in STATES[kind] else None
+        options: dict[str, Any] = {"dt_softplus": True}
+        tied = [D.unsqueeze(1).expand(-1, DIM), dt_bias.unsqueeze(1).expand(-1, DIM)]
+        full_A, full_dt = A[:, None, None].expand(-1, DIM, DSTATE), dt.unsqueeze(2).expand(-1, -1, DIM)
+
+        def ours(slots: Tensor) -> object:
+            given = {"D": D, "dt_bias": dt_bias, "slots": slots, "rounding_seed": seed, "out": self.out, **options}
+            return mamba_ops.selective_state_update(self.state, x, dt, A, B, C, **given)
+
+        def direct(slots: Tensor) -> object:
+            from flashinfer.mamba import selective_state_update as kernel
+
+            given = {"dt_bias": tied[1], "state_batch_indices": slots, "out": self.out, "rand_seed": seed, **options}
+            return kernel(self.state, x, full_dt, full_A, B, C, tied[0], **given)
+
+        self.ours, self.direct = ours, direct
+
+    def result(self, call: Call) -> Tensor:
+        before, slots = self.state.clone(), self.tables[0]
+        call(slots)
+        result = torch.cat([self.out.float().flatten(), self.state[slots.long()].float().flatten()])
+        self.state.copy_(before)
+        return result
+
+    def times(self, call: Call) -> dict[str, float]:
+        """Of one call in microseconds: on the device alone, as the device sees an eager one, and on the host."""
+
+        def calls() -> None:
+            for table in self.tables:
+                call(table)
+
+        return {
+            "device": measure.device_us(calls, self.state.device) / len(self.tables),
+            "eager": measure.bench_us(partial(call, self.tables[0])),
+            "host": host_us(partial(call, self.tables[0]), self.state.device),
+        }
+
+
+def host_us(call: Callable[[], object], device: torch.device, calls: int = 200) -> float:
+    """The host's time for one eager call; fewer calls than the device's queue holds, so none waits for it."""
+    module, times = torch.get_device_module(device), []
+    for _ in range(7):
+        module.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls)
+    module.synchronize()
+    return 1e6 * statistics.median(times)
+
+
+def measured(rows: int, kind: str, device: torch.device) -> Row:
+    row: Row = {"case": f"{rows} rows, {kind} state"}
+    print(row["case"], flush=True)
+    case = Case(rows, kind, device)
+    results = {}
+    for who, backend, call in (
+        ("direct", "flashinfer", case.direct),
+        ("ours", "flashinfer", case.ours),
+        ("triton", "triton", case.ours),
+    ):
+        with mamba_ops.use_backend(backend):
+            results[who] = case.result(call)
+            row |= {f"{who}_{what}": us for what, us in case.times(call).items()}
+    with idle_backend(mamba_ops.selective_state_update):
+        row["boundary"] = host_us(partial(case.ours, case.tables[0]), device)
+    row["ours_rest"] = row["ours_host"] - row["direct_host"] - row["boundary"]
+    row["same bits"] = torch.equal(results["direct"], results["ours"])
+    difference = (results["triton"] - results["ours"]).norm() / results["ours"].norm()
+    row["difference"], row["agrees"] = float(difference), row["same bits"] and float(difference) < AGREEMENT
+    return row
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "case": lambda row: row["case"],
+    "direct us": lambda row: number(row, "direct_device"),
+    "ours us": lambda row: number(row, "ours_device"),
+    "ours/direct": lambda row: ratio(row, "ours_device", "direct_device"),
+    "Triton us": lambda row: number(row, "triton_device"),
+    "eager direct": lambda row: number(row, "direct_eager"),
+    "eager ours": lambda row: number(row, "ours_eager"),
+    "eager Triton": lambda row: number(row, "triton_eager"),
+    "host direct": lambda row: number(row, "direct_host"),
+    "boundary": lambda row: number(row, "boundary"),
+    "host ours": lambda row: number(row, "ours_host"),
+    "the rest": lambda row: number(row, "ours_rest"),
+    "host Triton": lambda row: number(row, "triton_host"),
+    "same bits": lambda row: "yes" if row["same bits"] else "NO",
+    "Triton differs by": lambda row: f"{row['difference']:.1e}",
+}
+
+NOTES = [
+    "direct: flashinfer.mamba.selective_state_update with its views made before the clock starts; slots as they are",
+    "ours: our op on flashinfer, its refusals asked in every call; it also cleans the slots and zeroes rows of nobody",
+    "boundary: our op with nothing behind it; the rest: host ours - host direct - boundary",
+]
+
+
+# ---- compiling beforehand --------------------------------------------------------------------------------------------
+
+
+class _Noted(Exception):
+    """Stands for the call of a kernel that is to be compiled."""
+
+
+@contextmanager
+def noted() -> Iterator[list[tuple[Any, ...]]]:
+    """Within the block, FlashInfer's decode step raises instead of compiling; yields what it would have compiled."""
+    from flashinfer.mamba import selective_state_update
+
+    vendor = sys.modules[selective_state_update.__module__]
+    wanted: list[tuple[Any, ...]] = []
+    was = vendor._get_module
+
+    def note(*args: Any) -> None:
+        wanted.append(args)
+        raise _Noted
+
+    vendor._get_module = note
+    try:
+        yield wanted
+    finally:
+        vendor._get_module = was
+
+
+def tests_samples(device: torch.device) -> Iterator[Sample]:
+    op: Op[...] = mamba_ops.selective_state_update
+    sizes = SIZES["flashinfer", op.name]
+    yield from samples_for(op, "flashinfer", device)
+    floats = (torch.float16, torch.bfloat16, torch.float32)
+    for dtype in floats:
+        for state_dtype in floats:
+            yield op.make_samples(device, dtype=dtype, state_dtype=state_dtype, **sizes)[0]
+
+
+def compile_all(device: torch.device) -> int:
+    """Compile on all cores what the tests and this benchmark call."""
+    from flashinfer.jit import build_jit_specs
+    from flashinfer.jit.mamba import gen_selective_state_update_sm90_module as specified
+
+    cases = [Case(1, kind, device) for kind in STATES]
+    with noted() as wanted, mamba_ops.use_backend("flashinfer"):
+        for sample in tests_samples(device):
+            with suppress(_Noted):
+                mamba_ops.selective_state_update(*sample.args, **sample.kwargs)
+        for case in cases:
+            with suppress(_Noted):
+                case.ours(case.tables[0])
+    # The vendor's order of arguments to the two functions is not the same.
+    modules = {(*m[:5], m[11], *m[5:10], m[12]) for m in wanted}
+    start = time.perf_counter()
+    build_jit_specs([specified(*module) for module in modules])
+    print(f"compiled {len(modules)} modules in {time.perf_counter() - start:.0f} s")
+    return 0
+
+
+def page(facts: dict[str, Any], rows: list[Row]) -> str:
+    notes = [*NOTES, f"torch {facts['torch']}, triton {facts['triton']}, flashinfer {facts['flashinfer']}"]
+    if facts["copy_bandwidth"]:
+        notes.append(measure.bandwidth_note(facts["copy_bandwidth"]))
+    return measure.page("FlashInfer", facts, {"selective_state_update": (COLUMNS, rows)}, notes)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--compile", action="store_true", help="compile what is needed, on all cores, and stop")
+    mine, rest = parser.parse_known_args()
+    sys.argv[1:] = rest
+    options = measure.options("flashinfer", str(__doc__), ["selective_state_update"])
+    device: torch.device = options.device
+    import flashinfer
+
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        if mine.compile:
+            return compile_all(device)
+        facts: dict[str, Any] = {**measure.facts(options), "flashinfer": flashinfer.__version__}
+        facts["copy_bandwidth"] = measure.copy_bandwidth(device)
+        rows = [measured(batch, kind, device) for kind in STATES for batch in BATCHES]
+    measure.report(options, page(facts, rows), {**facts, "rows": rows})
+    return 0 if all(row["agrees"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
