@@ -174,6 +174,10 @@ def tests_samples(device: torch.device) -> Iterator[Sample]:
     for dtype in floats:
         for state_dtype in floats:
             yield op.make_samples(device, dtype=dtype, state_dtype=state_dtype, **sizes)[0]
+    for dstate, rounds in ((64, 0), (64, 7), (128, 0)):
+        for sample in op.make_samples(device, dtype=torch.float32, dim=64, dstate=dstate):
+            if sample.name == "stochastic rounding":
+                yield Sample(sample.name, sample.args, {**sample.kwargs, "philox_rounds": rounds})
 
 
 def compile_all(device: torch.device) -> int:

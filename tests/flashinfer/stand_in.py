@@ -188,7 +188,7 @@ def selective_state_update(
                 g = h // (heads // groups)
                 u, b, c = x[at][h].float(), B[at][g].float(), C[at][g].float()
                 s[h] = s[h] * torch.exp(A[h, 0, 0].float() * d[h]) + torch.outer(u, b * d[h])
-                y = s[h] @ c + D[h, 0].float() * u
+                y = (s[h] * c).sum(1) + D[h, 0].float() * u
                 if z is not None:
                     gate = z[at][h].float()
                     y = y * gate / (1 + torch.exp(-gate))
