@@ -1,0 +1,38 @@
+"""The backend let loose on CPU tensors, with the stand-in in the vendor's place, or with its import not yet tried."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from mamba_ops.backends.flashinfer import vendor
+from tests.flashinfer import stand_in
+from tests.flashinfer.calls import Calls
+
+flashinfer = vendor.flashinfer
+
+
+@pytest.fixture
+def capability(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Say what GPU this is to be."""
+
+    def be(*numbers: int) -> None:
+        monkeypatch.setattr(vendor, "capability", lambda device: numbers)
+
+    be(9, 0)
+    return be
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, capability: Callable[[int, int], None]) -> Iterator[Calls]:
+    """The stand-in in place, and the backend let loose on CPU tensors."""
+    monkeypatch.setattr(flashinfer, "devices", ("cpu",))
+    monkeypatch.setattr(flashinfer, "_import_problem", lambda: None)
+    with stand_in.installed() as seen:
+        yield seen
+
+
+@pytest.fixture
+def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend let loose on CPU tensors, its import not yet tried."""
+    monkeypatch.setattr(flashinfer, "devices", ("cpu",))
+    monkeypatch.setattr(flashinfer, "_import_problem", flashinfer._try_import)

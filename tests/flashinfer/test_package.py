@@ -1,0 +1,88 @@
+"""FlashInfer missing, broken, too old, or without a compiler: the sentence says what to install."""
+
+import inspect
+from typing import Any
+
+import pytest
+
+from mamba_ops import chunk_gated_delta_rule, gated_delta_rule_update, registry, selective_state_update
+from mamba_ops.backends.flashinfer import vendor
+from mamba_ops.registry import Op
+from tests.flashinfer import stand_in
+from tests.flashinfer.calls import Calls, refused, sample_of, samples_of
+from tests.harness import refusal
+
+flashinfer = vendor.flashinfer
+UPDATES = [selective_state_update, gated_delta_rule_update, chunk_gated_delta_rule]
+
+
+def base_refused() -> str:
+    registry.selection.changed()
+    return refused(selective_state_update, sample_of(selective_state_update, "base"))
+
+
+@pytest.mark.usefixtures("unasked")
+def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flashinfer, "requires", "flashinfer_that_is_not_there")
+    assert base_refused() == "flashinfer_that_is_not_there is not installed; pip install 'mamba-ops[flashinfer]'"
+
+
+@pytest.mark.usefixtures("unasked")
+def test_a_broken_package(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_flashinfer.py").write_text("import tvm_ffi_that_is_not_there")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(flashinfer, "requires", "broken_flashinfer")
+    with pytest.warns(
+        RuntimeWarning, match="backend flashinfer: broken_flashinfer is installed but cannot be imported"
+    ):
+        assert base_refused() == (
+            "broken_flashinfer is installed but cannot be imported: ModuleNotFoundError: No module named "
+            "'tvm_ffi_that_is_not_there'; pip install 'mamba-ops[flashinfer]' has what it needs"
+        )
+
+
+@pytest.mark.usefixtures("unasked")
+@pytest.mark.parametrize(("version", "fine"), [("0.7.1", False), ("0.6.18rc1", False), ("0.7.2", True), ("0.10", True)])
+def test_versions(version: str, fine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vendor, "capability", lambda device: (9, 0))
+    monkeypatch.setenv("CUDA_HOME", "/usr/local/cuda")
+    sentence = (
+        f"flashinfer {version} is installed, and 0.7.2 is the oldest that will do; "
+        "pip install -U 'mamba-ops[flashinfer]'"
+    )
+    with stand_in.installed(version):
+        assert flashinfer._try_import() == (None if fine else sentence)
+        if not fine:
+            assert base_refused() == sentence
+
+
+@pytest.mark.usefixtures("unasked")
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(vendor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(vendor.Path, "exists", lambda path: False)
+    with stand_in.installed():
+        assert base_refused() == (
+            "flashinfer compiles its kernels, and there is no CUDA compiler (nvcc) here; install CUDA's toolkit, "
+            "or pip install 'mamba-ops[flashinfer]' flashinfer-jit-cache"
+        )
+
+
+def test_the_stand_in_has_the_vendors_signatures() -> None:
+    """Where the real package is installed."""
+    mamba = pytest.importorskip("flashinfer.mamba")
+    decode = pytest.importorskip("flashinfer.gdn_decode")
+    pairs = [
+        (mamba.selective_state_update, stand_in.selective_state_update),
+        (decode.gated_delta_rule_decode_pretranspose, stand_in.gated_delta_rule_decode_pretranspose),
+    ]
+    for real, ours in pairs:
+        theirs, mine = (inspect.signature(f).parameters.values() for f in (real, ours))
+        assert [(p.name, p.kind, p.default) for p in theirs] == [(p.name, p.kind, p.default) for p in mine]
+
+
+@pytest.mark.parametrize("op", UPDATES, ids=lambda op: op.name)
+def test_some_samples_are_taken(op: Op[...], calls: Calls) -> None:
+    """Else the tests of all ops would say nothing about this backend."""
+    assert sum(refusal(op, "flashinfer", sample) is None for sample in samples_of(op)) >= 2
