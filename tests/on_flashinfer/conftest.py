@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from mamba_ops.backends.flashinfer import vendor
-from tests.flashinfer import stand_in
-from tests.flashinfer.calls import Calls
+from tests.on_flashinfer import stand_in
+from tests.on_flashinfer.calls import Calls
 
 flashinfer = vendor.flashinfer
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mamba_ops import chunk_gated_delta_rule, gated_delta_rule_update, registry, use_backend
 from mamba_ops.registry import Op
-from tests.flashinfer import stand_in
-from tests.flashinfer.calls import Calls, refused, sample_of, samples_of, shifted
 from tests.harness import front_on, judge
+from tests.on_flashinfer import stand_in
+from tests.on_flashinfer.calls import Calls, refused, sample_of, samples_of, shifted
 
 NO_UPDATE = {
     "gates given": "computes the gates itself, from a, b, A_log and dt_bias, and g and beta are given",

@@ -8,9 +8,9 @@ import pytest
 from mamba_ops import chunk_gated_delta_rule, gated_delta_rule_update, registry, selective_state_update
 from mamba_ops.backends.flashinfer import vendor
 from mamba_ops.registry import Op
-from tests.flashinfer import stand_in
-from tests.flashinfer.calls import Calls, refused, sample_of, samples_of
 from tests.harness import refusal
+from tests.on_flashinfer import stand_in
+from tests.on_flashinfer.calls import Calls, refused, sample_of, samples_of
 
 flashinfer = vendor.flashinfer
 UPDATES = [selective_state_update, gated_delta_rule_update, chunk_gated_delta_rule]
