@@ -1,4 +1,4 @@
-"""The model of the swap benchmark: a few Mamba-2-like layers over bytes, made of the two decode ops."""
+"""The model of the benchmarks of swaps: Mamba-2-like layers over bytes, made of the two decode ops."""
 
 from typing import cast
 
@@ -55,12 +55,15 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """A language model over bytes with random weights, its head tied to the embedding."""
 
-    def __init__(self, streams: int, *, width: int = 64, depth: int = 2) -> None:
+    def __init__(
+        self, streams: int, *, width: int = 64, depth: int = 2, heads: int = 4, dstate: int = 16, taps: int = 4
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, width)
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
         self.layers = nn.ModuleList(
-            Layer(streams, width, heads=4, head_dim=width // 2, dstate=16, taps=4) for _ in range(depth)
+            Layer(streams, width, heads=heads, head_dim=2 * width // heads, dstate=dstate, taps=taps)
+            for _ in range(depth)
         )
         self.norm = nn.RMSNorm(width)
 

@@ -1,57 +1,22 @@
 """Backends change under compiled graphs: nothing recompiles, the right kernel runs, and no recording goes stale."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 import mamba_ops
+from compile_tests.conftest import MARK
 from compile_tests.test_ops import conv_step, graphs, ssm_step
 from mamba_ops.registry import Backend, record_selections, use_backend
 from tests.conftest import ACCELERATOR
 
 DEVICE = ACCELERATOR or torch.device("cpu")
-MARK = 1000.0
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
-
-
-@pytest.fixture
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def marker() -> Iterator[Backend]:
-    """A backend that does what the reference does and adds a mark to the output, so that the numbers say who ran."""
-    backend = Backend("marker", devices=None, priority=-10)
-    conv = mamba_ops.causal_conv1d_update.kernels["torch"].function
-
-    @backend.implements(mamba_ops.causal_conv1d_update)
-    def _conv(
-        x: Tensor,
-        conv_state: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *,
-        slots: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        num_accepted_tokens: Tensor | None = None,
-        silu: bool = True,
-        null_slot: int = -1,
-        output: Tensor,
-    ) -> None:
-        given = {"slots": slots, "cu_seqlens": cu_seqlens, "num_accepted_tokens": num_accepted_tokens}
-        conv(x, conv_state, weight, bias, **given, silu=silu, null_slot=null_slot, output=output)
-        output.add_(MARK)
-
-    yield backend
-    backend.remove()
 
 
 def step(x: Tensor, cache: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
@@ -152,26 +117,6 @@ def test_the_token_names_the_selection(marker: Backend) -> None:
             compiled(*sample.clone().args, **sample.kwargs)
     assert sizes[0] == sizes[2] != sizes[1] == sizes[3]
     assert all(size[1] == 0 and size[0] > 10**6 and size[0] % 2 for size in sizes)
-
-
-@pytest.mark.gpu
-def test_recordings_follow_the_selection(marker: Backend) -> None:
-    """With CUDA graphs: every swap is seen, what was recorded before is replayed, nothing is skipped or recompiled."""
-    sample = conv_step(5)
-    x, cache, weight = sample.clone().args
-    torch._dynamo.mark_static_address(cache, guard=False)
-    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
-    eager_cache = cache.clone()
-    for backend in ["torch"] * 4 + ["marker"] * 4 + ["torch"] * 3 + ["marker"] * 3:
-        with use_backend(backend):
-            torch.compiler.cudagraph_mark_step_begin()
-            out = compiled(x, cache, weight, sample.kwargs["slots"]).clone()
-            expected = step(x, eager_cache, weight, sample.kwargs["slots"])
-        assert marked(out) == (backend == "marker")
-        torch.testing.assert_close(out, expected)
-        torch.testing.assert_close(cache, eager_cache, rtol=0, atol=0)
-    assert graphs() == 1
-    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 def test_ssm_and_conv_swap_apart(marker: Backend) -> None:

@@ -3,6 +3,7 @@
 from mamba_ops import backends as backends
 from mamba_ops import registry as registry
 from mamba_ops.compare import compare as compare
+from mamba_ops.config import BackendConfig as BackendConfig
 from mamba_ops.ops import causal_conv1d as causal_conv1d
 from mamba_ops.ops import causal_conv1d_update as causal_conv1d_update
 from mamba_ops.ops import chunk_gated_delta_rule as chunk_gated_delta_rule
@@ -13,6 +14,7 @@ from mamba_ops.ops import mamba_chunk_scan as mamba_chunk_scan
 from mamba_ops.ops import mamba_mixing as mamba_mixing
 from mamba_ops.ops import selective_scan as selective_scan
 from mamba_ops.ops import selective_state_update as selective_state_update
+from mamba_ops.registry import configure as configure
 from mamba_ops.registry import explain as explain
 from mamba_ops.registry import record_selections as record_selections
 from mamba_ops.registry import use_backend as use_backend

@@ -11,6 +11,8 @@ if __name__ == "registry":
 
 from mamba_ops.registry.backend import Backend as Backend
 from mamba_ops.registry.backend import backends as backends
+from mamba_ops.registry.capture import noticing_swaps as noticing_swaps
+from mamba_ops.registry.errors import ConfigError as ConfigError
 from mamba_ops.registry.errors import DeclarationError as DeclarationError
 from mamba_ops.registry.errors import NoBackendError as NoBackendError
 from mamba_ops.registry.errors import RegistryError as RegistryError
@@ -26,10 +28,12 @@ from mamba_ops.registry.selection import Selection as Selection
 from mamba_ops.registry.selection import explain as explain
 from mamba_ops.registry.selection import generation as generation
 from mamba_ops.registry.selection import record_selections as record_selections
-from mamba_ops.registry.selection import use_backend as use_backend
 from mamba_ops.registry.splitting import Piece as Piece
 from mamba_ops.registry.splitting import SplitGraph as SplitGraph
 from mamba_ops.registry.splitting import mark_splitting as mark_splitting
 from mamba_ops.registry.splitting import partition_at_splitting_ops as partition_at_splitting_ops
 from mamba_ops.registry.splitting import split_graph as split_graph
 from mamba_ops.registry.splitting import splitting_ops as splitting_ops
+from mamba_ops.registry.swap import configure as configure
+from mamba_ops.registry.swap import renew_caches as renew_caches
+from mamba_ops.registry.swap import use_backend as use_backend

@@ -3,12 +3,13 @@
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mamba_ops.registry import errors, selection, tables
+from mamba_ops.registry import errors, request, selection, tables
+from mamba_ops.registry.layouts import Layout
 
 if TYPE_CHECKING:
     import torch
@@ -28,12 +29,14 @@ class Kernel:
         function: the adapter, of the op's own signature.
         unless: refusal that depends on shapes, dtypes, numbers and on what is None; its verdict is remembered.
         per_call: refusal that reads strides, alignment or the like; asked before every call.
+        layouts: cache name to the layout that the kernel keeps there, where that is not the op's own.
     """
 
     backend: "Backend"
     function: Callable[..., None]
     unless: Refusal | None = None
     per_call: Refusal | None = None
+    layouts: Mapping[str, Layout] = field(default_factory=dict, hash=False)
 
     def why_not(self, arguments: Mapping[str, Any]) -> str | None:
         """Return why the kernel does not take these arguments, whatever their strides, or None."""
@@ -58,7 +61,7 @@ class Backend:
         install: what to install where it is missing or broken, for the message.
         usable: asked once, after that import; returns None, or why the package as installed will not do.
         settings: what else about its kernels can be chosen: each setting's name with the values that it may have, the
-            default first.
+            default first. A configuration calls it `<backend>_<setting>`.
         why_not_setting: given a setting, a value and a device, returns None, or why that device can't have it.
         priority: place in the default order; the highest usable one runs.
         devices_by_name: device types, beyond `devices`, where it runs if asked for by name; a function, because it may
@@ -99,7 +102,12 @@ class Backend:
         return f"<backend {self.name}>"
 
     def implements(
-        self, op: "Op[...]", *, unless: Refusal | None = None, per_call: Refusal | None = None
+        self,
+        op: "Op[...]",
+        *,
+        unless: Refusal | None = None,
+        per_call: Refusal | None = None,
+        layouts: Mapping[str, str | Callable[..., str | None]] | None = None,
     ) -> Callable[[F], F]:
         """Register the decorated adapter as this backend's kernel for `op`.
 
@@ -108,6 +116,9 @@ class Backend:
             unless: names any of the op's parameters; returns None or a sentence that says why not. It may read shapes,
                 dtypes, None-ness and numbers.
             per_call: the same for what changes between calls of one shape: strides, alignment.
+            layouts: for each cache that the kernel keeps in a layout of its own, what a sentence calls that layout; or
+                a function that names any of the op's parameters, reads what `unless` may, and returns that, or None
+                for the op's own layout. A cache in another layout than a kernel's is not given to it.
         """
 
         def register(adapter: F) -> F:
@@ -116,8 +127,11 @@ class Backend:
                 raise errors.declaration(what, problem)
             if (first := op.kernels.get(self.name)) is not None:
                 raise errors.duplicate("kernel", what, errors.source_of(first.function))
-            refusals = [None if f is None else op._facet(f) for f in (unless, per_call)]
-            op.kernels[self.name] = Kernel(self, adapter, *refusals)
+            if stray := sorted(set(layouts or {}) - op.mutates):
+                raise errors.declaration(what, f"layouts names {', '.join(stray)}, which the op does not mutate")
+            static, now = (None if f is None else op._facet(f) for f in (unless, per_call))
+            kept = {name: op._facet(v) if callable(v) else v for name, v in (layouts or {}).items()}
+            op.kernels[self.name] = Kernel(self, adapter, static, now, kept)
             selection.changed()
             return adapter
 
@@ -129,6 +143,11 @@ class Backend:
         if devices is not None and device_type not in devices:
             return f"runs on {', '.join(devices)}, not on {device_type}"
         return self._import_problem()
+
+    def take_settings(self, settings: Mapping[str, Hashable]) -> None:
+        """Take what a configuration says of this backend's settings; the rest have their defaults."""
+        for name, values in self.choices.items():
+            self.settings[name] = str(settings.get(f"{self.name}_{name}", values[0]))
 
     def remove(self) -> None:
         """Take the backend and all its kernels out of the registry again."""
@@ -181,5 +200,5 @@ def backends() -> list[Backend]:
 REFERENCE = Backend("torch", devices=None)
 """The backend whose kernels are the ops' own bodies; it runs anywhere."""
 
-COMPOSED = Backend(selection.COMPOSED, devices=None)
+COMPOSED = Backend(request.COMPOSED, devices=None)
 """The backend of ops whose bodies call other ops: it runs anywhere, and those ops have backends of their own."""

@@ -1,7 +1,7 @@
 """Every error that the registry raises; a message says what was called, got, expected, and what to do."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -23,6 +23,15 @@ class NoBackendError(RegistryError):
     def __init__(self, message: str, reasons: Mapping[str, str]) -> None:
         super().__init__(message)
         self.reasons = dict(reasons)
+
+
+class ConfigError(RegistryError):
+    """A configuration is wrong; `problems` has a sentence for each thing that is."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n  ".join([f"the configuration has {count}:", *problems]))
+        self.problems = list(problems)
 
 
 def source_of(thing: Callable[..., Any]) -> str:
@@ -80,7 +89,12 @@ def no_backend(op: str, reasons: Mapping[str, str], *, bound_by: str | None = No
 
 def unknown(kind: str, name: str, valid: Iterable[str]) -> UnknownNameError:
     """Answer an unknown name with the valid ones."""
-    return UnknownNameError(f"unknown {kind} {name!r}; valid: {', '.join(sorted(valid)) or 'none'}")
+    from difflib import get_close_matches  # here, because nobody else needs it
+
+    known = sorted(set(valid))
+    close = get_close_matches(name.lower(), known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return UnknownNameError(f"unknown {kind} {name!r}; valid: {', '.join(known) or 'none'}{hint}")
 
 
 def no_kernel(backend: str, op: str, valid: Iterable[str]) -> RegistryError:
@@ -100,8 +114,31 @@ def declaration(what: str, problem: str) -> DeclarationError:
     return DeclarationError(f"{what}: {problem}")
 
 
-def swap_while_tracing() -> RegistryError:
-    """Refuse use_backend() inside a traced region: the graph would not contain the swap."""
+def swap_while_tracing(what: str) -> RegistryError:
+    """Refuse a swap inside a traced region: the graph would not contain it."""
     return RegistryError(
-        "use_backend() was called inside a region that torch.compile traces; call it around the compiled function"
+        f"{what}() was called inside a region that torch.compile traces; call it around the compiled function"
     )
+
+
+def swap_while_capturing(what: str) -> RegistryError:
+    """Refuse a swap while a graph is captured: it would hold kernels of two selections, whatever is selected later."""
+    return RegistryError(
+        f"{what} was called, or its block left, while this thread captures a graph, which would hold kernels of two "
+        "selections; swap around the capture"
+    )
+
+
+def captured(op: str, backend: str, wanted: str) -> str:
+    """Warn of a graph that the caller captured: no swap reaches what it replays."""
+    return (
+        f"{op} was captured in a graph while it ran on {backend}: replays go on running {backend}, and the backend "
+        f'asked for is {wanted} now. Capture again after the swap, or let torch.compile(mode="reduce-overhead") '
+        "capture, which records anew after a swap"
+    )
+
+
+def no_taker(op: str, reasons: Mapping[str, str], *, asked: Iterable[str], bound_by: str) -> NoBackendError:
+    """List the backends of an order with their reasons; it goes on to no others."""
+    text = str(no_backend(op, reasons))
+    return NoBackendError(f"{text}\n(asked for by {bound_by}: {', '.join(asked)}, and no others)", reasons)

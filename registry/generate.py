@@ -139,24 +139,25 @@ def front(
 def body(name: str, parameters: Parameters, caches: list[str], **closure: Any) -> Callable[..., None]:
     """Write the op's implementation: recognise the call, then run its kernel.
 
-    A call is known by shape, dtype and device of every tensor, by every number and by the grad mode, so a known call
-    was checked before and its kernel is known: checks cost nothing on a repeated call. The latest call is recognised in
-    one C++ comparison (the one that Dynamo guards with; it tells inference tensors and mode apart, so the key does
-    too), any other by a look-up.
+    A call is known by shape, dtype and device of every tensor and by every number, so a known call was checked before
+    and its kernel is known: checks cost nothing on a repeated call. The latest call is recognised in one C++ comparison
+    (the one that Dynamo guards with; it tells inference tensors and mode apart, so the key does too, and tensors that
+    require grad), any other by a look-up. What is known does not settle a call in grad mode if a tensor requires grad,
+    nor one that is being captured, for the op has to remember that it was.
 
     Args:
         name: qualified name of the op.
-        parameters: the op's own; `selection` follows them and is not read: it is there for the keys of captured graphs.
+        parameters: the op's own; `selection` follows them: it is there for the keys of captured graphs.
         caches: those of them that are empty where the caller left them out; from here on they are None.
-        closure: `memories` (a list of the one `Memory` in force), `decide`, `refuse_gradient`, `is_grad_enabled`,
-            `is_inference_mode_enabled`,
+        closure: `memories` (a list of the one `Memory` in force), `decide`, `decide_captured`, `refuse_gradient`,
+            `is_grad_enabled`, `is_inference_mode_enabled`,
             `no_<name>` for each optional tensor (the tensor that stands for None in the comparison).
     """
     tensors = [p for p in parameters if is_tensor(p)]
     compared = ", ".join(
         f"no_{p.name} if {p.name} is None else {p.name}" if is_optional(p) else p.name for p in tensors
     )
-    numbers = "(is_grad_enabled(), " + "".join(f"{p.name}, " for p in parameters if not is_tensor(p)) + ")"
+    numbers = "(" + "".join(f"{p.name}, " for p in parameters if not is_tensor(p)) + ")"
     needs_grad = " or ".join(
         f"{p.name} is not None and {p.name}.requires_grad" if is_optional(p) else f"{p.name}.requires_grad"
         for p in tensors
@@ -172,14 +173,16 @@ def body(name: str, parameters: Parameters, caches: list[str], **closure: Any) -
         f"def run({_header(parameters, defaults)}, selection=None):",
         *(f"    {cache} = {cache} if {cache}.numel() else None" for cache in caches),
         "    memory = memories[0]",
-        "    same_as_last, numbers, kernel = memory.last",
-        f"    if numbers != {numbers} or not same_as_last({compared}):",
+        "    in_doubt, same_as_last, numbers, kernel, is_capturing = memory.last",
+        f"    if in_doubt() or numbers != {numbers} or not same_as_last({compared}):",
         f"        if is_grad_enabled() and ({needs_grad}):",
         f"            refuse_gradient({values})",
         f"        key = ({numbers}, is_inference_mode_enabled(), {key})",
         "        known = memory.known.get(key)",
         f"        memory.last = known = known or decide(memory, key, {values})",
-        "        kernel = known[2]",
+        "        _, _, _, kernel, is_capturing = known",
+        "        if is_capturing():",
+        f"            kernel = decide_captured({values}, selection)",
         f"    kernel({_passed(parameters)})",
     ]
     return _compiled(name, "body", "\n".join(lines), **closure, **defaults)

@@ -1,12 +1,31 @@
 """What an op remembers of the calls it has seen, so that a repeated call is neither checked nor decided again."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 
 _LIMIT = 4096  # calls per op; past it the memory begins again, so that shapes without end cost no memory
+
+
+class Known(NamedTuple):
+    """A decided call; generated code unpacks it by place.
+
+    Attributes:
+        in_doubt: whether such a call has to be looked at in any case. Asked in every call, so built-in where it can be.
+        same_as_last: whether other tensors are like its own.
+        numbers: its ints, floats and bools.
+        kernel: what runs it.
+        is_capturing: whether this thread captures a graph of its device.
+    """
+
+    in_doubt: Callable[[], bool]
+    same_as_last: Callable[..., bool]
+    numbers: tuple[Any, ...]
+    kernel: Callable[..., None]
+    is_capturing: Callable[[], bool]
 
 
 class Memory:
@@ -21,18 +40,14 @@ class Memory:
     __slots__ = ("known", "last")
 
     def __init__(self) -> None:
-        self.last: Known = (lambda *tensors: False, (), _never)
+        self.last = Known(bool, lambda *tensors: False, (), _never, bool)
         self.known: dict[Any, Known] = {}
 
-    def learn(self, key: Any, known: "Known") -> None:
+    def learn(self, key: Any, known: Known) -> None:
         """Add a call; past the limit, begin again."""
         if len(self.known) >= _LIMIT:
             self.known.clear()
         self.known[key] = known
-
-
-Known = tuple[Callable[..., bool], tuple[Any, ...], Callable[..., None]]
-"""A decided call: whether other tensors are like its own, its numbers, and the function that runs it."""
 
 
 def _never(*args: Any, **kwargs: Any) -> None:
@@ -45,3 +60,14 @@ def comparison(tensors: list[Tensor]) -> Callable[..., bool]:
     any_strides: Any = [[None] * t.dim() for t in tensors]
     guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=any_strides)
     return guards.check
+
+
+def doubt(tensors: list[Tensor], is_capturing: Callable[[], bool]) -> Callable[[], bool]:
+    """Return whether a call with these tensors must be looked at anew: in grad mode if one of them requires grad, and
+    always while a graph is captured.
+    """
+    if not any(t.requires_grad for t in tensors):
+        return is_capturing
+    if is_capturing is bool:
+        return torch.is_grad_enabled
+    return lambda: torch.is_grad_enabled() or is_capturing()

@@ -1,7 +1,6 @@
 """Declare a kernel once: `Namespace` makes torch.library ops out of documented functions, `Op` is what users call."""
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar, overload
 
@@ -9,15 +8,13 @@ import torch
 from torch import Tensor
 from typing_extensions import ParamSpec
 
-from mamba_ops.registry import errors, generate, selection, tables, tokens
+from mamba_ops.registry import capture, errors, generate, schema, selection, tables, tokens
 from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
-from mamba_ops.registry.memory import Known, Memory, comparison
+from mamba_ops.registry.memory import Known, Memory, comparison, doubt
 from mamba_ops.registry.samples import Sample
 
 P = ParamSpec("P")
 F = TypeVar("F", bound=Callable[..., Any])
-
-_SCHEMA_TYPES = (Tensor, Tensor | None, int, float, float | None, bool)
 
 
 def given(out: Tensor | None) -> Tensor:
@@ -57,6 +54,8 @@ class Namespace:
 
     source: str
     """Where it was made, `file:line`."""
+    settings: dict[str, Callable[[str], Any]]
+    """Names that its environment variable may set beside ops, each with what reads the word behind the `=`."""
 
     def __init__(self, name: str) -> None:
         tables.refuse_duplicate("namespace", name, tables.namespaces)
@@ -64,6 +63,7 @@ class Namespace:
         self.source = tables.caller()
         self._library = torch.library.Library(name, "FRAGMENT")
         self._sentences: list[str] = []
+        self.settings: dict[str, Callable[[str], Any]] = {}
         self._define("refuse", "(Tensor(a!) output, int code) -> ()", self._refuse, lambda output, code: None)
         tables.namespaces[name] = self
 
@@ -152,12 +152,13 @@ class Op(Generic[P]):
         self.reads_host = reads_host
         self.composed = composed
         tables.refuse_duplicate("op", self.qualname, tables.ops)
-        self.parameters = _parameters(self.qualname, function, mutates)
+        self.parameters = schema.parameters_of(self.qualname, function, mutates)
         self.reference = function
         self.kernels: dict[str, Kernel] = {}
         self._checks: Callable[..., None] | None = None
         self._outputs: Callable[..., Tensor] | None = None
         self._samples: Callable[..., Iterable[Sample]] | None = None
+        self._fills: Callable[..., dict[str, Any]] | None = None
         self._memories = [Memory()]
         self._nothing = {  # what stands for None where calls are compared: one each, for a tensor met twice is no match
             p.name: torch.empty(0, dtype=torch.complex64) for p in self.parameters if generate.is_optional(p)
@@ -175,7 +176,7 @@ class Op(Generic[P]):
         """Define op, body and fake in torch, and write the front."""
         caches = generate.left_out(self.parameters, self.mutates)
         parameters = [
-            *(_in_schema(p, p.name in caches) for p in self.parameters),
+            *(schema.as_in_schema(p, p.name in caches) for p in self.parameters),
             inspect.Parameter("selection", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None),
         ]
 
@@ -188,6 +189,7 @@ class Op(Generic[P]):
             caches,
             memories=self._memories,
             decide=self._decide,
+            decide_captured=self._decide_captured,
             refuse_gradient=self._refuse_gradient,
             is_grad_enabled=torch.is_grad_enabled,
             is_inference_mode_enabled=torch.is_inference_mode_enabled,
@@ -247,6 +249,16 @@ class Op(Generic[P]):
         self._samples = function
         return function
 
+    def fills(self, function: F) -> F:
+        """Register what the settings in force give to arguments that the caller left out: it names any of the op's
+        parameters and returns the arguments to replace, by name (keyword-only ones), most often none.
+
+        Whether it returns any may depend on the settings and on what checks may read; then it is asked in every call.
+        """
+        self._fills = self._facet(function)
+        selection.changed()
+        return function
+
     def make_samples(self, device: torch.device | str, **sizes: Any) -> list[Sample]:
         """Return the op's samples on a device; `sizes` are the static sizes and dtypes that its samples know."""
         if self._samples is None:
@@ -270,6 +282,10 @@ class Op(Generic[P]):
             arguments["output"] = out
         return arguments
 
+    def fill(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a call's arguments with what the settings in force give to those left out."""
+        return {**arguments, **(self._fills(**arguments) if self._fills else {})}
+
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Raise the ValueError that a call with these arguments would raise, if any."""
         if self._checks is not None:
@@ -285,7 +301,7 @@ class Op(Generic[P]):
         then nothing is looked at.
         """
         if selection.is_bound(self):
-            arguments = self.bind(args, kwargs)
+            arguments = self.fill(self.bind(args, kwargs))
             self.check(arguments)
             selection.require(self, arguments)
 
@@ -293,16 +309,50 @@ class Op(Generic[P]):
 
     def _decide(self, memory: Memory, key: Any, values: tuple[Any, ...]) -> Known:
         """Check a call that was not seen before, choose its kernel and remember both."""
-        arguments = dict(zip((p.name for p in self.parameters), values, strict=True))
-        self.check(arguments)
+        called = self._named(values)
         tensors = [
-            self._nothing[p.name] if arguments[p.name] is None else arguments[p.name]
+            self._nothing[p.name] if called[p.name] is None else called[p.name]
             for p in self.parameters
             if generate.is_tensor(p)
         ]
-        known = (comparison(tensors), key[0], selection.choose(self, arguments))
+        kernel, is_capturing = self._choose(called), capture.question(selection.device_of(called))
+        known = Known(doubt(tensors, is_capturing), comparison(tensors), key[0], kernel, is_capturing)
         memory.learn(key, known)
         return known
+
+    def _decide_captured(self, values: tuple[Any, ...], token: Tensor | None) -> Callable[..., None]:
+        """Choose a kernel for a graph that is being captured, and remember that the op is in one.
+
+        A recording of Inductor's is kept under the selection that its token names. So that is the one which chooses,
+        even if another thread has swapped since.
+        """
+        called = self._named(values)
+        with selection.named_by(token):
+            kernel = self._choose(called)
+            selection.note_capture(self, self.fill(called), has_token=token is not None)
+        return kernel
+
+    def _choose(self, called: dict[str, Any]) -> Callable[..., None]:
+        """Check a call and return what runs it, with what the settings give to arguments that were left out."""
+        arguments = self.fill(called)
+        self.check(arguments)
+        kernel = selection.choose(self, arguments)
+        filled = any(arguments[name] is not value for name, value in called.items())
+        return self._filling(kernel) if filled else kernel
+
+    def _filling(self, kernel: Callable[..., None]) -> Callable[..., None]:
+        """Return a function that runs the kernel with what the settings give, anew in every call."""
+        fills, positional = self._fills, [p.name for p in self.parameters if p.kind is not p.KEYWORD_ONLY]
+        assert fills is not None
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            given = fills(**dict(zip(positional, args, strict=True)), **kwargs)
+            kernel(*args, **(kwargs | given))
+
+        return run
+
+    def _named(self, values: tuple[Any, ...]) -> dict[str, Any]:
+        return dict(zip((p.name for p in self.parameters), values, strict=True))
 
     def _refuse_gradient(self, values: tuple[Any, ...]) -> None:
         for p, value in zip(self.parameters, values, strict=True):
@@ -331,47 +381,3 @@ class Op(Generic[P]):
             problem = f"{function.__name__} names {', '.join(sorted(stray))}, which the op does not have"
             raise errors.declaration(f"{self.qualname} ({errors.source_of(function)})", problem)
         return generate.subset(self.qualname, parameters, function)
-
-
-def _in_schema(parameter: inspect.Parameter, is_cache: bool) -> inspect.Parameter:
-    """Return a parameter as the schema has it: caches are tensors, and no default is infinite, which none can say."""
-    if is_cache:
-        return parameter.replace(annotation=Tensor, default=parameter.empty)
-    if isinstance(parameter.default, float) and not math.isfinite(parameter.default):
-        return parameter.replace(default=parameter.empty)
-    return parameter
-
-
-def _parameters(op: str, function: Callable[..., Any], mutates: frozenset[str]) -> list[inspect.Parameter]:
-    """Read the schema's parameters off a declared function, refusing what torch accepts and then breaks on."""
-    parameters: list[inspect.Parameter] = []
-    what = f"{op} ({errors.source_of(function)})"
-    is_front = "out" in inspect.signature(function).parameters
-    for p in inspect.signature(function).parameters.values():
-        if isinstance(p.annotation, str):
-            raise errors.declaration(what, "annotations are strings; drop `from __future__ import annotations` there")
-        if p.name == "selection" or (p.name == "output" and p.default is not p.empty):
-            raise errors.declaration(what, f"`{p.name}` is the registry's own; call the output `out`, default None")
-        if p.name == "out":
-            p = inspect.Parameter("output", p.kind, annotation=Tensor)
-        if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
-            raise errors.declaration(what, f"{p.name}: *args, **kwargs and positional-only do not fit a schema")
-        if p.annotation not in _SCHEMA_TYPES:
-            allowed = (
-                "Tensor, Tensor | None, int, float, float | None or bool (a str would make every layer's graph its own)"
-            )
-            raise errors.declaration(what, f"{p.name}: got {p.annotation}, expected {allowed}")
-        if p.name in mutates and p.annotation is not Tensor and not (is_front and generate.left_out([p], mutates)):
-            remedy = f"where it may be left out, declare the front: `*, {p.name}: Tensor | None = None, ..., out`"
-            raise errors.declaration(what, f"{p.name}: a mutated argument is a Tensor, never optional; {remedy}")
-        if p.name == "output" and p.kind is not p.KEYWORD_ONLY:
-            raise errors.declaration(what, "the output must be keyword-only")
-        parameters.append(p)
-    names = [p.name for p in parameters]
-    if missing := mutates - set(names):
-        raise errors.declaration(what, f"mutates {', '.join(sorted(missing))}, which it does not have")
-    if not mutates or ("output" in names and "output" not in mutates):
-        raise errors.declaration(what, "an op writes into what it is given: name output and caches in `mutates`")
-    if Tensor not in [p.annotation for p in parameters]:
-        raise errors.declaration(what, "needs at least one Tensor")
-    return parameters

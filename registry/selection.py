@@ -1,43 +1,26 @@
-"""Which kernel runs: the default order, the environment, `use_backend`, and what depends on them.
+"""Which kernel runs: the default order, the environment, `configure`, `use_backend`, and what depends on them.
 
 All state here is process-wide and changes under one lock. A change forgets every remembered decision, raises the
 generation, and gives compiled graphs a new selection token.
 """
 
-import os
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mamba_ops.registry import errors, tokens
+from mamba_ops.registry import capture, errors, layouts, request, tokens
 from mamba_ops.registry.memory import Memory
+from mamba_ops.registry.request import Request
 from mamba_ops.registry.tables import backends, load_entry_points, lock, namespaces, ops
 
 if TYPE_CHECKING:
     from mamba_ops.registry.backend import Kernel
     from mamba_ops.registry.op import Op
-
-
-@dataclass(frozen=True)
-class _Binding:
-    """One request for backends by name."""
-
-    by: str
-    everywhere: str | None = None  # binds the ops for which this backend has a kernel, and what is composed of them
-    ops: Mapping[str, str] = field(default_factory=dict)
-
-    def of(self, op: "Op[...]") -> str | None:
-        name = self.ops.get(op.name)
-        if name is not None or self.everywhere is None:
-            return name
-        if self.everywhere in op.kernels:
-            return self.everywhere
-        return COMPOSED if op.composed else None  # then it is the ops inside that the name binds
 
 
 class Selection(NamedTuple):
@@ -70,13 +53,10 @@ class Explanation:
         return "\n".join([self.op, *(f"  {name:<{width}}  {reason}" for name, reason in rows)])
 
 
-COMPOSED = "composed"
-"""Name of the backend whose kernels call other ops."""
-
-_environments: dict[str, _Binding] = {}  # namespace to what its environment variable asks for, once read
-_bindings: list[_Binding] = []  # use_backend() now active, outermost first
 _recorders: list[list[Selection]] = []
 _warned: set[tuple[str, str]] = set()
+_requests: dict[Hashable, tuple[Request, ...]] = {}  # what was asked for under the selections that tokens name
+_settled = False  # whether backends have the settings in force
 _generation = 0  # raised whenever another kernel may be chosen than before
 
 
@@ -98,19 +78,32 @@ def remove_namespace(name: str) -> None:
     """Forget a namespace, its ops and what its environment variable asked for."""
     with lock:
         namespaces.pop(name, None)
-        _environments.pop(name, None)
+        request.forget_environment(name)
         for op in [op for op in ops.values() if op.qualname.startswith(f"{name}::")]:
             del ops[op.qualname]
+            capture.forget(op)
         changed()
 
 
 def changed() -> None:
     """Forget all decisions, raise the generation and renew the tokens."""
-    global _generation
+    global _generation, _settled
     with lock:
         _generation += 1
+        _settled = False
         _forget()
         tokens.renew(_fingerprint)
+
+
+def _settle() -> None:
+    """Hand backends the settings in force, before anything is decided; not at every change, for the environment is not
+    read before the first selection.
+    """
+    global _settled
+    with lock:
+        for backend in [] if _settled else backends.values():
+            backend.take_settings(request.settings())
+        _settled = True
 
 
 def _fingerprint() -> Hashable:
@@ -118,126 +111,107 @@ def _fingerprint() -> Hashable:
 
     The environment is the same all the time, so it is left out (and not read before the first selection).
     """
-    asked = frozenset((op.qualname, a[0]) for op in ops.values() if (a := _asked(op)) is not None)
-    return asked, frozenset((op.qualname, name) for op in ops.values() for name in op.kernels)
+    asked = frozenset((op.qualname, a[0]) for op in ops.values() if (a := request.asked(op)) is not None)
+    kernels = frozenset((op.qualname, k, k.backend.priority) for op in ops.values() for k in op.kernels.values())
+    stated = request.stated()
+    selection = asked, kernels, None if stated is None else frozenset(stated.items()), layouts.renewals()
+    _requests[selection] = request.in_force()
+    return selection
+
+
+def named_by(token: Tensor | None) -> AbstractContextManager[None]:
+    """Within the block, this thread chooses as under the selection that a token names; None: the one in force."""
+    return request.as_if(None if token is None else _requests[tokens.selection_of(token)])
 
 
 # -- one decision -----------------------------------------------------------------------------------------------------
 
 
-def _asked(op: "Op[...]") -> tuple[str, str] | None:
-    """Return the backend that use_backend() asks for, for this op, and who asked."""
-    for binding in reversed(_bindings):
-        if (name := binding.of(op)) is not None:
-            return name, binding.by
-    return None
-
-
-def _bound(op: "Op[...]") -> tuple[str, str] | None:
-    """Return the backend that was asked for by name for this op, and who asked."""
-    if (asked := _asked(op)) is None:
-        binding = _environment(op.qualname.split("::")[0])
-        asked = None if (name := binding.of(op)) is None else (name, binding.by)
-    return asked
-
-
-def _environment(namespace: str) -> _Binding:
-    """Read `<NAMESPACE>_BACKEND`: `triton`, or `op=backend` entries and at most one bare name, separated by commas."""
-    with lock:
-        binding = _environments.get(namespace)
-        if binding is None:
-            variable = f"{namespace.upper()}_BACKEND"
-            entries = [e.strip() for e in os.environ.get(variable, "").split(",") if e.strip()]
-            bare = [e for e in entries if "=" not in e]
-            if len(bare) > 1:
-                raise errors.RegistryError(f"{variable}: got the bare names {', '.join(bare)}, expected at most one")
-            named = dict(e.split("=", 1) for e in entries if "=" in e)
-            try:
-                binding = _binding(variable, bare[0] if bare else None, named)
-            except errors.RegistryError as error:
-                raise type(error)(f"{variable}: {error}") from None
-            _environments[namespace] = binding
-        return binding
-
-
-def _binding(by: str, everywhere: str | None, named: Mapping[str, str]) -> _Binding:
-    """Check names, in any case, against what is known."""
-    load_entry_points()
-    shorts = {op.name.lower(): op.name for op in ops.values()}
-    bound: dict[str, str] = {}
-    for name, backend in ((n.strip(), b.strip().lower()) for n, b in named.items()):
-        if name.lower() not in shorts:
-            raise errors.unknown("op", name, shorts.values())
-        if backend not in backends:
-            raise errors.unknown("backend", backend, backends)
-        bound[shorts[name.lower()]] = backend
-        for op in (op for op in ops.values() if op.name == shorts[name.lower()]):
-            if backend not in op.kernels:
-                raise errors.no_kernel(backend, op.qualname, op.kernels)
-    if everywhere is not None and (everywhere := everywhere.strip().lower()) not in backends:
-        raise errors.unknown("backend", everywhere, backends)
-    return _Binding(by, everywhere, bound)
+def _order(op: "Op[...]") -> list["Kernel"]:
+    """Return the kernels that a call may go to, in order."""
+    if (named := request.bound(op)) is not None:
+        return [op.kernels[name] for name in named[0]]
+    return sorted(op.kernels.values(), key=lambda k: (-k.backend.priority, k.backend.name))
 
 
 def _candidates(op: "Op[...]", arguments: Mapping[str, Any]) -> Iterator[tuple["Kernel", str | None]]:
     """Yield the kernels that a call may go to, in order, each with the reason why not (None: it takes the call)."""
-    named = _bound(op)
-    device = next(a.device.type for a in arguments.values() if isinstance(a, Tensor))
-    order = sorted(op.kernels.values(), key=lambda k: (-k.backend.priority, k.backend.name))
-    for kernel in [op.kernels[named[0]]] if named else order:
-        yield kernel, kernel.backend.why_unusable(device, by_name=bool(named)) or kernel.why_not(arguments)
+    by_name, device = is_bound(op), device_of(arguments).type
+    for kernel in _order(op):
+        yield kernel, kernel.backend.why_unusable(device, by_name=by_name) or kernel.why_not(arguments)
+
+
+def device_of(arguments: Mapping[str, Any]) -> torch.device:
+    """Return the device that a call runs on."""
+    return next(a.device for a in arguments.values() if isinstance(a, Tensor))
+
+
+def _why_not_now(op: "Op[...]", kernel: "Kernel", arguments: Mapping[str, Any]) -> str | None:
+    """Return why a kernel that takes calls like this one does not take these very arguments, or None."""
+    disputed = layouts.disputed(op, device_of(arguments).type)
+    return kernel.why_not_now(arguments) or layouts.why_not(kernel, disputed, arguments)
 
 
 def choose(op: "Op[...]", arguments: Mapping[str, Any]) -> Callable[..., None]:
     """Return the function that runs calls like this one, or raise with every backend's reason."""
     load_entry_points()
+    _settle()
+    device = device_of(arguments).type
+    disputed = layouts.disputed(op, device)
     reasons: dict[str, str] = {}
     takers: list[Kernel] = []
     for kernel, reason in _candidates(op, arguments):
         if reason is None:
             takers.append(kernel)
-            if kernel.per_call is None:
+            if kernel.per_call is None and not disputed:
                 break
         else:
             reasons[kernel.backend.name] = reason
     if not takers:
         raise _refused(op, reasons)
-    device = next(a.device.type for a in arguments.values() if isinstance(a, Tensor))
     for name, reason in reasons.items():
         devices = backends[name].devices
-        if devices is None or device in devices:
+        if devices is None or device in devices or is_bound(op):
             _say_once(op, name, reason, takers[0])
-    if takers[0].per_call is None:
+    if takers[0].per_call is None and not disputed:
         return _recorded(op, takers[0])
-    return _asking(op, takers, reasons)
+    return _asking(op, takers, reasons, disputed)
 
 
 def is_bound(op: "Op[...]") -> bool:
-    """Return whether somebody asked for one backend by name, for this op."""
-    return _bound(op) is not None
+    """Return whether somebody asked for backends by name, for this op."""
+    return request.bound(op) is not None
 
 
 def require(op: "Op[...]", arguments: Mapping[str, Any]) -> None:
     """Raise with every backend's reason unless one takes these very arguments."""
     reasons: dict[str, str] = {}
     for kernel, refusal in _candidates(op, arguments):
-        if (reason := refusal or kernel.why_not_now(arguments)) is None:
+        if (reason := refusal or _why_not_now(op, kernel, arguments)) is None:
             return
         reasons[kernel.backend.name] = reason
     raise _refused(op, reasons)
 
 
-def _asking(op: "Op[...]", takers: list["Kernel"], reasons: Mapping[str, str]) -> Callable[..., None]:
-    """Return a function that asks per-call refusals before each run."""
+def _asking(
+    op: "Op[...]", takers: list["Kernel"], reasons: Mapping[str, str], disputed: frozenset[str]
+) -> Callable[..., None]:
+    """Return a function that asks before each run: per-call refusals, and in which layout disputed caches are."""
     runs = [(kernel, _recorded(op, kernel)) for kernel in takers]
+    positional = [p.name for p in op.parameters if p.kind is not p.KEYWORD_ONLY]
 
     def run(*args: Any, **kwargs: Any) -> None:
         said = dict(reasons)
+        arguments = dict(zip(positional, args, strict=True)) | kwargs if disputed else {}
         for kernel, function in runs:
             reason = kernel.per_call(*args, **kwargs) if kernel.per_call else None
+            if reason is None and disputed:
+                reason = layouts.why_not(kernel, disputed, arguments)
             if reason is None:
                 for name in said.keys() - reasons.keys():
                     _say_once(op, name, said[name], kernel)
+                if disputed:
+                    layouts.remember(kernel, disputed, arguments)
                 return function(*args, **kwargs)
             said[kernel.backend.name] = reason
         raise _refused(op, said)
@@ -259,7 +233,9 @@ def _recorded(op: "Op[...]", kernel: "Kernel") -> Callable[..., None]:
 
 
 def _refused(op: "Op[...]", reasons: Mapping[str, str]) -> errors.NoBackendError:
-    named = _bound(op)
+    named = request.bound(op)
+    if named is not None and len(named[0]) > 1:
+        return errors.no_taker(op.qualname, reasons, asked=named[0], bound_by=named[1])
     return errors.no_backend(op.qualname, reasons, bound_by=named[1] if named else None)
 
 
@@ -274,48 +250,23 @@ def _say_once(op: "Op[...]", name: str, reason: str, taker: "Kernel") -> None:
         )
 
 
-# -- what users call --------------------------------------------------------------------------------------------------
+def note_capture(op: "Op[...]", arguments: Mapping[str, Any], *, has_token: bool) -> None:
+    """Remember on what a call runs that is being captured."""
+    refused: dict[str, str] = {}
+    for kernel, refusal in _candidates(op, arguments):
+        if (reason := refusal or _why_not_now(op, kernel, arguments)) is None:
+            asked = frozenset(request.settings().items())
+            capture.note(op, kernel.backend.name, refused, asked, device_of(arguments), has_token=has_token)
+            return
+        refused[kernel.backend.name] = reason
 
 
-def use_backend(backend: str | None = None, /, **named: str) -> AbstractContextManager[None]:
-    """Within the block, run ops on the backends named, in the whole process; nothing is recompiled.
-
-    A backend asked for by name never falls back: what it does not take raises, with the reason.
-
-    Args:
-        backend: binds every op for which this backend has a kernel; other ops keep the default order. An op that is
-            composed of others runs on them, on this backend where they have it.
-        named: `op_name="backend"` for single ops. Names are taken in any case.
-
-    Raises:
-        UnknownNameError: a name that nobody registered; the message lists the valid ones.
-        RegistryError: the backend has no kernel for an op named, or the call stands inside a traced region.
-    """
-    if torch.compiler.is_dynamo_compiling():  # true in traced code alone, whatever other threads do
-        _refuse_while_tracing()
-    return _active(_binding("use_backend", backend, named))
+def warn_of_captures() -> None:
+    """Say which graphs that callers captured no longer run what is selected; after every swap."""
+    capture.warn(lambda op: [kernel.backend.name for kernel in _order(op)], frozenset(request.settings().items()))
 
 
-def _refuse_while_tracing() -> None:
-    raise errors.swap_while_tracing()
-
-
-# Marked as constant, it runs while Dynamo traces and its error is the user's; an error raised in traced code would only
-# break the graph.
-_refuse_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _active(binding: _Binding) -> Iterator[None]:
-    with lock:
-        _bindings.append(binding)
-        changed()
-    try:
-        yield
-    finally:
-        with lock:
-            _bindings[:] = [b for b in _bindings if b is not binding]  # threads may leave in another order
-            changed()
+# -- what users ask --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -352,17 +303,18 @@ def explain(op: "Op[...] | str", /, *args: Any, **kwargs: Any) -> Explanation:
         if op not in names:
             raise errors.unknown("op", op, [o.name for o in ops.values()])
         op = names[op]
-    arguments = op.bind(args, kwargs)
+    arguments = op.fill(op.bind(args, kwargs))
     op.check(arguments)
-    named = _bound(op)
+    named = request.bound(op)
     chosen: str | None = None
     reasons: dict[str, str] = {}
     for kernel, refusal in _candidates(op, arguments):
-        reason = refusal or kernel.why_not_now(arguments)
+        reason = refusal or _why_not_now(op, kernel, arguments)
         if reason is None and chosen is None:
             chosen = kernel.backend.name
         else:
-            reasons[kernel.backend.name] = reason or f"comes after {chosen} in the default order"
+            whose = f"the order of {named[1]}" if named else "the default order"
+            reasons[kernel.backend.name] = reason or f"comes after {chosen} in {whose}"
     if named:
-        reasons |= {n: f"{named[1]} asks for {named[0]}" for n in op.kernels if n != named[0]}
+        reasons |= {n: f"{named[1]} asks for {', '.join(named[0])}" for n in op.kernels if n not in named[0]}
     return Explanation(op.qualname, chosen, named[1] if named and chosen else None, reasons)

@@ -39,6 +39,12 @@ def renew(selection: Callable[[], Hashable]) -> None:
             _make(name)
 
 
+def selection_of(token: Tensor) -> Hashable:
+    """Return the selection that a token names."""
+    number = (token.shape[0] - _FIRST) // 2
+    return next(selection for selection, its in _numbers.items() if its == number)
+
+
 def _name(device_type: str, index: int | None) -> str | None:
     """Return the attribute that holds a device's token, making it if need be; None where there is no token."""
     if torch.compiler.is_exporting():  # it would become a constant; asked here because traced code is told True by 2.11

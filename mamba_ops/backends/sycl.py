@@ -110,7 +110,11 @@ def _indices(tensor: Tensor) -> Tensor:
     return tensor.to(torch.int32).contiguous()
 
 
-@sycl.implements(gdn_mixing, unless=_why_not, per_call=_why_not_now)
+def _window(num_accepted_tokens: Tensor | None) -> str | None:
+    return None if num_accepted_tokens is None else "a window of width - 1 inputs in the slot of every column"
+
+
+@sycl.implements(gdn_mixing, unless=_why_not, per_call=_why_not_now, layouts={"conv_state": _window})
 def _gdn_mixing(
     projected_qkvz: Tensor,
     projected_ba: Tensor,

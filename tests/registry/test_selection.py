@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mamba_ops import registry
 from mamba_ops.registry import Namespace, Op, RegistryError, UnknownNameError, explain, record_selections, use_backend
+from mamba_ops.registry.request import Request
 from tests.harness import environment
 from tests.registry.toys import adapter, call
 
@@ -146,3 +147,29 @@ def test_a_decision_under_way_does_not_outlive_a_swap(add: Op[...], backend: Any
         swapped.set()
         thread.join()
         assert call(add) == 2.0
+
+
+class Settings:
+    """What a configuration is to the registry."""
+
+    def __init__(self, **settings: str) -> None:
+        self.settings = settings
+
+    def request(self, by: str) -> Request:
+        return Request(by, settings=self.settings)
+
+
+def test_backends_have_their_settings_before_they_are_asked(add: Op[...], backend: Any) -> None:
+    fast = backend("fast", priority=1, settings={"gear": ("low", "high")})
+    seen = []
+    fast.implements(add, unless=lambda x: seen.append(fast.settings["gear"]))(adapter(1))
+    call(add)
+    with use_backend(Settings(fast_gear="high", slow_gear="none")):
+        call(add)
+        with use_backend("fast"):  # names state no settings
+            call(add)
+        with use_backend(Settings()):  # whoever states one states all
+            call(add)
+    call(add)
+    assert seen == ["low", "high", "high", "low", "low"]
+    assert fast.choices == {"gear": ("low", "high")}

@@ -1,0 +1,218 @@
+"""Which backends run which ops, and how states are rounded: one record, from code, the environment or a string."""
+
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba_ops.ops import selective_state_update
+from mamba_ops.registry import backends
+from mamba_ops.registry.errors import ConfigError, RegistryError
+from mamba_ops.registry.request import (
+    Request,
+    entries_of,
+    known_op,
+    lowered,
+    order_of,
+    problems,
+    settings,
+    unknown_entry,
+)
+from mamba_ops.registry.tables import namespaces
+
+Order = str | Sequence[str] | Mapping[str, str | Sequence[str]]
+
+EVERY = "*"
+"""Stands in an order for all ops that it does not name."""
+
+
+@dataclass(frozen=True)
+class BackendConfig:
+    """Backends in an order for each op, and settings that they share; checked against a device when it is made.
+
+    Put it in force with `mamba_ops.configure(config)` for the process, or `mamba_ops.use_backend(config)` for a block;
+    nothing is recompiled. An op that the order does not name goes by the environment, then by priority. Its settings
+    hold as a whole: those of the environment are not looked at.
+
+    Args:
+        order: op name to the backends to try, in order, `"*"` standing for all other ops; or a string or list for all.
+            A backend without a kernel for an op is passed over under `"*"`, and an error under the op's name. A call
+            that the last backend of an order refuses is refused, with every reason. Names in any case.
+        stochastic_rounding: round a float16 state of `selective_state_update` up or down at random, without bias, in
+            every call that brings no `rounding_seed` of its own: one is drawn for each call, from torch's generator of
+            the device. States of other dtypes are rounded to nearest.
+        philox_rounds: rounds of the Philox generator that rounds them; 0 is the default of 10.
+        flashinfer_algorithm: of the backend `flashinfer`: auto, simple, vertical or horizontal.
+        device: what it is checked against. None: the accelerator of this machine, or its CPU.
+
+    Raises:
+        ConfigError: with a sentence for everything that is wrong: names that nobody has, with the valid ones, backends
+            that cannot run on the device, values. `problems` is the list.
+    """
+
+    order: Order = field(default_factory=dict)
+    stochastic_rounding: bool = False
+    philox_rounds: int = 0
+    flashinfer_algorithm: str = "auto"
+    device: torch.device | str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        order = dict(self.order) if isinstance(self.order, Mapping) else {EVERY: self.order}
+        named = {
+            place if place == EVERY else known_op(place) or place: lowered(order_of(n) if isinstance(n, str) else n)
+            for place, n in order.items()
+        }
+        object.__setattr__(self, "order", {place: names for place, names in named.items() if names or place != EVERY})
+        device = torch.device(self.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        object.__setattr__(self, "device", device)
+        found = [f"order: {problem}" for problem in problems(self.request("BackendConfig"))]
+        found += [f"order: {sentence}" for sentence in _unusable(self._names(), device)]
+        found += [f"{name}: {sentence}" for name, sentence in _wrong_values(self, device)]
+        if found:
+            raise ConfigError(found)
+
+    @classmethod
+    def from_string(cls, text: str, *, device: torch.device | str | None = None) -> "BackendConfig":
+        """Read entries separated by commas, as a command line or the environment has them.
+
+        Args:
+            text: `flashinfer`, a backend, or `flashinfer:triton`, several in order, for all ops; at most one of these.
+                `selective_state_update=flashinfer:triton` for one op. `stochastic_rounding=true`, `philox_rounds=6`,
+                `flashinfer_algorithm=simple`. Names in any case.
+            device: what it is checked against, as for the class.
+
+        Raises:
+            ConfigError: as the class, and for entries that are none of these.
+        """
+        found: list[str] = []
+        values: dict[str, Any] = {}
+        order: dict[str, Any] = {}
+        try:
+            everywhere, named = entries_of(text)
+        except RegistryError as error:
+            raise ConfigError([str(error)]) from None
+        if everywhere:
+            order[EVERY] = everywhere
+        for key, word in named.items():
+            try:
+                if key.lower() in READERS:
+                    values[key.lower()] = READERS[key.lower()](word)
+                elif known_op(key) is None:
+                    raise unknown_entry(key, READERS)
+                else:
+                    order[key] = order_of(word)
+            except RegistryError as error:
+                found.append(str(error))
+        try:
+            config = cls(order, device=device, **values)
+        except ConfigError as error:
+            raise ConfigError([*found, *error.problems]) from None
+        if found:
+            raise ConfigError(found)
+        return config
+
+    @classmethod
+    def from_env(cls, *, device: torch.device | str | None = None) -> "BackendConfig":
+        """Read the environment variable MAMBA_OPS_BACKEND, in the form of `from_string`.
+
+        Raises:
+            ConfigError: as `from_string`.
+        """
+        try:
+            return cls.from_string(os.environ.get("MAMBA_OPS_BACKEND", ""), device=device)
+        except ConfigError as error:
+            raise ConfigError([f"MAMBA_OPS_BACKEND: {problem}" for problem in error.problems]) from None
+
+    def __str__(self) -> str:
+        """Return the string that makes this configuration again."""
+        defaults = {f.name: f.default for f in fields(self)}
+        given = {name: getattr(self, name) for name in READERS if getattr(self, name) != defaults[name]}
+        order = {place: ":".join(names) for place, names in _as_mapping(self.order).items()}
+        entries = [order.pop(EVERY)] if EVERY in order else []
+        return ",".join([*entries, *(f"{name}={value}".lower() for name, value in (order | given).items())])
+
+    def request(self, by: str) -> Request:
+        """Return what `use_backend` and `configure` put in force."""
+        order = _as_mapping(self.order)
+        named = {place: names for place, names in order.items() if place != EVERY}
+        return Request(by, order.get(EVERY, ()), named, self._settings())
+
+    def _settings(self) -> dict[str, Hashable]:
+        return {name: getattr(self, name) for name in READERS}
+
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(name for names in _as_mapping(self.order).values() for name in names))
+
+
+def _as_mapping(order: Any) -> dict[str, tuple[str, ...]]:
+    return dict(order)
+
+
+def _unusable(names: list[str], device: torch.device) -> list[str]:
+    known = {backend.name: backend for backend in backends()}
+    reasons = {name: known[name].why_unusable(device.type, by_name=True) for name in names if name in known}
+    return [f"{name} {reason}" for name, reason in reasons.items() if reason]
+
+
+def _wrong_values(config: BackendConfig, device: torch.device) -> list[tuple[str, str]]:
+    found = []
+    if not isinstance(config.stochastic_rounding, bool):
+        found.append(("stochastic_rounding", f"got {config.stochastic_rounding!r}, expected True or False"))
+    rounds = config.philox_rounds
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 0:
+        found.append(("philox_rounds", f"got {rounds!r}, expected a number of rounds, or 0 for the default of 10"))
+    for backend in backends():
+        for setting, choices in backend.choices.items():
+            name = f"{backend.name}_{setting}"
+            if name not in READERS:
+                continue
+            if (value := getattr(config, name)) not in choices:
+                found.append((name, f"got {value!r}, expected {', '.join(choices)}"))
+            elif backend.why_not_setting and (reason := backend.why_not_setting(setting, value, device)):
+                found.append((name, reason))
+    return found
+
+
+# -- what the settings are, as text and to the op ---------------------------------------------------------------------
+
+
+def _yes_or_no(word: str) -> bool:
+    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if word.lower() not in words:
+        raise RegistryError(f"stochastic_rounding: got {word!r}, expected true or false")
+    return words[word.lower()]
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal():
+        raise RegistryError(f"philox_rounds: got {word!r}, expected a number of rounds, or 0 for the default of 10")
+    return int(word)
+
+
+READERS: dict[str, Callable[[str], Hashable]] = {
+    "stochastic_rounding": _yes_or_no,
+    "philox_rounds": _count,
+    "flashinfer_algorithm": str.lower,
+}
+"""The settings, by the names of their fields, each with what reads it from a string."""
+
+namespaces["mamba_ops"].settings.update(READERS)
+
+
+@selective_state_update.fills
+def _rounding(state: Tensor, rounding_seed: Tensor | None, philox_rounds: int) -> dict[str, Any]:
+    """Draw a seed for a float16 state, if the configuration asks for stochastic rounding and the caller brought none.
+
+    The op's body does so, not the front: so a swap of the configuration recompiles nothing, and a graph that captured
+    the call draws another seed in every replay.
+    """
+    now = settings()
+    given: dict[str, Any] = {}
+    if rounding_seed is None and now.get("stochastic_rounding") and state.dtype == torch.float16:
+        given["rounding_seed"] = torch.randint(0, 2**63 - 1, (1,), device=state.device)
+    if (given or rounding_seed is not None) and not philox_rounds and now.get("philox_rounds"):
+        given["philox_rounds"] = now["philox_rounds"]
+    return given
