@@ -36,6 +36,7 @@ stage scan 110 python3 -m benchmarks.scan --save "$OUT"
 stage delta_rule 110 python3 -m benchmarks.delta_rule --save "$OUT"
 stage boundary 50 python3 -m benchmarks.boundary --save "$OUT"
 stage swap 50 python3 -m benchmarks.swap
+stage tokens 150 python3 -m benchmarks.tokens --save "$OUT"
 
 printf '\n==== summary, logs in %s\n%s' "$OUT" "$summary"
 tail -n 1 "$OUT/tests.log"

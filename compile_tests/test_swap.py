@@ -11,7 +11,16 @@ from torch import Tensor
 import mamba_ops
 from compile_tests.conftest import MARK
 from compile_tests.test_ops import conv_step, graphs, ssm_step
-from mamba_ops.registry import Backend, record_selections, use_backend
+from mamba_ops import BackendConfig, configure
+from mamba_ops.registry import (
+    Backend,
+    NoBackendError,
+    mark_splitting,
+    record_selections,
+    renew_caches,
+    split_graph,
+    use_backend,
+)
 from tests.conftest import ACCELERATOR
 
 DEVICE = ACCELERATOR or torch.device("cpu")
@@ -117,6 +126,101 @@ def test_the_token_names_the_selection(marker: Backend) -> None:
             compiled(*sample.clone().args, **sample.kwargs)
     assert sizes[0] == sizes[2] != sizes[1] == sizes[3]
     assert all(size[1] == 0 and size[0] > 10**6 and size[0] % 2 for size in sizes)
+
+
+def test_nested_blocks_and_configurations_swap_compiled_code(marker: Backend) -> None:
+    """The innermost request that names the op decides; nothing is recompiled, and equal selections are one."""
+    compiled = torch.compile(step, fullgraph=True)
+    sample = conv_step(5)
+    tokens = []
+
+    def check(mark: bool) -> None:
+        eager, other = sample.clone(), sample.clone()
+        expected, out = step(*eager.args, **eager.kwargs), compiled(*other.args, **other.kwargs)
+        assert marked(out) == mark
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(other.args[1], eager.args[1], rtol=0, atol=0)
+        token = mamba_ops.registry.tokens.token(DEVICE)
+        assert token is not None
+        tokens.append(token.shape[0])
+
+    with record_selections() as record:
+        with use_backend("torch"):
+            check(False)
+            with use_backend("marker"):
+                check(True)
+                with use_backend(causal_conv1d_update="torch"):
+                    check(False)
+                with use_backend(selective_state_update="torch"):  # says nothing of this op
+                    check(True)
+                check(True)
+            check(False)
+        configure(BackendConfig("marker:torch"))
+        try:
+            check(True)
+            with use_backend("torch"):
+                check(False)
+            check(True)
+        finally:
+            configure(None)
+    assert [run.backend for run in record[::2]] == [run.backend for run in record[1::2]]  # eager and compiled
+    assert len(record) == 2 * 9
+    outer, inner, back = tokens[0], tokens[1], tokens[2]
+    assert tokens[:6] == [outer, inner, back, inner, inner, outer]
+    assert back == outer
+    assert tokens[6] == tokens[8] != tokens[7]
+    assert graphs() == 1
+
+
+def test_pieces_of_a_split_graph_follow_the_selection(marker: Backend) -> None:
+    """As engines run it: the op by itself, between pieces that do not hold it."""
+    pieces = []
+
+    def engine(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        split = split_graph(gm)
+        pieces.extend(piece.ops for piece in split.pieces)
+        return split.module
+
+    mark_splitting(mamba_ops.causal_conv1d_update)
+    try:
+        compiled = torch.compile(step, fullgraph=True, backend=engine)
+        sample = conv_step(5)
+        with record_selections() as record:
+            for backend in ("torch", "marker", "torch", "marker"):
+                eager, other = sample.clone(), sample.clone()
+                with use_backend(backend):
+                    expected, out = step(*eager.args, **eager.kwargs), compiled(*other.args, **other.kwargs)
+                assert marked(out) == (backend == "marker")
+                torch.testing.assert_close(out, expected)
+    finally:
+        mark_splitting(mamba_ops.causal_conv1d_update, False)
+    assert [run.backend for run in record] == ["torch"] * 2 + ["marker"] * 2 + ["torch"] * 2 + ["marker"] * 2
+    assert ("mamba_ops::causal_conv1d_update",) in pieces
+    assert len(pieces) == 3
+    assert graphs() == 1
+
+
+@pytest.mark.usefixtures("marker")
+def test_compiled_code_is_not_given_a_cache_in_another_layout() -> None:
+    kernel = mamba_ops.causal_conv1d_update.kernels["marker"].function
+    packed = Backend("packed", devices=None, priority=-20)
+    try:
+        packed.implements(mamba_ops.causal_conv1d_update, layouts={"conv_state": "another order"})(kernel)
+        compiled = torch.compile(step, fullgraph=True)
+        sample = conv_step(5).clone()
+        assert not marked(compiled(*sample.args, **sample.kwargs))
+        before = sample.args[1].clone()
+        with use_backend("packed"):
+            with pytest.raises(NoBackendError, match=r"keeps conv_state in another order, and \w+ wrote this one"):
+                compiled(*sample.args, **sample.kwargs)
+            assert torch.equal(sample.args[1], before)
+            renew_caches(sample.args[1])
+            assert marked(compiled(*sample.args, **sample.kwargs))
+        with pytest.raises(NoBackendError, match="packed wrote this one in another order"), use_backend("torch"):
+            compiled(*sample.args, **sample.kwargs)
+        assert graphs() == 1
+    finally:
+        packed.remove()
 
 
 def test_ssm_and_conv_swap_apart(marker: Backend) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 try:
     import typer
@@ -24,6 +24,7 @@ except ModuleNotFoundError as error:
 import torch
 
 from mamba_ops.audit.cli import audit_command
+from mamba_ops.options import Config, configured, fail
 from mamba_ops.registry import Backend, Op, RegistryError, backends, explain, ops
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -32,12 +33,6 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 def main() -> None:
     """Run the command."""
     app()
-
-
-def _fail(sentence: object) -> NoReturn:
-    """End the command as it ends for any wrong usage."""
-    Console(stderr=True).print(f"mamba-ops: {sentence}", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(2)
 
 
 def _devices() -> list[torch.device]:
@@ -86,12 +81,19 @@ def _options(
 
 
 @app.command("backends")
-def show_backends(device: Device = None) -> None:
+def show_backends(device: Device = None, backend: Config = None) -> None:
     """Say which backend runs which op here, and why not the others."""
     console = Console(highlight=False, markup=False)  # "[triton]" is an extra, not a style
+    with configured(backend, device):
+        _show_backends(console, [device] if device else _devices())
+    if backend is not None:
+        console.print(f"--backend {backend} is in force")
+
+
+def _show_backends(console: Console, devices: list[torch.device]) -> None:
     order = backends()
     try:
-        for where in [device] if device else _devices():
+        for where in devices:
             table = Table(title=f"On {where}", title_justify="left")
             table.add_column("op", no_wrap=True)
             for heading in [*(backend.name for backend in order), "runs on"]:
@@ -100,7 +102,7 @@ def show_backends(device: Device = None) -> None:
                 table.add_row(op.name, *(_answer(backend, op, where) for backend in order), _choice(op, where))
             console.print(table)
     except RegistryError as error:
-        _fail(error)
+        fail(error)
     console.print("Default order: " + ", ".join(f"{backend.name} {backend.priority}" for backend in order))
     asked = os.environ.get("MAMBA_OPS_BACKEND")
     console.print(f"MAMBA_OPS_BACKEND={asked} is in force" if asked else "MAMBA_OPS_BACKEND is not set")
@@ -139,7 +141,7 @@ def show_ops(
     elif name in ops():
         text = ops_page.section(ops()[name])
     else:
-        _fail(f"there is no op {name!r}; ops: {', '.join(sorted(ops()))}")
+        fail(f"there is no op {name!r}; ops: {', '.join(sorted(ops()))}")
     if markdown:
         print(text, end="")
     else:
@@ -223,6 +225,7 @@ def compare_backends(
     backends: Annotated[
         str | None, typer.Option(metavar="A,B", help="Names, the first to be compared with.", show_default="all here")
     ] = None,
+    backend: Config = None,
     layers: Layers = None,
     device: Device = None,
 ) -> None:
@@ -232,7 +235,7 @@ def compare_backends(
 
         console = Console(highlight=False, markup=False)  # a refusal may hold brackets
         names = [name.strip() for name in backends.split(",") if name.strip()] if backends else None
-        with _Steps(console) as tell:
+        with configured(backend, device), _Steps(console) as tell:
             comparison = compare(target, names, device=device or _devices()[0], layers=layers, tell=tell)
     table = Table(title=f"{target} on {comparison.device}", title_justify="left")
     for heading in ("backend", "eager ms", "compiled ms", "differs by", "recompiles", "ops ran on"):
@@ -265,6 +268,6 @@ def _failing() -> Iterator[None]:
         if error.__cause__ is not None:
             shown = error.__cause__.__traceback__
             traceback.print_exception(error.__cause__.with_traceback(shown and shown.tb_next))  # not our frame
-        _fail(error)
+        fail(error)
     except RegistryError as error:
-        _fail(error)
+        fail(error)

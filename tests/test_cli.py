@@ -85,6 +85,14 @@ def test_who_chose_the_backend_is_said(monkeypatch):
     assert "MAMBA_OPS_BACKEND=torch is in force" in run("backends").output
 
 
+def test_a_configuration_is_in_force_while_the_command_runs():
+    result = run("backends", "--device", "cpu", "--backend", "causal_conv1d=torch,philox_rounds=6")
+    assert result.exit_code == 0
+    assert result.output.count("torch (BackendConfig)") == 1
+    assert result.output.splitlines()[-1] == "--backend causal_conv1d=torch,philox_rounds=6 is in force"
+    assert "BackendConfig" not in run("backends", "--device", "cpu").output
+
+
 @pytest.mark.parametrize("problems", [[], ["something recompiled"]])
 def test_the_demo_reads_a_text_and_its_verdict_is_the_exit_status(monkeypatch, tmp_path, problems):
     text = tmp_path / "text"
@@ -157,6 +165,12 @@ def test_the_demo_without_transformers_names_the_extra():
         (["demo", "--checkpoint", str(Path(__file__).parent)], "mamba-ops: there is no config.json in "),
         (["compare"], "TARGET"),
         (["compare", "nowhere"], "mamba-ops: got nowhere, expected package.module:factory"),
+        (
+            ["compare", "nowhere", "--backend", "tirton"],
+            "mamba-ops: --backend: the configuration has a problem:\n  order: ",
+        ),
+        (["audit", "nowhere", "--backend", "tirton"], "unknown backend 'tirton'; valid: "),
+        (["backends", "--backend", "philox_rounds=x"], "philox_rounds: got 'x', expected a number of rounds"),
         (["compare", "transformers:mamba2", "--backends", "nope"], "mamba-ops: unknown backend 'nope'; valid: "),
         (["demo", "--text", "nowhere"], "'nowhere' does not exist"),
         (["demo", "--backend", "nope"], "mamba-ops: unknown backend 'nope'; valid: "),

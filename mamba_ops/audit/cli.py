@@ -3,7 +3,7 @@
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.console import Console
 from mamba_ops.audit import command
 from mamba_ops.audit.report import Report
 from mamba_ops.audit.show import show, show_changes
+from mamba_ops.options import Config, configured, fail
 
 FAIL_ON = ("break", "recompile", "fallback", "copy", "jit", "sync", "kernel")
 
@@ -33,6 +34,7 @@ def audit_command(
     device: Annotated[str, typer.Option(help="cpu, cuda or xpu; one that is not here is traced as absent.")] = "cpu",
     shapes: Annotated[str | None, typer.Option(help="Leading sizes of the inputs: 1x128,1x129,4x512.")] = None,
     mode: Annotated[str | None, typer.Option(help="As for torch.compile; Inductor runs.")] = None,
+    backend: Config = None,
     train: Annotated[bool, typer.Option("--train", help="Compile the backward pass too.")] = False,
     copies: Annotated[bool, typer.Option("--copies", help="Look for copies in what Inductor makes.")] = False,
     layers: Annotated[int | None, typer.Option(min=1, help="Of a model of Transformers.", show_default="2")] = None,
@@ -57,24 +59,25 @@ def audit_command(
     errors = Console(stderr=True, highlight=False)
     wanted = [kind.strip() for kind in fail_on.split(",")] if fail_on else []
     if unknown := [kind for kind in wanted if kind not in FAIL_ON]:
-        _fail(f"--fail-on: got {', '.join(unknown)}, expected some of {', '.join(FAIL_ON)}")
+        fail(f"--fail-on: got {', '.join(unknown)}, expected some of {', '.join(FAIL_ON)}")
     before = _read(other) if other else None
     ended: BaseException | None = None
     report = Report(target, device, finished=False)
     try:
         command.is_absent(device)
     except RuntimeError:
-        _fail(f"--device: got {device}, expected cpu, cuda or xpu")
+        fail(f"--device: got {device}, expected cpu, cuda or xpu")
     try:
         if script:
-            report, ended = command.run_script(target, arguments or [])
+            with configured(backend, None):
+                report, ended = command.run_script(target, arguments or [])
         elif arguments:
-            _fail(f"got {' '.join(arguments)} after the target, expected that with --run alone")
+            fail(f"got {' '.join(arguments)} after the target, expected that with --run alone")
         else:
             sizes = command.read_shapes(shapes) if shapes else None
             options = command.Options(target, device, sizes, mode, train, copies, layers, full, limit)
             status: Any = errors.status(f"{target} on {device}") if errors.is_terminal else nullcontext()
-            with status as shown:
+            with status as shown, configured(backend, device):
 
                 def tell(step: str) -> None:
                     if shown is not None:
@@ -85,7 +88,7 @@ def audit_command(
                 command.run(options, report, tell)
     except command.UserError as error:
         command.show_cause(error)
-        _fail(error)
+        fail(error)
     except KeyboardInterrupt:
         report.finished = False
     report.sort()
@@ -97,7 +100,7 @@ def audit_command(
         failure = command.UserError(f"{target} raised {type(ended).__name__}")
         failure.__cause__ = ended
         command.show_cause(failure)
-        _fail(failure)
+        fail(failure)
     if not report.finished:
         raise typer.Exit(130)
     raise typer.Exit(1 if report.failing(wanted) else 0)
@@ -119,18 +122,13 @@ def _write(
 
             html_file.write_text(page(report, before), encoding="utf-8")
     except OSError as error:
-        _fail(f"{error.filename} cannot be written: {error.strerror}")
+        fail(f"{error.filename} cannot be written: {error.strerror}")
 
 
 def _read(file: Path) -> Report:
     try:
         return Report.from_json(file.read_text(encoding="utf-8"))
     except OSError as error:
-        _fail(f"{file} cannot be read: {error.strerror}")
+        fail(f"{file} cannot be read: {error.strerror}")
     except (ValueError, TypeError, KeyError) as error:
-        _fail(f"{file} is no report: {error}")
-
-
-def _fail(sentence: object) -> NoReturn:
-    Console(stderr=True).print(f"mamba-ops: {sentence}", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(2)
+        fail(f"{file} is no report: {error}")
