@@ -315,7 +315,7 @@ class Op(Generic[P]):
             for p in self.parameters
             if generate.is_tensor(p)
         ]
-        kernel, is_capturing = self._choose(called), capture.question(selection.device_of(called))
+        (kernel, _), is_capturing = self._choose(called), capture.question(selection.device_of(called))
         known = Known(doubt(tensors, is_capturing), comparison(tensors), key[0], kernel, is_capturing)
         memory.learn(key, known)
         return known
@@ -326,27 +326,33 @@ class Op(Generic[P]):
         A recording of Inductor's is kept under the selection that its token names. So that is the one which chooses,
         even if another thread has swapped since.
         """
-        called = self._named(values)
         with selection.named_by(token):
-            kernel = self._choose(called)
-            selection.note_capture(self, self.fill(called), has_token=token is not None)
+            kernel, arguments = self._choose(self._named(values))
+            selection.note_capture(self, arguments, has_token=token is not None)
         return kernel
 
-    def _choose(self, called: dict[str, Any]) -> Callable[..., None]:
-        """Check a call and return what runs it, with what the settings give to arguments that were left out."""
+    def _choose(self, called: dict[str, Any]) -> tuple[Callable[..., None], dict[str, Any]]:
+        """Check a call; return what runs it, and its arguments with what the settings give to those left out."""
         arguments = self.fill(called)
         self.check(arguments)
         kernel = selection.choose(self, arguments)
-        filled = any(arguments[name] is not value for name, value in called.items())
-        return self._filling(kernel) if filled else kernel
+        given = {name: value for name, value in arguments.items() if value is not called[name]}
+        return (self._filling(kernel, given) if given else kernel), arguments
 
-    def _filling(self, kernel: Callable[..., None]) -> Callable[..., None]:
-        """Return a function that runs the kernel with what the settings give, anew in every call."""
+    def _filling(self, kernel: Callable[..., None], first: dict[str, Any]) -> Callable[..., None]:
+        """Return a function that runs the kernel with what the settings give, anew in every call.
+
+        `first` was given for the call that is decided on, and is that call's: what a graph captures is drawn once.
+        """
         fills, positional = self._fills, [p.name for p in self.parameters if p.kind is not p.KEYWORD_ONLY]
         assert fills is not None
+        ready = [first]
 
         def run(*args: Any, **kwargs: Any) -> None:
-            given = fills(**dict(zip(positional, args, strict=True)), **kwargs)
+            try:
+                given = ready.pop()
+            except IndexError:
+                given = fills(**dict(zip(positional, args, strict=True)), **kwargs)
             kernel(*args, **(kwargs | given))
 
         return run
