@@ -1,0 +1,50 @@
+"""The forward context: what ops that know their layer by its name alone find there."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mamba_ops.ops.mixing import HasPlan
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardContext:
+    """A model's layers and caches by name, and the plan of the step that runs.
+
+    Attributes:
+        layers: the layers, as in `mamba_ops.layers`.
+        caches: of each layer its caches, as a `StatePool` has them.
+        plan: of the step, the same for all layers. None: there is none, as in a profile run.
+    """
+
+    layers: Mapping[str, Any]
+    caches: Mapping[str, Sequence[Tensor]]
+    plan: HasPlan | None = None
+
+
+_current: ContextVar[ForwardContext | None] = ContextVar("forward context", default=None)
+
+
+@contextmanager
+def forward_context(context: ForwardContext) -> Iterator[ForwardContext]:
+    """Within the block, in this thread, ops by layer name find their layer in `context`."""
+    before = _current.set(context)
+    try:
+        yield context
+    finally:
+        _current.reset(before)
+
+
+def current_context() -> ForwardContext:
+    """Return the context in force.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if (context := _current.get()) is None:
+        raise RuntimeError("no forward context: run the model inside `with mamba_ops.serving.forward_context(...)`")
+    return context

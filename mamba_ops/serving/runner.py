@@ -1,0 +1,230 @@
+"""Runs a model on an engine's steps: compiled in pieces, padded to a few sizes, replayed from the device's graphs."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba_ops.registry import generation
+from mamba_ops.serving.capture import Graphs, graphs_of
+from mamba_ops.serving.context import ForwardContext, forward_context
+from mamba_ops.serving.pieces import CompilePiece, PiecewiseBackend, Recording
+from mamba_ops.serving.plan import NOBODY, Plan
+
+CAPTURE_SIZES = (1, 2, 4, *range(8, 257, 8))
+
+
+class PiecewiseRunner:
+    """Runs `model(*inputs, plan)` for one plan after the other, on a device with as few launches as it can.
+
+    The tokens of a step are padded to the next capture size. A step in which all requests decode one token is replayed
+    as one graph, the mixing ops inside. Any other step runs piecewise: the pieces between splitting ops are replayed,
+    the ops themselves launched. A step of more tokens than the largest size runs compiled, without graphs. At a size's
+    first step there is nothing to replay yet: it runs as compiled, the second records. A swap of the backend begins
+    anew. On a device without graphs the same steps run, padded alike, and nothing is recorded.
+
+    It is for one thread, and its results hold until the next step.
+
+    Attributes:
+        backend: the backend of torch.compile that it compiles the model with.
+        compiled: the compiled model, which takes inputs of a capture size and a plan; `backend` splits it.
+        steps: how many steps ran "full", "piecewise" and "plain" (more tokens than any size).
+        recorded: how many graphs of the device were recorded.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        *,
+        max_tokens: int,
+        max_requests: int,
+        capture_sizes: Sequence[int] = CAPTURE_SIZES,
+        columns: int = 1,
+        speculative: bool = False,
+        null_slot: int = NOBODY,
+        device: torch.device | str = "cpu",
+        context: ForwardContext | None = None,
+        compile_piece: str | CompilePiece = "inductor",
+        graphs: Graphs | None = None,
+    ) -> None:
+        """Compile nothing yet.
+
+        Args:
+            model: takes tensors whose first axis is the step's tokens, then the plan, and returns one such tensor. It
+                is traced once (once more for a single token), so it takes what it needs from the plan's tensors, and
+                from caches that stay where they are.
+            max_tokens: the most tokens of a step.
+            max_requests: the most requests of a plan, as given to `Plan.of`.
+            capture_sizes: numbers of tokens to record graphs for; larger ones than max_tokens are left out.
+            columns, speculative, null_slot: as the plans have them, see `Plan.zeros`.
+            device: where the model is.
+            context: for a model that finds its layers by name: its forward context, which gets each step's plan. The
+                model is then called as `model(*inputs)`.
+            compile_piece: the backend of torch.compile for the pieces.
+            graphs: who records; None: the device's own graphs, if it has any.
+        """
+        sizes = sorted({size for size in capture_sizes if size <= max_tokens})
+        if not sizes or sizes[0] < 1:
+            expected = f"at least one from 1 to max_tokens={max_tokens}"
+            raise ValueError(f"PiecewiseRunner: capture_sizes: got {list(capture_sizes)}, expected {expected}")
+        self.device = torch.device(device)
+        self.backend = PiecewiseBackend(compile_piece)
+        self.capture_sizes, self.max_tokens, self.max_requests = sizes, max_tokens, max_requests
+        self.steps: Counter[str] = Counter()
+        self.recorded = 0
+        self._plans: dict[str, Any] = {"max_requests": max_requests, "null_slot": null_slot, "device": self.device}
+        self._rows: dict[str, Any] = {"columns": columns, "speculative": speculative}
+        self._graphs = graphs_of(self.device) if graphs is None else graphs
+        self._context = context
+        self.compiled = torch.compile(model, backend=self.backend, fullgraph=True, dynamic=False)
+        self._plan = Plan.zeros(0, **self._rows, **self._plans).tensors  # where full steps read their plan
+        self._counts = {size: torch.tensor([size, size, 0, 0]) for size in sizes}
+        self._buffers: list[Tensor] = []
+        self._views: dict[int, list[Tensor]] = {}
+        self._forget()
+
+    def __call__(self, plan: Plan, *inputs: Tensor) -> Tensor:
+        """Run a step and return the model's output for its tokens.
+
+        Args:
+            plan: of this step.
+            inputs: each of `plan.tokens` entries, in the plan's order.
+
+        Raises:
+            ValueError: before anything is written: the inputs are not the plan's tokens, there are too many, or the
+                plan is made for another number of requests.
+        """
+        counts = self._checked(plan, inputs)
+        if generation() != self._generation:
+            self._forget()
+        size = next((size for size in self.capture_sizes if size >= plan.tokens), None)
+        with torch.no_grad():
+            if size is None:
+                self.steps["plain"] += 1
+                return self._run(plan, self._staged(inputs, plan.tokens))
+            views = self._staged(inputs, size)
+            decodes = counts == [plan.tokens, plan.tokens, 0, 0] and not self._rows["speculative"]
+            if decodes and size <= self.max_requests:
+                self.steps["full"] += 1
+                return self._full(plan, size, views)[: plan.tokens]
+            self.steps["piecewise"] += 1
+            return self._piecewise(plan, size, views)[: plan.tokens]
+
+    def prepare(self, *examples: Tensor) -> None:
+        """Compile the model and record every graph that any step may replay, with steps of tokens that are nobody's.
+
+        Args:
+            examples: tensors like the inputs, of any number of tokens.
+        """
+        for size in reversed(self.capture_sizes):
+            inputs = [example.new_zeros(size, *example.shape[1:]) for example in examples]
+            plans = [Plan.zeros(size, **self._rows, **self._plans)]
+            if size <= self.max_requests and not self._rows["speculative"]:
+                nobody = [[NOBODY] * self._rows["columns"]] * size
+                plans.append(Plan.of([1] * size, [1] * size, nobody, **self._plans))
+            for plan in plans:
+                for _ in range(2):  # the first runs, the second records
+                    self(plan, *inputs)
+        self.steps.clear()
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _checked(self, plan: Plan, inputs: Sequence[Tensor]) -> list[int]:
+        """Return the plan's counts, or raise the ValueError about what does not fit."""
+        tensors = plan.tensors
+        if tensors.counts is None or tensors.cu_seqlens is None:
+            raise _wrong("plan", "no plan", "a Plan; for a profile run there is Plan.zeros(tokens)")
+        if (rows := tensors.cu_seqlens.shape[0] - 1) != self.max_requests:
+            raise _wrong(
+                "plan", f"a plan with max_requests={rows}", f"max_requests={self.max_requests}, as the runner has"
+            )
+        if plan.null_slot != self._plans["null_slot"]:
+            raise _wrong("plan", f"null_slot {plan.null_slot}", f"{self._plans['null_slot']}, as the runner has")
+        if plan.tokens > self.max_tokens:
+            raise _wrong(
+                "plan", f"{plan.tokens} tokens", f"at most max_tokens={self.max_tokens}; read prompts in chunks"
+            )
+        for tensor in inputs:
+            if tensor.shape[0] != plan.tokens:
+                raise _wrong("inputs", f"{tensor.shape[0]} tokens", f"{plan.tokens}, as the plan has")
+        counts = [int(n) for n in tensors.counts.tolist()]
+        if counts[1] + counts[3] > plan.tokens:
+            raise _wrong("plan", f"counts of {counts[1] + counts[3]} tokens", f"{plan.tokens}, as it says itself")
+        return counts
+
+    def _run(self, plan: Plan, views: Sequence[Tensor]) -> Tensor:
+        """Call the compiled model."""
+        if self._context is None:
+            return self.compiled(*views, plan)
+        with forward_context(replace(self._context, plan=plan)):
+            return self.compiled(*views)
+
+    def _piecewise(self, plan: Plan, size: int, views: Sequence[Tensor]) -> Tensor:
+        if self._graphs is None or ("piecewise", size) not in self._warm:
+            output = self._run(plan, views)
+            self._warm.add(("piecewise", size))
+            return output
+        recording = self._recordings.setdefault(size, Recording(self._graphs))
+        self.backend.recording = recording
+        try:
+            output = self._run(plan, views)
+        except BaseException:
+            if not recording.complete:
+                del self._recordings[size]  # half of a step is no step
+            raise
+        finally:
+            self.backend.recording = None
+        if not recording.complete:
+            recording.complete = True
+            self.recorded += len(recording)
+        return output
+
+    def _full(self, plan: Plan, size: int, views: Sequence[Tensor]) -> Tensor:
+        # Its counts are `size` decodes; those beyond the plan's are nobody's, as all rows of a plan beyond its last.
+        staged = Plan(self._plan._replace(counts=self._counts[size]), size, null_slot=plan.null_slot)
+        for mine, given in zip(self._plan[1:], plan.tensors[1:], strict=True):
+            if mine is not None and given is not None:
+                mine.copy_(given, non_blocking=True)
+        if self._graphs is None or ("full", size) not in self._warm:
+            output = self._run(staged, views)
+            self._warm.add(("full", size))
+            return output
+        if size not in self._fulls:
+            self._fulls[size] = self._graphs.record(lambda: self._run(staged, views))
+            self.recorded += 1
+        output, replay = self._fulls[size]
+        replay()
+        return output
+
+    def _staged(self, inputs: Sequence[Tensor], size: int) -> list[Tensor]:
+        """Copy inputs to where graphs read them; what pads them is zero."""
+        if not self._buffers:
+            self._buffers = [
+                torch.zeros(self.max_tokens, *t.shape[1:], dtype=t.dtype, device=self.device) for t in inputs
+            ]
+        views = self._views.get(size)
+        if views is None:
+            views = [buffer[:size] for buffer in self._buffers]
+            if size > 1:  # torch.compile takes 1 for a constant
+                for view in views:
+                    torch._dynamo.mark_dynamic(view, 0)
+            if size in self._counts:
+                self._views[size] = views
+        for view, given in zip(views, inputs, strict=True):
+            view[: given.shape[0]].copy_(given, non_blocking=True)
+            view[given.shape[0] :].zero_()
+        return views
+
+    def _forget(self) -> None:
+        """Begin anew: another kernel may be chosen now than was recorded."""
+        self._generation = generation()
+        self._warm: set[tuple[str, int]] = set()  # what ran before, so that recording it compiles nothing
+        self._recordings: dict[int, Recording] = {}
+        self._fulls: dict[int, tuple[Tensor, Callable[[], None]]] = {}
+
+
+def _wrong(name: str, got: str, expected: str) -> ValueError:
+    return ValueError(f"PiecewiseRunner: {name}: got {got}, expected {expected}")
