@@ -68,6 +68,9 @@ class _Record(TorchDispatchMode):
         if function.namespace != "aten":  # an op of ours, or a user's: what it calls is recorded
             with self:
                 return function.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd"):
+            with self:  # inside such an op, what autograd would have taken apart comes whole
+                return function.decompose(*args, **kwargs)
         schema = function._schema
         if schema.is_mutable:
             mine = {tensor.untyped_storage().data_ptr() for tensor in self.made}

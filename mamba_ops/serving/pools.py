@@ -120,7 +120,7 @@ def _pages(states: tuple[Tensor, ...], slots: int, page_bytes: int) -> tuple[Ten
     for state in states:
         starts.append(end)
         end += -(-state[:1].new_empty(1, *state.shape[1:]).nbytes // _ALIGNMENT) * _ALIGNMENT
-    page = -(-max(end, page_bytes) // _ALIGNMENT) * _ALIGNMENT
+    page = -(-max(end, page_bytes, 1) // _ALIGNMENT) * _ALIGNMENT
     caches = []
     if states:
         pages = torch.zeros(slots, page, dtype=torch.uint8, device=states[0].device)
