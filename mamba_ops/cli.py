@@ -254,7 +254,7 @@ def compare_backends(
     raise typer.Exit(1 if comparison.problems else 0)
 
 
-app.command("audit")(audit_command)
+app.command("audit", context_settings={"ignore_unknown_options": True})(audit_command)
 
 
 @contextmanager

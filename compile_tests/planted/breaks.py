@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import threading
 import time
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
+LOCK = threading.Lock()
 extension_call = torch._C._is_alias_of  # a pybind11 function on tensors, as those of a compiled extension
 
 
@@ -198,6 +200,39 @@ class Explicit(Base):
         return y.relu()
 
 
+class Lock(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.proj(x)
+        with LOCK:  # planted
+            return y.relu()
+
+
+class BackwardHook(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj.register_full_backward_hook(lambda module, given, out: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.proj(x)  # planted
+        return y.relu()
+
+
+class OutArgument(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.proj(x)
+        out = torch.empty(8, 4).t()
+        torch.add(y, 1, out=out)  # planted
+        return out.relu()
+
+
+class OutTwin(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.proj(x)
+        out = torch.empty(4, 8)
+        torch.add(y, 1, out=out)
+        return out.relu()
+
+
 class Layer(Base):
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).relu()
@@ -222,6 +257,21 @@ class LoopTwin(LoopWithBreak):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+class Unrolled(Base):
+    """A recurrence over tokens, as the slow paths of Transformers have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros_like(x[0])
+        for token in self.proj(x):  # planted
+            state = state + token
+        return state
+
+
+class UnrolledTwin(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).cumsum(0)[-1]
 
 
 class LayerWithBreak(Base):

@@ -101,3 +101,16 @@ class AlwaysTensor(Base):
 class Contiguity(Base):
     def forward(self, x: Tensor) -> Tensor:  # planted
         return self.proj(x).relu()
+
+
+class DecidesBySize(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.proj(x)
+        if x.shape[0] > 8:  # planted
+            return y.relu()
+        return y.tanh()
+
+
+class DecidesBySizeTwin(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).relu()

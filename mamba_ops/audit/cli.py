@@ -1,7 +1,7 @@
 """The command `mamba-ops audit`."""
 
+import contextlib
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,7 +50,7 @@ def audit_command(
         Path | None, typer.Option("--compare", metavar="OTHER.json", help="Say what changed since.", dir_okay=False)
     ] = None,
     limit: Annotated[
-        float | None, typer.Option(min=1, metavar="SECONDS", help="When to stop an absent device's.")
+        float | None, typer.Option(min=1, metavar="SECONDS", help="When to stop and show what is known.")
     ] = None,
 ) -> None:
     """Say why a model breaks under torch.compile, on which line, and what to change."""
@@ -62,22 +62,27 @@ def audit_command(
         fail(f"--fail-on: got {', '.join(unknown)}, expected some of {', '.join(FAIL_ON)}")
     before = _read(other) if other else None
     ended: BaseException | None = None
+    failed: Exception | None = None
     report = Report(target, device, finished=False)
     try:
         command.is_absent(device)
     except RuntimeError:
         fail(f"--device: got {device}, expected cpu, cuda or xpu")
+    # What the user's code prints is no part of the data.
+    printed = contextlib.redirect_stdout(sys.stderr) if stdout_is_json else contextlib.nullcontext()
+    if script and (shapes or mode or train or copies or layers or full or device != "cpu"):
+        fail("--run goes with --backend, --json, --html, --fail-on, --compare and --limit alone: the script says the rest")
     try:
         if script:
-            with configured(backend, None):
-                report, ended = command.run_script(target, arguments or [])
+            with printed, configured(backend, None):
+                report, ended = command.run_script(target, arguments or [], limit)
         elif arguments:
             fail(f"got {' '.join(arguments)} after the target, expected that with --run alone")
         else:
             sizes = command.read_shapes(shapes) if shapes else None
             options = command.Options(target, device, sizes, mode, train, copies, layers, full, limit)
-            status: Any = errors.status(f"{target} on {device}") if errors.is_terminal else nullcontext()
-            with status as shown, configured(backend, device):
+            status: Any = errors.status(f"{target} on {device}") if errors.is_terminal else contextlib.nullcontext()
+            with printed, status as shown, configured(backend, device):
 
                 def tell(step: str) -> None:
                     if shown is not None:
@@ -86,13 +91,18 @@ def audit_command(
                         errors.print(f"{step} ...", markup=False)
 
                 command.run(options, report, tell)
-    except command.UserError as error:
-        command.show_cause(error)
-        fail(error)
+    except (command.UserError, command.ToldError) as error:
+        failed = error
     except KeyboardInterrupt:
         report.finished = False
     report.sort()
-    _write(report, console, json_file, html_file, before)
+    if failed is None or report.calls:  # else nothing is known
+        _write(report, console, json_file, html_file, before)
+    if isinstance(failed, command.UserError):
+        command.show_cause(failed)
+        fail(failed)
+    if failed is not None:
+        raise typer.Exit(2)
     if isinstance(ended, SystemExit):
         errors.print(f"mamba-ops: {target} ended with status {ended.code}", markup=False)
         raise typer.Exit(2)

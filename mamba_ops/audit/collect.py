@@ -6,6 +6,7 @@ guard for a recompile. The functions wrapped here are where those objects pass b
 
 import contextlib
 import re
+import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from torch._dynamo import convert_frame, exc, guards, output_graph, symbolic_con
 from mamba_ops.audit import graph as graphs
 from mamba_ops.audit.places import Layers, in_text, is_theirs, running, theirs
 from mamba_ops.audit.remedies import RULES, classify_break, classify_guard, guard_subject, remedy
-from mamba_ops.audit.report import CallRow, Finding, Graph, Place, Report
+from mamba_ops.audit.report import CallRow, Finding, Graph, Place, Report, function_name
 
 
 class Collector:
@@ -118,8 +119,10 @@ class Collector:
             return  # the inside of torch or Triton, which Python runs after a break of theirs
         source = stack[-1].source if stack else ""
         name = classify_break(gb_type, message, source)
+        if name == "other-break":  # a break under a context manager has that for a class, and its own in the heading
+            name = classify_break(message.partition("\n")[0], message, source)
         fallback = Place.defined(code) if code else None
-        frame = getattr(code, "co_qualname", code.co_name) if code and skipped else None
+        frame = _named(code) if code and skipped else None
         self.add(
             name, _subject(name, message, source), message, stack, fallback=fallback, breaks=True, skipped_frame=frame
         )
@@ -150,6 +153,9 @@ class Collector:
             self.report.calls[self.call].graphs += 1
         for cause, op, message, stack in found:
             self.add(cause, op, message, stack)
+        if not self.report.device.startswith("cpu"):
+            for cause, op, message, stack in graphs.mutated_inputs(module):
+                self.add(cause, op, message, stack, severity="note", needs_device=True)
         return compiled
 
     def _recompile(self, original: Any, entries: Any, frame: Any, *args: Any, **kwargs: Any) -> Any:
@@ -160,8 +166,11 @@ class Collector:
         if 0 <= self.call < len(self.report.calls):
             self.report.calls[self.call].recompiles += 1
         text = re.sub(r"^\d+/\d+(?:_\d+)?: ", "", str(reasons[0]))
+        text = re.sub(r"\bkwargs\['(\w+)'\]", r"\1", text)
         guard = re.split(r"\s+# |\n", text)[0].strip()
         cause, subject = classify_guard(guard), guard_subject(guard)
+        if cause == "size-one" and (_size_now(guard, frame) or 0) > 1:  # the other end of a range
+            cause = "size-again"
         key = code, subject
         if cause == "size" and key in self._grown:
             cause = "size-again"
@@ -179,7 +188,11 @@ class Collector:
         return reasons
 
     def _no_capture(self, message: str) -> None:
-        self.add("host-copy", "CUDA graph", message, in_text(message), needs_device=False)
+        reason = message.removeprefix("skipping cudagraphs due to ").partition(". Found from")[0]
+        causes = {"capture-input": "mutated inputs", "capture-host": "cpu device|multiple devices"}
+        cause = next((cause for cause, words in causes.items() if re.match(words, reason)), "capture-other")
+        op = "the input" if cause == "capture-input" else reason
+        self.add(cause, op, f"no CUDA graph: {reason}", in_text(message))
 
     def _jit(self, name: str) -> None:
         call = max(self.call, 0)  # the one without the compiler has the first call's shapes
@@ -197,6 +210,13 @@ class Collector:
             yield
 
 
+def _named(code: types.CodeType) -> str:
+    """Return a function's name; of what Dynamo made of the rest of one after a break, where that begins."""
+    name = str(getattr(code, "co_qualname", code.co_name))  # Python 3.10 has no qualified name here
+    after = re.search(r"torch_dynamo_resume_in_\w+_at_(\d+)", name)
+    return function_name(name) + (f" after line {after[1]}" if after else "")
+
+
 def _count(entries: Any) -> int:
     """Return how many versions of a function there are: torch 2.13 has a list of them, 2.11 a chain."""
     if isinstance(entries, Sequence):
@@ -207,13 +227,23 @@ def _count(entries: Any) -> int:
     return count
 
 
+def _size_now(guard: str, frame: Any) -> int | None:
+    """Return the size of this call that a guard on `x.size()[0]` turned down."""
+    found = re.search(r"[\w.\[\]']+\.size\(\)\[\d+\]", guard)
+    with contextlib.suppress(Exception):  # not every source is an expression
+        return int(eval(found[0], {}, dict(frame.f_locals))) if found else None
+    return None
+
+
 def _guard_stack(text: str, code: types.CodeType) -> tuple[Place, ...]:
-    """Where the value that a guard is about was used: torch keeps that in the guard's comment."""
+    """Where the value that a guard is about was used: torch keeps that in the guard's comment, with the file's end."""
     if stack := in_text(text):
         return stack
-    for file, line, name in re.findall(r"# .*# (\S+\.py):(\d+) in (\S+)", text):
-        if code.co_filename.endswith(file):
-            return (Place.of(code.co_filename, int(line), name),)
+    for ending, line, name in re.findall(r"# .*# (\S+\.py):(\d+) in (\S+)", text):
+        modules = (getattr(module, "__file__", None) or "" for module in list(sys.modules.values()))
+        for file in (code.co_filename, *modules):
+            if file.endswith(ending) and is_theirs(file):
+                return (Place.of(file, int(line), function_name(name)),)
     return ()
 
 
@@ -238,23 +268,29 @@ def _subject(cause: str, message: str, source: str) -> str:
     fallback = r"<built-in (?:method|function) (\w+)|<(?:function|bound method) ([\w.]+)|call_function ([\w.]+)"
     for pattern in (patterns.get(cause), fallback):
         if pattern and (found := re.search(pattern, message)):
-            return next(group for group in found.groups() if group)
+            name = next(group for group in found.groups() if group)
+            return f".{name}()" if cause in ("item", "tolist") else name
     called = re.search(r"([\w.]+)\(", source)
+    if entered := re.search(r"\bwith ([\w.]+)", source):
+        return entered[1]
     return {"branch": "if"}.get(cause) or (called[1] if called else cause)
 
 
 def _hook_cudagraphs(stack: contextlib.ExitStack, tell: Callable[[str], None]) -> None:
-    from torch._inductor import cudagraph_utils
+    if not torch.accelerator.is_available():
+        return  # nothing records, and Inductor takes a second to load
+    from torch._inductor import compile_fx, cudagraph_trees, cudagraph_utils, output_code
 
     name = "log_cudagraph_skip_and_bump_counter"
-    if (original := getattr(cudagraph_utils, name, None)) is None:
-        return
+    original = getattr(cudagraph_utils, name, None)
 
     def skip(message: str) -> None:
         tell(message)
-        original(message)
+        original(message)  # type: ignore[misc]
 
-    stack.enter_context(mock.patch.object(cudagraph_utils, name, skip))
+    for module in (cudagraph_utils, compile_fx, cudagraph_trees, output_code):  # each has it under its own name
+        if original is not None and hasattr(module, name):
+            stack.enter_context(mock.patch.object(module, name, skip))
 
 
 def _hook_triton(stack: contextlib.ExitStack, tell: Callable[[str], None]) -> None:

@@ -1,5 +1,6 @@
 """What `mamba-ops audit` does, without its options: finds the target, audits it here or in a child process."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,11 +12,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
+from mamba_ops.audit.limit import at_most
 from mamba_ops.audit.models import SHAPES, ModelNameError, build
+from mamba_ops.audit.places import is_theirs
 from mamba_ops.audit.report import Report
 from mamba_ops.audit.run import ModelError, audit, watch
 
@@ -35,6 +38,10 @@ class Options:
     layers: int | None = None
     full: bool = False
     limit: float | None = None
+
+
+class ToldError(Exception):
+    """The command ends with status 2, and the user knows why."""
 
 
 class UserError(Exception):
@@ -81,11 +88,15 @@ def run(options: Options, report: Report, tell: Callable[[str], None]) -> Report
 def run_here(options: Options, report: Report, tell: Callable[[str], None]) -> Report:
     """Audit a target in this process."""
     report.target = options.target
-    with _errors_of_theirs():
+    with _errors_of_theirs(), at_most(options.limit):
         tell("loading the model")
         model, calls = _load(options)
         (args, kwargs), *more = calls
         shapes = options.shapes
+        if options.mode and is_absent(options.device):
+            report.notes.append(
+                f"--mode {options.mode} was left out: Inductor does not run for a device that is not here."
+            )
         if shapes is None and options.target.startswith(TRANSFORMERS):
             shapes = [list(shape) for shape in SHAPES]
         audit(
@@ -130,22 +141,21 @@ def _errors_of_theirs() -> Iterator[None]:
 
 
 def show_cause(error: UserError) -> None:
-    """Print the user's own traceback, without our frames at its top."""
+    """Print the user's own traceback, without ours, torch's and Python's frames at its top."""
     cause = error.__cause__
     if cause is None:
         return
-    ours = str(Path(__file__).parents[1])
     shown = cause.__traceback__
-    while shown is not None and shown.tb_frame.f_code.co_filename.startswith((ours, "<frozen importlib")):
+    while shown is not None and not is_theirs(shown.tb_frame.f_code.co_filename):
         shown = shown.tb_next
-    traceback.print_exception(type(cause), cause, shown)
+    traceback.print_exception(type(cause), cause, shown or cause.__traceback__)
 
 
 # -- a device that is not there ---------------------------------------------------------------------------------------
 
 _BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from mamba_ops.audit.command import child; sys.exit(child(sys.argv[2], sys.argv[3]))"
+    "from mamba_ops.audit.command import child; child(sys.argv[2], sys.argv[3])"
 )
 
 
@@ -159,18 +169,19 @@ def _in_child(options: Options, report: Report) -> Report:
         process = subprocess.Popen(
             command, env=environment, stdout=sys.stderr.fileno() if _has_descriptor() else subprocess.DEVNULL
         )
+        interrupted = False
         try:
-            process.wait(options.limit)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait(30)
+            process.wait()
         except KeyboardInterrupt:  # the child was interrupted too, and writes what it knows
-            process.wait(30)
+            interrupted = True
+            with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
+                process.wait(30)
+            process.kill()
         if answer.exists():
             vars(report).update(vars(Report.from_json(answer.read_text(encoding="utf-8"))))
-        elif process.returncode == 2:
-            raise UserError(f"{options.target} could not be audited")  # the child has said why
-        else:
+        if process.returncode == 2:
+            raise ToldError  # by the child
+        if not (answer.exists() or interrupted):
             raise UserError(f"the child process for {options.device} ended with status {process.returncode}")
     return report
 
@@ -187,34 +198,31 @@ def _say(step: str) -> None:
     sys.stderr.flush()
 
 
-def child(options_text: str, answer: str) -> int:
+def child(options_text: str, answer: str) -> NoReturn:
     """Audit in this process and write the report; what the user's code prints goes to stderr."""
-    import signal
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = Options(**json.loads(options_text))
     report = Report(options.target, options.device, absent=True, finished=False)
     status = 0
     try:
         run_here(options, report, _say)
     except UserError as error:
+        report.finished = False
         show_cause(error)
         sys.stderr.write(f"mamba-ops: {error}\n")
-        return 2
+        status = 2
     except KeyboardInterrupt:
         report.finished = False
         status = 130
     Path(answer).write_text(report.to_json(), encoding="utf-8")
+    sys.stdout.flush()
     sys.stderr.flush()
-    if status == 0:
-        os._exit(0)  # an absent device's streams are never closed
-    return status
+    os._exit(status)  # an absent device's streams are never closed
 
 
 # -- a script of theirs -----------------------------------------------------------------------------------------------
 
 
-def run_script(script: str, arguments: list[str]) -> tuple[Report, BaseException | None]:
+def run_script(script: str, arguments: list[str], limit: float | None = None) -> tuple[Report, BaseException | None]:
     """Run a script as Python would, and watch torch.compile meanwhile; return what ended it, too."""
     path = Path(script)
     if not path.is_file():
@@ -225,7 +233,8 @@ def run_script(script: str, arguments: list[str]) -> tuple[Report, BaseException
     try:
         with watch(script) as report:
             try:
-                runpy.run_path(script, run_name="__main__")
+                with at_most(limit):
+                    runpy.run_path(script, run_name="__main__")
             except SystemExit as error:
                 ended = error if error.code not in (None, 0) else None
             except BaseException as error:

@@ -1,20 +1,22 @@
 """One call without the compiler: what ops do beside what their schemas say, and slow paths taken in silence."""
 
 import contextlib
+import itertools
 import logging
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mamba_ops import absent
 from mamba_ops.audit.graph import op_name
 from mamba_ops.audit.places import running
-from mamba_ops.registry import Op, explain, ops, record_selections
+from mamba_ops.registry import Explanation, Op, backends, explain, ops, record_selections
 
 if TYPE_CHECKING:
     from mamba_ops.audit.collect import Collector
@@ -39,11 +41,13 @@ _MISSING = re.compile(r"install|not available|unavailable|could not be|failed to
 class _Watch(TorchDispatchMode):
     """Compares what ops of other packages do with their schemas; keeps where the host waits."""
 
-    def __init__(self, collector: "Collector") -> None:
+    def __init__(self, collector: "Collector", absent_device: str | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.collector = collector
+        self.absent_device = absent_device
         self.syncs: list[tuple[str, tuple[Any, ...]]] = []
-        self.refusals: dict[str, str] = {}
+        self.ours = {op.qualname: op for op in ops().values()}
+        self.choices: dict[str, list[Explanation]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -51,12 +55,32 @@ class _Watch(TorchDispatchMode):
             self.syncs.append((cause, running()))
         if func.namespace in _BUILT_IN:
             return func(*args, **kwargs)
-        ours = ops().get(op_name(func))
-        if ours is not None:
-            if ours.name not in self.refusals:
-                self.refusals[ours.name] = _refusals(ours, func, args, kwargs)
+        if (ours := self.ours.get(op_name(func))) is not None:
+            self._choose(ours, func, args, kwargs)
             return func(*args, **kwargs)
         return self._checked(func, args, kwargs)
+
+    def _choose(self, op: Op[...], func: Any, args: Any, kwargs: Any) -> None:
+        """Ask the registry about a call of ours; a refusal by a faster backend of the device is a finding."""
+        names = (argument.name for argument in func._schema.arguments)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        given.pop("selection", None)
+        if "output" in given:
+            given["out"] = given.pop("output")
+        # A cache left out is an empty tensor at the op.
+        given = {n: v for n, v in given.items() if not (n in op.mutates and isinstance(v, Tensor) and v.shape == (0,))}
+        with contextlib.suppress(Exception):  # a call that explain does not read says nothing about the model
+            if self.absent_device:
+                given = absent.fake(given, self.absent_device)
+            choice = explain(op, **given)
+            self.choices.setdefault(op.name, []).append(choice)
+            device = next(value.device.type for value in given.values() if isinstance(value, Tensor))
+            faster = itertools.takewhile(lambda backend: backend.name != choice.backend, backends())
+            for backend in faster if choice.bound_by is None else ():
+                reason = choice.reasons.get(backend.name)
+                if reason and (backend.devices is None or device in backend.devices):
+                    message = f"{backend.name} does not take it: {reason}; {choice.backend} runs"
+                    self.collector.add("refusal", op.name, message, running())
 
     def _checked(self, func: Any, args: Any, kwargs: Any) -> Any:
         schema = func._schema
@@ -83,17 +107,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if a.is_floating_point() or a.is_complex():
         return torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
     return torch.equal(a, b)
-
-
-def _refusals(op: Op[...], func: Any, args: Any, kwargs: Any) -> str:
-    """Return what the backends that do not run a call say."""
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    given.pop("selection", None)
-    if "output" in given:
-        given["out"] = given.pop("output")
-    with contextlib.suppress(Exception):  # a call that explain does not read says nothing about the model
-        return "; ".join(f"{name}: {reason}" for name, reason in explain(op, **given).reasons.items())
-    return ""
 
 
 class _Handler(logging.Handler):
@@ -143,26 +156,32 @@ def hear_fallbacks(collector: "Collector") -> Iterator[None]:
             logging.Logger.warning_once = warning_once  # type: ignore[attr-defined]
 
 
-def run_eagerly(collector: "Collector", call: Callable[[], Any]) -> list[tuple[str, tuple[Any, ...]]]:
-    """Run one call without the compiler; return where the host waited, each as a cause and a stack."""
-    with hear_fallbacks(collector), record_selections() as record, _Watch(collector) as watch:
+def run_eagerly(
+    collector: "Collector", call: Callable[[], Any], absent_device: str | None = None
+) -> list[tuple[str, tuple[Any, ...]]]:
+    """Run one call without the compiler; return where the host waited, each as a cause and a stack.
+
+    Args:
+        collector: what gets the findings.
+        call: makes the call.
+        absent_device: the device for which backends of our ops are chosen, if it is not the one that the call runs on.
+    """
+    with hear_fallbacks(collector), record_selections() as record, _Watch(collector, absent_device) as watch:
         call()
-    for name, ran in _counted(record).items():
-        reasons = watch.refusals.get(name, "")
-        collector.report.backends[name] = ran + (f"; {reasons}" if reasons else "")
+    if absent_device:
+        ran = [(name, choice.backend) for name, choices in watch.choices.items() for choice in choices]
+    else:  # what ran inside a composed op, too
+        ran = [(selection.op.rpartition("::")[2], selection.backend) for selection in record]
+    for name in dict(ran):
+        counts = Counter(str(backend) for op, backend in ran if op == name)
+        said = [f"{backend} ({count})" for backend, count in counts.items()]
+        reasons = {f"{n}: {why}" for choice in watch.choices.get(name, ()) for n, why in choice.reasons.items()}
+        collector.report.backends[name] = "; ".join([", ".join(said), *sorted(reasons)])
     syncs: list[tuple[str, tuple[Any, ...]]] = watch.syncs
     return syncs
 
 
-def _counted(record: Any) -> dict[str, str]:
-    counts = Counter((selection.op, selection.backend) for selection in record)
-    found: dict[str, list[str]] = {}
-    for (op, backend), count in counts.items():
-        found.setdefault(op.rpartition("::")[2], []).append(f"{backend} ({count})")
-    return {op: ", ".join(ran) for op, ran in found.items()}
-
-
-def add_hidden_syncs(collector: "Collector", syncs: list[tuple[str, tuple[Any, ...]]]) -> None:
+def add_hidden_syncs(collector: "Collector", syncs: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
     """Add the waits that stand below a call that Dynamo left to Python: elsewhere it finds them itself."""
     broken = {
         finding.where

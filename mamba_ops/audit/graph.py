@@ -1,5 +1,7 @@
 """What stands in a graph: kernels that the compiler cannot place, the pieces between splitting ops, added copies."""
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +15,7 @@ from mamba_ops.registry import splitting_ops
 
 Found = tuple[str, str, str, tuple[Place, ...]]  # cause, op, message, stack
 _INERT = ("placeholder", "output", "get_attr")
+_UNROLLED = 16  # so many of one op on one line of one module: a loop over tokens, chunks or experts
 
 
 def stack_of(node: fx.Node) -> tuple[Place, ...]:
@@ -39,7 +42,38 @@ def walk(module: fx.GraphModule) -> list[Found]:
             found.append(("autograd-function", _function_name(stack), "Dynamo traced the inside of a Function", stack))
         elif moved := _to_host(node):
             found.append(("host-copy", moved, "copies a tensor of the device to the host", stack_of(node)))
-    return found
+    return [*found, *_unrolled(module)]
+
+
+def _unrolled(module: fx.GraphModule) -> Iterator[Found]:
+    """Return the loops that the graph holds step by step: of each function the line that stands there most often."""
+    counts = Counter[tuple[tuple[Place, ...], str | None, str]]()
+    for node in module.graph.nodes:
+        if node.op not in _INERT and (stack := in_text(node.meta.get("stack_trace"))):
+            counts[stack, _numbered(node), str(node.target)] += 1
+    worst: dict[tuple[str, str], tuple[int, tuple[Place, ...]]] = {}
+    for (stack, _, _), count in counts.items():
+        key = stack[-1].file, stack[-1].function
+        if count >= max(_UNROLLED, worst.get(key, (0,))[0] + 1):
+            worst[key] = count, stack
+    for count, stack in worst.values():
+        message = f"the graph holds this line {count} times: the compiler unrolled a loop, and its length is a constant"
+        yield "unrolled", stack[-1].function, message, stack
+
+
+def mutated_inputs(module: fx.GraphModule) -> Iterator[Found]:
+    """Return the arguments that a graph writes to and that may lie elsewhere in the next call, once it is compiled."""
+    context = torch._guards.TracingContext.try_get()
+    facts = context.fw_metadata if context is not None else None
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    if facts is None or len(inputs) != len(facts.input_info):
+        return
+    fixed = set(facts.static_input_indices or ())
+    for at, (node, info) in enumerate(zip(inputs, facts.input_info, strict=True)):
+        if info.mutates_data and at not in fixed:
+            source = getattr(node.meta.get("grapharg"), "source", None)
+            name = re.sub(r"^L\['(\w+)'\]", r"\1", str(getattr(source, "name", None) or node.name))
+            yield "capture-input", name, f"the graph writes to its input {name}", stack_of(node)
 
 
 def _triton_name(node: fx.Node) -> str:

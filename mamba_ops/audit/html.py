@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_ops.audit.report import KINDS, Finding, Place, Report, compare, counted
-from mamba_ops.audit.show import caller, describe, grouped
+from mamba_ops.audit.show import caller, cells, describe, grouped, headings
 
 _AROUND = 3  # lines of source on each side
 _CELLS = 60  # of a strip, at most
@@ -26,7 +26,13 @@ def page(report: Report, before: Report | None = None) -> str:
     changes = [(change.what, describe(change)) for change in compare(report, before)] if before else None
     findings = [_shown(f"f{number}", finding) for number, finding in enumerate(report.findings, 1)]
     return environment.from_string(text).render(
-        report=report, findings=findings, strips=strips(report), changes=changes, kinds=_kinds(report)
+        report=report,
+        findings=findings,
+        strips=strips(report),
+        changes=changes,
+        kinds=_kinds(report),
+        headings=headings(report),
+        rows=[(row.shapes, cells(row)[: len(headings(report))]) for row in report.calls],
     )
 
 

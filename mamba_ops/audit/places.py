@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 import re
 import sys
 import sysconfig
@@ -13,17 +14,18 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from mamba_ops.audit.report import Place
+from mamba_ops.audit.report import Place, function_name
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _OURS = str(_PACKAGE / "audit")
 _NOT_THEIRS = (
-    str(Path(torch.__file__).parent),
-    _OURS,
-    *(str(_PACKAGE / name) for name in ("absent.py", "testing.py")),
+    str(Path(torch.__file__).parent) + os.sep,
+    _OURS + os.sep,
+    str(_PACKAGE / "registry") + os.sep,
+    str((_PACKAGE / "registry").resolve()) + os.sep,  # a link, in a checkout
+    *(str(_PACKAGE / name) for name in ("absent.py", "cli.py", "targets.py", "testing.py")),
 )
 _STANDARD = str(Path(sysconfig.get_paths()["stdlib"]))
-_RESUMED = re.compile(r"torch_dynamo_resume_in_(.+)_at_\d+")
 _LINE_IN_TEXT = re.compile(r'File "([^"]+)", line (\d+)(?:, in (\S+))?')
 
 
@@ -51,8 +53,7 @@ def theirs(stack: Iterable[Frame]) -> tuple[Place, ...]:
     places: list[Place] = []
     for frame in stack:
         if frame.lineno is not None and is_theirs(frame.filename):
-            resumed = _RESUMED.fullmatch(frame.name)
-            place = Place.of(frame.filename, frame.lineno, resumed[1] if resumed else frame.name)
+            place = Place.of(frame.filename, frame.lineno, function_name(frame.name))
             if place not in places:
                 places.append(place)
     return tuple(places)
@@ -62,7 +63,7 @@ def theirs(stack: Iterable[Frame]) -> tuple[Place, ...]:
 def in_text(text: str | None) -> tuple[Place, ...]:
     """Return the places of a stack that torch keeps as text, as the nodes of a graph do."""
     found = _LINE_IN_TEXT.findall(text or "")
-    return tuple(Place.of(file, int(line), name) for file, line, name in found if is_theirs(file))
+    return tuple(Place.of(file, int(line), function_name(name)) for file, line, name in found if is_theirs(file))
 
 
 def running() -> tuple[Place, ...]:
@@ -71,7 +72,8 @@ def running() -> tuple[Place, ...]:
     places: list[Place] = []
     while frame is not None:
         if is_theirs(frame.f_code.co_filename):
-            places.append(Place.of(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+            name = function_name(frame.f_code.co_name)
+            places.append(Place.of(frame.f_code.co_filename, frame.f_lineno, name))
         elif places and frame.f_code.co_filename.startswith(_OURS):
             break  # who called the audit did not call this
         frame = frame.f_back

@@ -21,7 +21,9 @@ class Rule:
 
 RULES = {
     # what ends a graph
-    "item": Rule("sync", "error", "Keep the value a tensor ({op} waits for the device and ends the graph)."),
+    "item": Rule(
+        "sync", "error", "Keep the value a tensor, or pass it in: {op} waits for the device and ends the graph."
+    ),
     "tolist": Rule(
         "sync",
         "error",
@@ -54,7 +56,7 @@ RULES = {
     "explicit": Rule("break", "error", "Remove the call of torch._dynamo.graph_break."),
     "builtin": Rule("break", "error", "Call {op} outside the compiled model, and pass what it returns."),
     "skipped-function": Rule("break", "error", "Move {op} out of the compiled model, or write it with tensor ops."),
-    "context-manager": Rule("break", "error", "Enter {op} outside the compiled model; ops choose their own device."),
+    "context-manager": Rule("break", "error", "Enter {op} outside the compiled model: Dynamo cannot trace it."),
     "exception": Rule("break", "error", "Check shapes before the model is compiled: tracing ended in an exception."),
     "hook": Rule("break", "error", "Remove the hook, or register it outside the compiled region."),
     "out-argument": Rule("break", "error", "Pass a contiguous tensor as out, or let the function allocate its result."),
@@ -83,6 +85,19 @@ RULES = {
         "kernel", "error", "Let {op} return a new tensor or nothing: what it returns shares memory with an argument."
     ),
     "host-copy": Rule("sync", "warning", "Keep the tensor on the device: {op} waits for it and cannot be captured."),
+    "unrolled": Rule(
+        "fallback",
+        "warning",
+        "Replace the loop in {op} by one op ({replacement}): as it is, the graph grows with the length.",
+    ),
+    # what stops CUDA graphs
+    "capture-input": Rule(
+        "capture",
+        "warning",
+        "Make {op} a buffer, or torch._dynamo.mark_static_address it: CUDA graphs need its address to stay.",
+    ),
+    "capture-host": Rule("capture", "warning", "Create this tensor on the device (device=x.device), not on the host."),
+    "capture-other": Rule("capture", "warning", "Take this out of the compiled region if you need CUDA graphs: {op}."),
     # what starts over
     "attribute": Rule(
         "recompile", "error", "Make {op} a tensor buffer: numbers on a module are constants to the compiler."
@@ -93,7 +108,7 @@ RULES = {
         "recompile", "warning", "Keep {op} above 1 (padded), or mark_unbacked it: size 1 is always compiled for itself."
     ),
     "size-again": Rule(
-        "recompile", "error", "Take {op} from a tensor's shape and compile with dynamic=True; it is guarded on."
+        "recompile", "error", "Do not decide by {op} in the model (pad, mask, decide before): each answer is a graph."
     ),
     "size": Rule(
         "recompile", "note", "Compile with dynamic=True or torch._dynamo.mark_dynamic ({op}): this costs one compile."
@@ -117,7 +132,11 @@ RULES = {
     "mutated-input": Rule(
         "copy", "warning", "Write to a contiguous cache of its own that nobody reads after {op} has run."
     ),
-    "reference-path": Rule("fallback", "warning", "Install {op}, or run the model on mamba_ops.compat.transformers."),
+    "reference-path": Rule(
+        "fallback",
+        "warning",
+        "Run the model under mamba_ops.compat.transformers.use_mamba_ops(model), on {replacement}; or install {op}.",
+    ),
     "optional-package": Rule("fallback", "warning", "Install {op}; without it a slower path runs."),
     "refusal": Rule("fallback", "warning", "Give {op} what its faster backend takes: see the refusal."),
     "jit-first": Rule("jit", "note", "Warm {op} up before serving: it is compiled when it is first called."),
@@ -202,7 +221,6 @@ def classify_guard(guard: str) -> str:
 
 def guard_subject(guard: str) -> str:
     """Return the argument or attribute that a guard is about."""
-    guard = re.sub(r"kwargs\['(\w+)'\]", r"\1", guard)
     if named := re.match(r"tensor '(.+?)' ", guard):
         dim = re.search(r"(?:size|stride) mismatch at index (\d+)", guard)
         return named[1] + (f".shape[{dim[1]}]" if dim and "size" in guard else "")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import linecache
+import re
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ SEVERITIES = ("error", "warning", "note")
 KINDS = {
     "break": "graph breaks",
     "sync": "waits for the device",
+    "capture": "reasons why no CUDA graph is recorded",
     "kernel": "kernels that the compiler cannot see through or place",
     "recompile": "recompiles",
     "copy": "copies for mutated inputs",
@@ -23,6 +25,7 @@ KINDS = {
 _ONE = {
     "break": "graph break",
     "sync": "wait for the device",
+    "capture": "reason why no CUDA graph is recorded",
     "kernel": "kernel that the compiler cannot see through or place",
     "recompile": "recompile",
     "copy": "copy for a mutated input",
@@ -35,6 +38,11 @@ _ONE = {
 def counted(kind: str, count: int) -> str:
     """Return "1 graph break" or "3 graph breaks"."""
     return f"{count} {_ONE[kind] if count == 1 else KINDS[kind]}"
+
+
+def function_name(name: str) -> str:
+    """Return a function's own name for that of the part of it that Dynamo makes of what comes after a break."""
+    return re.sub(r"torch_dynamo_resume_in_(.+)_at_\d+", r"\1", name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +62,12 @@ class Place:
     @classmethod
     def defined(cls, code: types.CodeType) -> "Place":
         """Return the line of a function's `def`: its code begins at the first decorator."""
+        name = function_name(code.co_name)
         last = max((line for _, _, line in code.co_lines() if line is not None), default=code.co_firstlineno)
         for line in range(code.co_firstlineno, last + 1):
             if linecache.getline(code.co_filename, line).lstrip().startswith(("def ", "async def ")):
-                return cls.of(code.co_filename, line, code.co_name)
-        return cls.of(code.co_filename, code.co_firstlineno, code.co_name)
+                return cls.of(code.co_filename, line, name)
+        return cls.of(code.co_filename, code.co_firstlineno, name)
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
@@ -103,6 +112,8 @@ class Finding:
     @property
     def key(self) -> tuple[str, ...]:
         """What two findings have in common if they are the same one."""
+        if self.cause == "size":  # the functions of a file that is in several graphs recompile together
+            return (self.kind, self.cause, self.where.file if self.where else "")
         return (self.kind, self.cause, str(self.where), self.op)
 
     @property
@@ -187,15 +198,17 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """The report in one sentence."""
+        """The report in one sentence; a finding that ends a graph counts as a graph break."""
+        serious = ["break" if f.breaks else f.kind for f in self.findings if f.severity != "note"]
+        counts = ", ".join(counted(kind, serious.count(kind)) for kind in KINDS if kind in serious)
         if not self.finished:
-            return "The audit was interrupted: this is what was known by then."
-        serious = [finding for finding in self.findings if finding.severity != "note"]
-        if not serious:
-            count = len(self.graphs)
-            return f"Nothing to change: {count} graph{'s' if count != 1 else ''}, no break."
-        counts = {kind: sum(kind in finding.classes for finding in serious) for kind in KINDS}
-        return "Found: " + ", ".join(counted(kind, count) for kind, count in counts.items() if count) + "."
+            return f"Interrupted. Found by then: {counts or 'nothing'}."
+        if counts:
+            return f"Found: {counts}."
+        if not self.graphs:
+            return "Nothing was compiled."
+        count = len(self.graphs)
+        return f"Nothing to change: {count} graph{'s' if count != 1 else ''}, no break."
 
     def failing(self, classes: Iterable[str]) -> list[Finding]:
         """Return the findings above a note that belong to one of these kinds."""

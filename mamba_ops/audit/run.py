@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from mamba_ops import absent
 from mamba_ops.audit import graph as graphs
 from mamba_ops.audit.eager import add_hidden_syncs, hear_fallbacks, run_eagerly
+from mamba_ops.audit.limit import TimeIsUp, at_most
 from mamba_ops.audit.report import Report
 
 if TYPE_CHECKING:
     from mamba_ops.audit.collect import Collector
 
+COPIES_SECONDS = 180.0  # for the one compile with Inductor
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -58,7 +60,7 @@ def audit(
         calls: further calls, each a tuple of arguments.
         dynamic: as for torch.compile. None shows the recompiles that a user sees.
         mode: as for torch.compile; Inductor runs, where the device is present.
-        copies: whether to look for copies in what Inductor makes, which takes longer.
+        copies: whether to look for copies in what Inductor makes, which takes longer; it has 180 s for that.
         more_calls: the same, each as positional and keyword arguments.
         tell: called with each step that begins.
         report: filled in as things become known, so that an interrupted audit has something to show.
@@ -90,12 +92,14 @@ def audit(
         made = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to(where), made)
     with _quiet(), torch.set_grad_enabled(train):
         tell("without the compiler")
-        syncs = _first(collector, fn, made[0], is_absent)
         if is_absent:
-            _trace_absent(collector, fn, made, where, dynamic, tell)
+            absent.install(where.type)
+        syncs = _first(collector, fn, made[0], where.type if is_absent else None)
+        if is_absent:
+            _trace_absent(collector, fn, made, where, dynamic, tell, runs_here=syncs is not None)
         else:
             _compile(collector, fn, made, where, train, dynamic, mode, tell)
-        add_hidden_syncs(collector, syncs)
+        add_hidden_syncs(collector, syncs or ())
         if copies:
             tell("copies, through Inductor")
             if is_absent:
@@ -196,20 +200,22 @@ def _unchanged(fn: Any) -> Iterator[None]:
             vars(module).update(before)
 
 
-def _first(collector: "Collector", fn: Any, made: Arguments, is_absent: bool) -> list[tuple[str, tuple[Any, ...]]]:
-    """Run the first call eagerly, on the CPU if the device is absent."""
+def _first(
+    collector: "Collector", fn: Any, made: Arguments, absent_device: str | None
+) -> list[tuple[str, tuple[Any, ...]]] | None:
+    """Run the first call eagerly, on the CPU if the device is absent; None if it does not run there."""
     args, kwargs = _copied(made)
     try:
         with _unchanged(fn), collector.listen_to_triton():
-            return run_eagerly(collector, lambda: fn(*args, **kwargs))
+            return run_eagerly(collector, lambda: fn(*args, **kwargs), absent_device)
     except Exception as error:
-        if not is_absent:
+        if absent_device is None:
             raise ModelError(f"the model raised {type(error).__name__} without the compiler") from error
         collector.report.notes.append(
             f"The model does not run on this CPU ({type(error).__name__}: {str(error).partition(chr(10))[0]}), so slow "
             "paths and the schemas of its ops were not looked at."
         )
-        return []
+        return None
 
 
 def _compile(
@@ -237,9 +243,23 @@ def _compile(
                     if train:
                         _backward(out)
                 except Exception as error:
+                    _try_without(fn, made)
                     _failed(collector, error)
                     break
     torch._dynamo.reset()
+
+
+def _try_without(fn: Any, made: Arguments) -> None:
+    """Make a call without the compiler that failed with it: what fails there too is the model's own affair."""
+    args, kwargs = _copied(made)
+    try:
+        with _unchanged(fn):
+            fn(*args, **kwargs)
+    except Exception as error:
+        error.__context__ = None  # how it failed with the compiler
+        raise ModelError(
+            f"the model raised {type(error).__name__} without the compiler, called with {describe(made)}"
+        ) from error
 
 
 def _backward(out: Any) -> None:
@@ -263,6 +283,8 @@ def _trace_absent(
     device: torch.device,
     dynamic: bool | None,
     tell: Callable[[str], None],
+    *,
+    runs_here: bool,
 ) -> None:
     report = collector.report
     report.notes.append(
@@ -287,6 +309,8 @@ def _trace_absent(
                 try:
                     tracer(*made[0], **made[1])
                 except Exception as error:
+                    if runs_here:
+                        _try_without(fn, made)
                     if not any(finding.breaks for finding in report.findings):
                         _failed(collector, error)
                     else:  # what Python runs between two graphs has no values to run on
@@ -333,13 +357,13 @@ def _find_copies(collector: "Collector", fn: Any, made: Arguments, dynamic: bool
     start = time.perf_counter()
     with _unchanged(fn), mock.patch.object(compile_fx, "post_grad_passes", read):
         try:
-            with torch._inductor.config.patch(force_disable_caches=True):
+            with at_most(COPIES_SECONDS), torch._inductor.config.patch(force_disable_caches=True):
                 compiled: Callable[..., Any] = torch.compile(fn, dynamic=dynamic)
                 compiled(*args, **kwargs)
-        except Exception as error:
+        except (Exception, TimeIsUp) as error:
             collector.report.notes.append(
                 f"Inductor did not get through ({type(error).__name__}), after {time.perf_counter() - start:.0f} s: "
-                "copies were not looked at."
+                "there may be copies that are not listed."
             )
     torch._dynamo.reset()
     for op, size, stack in found:

@@ -1,8 +1,10 @@
 """A report as text, for a terminal or a log."""
 
+import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mamba_ops.audit.report import KINDS, Change, Finding, Place, Report, compare
+from mamba_ops.audit.report import KINDS, CallRow, Change, Finding, Place, Report, compare
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,13 +49,20 @@ def caller(finding: Finding) -> list[Place]:
     return [place for place in finding.stack if "site-packages" not in place.file][-1:]
 
 
+def short(place: Place) -> str:
+    """Return a place as its file is called from the current folder, if it is in there."""
+    with contextlib.suppress(ValueError):
+        return f"{Path(place.file).relative_to(Path.cwd())}:{place.line}"
+    return str(place)
+
+
 def lines(finding: Finding) -> list[str]:
     """Return a finding as lines of text; the first is its heading."""
-    times = f" ({finding.count} times)" if finding.count > 1 else ""
+    times = f" (seen {finding.count} times)" if finding.count > 1 else ""
     text = [f"{finding.severity}: {finding.kind}/{finding.cause}: {finding.op}{times}"]
     if finding.where:
-        text += [f"{finding.where} in {finding.where.function}", f"    {finding.where.source}"]
-        text += [f"called from {place}: {place.source}" for place in caller(finding)]
+        text += [f"{short(finding.where)} in {finding.where.function}", f"    {finding.where.source}"]
+        text += [f"called from {short(place)}: {place.source}" for place in caller(finding)]
     text.append(finding.message)
     if finding.skipped_frame:
         text.append(f"All of {finding.skipped_frame} runs without the compiler because of this.")
@@ -62,6 +71,16 @@ def lines(finding: Finding) -> list[str]:
     if finding.needs_device:
         text.append("Only the device itself can confirm this.")
     return [*text, f"-> {finding.remedy}"]
+
+
+def headings(report: Report) -> list[str]:
+    """Return what the table of calls tells of each, beside its shapes; of Triton if it compiled anything."""
+    return ["new graphs", "recompiles", "seconds", "Triton compiles"][: 4 if any(c.jit for c in report.calls) else 3]
+
+
+def cells(row: CallRow) -> list[str]:
+    """Return a row of that table."""
+    return [str(row.graphs), str(row.recompiles), f"{row.seconds:.1f}", str(row.jit)]
 
 
 def show(report: Report, console: "Console") -> None:
@@ -81,18 +100,18 @@ def show(report: Report, console: "Console") -> None:
     if report.calls:
         console.print()
         table = Table(title="Calls", title_justify="left")
-        for heading in ("shapes", "graphs", "recompiles", "seconds", "Triton compiles"):
-            table.add_column(heading, justify="left" if heading == "shapes" else "right")
+        table.add_column("shapes")
+        for heading in headings(report):
+            table.add_column(heading, justify="right")
         for row in report.calls:
-            numbers = (str(row.graphs), str(row.recompiles), f"{row.seconds:.1f}", str(row.jit))
-            table.add_row(Text(row.shapes), *numbers)
+            table.add_row(Text(row.shapes), *cells(row)[: len(headings(report))])
         console.print(table)
     for graph in report.graphs:
         if any(piece.splitting for piece in graph.pieces):
             parts = [piece.splitting or f"{piece.ops} ops" for piece in graph.pieces]
             console.print(Text(f"graph {graph.compile_id}: " + " | ".join(parts)))
     for op, ran in report.backends.items():
-        console.print(Text(f"{op} ran on {ran}"))
+        console.print(Text(f"{op} {'would run' if report.absent else 'ran'} on {ran}"), soft_wrap=True)
     for note in report.notes:
         console.print(Text(f"Note: {note}"), soft_wrap=True)
 
@@ -114,5 +133,5 @@ def describe(change: Change) -> str:
     """Return a change in a line."""
     finding = change.finding
     counts = "" if change.what in ("new", "gone") else f" {change.before} -> {change.after}"
-    where = f" at {finding.where}" if finding.where else ""
+    where = f" at {short(finding.where)}" if finding.where else ""
     return f"{change.what}{counts}: {KINDS[finding.kind]}, {finding.op}{where}"
