@@ -86,9 +86,10 @@ def trace(fn: Callable[..., Any], *args: Any, device: str = "xpu", dynamic: bool
 class Tracer:
     """Call it like the function or module that it was given; `trace` tells what became of the calls so far.
 
-    The function and its arguments are copied by `fake`, so that their tensors are on `device`. What must stay on the
-    host, or be the same tensor in several calls, is passed as `fake` returned it. Tensors that a function closes over
-    are not replaced. A new tracer resets Dynamo, so that it counts from nothing: use one at a time.
+    The function (its copy is `fn`) and its arguments are copied by `fake`, so that their tensors are on `device`. What
+    must stay on the host, or be the same tensor in several calls, is passed as `fake` returned it. Tensors that a
+    function closes over are not replaced. A new tracer resets Dynamo, so that it counts from nothing: use one at a
+    time.
     """
 
     def __init__(self, fn: Callable[..., Any], *, device: str = "xpu", dynamic: bool | None = None) -> None:
@@ -97,7 +98,8 @@ class Tracer:
         torch._dynamo.utils.clear_compilation_metrics()
         torch._dynamo.utils.set_compilation_metrics_limit(10_000)  # torch keeps 64 frames; a large model has more
         self.trace = Trace(device)
-        self._compiled = torch.compile(fake(fn, device), backend=self._backend, dynamic=dynamic)
+        self.fn = fake(fn, device)
+        self._compiled = torch.compile(self.fn, backend=self._backend, dynamic=dynamic)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the function returns, with fake tensors; None if the call stopped early."""

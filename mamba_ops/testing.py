@@ -1,18 +1,23 @@
-"""For tests of models: `assert_one_graph`, and the pytest fixture `graph_audit`.
+"""For tests of models: `assert_one_graph`, and the pytest fixture `graph_audit`, which is the same.
 
-pytest finds the fixture by itself where this package is installed.
+pytest finds the fixture by itself where mamba-ops is installed; elsewhere `pytest_plugins = ["mamba_ops.testing"]` in
+conftest.py brings it.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mamba_ops.audit import Report
 
-try:
+with contextlib.suppress(ModuleNotFoundError):  # without pytest there is nobody to ask for it
     import pytest
-except ModuleNotFoundError:
-    pytest = None  # type: ignore[assignment]
+
+    @pytest.fixture
+    def graph_audit() -> "Callable[..., Report]":
+        """Return `assert_one_graph`."""
+        return assert_one_graph
 
 
 def assert_one_graph(
@@ -43,11 +48,3 @@ def assert_one_graph(
         text += ["\n".join(["", *lines(finding)]) for finding in found]
         raise AssertionError("\n".join(text))
     return report
-
-
-if pytest is not None:
-
-    @pytest.fixture
-    def graph_audit() -> Callable[..., "Report"]:
-        """Return `assert_one_graph`."""
-        return assert_one_graph

@@ -36,7 +36,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkout = folder / "checkout"  # a copy: what an earlier build left in the real one must not leak in
     for name in ("mamba_ops", "registry"):
         shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "mamba_ops_pytest.py"):
         shutil.copy(ROOT / name, checkout)
     succeed(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, checkout, cwd=folder)
     return folder
@@ -71,7 +71,8 @@ def files_of(folder: Path) -> set[str]:
 
 def everything() -> set[str]:
     package = {name for name in files_of(ROOT / "mamba_ops") if not name.startswith("registry/")}
-    return {f"mamba_ops/{name}" for name in package | {f"registry/{name}" for name in files_of(ROOT / "registry")}}
+    package |= {f"registry/{name}" for name in files_of(ROOT / "registry")}
+    return {"mamba_ops_pytest.py", *(f"mamba_ops/{name}" for name in package)}
 
 
 def test_the_checkout_links_to_the_registry():
@@ -104,6 +105,14 @@ def test_the_wheel_works_where_there_is_no_checkout(bin_of_clean_venv: Path, tmp
 
 def test_the_wheel_brings_the_command(bin_of_clean_venv: Path, tmp_path: Path):
     assert "demo" in succeed(bin_of_clean_venv / "mamba-ops", "--help", cwd=tmp_path)
+
+
+def test_the_wheel_brings_the_fixture(bin_of_clean_venv: Path, tmp_path: Path):
+    """And a run of pytest that does not ask for it does not load torch."""
+    (tmp_path / "test_it.py").write_text("def test_it(): import sys; assert 'torch' not in sys.modules")
+    pytest_ = (bin_of_clean_venv / "python", "-m", "pytest", "-p", "no:cacheprovider")
+    assert "1 passed" in succeed(*pytest_, "-q", "test_it.py", cwd=tmp_path)
+    assert "graph_audit" in succeed(*pytest_, "--fixtures", "test_it.py", cwd=tmp_path)
 
 
 def test_the_wheel_has_no_module_called_registry(bin_of_clean_venv: Path, tmp_path: Path):

@@ -147,7 +147,8 @@ class Collector:
         found = graphs.walk(module)
         compiled = original(output, module, *args, **kwargs)  # first: it may send Dynamo back for another attempt
         identity = torch._guards.CompileContext.current_compile_id()
-        pieces = graphs.pieces(module, self.layers)
+        inside = self.layers.path((getattr(output, "local_scope", None) or {}).get("self"))
+        pieces = graphs.pieces(module, self.layers, inside)
         self.report.graphs.append(Graph(max(self.call, 0), str(identity or "?"), sum(p.ops for p in pieces), pieces))
         if 0 <= self.call < len(self.report.calls):
             self.report.calls[self.call].graphs += 1
@@ -179,7 +180,7 @@ class Collector:
             return reasons
         if _count(entries) >= torch._dynamo.config.recompile_limit:
             cause = "limit"
-            subject = code.co_name
+            subject = _named(code)
         definition = Place.defined(code)
         if not self.layers.of((definition,)):  # a decorator's wrapper, of which the model's own code knows nothing
             definition = self.layers.forward or definition

@@ -20,7 +20,7 @@ from mamba_ops.audit.limit import at_most
 from mamba_ops.audit.models import SHAPES, ModelNameError, build
 from mamba_ops.audit.places import is_theirs
 from mamba_ops.audit.report import Report
-from mamba_ops.audit.run import ModelError, audit, watch
+from mamba_ops.audit.run import ModelError, audit, quiet_torch, watch
 
 TRANSFORMERS = "transformers:"
 
@@ -233,7 +233,7 @@ def run_script(script: str, arguments: list[str], limit: float | None = None) ->
     try:
         with watch(script) as report:
             try:
-                with at_most(limit):
+                with quiet_torch(), at_most(limit):
                     runpy.run_path(script, run_name="__main__")
             except SystemExit as error:
                 ended = error if error.code not in (None, 0) else None

@@ -102,15 +102,22 @@ def _to_host(node: fx.Node) -> str | None:
     return None
 
 
-def pieces(module: fx.GraphModule, layers: Layers) -> list[Piece]:
-    """Return how splitting ops divide a graph: what lies between them can be captured."""
+def pieces(module: fx.GraphModule, layers: Layers, inside: str = "") -> list[Piece]:
+    """Return how splitting ops divide a graph: what lies between them can be captured.
+
+    Args:
+        module: the graph, as Dynamo made it.
+        layers: the model's.
+        inside: the module whose forward the graph is of.
+    """
     names = set(splitting_ops())
     divided: list[Piece] = []
     for node in module.graph.nodes:
         if node.op in _INERT:
             continue
         where = layers.of(stack_of(node))
-        shown = (_numbered(node) or where[0],) if where else ()
+        path = ".".join(filter(None, (inside, _numbered(node))))
+        shown = (path or where[0],) if where else ()
         name = op_name(node.target)
         if name in names:
             divided.append(Piece(1, name, shown))

@@ -37,8 +37,14 @@ def page(report: Report, before: Report | None = None) -> str:
 
 
 def _kinds(report: Report) -> list[tuple[str, str]]:
-    counts = {kind: sum(finding.kind == kind for finding in report.findings) for kind in KINDS}
-    return [(kind, counted(kind, count)) for kind, count in counts.items() if count]
+    shown = []
+    for kind in KINDS:
+        notes = [finding.severity == "note" for finding in report.findings if finding.kind == kind]
+        words = [counted(kind, notes.count(False))] if False in notes else []
+        words += [f"{sum(notes)} note{'s' * (sum(notes) > 1)}"] if True in notes else []
+        if words:
+            shown.append((kind, " and ".join(words) if len(words) > 1 or False in notes else f"{words[0]} ({kind})"))
+    return shown
 
 
 def _shown(name: str, finding: Finding) -> dict[str, Any]:
@@ -72,7 +78,13 @@ def strips(report: Report) -> list[dict[str, Any]]:
             name = f"graph {number + 1}" + (f".{at + 1}" if len(graph.pieces) > 1 else "")
             title = f"{name}: {piece.splitting or f'{piece.ops} ops in all'}"
             colour = (number * 3 + at) % 5
-            cell = {"kind": kind, "label": piece.splitting or name, "title": title, "link": None, "colour": colour}
+            cell = {
+                "kind": kind,
+                "label": (piece.splitting or name).rpartition("::")[2],
+                "title": title,
+                "link": None,
+                "colour": colour,
+            }
             for layer in dict.fromkeys(_layer(name, report) for name in piece.layers) or [""]:
                 rows.setdefault(layer, []).append(cell)
     for link, finding in breaks:

@@ -70,7 +70,7 @@ def build(what: str, *, layers: int | None = None, full: bool = False) -> tuple[
         else:
             config = transformers.AutoConfig.for_model(what)
     except (ValueError, OSError) as error:
-        sentence = str(error).partition("\n")[0]
+        sentence = str(error).partition("\n")[0].partition(". Should contain")[0]
         raise ModelNameError(
             f"got {what}, expected a model type of Transformers or a folder: {sentence[:200]}"
         ) from None

@@ -86,6 +86,7 @@ class Layers:
     def __init__(self, model: Any) -> None:
         self._of_class: dict[type, list[str]] = {}
         self._known: dict[tuple[Place, ...], tuple[str, ...]] = {}
+        self._paths: dict[int, str] = {}
         self.forward: Place | None = None  # where the model's own forward is defined
         if isinstance(model, nn.Module):
             code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
@@ -93,6 +94,16 @@ class Layers:
                 self.forward = Place.defined(code)
             for name, module in model.named_modules():
                 self._of_class.setdefault(type(module), []).append(name or type(module).__name__)
+        self.name(model)
+
+    def name(self, model: Any) -> None:
+        """Take note of a model's modules, so that `path` knows them; a copy's too."""
+        if isinstance(model, nn.Module):
+            self._paths |= {id(module): name for name, module in model.named_modules()}
+
+    def path(self, module: object) -> str:
+        """Return the name of a module in the model, "" for the model itself and for others."""
+        return self._paths.get(id(module), "")
 
     def of(self, stack: Iterable[Place]) -> tuple[str, ...]:
         """Return the modules whose code holds the innermost place of a stack that is in any module's code."""
@@ -112,10 +123,6 @@ class Layers:
             if found:
                 return tuple(found)
         return ()
-
-    def repeated(self) -> list[str]:
-        """Return the names that stand for the model's layers: the longest module list's entries, or its children."""
-        return [name for names in self._of_class.values() for name in names if re.search(r"(^|\.)\d+$", name)]
 
 
 @functools.cache

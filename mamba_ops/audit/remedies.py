@@ -100,7 +100,9 @@ RULES = {
     "capture-other": Rule("capture", "warning", "Take this out of the compiled region if you need CUDA graphs: {op}."),
     # what starts over
     "attribute": Rule(
-        "recompile", "error", "Make {op} a tensor buffer: numbers on a module are constants to the compiler."
+        "recompile",
+        "error",
+        "If {op} changes, make it a tensor buffer; if it differs between layers, decide by it in __init__.",
     ),
     "constant": Rule("recompile", "error", "Pass {op} as a tensor, or keep it the same: each value is compiled anew."),
     "length": Rule("recompile", "error", "Keep {op} at one length, such as a tensor allocated beforehand."),
@@ -143,7 +145,9 @@ RULES = {
     "jit-later": Rule(
         "jit", "error", "Do not specialise {op} on what varies (do_not_specialize): a new shape compiles it anew."
     ),
-    "needs-values": Rule("stopped", "note", "Audit on the device itself to see what comes after."),
+    "needs-values": Rule(
+        "stopped", "note", "Audit on the device itself, or with --device cpu, to see what comes after."
+    ),
 }
 
 REPLACEMENTS = [  # what this library has for functions of others, by name
@@ -228,6 +232,8 @@ def guard_subject(guard: str) -> str:
         return f"{sized[1]}.shape[{sized[2]}]"
     guard = re.sub(r"^not |^len\((.*?)\)", r"\1", guard)
     guard = re.sub(r"___check_\w+\((.+?),.*", r"\1", guard)
+    if guard.startswith("___stack"):  # the rest of a function is compiled with what was on Python's stack at the break
+        return "a value from before the break"
     return re.split(r" (?:==|is|!=|in|<=|>=)\b| [<>=!]=? ", guard)[0].strip() or guard
 
 

@@ -187,7 +187,6 @@ class Report:
     graphs: list[Graph] = dataclasses.field(default_factory=list)
     backends: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
-    layers: list[str] = dataclasses.field(default_factory=list)
     torch: str = ""
     finished: bool = True
 

@@ -86,11 +86,11 @@ def audit(
             f"{where} is not present, and gradients cannot be traced for an absent device; leave train out"
         )
     collector = Collector(report, fn)
-    report.layers = collector.layers.repeated()
     if not is_absent:
         fn = fn.to(where) if isinstance(fn, nn.Module) else fn
         made = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to(where), made)
-    with _quiet(), torch.set_grad_enabled(train):
+    with quiet_torch(), warnings.catch_warnings(), torch.set_grad_enabled(train):
+        warnings.simplefilter("ignore")
         tell("without the compiler")
         if is_absent:
             absent.install(where.type)
@@ -105,6 +105,8 @@ def audit(
             if is_absent:
                 report.notes.append("Copies were taken from code for the CPU; the device's own code may differ.")
             _find_copies(collector, fn, made[0], dynamic)
+        else:
+            report.notes.append("Copies for mutated inputs were not looked for; --copies does, through Inductor.")
     report.finished = True
     report.sort()
     return report
@@ -155,19 +157,17 @@ def describe(made: Arguments) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Torch logs what the report says, at length."""
+def quiet_torch() -> Iterator[None]:
+    """Within the block, torch does not log what the report says."""
     loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch._inductor", "torch.fx", "torch._functorch")]
     levels = [log.level for log in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for log in loggers:
-            log.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for log, level in zip(loggers, levels, strict=True):
-                log.setLevel(level)
+    for log in loggers:
+        log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
 
 
 def _copied(made: Arguments) -> Arguments:
@@ -302,6 +302,7 @@ def _trace_absent(
         stack.enter_context(launches)
         _let_devices_be_entered(stack, device)
         tracer = absent.Tracer(fn, device=device.type, dynamic=dynamic)
+        collector.layers.name(tracer.fn)
         for made in calls:
             shapes = describe(made)
             tell(f"traced, {shapes}")

@@ -1,10 +1,11 @@
 """A report as text, for a terminal or a log."""
 
 import contextlib
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mamba_ops.audit.report import KINDS, CallRow, Change, Finding, Place, Report, compare
+from mamba_ops.audit.report import KINDS, CallRow, Change, Finding, Graph, Place, Report, compare
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,6 +74,21 @@ def lines(finding: Finding) -> list[str]:
     return [*text, f"-> {finding.remedy}"]
 
 
+def split_up(graph: Graph) -> str:
+    """Return how splitting ops divide a graph, the same twice in a row as one: "7 ops | 3 x (mamba_mixing | 9 ops)"."""
+    parts = [piece.splitting or f"{piece.ops} ops" for piece in graph.pieces]
+    runs: list[tuple[list[str], int]] = []
+    while parts:
+        pair = parts[:2]
+        times = 1
+        while len(pair) == 2 and parts[2 * times : 2 * times + 2] == pair:
+            times += 1
+        taken = pair if times > 1 else parts[:1]
+        runs.append((taken, times))
+        parts = parts[len(taken) * times :]
+    return " | ".join(f"{times} x ({' | '.join(run)})" if times > 1 else run[0] for run, times in runs)
+
+
 def headings(report: Report) -> list[str]:
     """Return what the table of calls tells of each, beside its shapes; of Triton if it compiled anything."""
     return ["new graphs", "recompiles", "seconds", "Triton compiles"][: 4 if any(c.jit for c in report.calls) else 3]
@@ -106,10 +122,9 @@ def show(report: Report, console: "Console") -> None:
         for row in report.calls:
             table.add_row(Text(row.shapes), *cells(row)[: len(headings(report))])
         console.print(table)
-    for graph in report.graphs:
-        if any(piece.splitting for piece in graph.pieces):
-            parts = [piece.splitting or f"{piece.ops} ops" for piece in graph.pieces]
-            console.print(Text(f"graph {graph.compile_id}: " + " | ".join(parts)))
+    splits = Counter(split_up(graph) for graph in report.graphs if any(piece.splitting for piece in graph.pieces))
+    for parts, count in splits.items():
+        console.print(Text(f"{count} graph{'s' * (count > 1)}: {parts}"), soft_wrap=True)
     for op, ran in report.backends.items():
         console.print(Text(f"{op} {'would run' if report.absent else 'ran'} on {ran}"), soft_wrap=True)
     for note in report.notes:

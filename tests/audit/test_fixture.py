@@ -1,0 +1,41 @@
+"""`graph_audit` in somebody's tests: it passes what is one graph, and its failure holds the findings."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TESTS = """
+import torch
+
+class Breaks(torch.nn.Module):
+    def forward(self, x):
+        print("here")
+        return x * 2
+
+def test_good(graph_audit):
+    report = graph_audit(torch.nn.Linear(8, 8), torch.ones(4, 8), shapes=[(4, 8), (5, 8), (7, 8)], dynamic=True)
+    assert len(report.calls) == 3
+
+def test_bad(graph_audit):
+    graph_audit(Breaks(), torch.ones(4, 8))
+"""
+
+
+@pytest.mark.parametrize("how", ["installed", pytest.param("pytest_plugins", marks=pytest.mark.slow)])
+def test_the_fixture(how: str, tmp_path: Path) -> None:
+    (tmp_path / "test_theirs.py").write_text(TESTS)
+    options = ["-p", "no:cacheprovider", "-q"]
+    if how == "installed":  # as its entry point loads it
+        options += ["-p", "mamba_ops_pytest"]
+    else:
+        (tmp_path / "conftest.py").write_text('pytest_plugins = ["mamba_ops.testing"]\n')
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "pytest", *options, "test_theirs.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert "test_theirs.py:6 in forward" in done.stdout
+    assert "-> Remove the print" in done.stdout
