@@ -234,9 +234,7 @@ def test_no_file_is_too_long():
 def test_no_file_names_a_vendors_device_but_where_that_is_its_business():
     # cli, audit/cli: what --device takes; absent: the devices that it imitates; backends: their records.
     records = ("backends/flashinfer/vendor.py", "backends/triton.py")
-    allowed = {
-        f"mamba_ops/{name}" for name in ("absent.py", "audit/cli.py", "cli.py", "serving/capture.py", *records)
-    }
+    allowed = {f"mamba_ops/{name}" for name in ("absent.py", "audit/cli.py", "cli.py", "serving/capture.py", *records)}
     named = [
         f"{source.path}:{node.lineno}"
         for source in sources(*PACKAGE)

@@ -56,9 +56,8 @@ def round_stochastically(states: Tensor, seed: Tensor, slots: Tensor, rounds: in
         rounds: of philox; 0 means 10.
     """
     _, *channels, dstate = states.shape
-    at = {"device": states.device, "dtype": torch.int64}
-    quads = torch.arange(-(-dstate // 4), **at)
-    channel = torch.arange(math.prod(channels), **at)
+    quads = torch.arange(-(-dstate // 4), device=states.device)
+    channel = torch.arange(math.prod(channels), device=states.device)
     counter = torch.broadcast_tensors(quads, channel[:, None], slots.long()[:, None, None])
     words = philox(seed, counter, rounds or ROUNDS).flatten(2)[:, :, :dstate].reshape(states.shape)
     u = (words >> 8).to(torch.float64) * 2.0**-24
