@@ -1,0 +1,100 @@
+"""The backend `mamba_ssm`: Mamba-1's selective scan on `selective_scan_cuda.fwd`."""
+
+import torch
+from torch import Tensor
+
+from mamba_ops import selective_scan
+from mamba_ops.ops.slots import row_slots, store_rows
+from mamba_ops.registry import Backend
+
+mamba_ssm = Backend("mamba_ssm", devices=("cuda",), requires="selective_scan_cuda", install="mamba-ssm", priority=15)
+
+
+def _why_not(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    has_initial_state: Tensor | None,
+    block_size: int,
+    output: Tensor,
+) -> str | None:
+    if cu_seqlens is not None:
+        return "takes no packed rows"
+    if has_initial_state is not None:
+        return "starts every row from zero, and has_initial_state is given"
+    if block_size > 0:
+        return "keeps no states of a prefix cache"
+    if u.dtype == torch.float64:
+        return "computes in float32, and u is float64"
+    for name, tensor in (("delta", delta), ("B", B), ("C", C), ("z", z), ("out", output)):
+        if tensor is not None and tensor.dtype != u.dtype:
+            mine, other = (str(t.dtype).removeprefix("torch.") for t in (u, tensor))
+            return f"takes {name} in u's {mine}, and it is {other}"
+    if A.shape[1] > 256:
+        return f"takes a dstate of at most 256, and A has {A.shape[1]}"
+    return "takes at least one token, and there is none" if u.numel() == 0 else None
+
+
+def _by_channel(tokens: Tensor) -> Tensor:
+    """(n, length, ...) as (n, ..., length), a channel's tokens side by side."""
+    return tokens.movedim(1, -1).contiguous()
+
+
+def _grouped(tokens: Tensor) -> Tensor:
+    """B or C as (n, groups, dstate, length)."""
+    return _by_channel(tokens if tokens.dim() == 4 else tokens.unsqueeze(2))
+
+
+@mamba_ssm.implements(selective_scan, unless=_why_not)
+def _selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    cu_seqlens: Tensor | None = None,
+    ssm_state: Tensor | None = None,
+    slots: Tensor | None = None,
+    write_slots: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    null_slot: int = -1,
+    block_size: int = 0,
+    first_block: Tensor | None = None,
+    last_block: Tensor | None = None,
+    initial_block: Tensor | None = None,
+    chunk_ends: Tensor | None = None,
+    last_chunk: Tensor | None = None,
+    output: Tensor,
+) -> None:
+    import selective_scan_cuda
+
+    out, states, *gated = selective_scan_cuda.fwd(
+        _by_channel(u),
+        _by_channel(delta),
+        A.float().contiguous(),
+        _grouped(B),
+        _grouped(C),
+        None if D is None else D.float().contiguous(),
+        None if z is None else _by_channel(z),
+        None if delta_bias is None else delta_bias.float().contiguous(),
+        delta_softplus,
+    )
+    output.copy_((gated[0] if gated else out).movedim(-1, 1))
+    source, somebody = (table[:, 0] for table in row_slots(slots, u.shape[0], null_slot, u.device))
+    if slots is not None:
+        output.masked_fill_(~somebody.view(-1, 1, 1), 0)
+    if ssm_state is not None:
+        target, stored = source, somebody
+        if write_slots is not None:
+            target, stored = (table[:, 0] for table in row_slots(write_slots, u.shape[0], null_slot, u.device))
+        # A chunk's products and states alternate; the last chunk's states are the row's.
+        store_rows(ssm_state, target, states[:, :, -1, 1::2], stored & somebody)
