@@ -152,63 +152,6 @@ def mamba_ssm_scan(
     return call
 
 
-def mamba_ssm_selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor,
-    z: Tensor,
-    delta_bias: Tensor,
-    delta_softplus: bool,
-    cu_seqlens: Tensor,
-    slots: Tensor,
-) -> Prefill:
-    """mamba_ssm's CUDA kernel on one sequence. Its layer has the tokens of a channel side by side, and copies the last
-    state."""
-    kernel = _module("selective_scan_cuda").fwd
-    u, delta, z = (t.t().contiguous().unsqueeze(0) for t in (u, delta, z))
-    B, C = (t.t().contiguous()[None, None] for t in (B, C))
-
-    def call(cache: Tensor) -> Any:
-        _, states, out = kernel(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-        cache[1:].copy_(states[:, :, -1, 1::2])
-        return out[0].t()
-
-    return call
-
-
-def mamba_ssm_backend(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    z: Tensor,
-    cu_seqlens: Tensor,
-    slots: Tensor,
-    **weights: Any,
-) -> Prefill:
-    """The same kernel as a backend of our op, from examples/backend_mamba_ssm: from our layout, and into it."""
-    _module("selective_scan_cuda")
-    folder = str(Path(__file__).parent.parent / "examples" / "backend_mamba_ssm")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    importlib.import_module("mamba_ops_mamba_ssm.selective_scan")
-    adapter = mamba_ops.selective_scan.kernels["mamba_ssm"].function
-    u, delta, B, C, z = (t.unsqueeze(0) for t in (u, delta, B, C, z))
-    out = torch.empty_like(u)
-
-    def call(cache: Tensor) -> Any:
-        adapter(u, delta, A, B, C, z=z, ssm_state=cache, slots=slots, output=out, **weights)
-        return out[0]
-
-    return call
-
-
 def vllm_conv(
     x: Tensor,
     weight: Tensor,
@@ -310,10 +253,38 @@ def cuda_selective_scan(
     return call
 
 
+def mamba_ssm_backend(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    z: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    **weights: Any,
+) -> Prefill:
+    """mamba_ssm's kernel as a backend of our op, from examples/backend_mamba_ssm: from our layout, and into it."""
+    _module("selective_scan_cuda")
+    folder = str(Path(__file__).parent.parent / "examples" / "backend_mamba_ssm")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    importlib.import_module("mamba_ops_mamba_ssm.selective_scan")
+    adapter = mamba_ops.selective_scan.kernels["mamba_ssm"].function
+    u, delta, B, C, z = (t.unsqueeze(0) for t in (u, delta, B, C, z))
+    out = torch.empty_like(u)
+
+    def call(cache: Tensor) -> Any:
+        adapter(u, delta, A, B, C, z=z, ssm_state=cache, slots=slots, output=out, **weights)
+        return out[0]
+
+    return call
+
+
 PREFILL: dict[str, dict[str, Callable[..., Prefill]]] = {
-    "selective_scan": {"mamba_ssm": mamba_ssm_selective_scan, "mamba_ssm, as our backend": mamba_ssm_backend},
     "mamba_chunk_scan": {"vLLM": vllm_scan, "mamba_ssm": mamba_ssm_scan},
-    "selective_scan": {"mamba_ssm": cuda_selective_scan},
+    "selective_scan": {"mamba_ssm": cuda_selective_scan, "mamba_ssm, as our backend": mamba_ssm_backend},
     "causal_conv1d": {"vLLM": vllm_conv, "causal-conv1d": cuda_conv, "causal-conv1d, packed": cuda_conv_packed},
 }
 """For every op, its peers: functions of our arguments less the cache. They raise ImportError where a peer is absent."""

@@ -115,8 +115,9 @@ def planted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     pytest.importorskip("triton", reason="the kernel that bugs are planted in is Triton's")
     from tests.test_mutants import triton_with
 
+    kernel = triton_with(request.param, selective_state_update, tmp_path)
     backend = Backend("mutant", devices=[DEVICE.type])
-    backend.implements(selective_state_update)(triton_with(request.param, selective_state_update, tmp_path))
+    backend.implements(selective_state_update)(kernel)
     yield backend.name
     backend.remove()
 

@@ -71,9 +71,7 @@ def audit_command(
     # What the user's code prints is no part of the data.
     printed = contextlib.redirect_stdout(sys.stderr) if stdout_is_json else contextlib.nullcontext()
     if script and (shapes or mode or train or copies or layers or full or device != "cpu"):
-        fail(
-            "--run goes with --backend, --json, --html, --fail-on, --compare and --limit alone: the script says the rest"
-        )
+        fail("--run goes with --backend, --json, --html, --fail-on, --compare, --limit: the script says the rest")
     try:
         if script:
             with printed, configured(backend, None):

@@ -37,7 +37,7 @@ ROUNDING_BUGS = {
     "the source's words": ("rounding_seed, target,", "rounding_seed, source,"),
     "one channel's words": ("channel[:, None].to(tl.uint32)", "(0 * channel)[:, None].to(tl.uint32)"),
     "the head forgotten": ("source, of_x, WIDTH", "source, channel, WIDTH"),
-    "rounds ignored": ("zero, ROUNDS)", "zero, 10)"),
+    "rounds ignored": ("            ROUNDS,\n        )", "            10,\n        )"),
     "biased towards zero": ("(r >> 8)", "(r >> 9)"),
     "subnormals like the others": ("tl.maximum(exponent, 113)", "tl.maximum(exponent, 10)"),
     "the sign forgotten": ("| (bits & 0x80000000)", ""),
