@@ -1,7 +1,7 @@
 """What an op remembers of the calls it has seen, so that a repeated call is neither checked nor decided again."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,22 +10,10 @@ from torch._C._dynamo.guards import TensorGuards
 _LIMIT = 4096  # calls per op; past it the memory begins again, so that shapes without end cost no memory
 
 
-class Known(NamedTuple):
-    """A decided call; generated code unpacks it by place.
-
-    Attributes:
-        in_doubt: whether such a call has to be looked at in any case. Asked in every call, so built-in where it can be.
-        same_as_last: whether other tensors are like its own.
-        numbers: its ints, floats and bools.
-        kernel: what runs it.
-        is_capturing: whether this thread captures a graph of its device.
-    """
-
-    in_doubt: Callable[[], bool]
-    same_as_last: Callable[..., bool]
-    numbers: tuple[Any, ...]
-    kernel: Callable[..., None]
-    is_capturing: Callable[[], bool]
+Known = tuple[Callable[[], bool], Callable[..., bool], tuple[Any, ...], Callable[..., None], Callable[[], bool]]
+"""A decided call: whether such a call has to be looked at in any case (asked in every call, so built in where it can
+be), whether other tensors are like its own, its numbers, what runs it, and whether this thread captures a graph.
+"""
 
 
 class Memory:
@@ -40,7 +28,7 @@ class Memory:
     __slots__ = ("known", "last")
 
     def __init__(self) -> None:
-        self.last = Known(bool, lambda *tensors: False, (), _never, bool)
+        self.last: Known = (bool, lambda *tensors: False, (), _never, bool)
         self.known: dict[Any, Known] = {}
 
     def learn(self, key: Any, known: Known) -> None:

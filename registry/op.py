@@ -316,7 +316,7 @@ class Op(Generic[P]):
             if generate.is_tensor(p)
         ]
         (kernel, _), is_capturing = self._choose(called), capture.question(selection.device_of(called))
-        known = Known(doubt(tensors, is_capturing), comparison(tensors), key[0], kernel, is_capturing)
+        known = (doubt(tensors, is_capturing), comparison(tensors), key[0], kernel, is_capturing)
         memory.learn(key, known)
         return known
 

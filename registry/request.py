@@ -4,8 +4,8 @@ import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from mamba_ops.registry import errors
 from mamba_ops.registry.tables import backends, load_entry_points, lock, namespaces, ops
@@ -13,14 +13,20 @@ from mamba_ops.registry.tables import backends, load_entry_points, lock, namespa
 if TYPE_CHECKING:
     from mamba_ops.registry.op import Op
 
+    class Requester(Protocol):
+        """What `use_backend` and `configure` take beside names, such as a `mamba_ops.BackendConfig`."""
+
+        def request(self, by: str) -> "Request":
+            """Return what is asked for, said to be asked for by `by`."""
+
+
 COMPOSED = "composed"
 """Name of the backend whose kernels call other ops."""
 
 Names = tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What is asked for at one place.
 
     Attributes:
@@ -32,7 +38,7 @@ class Request:
 
     by: str
     everywhere: Names = ()
-    ops: Mapping[str, Names] = field(default_factory=dict)
+    ops: Mapping[str, Names] = MappingProxyType({})
     settings: Mapping[str, Hashable] | None = None
 
     def of(self, op: "Op[...]") -> Names | None:
@@ -42,13 +48,6 @@ class Request:
         if names := tuple(name for name in self.everywhere if name in op.kernels):
             return names
         return (COMPOSED,) if self.everywhere and op.composed else None  # it is the ops inside that the names bind
-
-
-class Requester(Protocol):
-    """What `use_backend` and `configure` take beside names, such as a `mamba_ops.BackendConfig`."""
-
-    def request(self, by: str) -> Request:
-        """Return what is asked for, said to be asked for by `by`."""
 
 
 def make(

@@ -2,17 +2,20 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mamba_ops.registry import capture, errors, layouts, request, selection
-from mamba_ops.registry.request import Request, Requester
+from mamba_ops.registry.request import Request
 from mamba_ops.registry.tables import lock
 
+if TYPE_CHECKING:
+    from mamba_ops.registry.request import Requester
 
-def use_backend(backend: str | Requester | None = None, /, **named: str) -> AbstractContextManager[None]:
+
+def use_backend(backend: "str | Requester | None" = None, /, **named: str) -> AbstractContextManager[None]:
     """Within the block, run ops on the backends named, in the whole process; nothing is recompiled.
 
     A backend asked for by name never falls back: what it does not take raises, with the reason. An order of several,
@@ -34,10 +37,10 @@ def use_backend(backend: str | Requester | None = None, /, **named: str) -> Abst
     if backend is None or isinstance(backend, str):
         return _activate(request.make("use_backend", request.order_of(backend or ""), orders))
     asked, more = backend.request("use_backend"), request.make("use_backend", (), orders)
-    return _activate(replace(asked, ops={**asked.ops, **more.ops}))
+    return _activate(asked._replace(ops={**asked.ops, **more.ops}))
 
 
-def configure(config: Requester | None) -> None:
+def configure(config: "Requester | None") -> None:
     """Put a configuration in force for the process, in place of the one before; None takes it away.
 
     It stands behind `use_backend`, and before the environment and the default order; nothing is recompiled.

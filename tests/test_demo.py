@@ -17,7 +17,7 @@ pytest.importorskip("transformers", reason="the demo runs its Mamba-2")
 from rich.console import Console
 
 from benchmarks import boundary as ladder
-from benchmarks import compile_time, swap
+from benchmarks import compile_time, swap, tokens
 from mamba_ops import causal_conv1d_update, demo, explain, selective_state_update, use_backend
 from mamba_ops.demo.boundary import bare_op, does_nothing, idle_backend, us_per_call
 from mamba_ops.demo.decode import decode
@@ -337,11 +337,24 @@ def test_the_swap_benchmark_finds_a_stale_replay():
     ]
 
 
-def test_the_swap_benchmark_says_that_it_needs_a_gpu(device, capsys):
+@pytest.mark.parametrize("benchmark", [swap, tokens], ids=["swap", "tokens"])
+def test_benchmarks_of_swaps_say_that_they_need_a_gpu(benchmark, device, capsys, monkeypatch):
     if device.type == "cuda":
         pytest.skip("it runs here")
-    assert swap.main() == 0
-    assert capsys.readouterr().out == "benchmarks.swap needs a GPU with CUDA graphs; there is none here.\n"
+    monkeypatch.setattr("sys.argv", ["benchmark"])
+    assert benchmark.main() == 0
+    name = benchmark.__name__
+    assert capsys.readouterr().out == f"{name} needs a GPU with CUDA graphs; there is none here.\n"
+
+
+def test_the_model_of_the_token_benchmark_is_what_it_says():
+    model = tokens.decoder(2, 1, torch.device("cpu"))
+    [layer] = model.layers
+    assert (layer.ssm_state.shape, layer.ssm_state.dtype) == ((2, 48, 64, 128), torch.float32)
+    assert layer.conv_state.dtype == layer.D.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert tokens.why_not(model, "torch") is None
+        assert tokens.why_not(model, "triton") in (None, "runs on cuda, xpu, not on cpu")
 
 
 # -- the compile-time benchmark ---------------------------------------------------------------------------------------
