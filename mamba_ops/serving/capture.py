@@ -5,6 +5,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from mamba_ops.registry import noticing_swaps
+
 T = TypeVar("T")
 
 
@@ -31,9 +33,13 @@ class DeviceGraphs:
         self._pool = self._module.graph_pool_handle()
 
     def record(self, call: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        """See `Graphs`; the call must have run before, so that nothing is compiled or set up while it is recorded."""
+        """See `Graphs`; the call must have run before, so that nothing is compiled or set up while it is recorded.
+
+        Swaps of the backend do not warn of it: whoever replays compares `mamba_ops.registry.generation()`, as
+        `PiecewiseRunner` does.
+        """
         graph = self._graph()
-        with self._module.device(self._device), self._module.graph(graph, pool=self._pool):
+        with noticing_swaps(), self._module.device(self._device), self._module.graph(graph, pool=self._pool):
             result = call()
         return result, graph.replay
 
