@@ -98,7 +98,7 @@ def mamba2_mixing(
         return x.unflatten(-1, (heads, head_dim)), B.unflatten(-1, sizes), C.unflatten(-1, sizes)
 
     def unwritten(tokens: slice) -> Tensor:
-        """What a convolution will write, for the op after it to be asked about: its strides are not those of `mixed`."""
+        """What a convolution will write, for the next op to be asked about: its strides are not those of `mixed`."""
         return torch.empty_like(mixed[tokens], memory_format=torch.contiguous_format)
 
     def read(rows: Rows, convolve: Callable[..., Any], scan: Callable[..., Any]) -> None:

@@ -7,8 +7,6 @@ from mamba_ops.registry import NoBackendError
 from tests.harness import front_on, judge
 from tests.on_flashinfer.calls import Calls
 
-pytest.importorskip("triton", reason="the convolution and the prefills run on Triton, interpreted")
-
 SAMPLES = {sample.name: sample for sample in mamba2_mixing.make_samples("cpu", head_dim=128, dstate=64)}
 
 

@@ -134,8 +134,8 @@ def _selective_state_update(
     assertion on the device.
 
     Its exponential and logarithm are the GPU's fast ones. With the algorithm auto the number of rows decides on the
-    algorithm, and so on the last bits. Its stochastic rounding turns subnormal numbers of float16 into zeros, but on
-    GPUs that have an instruction for it.
+    algorithm, and so on the last bits. Its stochastic rounding turns subnormal numbers of float16 into zeros and knows
+    neither infinities nor NaN, but on GPUs that have an instruction for it.
     """
     from flashinfer.mamba import selective_state_update as kernel
 
