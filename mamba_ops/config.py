@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops import selective_state_update
-from mamba_ops.registry import backends
+from mamba_ops.registry import Backend, backends
 from mamba_ops.registry.errors import ConfigError, RegistryError
 from mamba_ops.registry.request import (
     Request,
@@ -167,13 +167,18 @@ def _wrong_values(config: BackendConfig, device: torch.device) -> list[tuple[str
     for backend in backends():
         for setting, choices in backend.choices.items():
             name = f"{backend.name}_{setting}"
-            if name not in READERS:
-                continue
-            if (value := getattr(config, name)) not in choices:
+            value = getattr(config, name, choices[0])
+            if value not in choices:
                 found.append((name, f"got {value!r}, expected {', '.join(choices)}"))
-            elif backend.why_not_setting and (reason := backend.why_not_setting(setting, value, device)):
+            elif value != choices[0] and (reason := _why_not_setting(backend, setting, value, device)):
                 found.append((name, reason))
     return found
+
+
+def _why_not_setting(backend: Backend, setting: str, value: str, device: torch.device) -> str | None:
+    if reason := backend.why_unusable(device.type, by_name=True):
+        return f"{backend.name} {reason}"
+    return backend.why_not_setting(setting, value, device) if backend.why_not_setting else None
 
 
 # -- what the settings are, as text and to the op ---------------------------------------------------------------------
