@@ -27,7 +27,7 @@ MAY_IMPORT = {
     ".kernels": ("torch triton", ""),
     ".layers": (".ops torch", ""),
     ".serving": (".layers .ops .registry torch", ""),
-    ".compat": (".layers .ops .serving torch", IMITATED),
+    ".compat": (".layers .ops .registry .serving torch", IMITATED),
     ".audit": (".absent .options .ops .registry .targets rich torch typer", ".cold_start jinja2 triton"),
     ".absent": ("torch", ""),
     ".cold_start": (".registry torch", ".backends .compat .kernels .layers .ops rich triton"),

@@ -39,3 +39,10 @@ def is_silu(function: str, activation: str | None) -> bool:
 def all_have(initial_states: Tensor | None) -> Tensor | None:
     """Say to an op that every sequence has an initial state, if there are any."""
     return None if initial_states is None else initial_states.new_ones(initial_states.shape[0], dtype=torch.bool)
+
+
+def per_head(tensor: Tensor, axes: int) -> Tensor:
+    """Take back the expansion of a tensor's last axes, where it is one: a kernel then reads one number a head."""
+    if any(tensor.stride(-1 - axis) for axis in range(axes)):
+        return tensor
+    return tensor.flatten(-axes)[..., 0]

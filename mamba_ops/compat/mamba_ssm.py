@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mamba_ops import ops
-from mamba_ops.compat.arguments import States, all_have, is_silu, refuse
+from mamba_ops.compat.arguments import States, all_have, is_silu, per_head, refuse
 from mamba_ops.layers import gated_rms_norm
 
 
@@ -39,8 +39,8 @@ def selective_state_update(
     """
     refuse("selective_state_update", **others)
     if state.dim() == 4:  # what is expanded from one number a head is handed on as such: a kernel then reads it once
-        dt, A = _per_head(dt, 1), _per_head(A, 2)
-        D, dt_bias = (None if t is None else _per_head(t, 1) for t in (D, dt_bias))
+        dt, A = per_head(dt, 1), per_head(A, 2)
+        D, dt_bias = (None if t is None else per_head(t, 1) for t in (D, dt_bias))
     return ops.selective_state_update(
         state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, slots=state_batch_indices
     )
@@ -232,10 +232,3 @@ def mamba_split_conv1d_scan_combined(
     if outproj_weight is not None:
         out = functional.linear(out, outproj_weight, outproj_bias)
     return (out, states[0]) if states else out
-
-
-def _per_head(tensor: Tensor, axes: int) -> Tensor:
-    """Take back the expansion of a tensor's last axes, where it is one."""
-    if any(tensor.stride(-1 - axis) for axis in range(axes)):
-        return tensor
-    return tensor.flatten(-axes)[..., 0]

@@ -137,14 +137,19 @@ class GatedDeltaNet(Mixer):
         y = chunk_gated_delta_rule(q, k, v, g, beta, state=ssm_state, qk_l2norm=True, **rows)
         return self._output(y, z)
 
-    def _mix(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
-        if self.interleaved:
-            qkvz, ba = self.in_proj_qkvz(hidden_states), self.in_proj_ba(hidden_states)
-        else:  # compiled, the projections write where they are wanted
-            qkvz = torch.cat([self.in_proj_qkv(hidden_states), self.in_proj_z(hidden_states)], dim=-1)
-            ba = torch.cat([self.in_proj_b(hidden_states), self.in_proj_a(hidden_states)], dim=-1)
-        z = qkvz.new_empty(hidden_states.shape[0], self.num_v_heads, self.head_v_dim)
-        y = gdn_mixing(
+    def mix(
+        self,
+        qkvz: Tensor,
+        ba: Tensor,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        plan: HasPlan,
+        *,
+        z: Tensor,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Do what stands between the layer's projections, its gated norm apart: `gdn_mixing` with its parameters."""
+        return gdn_mixing(
             qkvz,
             ba,
             conv_state,
@@ -158,8 +163,17 @@ class GatedDeltaNet(Mixer):
             self.interleaved,
             z=z,
             null_slot=plan.null_slot,
+            out=out,
         )
-        return self._output(y, z)
+
+    def _mix(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
+        if self.interleaved:
+            qkvz, ba = self.in_proj_qkvz(hidden_states), self.in_proj_ba(hidden_states)
+        else:  # compiled, the projections write where they are wanted
+            qkvz = torch.cat([self.in_proj_qkv(hidden_states), self.in_proj_z(hidden_states)], dim=-1)
+            ba = torch.cat([self.in_proj_b(hidden_states), self.in_proj_a(hidden_states)], dim=-1)
+        z = qkvz.new_empty(hidden_states.shape[0], self.num_v_heads, self.head_v_dim)
+        return self._output(self.mix(qkvz, ba, conv_state, ssm_state, plan, z=z), z)
 
     def _step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: dict[str, Any]) -> Tensor:
         mixed, z, b, a = self._project(hidden_states, conv_state, ssm_state)

@@ -144,9 +144,11 @@ class Mamba2(Mixer):
         )
         return self._output(y, gate)
 
-    def _mix(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
-        projected = cast(Tensor, self.in_proj(hidden_states))
-        y = mamba2_mixing(
+    def mix(
+        self, projected: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan, *, out: Tensor | None = None
+    ) -> Tensor:
+        """Do what stands between the layer's projections, its gated norm apart: `mamba2_mixing` with its parameters."""
+        return mamba2_mixing(
             projected,
             conv_state,
             ssm_state,
@@ -164,7 +166,12 @@ class Mamba2(Mixer):
             dt_min=self.dt_min,
             dt_max=self.dt_max,
             null_slot=plan.null_slot,
+            out=out,
         )
+
+    def _mix(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
+        projected = cast(Tensor, self.in_proj(hidden_states))
+        y = self.mix(projected, conv_state, ssm_state, plan)
         return self._output(y, projected[..., : self.projected[0]])
 
     def _step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: dict[str, Any]) -> Tensor:

@@ -1,0 +1,400 @@
+"""The functions of vLLM 0.33 over our ops, and its ops by layer name (vllm_layers.py).
+
+Names, order and meaning of the arguments are vLLM's, block 0 as the null block among them; a negative index means
+nobody, too. Where vLLM leaves outputs undefined or as they were, ours are defined: those of nobody's rows are zero.
+Products are made in float32, where vLLM's convolutions round them first.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mamba_ops import ops
+from mamba_ops.compat.arguments import all_have, is_silu, per_head, refuse
+from mamba_ops.compat.vllm_layers import gdn_attention_core_xpu as gdn_attention_core_xpu
+from mamba_ops.compat.vllm_layers import mamba_mixer as mamba_mixer
+from mamba_ops.compat.vllm_layers import mamba_mixer2 as mamba_mixer2
+from mamba_ops.ops.slots import store_rows
+
+NULL_BLOCK_ID = 0
+PAD_SLOT_ID = -1
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    z: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+    dst_state_batch_indices: Tensor | None = None,
+    null_block_id: int = NULL_BLOCK_ID,
+    out: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    is_blackwell: bool = False,
+    enable_stochastic_rounding: bool = False,
+    cache_philox_rounds: int = 0,
+) -> None:
+    """Advance `state` by one token a row, or by a few, and write the tokens' outputs to `out`.
+
+    Args:
+        state: `(slots, heads, dim, dstate)`, or without heads as all else. Mutated.
+        x, dt, z: `(tokens, heads, dim)`.
+        A: `(heads, dim, dstate)`.
+        B, C: `(tokens, groups, dstate)`.
+        D, dt_bias: `(heads, dim)`.
+        dt_softplus: whether softplus is applied to dt after the bias.
+        state_batch_indices: int32 or int64 `(n,)` or `(n, columns)`, the slots to read. None: row i reads slot i, and
+            `dst_state_batch_indices` is not looked at.
+        dst_state_batch_indices: the slots to write; None: the same. A null block is not written.
+        null_block_id: the block that means nobody. Such a row's output is zero (vLLM: that of a state of zeros).
+        out: like `x`; must be given. Mutated.
+        num_accepted_tokens: int `(n,)`: speculative decoding; the state after token t goes to column t.
+        cu_seqlens: int `(n + 1,)`: rows of several tokens.
+        is_blackwell, cache_philox_rounds: of no effect.
+        enable_stochastic_rounding: refused.
+    """
+    name = "selective_state_update"
+    refuse(name, enable_stochastic_rounding=enable_stochastic_rounding)
+    if out is None:
+        raise ValueError(f"{name}: out: got None, expected a tensor like x, which the output is written to")
+    if state.dim() == 4:
+        dt, A = per_head(dt, 1), per_head(A, 2)
+        D, dt_bias = (None if t is None else per_head(t, 1) for t in (D, dt_bias))
+    ops.selective_state_update(
+        state,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        slots=state_batch_indices,
+        write_slots=None if state_batch_indices is None else dst_state_batch_indices,
+        cu_seqlens=cu_seqlens,
+        num_accepted_tokens=num_accepted_tokens,
+        null_slot=null_block_id,
+        out=out,
+    )
+
+
+def selective_scan_fn(
+    u: Tensor,
+    ssm_states: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    query_start_loc: Tensor | None = None,
+    cache_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    null_block_id: int = NULL_BLOCK_ID,
+    block_size: int = 1024,
+    block_idx_first_scheduled_token: Tensor | None = None,
+    block_idx_last_scheduled_token: Tensor | None = None,
+    initial_state_idx: Tensor | None = None,
+    cu_chunk_seqlen: Tensor | None = None,
+    last_chunk_indices: Tensor | None = None,
+) -> Tensor:
+    """Scan sequences; the output overwrites `z`, or `delta` where there is no `z`, and is returned.
+
+    A `z` or `delta` whose tokens do not lie together is copied first, as vLLM does: then the caller's stays as it is.
+
+    Args:
+        u, delta, z: packed `(dim, tokens)` with `query_start_loc`, else `(n, dim, length)`. One is mutated, see above.
+        ssm_states: `(slots, dim, dstate)`. Mutated.
+        A: `(dim, dstate)`.
+        B, C: `(groups, dstate, tokens)` or `(n, groups, dstate, length)`; without groups: one.
+        D, delta_bias: `(dim,)`.
+        delta_softplus: whether softplus is applied to delta after the bias.
+        query_start_loc: int `(n + 1,)`.
+        cache_indices: int `(n,)`; with blocks `(n, columns)`. None: sequence i has slot i.
+        has_initial_state: bool `(n,)`; None: no sequence has.
+        null_block_id: the block that means nobody. Such a sequence's output is zero (vLLM: what was there).
+        block_size, block_idx_first_scheduled_token, block_idx_last_scheduled_token, initial_state_idx, cu_chunk_seqlen,
+            last_chunk_indices: states of a prefix cache, see `mamba_ops.selective_scan`; in use where the second is
+            given.
+    """
+    target = delta if z is None else z
+    target = target if target.stride(-1) == 1 else target.contiguous()
+    packed = query_start_loc is not None
+    blocks: dict[str, Tensor | int | None] = {}
+    if block_idx_first_scheduled_token is not None:
+        blocks = {
+            "block_size": block_size,
+            "first_block": block_idx_first_scheduled_token,
+            "last_block": block_idx_last_scheduled_token,
+            "initial_block": initial_state_idx,
+            "chunk_ends": None if cu_chunk_seqlen is None else cu_chunk_seqlen[1:],
+            "last_chunk": last_chunk_indices,
+        }
+
+    def by_token(tensor: Tensor) -> Tensor:
+        return tensor.t() if packed else tensor.transpose(1, 2)
+
+    out = by_token(target).clone(memory_format=torch.contiguous_format)  # tokens of no sequence stay as they are
+    ops.selective_scan(
+        by_token(u),
+        by_token(delta),
+        A,
+        B.movedim(-1, 0 if packed else 1),
+        C.movedim(-1, 0 if packed else 1),
+        D=D,
+        z=None if z is None else by_token(z),
+        delta_bias=delta_bias,
+        delta_softplus=delta_softplus,
+        cu_seqlens=query_start_loc,
+        ssm_state=ssm_states,
+        slots=cache_indices,
+        has_initial_state=has_initial_state,
+        null_slot=null_block_id,
+        out=out,
+        **blocks,  # type: ignore[arg-type]
+    )
+    return target.copy_(out.t() if packed else out.transpose(1, 2))
+
+
+def causal_conv1d_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_states: Tensor,
+    query_start_loc: Tensor,
+    cache_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    activation: str | bool | None = "silu",
+    pad_slot_id: int = PAD_SLOT_ID,
+    null_block_id: int = NULL_BLOCK_ID,
+    metadata: object = None,
+    validate_data: bool = False,
+) -> Tensor:
+    """Convolve packed sequences, keep their last inputs in `conv_states`, and return the output, like `x`.
+
+    Args:
+        x: `(dim, tokens)`; computed on in the dtype of `conv_states`.
+        weight, bias: `(dim, width)` and `(dim,)`.
+        conv_states: `(slots, dim, state_len)`, column 0 the oldest; columns from width - 1 on stay. Mutated.
+        query_start_loc: int `(n + 1,)`.
+        cache_indices: int `(n,)`. None: sequence i has slot i.
+        has_initial_state: bool `(n,)`; None: no sequence has.
+        activation: None, False, True, "silu" or "swish".
+        null_block_id: the block that means nobody. Such a sequence's output is zero (vLLM: undefined).
+        pad_slot_id, metadata, validate_data: of no effect: nothing is laid out on the host here, all is checked.
+    """
+    rows = x.to(conv_states.dtype).t()
+    out = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+    ops.causal_conv1d(
+        rows,
+        weight,
+        bias,
+        cu_seqlens=query_start_loc,
+        conv_state=conv_states,
+        slots=cache_indices,
+        has_initial_state=has_initial_state,
+        silu=_is_silu("causal_conv1d_fn", activation),
+        null_slot=null_block_id,
+        out=out,
+    )
+    return out.t().to(x.dtype)
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | bool | None = None,
+    conv_state_indices: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    query_start_loc: Tensor | None = None,
+    max_query_len: int = -1,
+    null_block_id: int = NULL_BLOCK_ID,
+    validate_data: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Convolve new inputs with those before them; the result overwrites `x`, or goes to `out`, and is returned.
+
+    Args:
+        x: `(n, dim)`, `(n, dim, length)`, or `(tokens, dim)` with `query_start_loc`; computed on in the dtype of
+            `conv_state`. Mutated where there is no `out`.
+        conv_state: `(slots, dim, state_len)`. Mutated.
+        weight, bias: `(dim, width)` and `(dim,)`.
+        activation: None, False, True, "silu" or "swish".
+        conv_state_indices: int `(n,)` or `(n, columns)`, of which column 0 is read. None: row i has slot i.
+        num_accepted_tokens: int `(n,)`: speculative decoding, see `mamba_ops.causal_conv1d_update`.
+        query_start_loc: int `(n + 1,)`.
+        null_block_id: the block that means nobody. Such a row's output is zero (vLLM: what was there).
+        max_query_len, validate_data: of no effect: lengths are read on the device, all is checked.
+        out: of `x`'s shape, dtype and device.
+    """
+    name = "causal_conv1d_update"
+    if out is not None and (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
+        got, expected = (f"{tuple(t.shape)} of {t.dtype} on {t.device}" for t in (out, x))
+        raise ValueError(f"{name}: out: got {got}, expected {expected}, as x")
+    rows = x.to(conv_state.dtype)
+    if query_start_loc is not None and conv_state_indices is not None:
+        query_start_loc = query_start_loc[: conv_state_indices.shape[0] + 1]
+    if long := x.dim() == 3:
+        rows = rows.transpose(1, 2)
+    result = rows.clone(memory_format=torch.contiguous_format)  # tokens of no row stay as they are
+    ops.causal_conv1d_update(
+        rows,
+        conv_state,
+        weight,
+        bias,
+        slots=conv_state_indices,
+        cu_seqlens=query_start_loc,
+        num_accepted_tokens=num_accepted_tokens,
+        silu=_is_silu(name, activation),
+        null_slot=null_block_id,
+        out=result,
+    )
+    return (x if out is None else out).copy_(result.transpose(1, 2) if long else result)
+
+
+def mamba_chunk_scan_combined_varlen(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    cu_seqlens: Tensor,
+    cu_chunk_seqlens: Tensor,
+    last_chunk_indices: Tensor,
+    seq_idx: Tensor,
+    out: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_intermediate_states: bool = False,
+    state_dtype: torch.dtype | None = None,
+    final_states_out: Tensor | None = None,
+    final_state_indices: Tensor | None = None,
+) -> Tensor | None:
+    """Scan packed sequences, write the output to `out`, and their last states to `final_states_out` or return them.
+
+    Args:
+        x, z: `(tokens, heads, dim)`.
+        dt: `(tokens, heads)`.
+        A, dt_bias: `(heads,)`.
+        B, C: `(tokens, groups, dstate)`.
+        chunk_size: tokens per chunk, at most.
+        cu_seqlens: int `(n + 1,)`.
+        cu_chunk_seqlens, last_chunk_indices: int `(chunks + 1,)` and `(n,)`: which chunks there are, and the last one
+            of each sequence. They decide what `return_intermediate_states` returns, and nothing but rounding otherwise.
+        seq_idx: of no effect: the former say it all.
+        out: `(tokens, heads, dim)`. Mutated.
+        D: `(heads,)` or `(heads, dim)`.
+        initial_states: `(n, heads, dim, dstate)`; None: zeros.
+        dt_softplus: whether softplus is applied to dt after the bias.
+        dt_limit: the least and the largest dt, always applied.
+        return_intermediate_states: return the states after every chunk, `(chunks, heads, dim, dstate)`.
+        state_dtype: of what is returned; None: that of `C`.
+        final_states_out: a cache `(slots, heads, dim, dstate)`, which takes each sequence's last state. Mutated.
+        final_state_indices: int `(n,)`: where in it; a negative one is not stored, block 0 is a block like any other.
+    """
+    name = "mamba_chunk_scan_combined_varlen"
+    if final_states_out is not None and return_intermediate_states:
+        raise ValueError(f"{name}: return_intermediate_states: got it with final_states_out, expected one of the two")
+    if (final_states_out is None) != (final_state_indices is None):
+        raise ValueError(f"{name}: final_state_indices: got it without final_states_out, or not with it")
+    n, compute = cu_seqlens.shape[0] - 1, torch.promote_types(x.dtype, torch.float32)
+    kept = C.dtype if state_dtype is None else state_dtype
+    state = x.new_zeros(n, *x.shape[1:], B.shape[-1], dtype=compute)
+    if initial_states is not None:
+        state.copy_(initial_states)
+    dt_min, dt_max = dt_limit
+    if return_intermediate_states:
+        states = x.new_empty(cu_chunk_seqlens.shape[0] - 1 + n, *state.shape[1:], dtype=kept)
+        d = dt.to(compute) if dt_bias is None else dt.to(compute) + dt_bias.to(compute)
+        d = (torch.nn.functional.softplus(d) if dt_softplus else d).clamp(dt_min, dt_max)
+        chunks = _Chunks(cu_chunk_seqlens, x.shape[0], chunk_size)
+        y = ops.mamba_chunk_scan(
+            chunks.padded(x),
+            chunks.padded(d),
+            A,
+            chunks.padded(B),
+            chunks.padded(C),
+            chunk_size,
+            D=D,
+            z=None if z is None else chunks.padded(z),
+            dt_min=-math.inf,
+            cu_seqlens=torch.nn.functional.pad((last_chunk_indices + 1) * chunk_size, (1, 0)),
+            ssm_state=state,
+            has_initial_state=all_have(state),
+            chunk_states=states,
+            out=x.new_empty(chunks.tokens, *x.shape[1:], dtype=out.dtype),
+        )
+        chunks.take_back(y, out)
+        return states[:-n] if n else states
+    ops.mamba_chunk_scan(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        dt_min=dt_min,
+        dt_max=dt_max,
+        cu_seqlens=cu_seqlens,
+        ssm_state=state,
+        has_initial_state=all_have(state),
+        out=out,
+    )
+    if final_states_out is None or final_state_indices is None:
+        return state.to(kept)
+    store_rows(final_states_out, final_state_indices[:n].long(), state, final_state_indices[:n] >= 0)
+    return None
+
+
+class _Chunks:
+    """Tokens laid out so that every chunk has all of its places: a step size of zero leaves the state as it is."""
+
+    def __init__(self, cu_chunk_seqlens: Tensor, tokens: int, size: int) -> None:
+        starts, ends = cu_chunk_seqlens[:-1].long(), cu_chunk_seqlens[1:].long()
+        self.tokens = starts.shape[0] * size
+        place = torch.arange(size, device=starts.device)
+        index = starts.unsqueeze(1) + place
+        self._inside = (index < ends.unsqueeze(1)).flatten()
+        self._index = index.flatten().clamp(max=max(tokens - 1, 0))
+        token = torch.arange(tokens, device=starts.device)
+        chunk = torch.searchsorted(ends, token, right=True).clamp(max=max(starts.shape[0] - 1, 0))
+        self._owned = token < cu_chunk_seqlens[-1]
+        self._place = (chunk * size + token - starts[chunk]).clamp(max=max(self.tokens - 1, 0))
+
+    def padded(self, tensor: Tensor) -> Tensor:
+        """Return an activation `(tokens, ...)` so laid out."""
+        return torch.where(self._inside.view(-1, *[1] * (tensor.dim() - 1)), tensor[self._index], 0)
+
+    def take_back(self, laid_out: Tensor, out: Tensor) -> None:
+        """Write what was computed on such tokens to `out`; tokens of no chunk stay as they are."""
+        if self.tokens and out.numel():
+            out.copy_(torch.where(self._owned.view(-1, 1, 1), laid_out[self._place], out))
+
+
+def _is_silu(function: str, activation: str | bool | None) -> bool:
+    if isinstance(activation, bool):
+        return activation
+    return is_silu(function, activation)

@@ -1,0 +1,75 @@
+"""vLLM's ops by layer name, registered as `mamba_ops_vllm::*`: an engine's graph has a layer's name and no caches.
+
+Layer, caches and plan come from the forward context (`mamba_ops.serving.forward_context`), where the layers are those
+of `mamba_ops.layers`. What an op writes to the caches does not stand in its schema, as in vLLM. Without a plan, or for
+a layer that the context does not know, outputs are zero. Importing this marks the ops as splitting ops.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba_ops.ops.mixing import HasPlan
+from mamba_ops.registry import mark_splitting
+from mamba_ops.serving import current_context
+
+
+def _found(name: str) -> tuple[Any, Tensor, Tensor, HasPlan] | None:
+    """Return a layer, its caches and the plan; None where there is no plan for it."""
+    context = current_context()
+    if context.plan is None or context.plan.tensors.counts is None or name not in context.layers:
+        return None
+    conv_state, ssm_state = context.caches[name]
+    return context.layers[name], conv_state, ssm_state, context.plan
+
+
+def _mamba_mixer2(projected_states: Tensor, output: Tensor, layer_name: str) -> None:
+    """Mix `projected_states` (tokens, size) of a `layers.Mamba2`; write (tokens, heads * head_dim) to `output`."""
+    if (found := _found(layer_name)) is None:
+        output.zero_()
+        return
+    layer, conv_state, ssm_state, plan = found
+    out = output.view(-1, layer.heads, layer.head_dim)
+    layer.mix(projected_states, conv_state, ssm_state, plan, out=out)
+
+
+def _mamba_mixer(hidden_states: Tensor, output: Tensor, layer_name: str) -> None:
+    """Run the whole of a `layers.Mamba`, projections included; write (tokens, hidden_size) to `output`."""
+    if (found := _found(layer_name)) is None:
+        output.zero_()
+        return
+    layer, conv_state, ssm_state, plan = found
+    output.copy_(layer(hidden_states, conv_state, ssm_state, plan=plan))
+
+
+def _gdn_attention_core_xpu(
+    core_attn_out: Tensor, z: Tensor, projected_states_qkvz: Tensor, projected_states_ba: Tensor, layer_name: str
+) -> None:
+    """Mix the projections of a `layers.GatedDeltaNet`; write (tokens, v heads, head_v_dim) to both outputs."""
+    if (found := _found(layer_name)) is None:
+        core_attn_out.zero_()
+        z.zero_()
+        return
+    layer, conv_state, ssm_state, plan = found
+    layer.mix(projected_states_qkvz, projected_states_ba, conv_state, ssm_state, plan, z=z, out=core_attn_out)
+
+
+_library = torch.library.Library("mamba_ops_vllm", "FRAGMENT")
+for _body, _schema in {
+    _mamba_mixer2: "mamba_mixer2(Tensor projected_states, Tensor(a!) output, str layer_name) -> ()",
+    _mamba_mixer: "mamba_mixer(Tensor hidden_states, Tensor(a!) output, str layer_name) -> ()",
+    _gdn_attention_core_xpu: "gdn_attention_core_xpu(Tensor(a!) core_attn_out, Tensor(b!) z, "
+    "Tensor projected_states_qkvz, Tensor projected_states_ba, str layer_name) -> ()",
+}.items():
+    _name = _schema.partition("(")[0]
+    _library.define(
+        _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+    )  # they read a plan's counts
+    _library.impl(_name, _body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mamba_ops_vllm::{_name}", lambda *args: None, lib=_library)
+    mark_splitting(f"mamba_ops_vllm::{_name}")
+
+mamba_mixer2 = torch.ops.mamba_ops_vllm.mamba_mixer2.default
+mamba_mixer = torch.ops.mamba_ops_vllm.mamba_mixer.default
+gdn_attention_core_xpu = torch.ops.mamba_ops_vllm.gdn_attention_core_xpu.default
