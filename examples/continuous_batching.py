@@ -93,8 +93,12 @@ class Hybrid(nn.Module):
 
     def new_pool(self, slots: int) -> StatePool:
         """Caches for `slots` requests and the null slot; from now on these are the model's."""
-        layers = {str(i): layer for i, layer in enumerate(self.layers)}
-        self.pool = StatePool.of(layers, slots + 1, null_slot=NULL_SLOT)
+        exact = self.head.weight.dtype  # no state is less exact than the weights
+        templates = {
+            str(i): [cache.to(torch.promote_types(cache.dtype, exact)) for cache in layer.empty_caches(0)]
+            for i, layer in enumerate(self.layers)
+        }
+        self.pool = StatePool(templates, slots + 1, null_slot=NULL_SLOT)
         return self.pool
 
     def forward(self, tokens: Tensor, plan: Plan) -> Tensor:

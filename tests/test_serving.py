@@ -167,6 +167,13 @@ def test_a_swap_records_anew(model: Model, doubled: Backend, new: list[int]) -> 
     assert len(runner.backend.graphs) == 1
 
 
+def test_without_full_graphs_decodes_run_piecewise(model: Model) -> None:
+    runner = runner_of(model, full_graphs=False)
+    runner.prepare(torch.zeros(1, 16, dtype=torch.float64))
+    as_eager(runner, model, plan_of([3, 3], [1, 1], [0, 1]))
+    assert (dict(runner.steps), runner.recorded) == ({"piecewise": 1}, 4 * len(SIZES))
+
+
 def test_no_requests_are_a_step(model: Model) -> None:
     runner, before = runner_of(model), [state.clone() for state in model.states]
     for _ in range(3):
@@ -225,7 +232,7 @@ def test_there_is_a_size(model: Model, sizes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("new", [[1, 1, 1], [1, 3, 1]], ids=["full", "piecewise"])
 def test_after_an_exception_the_next_step_is_right(new: list[int], when: int) -> None:
     """It comes out of the second layer, as the step is compiled, runs, is recorded, or is replayed."""
-    model, raises = Model(), [False]
+    model, raises = Model(depth=2), [False]
 
     def maybe(x: Tensor) -> Tensor:
         if raises[0]:

@@ -48,6 +48,7 @@ class PiecewiseRunner:
         device: torch.device | str = "cpu",
         context: ForwardContext | None = None,
         compile_piece: str | CompilePiece = "inductor",
+        full_graphs: bool = True,
         graphs: Graphs | None = None,
     ) -> None:
         """Compile nothing yet.
@@ -64,6 +65,7 @@ class PiecewiseRunner:
             context: for a model that finds its layers by name: its forward context, which gets each step's plan. The
                 model is then called as `model(*inputs)`.
             compile_piece: the backend of torch.compile for the pieces.
+            full_graphs: whether steps that only decode run as one graph; False where a kernel cannot be captured.
             graphs: who records; None: the device's own graphs, if it has any.
         """
         sizes = sorted({size for size in capture_sizes if size <= max_tokens})
@@ -78,7 +80,7 @@ class PiecewiseRunner:
         self._plans: dict[str, Any] = {"max_requests": max_requests, "null_slot": null_slot, "device": self.device}
         self._rows: dict[str, Any] = {"columns": columns, "speculative": speculative}
         self._graphs = graphs_of(self.device) if graphs is None else graphs
-        self._context = context
+        self._context, self._full_graphs = context, full_graphs
         self.compiled = torch.compile(model, backend=self.backend, fullgraph=True, dynamic=False)
         self._plan = Plan.zeros(0, **self._rows, **self._plans).tensors  # where full steps read their plan
         self._counts = {size: torch.tensor([size, size, 0, 0]) for size in sizes}
@@ -106,8 +108,7 @@ class PiecewiseRunner:
                 self.steps["plain"] += 1
                 return self._run(plan, self._staged(inputs, plan.tokens))
             views = self._staged(inputs, size)
-            decodes = counts == [plan.tokens, plan.tokens, 0, 0] and not self._rows["speculative"]
-            if decodes and size <= self.max_requests:
+            if self._is_full(size) and counts == [plan.tokens, plan.tokens, 0, 0]:
                 self.steps["full"] += 1
                 return self._full(plan, size, views)[: plan.tokens]
             self.steps["piecewise"] += 1
@@ -122,13 +123,17 @@ class PiecewiseRunner:
         for size in reversed(self.capture_sizes):
             inputs = [example.new_zeros(size, *example.shape[1:]) for example in examples]
             plans = [Plan.zeros(size, **self._rows, **self._plans)]
-            if size <= self.max_requests and not self._rows["speculative"]:
+            if self._is_full(size):
                 nobody = [[NOBODY] * self._rows["columns"]] * size
                 plans.append(Plan.of([1] * size, [1] * size, nobody, **self._plans))
             for plan in plans:
                 for _ in range(2):  # the first runs, the second records
                     self(plan, *inputs)
         self.steps.clear()
+
+    def _is_full(self, size: int) -> bool:
+        """Whether steps of so many decodes, and nothing else, are one graph."""
+        return self._full_graphs and size <= self.max_requests and not self._rows["speculative"]
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
