@@ -1,5 +1,6 @@
 """Layers on mixed batches: whatever an engine's steps look like, every request gets what it would get alone."""
 
+import inspect
 import random
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mamba_ops
 from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
-from mamba_ops.registry import use_backend
+from mamba_ops.registry import Backend, use_backend
 from mamba_ops.serving import Plan
 from tests.conftest import ACCELERATOR
 
@@ -122,3 +124,25 @@ def test_a_plan_of_zeros_mixes_nothing_and_touches_nothing(layer: Any) -> None:
 def test_a_plan_needs_caches(layer: Any) -> None:
     with pytest.raises(ValueError, match="plan: got a plan without caches, expected both caches; see empty_caches"):
         layer(torch.randn(7, HIDDEN), plan=Plan.zeros(7))
+
+
+def test_a_backend_is_asked_about_what_it_will_be_given() -> None:
+    """Not about a slice of the projection, whose rows start anywhere."""
+    layer: Any = Mamba2(HIDDEN, heads=3, head_dim=8, dstate=8).to(DEVICE)
+    op, picky = mamba_ops.selective_state_update, Backend("picky", devices=None, priority=-10)
+    kernel = op.kernels["torch"].function
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        kernel(*args, **kwargs)
+
+    run.__signature__ = inspect.signature(kernel)  # type: ignore[attr-defined]
+    picky.implements(op, per_call=lambda x: f"got strides {x.stride()}" if x.stride(0) * 4 % 16 else None)(run)
+    try:
+        with use_backend("picky"):
+            layer(
+                torch.randn(2, HIDDEN, device=DEVICE),
+                *layer.empty_caches(2),
+                plan=Plan.of([1, 1], [1, 1], [0, 1], device=DEVICE),
+            )
+    finally:
+        picky.remove()

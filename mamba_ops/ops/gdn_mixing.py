@@ -19,6 +19,7 @@ from mamba_ops.ops.mixing import (
     batch_of,
     check_caches,
     check_plan,
+    like_convolved,
     require_window,
     sample_plans,
 )
@@ -103,14 +104,14 @@ def gdn_mixing(
     def read(rows: Rows, convolve: Callable[..., Any], scan: Callable[..., Any]) -> None:
         tokens, options = rows
         convolved = convolve(mixed[tokens], conv_weight, conv_bias, conv_state=conv_state, **options)
-        q, k, v = by_head(mixed[tokens] if convolved is None else convolved)
+        q, k, v = by_head(like_convolved(mixed[tokens]) if convolved is None else convolved)
         g, beta = delta_rule_gates(a[tokens], b[tokens], A_log, dt_bias)
         scan(q, k, v, g, beta, state=ssm_state, qk_l2norm=True, out=output[tokens], **options)
 
     def step(rows: Rows, convolve: Callable[..., Any], update: Callable[..., Any]) -> None:
         tokens, options = rows
         convolved = convolve(mixed[tokens], conv_state, conv_weight, conv_bias, **options)
-        q, k, v = by_head(mixed[tokens] if convolved is None else convolved)
+        q, k, v = by_head(like_convolved(mixed[tokens]) if convolved is None else convolved)
         gates = {"a": a[tokens], "b": b[tokens], "A_log": A_log, "dt_bias": dt_bias}
         update(ssm_state, q, k, v, **gates, qk_l2norm=True, out=output[tokens], **options)
 

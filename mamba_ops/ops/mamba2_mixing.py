@@ -20,6 +20,7 @@ from mamba_ops.ops.mixing import (
     batch_of,
     check_caches,
     check_plan,
+    like_convolved,
     require_window,
     sample_plans,
 )
@@ -97,14 +98,10 @@ def mamba2_mixing(
         sizes = (groups, dstate)
         return x.unflatten(-1, (heads, head_dim)), B.unflatten(-1, sizes), C.unflatten(-1, sizes)
 
-    def unwritten(tokens: slice) -> Tensor:
-        """What a convolution will write, for the next op to be asked about: its strides are not those of `mixed`."""
-        return torch.empty_like(mixed[tokens], memory_format=torch.contiguous_format)
-
     def read(rows: Rows, convolve: Callable[..., Any], scan: Callable[..., Any]) -> None:
         tokens, options = rows
         convolved = convolve(mixed[tokens], conv_weight, conv_bias, conv_state=conv_state, **options)
-        x, B, C = by_head(unwritten(tokens) if convolved is None else convolved)
+        x, B, C = by_head(like_convolved(mixed[tokens]) if convolved is None else convolved)
         scan(
             x,
             dt[tokens],
@@ -126,7 +123,7 @@ def mamba2_mixing(
     def step(rows: Rows, convolve: Callable[..., Any], update: Callable[..., Any]) -> None:
         tokens, options = rows
         convolved = convolve(mixed[tokens], conv_state, conv_weight, conv_bias, **options)
-        x, B, C = by_head(unwritten(tokens) if convolved is None else convolved)
+        x, B, C = by_head(like_convolved(mixed[tokens]) if convolved is None else convolved)
         d, bias = dt[tokens], dt_bias
         if limited := dt_min > 0 or dt_max < math.inf:  # the update has no limits of its own
             compute = torch.promote_types(d.dtype, torch.float32)

@@ -174,6 +174,14 @@ def batch_of(op: str, plan: PlanTensors, tokens: int, null_slot: int) -> Batch:
     return Batch(decoding, reading, computed, total)
 
 
+def like_convolved(mixed: Tensor) -> Tensor:
+    """Return a tensor that lies in memory as the convolution's result will, to ask the next op about.
+
+    A slice of a projection, whose rows are wider, would say something else of strides and alignment.
+    """
+    return torch.empty_like(mixed, memory_format=torch.contiguous_format)
+
+
 def require_window(op: str, plan: PlanTensors, conv_state: Tensor, conv_weight: Tensor) -> None:
     """Raise ValueError, in a call of `op`, where conv_state does not hold all that a speculative decode may go back to.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -31,7 +32,7 @@ class DeviceGraphs:
         self._module: Any = torch.get_device_module(device)
         self._device = device
         self._graph: Any = _graph_type(device)
-        self._pool = self._module.graph_pool_handle()
+        self._alive: WeakSet[Any] = WeakSet()
 
     def record(self, call: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         """See `Graphs`; the call must have run before, so that nothing is compiled or set up while it is recorded.
@@ -40,8 +41,11 @@ class DeviceGraphs:
         `PiecewiseRunner` does.
         """
         graph = self._graph()
+        if not self._alive:  # a pool goes away with the last of its graphs
+            self._pool = self._module.graph_pool_handle()
         with noticing_swaps(), self._module.device(self._device), self._module.graph(graph, pool=self._pool):
             result = call()
+        self._alive.add(graph)
         return result, graph.replay
 
 
