@@ -1,5 +1,6 @@
 """Every example runs by itself, as a user would run it; the decode step is one graph on a device that is not here."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,21 @@ def test_an_example_runs(example: Path, tmp_path: Path):
     command = (sys.executable, "-W", "error::RuntimeWarning", example)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    if example.name == "continuous_batching.py":
+        assert "OK: 64 of 64 requests equal, token for token, to themselves alone" in done.stdout
+        [mixed] = re.findall(r"decodes beside prompts: \d+ \((\d+)%\)", done.stdout)
+        assert int(mixed) >= 30
+        assert "9 and 9 in 2 graphs (2 x 4 layers + 1 = 9)" in done.stdout
     if example.name == "decode_step.py":
         assert "torch: mamba_ops::causal_conv1d_update on torch" in done.stdout
         assert "graphs compiled for all of this: 1\n" in done.stdout
+
+
+def test_the_engine_in_bfloat16_is_as_exact_as_each_request_alone(tmp_path: Path):
+    command = (sys.executable, EXAMPLES[0].parent / "continuous_batching.py", "--dtype", "bfloat16", "--requests", "12")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "OK: logits off by " in done.stdout
 
 
 def child_decode(*, device: str) -> absent.Trace:
