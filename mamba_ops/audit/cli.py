@@ -104,7 +104,7 @@ def audit_command(
     if failed is not None:
         raise typer.Exit(2)
     if isinstance(ended, SystemExit):
-        errors.print(f"mamba-ops: {target} ended with status {ended.code}", markup=False)
+        errors.print(f"mamba-ops: {target} ended with status {ended.code}", markup=False, soft_wrap=True)
         raise typer.Exit(2)
     if ended is not None and not isinstance(ended, KeyboardInterrupt):
         failure = command.UserError(f"{target} raised {type(ended).__name__}")

@@ -46,7 +46,7 @@ class Collector:
         """Add a finding of a cause in `remedies.RULES`; where it is, is the innermost place of the stack."""
         rule = RULES[cause]
         where = stack[-1] if stack else fallback
-        around = " ".join([where.source if where else "", message[:500]])
+        around = [where.source if where else "", message[:500], *(place.function for place in reversed(stack))]
         severity = more.pop("severity", rule.severity)
         finding = Finding(
             rule.kind,
@@ -54,7 +54,7 @@ class Collector:
             severity,
             op,
             _sentence(message),
-            remedy(cause, op, around),
+            remedy(cause, op, *around),
             where,
             tuple(stack),
             layers=self.layers.of(stack or ([fallback] if fallback else [])),
@@ -251,6 +251,7 @@ def _guard_stack(text: str, code: types.CodeType) -> tuple[Place, ...]:
 def _sentence(message: str) -> str:
     """Shorten torch's page to its heading and its explanation."""
     message = re.sub(r" at 0x[0-9a-f]+", "", message)  # an address is another one each time
+    message = re.sub(r"\.pybind11_detail_\w+", "", message)  # as which pybind11 registers functions
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
     explained = [line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: ")]
     heading = lines[0] if lines else ""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import runpy
@@ -18,7 +19,7 @@ import torch
 
 from mamba_ops.audit.limit import at_most
 from mamba_ops.audit.models import SHAPES, ModelNameError, build
-from mamba_ops.audit.places import is_theirs
+from mamba_ops.audit.places import is_ours, is_theirs
 from mamba_ops.audit.report import Report
 from mamba_ops.audit.run import ModelError, audit, quiet_torch, watch
 
@@ -141,14 +142,15 @@ def _errors_of_theirs() -> Iterator[None]:
 
 
 def show_cause(error: UserError) -> None:
-    """Print the user's own traceback, without ours, torch's and Python's frames at its top."""
-    cause = error.__cause__
-    if cause is None:
+    """Print the user's own traceback: from their first frame to where it comes back to us, who watch their ops."""
+    if error.__cause__ is None:
         return
-    shown = cause.__traceback__
-    while shown is not None and not is_theirs(shown.tb_frame.f_code.co_filename):
-        shown = shown.tb_next
-    traceback.print_exception(type(cause), cause, shown or cause.__traceback__)
+    shown = traceback.TracebackException.from_exception(error.__cause__)
+    inside = itertools.dropwhile(lambda frame: not is_theirs(frame.filename), shown.stack)
+    frames = list(itertools.takewhile(lambda frame: not is_ours(frame.filename), inside))
+    if frames:
+        shown.stack = traceback.StackSummary.from_list(frames)
+    sys.stderr.writelines(shown.format())
 
 
 # -- a device that is not there ---------------------------------------------------------------------------------------

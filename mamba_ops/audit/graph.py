@@ -73,7 +73,12 @@ def mutated_inputs(module: fx.GraphModule) -> Iterator[Found]:
         if info.mutates_data and at not in fixed:
             source = getattr(node.meta.get("grapharg"), "source", None)
             name = re.sub(r"^L\['(\w+)'\]", r"\1", str(getattr(source, "name", None) or node.name))
-            yield "capture-input", name, f"the graph writes to its input {name}", stack_of(node)
+            yield (
+                "capture-input",
+                name,
+                f"the graph writes to its input {name}, so no CUDA graph is recorded of it",
+                stack_of(node),
+            )
 
 
 def _triton_name(node: fx.Node) -> str:

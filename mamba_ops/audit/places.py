@@ -48,6 +48,11 @@ def is_theirs(file: str) -> bool:
     return not file.startswith(_STANDARD) or "site-packages" in path.parts or "dist-packages" in path.parts
 
 
+def is_ours(file: str) -> bool:
+    """Whether a file is a part of the audit."""
+    return file.startswith(_OURS + os.sep)
+
+
 def theirs(stack: Iterable[Frame]) -> tuple[Place, ...]:
     """Return the frames that are not torch's, outermost first, each line once."""
     places: list[Place] = []

@@ -237,11 +237,8 @@ def guard_subject(guard: str) -> str:
     return re.split(r" (?:==|is|!=|in|<=|>=)\b| [<>=!]=? ", guard)[0].strip() or guard
 
 
-def remedy(cause: str, op: str, around: str = "") -> str:
-    """Return the sentence; `around` is other text in which the name of a function of others may stand."""
-    replacement = "torch.library.custom_op"
-    for pattern, ours in REPLACEMENTS:
-        if re.search(pattern, f"{op} {around}"):
-            replacement = ours
-            break
+def remedy(cause: str, op: str, *around: str) -> str:
+    """Return the sentence; `around` are texts that may name a function of others, the nearest first."""
+    found = (ours for text in (op, *around) for pattern, ours in REPLACEMENTS if re.search(pattern, text))
+    replacement = next(found, "torch.library.custom_op")
     return RULES[cause].remedy.format(op=op, replacement=replacement)

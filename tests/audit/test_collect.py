@@ -1,13 +1,16 @@
 """What cannot run here, by the hooks themselves; and the helper for tests of models."""
 
+import contextlib
+import time
 import types
 
 import pytest
 import torch
 
-from compile_tests.planted import CASES, breaks
-from mamba_ops.audit import Report
+from compile_tests.planted import CASES, breaks, guards
+from mamba_ops.audit import Report, audit, run
 from mamba_ops.audit.collect import Collector
+from mamba_ops.audit.limit import TimeIsUp, at_most
 from mamba_ops.audit.remedies import RULES, classify_guard, guard_subject, remedy
 from mamba_ops.audit.report import KINDS, SEVERITIES
 from mamba_ops.testing import assert_one_graph
@@ -30,6 +33,70 @@ def test_triton_compiles_are_told_by_the_call_that_they_came_in():
         ("jit-later", "scan", "error"),
     ]
     assert [row.jit for row in report.calls] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("message", "cause", "op"),
+    [
+        ("mutated inputs (1 instances). Found from : \n", "capture-input", "the input"),
+        ("cpu device (arg0_1). Found from : \n", "capture-host", "cpu device (arg0_1)"),
+        ("unsafe op mine::op. Found from : \n", "capture-other", "unsafe op mine::op"),
+    ],
+)
+def test_what_inductor_says_of_cuda_graphs_is_kept(monkeypatch, message, cause, op):
+    """Each module of Inductor has the function under its own name; all of them are heard, and put back."""
+    from torch._inductor import compile_fx, cudagraph_trees, cudagraph_utils, output_code
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    name = "log_cudagraph_skip_and_bump_counter"
+    modules = (compile_fx, cudagraph_trees, cudagraph_utils, output_code)
+    before = [getattr(module, name) for module in modules]
+    for module in modules:
+        report = Report("model")
+        with Collector(report).listen():
+            getattr(module, name)(f'skipping cudagraphs due to {message}  File "{__file__}", line 3, in f\n')
+        [found] = report.findings
+        assert (found.kind, found.cause, found.op) == ("capture", cause, op)
+        assert (found.where.file, found.where.line) == (__file__, 3)
+    assert [getattr(module, name) for module in modules] == before
+
+
+@pytest.mark.parametrize(("sizes", "cause"), [((4, 6, 12), "size-again"), ((4, 6, 1), "size-one")])
+def test_which_end_of_a_range_a_size_is_beyond(sizes, cause):
+    """The guard is the same: 2 <= x.size()[0] <= 8."""
+    first, *more = (torch.randn(size, 8) for size in sizes)
+    with torch.no_grad():
+        report = audit(guards.DecidesBySize(), first, calls=[(x,) for x in more])
+    assert {finding.cause for finding in report.findings} == {"size", cause}
+
+
+def test_a_limit_goes_past_except_exception_and_is_over_with_its_block():
+    def endless():
+        while True:
+            with contextlib.suppress(Exception):
+                time.sleep(10)
+
+    def first_briefly():
+        with contextlib.suppress(TimeIsUp), at_most(0.05):
+            endless()
+        endless()  # the outer one goes on
+
+    with pytest.raises(TimeIsUp), at_most(0.05):
+        endless()
+    with pytest.raises(TimeIsUp), at_most(0.1), at_most(10):  # the one that ends first
+        endless()
+    with pytest.raises(TimeIsUp), at_most(0.3):
+        first_briefly()
+    with at_most(0.05):
+        pass
+    time.sleep(0.1)
+
+
+def test_copies_have_a_limit_of_their_own(monkeypatch):
+    monkeypatch.setattr(run, "COPIES_SECONDS", 0.05)
+    report = audit(breaks.Quiet(), breaks.x(), copies=True)
+    assert "Inductor did not get through (TimeIsUp)" in report.notes[-1]
+    assert report.finished
 
 
 def test_every_rule_is_of_a_known_kind_and_says_what_to_do():

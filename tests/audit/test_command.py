@@ -2,7 +2,11 @@
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,7 @@ from mamba_ops.audit.cli import audit_command
 from mamba_ops.audit.report import Report
 
 app = typer.Typer(add_completion=False)
-app.command("audit")(audit_command)
+app.command("audit", context_settings={"ignore_unknown_options": True})(audit_command)  # as mamba_ops.cli has it
 
 MODEL = """
 import torch
@@ -38,7 +42,16 @@ class Fails(torch.nn.Module):
 def net(): return Net(), torch.ones(4, 8)
 def clean(): return Clean(), torch.ones(4, 8)
 def fails(): return Fails(), torch.ones(4, 8)
+class Fits(torch.nn.Module):
+    def forward(self, x):
+        return x @ torch.ones(8, 3)
+
+def fits(): return Fits(), torch.ones(4, 8)
 def wrong(): return 3
+def late(): import nothing_of_that_name
+def talks():
+    print("{ hello")
+    return Clean(), torch.ones(4, 8)
 """
 
 
@@ -75,9 +88,9 @@ def test_json_html_and_comparison(run, tmp_path):
 
 
 def test_shapes_make_calls(run):
-    result = run("theirs.py:clean", "--shapes", "2x8,3x8,5x8", "--json", "-")
-    text = result.stdout[result.stdout.index("{") :]
-    assert [row["shapes"] for row in json.loads(text)["calls"]] == ["2x8", "3x8", "5x8"]
+    result = run("theirs.py:talks", "--shapes", "2x8,3x8,5x8", "--json", "-")
+    report = json.loads(result.stdout)  # what the model prints goes elsewhere
+    assert [row["shapes"] for row in report["calls"]] == ["2x8", "3x8", "5x8"]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +98,8 @@ def test_shapes_make_calls(run):
     [
         ("theirs.py:wrong", (), "expected (model, inputs)"),
         ("theirs.py:fails", (), "the model raised RuntimeError without the compiler"),
+        ("theirs.py:fits", ("--shapes", "4x8,4x9"), "raised RuntimeError without the compiler, called with 4x9"),
+        ("theirs.py:late", (), "theirs.py:late raised ModuleNotFoundError"),
         ("theirs.py:nobody", (), "has no function nobody"),
         ("nowhere.py:net", (), "there is no file nowhere.py"),
         ("theirs.py:net", ("--shapes", "2by3"), "expected sizes such as"),
@@ -102,7 +117,16 @@ def test_bad_targets(run, target, options, said):
 def test_the_users_error_comes_with_their_traceback(run, capfd):
     result = run("theirs.py:fails")
     assert result.exit_code == 2
-    assert "return x @ torch.ones(3, 3)" in result.output + capfd.readouterr().err
+    said = result.output + capfd.readouterr().err
+    assert "return x @ torch.ones(3, 3)" in said
+    assert "mamba_ops/" not in said  # theirs alone
+    assert "torch/nn/modules" not in said
+
+
+def test_what_was_known_before_a_call_failed_is_shown(run):
+    result = run("theirs.py:fits", "--shapes", "4x8,5x8,4x9")
+    assert result.exit_code == 2
+    assert "recompile/size: x.shape[0]" in result.output
 
 
 def test_a_script_is_watched(tmp_path):
@@ -115,7 +139,7 @@ def test_a_script_is_watched(tmp_path):
         "if __name__ == '__main__':\n"
         "    torch.compile(f, backend='aot_eager')(torch.ones(3))\n"
     )
-    result = CliRunner().invoke(app, ["--run", str(script), "3", "--fail-on", "break"])
+    result = CliRunner().invoke(app, ["--run", str(script), "3", "--lr", "0.1", "--fail-on", "break"])
     assert result.exit_code == 1, result.output
     assert "loop.py:4 in f" in result.output.replace("\n", "")
 
@@ -127,6 +151,87 @@ def test_gradients_of_an_absent_device_are_refused(run):
     result = run("theirs.py:net", "--device", absent, "--train")
     assert result.exit_code == 2
     assert "is not present on this machine" in result.output
+
+
+def test_a_script_says_for_itself_what_it_compiles(tmp_path):
+    script = tmp_path / "loop.py"
+    script.write_text("raise SystemExit(3)")
+    assert (
+        "the script says the rest itself" in CliRunner().invoke(app, ["--run", str(script), "--shapes", "1x2"]).output
+    )
+    result = CliRunner().invoke(app, ["--run", str(script)])
+    assert result.exit_code == 2
+    assert "ended with status 3" in result.output
+    assert "Nothing was compiled." in result.output
+
+
+SLOW = """
+import torch
+
+class Slow(torch.nn.Module):
+    def forward(self, x):
+        y = x * 2
+        if y.sum() > 1000:
+            return y
+        for i in range(20_000):
+            y = (y + i).sin()
+        return y
+
+def make(): return Slow(), torch.ones(4, 8)
+"""
+
+
+def test_after_the_limit_it_shows_what_is_known(tmp_path):
+    file = tmp_path / "endless.py"
+    file.write_text(SLOW)
+    result = CliRunner().invoke(app, [f"{file}:make", "--limit", "3"])
+    assert result.exit_code == 130
+    assert "Interrupted. Found by then: 1 graph break." in result.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", "absent"])
+def test_ctrl_c_shows_what_is_known(tmp_path, device):
+    import torch
+
+    if device == "absent":
+        device = next(kind for kind in ("cuda", "xpu") if not torch.get_device_module(kind).is_available())
+    file, report = tmp_path / "endless.py", tmp_path / "report.json"
+    file.write_text(SLOW.replace("y.sum() > 1000", "x is None"))
+    command = [sys.executable, "-c", "from mamba_ops.cli import main; main()", "audit", f"{file}:make"]
+    command += ["--device", device, "--json", str(report)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        for line in process.stderr:
+            if line.startswith(("compiled", "traced")):
+                break
+        time.sleep(2)
+        os.killpg(process.pid, signal.SIGINT)
+        process.stderr.read()
+        assert process.wait(60) == 130
+    assert not Report.from_json(report.read_text()).finished
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is not installed")
+def test_our_ops_on_an_absent_device(tmp_path):
+    """Which backend it would be, what it refuses, and what CUDA graphs would."""
+    import torch
+
+    absent = next(kind for kind in ("cuda", "xpu") if not torch.get_device_module(kind).is_available())
+    for factory, expected, backend in (
+        ("as_input", [("capture-input", "state", "note")], "triton"),
+        ("refused", [("refusal", "selective_state_update", "warning")], "torch"),
+        ("twin", [], "triton"),
+    ):
+        file = tmp_path / f"{factory}.json"
+        target = f"compile_tests.planted.decode:{factory}"
+        result = CliRunner().invoke(app, [target, "--device", absent, "--json", str(file)])
+        assert result.exit_code == 0, result.output
+        report = Report.from_json(file.read_text())
+        assert [(f.cause, f.op, f.severity) for f in report.findings] == expected
+        assert all("# planted" in finding.where.source for finding in report.findings)
+        assert report.backends["selective_state_update"].startswith(f"{backend} (1)")
+        assert f"selective_state_update would run on {backend}" in result.output
 
 
 @pytest.mark.slow

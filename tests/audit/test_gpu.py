@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 
+from compile_tests.planted import decode
 from mamba_ops.audit import audit
 from tests.conftest import ACCELERATOR
 
@@ -24,6 +25,20 @@ def test_planted_on_the_device(name, cause):
     assert "# planted" in serious[0].where.source
     twin = audit(getattr(launch, f"{name}Twin")(), torch.ones(4, 8), device=ACCELERATOR, shapes=SHAPES)
     assert twin.clean
+
+
+@pytest.mark.parametrize(
+    ("factory", "expected"),
+    [("as_input", ["capture-input"]), ("refused", ["refusal"]), ("twin", [])],
+)
+def test_our_ops_on_the_device(factory, expected):
+    """With CUDA graphs: what Inductor itself says of them."""
+    pytest.importorskip("triton")
+    model, inputs = getattr(decode, factory)()
+    report = audit(model, *inputs, device=ACCELERATOR, mode="reduce-overhead", calls=[inputs] * 3)
+    assert [finding.cause for finding in report.findings if finding.severity != "note"] == expected
+    assert all("# planted" in f.where.source for f in report.findings if f.severity != "note")
+    assert report.backends["selective_state_update"].startswith("torch" if factory == "refused" else "triton")
 
 
 def test_compiles_while_serving_are_found():

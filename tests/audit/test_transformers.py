@@ -1,0 +1,74 @@
+"""Stock models of Transformers through the command: small ones are built, and every audit ends in time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs mamba-ops[transformers]")
+pytest.importorskip("typer", reason="the command needs mamba-ops[cli]")
+
+from transformers import MambaConfig
+
+from mamba_ops.audit.models import ModelNameError, build
+from mamba_ops.audit.report import Report
+
+MODELS = ("mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "qwen3_next")
+DEVICES = ["cpu", *(name for name in ("cuda", "xpu") if not torch.get_device_module(name).is_available())]
+SECONDS = 60.0
+
+
+def test_models_are_built_small_with_each_kind_of_layer():
+    model, inputs = build("qwen3_next")
+    assert model.config.num_hidden_layers == 2
+    assert sorted(set(model.config.layer_types)) == ["full_attention", "linear_attention"]
+    assert sum(parameter.numel() for parameter in model.parameters()) < 1e6
+    with torch.no_grad():
+        assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
+
+
+def test_a_folder_with_a_config_keeps_its_type_and_with_full_its_sizes(tmp_path):
+    MambaConfig(hidden_size=96, num_hidden_layers=3, vocab_size=50).save_pretrained(tmp_path)
+    small, _ = build(str(tmp_path))
+    assert (small.config.hidden_size, small.config.num_hidden_layers) == (64, 2)
+    full, _ = build(str(tmp_path), full=True)
+    assert (full.config.hidden_size, full.config.num_hidden_layers) == (96, 3)
+    assert build(str(tmp_path), layers=5)[0].config.num_hidden_layers == 5
+
+
+def test_an_unknown_model_is_a_sentence():
+    with pytest.raises(
+        ModelNameError, match=r"^got nosuch, expected a model type of Transformers or a folder: .{,80}$"
+    ):
+        build("nosuch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", MODELS)
+def test_stock_models_are_audited_in_time(name: str, device: str, tmp_path: Path) -> None:
+    """Processor time, which other work on the machine does not add to."""
+    file = tmp_path / "report.json"
+    code = "from mamba_ops.cli import main; main()"
+    command = [sys.executable, "-c", code, "audit", f"transformers:{name}", "--device", device, "--json", str(file)]
+    before = os.times()
+    done = subprocess.run(command, capture_output=True, text=True)
+    after = os.times()
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = Report.from_json(file.read_text())
+    assert report.finished
+    assert report.absent == (device != "cpu")
+    assert len(report.calls) == 3
+    assert not any(finding.breaks for finding in report.findings)
+    # Each stock mixer says that its kernels are not installed, at a line of its own file.
+    fallbacks = [finding for finding in report.findings if finding.cause == "reference-path"]
+    assert fallbacks
+    for finding in fallbacks:
+        assert f"/models/{name}/" in finding.where.file
+        assert "use_mamba_ops" in finding.remedy
+        assert "mamba_ops.causal_conv1d" in finding.remedy or "scan" in finding.remedy or "delta_rule" in finding.remedy
+    used = sum(getattr(after, kind) - getattr(before, kind) for kind in ("children_user", "children_system"))
+    assert used < SECONDS
