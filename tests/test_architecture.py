@@ -28,7 +28,7 @@ MAY_IMPORT = {
     ".layers": (".ops torch", ""),
     ".serving": (".layers .ops .registry torch", ""),
     ".compat": (".layers .ops .registry .serving torch", IMITATED),
-    ".audit": (".absent .options .ops .registry .targets rich torch typer", ".cold_start jinja2 triton"),
+    ".audit": (".absent .options .ops .registry .targets rich torch typer", ".cold_start .compat jinja2 triton"),
     ".absent": ("torch", ""),
     ".cold_start": (".registry torch", ".backends .compat .kernels .layers .ops rich triton"),
     ".compare": (".registry .targets torch", ".compat .demo"),

@@ -13,7 +13,7 @@ from mamba_ops.audit.report import Report
 from mamba_ops.audit.show import show, show_changes
 from mamba_ops.options import Config, configured, fail
 
-FAIL_ON = ("break", "recompile", "fallback", "copy", "jit", "sync", "kernel")
+FAIL_ON = ("break", "recompile", "fallback", "copy", "jit", "sync", "kernel", "capture")
 
 
 def audit_command(
@@ -39,6 +39,7 @@ def audit_command(
     copies: Annotated[bool, typer.Option("--copies", help="Look for copies in what Inductor makes.")] = False,
     layers: Annotated[int | None, typer.Option(min=1, help="Of a model of Transformers.", show_default="2")] = None,
     full: Annotated[bool, typer.Option("--full", help="Keep the sizes of a model of Transformers.")] = False,
+    ours: Annotated[bool, typer.Option("--ours", help="Run a model of Transformers on our ops.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write it as data; - for stdout.")
     ] = None,
@@ -70,7 +71,7 @@ def audit_command(
         fail(f"--device: got {device}, expected cpu, cuda or xpu")
     # What the user's code prints is no part of the data.
     printed = contextlib.redirect_stdout(sys.stderr) if stdout_is_json else contextlib.nullcontext()
-    if script and (shapes or mode or train or copies or layers or full or device != "cpu"):
+    if script and (shapes or mode or train or copies or layers or full or ours or device != "cpu"):
         fail("--run goes with --backend, --json, --html, --fail-on, --compare, --limit: the script says the rest")
     try:
         if script:
@@ -80,7 +81,7 @@ def audit_command(
             fail(f"got {' '.join(arguments)} after the target, expected that with --run alone")
         else:
             sizes = command.read_shapes(shapes) if shapes else None
-            options = command.Options(target, device, sizes, mode, train, copies, layers, full, limit)
+            options = command.Options(target, device, sizes, mode, train, copies, layers, full, ours, limit)
             status: Any = errors.status(f"{target} on {device}") if errors.is_terminal else contextlib.nullcontext()
             with printed, status as shown, configured(backend, device):
 

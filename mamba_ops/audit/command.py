@@ -38,6 +38,7 @@ class Options:
     copies: bool = False
     layers: int | None = None
     full: bool = False
+    ours: bool = False
     limit: float | None = None
 
 
@@ -89,10 +90,12 @@ def run(options: Options, report: Report, tell: Callable[[str], None]) -> Report
 def run_here(options: Options, report: Report, tell: Callable[[str], None]) -> Report:
     """Audit a target in this process."""
     report.target = options.target
-    with _errors_of_theirs(), at_most(options.limit):
+    with _errors_of_theirs(), at_most(options.limit), contextlib.ExitStack() as stack:
         tell("loading the model")
         model, calls = _load(options)
         (args, kwargs), *more = calls
+        if options.ours:
+            stack.enter_context(_on_our_ops(model))
         shapes = options.shapes
         if options.mode and is_absent(options.device):
             report.notes.append(
@@ -121,12 +124,18 @@ def _load(options: Options) -> tuple[Any, list[tuple[tuple[Any, ...], dict[str, 
     if options.target.startswith(TRANSFORMERS):
         model, kwargs = build(options.target.removeprefix(TRANSFORMERS), layers=options.layers, full=options.full)
         return model.train(options.train), [((), kwargs)]
-    if options.layers or options.full:
-        raise UserError(f"--layers and --full are for {TRANSFORMERS}NAME alone")
+    if options.layers or options.full or options.ours:
+        raise UserError(f"--layers, --full and --ours are for {TRANSFORMERS}NAME alone")
     from mamba_ops.targets import load_target
 
     found = load_target(options.target, torch.device("cpu"))
     return found.model.train(options.train), [(call.args, dict(call.kwargs or {})) for call in found.calls]
+
+
+def _on_our_ops(model: torch.nn.Module) -> contextlib.AbstractContextManager[object]:
+    from mamba_ops.compat.transformers import use_mamba_ops
+
+    return use_mamba_ops(model)
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def test_shapes_make_calls(run):
         ("theirs.py:net", ("--shapes", "2by3"), "expected sizes such as"),
         ("theirs.py:net", ("--fail-on", "rain"), "expected some of break"),
         ("theirs.py:net", ("--device", "toaster"), "expected cpu, cuda or xpu"),
-        ("theirs.py:net", ("--layers", "3"), "--layers and --full are for transformers:NAME alone"),
+        ("theirs.py:net", ("--layers", "3"), "--layers, --full and --ours are for transformers:NAME alone"),
     ],
 )
 def test_bad_targets(run, target, options, said):

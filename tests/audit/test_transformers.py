@@ -72,3 +72,24 @@ def test_stock_models_are_audited_in_time(name: str, device: str, tmp_path: Path
         assert "mamba_ops.causal_conv1d" in finding.remedy or "scan" in finding.remedy or "delta_rule" in finding.remedy
     used = sum(getattr(after, kind) - getattr(before, kind) for kind in ("children_user", "children_system"))
     assert used < SECONDS
+
+
+@pytest.mark.slow
+def test_on_our_ops_the_slow_paths_are_gone(tmp_path: Path) -> None:
+    """And Transformers' files are as they were afterwards."""
+    from transformers.models.mamba2 import modeling_mamba2
+    from typer.testing import CliRunner
+
+    from mamba_ops.cli import app
+
+    before = dict(vars(modeling_mamba2))
+    file = tmp_path / "stock.json"
+    options = ["audit", "transformers:mamba2", "--layers", "1", "--shapes", "2x32"]
+    stock = CliRunner().invoke(app, [*options, "--json", str(file), "--fail-on", "fallback"])
+    assert stock.exit_code == 1, stock.output
+    ours = CliRunner().invoke(app, [*options, "--ours", "--compare", str(file), "--fail-on", "fallback"])
+    assert ours.exit_code == 0, ours.output
+    assert "Nothing to change: 1 graph, no break." in ours.output
+    assert ours.output.count("gone: slow paths taken in silence") == 2
+    assert "mamba_chunk_scan ran on torch (1)" in ours.output
+    assert {name: vars(modeling_mamba2)[name] for name in before} == before
