@@ -40,6 +40,18 @@ class ItemTwin(Base):
         return y * y.sum()
 
 
+class ItemInside(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.proj(x)
+        return x + y.clamp(max=y.mean().item() * 10)  # planted
+
+
+class ItemInsideTwin(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.proj(x)
+        return x + torch.minimum(y, y.mean() * 10)
+
+
 class Tolist(Base):
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         y = self.proj(x)

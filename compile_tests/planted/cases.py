@@ -73,6 +73,8 @@ def tensors(*values: Any) -> list[Tensor]:
 B, G, K = breaks, guards, ops
 CASES = [
     Case("item", "sync", "item", B.Item, B.ItemTwin),
+    Case("item inside a call", "sync", "item", B.ItemInside, B.ItemInsideTwin),
+    Case("what comes after it", "break", "rest-of-line", B.ItemInside, B.ItemInsideTwin),
     Case("tolist", "sync", "tolist", B.Tolist, B.TolistTwin, with_each(torch.tensor([3, 2]))),
     Case("nonzero", "sync", "dynamic-shape", B.Nonzero, B.NonzeroTwin),
     Case("boolean mask", "sync", "dynamic-shape", B.Mask, B.MaskTwin),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_ops.audit.report import KINDS, Finding, Place, Report, compare, counted
-from mamba_ops.audit.show import caller, cells, describe, grouped, headings
+from mamba_ops.audit.show import caller, cells, describe, grouped, headings, short
 
 _AROUND = 3  # lines of source on each side
 _CELLS = 60  # of a strip, at most
@@ -22,6 +22,7 @@ def page(report: Report, before: Report | None = None) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters["short"] = short
     text = resources.files("mamba_ops.audit").joinpath("report.html.j2").read_text(encoding="utf-8")
     changes = [(change.what, describe(change)) for change in compare(report, before)] if before else None
     findings = [_shown(f"f{number}", finding) for number, finding in enumerate(report.findings, 1)]
@@ -89,7 +90,7 @@ def strips(report: Report) -> list[dict[str, Any]]:
                 rows.setdefault(layer, []).append(cell)
     for link, finding in breaks:
         for layer in dict.fromkeys(_layer(name, report) for name in finding.layers) or [""]:
-            title = f"{finding.cause}: {finding.op}, {finding.where}"
+            title = f"{finding.cause}: {finding.op}, {short(finding.where) if finding.where else 'nowhere'}"
             cell = {"kind": "break", "label": finding.cause, "title": title, "link": link, "colour": 0}
             rows.setdefault(layer, []).append(cell)
     shown: list[dict[str, Any]] = []

@@ -40,9 +40,7 @@ RULES = {
         "error",
         "Replace {op} by an op that the compiler knows ({replacement}), or remove the torch.compiler.disable.",
     ),
-    "pybind": Rule(
-        "kernel", "error", "Call {op} through an op with a fake: {replacement}, or torch.library.custom_op around it."
-    ),
+    "pybind": Rule("kernel", "error", "Call {op} through an op that the compiler knows, with a fake ({replacement})."),
     "no-fake": Rule(
         "kernel", "error", "Register a fake for {op} (torch.library.register_fake); until then it runs alone."
     ),
@@ -63,6 +61,7 @@ RULES = {
     "autograd-function-break": Rule(
         "kernel", "error", "Replace {op} by an op with a registered gradient ({replacement}); Dynamo cannot trace it."
     ),
+    "rest-of-line": Rule("break", "note", "Remove the other break on this line first: this is what comes after it."),
     "other-break": Rule(
         "break", "error", "Move what this line does out of the compiled model, or write it with tensor ops."
     ),
@@ -177,6 +176,7 @@ _TYPES = [  # torch's name for a break, what its context says, the cause
     (r"autograd\.Function", r"", "autograd-function-break"),
     (r"hook", r"", "hook"),
     (r"out=|out variant", r"", "out-argument"),
+    (r"marked as skipped", r"builtin `<unknown module>\.Tensor\.", "rest-of-line"),  # a method taken before a break
     (r"", r"PyCapsule|pybind11|instancemethod", "pybind"),
     (r"marked as skipped|builtin operator", r"[Bb]uiltin|built-in", "builtin"),
     (r"marked as skipped|deepcopy|skipped", r"", "skipped-function"),

@@ -66,7 +66,7 @@ def test_the_page_holds_each_finding_and_its_links_work(deep):
     assert all(link.startswith("#") and link[1:] in names for link in links)
     assert "http" not in text
     assert "disabled_rule(y) + x" in text
-    assert f"{deep.findings[0].where}" in text
+    assert f"breaks.py:{deep.findings[0].where.line}</code> in forward" in text
 
 
 def test_the_page_escapes_source():
