@@ -95,6 +95,7 @@ class Backend:
         self.devices_by_name = devices_by_name
         self.source = tables.caller()
         self._import_problem = cache(self._try_import)
+        self._unsaid: str | None = None  # why a package that is installed cannot be imported, until it has been said
         tables.refuse_duplicate("backend", name, tables.backends)
         tables.backends[name] = self
 
@@ -142,7 +143,11 @@ class Backend:
         devices = None if self.devices is None else (*self.devices, *(self.devices_by_name() if by_name else ()))
         if devices is not None and device_type not in devices:
             return f"runs on {', '.join(devices)}, not on {device_type}"
-        return self._import_problem()
+        problem = self._import_problem()
+        if self._unsaid is not None:  # once: a warning that is an error must not end every later call too
+            said, self._unsaid = self._unsaid, None
+            warnings.warn(f"backend {self.name}: {said}", RuntimeWarning, stacklevel=2)
+        return problem
 
     def take_settings(self, settings: Mapping[str, Hashable]) -> None:
         """Take what a configuration says of this backend's settings; the rest have their defaults."""
@@ -170,12 +175,11 @@ class Backend:
             problem = error
         else:
             return None if self.usable is None else self.usable()
-        sentence = (
+        self._unsaid = (
             f"{self.requires} is installed but cannot be imported: {type(problem).__name__}: {problem}; "
             f"pip install '{self.install}' has what it needs"
         )
-        warnings.warn(f"backend {self.name}: {sentence}", RuntimeWarning, stacklevel=2)
-        return sentence
+        return self._unsaid
 
 
 def _difference(parameters: list[inspect.Parameter], adapter: Callable[..., Any]) -> str | None:
