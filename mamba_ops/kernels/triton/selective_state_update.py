@@ -224,13 +224,13 @@ def _kernel(
 
     if num_accepted_tokens is None:
         if write_slots is None:
-            s = _stored(s, rounding_seed, source, of_x, WIDTH, ROUNDS, HARDWARE)
-            tl.store(_advanced(state, source * slot_stride, ALIGNED) + of_state, s, in_state)
+            new = _stored(s, rounding_seed, source, of_x, WIDTH, ROUNDS, HARDWARE)
+            tl.store(_advanced(state, source * slot_stride, ALIGNED) + of_state, new, in_state)
         else:
             target = tl.load(write_slots + row * write_stride).to(tl.int64)
             if (target >= 0) & (target != null_slot):
-                s = _stored(s, rounding_seed, target, of_x, WIDTH, ROUNDS, HARDWARE)
-                tl.store(_advanced(state, target * slot_stride, ALIGNED) + of_state, s, in_state)
+                new = _stored(s, rounding_seed, target, of_x, WIDTH, ROUNDS, HARDWARE)
+                tl.store(_advanced(state, target * slot_stride, ALIGNED) + of_state, new, in_state)
 
 
 def selective_state_update(
