@@ -20,11 +20,11 @@ from benchmarks import measure
 from benchmarks.kernels import slot_tables
 from benchmarks.measure import AGREEMENT, Row, number, ratio
 from mamba_ops.demo.boundary import idle_backend
-from mamba_ops.registry import Op, Sample
+from mamba_ops.registry import Op, Sample, noticing_swaps
 from tests.harness import SIZES, samples_for
 
-BATCHES = (1, 8, 64)
-STATES = {"bfloat16": {}, "float32": {}, "float16": {}, "float16, stochastic": {"philox_rounds": 10}}
+STATES = {"bfloat16": (1, 8, 64), "float32": (1, 64), "float16": (64,), "float16, stochastic": (64,)}
+"""dtype of the state, and how it is rounded, to the batches to time."""
 HEADS, DIM, DSTATE, GROUPS = 128, 64, 128, 8
 Call = Callable[[Tensor], object]
 """Of a slot table; everything else is bound."""
@@ -41,7 +41,7 @@ class Case:
         count, self.tables = slot_tables(rows, HEADS * DIM * DSTATE * dtype.itemsize, device)
         self.state = torch.randn(count, HEADS, DIM, DSTATE, device=device, dtype=dtype)
         self.out = torch.empty_like(x)
-        seed = torch.tensor([1234567], device=device) if "philox_rounds" in STATES[kind] else None
+        seed = torch.tensor([1234567], device=device) if "stochastic" in kind else None
         options: dict[str, Any] = {"dt_softplus": True}
         tied = [D.unsqueeze(1).expand(-1, DIM), dt_bias.unsqueeze(1).expand(-1, DIM)]
         full_A, full_dt = A[:, None, None].expand(-1, DIM, DSTATE), dt.unsqueeze(2).expand(-1, -1, DIM)
@@ -72,8 +72,10 @@ class Case:
             for table in self.tables:
                 call(table)
 
+        with noticing_swaps():  # the graph is gone before the next swap
+            device = measure.device_us(calls, self.state.device) / len(self.tables)
         return {
-            "device": measure.device_us(calls, self.state.device) / len(self.tables),
+            "device": device,
             "eager": measure.bench_us(partial(call, self.tables[0])),
             "host": host_us(partial(call, self.tables[0]), self.state.device),
         }
@@ -93,8 +95,8 @@ def host_us(call: Callable[[], object], device: torch.device, calls: int = 200) 
 
 
 def measured(rows: int, kind: str, device: torch.device) -> Row:
+    """One row of the table, printed as it comes."""
     row: Row = {"case": f"{rows} rows, {kind} state"}
-    print(row["case"], flush=True)
     case = Case(rows, kind, device)
     results = {}
     for who, backend, call in (
@@ -111,6 +113,7 @@ def measured(rows: int, kind: str, device: torch.device) -> Row:
     row["same bits"] = torch.equal(results["direct"], results["ours"])
     difference = (results["triton"] - results["ours"]).norm() / results["ours"].norm()
     row["difference"], row["agrees"] = float(difference), row["same bits"] and float(difference) < AGREEMENT
+    print(", ".join(f"{name}: {cell(row)}" for name, cell in COLUMNS.items()), flush=True)
     return row
 
 
@@ -166,11 +169,12 @@ def noted() -> Iterator[list[tuple[Any, ...]]]:
         vendor._get_module = was
 
 
-def tests_samples(device: torch.device) -> Iterator[Sample]:
+def samples(device: torch.device, all_dtypes: bool) -> Iterator[Sample]:
+    """What the tests call; with `all_dtypes` also what tests/test_numerics.py does in every pair of dtypes."""
     op: Op[...] = mamba_ops.selective_state_update
     sizes = SIZES["flashinfer", op.name]
     yield from samples_for(op, "flashinfer", device)
-    floats = (torch.float16, torch.bfloat16, torch.float32)
+    floats = (torch.float16, torch.bfloat16, torch.float32) if all_dtypes else ()
     for dtype in floats:
         for state_dtype in floats:
             yield op.make_samples(device, dtype=dtype, state_dtype=state_dtype, **sizes)[0]
@@ -180,14 +184,14 @@ def tests_samples(device: torch.device) -> Iterator[Sample]:
                 yield Sample(sample.name, sample.args, {**sample.kwargs, "philox_rounds": rounds})
 
 
-def compile_all(device: torch.device) -> int:
+def compile_all(device: torch.device, which: str) -> int:
     """Compile on all cores what the tests and this benchmark call."""
     from flashinfer.jit import build_jit_specs
     from flashinfer.jit.mamba import gen_selective_state_update_sm90_module as specified
 
     cases = [Case(1, kind, device) for kind in STATES]
     with noted() as wanted, mamba_ops.use_backend("flashinfer"):
-        for sample in tests_samples(device):
+        for sample in samples(device, which == "all"):
             with suppress(_Noted):
                 mamba_ops.selective_state_update(*sample.args, **sample.kwargs)
         for case in cases:
@@ -210,7 +214,8 @@ def page(facts: dict[str, Any], rows: list[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--compile", action="store_true", help="compile what is needed, on all cores, and stop")
+    help = "compile what is needed, on all cores, and stop; all: also for the tests of all pairs of dtypes"
+    parser.add_argument("--compile", nargs="?", const="some", choices=("some", "all"), help=help)
     mine, rest = parser.parse_known_args()
     sys.argv[1:] = rest
     options = measure.options("flashinfer", str(__doc__), ["selective_state_update"])
@@ -220,10 +225,10 @@ def main() -> int:
     torch.manual_seed(0)
     with torch.inference_mode():
         if mine.compile:
-            return compile_all(device)
+            return compile_all(device, mine.compile)
         facts: dict[str, Any] = {**measure.facts(options), "flashinfer": flashinfer.__version__}
         facts["copy_bandwidth"] = measure.copy_bandwidth(device)
-        rows = [measured(batch, kind, device) for kind in STATES for batch in BATCHES]
+        rows = [measured(batch, kind, device) for kind, batches in STATES.items() for batch in batches]
     measure.report(options, page(facts, rows), {**facts, "rows": rows})
     return 0 if all(row["agrees"] for row in rows) else 1
 
