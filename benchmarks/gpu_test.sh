@@ -34,6 +34,9 @@ stage kernels 110 python3 -m benchmarks.kernels --json "$OUT/kernels.json" --sav
 stage prefill 180 python3 -m benchmarks.prefill --json "$OUT/prefill.json" --save "$OUT"
 stage scan 110 python3 -m benchmarks.scan --save "$OUT"
 stage delta_rule 110 python3 -m benchmarks.delta_rule --save "$OUT"
+if python3 -c 'import flashinfer' 2>/dev/null; then
+  stage flashinfer 240 bash -c 'python3 -m benchmarks.flashinfer --compile && python3 -m benchmarks.flashinfer --save "$OUT"'
+fi
 stage boundary 50 python3 -m benchmarks.boundary --save "$OUT"
 stage swap 50 python3 -m benchmarks.swap
 stage tokens 150 python3 -m benchmarks.tokens --save "$OUT"
