@@ -1,6 +1,7 @@
 """FlashInfer missing, broken, too old, or without a compiler: the sentence says what to install."""
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,8 +61,9 @@ def test_versions(version: str, fine: bool, monkeypatch: pytest.MonkeyPatch) -> 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(vendor.shutil, "which", lambda name: None)
-    monkeypatch.setattr(vendor.Path, "exists", lambda path: False)
+    nothing = SimpleNamespace(which=lambda name: None, exists=lambda: False)
+    monkeypatch.setattr(vendor, "shutil", nothing)
+    monkeypatch.setattr(vendor, "Path", lambda path: nothing)
     with stand_in.installed():
         assert base_refused() == (
             "flashinfer compiles its kernels, and there is no CUDA compiler (nvcc) here; install CUDA's toolkit, "
