@@ -102,7 +102,7 @@ def _why_not_update_now(state: Tensor, x: Tensor, B: Tensor, C: Tensor, z: Tenso
 
 def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Numbers of heads, side by side."""
-    weight = weight.to(dtype)
+    weight = weight if weight.dtype == dtype else weight.to(dtype)
     return weight if weight.stride(-1) == 1 else weight.clone(memory_format=torch.contiguous_format)
 
 
@@ -145,7 +145,8 @@ def _selective_state_update(
     _, heads, dim, dstate = state.shape
     dtype = dt.dtype
     for weight in (D, dt_bias):
-        dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+        if weight is not None and weight.dtype != dtype:
+            dtype = torch.promote_types(dtype, weight.dtype)
     dtype = torch.float32 if dtype == torch.float64 else dtype
     dt = _dense(dt, dtype)
     D = dt.new_zeros(heads) if D is None else _dense(D, dtype)

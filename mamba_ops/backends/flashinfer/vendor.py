@@ -71,7 +71,7 @@ def word(tensor: Tensor) -> str:
 
 def cleaned(table: Tensor, null_slot: int, null: int) -> Tensor:
     """The slots of a table with one number, `null`, for all that are nobody: the vendor knows one."""
-    table = table.to(torch.int32)
+    table = table if table.dtype == torch.int32 else table.to(torch.int32)
     if null == 0 == null_slot or (null == -1 and null_slot < 0):
         return table.clamp_min(null)
     return torch.where((table < 0) | (table == null_slot), null, table)
