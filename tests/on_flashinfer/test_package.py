@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from mamba_ops import chunk_gated_delta_rule, gated_delta_rule_update, registry, selective_state_update
 from mamba_ops.backends.flashinfer import vendor
@@ -55,6 +56,16 @@ def test_versions(version: str, fine: bool, monkeypatch: pytest.MonkeyPatch) -> 
         assert flashinfer._try_import() == (None if fine else sentence)
         if not fine:
             assert base_refused() == sentence
+
+
+@pytest.mark.usefixtures("unasked")
+def test_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with stand_in.installed():
+        assert base_refused() == (
+            "flashinfer runs on CUDA, and this torch is built for ROCm; with one for CUDA, "
+            "pip install 'mamba-ops[flashinfer]'"
+        )
 
 
 @pytest.mark.usefixtures("unasked")

@@ -24,6 +24,8 @@ def usable() -> str | None:
     oldest = ".".join(map(str, _OLDEST))
     if (0, 0, 0) != numbers < _OLDEST:  # a build from source has no number
         return f"flashinfer {version} is installed, and {oldest} is the oldest that will do; pip install -U '{INSTALL}'"
+    if torch.version.hip is not None:
+        return f"flashinfer runs on CUDA, and this torch is built for ROCm; with one for CUDA, pip install '{INSTALL}'"
     compiler = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or shutil.which("nvcc")
     prebuilt = importlib.util.find_spec("flashinfer_jit_cache") is not None
     if not (compiler or prebuilt or Path("/usr/local/cuda").exists()):
