@@ -14,7 +14,7 @@ from torch import Tensor
 from mamba_ops import selective_state_update, use_backend
 from mamba_ops.backends.flashinfer.vendor import flashinfer
 from mamba_ops.registry import Sample
-from tests.harness import front_on, judge
+from tests.harness import front_on, judge, refusal
 from tests.on_flashinfer.calls import Calls, refused, sample_of, samples_of, shifted
 
 WHOLE_HEAD = "takes one {0} for a whole head, and {0} has one for every channel"
@@ -67,7 +67,8 @@ def test_what_the_vendor_is_told(calls: Calls) -> None:
         selective_state_update(*sample.args, **sample.kwargs)
     first, second = calls
     assert first["state_batch_indices"].dtype == second["state_batch_indices"].dtype == torch.int32
-    assert [call["pad_slot_id"] for call in calls] == [-1, 0]
+    assert [call["pad_slot_id"] for call in calls] == [-1, -1]
+    assert second["state_batch_indices"].tolist() == [6, 3, -1]
     assert first["x"].data_ptr() == base.args[1].data_ptr()
     assert first["dst_state_batch_indices"] is first["cu_seqlens"] is first["rand_seed"] is None
     assert (first["cache_steps"], first["algorithm"]) == (0, "auto")
@@ -193,6 +194,12 @@ def test_it_refuses_in_a_sentence(calls: Calls, name: str, changes: dict[str, An
 )
 def test_it_refuses_sizes(calls: Calls, sizes: dict[str, int], sentence: str) -> None:
     assert refused(selective_state_update, samples_of(selective_state_update, **sizes)[0]) == sentence
+
+
+def test_it_refuses_more_slots_than_it_tells_apart(calls: Calls) -> None:
+    sample = sample_of(selective_state_update, "base", state=lambda state: state[:1].expand(2**24, -1, -1, -1))
+    says = "takes a state of fewer than 16777216 slots, and it has 16777216"
+    assert refusal(selective_state_update, "flashinfer", sample) == says
 
 
 def test_it_refuses_rows_of_many_tokens(calls: Calls) -> None:

@@ -5,7 +5,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from mamba_ops.backends.flashinfer.vendor import INSTALL, cleaned, flashinfer, older_than, word, zero
+from mamba_ops.backends.flashinfer.vendor import INSTALL, cleaned, flashinfer, nobody, older_than, word, zero
 from mamba_ops.ops import chunk_gated_delta_rule, gated_delta_rule_update
 from mamba_ops.ops.pieces import row_count
 from mamba_ops.ops.slots import row_of_tokens, row_slots, store_rows
@@ -116,15 +116,15 @@ def _gated_delta_rule_update(
     rows = v.shape[0]
     if output.numel() == 0:
         return
-    null = 0 if _needs_spare_slot(state, slots, write_slots) else -1
-    if slots is None:
-        source = torch.arange(rows, dtype=torch.int32, device=v.device)
-    else:
-        source = cleaned(slots[:rows] if slots.dim() == 1 else slots[:rows, 0], null_slot, null).contiguous()
-    target = None
-    if write_slots is not None:
-        target = cleaned(write_slots[:rows] if write_slots.dim() == 1 else write_slots[:rows, 0], null_slot, null)
-        target = torch.where(source == null, null, target)
+    source = target = None
+    if slots is not None:
+        source = cleaned(slots[:rows] if slots.dim() == 1 else slots[:rows, 0], null_slot).contiguous()
+    if source is not None and write_slots is not None:
+        target = cleaned(write_slots[:rows] if write_slots.dim() == 1 else write_slots[:rows, 0], null_slot)
+        target = torch.where(nobody(source), 0, target).clamp_min(0)
+    indices = torch.arange(rows, dtype=torch.int32, device=v.device) if source is None else source
+    if _needs_spare_slot(state, slots, write_slots):
+        indices = indices.clamp_min(0)
 
     def tokens(tensor: Tensor | None) -> Tensor | None:
         """(rows, length, ...), dense."""
@@ -143,12 +143,12 @@ def _gated_delta_rule_update(
         output=output if v.dim() == 4 else output.unsqueeze(1),
         use_qk_l2norm=qk_l2norm,
         initial_state=state,
-        initial_state_indices=source,
+        initial_state_indices=indices,
         output_state_indices=target,
         backend="flashinfer",
     )
-    if slots is not None:
-        zero(output, source == null)
+    if source is not None:
+        zero(output, nobody(source))
 
 
 def _why_not_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float | None, output: Tensor) -> str | None:

@@ -7,11 +7,12 @@ low, indices go in as int32 and A as float32.
 import torch
 from torch import Tensor
 
-from mamba_ops.backends.flashinfer.vendor import cleaned, flashinfer, older_than, why_not_setting, word, zero
+from mamba_ops.backends.flashinfer.vendor import cleaned, flashinfer, nobody, older_than, why_not_setting, word, zero
 from mamba_ops.ops import selective_state_update
 from mamba_ops.ops.pieces import row_count
 from mamba_ops.ops.slots import row_of_tokens
 
+_MOST_SLOTS = 2**24
 _LONGEST = 16  # tokens of a row: a kernel is compiled for a number of them, and its shared memory grows with it
 
 
@@ -52,6 +53,8 @@ def _why_not_update(
     rows = row_count(x, cu_seqlens)
     if rows > slot_count:
         return f"takes no more rows than state has slots, and there are {rows} rows and {slot_count} slots"
+    if slot_count >= _MOST_SLOTS:
+        return f"takes a state of fewer than {_MOST_SLOTS} slots, and it has {slot_count}"
     if cu_seqlens is not None and num_accepted_tokens is None:
         return "takes packed rows in speculative decoding alone, where a table's columns say how long one can be"
 
@@ -151,23 +154,22 @@ def _selective_state_update(
     dt = _dense(dt, dtype)
     D = dt.new_zeros(heads) if D is None else _dense(D, dtype)
 
-    null = 0 if slots is not None and null_slot == 0 else -1
     source, target, longest = None, None, 0
     if slots is not None:
         columns = slots[:rows] if slots.dim() == 2 else slots[:rows].unsqueeze(1)
         if num_accepted_tokens is None:
-            source = cleaned(columns[:, 0], null_slot, null)
+            source = cleaned(columns[:, 0], null_slot)
         else:
-            target = cleaned(columns, null_slot, null)
+            target = cleaned(columns, null_slot)
             last = (num_accepted_tokens.long() - 1).clamp(0, columns.shape[1] - 1)
             source = target.gather(1, last.unsqueeze(1)).squeeze(1)
     if write_slots is not None:
         columns = write_slots[:rows] if write_slots.dim() == 2 else write_slots[:rows].unsqueeze(1)
         if num_accepted_tokens is None:  # after the last token alone
             before = x.shape[1] - 1 if x.dim() == 4 else 0
-            target = torch.nn.functional.pad(cleaned(columns[:, :1], null_slot, null), (before, 0), value=null)
+            target = torch.nn.functional.pad(cleaned(columns[:, :1], null_slot), (before, 0), value=-1)
         else:
-            target = cleaned(columns, null_slot, null)
+            target = cleaned(columns, null_slot)
     written = output
     dt = dt.as_strided(x.shape, (*dt.stride(), 0))
     if cu_seqlens is not None and target is not None:
@@ -193,7 +195,7 @@ def _selective_state_update(
         dt_bias=None if dt_bias is None else _dense(dt_bias, dtype).as_strided((heads, dim), (1, 0)),
         dt_softplus=dt_softplus,
         state_batch_indices=source,
-        pad_slot_id=null,
+        pad_slot_id=-1,
         out=written,
         rand_seed=rounding_seed,
         philox_rounds=philox_rounds or 10,
@@ -203,8 +205,8 @@ def _selective_state_update(
         cu_seqlens=cu_seqlens,
     )
     if source is not None:
-        nobody = source == null
+        rows_of_nobody = nobody(source)
         if cu_seqlens is not None:
             row, inside = row_of_tokens(cu_seqlens, output.shape[0])
-            nobody = nobody[row] & inside
-        zero(output, nobody)
+            rows_of_nobody = rows_of_nobody[row] & inside
+        zero(output, rows_of_nobody)

@@ -71,14 +71,19 @@ def word(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def cleaned(table: Tensor, null_slot: int, null: int) -> Tensor:
-    """The slots of a table with one number, `null`, for all that are nobody: the vendor knows one."""
+def cleaned(table: Tensor, null_slot: int) -> Tensor:
+    """The slots of a table as int32, with -1 for all that mean nobody: the vendor knows one number."""
     table = table if table.dtype == torch.int32 else table.to(torch.int32)
-    if null == 0 == null_slot or (null == -1 and null_slot < 0):
-        return table.clamp_min(null)
-    return torch.where((table < 0) | (table == null_slot), null, table)
+    if null_slot <= 0:
+        return torch.threshold(table, max(null_slot, -1), -1)  # in one launch
+    return torch.where((table < 0) | (table == null_slot), -1, table)
 
 
-def zero(output: Tensor, nobody: Tensor) -> None:
+def nobody(slots: Tensor) -> Tensor:
+    """Which of cleaned slots, of fewer than 2^24, are -1: their upper bytes as booleans, without a launch."""
+    return slots.view(torch.uint8)[3::4].view(torch.bool)
+
+
+def zero(output: Tensor, rows: Tensor) -> None:
     """Zero the outputs of rows, or tokens, that are nobody: the vendor computes them from a zero state."""
-    output.masked_fill_(nobody.view(-1, *[1] * (output.dim() - 1)), 0)
+    output.masked_fill_(rows.view(-1, *[1] * (output.dim() - 1)), 0)
