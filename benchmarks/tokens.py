@@ -114,8 +114,8 @@ def captured_tokens_per_s(model: Decoder, tokens: Tensor) -> float:
     return tokens_per_s(graph.replay, len(tokens), TIMED, tokens.device)
 
 
-def measured(batch: int, depth: int, device: torch.device, backends: list[str]) -> tuple[list[Row], list[str]]:
-    """Return a row for each backend, and a sentence for each thing that is not as it should be."""
+def measured(batch: int, depth: int, device: torch.device, backends: list[str]) -> tuple[list[Row], str, list[str]]:
+    """Return a row for each backend, what was counted, and a sentence for each thing that is not as it should be."""
     torch._dynamo.reset()
     counters.clear()
     model = decoder(batch, depth, device)
@@ -148,10 +148,11 @@ def measured(batch: int, depth: int, device: torch.device, backends: list[str]) 
         if abs(row["after"] / row["before"] - 1) > SAME_SPEED:
             found.append(f"{batch} streams, {backend}: {row['after'] / row['before']:.2f} of its speed after the swaps")
     skips = counters["inductor"]["cudagraph_skips"]
-    if (watch.graphs, watch.recompiles, skips) != (1, 0, 0):
-        counted = f"{watch.graphs} graphs, {watch.recompiles} recompiles, {skips} CUDA graphs skipped"
-        found.append(f"{batch} streams: {counted}, expected 1, 0 and 0")
-    return list(rows.values()), found
+    counted = f"{watch.graphs} graph, {watch.recompiles} recompiles, {skips} CUDA graphs skipped"
+    counted = f"{batch} streams, {len(readings)} readings by turns: {counted}, {watch.recordings} recorded"
+    if (watch.graphs, watch.recompiles, skips, watch.recordings) != (1, 0, 0, len(backends)):
+        found.append(f"{counted}, expected 1, 0, 0 and {len(backends)}")
+    return list(rows.values()), counted, found
 
 
 def main() -> int:
@@ -180,8 +181,9 @@ def main() -> int:
             notes.append(f"{OTHER} is left out: {reason}")
         rows, found = [], []
         for batch in BATCHES:
-            new, wrong = measured(batch, options.depth, device, backends)
+            new, counted, wrong = measured(batch, options.depth, device, backends)
             rows += new
+            notes.append(counted)
             found += wrong
     facts = measure.facts(options)
     columns: dict[str, Callable[[Row], str]] = {

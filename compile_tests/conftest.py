@@ -8,9 +8,9 @@ from torch import Tensor
 
 import mamba_ops
 from mamba_ops.registry import Backend
-from tests.conftest import ACCELERATOR, device, fresh_dynamo, pytest_runtest_setup
+from tests.conftest import ACCELERATOR, device, forget_captures, fresh_dynamo, pytest_runtest_setup
 
-__all__ = ["device", "fresh_dynamo", "pytest_runtest_setup"]
+__all__ = ["device", "forget_captures", "fresh_dynamo", "pytest_runtest_setup"]
 
 MARK = 1000.0
 

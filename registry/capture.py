@@ -27,7 +27,7 @@ class Captured(NamedTuple):
     Attributes:
         backend: its name.
         refused: backends that were asked before it and did not take the call.
-        settings: those in force.
+        settings: those in force that its kernels may read.
         device: the type of the device.
     """
 
@@ -108,17 +108,17 @@ def _inductor_records(device: torch.device) -> bool:
     return manager is not None and torch.get_device_module(device).current_stream(device) == manager.stream
 
 
-def warn(order: "Callable[[Op[...]], list[str]]", settings: Settings) -> None:
+def warn(order: "Callable[[Op[...]], list[str]]", settings: "Callable[[Op[...]], Settings]") -> None:
     """Say which captured ops would now run on another backend; each capture is spoken of once.
 
     Args:
         order: the backends that a call of an op is now offered to, in order.
-        settings: those in force.
+        settings: those in force that an op's kernels may read.
     """
     for op, seen in list(_captured.items()):
         taker = next((name for name in order(op) if name == seen.backend or _may_take(op, name, seen)), None)
         other = taker if taker != seen.backend else "the same with other settings"
-        if other is not None and (taker != seen.backend or settings != seen.settings):
+        if other is not None and (taker != seen.backend or settings(op) != seen.settings):
             del _captured[op]
             warnings.warn(errors.captured(op.qualname, seen.backend, other), RuntimeWarning, stacklevel=5)
 
@@ -129,6 +129,7 @@ def _may_take(op: "Op[...]", name: str, seen: Captured) -> bool:
     return name not in seen.refused and (devices is None or seen.device in devices)
 
 
-def forget(op: "Op[...]") -> None:
-    """Forget what is known of an op that is going away."""
-    _captured.pop(op, None)
+def forget(op: "Op[...] | None" = None) -> None:
+    """Forget that an op was captured, or that any was: there is no such graph any more."""
+    for captured in list(_captured) if op is None else [op]:
+        _captured.pop(captured, None)

@@ -259,6 +259,11 @@ class Op(Generic[P]):
         selection.changed()
         return function
 
+    @property
+    def has_fills(self) -> bool:
+        """Whether settings give something to arguments that were left out."""
+        return self._fills is not None
+
     def make_samples(self, device: torch.device | str, **sizes: Any) -> list[Sample]:
         """Return the op's samples on a device; `sizes` are the static sizes and dtypes that its samples know."""
         if self._samples is None:

@@ -255,15 +255,24 @@ def note_capture(op: "Op[...]", arguments: Mapping[str, Any], *, has_token: bool
     refused: dict[str, str] = {}
     for kernel, refusal in _candidates(op, arguments):
         if (reason := refusal or _why_not_now(op, kernel, arguments)) is None:
-            asked = frozenset(request.settings().items())
-            capture.note(op, kernel.backend.name, refused, asked, device_of(arguments), has_token=has_token)
+            device = device_of(arguments)
+            capture.note(op, kernel.backend.name, refused, _settings_of(op), device, has_token=has_token)
             return
         refused[kernel.backend.name] = reason
 
 
 def warn_of_captures() -> None:
     """Say which graphs that callers captured no longer run what is selected; after every swap."""
-    capture.warn(lambda op: [kernel.backend.name for kernel in _order(op)], frozenset(request.settings().items()))
+    capture.warn(lambda op: [kernel.backend.name for kernel in _order(op)], _settings_of)
+
+
+def _settings_of(op: "Op[...]") -> frozenset[tuple[str, Hashable]]:
+    """Return the settings in force, without those at their defaults, that an op's kernels may read."""
+    own = {
+        f"{k.backend.name}_{name}": values[0] for k in op.kernels.values() for name, values in k.backend.choices.items()
+    }
+    now = request.settings().items()
+    return frozenset((n, v) for n, v in now if v and own.get(n) != v and (n in own or op.has_fills))
 
 
 # -- what users ask --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 
 # Before torch reads them: the tests run one process per core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,3 +47,11 @@ def fresh_dynamo():
     yield
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture(autouse=True)
+def forget_captures():
+    """A graph that a test captured is gone after it; a swap in the next one must not warn of it."""
+    yield
+    if "mamba_ops" in sys.modules:
+        sys.modules["mamba_ops"].registry.capture.forget()
