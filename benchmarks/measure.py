@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from mamba_ops.registry import noticing_swaps
+
 AGREEMENT = 1e-2  # relative error above which two kernels do not compute the same thing; bf16 products alone make 3e-3
 
 LABELS = ("case", "kernels")  # columns of words
@@ -51,7 +53,7 @@ def device_us(calls: Callable[[], object], device: torch.device) -> float:
     replay = calls
     if hasattr(module, "CUDAGraph"):
         graph = module.CUDAGraph()
-        with module.graph(graph):
+        with noticing_swaps(), module.graph(graph):  # it is gone before the next swap
             calls()
         replay = graph.replay
     return bench_us(replay)

@@ -6,6 +6,7 @@ before and after a swap a step takes what the backend takes alone, and nothing i
 """
 
 import argparse
+import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -155,6 +156,10 @@ def measured(batch: int, depth: int, device: torch.device, backends: list[str]) 
     return list(rows.values()), counted, found
 
 
+def _version(package: str) -> str:
+    return f", {package} {importlib.import_module(package).__version__}"
+
+
 def main() -> int:
     results = Path(__file__).parent / "results"
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tokens", description=str(__doc__).partition("\n")[0])
@@ -186,6 +191,7 @@ def main() -> int:
             notes.append(counted)
             found += wrong
     facts = measure.facts(options)
+    notes.append(f"torch {facts['torch']}, Triton {facts['triton']}{_version(OTHER) if OTHER in backends else ''}")
     columns: dict[str, Callable[[Row], str]] = {
         "case": lambda row: row["case"],
         "backend": lambda row: row["backend"],
