@@ -60,15 +60,23 @@ class BackendConfig:
     device: torch.device | str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        found: list[str] = []
         order = dict(self.order) if isinstance(self.order, Mapping) else {EVERY: self.order}
-        named = {
-            place if place == EVERY else known_op(place) or place: lowered(order_of(n) if isinstance(n, str) else n)
-            for place, n in order.items()
-        }
+        named: dict[str, tuple[str, ...]] = {}
+        for place, names in order.items():
+            names = order_of(names) if isinstance(names, str) else names
+            if isinstance(names, Sequence) and all(isinstance(name, str) for name in names):
+                named[known_op(place) or place] = lowered(names)
+            else:
+                found.append(f"order: got {names!r} for {place}, expected names of backends")
         object.__setattr__(self, "order", {place: names for place, names in named.items() if names or place != EVERY})
-        device = torch.device(self.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        try:
+            device = torch.device(self.device or device)
+        except RuntimeError:
+            found.append(f"device: got {self.device!r}, expected one such as cpu or {device}")
         object.__setattr__(self, "device", device)
-        found = [f"order: {problem}" for problem in problems(self.request("BackendConfig"))]
+        found += [f"order: {problem}" for problem in problems(self.request("BackendConfig"))]
         found += [f"order: {sentence}" for sentence in _unusable(self._names(), device)]
         found += [f"{name}: {sentence}" for name, sentence in _wrong_values(self, device)]
         if found:
@@ -197,10 +205,17 @@ def _count(word: str) -> int:
     return int(word)
 
 
+def _algorithm(word: str) -> str:
+    choices = next(backend.choices["algorithm"] for backend in backends() if backend.name == "flashinfer")
+    if word.lower() not in choices:
+        raise RegistryError(f"flashinfer_algorithm: got {word!r}, expected {', '.join(choices)}")
+    return word.lower()
+
+
 READERS: dict[str, Callable[[str], Hashable]] = {
     "stochastic_rounding": _yes_or_no,
     "philox_rounds": _count,
-    "flashinfer_algorithm": str.lower,
+    "flashinfer_algorithm": _algorithm,
 }
 """The settings, by the names of their fields, each with what reads it from a string."""
 

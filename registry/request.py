@@ -149,10 +149,10 @@ def _read(by: str, text: str, readers: Mapping[str, Callable[[str], Any]]) -> Re
     everywhere, named = entries_of(text)
     load_entry_points()
     for key in named:
-        if key not in readers and known_op(key) is None:
+        if key.lower() not in readers and known_op(key) is None:
             raise unknown_entry(key, readers)
-    settings = {key: readers[key](value) for key, value in named.items() if key in readers}
-    return make(by, everywhere, {k: order_of(v) for k, v in named.items() if k not in readers}, **settings)
+    settings = {key.lower(): readers[key.lower()](value) for key, value in named.items() if key.lower() in readers}
+    return make(by, everywhere, {k: order_of(v) for k, v in named.items() if k.lower() not in readers}, **settings)
 
 
 # -- what is in force -------------------------------------------------------------------------------------------------

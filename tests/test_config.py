@@ -125,6 +125,10 @@ def test_every_problem_is_listed_at_once() -> None:
         ("torch,triton", ["got the bare names torch, triton, expected at most one; an order is written torch:triton"]),
         ("philox_rounds=6,philox_rounds=7", ["got philox_rounds twice"]),
         (
+            "flashinfer_algorithm=fast",
+            ["flashinfer_algorithm: got 'fast', expected auto, simple, vertical, horizontal"],
+        ),
+        (
             "stochastic_rounding=maybe,philox_rounds=few,causal_conv1d_update=sycl",
             [
                 "stochastic_rounding: got 'maybe', expected true or false",
@@ -142,6 +146,15 @@ def test_every_problem_of_a_string_is_listed_at_once(text: str, problems: list[s
     with environment(MAMBA_OPS_BACKEND=text), pytest.raises(ConfigError) as refused:
         BackendConfig.from_env(device="cpu")
     assert refused.value.problems == [f"MAMBA_OPS_BACKEND: {problem}" for problem in problems]
+
+
+def test_what_is_no_order_and_no_device_is_said() -> None:
+    with pytest.raises(ConfigError) as refused:
+        BackendConfig({"causal_conv1d": 5, "selective_scan": [None]}, device="gpu0")  # type: ignore[dict-item]
+    first, second, third = refused.value.problems
+    assert first == "order: got 5 for causal_conv1d, expected names of backends"
+    assert second == "order: got [None] for selective_scan, expected names of backends"
+    assert third.startswith("device: got 'gpu0', expected one such as cpu or ")
 
 
 def test_an_unknown_setting_is_answered_with_the_valid_names() -> None:
@@ -231,7 +244,7 @@ assert request.settings()["philox_rounds"] == 0
 configure(None)
 assert request.settings() == {"philox_rounds": 6}
 """
-    with environment(MAMBA_OPS_BACKEND="philox_rounds=6"):
+    with environment(MAMBA_OPS_BACKEND="Philox_Rounds=6"):
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
