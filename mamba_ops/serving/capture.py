@@ -41,6 +41,8 @@ class DeviceGraphs:
         `PiecewiseRunner` does.
         """
         graph = self._graph()
+        if not self._alive:  # a pool goes away with the last of its graphs
+            self._pool = self._module.graph_pool_handle()
         with noticing_swaps(), self._module.device(self._device), self._module.graph(graph, pool=self._pool):
             result = call()
         self._alive.add(graph)
