@@ -1,4 +1,4 @@
-"""Which pool a device's graphs share, with a stand-in for the device's module; and a real capture where there is one."""
+"""Which pool a device's graphs share, with a stand-in of its module; a real capture where there is a device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
