@@ -71,7 +71,7 @@ def runner_of(model: Callable[..., Tensor], **options: Any) -> PiecewiseRunner:
     return PiecewiseRunner(model, **{**given, "compile_piece": "eager", "graphs": graphs(), **options})
 
 
-def plan_of(computed: list[int], new: list[int], slots: list[int], **options: Any) -> Plan:
+def plan_of(computed: list[int], new: list[int], slots: Any, **options: Any) -> Plan:
     return Plan.of(computed, new, slots, **{"max_requests": SLOTS, "device": DEVICE, **options})
 
 
@@ -167,6 +167,41 @@ def test_a_swap_records_anew(model: Model, doubled: Backend, new: list[int]) -> 
     assert len(runner.backend.graphs) == 1
 
 
+class Reading(nn.Module):
+    """Its pieces read the plan, and an attribute that may be another tensor one day."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.inner, self.pool, self.shift = model, model.pool, torch.zeros(16, device=DEVICE, dtype=torch.float64)
+
+    def forward(self, hidden: Tensor, plan: Plan) -> Tensor:
+        computed = plan.tensors.computed_tokens
+        assert computed is not None
+        out: Tensor = self.inner(hidden + computed.sum() + self.shift, plan) + self.shift * computed.max()
+        return out
+
+    @property
+    def states(self) -> list[Tensor]:
+        return self.inner.states
+
+
+def test_the_callers_tensors_stay_as_they_are(model: Model) -> None:
+    """Pieces read the plan where it was when they were recorded; that is the runner's place, not the first plan's."""
+    reading: Any = Reading(model)
+    runner = runner_of(reading)
+    plans = [plan_of([c, c + 1], [1, 3], [0, 1]) for c in (3, 8, 20)]
+    copies = [[None if t is None else t.clone() for t in plan.tensors] for plan in plans]
+    for plan in plans * 2:
+        as_eager(runner, reading, plan)
+    torch.testing.assert_close([list(plan.tensors) for plan in plans], copies)
+    before, reading.shift = reading.shift, torch.ones_like(reading.shift)
+    recorded = runner.recorded
+    for plan in plans:
+        as_eager(runner, reading, plan)
+    assert not before.any()
+    assert runner.recorded == recorded
+
+
 def test_without_full_graphs_decodes_run_piecewise(model: Model) -> None:
     runner = runner_of(model, full_graphs=False)
     runner.prepare(torch.zeros(1, 16, dtype=torch.float64))
@@ -211,6 +246,8 @@ def test_a_piece_that_reads_the_host_is_not_recorded(model: Model) -> None:
         (plan_of([0], [2], [0], max_requests=3), 2, r"plan: got a plan with max_requests=3, expected max_requests=6"),
         (plan_of([0], [2], [0], null_slot=0), 2, r"plan: got null_slot 0, expected -1, as the runner has"),
         (Plan(plan_of([0], [3], [0]).tensors, 2), 2, r"plan: got counts of 3 tokens, expected 2, as it says itself"),
+        (plan_of([0], [2], [[0, 1]]), 2, r"plan: got tensors of shapes .*\(6, 2\).*; see columns and speculative"),
+        (plan_of([0], [2], [0], accepted=[0]), 2, r"plan: got tensors of shapes .*, expected .*None\]; see columns"),
         (Plan(Plan.zeros(0).tensors._replace(counts=None), 2), 2, r"plan: got no plan, expected a Plan"),
     ],
 )
@@ -220,6 +257,13 @@ def test_refusals_write_nothing(model: Model, plan: Plan, tokens: int, says: str
         runner(plan, torch.ones(tokens, 16, dtype=torch.float64))
     torch.testing.assert_close(model.states, before)
     assert not runner.steps
+
+
+def test_inputs_are_of_one_kind(model: Model) -> None:
+    runner, plan = runner_of(model), plan_of([0], [2], [0])
+    runner(plan, torch.ones(2, 16, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"inputs: got .*float32, expected .*float64, as in the first step"):
+        runner(plan, torch.ones(2, 16))
 
 
 @pytest.mark.parametrize("sizes", [(), (30,), (0, 2)])

@@ -1,6 +1,6 @@
 """A backend of torch.compile for engines: the graph in pieces, each compiled once and recorded for several sizes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule, Interpreter, Node
 
 from mamba_ops.registry import Piece, split_graph
 from mamba_ops.serving.capture import Graphs
@@ -48,7 +48,7 @@ class PiecewiseBackend:
             setattr(module, name, function)
         return module.forward
 
-    def _compile_piece(self, module: GraphModule, inputs: list[Any]) -> "CompiledPiece":
+    def _compile_piece(self, module: GraphModule, inputs: list[Any], foreign: list[bool]) -> "CompiledPiece":
         capturable = not any(_reads_host(node.target) for node in module.graph.nodes)
         [output] = module.graph.find_nodes(op="output")
         single = not isinstance(output.args[0], tuple | list)
@@ -58,7 +58,7 @@ class PiecewiseBackend:
         fakes = [value for value in inputs if isinstance(value, FakeTensor)]
         with tracing(TracingContext(fakes[0].fake_mode)) if fakes else nullcontext():  # a compilation of its own
             function = self._compile(module, inputs)
-        return CompiledPiece(self, (lambda *args: function(*args)[0]) if single else function, capturable)
+        return CompiledPiece(self, (lambda *args: function(*args)[0]) if single else function, capturable, foreign)
 
 
 class CompiledPiece:
@@ -67,12 +67,16 @@ class CompiledPiece:
     Attributes:
         function: the compiled code.
         capturable: whether its launches are all of it; an op that reads the host would be frozen.
+        foreign: of each argument whether it is the caller's: the model's, the plan's or an input; else it comes from
+            an earlier piece.
     """
 
-    def __init__(self, backend: PiecewiseBackend, function: Callable[..., Any], capturable: bool) -> None:
+    def __init__(
+        self, backend: PiecewiseBackend, function: Callable[..., Any], capturable: bool, foreign: list[bool]
+    ) -> None:
         self._backend = backend
         self.function = function
-        self.capturable = capturable
+        self.capturable, self.foreign = capturable, foreign
 
     def __call__(self, *args: Any) -> Any:
         """Run, record or replay it."""
@@ -85,15 +89,18 @@ class CompiledPiece:
 class _CompilePieces(Interpreter):
     """Runs a split graph on fake tensors; what a piece is called with is what it is compiled for."""
 
-    def __init__(self, module: GraphModule, compile_piece: CompilePiece, compiled: dict[str, Any]) -> None:
+    def __init__(self, module: GraphModule, compile_piece: Callable[..., Any], compiled: dict[str, Any]) -> None:
         super().__init__(module)
+        self._pieces = module
         self._compile_piece = compile_piece
         self._compiled = compiled
 
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        result = super().call_module(target, args, kwargs)
-        if target not in self._compiled:
-            self._compiled[target] = self._compile_piece(self.module.get_submodule(target), list(args))  # type: ignore[arg-type]
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "call_module" and (name := str(n.target)) not in self._compiled:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            foreign = [node.op == "placeholder" for node in n.args if isinstance(node, Node)]
+            self._compiled[name] = self._compile_piece(self._pieces.get_submodule(name), list(args), foreign)
         return result
 
 
@@ -119,8 +126,9 @@ class Recording:
         if recorded is None:
             if self.complete:  # what is recorded later may use memory that an earlier piece of the step still needs
                 return piece.function(*args)
-            self._recorded[key] = recorded = _Recorded(self._graphs, piece.function, args)
-        recorded.load(args)
+            self._recorded[key] = recorded = _Recorded(self._graphs, piece, args)
+        if not recorded.load(args):
+            return piece.function(*args)
         recorded.replay()
         return recorded.result
 
@@ -128,14 +136,22 @@ class Recording:
 class _Recorded:
     """One recorded call. It reads its inputs where they were when it was recorded."""
 
-    def __init__(self, graphs: Graphs, function: Callable[..., Any], args: Iterable[Any]) -> None:
-        self._inputs = [a for a in args if isinstance(a, Tensor)]
-        self._addresses = [tensor.data_ptr() for tensor in self._inputs]
-        self.result, self.replay = graphs.record(lambda: function(*args))
+    def __init__(self, graphs: Graphs, piece: CompiledPiece, args: tuple[Any, ...]) -> None:
+        self._inputs = [
+            (i, a, a.data_ptr(), foreign)
+            for i, (a, foreign) in enumerate(zip(args, piece.foreign, strict=True))
+            if isinstance(a, Tensor)
+        ]
+        self.result, self.replay = graphs.record(lambda: piece.function(*args))
 
-    def load(self, args: Iterable[Any]) -> None:
-        """Copy those inputs that are elsewhere now. What a piece changes in place must stay where it is."""
-        tensors = (a for a in args if isinstance(a, Tensor))
-        for mine, address, given in zip(self._inputs, self._addresses, tensors, strict=True):
-            if given.data_ptr() != address:
-                mine.copy_(given)
+    def load(self, args: tuple[Any, ...]) -> bool:
+        """Copy those inputs that are elsewhere now; False where that would overwrite what is the caller's.
+
+        What a piece changes in place must stay where it is.
+        """
+        moved = [(mine, args[i], foreign) for i, mine, at, foreign in self._inputs if args[i].data_ptr() != at]
+        if any(foreign for _, _, foreign in moved):
+            return False
+        for mine, given, _ in moved:
+            mine.copy_(given)
+        return True

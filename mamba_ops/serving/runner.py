@@ -82,7 +82,7 @@ class PiecewiseRunner:
         self._graphs = graphs_of(self.device) if graphs is None else graphs
         self._context, self._full_graphs = context, full_graphs
         self.compiled = torch.compile(model, backend=self.backend, fullgraph=True, dynamic=False)
-        self._plan = Plan.zeros(0, **self._rows, **self._plans).tensors  # where full steps read their plan
+        self._plan = Plan.zeros(0, **self._rows, **self._plans).tensors  # where graphs read a step's plan
         self._counts = {size: torch.tensor([size, size, 0, 0]) for size in sizes}
         self._buffers: list[Tensor] = []
         self._views: dict[int, list[Tensor]] = {}
@@ -108,11 +108,15 @@ class PiecewiseRunner:
                 self.steps["plain"] += 1
                 return self._run(plan, self._staged(inputs, plan.tokens))
             views = self._staged(inputs, size)
+            for mine, given in zip(self._plan[1:], plan.tensors[1:], strict=True):
+                if mine is not None and given is not None:
+                    mine.copy_(given, non_blocking=True)
+            staged = Plan(self._plan._replace(counts=plan.tensors.counts), size, null_slot=plan.null_slot)
             if self._is_full(size) and counts == [plan.tokens, plan.tokens, 0, 0]:
                 self.steps["full"] += 1
-                return self._full(plan, size, views)[: plan.tokens]
+                return self._full(staged, size, views)[: plan.tokens]
             self.steps["piecewise"] += 1
-            return self._piecewise(plan, size, views)[: plan.tokens]
+            return self._piecewise(staged, size, views)[: plan.tokens]
 
     def prepare(self, *examples: Tensor) -> None:
         """Compile the model and record every graph that any step may replay, with steps of tokens that are nobody's.
@@ -152,9 +156,15 @@ class PiecewiseRunner:
             raise _wrong(
                 "plan", f"{plan.tokens} tokens", f"at most max_tokens={self.max_tokens}; read prompts in chunks"
             )
+        shapes = [[None if t is None else tuple(t.shape) for t in tensors] for tensors in (plan.tensors, self._plan)]
+        if shapes[0] != shapes[1]:
+            raise _wrong("plan", f"tensors of shapes {shapes[0]}", f"{shapes[1]}; see columns and speculative")
         for tensor in inputs:
             if tensor.shape[0] != plan.tokens:
                 raise _wrong("inputs", f"{tensor.shape[0]} tokens", f"{plan.tokens}, as the plan has")
+        kinds = [[f"(tokens, {list(t.shape[1:])}) of {t.dtype}" for t in ts] for ts in (inputs, self._buffers)]
+        if self._buffers and kinds[0] != kinds[1]:
+            raise _wrong("inputs", ", ".join(kinds[0]), f"{', '.join(kinds[1])}, as in the first step")
         counts = [int(n) for n in tensors.counts.tolist()]
         if counts[1] + counts[3] > plan.tokens:
             raise _wrong("plan", f"counts of {counts[1] + counts[3]} tokens", f"{plan.tokens}, as it says itself")
@@ -189,16 +199,13 @@ class PiecewiseRunner:
 
     def _full(self, plan: Plan, size: int, views: Sequence[Tensor]) -> Tensor:
         # Its counts are `size` decodes; those beyond the plan's are nobody's, as all rows of a plan beyond its last.
-        staged = Plan(self._plan._replace(counts=self._counts[size]), size, null_slot=plan.null_slot)
-        for mine, given in zip(self._plan[1:], plan.tensors[1:], strict=True):
-            if mine is not None and given is not None:
-                mine.copy_(given, non_blocking=True)
+        plan = replace(plan, tensors=plan.tensors._replace(counts=self._counts[size]))
         if self._graphs is None or ("full", size) not in self._warm:
-            output = self._run(staged, views)
+            output = self._run(plan, views)
             self._warm.add(("full", size))
             return output
         if size not in self._fulls:
-            self._fulls[size] = self._graphs.record(lambda: self._run(staged, views))
+            self._fulls[size] = self._graphs.record(lambda: self._run(plan, views))
             self.recorded += 1
         output, replay = self._fulls[size]
         replay()
