@@ -25,7 +25,6 @@ class DeviceGraphs:
     """CUDA graphs, or XPU graphs.
 
     All share one pool of memory, so those that are replayed one after the other must have been recorded in that order.
-    Whoever replays them compares `registry.generation()` first: a swap says nothing about them.
     """
 
     def __init__(self, device: torch.device) -> None:
