@@ -1,68 +1,59 @@
 """Decode of one request under the full graph: a step's time, and how much of it its kernels take themselves.
 
-The model is that of examples/continuous_batching.py with the sizes of large hybrids and random weights in bfloat16.
+The model is that of examples/continuous_batching.py with the sizes of large hybrids, random weights, in bfloat16.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import mamba_ops
+from benchmarks.measure import Row, facts, number, options, page, report
 from examples.continuous_batching import NULL_SLOT, Hybrid, backends_here
-from mamba_ops.demo.watch import device_name
 from mamba_ops.serving import PiecewiseRunner, Plan
 
 SIZES: dict[str, dict[str, int]] = {
-    "hidden 4096, 2 pairs": {"hidden": 4096, "pairs": 2, "heads": 128, "groups": 8, "dstate": 128},
-    "hidden 8192, 2 pairs": {"hidden": 8192, "pairs": 2, "heads": 256, "groups": 8, "dstate": 128},
+    "hidden 4096": {"hidden": 4096, "pairs": 2, "heads": 128, "head_dim": 64, "groups": 8, "dstate": 128},
+    "hidden 8192": {"hidden": 8192, "pairs": 2, "heads": 256, "head_dim": 64, "groups": 8, "dstate": 128},
 }
-TINY = {"hidden": 64, "pairs": 1, "heads": 2, "groups": 1, "dstate": 16}
+TINY = {"hidden": 64, "pairs": 1, "heads": 2, "head_dim": 16, "groups": 1, "dstate": 16}  # to try it on a CPU
 STEPS = 100
 LIMIT = 1.10
 
 
-def kernels_us(step: Callable[[], object], steps: int) -> tuple[float, float]:
-    """Return the time of a step's kernels, the sum of their own times, and how many there are."""
-    activity = {"cuda": ProfilerActivity.CUDA, "xpu": ProfilerActivity.XPU}[
-        torch.accelerator.current_accelerator().type
-    ]
+def kernels_us(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Return the sum of the own times of a step's kernels, and how many there are."""
+    activity = {"cuda": ProfilerActivity.CUDA, "xpu": ProfilerActivity.XPU}[device.type]
     with profile(activities=[activity]) as profiler:
-        for _ in range(steps):
+        for _ in range(20):
             step()
         torch.accelerator.synchronize()
     kernels = [e for e in profiler.events() if e.device_type != DeviceType.CPU]
-    return sum(e.time_range.elapsed_us() for e in kernels) / steps, len(kernels) / steps
+    return sum(e.time_range.elapsed_us() for e in kernels) / 20, len(kernels) / 20
 
 
-def step_us(step: Callable[[], object], steps: int, *, on_device: bool) -> float:
-    """Return the time of a step, steps following each other without waiting for one another."""
-    wait = torch.accelerator.synchronize if on_device else lambda: None
-    best = float("inf")
+def step_us(step: Callable[[], object], device: torch.device) -> float:
+    """Return the time of a step, the best of three rounds; steps follow each other without being waited for."""
+    wait = torch.get_device_module(device).synchronize
+    rounds = []
     for _ in range(3):
         wait()
         start = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(STEPS):
             step()
         wait()
-        best = min(best, (time.perf_counter() - start) / steps)
-    return 1e6 * best
+        rounds.append(1e6 * (time.perf_counter() - start) / STEPS)
+    return min(rounds)
 
 
-def measure(sizes: dict[str, int], device: torch.device, backends: list[str]) -> list[dict[str, Any]]:
+def measure(sizes: dict[str, int], device: torch.device) -> list[Row]:
     torch._dynamo.reset()
     on_device, rows = device.type != "cpu", []
     with torch.device(device):
-        model = Hybrid(head_dim=64 if on_device else 16, length=160, **sizes).requires_grad_(False)
-    model.to(torch.bfloat16)
+        model = Hybrid(length=160, **sizes).requires_grad_(False).to(torch.bfloat16)
     slot = model.new_pool(4).take()
     runner = PiecewiseRunner(
         model,
@@ -74,7 +65,7 @@ def measure(sizes: dict[str, int], device: torch.device, backends: list[str]) ->
     )
     plan = Plan.of([100], [1], [slot], max_requests=4, null_slot=NULL_SLOT, device=device)
     tokens = torch.zeros(1, dtype=torch.int64, device=device)
-    for backend in backends:
+    for backend in backends_here(device):
         with mamba_ops.use_backend(backend), torch.no_grad():
             runner.prepare(tokens)
 
@@ -82,43 +73,44 @@ def measure(sizes: dict[str, int], device: torch.device, backends: list[str]) ->
                 runner(plan, tokens)
 
             def compiled() -> None:
-                runner.compiled(tokens, plan)  # the same compiled code, launched from Python
+                runner.compiled(tokens, plan)  # the same code, launched from Python
 
             compiled()
-            row: dict[str, Any] = {"backend": backend, "step_us": step_us(full, STEPS, on_device=on_device)}
-            row["compiled_us"] = step_us(compiled, STEPS, on_device=on_device)
+            row: Row = {"case": backend, "step": step_us(full, device), "compiled": step_us(compiled, device)}
             if on_device:
-                row["kernels_us"], row["kernels"] = kernels_us(full, 20)
-                row["ratio"] = row["step_us"] / row["kernels_us"]
+                row["kernels"], row["count"] = kernels_us(full, device)
+                row["ratio"] = row["step"] / row["kernels"]
             rows.append(row)
     return rows
 
 
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "case": lambda row: str(row["case"]),
+    "full graph, us": lambda row: number(row, "step"),
+    "its kernels, us": lambda row: number(row, "kernels"),
+    "kernels": lambda row: number(row, "count", digits=0),
+    "step / kernels": lambda row: number(row, "ratio", digits=3),
+    "launched from Python, us": lambda row: number(row, "compiled"),
+}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-    given = parser.parse_args()
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    backends = backends_here(device)
-    results: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "sizes": {}}
-    console = Console(width=120, highlight=False)
-    for name, sizes in (SIZES if device.type != "cpu" else {"tiny": TINY}).items():
-        rows = results["sizes"][name] = measure(sizes, device, backends)
-        table = Table(title=f"{name}: decode of one request, {results['device']}, torch {torch.__version__}")
-        for column in ("backend", "full graph, us", "its kernels, us", "kernels", "ratio", "launched from Python, us"):
-            table.add_column(column, justify="left" if column == "backend" else "right")
-        for row in rows:
-            cells = [f"{row['step_us']:.1f}", *(f"{row[k]:{f}}" if k in row else "-" for k, f in COLUMNS.items())]
-            table.add_row(row["backend"], *cells, f"{row['compiled_us']:.1f}")
-        console.print(table)
+    given = options("serving", __doc__, SIZES)
+    sizes = {given.op: SIZES[given.op]} if given.op else SIZES
+    sizes = sizes if given.device.type != "cpu" else {"tiny": TINY}
+    tables = {name: (COLUMNS, measure(size, given.device)) for name, size in sizes.items()}
+    notes = [
+        "one request, 2 Mamba-2 and 2 attention layers, bfloat16 weights, float32 states",
+        "the copies of a step's tokens and plan are among the kernels",
+    ]
+    for name, (_, rows) in tables.items():
         for row in rows:
             if row.get("ratio", 0) > LIMIT:
-                console.print(f"FAILED: {row['backend']}: {row['ratio']:.2f} of its kernels' time, expected {LIMIT}")
-    if given.json:
-        given.json.write_text(json.dumps(results, indent=1) + "\n")
+                notes.append(f"FAILED: {name} on {row['case']}: {row['ratio']:.2f} times its kernels, expected {LIMIT}")
+    known = facts(given)
+    results = {**known, "sizes": {name: rows for name, (_, rows) in tables.items()}}
+    report(given, page("Decode under one graph", known, tables, notes), results)
 
-
-COLUMNS = {"kernels_us": ".1f", "kernels": ".0f", "ratio": ".3f"}
 
 if __name__ == "__main__":
     main()

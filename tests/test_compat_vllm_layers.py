@@ -122,3 +122,16 @@ def test_their_schemas_are_vllms(name: str) -> None:
         "gdn_attention_core_xpu": f"{core}, str layer_name",
     }
     assert str(getattr(vllm, name)._schema) == f"mamba_ops_vllm::{name}({expected[name]}) -> ()"
+
+
+def test_their_fakes_and_schemas_are_right() -> None:
+    """As far as a schema says it: what an op writes to the caches does not stand there."""
+    model = ByName()
+    with forward_context(model.context):
+        for op, shapes in {
+            vllm.mamba_mixer2: [(3, 84), (3, 32)],
+            vllm.mamba_mixer: [(3, 16), (3, 16)],
+            vllm.gdn_attention_core_xpu: [(3, 4, 4), (3, 4, 4), (3, 64), (3, 8)],
+        }.items():
+            tensors = tuple(normal(*shape) for shape in shapes)
+            torch.library.opcheck(op, (*tensors, "mamba2"), test_utils=("test_schema", "test_faketensor"))

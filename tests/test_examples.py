@@ -31,6 +31,7 @@ def test_an_example_runs(example: Path, tmp_path: Path):
         assert "graphs compiled for all of this: 1\n" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_engine_in_bfloat16_is_as_exact_as_each_request_alone(tmp_path: Path):
     command = (sys.executable, EXAMPLES[0].parent / "continuous_batching.py", "--dtype", "bfloat16", "--requests", "12")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
