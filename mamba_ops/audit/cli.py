@@ -120,9 +120,6 @@ def audit_command(
 def _write(
     report: Report, console: Console, json_file: Path | None, html_file: Path | None, before: Report | None
 ) -> None:
-    show(report, console)
-    if before is not None:
-        show_changes(report, before, console)
     try:
         if json_file is not None and str(json_file) == "-":
             sys.stdout.write(report.to_json() + "\n")
@@ -134,6 +131,9 @@ def _write(
             html_file.write_text(page(report, before), encoding="utf-8")
     except OSError as error:
         fail(f"{error.filename} cannot be written: {error.strerror}")
+    show(report, console)
+    if before is not None:
+        show_changes(report, before, console)
 
 
 def _read(file: Path) -> Report:

@@ -121,8 +121,9 @@ def pieces(module: fx.GraphModule, layers: Layers, inside: str = "") -> list[Pie
         if node.op in _INERT:
             continue
         where = layers.of(stack_of(node))
+        where = where if len(where) == 1 else ()  # code that several layers share says of none that it is this one
         path = ".".join(filter(None, (inside, _numbered(node))))
-        shown = (path or where[0],) if where else ()
+        shown = (path,) if path else where
         name = op_name(node.target)
         if name in names:
             divided.append(Piece(1, name, shown))

@@ -3,8 +3,12 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
+
+
+_AGAIN = 2.0  # seconds: what is raised in a destructor is lost
 
 
 class TimeIsUp(KeyboardInterrupt):
@@ -30,12 +34,14 @@ def at_most(seconds: float | None) -> Iterator[None]:
     if left and left < seconds:
         yield
         return
+    start = time.monotonic()
     handler = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
     try:
         yield
     finally:
-        used = seconds - signal.setitimer(signal.ITIMER_REAL, 0)[0]
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         if left:
-            signal.setitimer(signal.ITIMER_REAL, max(left - used, 0.001))
+            used = time.monotonic() - start
+            signal.setitimer(signal.ITIMER_REAL, max(left - used, 0.001), _AGAIN)
