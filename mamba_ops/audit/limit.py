@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-
 _AGAIN = 2.0  # seconds: what is raised in a destructor is lost
 
 
