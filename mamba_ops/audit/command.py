@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -244,7 +245,8 @@ def run_script(script: str, arguments: list[str], limit: float | None = None) ->
     try:
         with watch(script) as report:
             try:
-                with quiet_torch(), at_most(limit):
+                with quiet_torch(), warnings.catch_warnings(), at_most(limit):
+                    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._dynamo")
                     runpy.run_path(script, run_name="__main__")
             except SystemExit as error:
                 ended = error if error.code not in (None, 0) else None

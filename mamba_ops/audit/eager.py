@@ -4,10 +4,11 @@ import contextlib
 import itertools
 import logging
 import re
-import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -109,19 +110,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-class _Handler(logging.Handler):
-    """Takes warnings that speak of a slow path."""
-
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        super().__init__(logging.WARNING)
-        self.tell = tell
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.tell(record.getMessage())
-
-
 @contextlib.contextmanager
-def hear_fallbacks(collector: "Collector") -> Iterator[None]:
+def hear_fallbacks(collector: "Collector", *, compiled: bool) -> Iterator[None]:
     """Within the block, warnings of Transformers and others about slow paths become findings.
 
     Transformers says each thing once in a process; here every call says it, so that it is found in each layer and in
@@ -139,21 +129,24 @@ def hear_fallbacks(collector: "Collector") -> Iterator[None]:
         cause = "reference-path" if "reference" in message else "optional-package"
         collector.add(cause, package or (names[0] if names else "the package named"), message, stack)
 
-    handler = _Handler(tell)
-    loggers = [logging.getLogger(), *(logging.getLogger(name) for name in ("transformers",) if name in sys.modules)]
-    loggers = [log for log in loggers if log.name == "root" or not log.propagate]
-    warning_once = getattr(logging.Logger, "warning_once", None)
-    if warning_once is not None:
-        logging.Logger.warning_once = lambda self, message, *rest, **more: tell(str(message))  # type: ignore[attr-defined]
-    for log in loggers:
-        log.addHandler(handler)
-    try:
+    def call_handlers(log: logging.Logger, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            tell(record.getMessage())
+        passed_on(log, record)
+
+    def warn(message: Any, *args: Any, **kwargs: Any) -> None:
+        tell(str(message))
+        warned(message, *args, **kwargs)
+
+    passed_on, warned = logging.Logger.callHandlers, warnings.warn
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(logging.Logger, "callHandlers", call_handlers))
+        if hasattr(logging.Logger, "warning_once"):
+            once = lambda self, message, *rest, **more: tell(str(message))  # noqa: E731
+            stack.enter_context(mock.patch.object(logging.Logger, "warning_once", once))
+        if not compiled:  # Dynamo knows this function, and no other in its place
+            stack.enter_context(mock.patch.object(warnings, "warn", warn))
         yield
-    finally:
-        for log in loggers:
-            log.removeHandler(handler)
-        if warning_once is not None:
-            logging.Logger.warning_once = warning_once  # type: ignore[attr-defined]
 
 
 def run_eagerly(
@@ -166,7 +159,11 @@ def run_eagerly(
         call: makes the call.
         absent_device: the device for which backends of our ops are chosen, if it is not the one that the call runs on.
     """
-    with hear_fallbacks(collector), record_selections() as record, _Watch(collector, absent_device) as watch:
+    with (
+        hear_fallbacks(collector, compiled=False),
+        record_selections() as record,
+        _Watch(collector, absent_device) as watch,
+    ):
         call()
     if absent_device:
         ran = [(name, choice.backend) for name, choices in watch.choices.items() for choice in choices]

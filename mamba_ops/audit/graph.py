@@ -46,7 +46,7 @@ def walk(module: fx.GraphModule) -> list[Found]:
 
 
 def _unrolled(module: fx.GraphModule) -> Iterator[Found]:
-    """Return the loops that the graph holds step by step: of each function the line that stands there most often."""
+    """Return what the graph holds step by step, such as loops: of each function the line that stands there most."""
     counts = Counter[tuple[tuple[Place, ...], str | None, str]]()
     for node in module.graph.nodes:
         if node.op not in _INERT and (stack := in_text(node.meta.get("stack_trace"))):
@@ -57,7 +57,7 @@ def _unrolled(module: fx.GraphModule) -> Iterator[Found]:
         if count >= max(_UNROLLED, worst.get(key, (0,))[0] + 1):
             worst[key] = count, stack
     for count, stack in worst.values():
-        message = f"the graph holds this line {count} times: the compiler unrolled a loop, and its length is a constant"
+        message = f"the graph holds this line {count} times: it was traced step by step, and grows with the length"
         yield "unrolled", stack[-1].function, message, stack
 
 

@@ -87,7 +87,7 @@ RULES = {
     "unrolled": Rule(
         "fallback",
         "warning",
-        "Replace the loop in {op} by one op ({replacement}): as it is, the graph grows with the length.",
+        "Replace the steps of {op} by one op ({replacement}): as it is, the graph grows with the length.",
     ),
     # what stops CUDA graphs
     "capture-input": Rule(

@@ -122,7 +122,7 @@ def watch(target: str = "watched code") -> Iterator[Report]:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     report.device = str(accelerator or "cpu")
     try:
-        with hear_fallbacks(collector), collector.listen(), collector.one_call("watched"):
+        with hear_fallbacks(collector, compiled=True), collector.listen(), collector.one_call("watched"):
             yield report
     finally:
         report.finished = True

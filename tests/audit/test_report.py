@@ -1,6 +1,7 @@
 """The report as data: JSON and back, grouping, comparison, what fails, and the page that it makes."""
 
 import dataclasses
+import logging
 
 import pytest
 
@@ -87,6 +88,26 @@ def test_watch_sees_a_loop_of_theirs():
         model(breaks.x())
     assert [f.cause for f in report.findings] == ["item"]
     assert report.finished
+
+
+def test_watch_hears_loggers_that_it_has_not_seen_before():
+    """Those of Transformers hand nothing on to the root."""
+    log = logging.getLogger("somebody.kernels")
+    log.propagate = False
+    with watch() as report:
+        log.warning("The fast path is not available; install `fast-scan`.")
+        log.warning("The weather is not available.")
+        log.info("The fast path is not available; install `fast-scan`.")
+    [found] = report.findings
+    assert (found.cause, found.op) == ("optional-package", "fast-scan")
+    assert found.where.file == __file__
+    assert report.verdict == "Found: 1 slow path taken in silence."
+
+
+def test_what_was_not_compiled_is_not_called_clean():
+    with watch() as report:
+        breaks.Quiet()(breaks.x())
+    assert report.verdict == "Nothing was compiled."
 
 
 def test_watch_sees_what_fullgraph_stops_at():
