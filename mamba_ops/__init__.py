@@ -1,5 +1,8 @@
 """Mamba-family kernels as torch.library ops: traced whole by torch.compile, several backends under one name."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from mamba_ops import backends as backends
 from mamba_ops import registry as registry
 from mamba_ops.compare import compare as compare
@@ -18,3 +21,11 @@ from mamba_ops.registry import configure as configure
 from mamba_ops.registry import explain as explain
 from mamba_ops.registry import record_selections as record_selections
 from mamba_ops.registry import use_backend as use_backend
+
+if not TYPE_CHECKING:  # to type checkers no name that is not here exists
+
+    def __getattr__(name: str) -> object:
+        """Import `mamba_ops.audit` and `mamba_ops.testing`, which take a moment, when they are first asked for."""
+        if name in ("audit", "testing"):
+            return import_module(f"mamba_ops.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -56,8 +56,11 @@ def _unrolled(module: fx.GraphModule) -> Iterator[Found]:
         key = stack[-1].file, stack[-1].function
         if count >= max(_UNROLLED, worst.get(key, (0,))[0] + 1):
             worst[key] = count, stack
+    lines = {stack[-1] for _, stack in worst.values()}
     for count, stack in worst.values():
-        message = f"the graph holds this line {count} times: it was traced step by step, and grows with the length"
+        if lines.intersection(stack[:-1]):
+            continue  # called from a line that is found already
+        message = f"the graph holds this line {count} times: it was traced step by step"
         yield "unrolled", stack[-1].function, message, stack
 
 

@@ -87,7 +87,7 @@ RULES = {
     "unrolled": Rule(
         "fallback",
         "warning",
-        "Replace the steps of {op} by one op ({replacement}): as it is, the graph grows with the length.",
+        "Replace the steps of {op} by one op ({replacement}): every one of them is in the graph.",
     ),
     # what stops CUDA graphs
     "capture-input": Rule(

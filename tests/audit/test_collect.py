@@ -141,6 +141,11 @@ def test_assert_one_graph():
     with torch.no_grad():
         report = assert_one_graph(breaks.Quiet(), breaks.x(), shapes=[(4, 8), (5, 8), (7, 8)], dynamic=True)
         assert report.clean
+        assert_one_graph(breaks.Quiet(), breaks.x(), shapes=[(4, 8), (5, 8), (1, 8)])  # as torch does for any model
+        with pytest.raises(AssertionError, match="recompile/size-one"):
+            assert_one_graph(breaks.Quiet(), breaks.x(), shapes=[(4, 8), (5, 8), (1, 8)], allow=())
+        with pytest.raises(AssertionError, match="recompile/size-again"):
+            assert_one_graph(guards.DecidesBySize(), breaks.x(), shapes=[(4, 8), (5, 8), (12, 8)])
         with pytest.raises(AssertionError, match=r"breaks\.py:\d+ in forward"):
             assert_one_graph(breaks.Branch(), breaks.x())
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -134,3 +136,10 @@ def test_the_model_is_left_as_it_was():
     (first, *more) = case.calls()
     audit(model, *first, calls=more)
     assert model.steps == 0
+
+
+def test_it_is_there_when_asked_for():
+    """Without an import of its own, which `import mamba_ops` does not make."""
+    code = "import sys, mamba_ops; assert 'mamba_ops.audit' not in sys.modules"
+    code += "; mamba_ops.audit.watch; mamba_ops.testing.assert_one_graph"
+    subprocess.run([sys.executable, "-c", code], check=True)
