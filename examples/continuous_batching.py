@@ -33,7 +33,7 @@ SMALL = {"hidden": 128, "pairs": 2, "heads": 4, "head_dim": 64, "dstate": 64, "l
 
 
 @torch.library.custom_op("continuous_batching::attention", mutates_args=("cache", "out"))
-def attention(qkv: Tensor, cache: Tensor, slot: Tensor, place: Tensor, out: Tensor) -> None:
+def attention(qkv: Tensor, cache: Tensor, slot: Tensor, place: Tensor, seen: Tensor, out: Tensor) -> None:
     """Attend from every token to its own request's tokens so far, decodes and prompts alike.
 
     It reads nothing on the host, so it can be captured; it is simple, not fast: each token looks at a whole slot.
@@ -42,10 +42,10 @@ def attention(qkv: Tensor, cache: Tensor, slot: Tensor, place: Tensor, out: Tens
         qkv: (tokens, 3, heads, head_dim).
         cache: keys and values (slots, length, 2, heads, head_dim), mutated.
         slot, place: (tokens,): where in the cache each token is.
+        seen: bool (tokens, length): which places of its slot each token looks at.
         out: (tokens, heads, head_dim), mutated.
     """
     cache[slot, place] = qkv[:, 1:]
-    seen = torch.arange(cache.shape[1], device=cache.device) <= place.unsqueeze(1)
     # What was in the slot before may be anything, NaN too: no weight of zero would hide that.
     k, v = torch.where(seen[:, :, None, None, None], cache[slot], 0).transpose(1, 3).unbind(2)
     result = functional.scaled_dot_product_attention(qkv[:, 0].unsqueeze(2), k, v, attn_mask=seen[:, None, None])
@@ -67,7 +67,7 @@ class Attention(nn.Module):
     def empty_caches(self, slots: int) -> tuple[Tensor]:
         return (self.qkv.weight.new_zeros(slots, *self.cache),)
 
-    def forward(self, hidden: Tensor, cache: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, hidden: Tensor, cache: Tensor, places: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         out = torch.empty_like(hidden).unflatten(1, self.by_head[1:])
         attention(self.qkv(hidden).unflatten(1, self.by_head), cache, *places, out)
         return cast(Tensor, self.out(out.flatten(1)))
@@ -113,13 +113,16 @@ class Hybrid(nn.Module):
                 hidden = hidden + layer(norm(hidden), *caches, plan=plan)
         return cast(Tensor, self.head(self.last_norm(hidden)))
 
-    def _places(self, tokens: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        """For each token the slot of its request, and how many tokens went before; on the device, padding included."""
+    def _places(self, tokens: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+        """For each token its request's slot, how many tokens went before, and which places it sees, padding included."""
         _, cu_seqlens, _, slots, _, computed, _ = plan.tensors
         token = torch.arange(tokens.shape[0], device=tokens.device, dtype=torch.int32)
-        row = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True).clamp(max=slots.shape[0] - 1)
+        # Not in cu_seqlens[1:]: on a GPU, Inductor of torch 2.11 looks a slice up from its tensor's beginning.
+        row = (torch.searchsorted(cu_seqlens, token, right=True) - 1).clamp(max=slots.shape[0] - 1)
         slot = torch.where(token < cu_seqlens[-1], slots[row, 0], NULL_SLOT).clamp(min=NULL_SLOT)
-        return slot.long(), (computed[row] + token - cu_seqlens[row]).clamp(0, self.length - 1).long()
+        place = (computed[row] + token - cu_seqlens[row]).clamp(0, self.length - 1)
+        seen = torch.arange(self.length, device=tokens.device) <= place.unsqueeze(1)
+        return slot.long(), place.long(), seen
 
 
 # ---- the engine ------------------------------------------------------------------------------------------------------
@@ -314,8 +317,16 @@ def compare(model: Hybrid, requests: Sequence[Request], exact: Hybrid | None) ->
     """Run every request alone; return whether the engine gave the same, and a sentence."""
     others = [alone(model, request) for request in requests]
     if exact is None:
-        same = sum(r.output == o.output for r, o in zip(requests, others, strict=True))
-        return same == len(requests), f"{same} of {len(requests)} requests equal, token for token, to themselves alone"
+        pairs = list(zip(requests, others, strict=True))
+        same = sum(r.output == o.output for r, o in pairs)
+        sentence = f"{same} of {len(requests)} requests equal, token for token, to themselves alone"
+        for i, (r, o) in enumerate(pairs):
+            if r.output != o.output:
+                first = next(n for n, (a, b) in enumerate(zip(r.output, o.output, strict=True)) if a != b)
+                off = float((r.logits[first] - o.logits[first]).abs().max())
+                at = f"request {i}, of {len(r.prompt)} tokens, differs first in token {first} of {r.new}"
+                return False, f"{sentence}; {at}, where logits are off by {off:.2g}"
+        return True, sentence
     truth = [alone(exact, request) for request in requests]
 
     def error(got: Sequence[Request]) -> float:

@@ -37,9 +37,9 @@ def model() -> Hybrid:
     return Hybrid(**sizes, length=LENGTH).requires_grad_(False).double().to(DEVICE)
 
 
-def engine_of(model: Hybrid) -> Engine:
+def engine_of(model: Hybrid, **options: Any) -> Engine:
     graphs = Tape() if ACCELERATOR is None else None  # a stand-in on a CPU
-    options: dict[str, Any] = {"capture_sizes": (1, 2, 4, 8), "compile_piece": "eager", "graphs": graphs}
+    options = {"capture_sizes": (1, 2, 4, 8), "compile_piece": "eager", "graphs": graphs, **options}
     engine = Engine(model, slots=SLOTS, budget=BUDGET, **options)
     for cache in caches_of(engine):
         cache.fill_(torch.nan)  # what a request reads before it was written shows
@@ -112,6 +112,17 @@ def test_more_requests_than_slots_wait(model: Hybrid) -> None:
     engine.step()
     assert (len(engine.running), len(engine.waiting), engine.pool.free) == (SLOTS, SLOTS, 0)
     assert sorted(r.slot for r in engine.running) == sorted(engine.pool.taken)
+    finish(engine)
+    expect(model, requests)
+
+
+@pytest.mark.gpu
+def test_what_inductor_compiles_for_a_gpu_is_right_too(model: Hybrid) -> None:
+    """All of the model, also what it makes of the plan between the ops; the CPU's compiler lowers other code."""
+    rng, engine = random.Random(3), engine_of(model, compile_piece="inductor")
+    requests = [new_request(rng) for _ in range(2 * SLOTS)]
+    for request in requests:
+        engine.add(request, LENGTH)
     finish(engine)
     expect(model, requests)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamba_ops.ops.mixing import PlanTensors
 from mamba_ops.registry import generation
 from mamba_ops.serving.capture import Graphs, graphs_of
 from mamba_ops.serving.context import ForwardContext, forward_context
@@ -156,15 +157,14 @@ class PiecewiseRunner:
             raise _wrong(
                 "plan", f"{plan.tokens} tokens", f"at most max_tokens={self.max_tokens}; read prompts in chunks"
             )
-        shapes = [[None if t is None else tuple(t.shape) for t in tensors] for tensors in (plan.tensors, self._plan)]
-        if shapes[0] != shapes[1]:
-            raise _wrong("plan", f"tensors of shapes {shapes[0]}", f"{shapes[1]}; see columns and speculative")
+        if (got := _shapes(tensors)) != (expected := _shapes(self._plan)):
+            raise _wrong("plan", f"tensors of shapes {got}", f"{expected}; see columns and speculative")
         for tensor in inputs:
             if tensor.shape[0] != plan.tokens:
                 raise _wrong("inputs", f"{tensor.shape[0]} tokens", f"{plan.tokens}, as the plan has")
-        kinds = [[f"(tokens, {list(t.shape[1:])}) of {t.dtype}" for t in ts] for ts in (inputs, self._buffers)]
-        if self._buffers and kinds[0] != kinds[1]:
-            raise _wrong("inputs", ", ".join(kinds[0]), f"{', '.join(kinds[1])}, as in the first step")
+        kinds, first = ([(t.dtype, tuple(t.shape[1:])) for t in ts] for ts in (inputs, self._buffers))
+        if self._buffers and kinds != first:
+            raise _wrong("inputs", f"{kinds} a token", f"{first}, as in the first step")
         counts = [int(n) for n in tensors.counts.tolist()]
         if counts[1] + counts[3] > plan.tokens:
             raise _wrong("plan", f"counts of {counts[1] + counts[3]} tokens", f"{plan.tokens}, as it says itself")
@@ -236,6 +236,10 @@ class PiecewiseRunner:
         self._warm: set[tuple[str, int]] = set()  # what ran before, so that recording it compiles nothing
         self._recordings: dict[int, Recording] = {}
         self._fulls: dict[int, tuple[Tensor, Callable[[], None]]] = {}
+
+
+def _shapes(plan: PlanTensors) -> list[tuple[int, ...] | None]:
+    return [None if tensor is None else tuple(tensor.shape) for tensor in plan]
 
 
 def _wrong(name: str, got: str, expected: str) -> ValueError:
