@@ -114,7 +114,7 @@ class Hybrid(nn.Module):
         return cast(Tensor, self.head(self.last_norm(hidden)))
 
     def _places(self, tokens: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-        """For each token its request's slot, how many tokens went before, and which places it sees, padding included."""
+        """For each token, padding too: its request's slot, how many tokens went before, and which places it sees."""
         _, cu_seqlens, _, slots, _, computed, _ = plan.tensors
         token = torch.arange(tokens.shape[0], device=tokens.device, dtype=torch.int32)
         # Not in cu_seqlens[1:]: on a GPU, Inductor of torch 2.11 looks a slice up from its tensor's beginning.

@@ -380,7 +380,7 @@ class _Chunks:
         self._inside = (index < ends.unsqueeze(1)).flatten()
         self._index = index.flatten().clamp(max=max(tokens - 1, 0))
         token = torch.arange(tokens, device=starts.device)
-        chunk = torch.searchsorted(ends, token, right=True).clamp(max=max(starts.shape[0] - 1, 0))
+        chunk = (torch.searchsorted(cu_chunk_seqlens, token, right=True) - 1).clamp(max=max(starts.shape[0] - 1, 0))
         self._owned = token < cu_chunk_seqlens[-1]
         self._place = (chunk * size + token - starts[chunk]).clamp(max=max(self.tokens - 1, 0))
 
