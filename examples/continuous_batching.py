@@ -1,7 +1,7 @@
 """Serve 64 requests that come and go: a hybrid of Mamba-2 and attention, its caches by slot, a plan for every step.
 
-Run it with `python examples/continuous_batching.py`; `--help` lists what can be otherwise. The model has random weights
-and reads and writes bytes. Every request gets, token for token, what it gets alone.
+Run it with `python examples/continuous_batching.py` (it needs `mamba-ops[cli]`); `--help` lists what can be otherwise.
+The model has random weights and reads and writes bytes. Every request gets, token for token, what it gets alone.
 """
 
 import random
