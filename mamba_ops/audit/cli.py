@@ -81,6 +81,7 @@ def audit_command(
             fail(f"got {' '.join(arguments)} after the target, expected that with --run alone")
         else:
             sizes = command.read_shapes(shapes) if shapes else None
+            copies = copies or "copy" in wanted  # nothing fails on what nobody looked for
             options = command.Options(target, device, sizes, mode, train, copies, layers, full, ours, limit)
             status: Any = errors.status(f"{target} on {device}") if errors.is_terminal else contextlib.nullcontext()
             with printed, status as shown, configured(backend, device):

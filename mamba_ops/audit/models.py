@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from mamba_ops.targets import quiet_transformers
+
 SHAPES = ((1, 32), (1, 33), (2, 80))
 _SMALL = {  # what makes a config small; a name that it does not have is left out
     "vocab_size": 256,
@@ -37,6 +39,8 @@ _OF_TYPE: dict[str, dict[str, Any]] = {  # where sizes depend on one another, or
     "mamba2": {"num_heads": 4, "head_dim": 32, "n_groups": 1, "chunk_size": 32},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "bamba": {"attn_layer_indices": [1], "mamba_chunk_size": 32},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "mamba_headdim": 16},
 }
 
 
@@ -82,18 +86,29 @@ def build(what: str, *, layers: int | None = None, full: bool = False) -> tuple[
     for name, value in wanted.items():
         if name in text.to_dict():
             setattr(text, name, value)
-    if count is not None and getattr(text, "layer_types", None):
-        with contextlib.suppress(AttributeError):  # some configs compute it from the number of layers
-            text.layer_types = _kinds(list(text.layer_types), count)
+    for name, value in text.to_dict().items():  # such as the one that pads
+        if name.endswith("_token_id") and isinstance(value, int) and value >= text.vocab_size:
+            setattr(text, name, None)
+    for name in ("layer_types", "layers_block_type"):
+        if count is not None and getattr(text, name, None):
+            with contextlib.suppress(AttributeError):  # some configs compute it from the number of layers
+                setattr(text, name, _kinds(list(getattr(text, name)), count))
+                if hasattr(text, "hybrid_layer_ids"):
+                    text.hybrid_layer_ids = [i for i, kind in enumerate(getattr(text, name)) if kind == "hybrid"]
+    inputs: dict[str, Any] = {"use_cache": False}
+    inputs["input_ids"] = torch.randint(int(text.vocab_size), (1, 32), generator=torch.Generator().manual_seed(0))
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet_transformers():
             torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(config)
+            model = transformers.AutoModelForCausalLM.from_config(config).eval()
+            if not full:
+                model(**inputs)
     except Exception as error:
-        raise ModelNameError(f"Transformers cannot build {what}: {type(error).__name__}: {error}") from error
-    size = int(text.vocab_size)
-    tokens = torch.randint(size, (1, 32), generator=torch.Generator().manual_seed(0))
-    return model.eval(), {"input_ids": tokens, "use_cache": False}
+        hint = "" if full else "; take a folder with a config.json whose sizes are small and fit, and --full"
+        sentence = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        how = "build it" if full else "run it with small sizes"
+        raise ModelNameError(f"{what}: Transformers cannot {how} ({sentence}){hint}") from error
+    return model, inputs
 
 
 def _kinds(types: list[str], count: int) -> list[str]:

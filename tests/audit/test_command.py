@@ -73,8 +73,21 @@ def test_a_break_is_shown_with_its_line_and_fails_on_request(run, tmp_path):
     assert result.exit_code == 0
     assert "theirs.py:7 in forward" in result.output.replace("\n", "")
     assert run("theirs.py:net", "--fail-on", "break").exit_code == 1
-    assert run("theirs.py:net", "--fail-on", "copy,jit").exit_code == 0
+    assert run("theirs.py:net", "--fail-on", "capture,jit").exit_code == 0
     assert run("theirs.py:clean", "--fail-on", "break,recompile").exit_code == 0
+
+
+@pytest.mark.slow
+def test_who_asks_for_copies_has_them_looked_for(tmp_path):
+    file = tmp_path / "made.py"
+    file.write_text(
+        "from compile_tests.planted import breaks, ops\n"
+        "def bad(): return ops.CacheInPlaceOnView(), breaks.x()\n"
+        "def twin(): return ops.CacheTwin(), breaks.x()\n"
+    )
+    for factory, status in (("bad", 1), ("twin", 0)):
+        result = CliRunner().invoke(app, [f"{file}:{factory}", "--fail-on", "copy"])
+        assert result.exit_code == status, result.output
 
 
 def test_json_html_and_comparison(run, tmp_path):

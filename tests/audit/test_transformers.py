@@ -39,6 +39,13 @@ def test_a_folder_with_a_config_keeps_its_type_and_with_full_its_sizes(tmp_path)
     assert build(str(tmp_path), layers=5)[0].config.num_hidden_layers == 5
 
 
+@pytest.mark.parametrize("name", ["falcon_h1", "granitemoehybrid", "llama", "olmo_hybrid", "zamba2"])
+def test_other_families_are_made_small_too(name):
+    """`build` runs them once."""
+    model, _ = build(name)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 1e6
+
+
 def test_an_unknown_model_is_a_sentence():
     with pytest.raises(
         ModelNameError, match=r"^got nosuch, expected a model type of Transformers or a folder: .{,80}$"
