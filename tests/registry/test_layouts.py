@@ -50,11 +50,15 @@ def test_a_swap_to_another_layout_is_refused_unless_the_caches_are_new(add: Op[.
 @pytest.mark.usefixtures("packed")
 def test_caches_can_be_made_new(add: Op[...]) -> None:
     cache = torch.zeros(3)
-    before = registry.generation()
     run(add, cache)
+    before, token = registry.generation(), registry.tokens.token(torch.device("cpu"))
     renew_caches(cache)
     assert not cache.any()
     assert registry.generation() > before
+    renewed = registry.tokens.token(torch.device("cpu"))  # so that no recording from before is replayed
+    assert token is not None
+    assert renewed is not None
+    assert token.shape != renewed.shape
     with use_backend("packed"):
         assert run(add, cache) == 2.0
 
