@@ -193,3 +193,41 @@ def test_the_generator(key: tuple[int, int], counter: tuple[int, int, int, int],
     a, b, c, _ = (torch.tensor([word]) for word in counter)
     ours = rounding.philox(torch.tensor([seed]), (a, b, c), 10)
     assert ours.tolist() == [list(oracle.philox(key, (*counter[:3], 0)))]
+
+
+COMPILED = """
+import json, sys
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from tests.compile_only import Driver
+from mamba_ops import selective_state_update
+from mamba_ops.backends import triton
+
+capability = int(sys.argv[1])
+Driver.get_current_target = lambda self: GPUTarget("cuda", capability, 32)
+triton._rounds_by_hardware = lambda device: capability == 100
+used = []
+def note(*, key, fn, **_):
+    used.append("cvt.rs.f16x2.f32" in fn.jit_function.device_caches[0][0][key].asm["ptx"])
+knobs.runtime.jit_post_compile_hook = note
+table = torch.tensor([[3, 4], [6, 0]])
+for form in (
+    {},
+    {"slots": table[:, 0], "write_slots": table[:, 1]},
+    {"slots": table, "num_accepted_tokens": torch.tensor([1, 2])},
+):
+    state, x, B = torch.zeros(8, 2, 16, 16, dtype=torch.float16), torch.zeros(2, 2, 16), torch.zeros(2, 1, 16)
+    seed = torch.tensor([1])
+    selective_state_update(state, x, x[..., 0], x[0, :, 0], B, B, rounding_seed=seed, **form)
+print(json.dumps(used))
+"""
+
+
+@pytest.mark.parametrize(("capability", "by_hardware"), [(90, False), pytest.param(100, True, marks=pytest.mark.slow)])
+def test_it_compiles_for_gpus_with_and_without_the_instruction(capability: int, by_hardware: bool) -> None:
+    """The interpreter takes what a compiler does not; so every way to store is compiled, for an H100 and for a B200."""
+    pytest.importorskip("triton")
+    from tests.test_specialization import compiled_for_a_gpu
+
+    assert compiled_for_a_gpu(COMPILED, capability) == [by_hardware] * 3

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from mamba_ops.backends.flashinfer import vendor
+from mamba_ops.backends.flashinfer import mamba, vendor
 from tests.on_flashinfer import stand_in
 from tests.on_flashinfer.calls import Calls
 
@@ -27,8 +27,10 @@ def calls(monkeypatch: pytest.MonkeyPatch, capability: Callable[[int, int], None
     """The stand-in in place, and the backend let loose on CPU tensors."""
     monkeypatch.setattr(flashinfer, "devices", ("cpu",))
     monkeypatch.setattr(flashinfer, "_import_problem", lambda: None)
+    mamba._kernel.cache_clear()  # it is bound once
     with stand_in.installed() as seen:
         yield seen
+    mamba._kernel.cache_clear()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from mamba_ops.backends.flashinfer.vendor import INSTALL, cleaned, flashinfer, nobody, older_than, word, zero
+from mamba_ops.backends.flashinfer.vendor import INSTALL, cleaned, first_column, flashinfer, nobody, older_than, word
 from mamba_ops.ops import chunk_gated_delta_rule, gated_delta_rule_update
 from mamba_ops.ops.pieces import row_count
 from mamba_ops.ops.slots import row_of_tokens, row_slots, store_rows
@@ -118,9 +118,9 @@ def _gated_delta_rule_update(
         return
     source = target = None
     if slots is not None:
-        source = cleaned(slots[:rows] if slots.dim() == 1 else slots[:rows, 0], null_slot).contiguous()
+        source = cleaned(first_column(slots, rows), null_slot)
     if source is not None and write_slots is not None:
-        target = cleaned(write_slots[:rows] if write_slots.dim() == 1 else write_slots[:rows, 0], null_slot)
+        target = cleaned(first_column(write_slots, rows), null_slot)
         target = torch.where(nobody(source), 0, target).clamp_min(0)
     indices = torch.arange(rows, dtype=torch.int32, device=v.device) if source is None else source
     if _needs_spare_slot(state, slots, write_slots):
@@ -148,7 +148,7 @@ def _gated_delta_rule_update(
         backend="flashinfer",
     )
     if source is not None:
-        zero(output, nobody(source))
+        output.masked_fill_(nobody(source, output.dim()), 0)
 
 
 def _why_not_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float | None, output: Tensor) -> str | None:
@@ -221,7 +221,7 @@ def _chunk_gated_delta_rule(
     )
     row, inside = row_of_tokens(ends, written.shape[0])
     if slots is not None:
-        zero(written, ~somebody[row] & inside)
+        written.masked_fill_((~somebody[row] & inside).view(-1, 1, 1), 0)
     if state is not None:
         empty = ends.diff() == 0
         target, stored = source, somebody & ~empty

@@ -4,10 +4,22 @@ A kernel is compiled with nvcc at the first call of its dtypes and sizes, unless
 low, indices go in as int32 and A as float32.
 """
 
+import functools
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from mamba_ops.backends.flashinfer.vendor import cleaned, flashinfer, nobody, older_than, why_not_setting, word, zero
+from mamba_ops.backends.flashinfer.vendor import (
+    cleaned,
+    first_column,
+    flashinfer,
+    nobody,
+    older_than,
+    why_not_setting,
+    word,
+)
 from mamba_ops.ops import selective_state_update
 from mamba_ops.ops.pieces import row_count
 from mamba_ops.ops.slots import row_of_tokens
@@ -88,25 +100,43 @@ def _why_not_update_now(state: Tensor, x: Tensor, B: Tensor, C: Tensor, z: Tenso
         return "takes a state whose slots start at multiples of 16 bytes, and not all of them do"
     if not output.is_contiguous():
         return f"takes an out that is contiguous, and its strides are {output.stride()}"
-    itemsize = x.itemsize
+    size = x.itemsize
+    if (
+        _is_taken(x, dim, size)
+        and _is_taken(B, dstate, size)
+        and _is_taken(C, dstate, size)
+        and (z is None or _is_taken(z, dim, size))
+        and _is_taken(output, dim, size)
+    ):
+        return None
     for name, tensor, width in (("x", x, dim), ("B", B, dstate), ("C", C, dstate), ("z", z, dim), ("out", output, dim)):
-        if tensor is None:
-            continue
-        *lead, head, entry = tensor.stride()
-        if entry != 1 or head != width:
+        if tensor is not None and tensor.stride()[-2:] != (width, 1):
             return f"takes tokens of {name} that are each dense, and its strides are {tensor.stride()}"
-        places = tensor.data_ptr()
-        for stride in lead:
-            places |= stride * itemsize
-        if places & 15:
-            return f"takes tokens of {name} that start at multiples of 16 bytes, and not all of them do"
-    return None
+        if tensor is not None and not _is_taken(tensor, width, size):
+            break
+    return f"takes tokens of {name} that start at multiples of 16 bytes, and not all of them do"
+
+
+def _is_taken(tensor: Tensor, width: int, itemsize: int) -> bool:
+    """Whether tokens are each dense and start at multiples of 16 bytes; quick, for it is asked in every call."""
+    strides = tensor.stride()
+    places = tensor.data_ptr() | strides[0] * itemsize
+    if len(strides) == 4:
+        places |= strides[1] * itemsize
+    return not places & 15 and strides[-1] == 1 and strides[-2] == width
 
 
 def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Numbers of heads, side by side."""
     weight = weight if weight.dtype == dtype else weight.to(dtype)
     return weight if weight.stride(-1) == 1 else weight.clone(memory_format=torch.contiguous_format)
+
+
+@functools.cache
+def _kernel() -> Callable[..., Tensor]:
+    from flashinfer.mamba import selective_state_update as kernel
+
+    return cast(Callable[..., Tensor], kernel)
 
 
 @flashinfer.implements(selective_state_update, unless=_why_not_update, per_call=_why_not_update_now)
@@ -140,8 +170,6 @@ def _selective_state_update(
     algorithm, and so on the last bits. Its stochastic rounding turns subnormal numbers of float16 into zeros and knows
     neither infinities nor NaN, but on GPUs that have an instruction for it.
     """
-    from flashinfer.mamba import selective_state_update as kernel
-
     rows = row_count(x, cu_seqlens)
     if rows == 0 or output.numel() == 0:
         return
@@ -156,19 +184,20 @@ def _selective_state_update(
 
     source, target, longest = None, None, 0
     if slots is not None:
-        columns = slots[:rows] if slots.dim() == 2 else slots[:rows].unsqueeze(1)
         if num_accepted_tokens is None:
-            source = cleaned(columns[:, 0], null_slot)
+            source = cleaned(first_column(slots, rows), null_slot)
         else:
+            columns = slots[:rows] if slots.dim() == 2 else slots[:rows].unsqueeze(1)
             target = cleaned(columns, null_slot)
             last = (num_accepted_tokens.long() - 1).clamp(0, columns.shape[1] - 1)
             source = target.gather(1, last.unsqueeze(1)).squeeze(1)
     if write_slots is not None:
-        columns = write_slots[:rows] if write_slots.dim() == 2 else write_slots[:rows].unsqueeze(1)
         if num_accepted_tokens is None:  # after the last token alone
             before = x.shape[1] - 1 if x.dim() == 4 else 0
-            target = torch.nn.functional.pad(cleaned(columns[:, :1], null_slot), (before, 0), value=-1)
+            last = cleaned(first_column(write_slots, rows), null_slot).unsqueeze(1)
+            target = torch.nn.functional.pad(last, (before, 0), value=-1) if before else last
         else:
+            columns = write_slots[:rows] if write_slots.dim() == 2 else write_slots[:rows].unsqueeze(1)
             target = cleaned(columns, null_slot)
     written = output
     dt = dt.as_strided(x.shape, (*dt.stride(), 0))
@@ -183,7 +212,7 @@ def _selective_state_update(
         x, dt, B, C, written = (tensor.unsqueeze(1) for tensor in (x, dt, B, C, output))
         z = None if z is None else z.unsqueeze(1)
 
-    kernel(
+    _kernel()(
         state,
         x,
         dt,
@@ -204,9 +233,10 @@ def _selective_state_update(
         dst_state_batch_indices=target,
         cu_seqlens=cu_seqlens,
     )
-    if source is not None:
-        rows_of_nobody = nobody(source)
-        if cu_seqlens is not None:
+    if source is not None:  # the vendor computes such rows from a zero state
+        if cu_seqlens is None:
+            rows_of_nobody = nobody(source, output.dim())
+        else:
             row, inside = row_of_tokens(cu_seqlens, output.shape[0])
-            rows_of_nobody = rows_of_nobody[row] & inside
-        zero(output, rows_of_nobody)
+            rows_of_nobody = (nobody(source)[row] & inside).view(-1, 1, 1)
+        output.masked_fill_(rows_of_nobody, 0)

@@ -79,11 +79,17 @@ def cleaned(table: Tensor, null_slot: int) -> Tensor:
     return torch.where((table < 0) | (table == null_slot), -1, table)
 
 
-def nobody(slots: Tensor) -> Tensor:
-    """Which of cleaned slots, of fewer than 2^24, are -1: their upper bytes as booleans, without a launch."""
-    return slots.view(torch.uint8)[3::4].view(torch.bool)
+def first_column(table: Tensor, rows: int) -> Tensor:
+    """Column 0 of the first rows of a slot table. Every view costs the host some microseconds."""
+    if table.dim() == 2:
+        return table[:rows, 0]
+    return table if table.shape[0] == rows else table[:rows]
 
 
-def zero(output: Tensor, rows: Tensor) -> None:
-    """Zero the outputs of rows, or tokens, that are nobody: the vendor computes them from a zero state."""
-    output.masked_fill_(rows.view(-1, *[1] * (output.dim() - 1)), 0)
+def nobody(slots: Tensor, rank: int = 1) -> Tensor:
+    """Which of cleaned slots, of fewer than 2^24, are -1: their upper bytes as booleans, without a launch.
+
+    The result has `rank` dimensions, the last ones of size 1.
+    """
+    rows, ones = slots.shape[0], (1,) * (rank - 1)
+    return slots.view(torch.bool).as_strided((rows, *ones), (4, *ones), 3)
