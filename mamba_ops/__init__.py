@@ -19,8 +19,10 @@ from mamba_ops.ops import selective_scan as selective_scan
 from mamba_ops.ops import selective_state_update as selective_state_update
 from mamba_ops.registry import configure as configure
 from mamba_ops.registry import explain as explain
+from mamba_ops.registry import no_jit as no_jit
 from mamba_ops.registry import record_selections as record_selections
 from mamba_ops.registry import use_backend as use_backend
+from mamba_ops.warm_up import warm_up as warm_up
 
 if not TYPE_CHECKING:  # to type checkers no name that is not here exists
 

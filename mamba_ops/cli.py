@@ -24,6 +24,7 @@ except ModuleNotFoundError as error:
 import torch
 
 from mamba_ops.audit.cli import audit_command
+from mamba_ops.cold_start.commands import tune_command, warm_up_command
 from mamba_ops.options import Config, configured, fail
 from mamba_ops.registry import Backend, Op, RegistryError, backends, explain, ops
 
@@ -254,6 +255,8 @@ def compare_backends(
     raise typer.Exit(1 if comparison.problems else 0)
 
 
+app.command("warm-up")(warm_up_command)
+app.command("tune")(tune_command)
 app.command("audit", context_settings={"ignore_unknown_options": True})(audit_command)
 
 

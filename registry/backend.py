@@ -66,6 +66,7 @@ class Backend:
         priority: place in the default order; the highest usable one runs.
         devices_by_name: device types, beyond `devices`, where it runs if asked for by name; a function, because it may
             depend on the environment.
+        prepare: called once, when `requires` has been imported.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Backend:
         devices_by_name: Callable[[], Sequence[str]] = tuple,
         settings: Mapping[str, Sequence[str]] | None = None,
         why_not_setting: "Callable[[str, str, torch.device], str | None] | None" = None,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         if name != name.lower():
             raise errors.declaration(f"backend {name!r}", "names are lower case")
@@ -93,6 +95,7 @@ class Backend:
         self.why_not_setting = why_not_setting
         self.priority = priority
         self.devices_by_name = devices_by_name
+        self._prepare = prepare
         self.source = tables.caller()
         self._import_problem = cache(self._try_import)
         self._unsaid: str | None = None  # why a package that is installed cannot be imported, until it has been said
@@ -167,6 +170,8 @@ class Backend:
             return None
         try:
             importlib.import_module(self.requires)
+            if self._prepare is not None:
+                self._prepare()
         except ModuleNotFoundError as error:
             if error.name is not None and (self.requires + ".").startswith(error.name + "."):
                 return f"{self.requires} is not installed; pip install '{self.install}'"

@@ -34,6 +34,10 @@ class ConfigError(RegistryError):
         self.problems = list(problems)
 
 
+class CompilationError(RegistryError):
+    """A kernel would be compiled or tuned where that is forbidden: see `no_jit`."""
+
+
 def source_of(thing: Callable[..., Any]) -> str:
     """Return `file:line` of a function, for messages that point at a declaration."""
     code = getattr(inspect.unwrap(thing), "__code__", None)
@@ -142,3 +146,16 @@ def no_taker(op: str, reasons: Mapping[str, str], *, asked: Iterable[str], bound
     """List the backends of an order with their reasons; it goes on to no others."""
     text = str(no_backend(op, reasons))
     return NoBackendError(f"{text}\n(asked for by {bound_by}: {', '.join(asked)}, and no others)", reasons)
+
+
+def compiles(call: tuple[str, str] | None, kernel: str, cause: str, by: str) -> str:
+    """Say which kernel would be compiled, why, who forbids it, and what to do.
+
+    Args:
+        call: the op that is being called, and the warm-up call that would have covered it; None: no op is.
+        kernel: its name.
+        cause: why it is not there yet.
+        by: who forbids it.
+    """
+    op, remedy = call or ("no op of the registry", "call it once beforehand")
+    return f"{op}: kernel {kernel} would be compiled or loaded now, and {by}: {cause}; beforehand: {remedy}"

@@ -266,9 +266,14 @@ class Op(Generic[P]):
 
     def make_samples(self, device: torch.device | str, **sizes: Any) -> list[Sample]:
         """Return the op's samples on a device; `sizes` are the static sizes and dtypes that its samples know."""
+        return list(self.sampler(torch.device(device), **sizes))
+
+    @property
+    def sampler(self) -> Callable[..., Iterable[Sample]]:
+        """The function that yields the op's samples, of a device and static sizes."""
         if self._samples is None:
             raise errors.declaration(self.qualname, "has no samples; add them with @op.samples")
-        return list(self._samples(torch.device(device), **sizes))
+        return self._samples
 
     def allocate(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return a new, uninitialised output for these inputs."""

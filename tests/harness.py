@@ -3,10 +3,14 @@
 import functools
 import importlib
 import inspect
+import json
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -165,3 +169,17 @@ def environment(**variables: str) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def compiled_for_a_gpu(code: str, *arguments: object, compiles: bool = True, **variables: str) -> Any:
+    """Run code in a process in which Triton compiles for an H100 that is not there; return what it prints, as JSON.
+
+    With `compiles=False` kernels are only asked for: see `tests.compile_only`.
+    """
+    root = Path(__file__).parents[1]
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
+    code = f"import json, sys\nfrom tests import compile_only\ncompile_only.install({compiles=})\n{code}"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=root, env=environment | variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

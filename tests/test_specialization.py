@@ -1,19 +1,14 @@
 """What varies from call to call makes Triton compile nothing: read off the kernels' sources, and counted."""
 
 import importlib.util
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from mamba_ops.cold_start.specialization import audit_sources, our_modules
 from mamba_ops.cold_start.variants import audit_specialization
-
-ROOT = Path(__file__).parents[1]
+from tests.harness import compiled_for_a_gpu
 
 KERNEL = """
 import torch
@@ -67,16 +62,6 @@ def written(folder, **changes):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def compiled_for_a_gpu(code, *arguments):
-    """Run code in a process in which Triton compiles for an H100 that is not there; return what it prints, as JSON."""
-    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    code = f"import sys\nfrom tests import compile_only\ncompile_only.install()\n{code}"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def test_no_kernel_of_ours_has_a_defect():

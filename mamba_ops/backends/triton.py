@@ -17,10 +17,18 @@ from mamba_ops.ops import (
     selective_state_update,
 )
 from mamba_ops.registry import Backend
+from mamba_ops.registry.compiling import announce
 
 
 def _interpreted_on() -> tuple[str, ...]:
     return ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
+
+
+def _watch_compiler() -> None:
+    """Let Triton say when it is about to compile a kernel, to whoever forbids that."""
+    from mamba_ops.kernels.triton.watch import watch
+
+    watch(announce)
 
 
 triton = Backend(
@@ -30,6 +38,7 @@ triton = Backend(
     requires="triton",
     install="mamba-ops[triton]",
     priority=20,
+    prepare=_watch_compiler,
 )
 
 

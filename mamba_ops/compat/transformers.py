@@ -96,6 +96,11 @@ def use_mamba_ops(model: nn.Module) -> Binding:
     return binding
 
 
+def is_bound(module: nn.Module) -> bool:
+    """Return whether the modeling file of a module calls our functions now."""
+    return type(module).__module__ in _bindings
+
+
 def _functions_of(names: dict[str, Any]) -> dict[str, Callable[..., Any]]:
     """Return what goes into a modeling file with these names: our functions of every family that it has."""
     functions: dict[str, Callable[..., Any]] = {}

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK_T = 16  # tokens of a tile: no fewer than a window looks back
-_BLOCK = 256
+from mamba_ops.kernels.triton.tables import Launches, by_table
+
 _CHANNELS = 128  # that a warp owns: 8 bytes of bfloat16 a thread
 
 
@@ -204,13 +204,13 @@ def causal_conv1d(
         starts |= conv_state.data_ptr() | (state_slot | state_column) * conv_state.element_size()
     aligned = x_channel == state_channel == output_channel == 1 and starts % 16 == 0
 
+    launch = _launches(x.get_device(), dim, width)["_kernel"]
     if cu_seqlens is None:
-        tiles = sequences * triton.cdiv(x.shape[1], _BLOCK_T)
+        tiles = sequences * triton.cdiv(x.shape[1], launch["BLOCK_T"])
     else:
-        tiles = x.shape[0] // _BLOCK_T + sequences  # at most: how many there are, the device knows
-    block = min(_BLOCK, triton.next_power_of_2(dim))
+        tiles = x.shape[0] // launch["BLOCK_T"] + sequences  # at most: how many there are, the device knows
     with torch.accelerator.device_index(x.device.index):
-        _kernel[(tiles * triton.cdiv(dim, block),)](
+        _kernel[(tiles * triton.cdiv(dim, launch["BLOCK"]),)](
             x,
             weight.contiguous(),
             None if bias is None else bias.contiguous(),
@@ -235,7 +235,12 @@ def causal_conv1d(
             dim,
             width,
             silu,
-            _BLOCK_T,
-            block,
-            num_warps=max(block // _CHANNELS, 1),
+            **launch,
         )
+
+
+@by_table(_kernel="BLOCK num_warps")
+def _launches(dim: int, width: int) -> Launches:
+    """A tile has no fewer tokens than a window looks back."""
+    block = min(256, triton.next_power_of_2(dim))
+    return {"_kernel": {"BLOCK_T": 16, "BLOCK": block, "num_warps": max(block // _CHANNELS, 1)}}

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 256
-_NUM_WARPS = 4
+from mamba_ops.kernels.triton.tables import Launches, by_table
 
 
 @triton.jit(
@@ -179,8 +178,9 @@ def causal_conv1d_update(
         | (output_row | output_token) * output.element_size()
     )
     aligned = x_channel == state_channel == output_channel == 1 and starts % 16 == 0
+    launch = _launches(x.get_device(), dim, width)["_kernel"]
     with torch.accelerator.device_index(x.device.index):
-        _kernel[rows, triton.cdiv(dim, _BLOCK)](
+        _kernel[rows, triton.cdiv(dim, launch["BLOCK"])](
             x,
             conv_state,
             weight.contiguous(),
@@ -205,6 +205,11 @@ def causal_conv1d_update(
             conv_state.shape[2],
             width,
             silu,
-            _BLOCK,
-            num_warps=_NUM_WARPS,
+            **launch,
         )
+
+
+@by_table(_kernel="BLOCK num_warps")
+def _launches(dim: int, width: int) -> Launches:
+    """Two channels a thread."""
+    return {"_kernel": {"BLOCK": 256, "num_warps": 4}}

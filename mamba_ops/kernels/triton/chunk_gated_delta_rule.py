@@ -6,14 +6,13 @@ chunks of a row with some rows of one head's state in registers, where what is m
 outputs.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mamba_ops.kernels.triton.common import INTERPRETED, by_token, chunk_at, chunks_of, dense, on_device_of, tile
+from mamba_ops.kernels.triton.tables import Launches, by_table
 
 CHUNK = 64
 _PART: tl.constexpr = tl.constexpr(16)  # of a chunk: systems of so many tokens are solved token by token
@@ -304,10 +303,10 @@ def chunk_gated_delta_rule(
     state_strides = (None, None, None, None) if state is None else state.stride()
     null = None if slots is None and write_slots is None else null_slot
 
-    block_k = max(triton.next_power_of_2(k_dim), 16)
     sizes = {"K_HEADS": k_heads, "V_HEADS": v_heads, "K_DIM": k_dim, "ALIGNED": places % 16 == 0}
-    sizes |= {"CHUNK": CHUNK, "BLOCK_ROWS": 128, "BLOCK_K": block_k}
-    solve, scan = _launches(block_k, max(triton.next_power_of_2(v_dim), 16), operand)
+    sizes["CHUNK"] = CHUNK
+    launches = _launches(v.get_device(), k_dim, v_dim, str(operand).removeprefix("torch."))
+    solve, scan = launches["_solve"], launches["_scan"]
     with on_device_of(v):
         if tokens:
             _solve[(chunks * v_heads,)](
@@ -363,10 +362,12 @@ def chunk_gated_delta_rule(
         output.copy_(result.view(output.shape))
 
 
-@functools.cache
-def _launches(block_k: int, block_v: int, operand: torch.dtype) -> tuple[dict[str, int | str], dict[str, int]]:
-    """Precision, blocks, warps and stages of the two kernels."""
-    precision = {torch.bfloat16: "tf32", torch.float16: "tf32x3"}.get(operand, "ieee")
-    if operand == torch.float32:
-        return {"num_warps": 4, "PRECISION": precision}, {"BLOCK": min(block_v, 32), "num_warps": 4, "num_stages": 1}
-    return {"num_warps": 4, "PRECISION": precision}, {"BLOCK": min(block_v, 64), "num_warps": 4, "num_stages": 2}
+@by_table(_solve="num_warps num_stages", _scan="BLOCK num_warps num_stages")
+def _launches(k_dim: int, v_dim: int, operand: str) -> Launches:
+    """What is multiplied in which precision, too; a block of v has a matrix product's shortest side at least."""
+    block_k, block_v = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))
+    precision = {"bfloat16": "tf32", "float16": "tf32x3"}.get(operand, "ieee")
+    solve = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, "PRECISION": precision, "num_warps": 4}
+    wide, stages = (32, 1) if operand == "float32" else (64, 2)
+    scan = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, "BLOCK": min(block_v, wide), "num_warps": 4, "num_stages": stages}
+    return {"_solve": solve, "_scan": scan}

@@ -4,13 +4,12 @@ A program owns some rows of one head's state (v_dim by k_dim) of one row of the 
 tokens. Everything else, gates and norms included, is computed again by every program, which is cheaper than a launch.
 """
 
-import functools
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mamba_ops.kernels.triton.common import by_token, dense, is_dense, on_device_of, softplus
+from mamba_ops.kernels.triton.tables import Launches, by_table
 
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
 _NUMBERS = """slot_stride head_stride value_stride key_stride q_stride k_stride v_stride gate_stride much_stride
@@ -198,9 +197,9 @@ def gated_delta_rule_update(
     aligned = places % 16 == 0 and is_dense(state)
     head_stride, value_stride, key_stride = (None, None, None) if aligned else strides
 
-    block, width, warps, blocks = _launch(v_dim, k_dim, state.itemsize)
+    launch = _launches(state.get_device(), v_dim, k_dim, state.itemsize)["_kernel"]
     with on_device_of(state):
-        _kernel[(rows * v_heads * blocks,)](
+        _kernel[(rows * v_heads * triton.cdiv(v_dim, launch["BLOCK"]),)](
             state,
             q,
             k,
@@ -238,21 +237,19 @@ def gated_delta_rule_update(
             RAW=g is None,
             L2NORM=qk_l2norm,
             ALIGNED=aligned,
-            BLOCK=block,
-            WIDTH=width,
-            num_warps=warps,
+            **launch,
         )
     if written.data_ptr() != output.data_ptr():
         output.copy_(written.view(output.shape))
 
 
-@functools.cache
-def _launch(v_dim: int, k_dim: int, itemsize: int) -> tuple[int, int, int, int]:
-    """BLOCK, WIDTH, warps and blocks per head: a program is one warp and has 2 KB of the state.
+@by_table(_kernel="BLOCK num_warps")
+def _launches(v_dim: int, k_dim: int, itemsize: int) -> Launches:
+    """A program is one warp and has 2 KB of the state.
 
     More warps would have to meet at every sum; more of the state to a thread would take the registers that let many
     programs share a multiprocessor.
     """
     width = triton.next_power_of_2(k_dim)
     block = min(triton.next_power_of_2(v_dim), max(2048 // (width * itemsize), 1))
-    return block, width, 1, triton.cdiv(v_dim, block)
+    return {"_kernel": {"BLOCK": block, "WIDTH": width, "num_warps": 1}}

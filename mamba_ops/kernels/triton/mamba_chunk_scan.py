@@ -5,14 +5,13 @@ row, with a tile of one head's state in registers. `_outputs` then has all chunk
 state before its chunk, and of the tokens of its chunk.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mamba_ops.kernels.triton.common import INTERPRETED, by_token, dense, is_dense, on_device_of, softplus, tile
+from mamba_ops.kernels.triton.tables import Launches, by_table
 
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
 _NUMBERS = """length rows tokens null_slot slots_stride write_stride x_stride dt_stride B_stride C_stride z_stride
@@ -387,7 +386,8 @@ def mamba_chunk_scan(
     state_strides = 3 * (None,) if ssm_state is None or is_dense(ssm_state) else ssm_state.stride()[1:]
     slots_stride = None if slots is None else slots.stride(0)
     shape = {"HEADS": heads, "DIM": dim, "GROUPS": groups, "DSTATE": dstate, "CHUNK": chunk_size, "ALIGNED": aligned}
-    prepare, states, outputs = _launches(dim, dstate, chunk_size, operand.itemsize)
+    launches = _launches(x.get_device(), dim, dstate, chunk_size, operand.itemsize)
+    prepare, states, outputs = (launches[kernel] for kernel in ("_prepare", "_states", "_outputs"))
     with on_device_of(x):
         _prepare[(chunks, triton.cdiv(heads, prepare["BLOCK_HEADS"]))](
             dt,
@@ -467,9 +467,13 @@ def mamba_chunk_scan(
         chunk_states.copy_(kept)
 
 
-@functools.cache
-def _launches(dim: int, dstate: int, chunk_size: int, itemsize: int) -> tuple[dict[str, int], ...]:
-    """Block sizes and warps of the three kernels; no side of a matrix product is shorter than 16."""
+@by_table(
+    _prepare="BLOCK_HEADS num_warps",
+    _states="BLOCK_DIM BLOCK_STATE BLOCK_TOKENS num_warps num_stages",
+    _outputs="BLOCK_DIM BLOCK_TOKENS BLOCK_PAST num_warps num_stages",
+)
+def _launches(dim: int, dstate: int, chunk_size: int, itemsize: int) -> Launches:
+    """No side of a matrix product is shorter than 16."""
     dim, dstate, chunk = (max(triton.next_power_of_2(size), 16) for size in (dim, dstate, chunk_size))
     wide = 64 if itemsize < 4 else 32  # float32 goes without matrix units
     prepare = {"BLOCK_ROWS": 128, "BLOCK_TOKENS": chunk, "BLOCK_HEADS": max(2048 // chunk, 1), "num_warps": 4}
@@ -488,4 +492,4 @@ def _launches(dim: int, dstate: int, chunk_size: int, itemsize: int) -> tuple[di
         "num_warps": 4,
         "num_stages": 2,
     }
-    return prepare, states, outputs
+    return {"_prepare": prepare, "_states": states, "_outputs": outputs}

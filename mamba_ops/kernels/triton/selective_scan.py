@@ -12,18 +12,15 @@ states have several such numbers (parts) in each tensor of the tuple.
 # mypy: disable-error-code="assignment"
 # Tuples grow in what Triton compiles.
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mamba_ops.kernels.triton.common import INTERPRETED, chunk_at, chunks_of, dense, on_device_of, softplus
+from mamba_ops.kernels.triton.tables import Launches, by_table
 
 CHUNK = 64  # tokens, counted from a row's first one
-WARPS = 1
-START_BLOCK = 128  # channels of a program of `_starts`
 MORE_VARIANTS = {  # than two of a kernel that random calls of one form may compile: how many, and why
     "_ends": (3, "strided, in words of four numbers, or neither"),
     "_outputs": (6, "strided, in words of four numbers, or neither; rows of one chunk read no states of earlier ones"),
@@ -634,18 +631,17 @@ def selective_scan(
     slot_stride, dim_stride, dstate_stride = (None, None, None) if ssm_state is None else ssm_state.stride()
     null = None if slots is None and write_slots is None else null_slot
 
-    parts, width, block = _block(dstate)
-    blocks = groups * triton.cdiv(dim // groups, block)
-    words = not strided and dstate % 4 == 0 and width % 4 == 0 and all(map(_in_words, entries))
+    launches = _launches(u.get_device(), dim, dstate)
+    ends, starts, outputs = (launches[kernel] for kernel in ("_ends", "_starts", "_outputs"))
+    words = not strided and dstate % 4 == 0 and outputs["WIDTH"] % 4 == 0 and all(map(_in_words, entries))
     sizes = {"DIM": dim, "DSTATE": dstate, "CHUNK": CHUNK, "BLOCK_ROWS": 128}
     sizes_of_tokens = {**sizes, "GROUPS": groups, "SOFTPLUS": delta_softplus, "STRIDED": strided, "WORDS": words}
-    sizes_of_tokens |= {"BLOCK": block, "PARTS": parts, "WIDTH": width}
     states = sums = None
     with on_device_of(u):
         if several and tokens:
             states = torch.empty(chunks, dstate, dim, dtype=torch.float32, device=u.device)
             sums = torch.empty(chunks, dim, dtype=torch.float32, device=u.device)
-            _ends[(chunks * blocks,)](
+            _ends[(chunks * groups * triton.cdiv(dim // groups, ends["BLOCK"]),)](
                 u,
                 delta,
                 A,
@@ -675,10 +671,10 @@ def selective_scan(
                 group_stride(B),
                 B_entry,
                 **sizes_of_tokens,
-                num_warps=WARPS,
+                **ends,
             )
         if (several and tokens) or moves:
-            _starts[(rows * triton.cdiv(dim, START_BLOCK) * dstate,)](
+            _starts[(rows * triton.cdiv(dim, starts["BLOCK"]) * dstate,)](
                 A,
                 ssm_state,
                 slots,
@@ -701,12 +697,11 @@ def selective_scan(
                 dstate_stride,
                 block_size or None,
                 **sizes,
-                BLOCK=START_BLOCK,
-                num_warps=1,
+                **starts,
             )
         if tokens == 0 or chunks == 0:
             return
-        _outputs[(chunks * blocks,)](
+        _outputs[(chunks * groups * triton.cdiv(dim // groups, outputs["BLOCK"]),)](
             u,
             delta,
             A,
@@ -757,7 +752,7 @@ def selective_scan(
             B_entry,
             C_entry,
             **sizes_of_tokens,
-            num_warps=WARPS,
+            **outputs,
         )
 
 
@@ -777,10 +772,12 @@ def _in_words(tensor: Tensor) -> bool:
     return tensor.element_size() == 2 and tensor.data_ptr() % 8 == 0 and all(stride % 4 == 0 for stride in strides)
 
 
-@functools.cache
-def _block(dstate: int) -> tuple[int, int, int]:
-    """PARTS, WIDTH and BLOCK; interpreted, few operations on large tensors take less time than many."""
+@by_table(_ends="BLOCK num_warps", _starts="BLOCK num_warps", _outputs="BLOCK num_warps")
+def _launches(dim: int, dstate: int) -> Launches:
+    """A thread has a channel; interpreted, few operations on large tensors take less time than many."""
     padded = triton.next_power_of_2(dstate)
     width = min(padded, 16) if not INTERPRETED or padded <= 4 else 1
     parts = padded // width
-    return parts, width, 32 * WARPS if INTERPRETED else max(min(64 // parts, 32), 8) * WARPS
+    block = 32 if INTERPRETED else max(min(64 // parts, 32), 8)
+    tokens = {"BLOCK": block, "PARTS": parts, "WIDTH": width, "num_warps": 1}
+    return {"_ends": tokens, "_starts": {"BLOCK": 128, "num_warps": 1}, "_outputs": tokens}

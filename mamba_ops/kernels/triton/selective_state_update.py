@@ -3,13 +3,12 @@
 A program owns some channels of one head of one row: their state stays in registers over all tokens of the row.
 """
 
-import functools
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mamba_ops.kernels.triton.common import by_token, dense, is_dense, on_device_of, softplus
+from mamba_ops.kernels.triton.tables import Launches, by_table
 
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
 _NUMBERS = """slot_stride head_stride dim_stride dstate_stride x_stride dt_stride B_stride C_stride z_stride
@@ -290,13 +289,13 @@ def selective_state_update(
     aligned = places % 16 == 0 and is_dense(state)
     head_stride, dim_stride, dstate_stride = (None, None, None) if aligned else (0, *strides)[-3:]
 
-    block, width, warps, blocks = _launch(dim, dstate, A.dim() > 1)
+    launch = _launches(state.get_device(), dim, dstate, A.dim() > 1)["_kernel"]
     if rounding_seed is None:  # then neither is to tell kernels apart
         philox_rounds, round_by_hardware = 0, False
     else:
-        width = max(width, 4)
+        launch = {**launch, "WIDTH": max(launch["WIDTH"], 4)}
     with on_device_of(state):
-        _kernel[(rows * heads * blocks,)](
+        _kernel[(rows * heads * triton.cdiv(dim, launch["BLOCK"]),)](
             state,
             x,
             dt,
@@ -338,23 +337,21 @@ def selective_state_update(
             BIAS_PER_CHANNEL=headless or (dt_bias is not None and dt_bias.dim() > 1),
             SOFTPLUS=dt_softplus,
             ALIGNED=aligned,
-            BLOCK=block,
-            WIDTH=width,
             ROUNDS=philox_rounds,
             HARDWARE=round_by_hardware,
-            num_warps=warps,
+            **launch,
         )
     if written.data_ptr() != output.data_ptr():
         output.copy_(written.view(output.shape))
 
 
-@functools.cache
-def _launch(dim: int, dstate: int, full_A: bool) -> tuple[int, int, int, int]:
-    """BLOCK, WIDTH, warps and blocks per head: a thread has 32 entries of the state, or 16 and as many of a full A.
+@by_table(_kernel="BLOCK num_warps")
+def _launches(dim: int, dstate: int, full_A: bool) -> Launches:
+    """A thread has 32 entries of the state, or 16 and as many of a full A.
 
     With more threads than a channel has entries, each reads of B and C what it needs, without shared memory.
     """
     width = triton.next_power_of_2(dstate)
     entries = 4096 if full_A else 8192
     block = min(triton.next_power_of_2(dim), max(entries // width, 1))
-    return block, width, min(max(8 * block * width // entries, 1), 8), triton.cdiv(dim, block)
+    return {"_kernel": {"BLOCK": block, "WIDTH": width, "num_warps": min(max(8 * block * width // entries, 1), 8)}}

@@ -1,0 +1,80 @@
+"""What callers of the warm-up say, put right: where, in which dtypes, on which backends, and who watches."""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from mamba_ops.registry import Op
+from mamba_ops.registry import backends as all_backends
+from mamba_ops.registry.errors import unknown
+
+Progress = Callable[[str, int, int], None]
+
+
+def device_of(
+    what: nn.Module | Op[...] | str | Sequence[Op[...] | str], device: torch.device | str | None
+) -> torch.device:
+    """Return the device to warm up, with its number if it can have one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    try:
+        found = None if device is None else torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device: got {device!r}, expected a device, as cuda or cuda:1") from None
+    if found is None and isinstance(what, nn.Module):
+        found = next((t.device for t in what.parameters() if t.device.type not in ("cpu", "meta")), None)
+    if found is None:
+        found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if found.type != "cpu" and not torch.get_device_module(found).is_available():
+        raise ValueError(f"device: got {found}, which is not here")
+    if found.type != "cpu" and found.index is None:
+        found = torch.device(found.type, torch.get_device_module(found).current_device())
+    return found
+
+
+def pairs_of(
+    dtypes: Sequence[torch.dtype | tuple[torch.dtype | None, torch.dtype]] | None,
+) -> list[tuple[torch.dtype | None, torch.dtype]]:
+    """Return the dtypes of activations, each with that of states."""
+    single: list[torch.dtype | tuple[torch.dtype | None, torch.dtype] | None] = [*dtypes] if dtypes else [None]
+    return [pair if isinstance(pair, tuple) else (pair, torch.float32) for pair in single]
+
+
+def known_backends(names: Sequence[str] | None) -> list[str | None]:
+    """Return the backends asked for, in lower case; None stands for the default order."""
+    if names is None:
+        return [None]
+    known = {backend.name for backend in all_backends()}
+    found = [name.lower() for name in ([names] if isinstance(names, str) else names)]
+    for name in found:
+        if name not in known:
+            raise unknown("backend", name, known)
+    return [*found]
+
+
+@contextmanager
+def shown(progress: Progress | bool | None) -> Iterator[Progress]:
+    """Yield what is told of progress: the caller's function, a bar, or nobody."""
+    if callable(progress):
+        yield progress
+    elif progress or (progress is None and sys.stderr.isatty() and importlib.util.find_spec("rich")):
+        from rich.console import Console
+        from rich.progress import Progress as Bars
+
+        with Bars(console=Console(stderr=True), transient=True) as bars:
+            tasks: dict[str, int] = {}
+
+            def tell(step: str, done: int, total: int) -> None:
+                if step not in tasks:
+                    tasks[step] = bars.add_task(step)
+                bars.update(tasks[step], completed=done, total=total)  # type: ignore[arg-type]
+
+            yield tell
+    else:
+        yield lambda step, done, total: None

@@ -1,0 +1,155 @@
+"""Every way in which serving calls a layer: whole sequences or packed ones, cached or not, decoding, planned."""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
+from mamba_ops.serving import Plan
+
+TOKENS = 140  # that are read: rows of more than a chunk, of every kernel that has one size of chunks
+SHORT = 5
+SLOTS = 4
+_OF_NO_KERNEL = ("layer_idx", "training")
+
+
+class Layer(NamedTuple):
+    """One kind of layer of a model, and the first module of that kind."""
+
+    name: str
+    module: nn.Module
+    kind: tuple[Any, ...]
+    config: Any
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """Return one layer of every kind among those that run on the ops: `mamba_ops.layers`, and Transformers' when bound.
+
+    Layers are of one kind if they are of one class and agree in all numbers that they keep and in the shapes and dtypes
+    of their parameters, which are this rank's own.
+    """
+    found: dict[tuple[Any, ...], Layer] = {}
+    config = getattr(model, "config", None)
+    for name, module in model.named_modules():
+        if isinstance(module, Mamba | Mamba2 | GatedDeltaNet) or _is_bound_mixer(module):
+            kind = _kind(module)
+            if kind not in found:
+                own = getattr(module, "config", None)
+                found[kind] = Layer(name or type(module).__name__, module, kind, config if own is None else own)
+    return list(found.values())
+
+
+def _is_bound_mixer(module: nn.Module) -> bool:
+    """Whether a module is a mixer of Transformers that calls our functions."""
+    bound = sys.modules.get("mamba_ops.compat.transformers")
+    return bound is not None and bound.is_bound(module) and hasattr(module, "A_log") and hasattr(module, "conv1d")
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    plain = (bool, int, float, str, tuple)
+    numbers = {n: v for n, v in vars(module).items() if isinstance(v, plain) and n not in _OF_NO_KERNEL}
+    tensors = [(n, tuple(t.shape), t.dtype) for n, t in module.state_dict(keep_vars=True).items()]
+    return (type(module), repr(sorted(numbers.items())), tuple(tensors))
+
+
+def on_device(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """Return the module itself, or if it is elsewhere or of another dtype, one like it with random parameters."""
+    tensors = [*module.parameters(), *module.buffers()]
+    if all(t.device == device and (dtype is None or not t.is_floating_point() or t.dtype == dtype) for t in tensors):
+        return module
+    memo: dict[int, Any] = {}
+    for t in tensors:
+        new = torch.randn(t.shape, device=device, dtype=torch.float32) * 0.1
+        like = new.to(dtype if dtype and t.is_floating_point() else t.dtype)
+        memo[id(t)] = nn.Parameter(like, requires_grad=False) if isinstance(t, nn.Parameter) else like
+    return copy.deepcopy(module, memo)
+
+
+def calls_of(layer: Layer, module: nn.Module, state_dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield everything that serving may do with a layer, each with its name."""
+    if isinstance(module, Mamba | Mamba2 | GatedDeltaNet):
+        yield from _calls_of_ours(module, state_dtype)
+    else:
+        yield from _calls_of_transformers(layer, module)
+
+
+def _calls_of_ours(
+    module: Mamba | Mamba2 | GatedDeltaNet, state_dtype: torch.dtype
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    weight = module.out_proj.weight
+    device, size = weight.device, weight.shape[0]
+
+    def hidden(*lead: int) -> Tensor:
+        return torch.randn(*lead, size, device=device, dtype=weight.dtype)
+
+    def caches(spare: int = 0) -> tuple[Tensor, Tensor]:
+        conv_state, ssm_state = (torch.randn_like(t) for t in module.empty_caches(SLOTS, state_dtype=state_dtype))
+        if spare:
+            slots, dim, columns = conv_state.shape
+            conv_state = conv_state.new_zeros(slots, columns + spare, dim).transpose(1, 2)
+        return conv_state, ssm_state
+
+    slots = torch.tensor([2, 0], dtype=torch.int32, device=device)
+    known = torch.tensor([True, False], device=device)
+    lengths = {TOKENS: ""}
+    if isinstance(module, Mamba):  # its scan is another where no row can have more than a chunk
+        lengths[SHORT] = ", short"
+    for tokens, short in lengths.items():
+        packed = torch.tensor([0, 1, tokens], dtype=torch.int32, device=device)
+        for lead, cu_seqlens, what in (((2, tokens), None, "whole sequences"), ((tokens,), packed, "packed")):
+            yield f"{what}{short}", partial(lambda lead, cu: module(hidden(*lead), cu_seqlens=cu), lead, cu_seqlens)
+            for where, where_words in ((None, ""), (slots, ", slots")):
+                for initial, initial_words in ((None, ""), (known, ", initial states")):
+                    options = {"cu_seqlens": cu_seqlens, "slots": where, "has_initial_state": initial}
+                    name = f"{what}{short}, cached{where_words}{initial_words}"
+                    yield (
+                        name,
+                        partial(lambda lead, options: module(hidden(*lead), *caches(), **options), lead, options),
+                    )
+    for lead, what in (((2,), "one token"), ((2, 2), "a few tokens")):
+        for where, words in ((None, ""), (slots, ", slots")):
+            yield (
+                f"{what}{words}",
+                partial(lambda lead, at: module.step(hidden(*lead), *caches(), slots=at), lead, where),
+            )
+    for tokens, short in lengths.items():
+        plan, speculative = _plans(tokens, device)
+        yield f"a plan{short}", partial(lambda plan: module(hidden(plan.tokens), *caches(), plan=plan), plan)
+        yield (
+            f"a speculative plan{short}",
+            partial(lambda plan: module(hidden(plan.tokens), *caches(1), plan=plan), speculative),
+        )
+
+
+def _plans(tokens: int, device: torch.device) -> tuple[Plan, Plan]:
+    """A decode and two sequences that are read, one of them from a state; the second with two tokens to decode."""
+    rows: dict[str, Any] = {"max_requests": 8, "device": device}
+    plain = Plan.of([9, 0, 5], [1, tokens - 3, 3], [0, 1, 2], **rows)
+    table = [[0, 1], [2, -1], [3, -1]]
+    return plain, Plan.of([9, 0, 5], [2, tokens - 3, 3], table, accepted=[2, 0, 0], **rows)
+
+
+def _calls_of_transformers(layer: Layer, module: nn.Module) -> Iterator[tuple[str, Callable[[], object]]]:
+    """A mixer's own calls: it has its inputs first of all, and its cache is the model's."""
+    first = next(m for m in module.modules() if isinstance(m, nn.Linear))
+    size: Any = getattr(module, "hidden_size", first.in_features)
+    device, dtype = first.weight.device, first.weight.dtype
+
+    def hidden(rows: int, tokens: int) -> Tensor:
+        return torch.randn(rows, tokens, size, device=device, dtype=dtype)
+
+    def cached(tokens: int) -> None:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=layer.config)
+        for count in (tokens, 1, 1):
+            module(hidden(2, count), cache_params=cache)
+
+    for tokens, what in ((TOKENS, "whole sequences"), (SHORT, "short ones"), (1, "one token")):
+        yield what, partial(lambda tokens: module(hidden(2, tokens)), tokens)
+        yield f"{what}, cached, then tokens", partial(cached, tokens)

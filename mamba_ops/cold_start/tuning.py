@@ -1,0 +1,173 @@
+"""Makes a table of launch configurations by timing, on the machine at hand, once and not on a call."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mamba_ops.cold_start.forms import FORMS, Draw
+from mamba_ops.cold_start.specialization import our_modules
+from mamba_ops.registry import Sample, ops, use_backend
+from mamba_ops.registry.compiling import allow_jit
+from mamba_ops.registry.errors import unknown
+
+WORTH = 0.98  # of the time: what saves less is noise
+LARGEST = {"num_warps": 8, "num_stages": 4}
+READS, UPDATES = ((1, 4096), (16, 512)), ((64, 1), (256, 1))  # rows, and tokens of each
+
+
+class Tuned(NamedTuple):
+    """What tuning found for one op and one set of static sizes: microseconds of its workloads before and after."""
+
+    op: str
+    sizes: Mapping[str, Any]
+    launches: Mapping[str, Mapping[str, int]]
+    before_us: float
+    after_us: float
+
+
+def tune(
+    names: list[str],
+    device: torch.device,
+    folder: Path,
+    *,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    progress: Callable[[str, int, int], None],
+    clock: Callable[[Callable[[], object]], float] | None = None,
+) -> list[Tuned]:
+    """Time the kernels of some ops with other blocks, warps and stages, and keep the fastest in a table.
+
+    The table is `<family>.json` in the folder; what it has for these sizes already is not timed again, so a run that
+    was stopped goes on where it was. Each trial runs on copies of what the op mutates.
+
+    Args:
+        names: the ops.
+        device: where to run; the table is for all devices of its family.
+        folder: where the table is, for MAMBA_OPS_CONFIG_DIR.
+        sizes: static sizes, by the names that `mamba_ops.cold_start.forms.SIZES` has.
+        dtype, state_dtype: of activations and states.
+        progress: is told what is being done, how much of it is, and of how much.
+        clock: returns the milliseconds of a call; None: Triton's own benchmark.
+
+    Raises:
+        ValueError: a name of no op, or of one without Triton kernels of its own.
+    """
+    for name in names:
+        if name not in ops():
+            raise unknown("op", name, FORMS)
+        if name not in FORMS:
+            raise ValueError(f"{name} has no launches of its own; ops to tune: {', '.join(sorted(FORMS))}")
+    our_modules()  # so that all rules are known
+    from mamba_ops.kernels.triton import tables
+
+    path = folder / f"{tables.family(-1 if device.index is None else device.index)}.json"
+    found = []
+    with allow_jit(), use_backend("triton"), torch.no_grad():
+        for name in names:
+            samples = list(_workloads(name, device, sizes, dtype, state_dtype))
+            keys = _keys_of(name, samples, tables.chosen)
+            table = tables.load(path)
+            done = [entry["sizes"] for entry in table["kernels"].get(name, ())]
+            if all(key in done for key in keys):
+                progress(f"{name}: in the table", 1, 1)
+                continue
+            tuned = _tune(name, keys[0], samples, clock or _milliseconds, tables, progress)
+            found.append(tuned)
+            entry = {"sizes": keys[0], "launches": tuned.launches, "us": [tuned.before_us, tuned.after_us]}
+            table["kernels"].setdefault(name, []).append(entry)
+            table |= _facts(device)
+            folder.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".tmp").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+            path.with_suffix(".tmp").replace(path)  # whole, or not at all
+    return found
+
+
+def _workloads(
+    name: str, device: torch.device, sizes: Mapping[str, int], dtype: torch.dtype, state_dtype: torch.dtype
+) -> Iterator[Sample]:
+    """What serving does most: long prompts and many, or the next token of many sequences."""
+    forms, call = FORMS[name]
+    reads = "packed cached" in forms
+    for rows, length in READS if reads else UPDATES:
+        draw = Draw(device, rows, length, sizes=dict(sizes), dtype=dtype, state_dtype=state_dtype)
+        yield call(draw, "packed cached" if reads else "one token")
+
+
+def _keys_of(name: str, samples: list[Sample], chosen: list[Any]) -> list[dict[str, Any]]:
+    """Run the workloads once, and return the static sizes by which their launches are chosen."""
+    before = len(chosen)
+    from mamba_ops.kernels.triton import tables
+
+    tables.forget(name)
+    for sample in samples:
+        _run(name, sample)()
+    return [dict(choice.sizes) for choice in chosen[before:] if choice.op == name]
+
+
+def _run(name: str, sample: Sample) -> Callable[[], object]:
+    """A call on copies of what the op mutates; with an output of its own, as of a compiled graph."""
+    mine = sample.clone()
+    return partial(ops()[name], *mine.args, **mine.kwargs)
+
+
+def _tune(
+    name: str,
+    key: dict[str, Any],
+    samples: list[Sample],
+    clock: Callable[[Callable[[], object]], float],
+    tables: Any,
+    progress: Callable[[str, int, int], None],
+) -> Tuned:
+    """Change one number after the other, and keep what makes the workloads faster, as long as something does."""
+
+    def cost(launches: dict[str, dict[str, int]]) -> float:
+        tables.force(name, launches)
+        try:
+            # The geometric mean: each workload counts as much as the others.
+            return math.exp(sum(math.log(1e3 * clock(_run(name, sample))) for sample in samples) / len(samples))
+        except Exception as error:  # it needs more than the device has, or Triton cannot compile it
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return math.inf
+        finally:
+            tables.force(name, None)
+
+    rule = tables.rules[name](*key.values())
+    best: dict[str, dict[str, int]] = {}
+    before = least = cost(best)
+    free = [(kernel, number) for kernel, numbers in tables.tunable[name].items() for number in numbers]
+    for done, (kernel, number) in enumerate(free):
+        progress(f"{name}: {kernel}, {number}", done, len(free))
+        now = best.get(kernel, {}).get(number, rule[kernel].get(number, 3))  # Triton's own number of stages
+        for step in (2, 0.5) if number != "num_stages" else (1, -1):
+            value = now
+            while True:
+                value = int(value * step) if number != "num_stages" else value + int(step)
+                if not 1 <= value <= LARGEST.get(number, 512):
+                    break
+                trial = {**best, kernel: {**best.get(kernel, {}), number: value}}
+                if (taken := cost(trial)) >= WORTH * least:
+                    break
+                best, least = trial, taken
+    progress(f"{name}: done", len(free), len(free))
+    tables.forget(name)
+    return Tuned(name, key, best, before, least)
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=10, rep=40, return_mode="median"))
+
+
+def _facts(device: torch.device) -> dict[str, str]:
+    import triton
+
+    name = "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+    return {"device": name, "torch": torch.__version__, "triton": triton.__version__}

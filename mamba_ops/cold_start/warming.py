@@ -1,0 +1,280 @@
+"""Calls everything that a model or some ops may be called with, so that the first call of each is not a slow one."""
+
+import gc
+import inspect
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from mamba_ops.cold_start.layers import calls_of, layers_of, on_device
+from mamba_ops.cold_start.loading import Load, Loader
+from mamba_ops.registry import Op, Selection, backends, generation, ops, record_selections, use_backend
+from mamba_ops.registry.backend import COMPOSED
+from mamba_ops.registry.compiling import allow_jit
+from mamba_ops.registry.errors import unknown
+from mamba_ops.registry.tables import backends as all_backends
+
+_log = logging.getLogger("mamba_ops")
+
+Dtypes = tuple[torch.dtype | None, torch.dtype]
+"""Of the activations and of the states."""
+
+
+class Row(NamedTuple):
+    """One op in one way in which it is called.
+
+    Attributes:
+        op: qualified name.
+        backend: who ran it.
+        variant: the layer and what it did, or the op's sample.
+        seconds: what its kernels took to compile or to read from disk, beside each other in threads.
+        cached: whether all its kernels were there: in this process, or on disk.
+    """
+
+    op: str
+    backend: str
+    variant: str
+    seconds: float
+    cached: bool
+
+
+class WarmUp(list[Row]):
+    """The rows of a warm-up, and what it did as a whole.
+
+    Attributes:
+        seconds: how long all of it took.
+        compiled, loaded: how many kernels were compiled, and read from disk.
+        slowest: kernels and the seconds that each took, the slowest first.
+        peak_bytes: the most memory that it had at one time on the device, beyond what was there; it is free again.
+        skipped: a sentence for each layer or sample that was left out.
+        configurations: a line for each op and its static sizes: how its Triton kernels are launched, and whose choice
+            that is.
+    """
+
+    def __init__(self, rows: Iterable[Row] = ()) -> None:
+        super().__init__(rows)
+        self.seconds = 0.0
+        self.compiled = self.loaded = self.peak_bytes = 0
+        self.slowest: list[tuple[str, float]] = []
+        self.skipped: list[str] = []
+        self.configurations: list[str] = []
+
+    def __str__(self) -> str:
+        told = f"{len(self)} variants of {len({row.op for row in self})} ops in {self.seconds:.2f} s"
+        told += f", {self.compiled} kernels compiled, {self.loaded} read from disk"
+        told += f", {self.peak_bytes / 2**20:.0f} MiB at most" if self.peak_bytes else ""
+        if self.compiled and self.slowest:
+            told += f"; the slowest kernel is {self.slowest[0][0]}, {self.slowest[0][1]:.2f} s"
+        return "; ".join([told, *(f"skipped {reason}" for reason in self.skipped)])
+
+
+Calls = Iterable[tuple[str, Callable[[], object]]]
+"""What to call, each with its name; made one after the other, so that tensors live no longer than their call."""
+Progress = Callable[[str, int, int], None]
+"""Is told what is being done, how much of it is, and of how much."""
+
+
+class _Unit(NamedTuple):
+    """A kind of layer, or an op with some sizes: what is warmed up once."""
+
+    name: str
+    key: tuple[Any, ...]
+    calls: Callable[[], Calls]
+    backend: str | None
+
+
+_done: dict[tuple[Any, ...], list[Row]] = {}
+"""The rows of all that was warmed up in this process."""
+
+
+def warm_up(
+    what: nn.Module | Op[...] | str | Sequence[Op[...] | str],
+    device: torch.device,
+    pairs: Sequence[Dtypes],
+    sizes: Mapping[str, int],
+    backends: Sequence[str | None],
+    threads: int | None,
+    progress: Progress,
+) -> WarmUp:
+    """Do what `mamba_ops.warm_up` says."""
+    begin, report = time.perf_counter(), WarmUp()
+    units: list[_Unit] = []
+    for backend in backends:
+        common = (str(device), backend or generation())
+        for pair in pairs:
+            if isinstance(what, nn.Module):
+                units += _of_model(what, device, pair, backend, common)
+            else:
+                units += _of_ops(what, device, pair, sizes, backend, common)
+    new = [unit for unit in units if unit.key not in _done]
+    if new:
+        _make(new, device, threads, progress, report)
+    for unit in units:
+        rows = _done.get(unit.key, [])
+        report += rows if unit in new else [row._replace(seconds=0.0, cached=True) for row in rows]
+    if (tables := sys.modules.get("mamba_ops.kernels.triton.tables")) is not None:
+        report.configurations += map(str, tables.chosen)
+    report.seconds = time.perf_counter() - begin
+    _log.info("warm_up: %s", report)
+    return report
+
+
+def _of_model(
+    model: nn.Module, device: torch.device, pair: Dtypes, backend: str | None, common: tuple[Any, ...]
+) -> Iterator[_Unit]:
+    dtype, state_dtype = pair
+    if not (layers := layers_of(model)):
+        expected = "a model with layers of mamba_ops.layers, or of Transformers after use_mamba_ops(model)"
+        raise ValueError(f"warm_up: model_or_ops: got {type(model).__name__}, expected {expected}")
+    for layer in layers:
+
+        def calls(layer: Any = layer) -> Calls:
+            return calls_of(layer, on_device(layer.module, device, dtype), state_dtype)
+
+        yield _Unit(layer.name, (*common, *layer.kind, *pair), calls, backend)
+
+
+def _of_ops(
+    what: Op[...] | str | Sequence[Op[...] | str],
+    device: torch.device,
+    pair: Dtypes,
+    sizes: Mapping[str, int],
+    backend: str | None,
+    common: tuple[Any, ...],
+) -> Iterator[_Unit]:
+    known = ops()
+    for item in [what] if isinstance(what, (str, Op)) else what:
+        if isinstance(item, str) and item not in known:
+            raise unknown("op", item, known)
+        op = known[item] if isinstance(item, str) else item
+        names = inspect.signature(op.sampler).parameters
+        wanted: dict[str, Any] = {n: size for n, size in sizes.items() if n in names}
+        wanted |= {n: d for n, d in zip(("dtype", "state_dtype"), pair, strict=True) if d and n in names}
+
+        def calls(op: Op[...] = op, wanted: dict[str, Any] = wanted) -> Calls:
+            samples = iter(op.sampler(device, **wanted))
+            while True:
+                with _DrawnOnDevice(device):
+                    if (sample := next(samples, None)) is None:
+                        return
+                yield sample.name, partial(op, *sample.args, **sample.kwargs)
+
+        yield _Unit(op.qualname, (*common, op.qualname, tuple(sorted(wanted.items(), key=str))), calls, backend)
+
+
+class _DrawnOnDevice(TorchFunctionMode):
+    """Lets samples, which draw random numbers on the CPU to be the same everywhere, draw them where they are used."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function in (torch.rand, torch.randn) and "device" not in kwargs:
+            kwargs = {n: v for n, v in kwargs.items() if n != "generator"} | {"device": self.device}
+        return function(*args, **kwargs)
+
+
+# -- making the calls -------------------------------------------------------------------------------------------------
+
+
+def _make(units: list[_Unit], device: torch.device, threads: int | None, progress: Progress, report: WarmUp) -> None:
+    """Load what the calls need, then make them; their rows go to `_done`."""
+    module = torch.get_device_module(device)
+    measures = device.type != "cpu" and hasattr(module, "max_memory_allocated")
+    if measures:
+        module.reset_peak_memory_stats(device)
+        before = module.memory_allocated(device)
+    loader = Loader(device) if _triton_compiles(device) else None
+    asked: dict[tuple[int, str], list[Load]] = {}
+    random_state = torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type)
+    with ExitStack() as stack:
+        stack.enter_context(random_state)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(allow_jit())
+        if loader is not None:
+            stack.enter_context(loader.active(threads))
+            for number, unit in enumerate(units):
+                progress("looking what there is to compile", number, len(units))
+                for variant, run in _tried(unit, report):
+                    with loader.asking() as loads:
+                        run()
+                    asked[number, variant] = loads
+            progress("looking what there is to compile", len(units), len(units))
+            loader.wait(progress)
+        for number, unit in enumerate(units):
+            progress("calling each once", number, len(units))
+            rows: list[Row] = []
+            for variant, run in _tried(unit, report):
+                more: list[Load] = []
+                with record_selections() as ran, ExitStack() as seen:
+                    if loader is not None:
+                        more = seen.enter_context(loader.seeing())
+                    run()
+                loads = [*asked.get((number, variant), []), *more]
+                rows += [_row(ran_on, variant, loads, seen=loader is not None) for ran_on in dict.fromkeys(ran)]
+            if device.type != "cpu":
+                module.synchronize(device)
+            _done[unit.key] = rows
+        progress("calling each once", len(units), len(units))
+    loads = list(loader.loads.values()) if loader else []
+    report.compiled = sum(load.from_disk is False for load in loads)
+    report.loaded = sum(load.from_disk is True for load in loads)
+    report.slowest = sorted(((load.kernel, load.seconds) for load in loads), key=lambda pair: -pair[1])
+    gc.collect()
+    if measures:
+        report.peak_bytes = module.max_memory_allocated(device) - before
+        module.empty_cache()
+
+
+def _tried(unit: _Unit, report: WarmUp) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The calls of a unit, on its backend; what raises because it cannot be called so is left out, with a sentence."""
+
+    def guarded(variant: str, run: Callable[[], object]) -> None:
+        try:
+            with use_backend(unit.backend) if unit.backend else nullcontext():
+                run()
+        except (AttributeError, TypeError, ValueError) as error:
+            skip(f"{unit.name}, {variant}", error)
+
+    def skip(what: str, error: Exception) -> None:
+        sentence = f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        if sentence not in report.skipped:
+            report.skipped.append(sentence)
+
+    try:
+        for variant, run in unit.calls():
+            yield variant, partial(guarded, variant, run)
+    except (AttributeError, TypeError, ValueError) as error:
+        skip(unit.name, error)
+
+
+def _row(selection: Selection, variant: str, loads: list[Load], *, seen: bool) -> Row:
+    """The row of one op; what a composed op loaded is what the ops inside did.
+
+    `seen`: Triton was watched. Of a backend that compiles otherwise, or not at all, only the first call is a new one.
+    """
+    composed = selection.backend == COMPOSED.name
+    own = [load for load in loads if load.op == selection.op or composed]
+    watched = seen and (composed or all_backends[selection.backend].requires == "triton")
+    cached = watched and all(load.from_disk for load in own)
+    return Row(selection.op, selection.backend, variant, sum(load.seconds for load in own), cached)
+
+
+def _triton_compiles(device: torch.device) -> bool:
+    """Whether Triton is here, and compiles for the device."""
+    triton = next((backend for backend in backends() if backend.requires == "triton"), None)
+    if triton is None or triton.why_unusable(device.type) is not None:
+        return False
+    from triton import knobs
+
+    return not knobs.runtime.interpret

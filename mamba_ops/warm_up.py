@@ -1,0 +1,61 @@
+"""The front of the warm-up; what it needs is imported when it is called."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mamba_ops.registry import Op
+
+if TYPE_CHECKING:
+    from mamba_ops.cold_start.warming import WarmUp
+
+
+def warm_up(
+    model_or_ops: "nn.Module | Op[...] | str | Sequence[Op[...] | str]",
+    *,
+    device: torch.device | str | None = None,
+    dtypes: "Sequence[torch.dtype | tuple[torch.dtype | None, torch.dtype]] | None" = None,
+    sizes: Mapping[str, int] | None = None,
+    backends: Sequence[str] | None = None,
+    threads: int | None = None,
+    progress: Callable[[str, int, int], None] | bool | None = None,
+) -> "WarmUp":
+    """Compile, load and call once every kernel that serving can ask for, so that no later call is a slow first one.
+
+    Of a model, each kind of layer is called in every way in which it can be: whole sequences and packed ones, cached or
+    not, with slots and initial states or not, one token and a few, with plans, speculative or not. Those are the layers
+    of `mamba_ops.layers`, and those of Transformers after `use_mamba_ops`; sizes and dtypes are those of their own
+    parameters, so this rank's. Layers that are alike are called once. A layer whose parameters are elsewhere, as on the
+    meta device, is replaced by a random one meanwhile. Of an op, one of another package's too, its samples are called.
+
+    Kernels compile in threads, and what was compiled is kept on disk by Triton: the next process reads it. What is
+    warmed up already is not looked at again. Call it before the caches take the memory; its own is given back.
+
+    Args:
+        model_or_ops: a model, or an op or several, or their names.
+        device: where calls will be made. None: where the model is if that is no CPU, else this machine's accelerator,
+            else the CPU.
+        dtypes: dtypes of activations, each in a pair with that of states (alone: float32 states). None: the layers'
+            own, or the samples', with float32 states.
+        sizes: of ops: the static sizes that their samples are functions of (`heads`, `dim`, ...); others are ignored.
+        backends: names of the backends to call it on, one after the other. None: the default order.
+        threads: how many compile at a time. None: as many as there are cores, 32 at most.
+        progress: called with what is being done, how much of it is, and of how much; True for a bar. None: a bar
+            where the standard error is a terminal and rich is installed.
+
+    Returns:
+        A list of rows `(op, backend, variant, seconds, cached)`, with the whole's figures and with a sentence for each
+        layer or sample that was skipped: because it is incomplete, or no backend takes it.
+
+    Raises:
+        ValueError: a name that nobody registered, or a module without layers that run on the ops.
+    """
+    from mamba_ops.cold_start import arguments, warming
+
+    where = arguments.device_of(model_or_ops, device)
+    pairs = arguments.pairs_of(dtypes)
+    names: Sequence[Any] = arguments.known_backends(backends)
+    with arguments.shown(progress) as tell:
+        return warming.warm_up(model_or_ops, where, pairs, sizes or {}, names, threads, tell)

@@ -1,0 +1,170 @@
+"""Launch configurations: the shipped table is what was measured, own tables come first, tuning makes them."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from mamba_ops.cold_start import tuning
+from mamba_ops.cold_start.specialization import our_modules
+from mamba_ops.kernels.triton import tables
+from mamba_ops.registry import use_backend
+from tests.harness import compiled_for_a_gpu, environment
+
+our_modules()  # so that all rules are known
+LAUNCHES = tables.choosers["gated_delta_rule_update"]
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    yield
+    for op in tables.rules:
+        tables.forget(op)
+
+
+def own_table(folder, launches, op="gated_delta_rule_update", **sizes):
+    """A table of one entry, for devices as they are here."""
+    sizes = {"v_dim": 24, "k_dim": 16, "itemsize": 4} | sizes
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{tables.family(-1)}.json"
+    path.write_text(json.dumps({"kernels": {op: [{"sizes": sizes, "launches": launches}]}}))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(tables.TABLES.glob("*.json")), ids=lambda path: path.stem)
+def test_a_shipped_table_says_what_was_chosen_when_the_kernels_were_measured(path):
+    for op, entries in tables.load(path)["kernels"].items():
+        for entry in entries:
+            rule = tables.rules[op](*entry["sizes"].values())
+            assert entry["launches"].keys() == tables.tunable[op].keys()
+            for kernel, launch in entry["launches"].items():
+                assert launch.items() <= rule[kernel].items()
+
+
+def test_a_device_of_a_known_family_has_its_launches_from_the_table():
+    path, sources = compiled_for_a_gpu(
+        "import torch, mamba_ops\n"
+        "from mamba_ops.kernels.triton import selective_state_update as kernel, tables\n"
+        "kernel._launches(-1, 64, 128, False), kernel._launches(-1, 48, 128, False)\n"
+        "print(json.dumps([str(tables.TABLES / 'cuda-90.json'), [str(c) for c in tables.chosen]]))",
+        compiles=False,
+    )
+    told = (
+        "selective_state_update on cuda-90, dim {}, dstate 128, full_A False: _kernel BLOCK 64, WIDTH 128, num_warps 8"
+    )
+    assert sources == [f"{told.format(64)} ({path})", f"{told.format(48)} (rule)"]
+
+
+def test_an_own_table_comes_before_the_rule_and_is_looked_at_once(tmp_path):
+    path = own_table(tmp_path, {"_kernel": {"BLOCK": 4, "num_warps": 2}})
+    with environment(MAMBA_OPS_CONFIG_DIR=str(tmp_path)):
+        tables.forget("gated_delta_rule_update")
+        launch = LAUNCHES(-1, 24, 16, 4)
+        assert launch == {"_kernel": {"BLOCK": 4, "WIDTH": 16, "num_warps": 2}}
+        path.unlink()
+        assert LAUNCHES(-1, 24, 16, 4) is launch
+        assert tables.chosen[-1].source == str(path)
+        assert LAUNCHES(-1, 24, 16, 2) == tables.rules["gated_delta_rule_update"](24, 16, 2)
+
+
+def test_a_kernel_runs_as_its_table_says(tmp_path, device):
+    import mamba_ops
+
+    op = mamba_ops.gated_delta_rule_update
+    sample = op.make_samples(device)[0]
+    own_table(tmp_path, {"_kernel": {"BLOCK": 4}})
+    outputs = []
+    with use_backend("triton"), torch.no_grad():
+        for folder in ("nowhere", tmp_path):
+            with environment(MAMBA_OPS_CONFIG_DIR=str(folder)):
+                tables.forget(op.name)
+                mine = sample.clone()
+                outputs.append(op(*mine.args, **mine.kwargs))
+    assert torch.equal(*outputs)  # rows of the state are independent, whatever the block
+
+
+@pytest.mark.parametrize(
+    ("launches", "sentence"),
+    [
+        ({"_scan": {}}, "got kernel '_scan', expected one of _kernel"),
+        ({"_kernel": {"WIDTH": 8}}, "_kernel: got 'WIDTH', expected one of BLOCK, num_warps"),
+        ({"_kernel": {"BLOCK": 12}}, "_kernel: BLOCK: got 12, expected a power of two"),
+        ({"_kernel": {"BLOCK": "8"}}, "_kernel: BLOCK: got '8', expected a power of two"),
+    ],
+)
+def test_a_table_cannot_make_a_kernel_wrong(launches, sentence, tmp_path):
+    path = own_table(tmp_path, launches)
+    with environment(MAMBA_OPS_CONFIG_DIR=str(tmp_path)):
+        tables.forget("gated_delta_rule_update")
+        with pytest.raises(ValueError, match="gated_delta_rule_update") as raised:
+            LAUNCHES(-1, 24, 16, 4)
+    assert str(raised.value) == f"{path}: gated_delta_rule_update: {sentence}"
+
+
+def test_a_broken_table_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_text('{"kernels": []}')
+    with pytest.raises(ValueError, match=r"broken\.json: got kernels is no object, expected a table"):
+        tables.load(path)
+
+
+# -- tuning -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tune(tmp_path, monkeypatch, device):
+    """Tune one op with a clock that likes blocks of 4 and does not let the op run; return what was found."""
+    monkeypatch.setattr(tuning, "UPDATES", ((3, 1),))
+    seen, told = [], []
+
+    def clock(call):
+        args, op = call.args, "gated_delta_rule_update"
+        call()
+        launch = tables.rules[op](16, 16, 4)["_kernel"] | tables.forced[op].get("_kernel", {})
+        seen.append((dict(launch), args[0].data_ptr()))
+        if launch["num_warps"] > 4:
+            raise RuntimeError("out of resource: shared memory")
+        return 1 + abs(math.log2(launch["BLOCK"] / 4))
+
+    def run(*, sizes=None):
+        return tuning.tune(
+            ["gated_delta_rule_update"],
+            device,
+            tmp_path,
+            sizes=sizes or {},
+            dtype=torch.float32,
+            state_dtype=torch.float32,
+            progress=lambda *step: told.append(step),
+            clock=clock,
+        )
+
+    run.folder, run.seen, run.told = tmp_path, seen, told
+    return run
+
+
+def test_tuning_keeps_what_is_fastest_in_a_table_that_is_then_used(tune, device):
+    (tuned,) = tune()
+    assert tuned.launches == {"_kernel": {"BLOCK": 4}}
+    assert tuned.before_us > tuned.after_us
+    assert tune.told[-1][1] == tune.told[-1][2]
+    assert len({pointer for _, pointer in tune.seen}) > 1  # copies of the state
+    index = -1 if device.index is None else device.index
+    table = tables.load(tune.folder / f"{tables.family(index)}.json")
+    assert table["triton"]
+    (entry,) = table["kernels"]["gated_delta_rule_update"]
+    assert entry["sizes"] == {"v_dim": 16, "k_dim": 16, "itemsize": 4}
+    with environment(MAMBA_OPS_CONFIG_DIR=str(tune.folder)):
+        tables.forget("gated_delta_rule_update")
+        assert LAUNCHES(index, 16, 16, 4)["_kernel"]["BLOCK"] == 4
+
+
+def test_tuning_goes_on_where_it_was(tune):
+    tune()
+    trials = len(tune.seen)
+    assert tune() == []
+    assert len(tune.seen) == trials
+    (tuned,) = tune(sizes={"dim": 32})
+    assert tuned.sizes["v_dim"] == 32
+    table = json.loads(next(tune.folder.glob("*.json")).read_text())
+    assert len(table["kernels"]["gated_delta_rule_update"]) == 2

@@ -1,0 +1,235 @@
+"""A warm-up leaves nothing to compile, and what would compile without one says so."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mamba_ops
+from mamba_ops import layers
+from mamba_ops.registry import Backend, CompilationError, Namespace, RegistryError, Sample, compiling, given
+from tests.harness import OPS, compiled_for_a_gpu, environment
+
+COVER = "from tests.warm_up_cover import cover\nprint(json.dumps(cover(sys.argv[1])))"
+
+
+@pytest.mark.parametrize("name", ["tidy", "odd"])
+def test_after_a_warm_up_random_calls_compile_nothing(name):
+    result = compiled_for_a_gpu(COVER, name, compiles=False)
+    assert result["skipped"] == []
+    assert result["compiled"] > 100
+    assert result["again"] == 0
+    assert result["again_cached"]
+    assert result["again_seconds"] < 0.05
+    assert {row[0].partition("::")[2] for row in result["rows"]} == {op.name for op in OPS}
+    assert {row[1] for row in result["rows"]} == {"triton", "composed"}
+
+
+FORBIDDEN = """
+import warnings
+import torch, mamba_ops
+from mamba_ops.registry import CompilationError, ops
+
+torch.set_grad_enabled(False)
+said, raised = {}, []
+for name, op in ops().items():
+    for sample in op.make_samples("cpu"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                with mamba_ops.no_jit():
+                    op(*sample.args, **sample.kwargs)
+            except CompilationError as error:
+                raised.append(name)
+                said.setdefault(name, []).append(str(error))
+            with mamba_ops.no_jit(warn=True):
+                op(*sample.args, **sample.kwargs)
+            with mamba_ops.no_jit():
+                op(*sample.args, **sample.kwargs)
+        said.setdefault(name, []).extend(str(w.message) for w in caught)
+print(json.dumps([said, raised]))
+"""
+
+
+def test_without_a_warm_up_no_jit_raises_for_each_kernel():
+    said, raised = compiled_for_a_gpu(FORBIDDEN, compiles=False)
+    assert set(raised) == {op.name for op in OPS}
+    kernels = {k.split(" would be compiled")[0].rpartition(".triton.")[2] for texts in said.values() for k in texts}
+    assert kernels == {
+        "causal_conv1d._kernel",
+        "causal_conv1d_update._kernel",
+        "chunk_gated_delta_rule._scan",
+        "chunk_gated_delta_rule._solve",
+        "gated_delta_rule_update._kernel",
+        "mamba_chunk_scan._outputs",
+        "mamba_chunk_scan._prepare",
+        "mamba_chunk_scan._states",
+        "selective_scan._ends",
+        "selective_scan._outputs",
+        "selective_scan._starts",
+        "selective_state_update._kernel",
+    }
+    update = said["selective_state_update"]
+    assert "no variant of it is loaded" in update[0]
+    call = (
+        "mamba_ops.warm_up(mamba_ops.selective_state_update, device='cpu', dtypes=[(torch.bfloat16, torch.float32)], "
+    )
+    assert f"{call}sizes={{'heads': 4, 'dim': 16, 'dstate': 16, 'groups': 2}}, backends=['triton'])" in update[0]
+    assert any("state is *fp16, not *fp32 as in the nearest of" in sentence for sentence in update)
+
+
+CACHE = """
+import torch, mamba_ops
+
+report = mamba_ops.warm_up("gated_delta_rule_update", device="cpu")
+print(json.dumps([report.compiled, report.loaded, [row.cached for row in report], report.seconds]))
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path):
+    first, second = (compiled_for_a_gpu(CACHE, TRITON_CACHE_DIR=str(tmp_path)) for _ in range(2))
+    assert first[0] > 5
+    assert not all(first[2])
+    assert second[:2] == [0, first[0]]
+    assert all(second[2])
+
+
+# -- without Triton ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy():
+    """Another package's op, with samples and a backend that compiles when it is first called with a dtype."""
+    namespace = Namespace("toy_warm_up")
+
+    @namespace.op()
+    def twice(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Twice x."""
+        return torch.mul(x, 2, out=given(out))
+
+    @twice.outputs
+    def _(x):
+        return torch.empty_like(x)
+
+    @twice.samples
+    def _(device, *, dtype=torch.float32, size: int = 3):
+        for rows in (1, 2):
+            yield Sample(f"{rows} rows", (torch.randn(rows, size, generator=torch.Generator()).to(device, dtype),))
+
+    calls, compiled = [], set()
+    backend = Backend("toy_jit", devices=("cpu",), priority=5)
+
+    @backend.implements(twice)
+    def _(x, *, output):
+        if x.dtype not in compiled:
+            compiling.announce("toy.kernel", f"x is {x.dtype}")
+            compiled.add(x.dtype)
+        calls.append(tuple(x.shape))
+        torch.mul(x, 2, out=output)
+
+    yield SimpleNamespace(op=twice, calls=calls, compiled=compiled)
+    backend.remove()
+    namespace.remove()
+
+
+def test_another_packages_op_is_warmed_up_by_its_samples(toy):
+    with torch.no_grad():
+        report = mamba_ops.warm_up([toy.op], device="cpu", dtypes=[torch.float64], sizes={"size": 7, "heads": 2})
+    assert [(row.op, row.backend, row.variant, row.cached) for row in report] == [
+        ("toy_warm_up::twice", "toy_jit", "1 rows", False),
+        ("toy_warm_up::twice", "toy_jit", "2 rows", False),
+    ]
+    assert toy.calls == [(1, 7), (2, 7)]
+    with mamba_ops.no_jit():
+        toy.op(torch.randn(3, dtype=torch.float64))
+    again = mamba_ops.warm_up(toy.op, device="cpu", dtypes=[torch.float64], sizes={"size": 7})
+    assert [row.cached for row in again] == [True, True]
+    assert again.seconds < 0.05
+    assert len(toy.calls) == 3
+
+
+def test_what_compiles_unasked_names_the_kernel_the_cause_and_the_warm_up(toy):
+    with mamba_ops.no_jit(), pytest.raises(CompilationError) as raised:
+        toy.op(torch.ones(2, 5))
+    assert str(raised.value) == (
+        "toy_warm_up::twice: kernel toy.kernel would be compiled or loaded now, and no_jit() is active: x is "
+        "torch.float32; beforehand: mamba_ops.warm_up(toy_warm_up.twice, device='cpu', sizes={'size': 5}, "
+        "backends=['toy_jit'])"
+    )
+    assert toy.calls == []
+
+
+def test_no_jit_may_warn_and_the_environment_may_ask_for_it(toy):
+    with mamba_ops.no_jit(warn=True), pytest.warns(RuntimeWarning, match=r"toy\.kernel would be compiled"):
+        toy.op(torch.ones(2))
+    toy.compiled.clear()
+    with environment(MAMBA_OPS_NO_JIT="1"), pytest.raises(CompilationError, match="and MAMBA_OPS_NO_JIT=1: x is"):
+        toy.op(torch.ones(2))
+    with environment(MAMBA_OPS_NO_JIT="warn"), pytest.warns(RuntimeWarning, match="MAMBA_OPS_NO_JIT=warn"):
+        toy.op(torch.ones(2))
+    toy.compiled.clear()
+    with environment(MAMBA_OPS_NO_JIT="1"):
+        mamba_ops.warm_up(toy.op, device="cpu")
+        toy.op(torch.ones(2))
+
+
+def test_while_a_graph_is_captured_nothing_compiles_whatever_the_switch(toy, monkeypatch):
+    monkeypatch.setattr(compiling, "is_capturing", lambda: True)
+    with pytest.raises(CompilationError, match="and a graph is being captured: x is"):
+        toy.op(torch.ones(2))
+    assert toy.calls == []
+
+
+@pytest.mark.gpu
+def test_a_kernel_that_would_compile_in_a_capture_raises(device):
+    module = torch.get_device_module(device)
+    op = mamba_ops.causal_conv1d_update
+    x, state, weight = (torch.ones(shape, device=device) for shape in ((2, 40), (2, 40, 5), (40, 6)))
+    graph = module.CUDAGraph()
+    with pytest.raises(CompilationError, match="a graph is being captured"), module.graph(graph):
+        op(x, state, weight)
+
+
+def test_alike_layers_are_warmed_up_once_and_told_of_in_one_line(caplog):
+    model = nn.Sequential(*(layers.Mamba2(24, heads=2, head_dim=8, dstate=4, chunk_size=8) for _ in range(3)))
+    with caplog.at_level(logging.INFO, logger="mamba_ops"):
+        report = mamba_ops.warm_up(model, device="cpu")
+    assert len({row.variant for row in report}) == 16
+    assert len(report) == len({(row.op, row.variant) for row in report})
+    assert [record.name for record in caplog.records] == ["mamba_ops"]
+
+
+def test_a_layer_that_is_incomplete_is_skipped_with_a_line():
+    model = nn.ModuleDict({"good": layers.Mamba(24, dstate=4), "bad": layers.Mamba2(24, heads=3, head_dim=8, dstate=4)})
+    del model["bad"].chunk_size
+    report = mamba_ops.warm_up(model, device="cpu")
+    assert all("selective" in row.op or "conv" in row.op or "mamba_mixing" in row.op for row in report)
+    assert any(line.startswith("bad, ") and "chunk_size" in line for line in report.skipped)
+    assert "skipped bad, " in str(report)
+
+
+def test_layers_on_no_device_are_warmed_up_by_random_ones():
+    layer = layers.GatedDeltaNet(24, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=8, device="meta")
+    report = mamba_ops.warm_up(layer, device="cpu", dtypes=[(torch.bfloat16, torch.float32)])
+    assert report.skipped == []
+    assert {row.op.partition("::")[2] for row in report} >= {"chunk_gated_delta_rule", "gdn_mixing"}
+    assert layer.A_log.is_meta
+
+
+def test_names_that_nobody_registered_are_refused():
+    with pytest.raises(RegistryError, match="unknown op 'no_such_op'"):
+        mamba_ops.warm_up("no_such_op", device="cpu")
+    with pytest.raises(RegistryError, match="unknown backend 'cutlass'"):
+        mamba_ops.warm_up("selective_scan", device="cpu", backends=["cutlass"])
+    with pytest.raises(ValueError, match="warm_up: model_or_ops: got Linear, expected"):
+        mamba_ops.warm_up(nn.Linear(2, 2), device="cpu")
+
+
+def test_the_callers_random_numbers_are_left_alone(toy):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    mamba_ops.warm_up(toy.op, device="cpu", sizes={"size": 11})
+    assert torch.equal(torch.rand(4), expected)

@@ -1,0 +1,83 @@
+"""Code for a child process of tests: warm a model up, then call it in all ways, at random, with no compiler."""
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mamba_ops
+from mamba_ops import layers
+from mamba_ops.serving import Plan
+
+SLOTS = 9
+HALF: dict[str, Any] = {"dtype": torch.bfloat16}
+GDN: dict[str, Any] = {"num_k_heads": 2, "num_v_heads": 4, "head_k_dim": 16, "head_v_dim": 16}
+MODELS: dict[str, Any] = {
+    "tidy": lambda: [
+        layers.Mamba2(64, heads=8, head_dim=16, dstate=16, groups=2, chunk_size=32, **HALF),
+        layers.Mamba2(64, heads=8, head_dim=16, dstate=16, groups=2, chunk_size=32, **HALF),
+        layers.Mamba(64, dstate=8, **HALF),
+        layers.Mamba(48, dstate=8, norms="weighted", conv_bias=False, **HALF),
+        layers.GatedDeltaNet(64, **GDN, **HALF),
+        layers.GatedDeltaNet(64, **GDN, interleaved=False, **HALF),
+    ],
+    "odd": lambda: [
+        layers.Mamba2(40, heads=3, head_dim=10, dstate=6, groups=3, chunk_size=20, dt_min=0.1, dtype=torch.float16),
+        layers.Mamba(36, dstate=7, dt_rank=3),
+        layers.GatedDeltaNet(30, num_k_heads=1, num_v_heads=3, head_k_dim=9, head_v_dim=7),
+    ],
+}
+
+
+def call_at_random(layer: Any, rng: random.Random) -> None:
+    """Everything that may be done with a layer, each once, with random numbers of rows and tokens."""
+    weight, rows, length = layer.out_proj.weight, rng.randint(1, 6), rng.choice([1, 2, 16, 64, 65, 100])
+
+    def hidden(*lead: int) -> Tensor:
+        return torch.randn(*lead, weight.shape[0], dtype=weight.dtype)
+
+    caches = layer.empty_caches(SLOTS)
+    slots = torch.randperm(SLOTS)[:rows].int() if rng.random() < 0.5 else None
+    known = torch.ones(rows, dtype=torch.bool) if rng.random() < 0.5 else None
+    lengths = [rng.randint(0, 90) for _ in range(rows)]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    layer(hidden(rows, length))
+    layer(hidden(rows, length), *caches, slots=slots, has_initial_state=known)
+    layer(hidden(sum(lengths) + 1), cu_seqlens=cu_seqlens)
+    layer(hidden(sum(lengths) + 1), *caches, slots=slots, has_initial_state=known, cu_seqlens=cu_seqlens)
+    layer.step(hidden(rows), *caches, slots=slots)
+    layer.step(hidden(rows, rng.choice([1, 2, 3])), *caches, slots=slots)
+    computed = [rng.choice([0, 5, 9]) for _ in range(rows)]
+    new = [rng.choice([1, 1, 3, 70]) for _ in range(rows)]
+    plan = Plan.of(computed, new, range(rows), max_requests=8)
+    layer(hidden(plan.tokens + rng.randint(0, 3)), *caches, plan=plan)
+    accepted = [2 if c and n < 3 else 0 for c, n in zip(computed, new, strict=True)]
+    table = [[row, -1] for row in range(rows)]
+    if all(n < 3 for n, a in zip(new, accepted, strict=True) if a):
+        plan = Plan.of(computed, new, table, accepted=accepted, max_requests=8)
+        conv_state = weight.new_zeros(SLOTS, caches[0].shape[2] + 1, caches[0].shape[1]).transpose(1, 2)
+        layer(hidden(plan.tokens), conv_state, caches[1], plan=plan)
+
+
+def cover(name: str, *, steps: int = 30) -> dict[str, Any]:
+    """Return the rows of the warm-up and what it compiled; raises if anything compiles after it."""
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    model = nn.ModuleList(MODELS[name]())
+    warmed = mamba_ops.warm_up(model, device="cpu")
+    again = mamba_ops.warm_up(model, device="cpu")
+    with mamba_ops.no_jit():
+        for layer in model:
+            for _ in range(steps):
+                call_at_random(layer, rng)
+    return {
+        "rows": warmed,
+        "compiled": warmed.compiled,
+        "skipped": warmed.skipped,
+        "again": again.compiled,
+        "again_cached": all(row.cached for row in again),
+        "again_seconds": again.seconds,
+    }
