@@ -299,3 +299,17 @@ def versions() -> dict[str, str]:
         except ImportError as error:
             found[name] = f"absent ({error})"
     return found
+
+
+# ---- a layer ---------------------------------------------------------------------------------------------------------
+
+
+def vllm_ops() -> SimpleNamespace:
+    """The Triton kernels of vLLM's Mamba-2 layer."""
+    conv, ssm = _module(f"{_OPS}.causal_conv1d"), _module(f"{_OPS}.mamba_ssm")
+    return SimpleNamespace(
+        conv=conv.causal_conv1d_fn,
+        conv_update=conv.causal_conv1d_update,
+        update=ssm.selective_state_update,
+        scan=_module(f"{_OPS}.ssd_combined").mamba_chunk_scan_combined_varlen,
+    )
