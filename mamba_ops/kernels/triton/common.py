@@ -76,6 +76,14 @@ def chunks_of(row, cu_seqlens, length, CHUNK: tl.constexpr, BLOCK_ROWS: tl.const
 
 
 @triton.jit
+def advanced(pointer, offset, ALIGNED: tl.constexpr):
+    pointer += offset
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
 def tile(pointer, i, i_stride, j, ALIGNED: tl.constexpr):
     # pointers to the entries j of rows i; where ALIGNED, rows start at multiples of 16 bytes
     pointers = pointer + i.to(tl.int64)[:, None] * i_stride + j[None, :]

@@ -8,21 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import by_token, dense, is_dense, on_device_of, softplus
+from mamba_ops.kernels.triton.common import advanced, by_token, dense, is_dense, on_device_of, softplus
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
 _NUMBERS = """slot_stride head_stride value_stride key_stride q_stride k_stride v_stride gate_stride much_stride
     output_stride slots_stride slots_columns write_stride write_columns length null_slot scale""".split()
 _POINTERS = """state q k v gate much A_log dt_bias output slots write_slots cu_seqlens num_accepted_tokens""".split()
-
-
-@triton.jit
-def _advanced(pointer, offset, ALIGNED: tl.constexpr):
-    pointer += offset
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS + _POINTERS)
@@ -108,15 +100,15 @@ def _kernel(
                 tl.store(output + (first + t) * output_stride + of_v, tl.zeros([BLOCK], tl.float32), in_value)
             return
 
-    s = tl.load(_advanced(state, source * slot_stride, ALIGNED) + of_state, in_state, other=0.0).to(tl.float32)
+    s = tl.load(advanced(state, source * slot_stride, ALIGNED) + of_state, in_state, other=0.0).to(tl.float32)
     if RAW:
         rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
         bias = tl.load(dt_bias + head).to(tl.float32)
 
     for t in range(tokens):
         token = first + t
-        query = tl.load(_advanced(q, token * q_stride, ALIGNED) + of_k, in_key, other=0.0).to(tl.float32)
-        keys = tl.load(_advanced(k, token * k_stride, ALIGNED) + of_k, in_key, other=0.0).to(tl.float32)
+        query = tl.load(advanced(q, token * q_stride, ALIGNED) + of_k, in_key, other=0.0).to(tl.float32)
+        keys = tl.load(advanced(k, token * k_stride, ALIGNED) + of_k, in_key, other=0.0).to(tl.float32)
         values = tl.load(v + token * v_stride + of_v, in_value, other=0.0).to(tl.float32)
         g = tl.load(gate + token * gate_stride + head).to(tl.float32)
         beta = tl.load(much + token * much_stride + head).to(tl.float32)
@@ -134,17 +126,17 @@ def _kernel(
             if t < write_columns:
                 target = tl.load(write_slots + row * write_stride + t).to(tl.int64)
                 if (target >= 0) & (target != null_slot):
-                    tl.store(_advanced(state, target * slot_stride, ALIGNED) + of_state, s, in_state)
+                    tl.store(advanced(state, target * slot_stride, ALIGNED) + of_state, s, in_state)
         y = tl.sum(s * (query * scale)[None, :], axis=1)
         tl.store(output + token * output_stride + of_v, y, in_value)
 
     if num_accepted_tokens is None:
         if write_slots is None:
-            tl.store(_advanced(state, source * slot_stride, ALIGNED) + of_state, s, in_state)
+            tl.store(advanced(state, source * slot_stride, ALIGNED) + of_state, s, in_state)
         else:
             target = tl.load(write_slots + row * write_stride).to(tl.int64)
             if (target >= 0) & (target != null_slot):
-                tl.store(_advanced(state, target * slot_stride, ALIGNED) + of_state, s, in_state)
+                tl.store(advanced(state, target * slot_stride, ALIGNED) + of_state, s, in_state)
 
 
 def gated_delta_rule_update(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import by_token, dense, is_dense, on_device_of, softplus
+from mamba_ops.kernels.triton.common import advanced, by_token, dense, is_dense, on_device_of, softplus
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
@@ -25,14 +25,6 @@ def _weight(values, head, channel, in_dim, DIM: tl.constexpr, PER_CHANNEL: tl.co
     else:
         weight = tl.load(values + head)
     return weight.to(tl.float32)
-
-
-@triton.jit
-def _advanced(pointer, offset, ALIGNED: tl.constexpr):
-    pointer += offset
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
 
 
 @triton.jit
@@ -182,7 +174,7 @@ def _kernel(
                 tl.store(output + (first + t) * output_stride + of_x, tl.zeros([BLOCK], tl.float32), in_dim)
             return
 
-    s = tl.load(_advanced(state, source * slot_stride, ALIGNED) + of_state, in_state, other=0.0).to(tl.float32)
+    s = tl.load(advanced(state, source * slot_stride, ALIGNED) + of_state, in_state, other=0.0).to(tl.float32)
     if A_IS_FULL:
         a = tl.load(A + of_x[:, None] * DSTATE + entry[None, :], in_state, other=0.0).to(tl.float32)
     else:
@@ -195,8 +187,8 @@ def _kernel(
     for t in range(tokens):
         token = first + t
         u = tl.load(x + token * x_stride + of_x, in_dim, other=0.0).to(tl.float32)
-        b = tl.load(_advanced(B, token * B_stride, ALIGNED) + of_group, in_dstate, other=0.0).to(tl.float32)
-        c = tl.load(_advanced(C, token * C_stride, ALIGNED) + of_group, in_dstate, other=0.0).to(tl.float32)
+        b = tl.load(advanced(B, token * B_stride, ALIGNED) + of_group, in_dstate, other=0.0).to(tl.float32)
+        c = tl.load(advanced(C, token * C_stride, ALIGNED) + of_group, in_dstate, other=0.0).to(tl.float32)
         d = _weight(dt + token * dt_stride, head, channel, in_dim, DIM, DT_PER_CHANNEL)
         if dt_bias is not None:
             d += bias
@@ -211,7 +203,7 @@ def _kernel(
                 target = tl.load(write_slots + row * write_stride + t).to(tl.int64)
                 if (target >= 0) & (target != null_slot):
                     new = _stored(s, rounding_seed, target, of_x, WIDTH, ROUNDS, HARDWARE)
-                    tl.store(_advanced(state, target * slot_stride, ALIGNED) + of_state, new, in_state)
+                    tl.store(advanced(state, target * slot_stride, ALIGNED) + of_state, new, in_state)
 
         y = tl.sum(s * c[None, :], axis=1)
         if D is not None:
@@ -224,12 +216,12 @@ def _kernel(
     if num_accepted_tokens is None:
         if write_slots is None:
             new = _stored(s, rounding_seed, source, of_x, WIDTH, ROUNDS, HARDWARE)
-            tl.store(_advanced(state, source * slot_stride, ALIGNED) + of_state, new, in_state)
+            tl.store(advanced(state, source * slot_stride, ALIGNED) + of_state, new, in_state)
         else:
             target = tl.load(write_slots + row * write_stride).to(tl.int64)
             if (target >= 0) & (target != null_slot):
                 new = _stored(s, rounding_seed, target, of_x, WIDTH, ROUNDS, HARDWARE)
-                tl.store(_advanced(state, target * slot_stride, ALIGNED) + of_state, new, in_state)
+                tl.store(advanced(state, target * slot_stride, ALIGNED) + of_state, new, in_state)
 
 
 def selective_state_update(
