@@ -118,6 +118,12 @@ def run_here(options: Options, report: Report, tell: Callable[[str], None]) -> R
             **kwargs,
         )
     report.target = options.target
+    if torch.device(options.device).type != "cpu" and any("triton" in ran for ran in report.backends.values()):
+        from mamba_ops.cold_start.variants import audit_specialization
+
+        tell("asking Triton for variants of the kernels")
+        kernels = audit_specialization(options.device)
+        report.notes += [kernels.summary, *kernels.problems]
     return report
 
 

@@ -91,7 +91,7 @@ def _calls_of_ours(
         conv_state, ssm_state = (torch.randn_like(t) for t in module.empty_caches(SLOTS, state_dtype=state_dtype))
         if spare:
             slots, dim, columns = conv_state.shape
-            conv_state = conv_state.new_zeros(slots, columns + spare, dim).transpose(1, 2)
+            conv_state = torch.randn_like(conv_state.new_empty(slots, columns + spare, dim)).transpose(1, 2)
         return conv_state, ssm_state
 
     slots = torch.tensor([2, 0], dtype=torch.int32, device=device)

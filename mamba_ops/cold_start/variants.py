@@ -50,11 +50,16 @@ class Specialization:
         many = [f"{v}, expected at most {v.allowed}" for v in self.variants if v.variants > v.allowed]
         return [*map(str, self.findings), *many]
 
+    @property
+    def summary(self) -> str:
+        """The totals in one sentence."""
+        kernels, total = {v.kernel for v in self.variants}, sum(v.variants for v in self.variants)
+        wrong = f"{len(self.problems)} problems" if self.problems else "no problem"
+        calls = f"{len(self.variants)} static signatures with {CALLS} random calls each"
+        return f"Triton specialises {len(kernels)} kernels {total} times over {calls}: {wrong}."
+
     def __str__(self) -> str:
-        kernels = {v.kernel for v in self.variants}
-        total = sum(v.variants for v in self.variants)
-        summary = f"{len(kernels)} Triton kernels, {len(self.variants)} static signatures, {total} variants in all"
-        return "\n".join([*map(str, self.variants), *self.problems, summary])
+        return "\n".join([*map(str, self.variants), *self.problems, self.summary])
 
 
 def audit_specialization(device: torch.device | str, *, compiles: bool = False) -> Specialization:
