@@ -5,6 +5,7 @@ runs in a process of its own; caches of compiled kernels are in a temporary fold
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ from benchmarks.serving_steps import LENGTHS
 ROLES = {  # and the folder of caches that each begins with; one that comes again is full
     "empty": "ours",
     "full": "ours",
+    "again": "ours",
     "cold": "cold",
     "vllm": "vllm",
     "vllm_warmed": "vllm_warmed",
@@ -85,7 +87,9 @@ def tables(results: dict[str, Any]) -> dict[str, Any]:
     warm, steps, served, compiles = [], [], [], []
     for part in parts:
         if "warm_up" in part:
-            slow = "; ".join(f"{n.split('.triton.')[-1]} {s:.2f} s" for n, s in part["warm_up"].get("slowest", [])[:3])
+            slow = "; ".join(
+                f"{n.split('.triton.')[-1]} {k}x {s:.1f} s" for n, k, s in part["warm_up"].get("slowest", [])[:3]
+            )
             requests: list[float] = part.get("requests", [])
             first = {"first": 1e3 * requests[0], "tenth": 1e3 * requests[9]} if requests else {}
             peak = part["warm_up"].get("peak_bytes")
@@ -153,8 +157,15 @@ def main() -> None:
     known = facts(options)
     if tuple(options.roles) != USUAL:
         known["command"] += f" --roles {' '.join(options.roles)}"
+    known["parts"] = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        known["parts"] = [run(role, options, Path(folder)) for role in options.roles]
+        for role in options.roles:
+            known["parts"].append(run(role, options, Path(folder)))
+            show(options, known)  # anew after each part, so that what is known is kept
+
+
+def show(options: argparse.Namespace, known: dict[str, Any]) -> None:
+    """Write the page of what was measured by now; it is printed when all was."""
     text = page(
         "Cold start",
         known,
@@ -167,7 +178,8 @@ def main() -> None:
             *(f"{p['role']}: FAILED with exit code {p['failed']}" for p in known["parts"] if "failed" in p),
         ],
     )
-    report(options, text, known)
+    with contextlib.nullcontext() if len(known["parts"]) == len(options.roles) else contextlib.redirect_stdout(None):
+        report(options, text, known)
 
 
 if __name__ == "__main__":

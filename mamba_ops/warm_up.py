@@ -19,7 +19,7 @@ def warm_up(
     dtypes: "Sequence[torch.dtype | tuple[torch.dtype | None, torch.dtype]] | None" = None,
     sizes: Mapping[str, int] | None = None,
     backends: Sequence[str] | None = None,
-    threads: int | None = None,
+    processes: int | None = None,
     progress: Callable[[str, int, int], None] | bool | None = None,
 ) -> "WarmUp":
     """Compile, load and call once every kernel that serving can ask for, so that no later call is a slow first one.
@@ -30,7 +30,7 @@ def warm_up(
     parameters, so this rank's. Layers that are alike are called once. A layer whose parameters are elsewhere, as on the
     meta device, is replaced by a random one meanwhile. Of an op, one of another package's too, its samples are called.
 
-    Kernels compile in threads, and what was compiled is kept on disk by Triton: the next process reads it. What is
+    Kernels compile in processes, and what was compiled is kept on disk by Triton: the next process reads it. What is
     warmed up already is not looked at again. Call it before the caches take the memory; its own is given back.
 
     Args:
@@ -41,7 +41,7 @@ def warm_up(
             own, or the samples', with float32 states.
         sizes: of ops: the static sizes that their samples are functions of (`heads`, `dim`, ...); others are ignored.
         backends: names of the backends to call it on, one after the other. None: the default order.
-        threads: how many compile at a time. None: as many as there are cores, 32 at most.
+        processes: how many compile at a time. None: as many as there are cores.
         progress: called with what is being done, how much of it is, and of how much; True for a bar. None: a bar
             where the standard error is a terminal and rich is installed.
 
@@ -58,4 +58,4 @@ def warm_up(
     pairs = arguments.pairs_of(dtypes)
     names: Sequence[Any] = arguments.known_backends(backends)
     with arguments.shown(progress) as tell:
-        return warming.warm_up(model_or_ops, where, pairs, sizes or {}, names, threads, tell)
+        return warming.warm_up(model_or_ops, where, pairs, sizes or {}, names, processes, tell)

@@ -26,7 +26,7 @@ def warm_up_command(
     dtype: Annotated[str | None, typer.Option(metavar="DTYPE[,STATES]", help="As bfloat16,float32.")] = None,
     backend: Annotated[str | None, typer.Option(metavar="A,B", help="Names.", show_default="default order")] = None,
     device: Device = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="That compile.", show_default="one a core")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="That compile.", show_default="one a core")] = None,
     rows: Annotated[bool, typer.Option("--rows", help="Show every op in every way in which it was called.")] = False,
     export: Annotated[Path | None, typer.Option(file_okay=False, help="Copy the caches there, afterwards.")] = None,
     bring: Annotated[
@@ -44,7 +44,7 @@ def warm_up_command(
         if bring is not None:
             console.print(f"{transfer.bring(bring, where)} files from {bring}")
         if target is not None:
-            _warm_up(console, target, _sizes(size), _pair(dtype), backend, where, threads, rows)
+            _warm_up(console, target, _sizes(size), _pair(dtype), backend, where, processes, rows)
         if export is not None:
             console.print(f"{transfer.export(export, where)} files to {export}")
 
@@ -92,7 +92,7 @@ def _warm_up(
     pair: Any,
     backend: str | None,
     where: torch.device,
-    threads: int | None,
+    processes: int | None,
     rows: bool,
 ) -> None:
     from mamba_ops.registry import ops
@@ -109,7 +109,7 @@ def _warm_up(
             bound = use_mamba_ops(what)
     names = [name.strip() for name in backend.split(",")] if backend else None
     pairs = None if pair is None else [pair]
-    report = warm_up(what, device=where, dtypes=pairs, sizes=sizes, backends=names, threads=threads)
+    report = warm_up(what, device=where, dtypes=pairs, sizes=sizes, backends=names, processes=processes)
     if bound is not None:
         bound.undo()
     if rows:
@@ -117,8 +117,8 @@ def _warm_up(
         for row in report:
             table.add_row(row.op, row.backend, row.variant, f"{row.seconds:.2f}", "yes" if row.cached else "no")
         console.print(table)
-    for kernel, seconds in report.slowest[:5]:
-        console.print(f"{seconds:6.2f} s  {kernel}")
+    for kernel, count, seconds in report.slowest[:5]:
+        console.print(f"{seconds:6.2f} s  {kernel}, {count} variants")
     for line in report.configurations:
         console.print(line)
     console.print(str(report))

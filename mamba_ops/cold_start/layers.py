@@ -14,6 +14,7 @@ from mamba_ops.serving import Plan
 
 TOKENS = 140  # that are read: rows of more than a chunk, of every kernel that has one size of chunks
 SHORT = 5
+MANY = (512, 2048)
 SLOTS = 4
 _OF_NO_KERNEL = ("layer_idx", "training")
 
@@ -117,6 +118,10 @@ def _calls_of_ours(
                 f"{what}{words}",
                 partial(lambda lead, at: module.step(hidden(*lead), *caches(), slots=at), lead, where),
             )
+    if device.type != "cpu":
+        for tokens in MANY:  # for what other libraries load when they first meet such sizes, as of the projections
+            plan, _ = _plans(tokens, device)
+            yield f"{tokens} tokens", partial(lambda plan: module(hidden(plan.tokens), *caches(), plan=plan), plan)
     for tokens, short in lengths.items():
         plan, speculative = _plans(tokens, device)
         yield f"a plan{short}", partial(lambda plan: module(hidden(plan.tokens), *caches(), plan=plan), plan)

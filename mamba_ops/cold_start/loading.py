@@ -1,20 +1,20 @@
-"""Compiles Triton kernels before they are launched, several at a time.
+"""Compiles Triton kernels before they are launched, many at a time.
 
-First the calls are made with a hook that ends every launch where Triton knows the variant that it needs. What was asked
-for is then compiled, or read from disk, in threads: most of a compilation is native code and a process of its own. Last
-the calls are made again, for real.
+First the calls are made with a hook that ends every launch where Triton knows the variant that it needs. What is not on
+disk is compiled by another process (see worker.py) in forks of itself, as Triton often holds Python's lock.
+Last the calls are made again, for real, and read from disk what they need.
 """
 
+import hashlib
+import json
 import os
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from mamba_ops.registry.compiling import current_call
 
@@ -32,40 +32,39 @@ class Load:
 
 @dataclass
 class Loader:
-    """Asks for kernels and loads them; `asking` and `running` say which calls do what.
+    """Asks for kernels and loads them.
 
     Attributes:
-        device: where the calls' tensors are.
+        processes: how many compile at a time.
         loads: the variants, in the order in which they were asked for, by kernel and Triton's key.
     """
 
-    device: torch.device
+    processes: int
     loads: dict[tuple[str, str], Load] = field(default_factory=dict)
-    _threads: ThreadPoolExecutor = field(init=False, repr=False)
-    _futures: list[Future[None]] = field(default_factory=list, repr=False)
-    _mine: int = field(default_factory=threading.get_ident, repr=False)
     _asks: bool = field(default=False, repr=False)
     _new: list[Load] = field(default_factory=list, repr=False)
-    _here: threading.local = field(default_factory=threading.local, repr=False)
+    _now: tuple[Load, float] | None = field(default=None, repr=False)
+    _jobs: list[Load] = field(default_factory=list, repr=False)
+    _worker: "subprocess.Popen[str] | None" = field(default=None, repr=False)
 
     @contextmanager
-    def active(self, threads: int | None) -> Iterator[None]:
-        """Within the block, see what Triton does, with so many threads that compile."""
+    def active(self) -> Iterator[None]:
+        """Within the block, see what Triton does."""
         from triton import knobs
 
-        def set_device() -> None:
-            if self.device.type != "cpu":
-                torch.get_device_module(self.device).set_device(self.device)
-
-        self._threads = ThreadPoolExecutor(threads or min(32, os.cpu_count() or 1), initializer=set_device)
-        with self._threads, knobs.runtime.scope(), knobs.compilation.scope():
+        with knobs.runtime.scope(), knobs.compilation.scope():
             knobs.runtime.jit_cache_hook = self._before
             knobs.compilation.listener = self._after
-            yield
+            try:
+                yield
+            finally:
+                if self._worker is not None:
+                    self._worker.kill()
+                    self._worker.wait()
 
     @contextmanager
     def asking(self) -> Iterator[list[Load]]:
-        """Within the block, launches end before they begin, and what they ask for begins to load."""
+        """Within the block, launches end before they begin, and what they ask for begins to compile."""
         self._asks = True
         try:
             with self.seeing() as new:
@@ -81,36 +80,102 @@ class Loader:
         yield new
 
     def wait(self, progress: Callable[[str, int, int], None]) -> None:
-        """Wait until all that was asked for is there; what could not be had is compiled when it is launched."""
-        for number, future in enumerate(as_completed(self._futures), 1):
-            future.exception()
-            progress("compiling, or reading from disk", number, len(self._futures))
+        """Wait until all that was asked for is on disk; what could not be compiled there is when it is launched."""
+        if self._worker is None:
+            return
+        assert self._worker.stdin is not None  # for mypy: both are pipes
+        assert self._worker.stdout is not None
+        try:
+            self._worker.stdin.close()
+        except BrokenPipeError:
+            return
+        for done, line in enumerate(self._worker.stdout, 1):
+            number, seconds, problem = json.loads(line)
+            if problem is None:
+                self._jobs[number].seconds, self._jobs[number].from_disk = seconds, False
+            progress("compiling", done, len(self._jobs))
 
     def _before(self, *_: object, key: str, fn: Any, compile: Any, **__: object) -> bool:
         """Triton's hook: it has no such variant in this process; True ends the launch."""
-        if threading.get_ident() != self._mine:
-            return False
-        call = current_call()
         name = f"{fn.module}.{fn.name}"
-        if (name, key) not in self.loads:
-            load = Load(name, call[0].qualname if call else "")
-            self.loads[name, key] = load
+        if (load := self.loads.get((name, key))) is None:
+            call = current_call()
+            load = self.loads[name, key] = Load(name, call[0].qualname if call else "")
             self._new.append(load)
-            if self._asks:
-                data = compile["specialization_data"]
-                self._futures.append(self._threads.submit(self._load, load, fn.jit_function, data))
-        if not self._asks:
-            self._here.load = self.loads[name, key]
+            if self._asks and not _is_on_disk(fn.jit_function, compile):
+                self._submit(load, fn, compile["specialization_data"])
+        self._now = (load, time.perf_counter())
         return self._asks
 
-    def _load(self, load: Load, function: Any, data: str) -> None:
-        self._here.load = load
-        begin = time.perf_counter()
-        function.preload(data)
-        load.seconds = time.perf_counter() - begin
-
-    def _after(self, *_: object, cache_hit: bool, times: Any, **__: object) -> None:
+    def _after(self, *_: object, cache_hit: bool, **__: object) -> None:
         """Triton's listener: a variant is there."""
-        if (load := getattr(self._here, "load", None)) is not None:
-            load.from_disk = cache_hit
-            load.seconds = load.seconds or times.total / 1e6
+        if self._now is not None:
+            load, begin = self._now
+            if load.from_disk is None:
+                load.from_disk, load.seconds = cache_hit, time.perf_counter() - begin
+
+    def _submit(self, load: Load, fn: Any, data: str) -> None:
+        if self._worker is None:
+            self._worker = self._start()
+        assert self._worker.stdin is not None  # for mypy: it is a pipe
+        try:
+            self._worker.stdin.write(json.dumps([len(self._jobs), fn.module, fn.name, data]) + "\n")
+            self._worker.stdin.flush()
+        except BrokenPipeError:  # it could not start; then this process compiles
+            return
+        self._jobs.append(load)
+
+    def _start(self) -> "subprocess.Popen[str]":
+        from triton import knobs
+        from triton.runtime import driver
+
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
+        environment = {**os.environ, "TRITON_CACHE_DIR": knobs.cache.dir, "PYTHONPATH": paths}
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "mamba_ops.cold_start.worker"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert worker.stdin is not None  # for mypy: it is a pipe
+        modules = [name for name in sys.modules if name.startswith("mamba_ops.kernels.triton.")]
+        first = {
+            "target": vars(driver.active.get_current_target()),
+            "modules": modules,
+            "processes": self.processes,
+        }
+        worker.stdin.write(json.dumps(first) + "\n")
+        worker.stdin.flush()
+        return worker
+
+
+def cores() -> int:
+    """How many processes may run at a time."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _is_on_disk(function: Any, asked: Any) -> bool:
+    """Whether Triton's cache has a variant: what its compiler looks at first."""
+    from triton.compiler.compiler import ASTSource, get_cache_key, make_backend
+    from triton.runtime import driver
+    from triton.runtime.cache import get_cache_manager
+    from triton.runtime.jit import get_cache_invalidating_env_vars
+
+    backend = make_backend(driver.active.get_current_target())
+    options = json.loads(asked["specialization_data"])["options"]
+    options = backend.parse_options({n: tuple(v) if isinstance(v, list) else v for n, v in options.items()})
+    source = ASTSource(function, asked["signature"], asked["constants"], asked["configs"][0])
+    key = get_cache_key(source, backend, options, env_vars=get_cache_invalidating_env_vars())
+    name = f"{source.name[:150]}.json"
+    group = get_cache_manager(hashlib.sha256(key.encode()).hexdigest()).get_group(name)
+    return bool(group) and name in group
+
+
+def seconds_by_kernel(loads: list[Load]) -> list[tuple[str, int, float]]:
+    """Return every kernel, how many variants of it, and the seconds that they took, the slowest first."""
+    found: dict[str, list[float]] = {}
+    for load in loads:
+        found.setdefault(load.kernel, []).append(load.seconds)
+    return sorted(((kernel, len(s), sum(s)) for kernel, s in found.items()), key=lambda row: -row[2])

@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from mamba_ops.cold_start.layers import calls_of, layers_of, on_device
-from mamba_ops.cold_start.loading import Load, Loader
+from mamba_ops.cold_start.loading import Load, Loader, cores, seconds_by_kernel
 from mamba_ops.registry import Op, Selection, backends, generation, ops, record_selections, use_backend
 from mamba_ops.registry.backend import COMPOSED
 from mamba_ops.registry.compiling import allow_jit
@@ -35,7 +35,7 @@ class Row(NamedTuple):
         op: qualified name.
         backend: who ran it.
         variant: the layer and what it did, or the op's sample.
-        seconds: what its kernels took to compile or to read from disk, beside each other in threads.
+        seconds: what its kernels took to compile, beside each other in processes, or to read from disk.
         cached: whether all its kernels were there: in this process, or on disk.
     """
 
@@ -52,7 +52,7 @@ class WarmUp(list[Row]):
     Attributes:
         seconds: how long all of it took.
         compiled, loaded: how many kernels were compiled, and read from disk.
-        slowest: kernels and the seconds that each took, the slowest first.
+        slowest: every kernel, how many variants of it there were, and the seconds that they took, the slowest first.
         peak_bytes: the most memory that it had at one time on the device, beyond what was there; it is free again.
         skipped: a sentence for each layer or sample that was left out.
         configurations: a line for each op and its static sizes: how its Triton kernels are launched, and whose choice
@@ -63,7 +63,7 @@ class WarmUp(list[Row]):
         super().__init__(rows)
         self.seconds = 0.0
         self.compiled = self.loaded = self.peak_bytes = 0
-        self.slowest: list[tuple[str, float]] = []
+        self.slowest: list[tuple[str, int, float]] = []
         self.skipped: list[str] = []
         self.configurations: list[str] = []
 
@@ -72,7 +72,8 @@ class WarmUp(list[Row]):
         told += f", {self.compiled} kernels compiled, {self.loaded} read from disk"
         told += f", {self.peak_bytes / 2**20:.0f} MiB at most" if self.peak_bytes else ""
         if self.compiled and self.slowest:
-            told += f"; the slowest kernel is {self.slowest[0][0]}, {self.slowest[0][1]:.2f} s"
+            kernel, count, seconds = self.slowest[0]
+            told += f"; the slowest kernel is {kernel}, {count} variants in {seconds:.2f} s"
         return "; ".join([told, *(f"skipped {reason}" for reason in self.skipped)])
 
 
@@ -101,7 +102,7 @@ def warm_up(
     pairs: Sequence[Dtypes],
     sizes: Mapping[str, int],
     backends: Sequence[str | None],
-    threads: int | None,
+    processes: int | None,
     progress: Progress,
 ) -> WarmUp:
     """Do what `mamba_ops.warm_up` says."""
@@ -116,7 +117,7 @@ def warm_up(
                 units += _of_ops(what, device, pair, sizes, backend, common)
     new = [unit for unit in units if unit.key not in _done]
     if new:
-        _make(new, device, threads, progress, report)
+        _make(new, device, processes, progress, report)
     for unit in units:
         rows = _done.get(unit.key, [])
         report += rows if unit in new else [row._replace(seconds=0.0, cached=True) for row in rows]
@@ -187,14 +188,14 @@ class _DrawnOnDevice(TorchFunctionMode):
 # -- making the calls -------------------------------------------------------------------------------------------------
 
 
-def _make(units: list[_Unit], device: torch.device, threads: int | None, progress: Progress, report: WarmUp) -> None:
+def _make(units: list[_Unit], device: torch.device, processes: int | None, progress: Progress, report: WarmUp) -> None:
     """Load what the calls need, then make them; their rows go to `_done`."""
     module = torch.get_device_module(device)
     measures = device.type != "cpu" and hasattr(module, "max_memory_allocated")
     if measures:
         module.reset_peak_memory_stats(device)
         before = module.memory_allocated(device)
-    loader = Loader(device) if _triton_compiles(device) else None
+    loader = Loader(processes or cores()) if _triton_compiles(device) else None
     asked: dict[tuple[int, str], list[Load]] = {}
     random_state = torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type)
     with ExitStack() as stack:
@@ -202,7 +203,7 @@ def _make(units: list[_Unit], device: torch.device, threads: int | None, progres
         stack.enter_context(torch.no_grad())
         stack.enter_context(allow_jit())
         if loader is not None:
-            stack.enter_context(loader.active(threads))
+            stack.enter_context(loader.active())
             for number, unit in enumerate(units):
                 progress("looking what there is to compile", number, len(units))
                 for variant, run in _tried(unit, report):
@@ -229,7 +230,7 @@ def _make(units: list[_Unit], device: torch.device, threads: int | None, progres
     loads = list(loader.loads.values()) if loader else []
     report.compiled = sum(load.from_disk is False for load in loads)
     report.loaded = sum(load.from_disk is True for load in loads)
-    report.slowest = sorted(((load.kernel, load.seconds) for load in loads), key=lambda pair: -pair[1])
+    report.slowest = seconds_by_kernel(loads)
     gc.collect()
     if measures:
         report.peak_bytes = module.max_memory_allocated(device) - before

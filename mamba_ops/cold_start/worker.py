@@ -1,0 +1,60 @@
+"""A process that compiles Triton kernels in forks of itself; the parent writes jobs to it and reads results.
+
+It needs no GPU: compiled kernels go to Triton's cache on disk, and the parent reads them there. It is no fork of the
+parent, whose threads and GPU no fork survives; nor is there a process for each compiler, as each would import torch.
+"""
+
+import importlib
+import json
+import multiprocessing
+import sys
+import time
+from typing import Any
+
+
+class Target:
+    """Stands for Triton's driver where only the target is asked for."""
+
+    def __init__(self, target: dict[str, Any]) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget(**target)
+
+    def get_current_device(self) -> int:
+        """One device is as good as another."""
+        return 0
+
+    def get_current_target(self) -> Any:
+        """What the parent compiles for."""
+        return self.target
+
+
+def compile_one(number: int, module: str, name: str, data: str) -> str:
+    """Compile one variant; return its number, the seconds it took and what went wrong, as JSON."""
+    begin, problem = time.perf_counter(), None
+    try:
+        getattr(importlib.import_module(module), name).preload(data)
+    except Exception as error:  # the parent compiles it itself, and the error is its to raise
+        problem = repr(error)
+    return json.dumps([number, time.perf_counter() - begin, problem])
+
+
+def main() -> None:
+    """Read the target and modules, then jobs until the input ends; print a line for each that is done."""
+    from triton.runtime import driver
+
+    first = json.loads(sys.stdin.readline())
+    driver.set_active(Target(first["target"]))
+    for module in first["modules"]:
+        importlib.import_module(module)  # once, before the forks
+    with multiprocessing.get_context("fork").Pool(first["processes"]) as pool:
+        results = [
+            pool.apply_async(compile_one, json.loads(line), callback=lambda text: print(text, flush=True))  # noqa: T201
+            for line in sys.stdin
+        ]
+        for result in results:
+            result.wait()
+
+
+if __name__ == "__main__":
+    main()
