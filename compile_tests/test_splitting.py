@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -104,9 +105,9 @@ def events() -> Iterator[Events]:
     library.define("turned(Tensor x) -> Tensor")
     library.impl("turned", turned, "CompositeExplicitAutograd")
     torch.library.register_fake("compile_tests::turned", torch.empty_like, lib=library)
-    yield happened
+    with mock.patch.dict(registry.splitting._marked, clear=True):  # back again afterwards
+        yield happened
     library._destroy()
-    registry.splitting._marked.clear()
 
 
 def by_fx(model: Model, events: Events) -> list[str]:

@@ -23,7 +23,7 @@ from mamba_ops.registry import Backend, backends, ops
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments)
+    return CliRunner(env={"COLUMNS": "400"}).invoke(app, arguments)
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -154,8 +154,9 @@ def test_what_the_delta_rule_needs(
     sample = samples_of(op)[0]
     assert refused(op, op.make_samples("cpu", k_dim=64, v_dim=128)[0]) == "takes a k_dim of 128, and it is 64"
     assert refused(op, op.make_samples("cpu", k_dim=128, v_dim=64)[0]) == "takes a v_dim of 128, and it is 64"
-    with stand_in.installed(cutlass=False):
-        monkeypatch.delitem(sys.modules, "cutlass", raising=False)
+    # Put back before the stand-in is taken away: else it would stay.
+    with stand_in.installed(cutlass=False), monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "cutlass", raising=False)
         assert refused(op, sample) == (
             "needs nvidia-cutlass-dsl for the gated delta rule, which is not installed; "
             "pip install 'mamba-ops[flashinfer]'"
