@@ -8,7 +8,7 @@ from torch import Tensor
 from mamba_ops.backends.flashinfer.vendor import INSTALL, cleaned, first_column, flashinfer, nobody, older_than, word
 from mamba_ops.ops import chunk_gated_delta_rule, gated_delta_rule_update
 from mamba_ops.ops.pieces import row_count
-from mamba_ops.ops.slots import row_of_tokens, row_slots, store_rows
+from mamba_ops.ops.slots import initial_states, row_ends, row_of_tokens, store_rows
 
 
 def _why_no_delta_rule(q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> str | None:
@@ -197,11 +197,11 @@ def _chunk_gated_delta_rule(
     else:
         ends = cu_seqlens.to(torch.int32).contiguous()
     written = output if cu_seqlens is not None else output.flatten(0, 1)
-    source, somebody = (table[:, 0] for table in row_slots(slots, rows, null_slot, v.device))
+    empty = ends.diff() == 0
+    states = row_ends(slots, write_slots, null_slot, empty, None)
     initial = v.new_zeros(rows, *v.shape[1:], k.shape[-1], dtype=torch.float32)
     if state is not None and has_initial_state is not None:
-        carried = somebody & has_initial_state
-        initial = torch.where(carried.view(-1, 1, 1, 1), state[torch.where(carried, source, 0)], initial).float()
+        initial = initial_states(state, states, has_initial_state, torch.float32)
     last = torch.empty_like(initial)
     kernel(
         q.contiguous(),
@@ -221,11 +221,6 @@ def _chunk_gated_delta_rule(
     )
     row, inside = row_of_tokens(ends, written.shape[0])
     if slots is not None:
-        written.masked_fill_((~somebody[row] & inside).view(-1, 1, 1), 0)
+        written.masked_fill_((~states.somebody[row] & inside).view(-1, 1, 1), 0)
     if state is not None:
-        empty = ends.diff() == 0
-        target, stored = source, somebody & ~empty
-        if write_slots is not None:
-            target, kept = (table[:, 0] for table in row_slots(write_slots, rows, null_slot, v.device))
-            stored = somebody & kept & ~(empty & (target == source))
-        store_rows(state, target, torch.where(empty.view(-1, 1, 1, 1), initial, last), stored)
+        store_rows(state, states.target, torch.where(empty.view(-1, 1, 1, 1), initial, last), states.stored)
