@@ -123,7 +123,13 @@ def test_transformers_reads_prompts_in_one_graph(family: str, backend: str) -> N
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=() if name in ("falcon_mamba", "mamba2", "qwen3_next") else pytest.mark.slow)
+        for name in FAMILIES
+    ],
+)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_transformers_decodes_in_one_graph(family: str, backend: str) -> None:
     """Token by token on a cache, as on the whole text at once. Without the binding it is stock's graph again."""

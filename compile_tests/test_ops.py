@@ -16,7 +16,18 @@ from tests.conftest import ACCELERATOR
 from tests.harness import OPS, SIZES, backends_here, cases, front_on, refusal, results, samples_for, with_output
 
 DEVICE = ACCELERATOR or torch.device("cpu")
-CASES = [pytest.param(op, backend, sample, id=f"{op.name}-{backend}-{sample}") for op, backend, sample in cases(DEVICE)]
+CASES = [  # opcheck calls an op many times: interpreted, the longest kernel takes too long for every day
+    pytest.param(
+        op,
+        backend,
+        sample,
+        id=f"{op.name}-{backend}-{sample}",
+        marks=pytest.mark.slow
+        if ACCELERATOR is None and (backend, op.name) == ("triton", "selective_scan") and sample.name != "base"
+        else (),
+    )
+    for op, backend, sample in cases(DEVICE)
+]
 SAMPLES = [pytest.param(op, sample, id=f"{op.name}-{sample}") for op in OPS for sample in op.make_samples(DEVICE)]
 SAMPLES += [  # in the sizes of backends that take none of those
     pytest.param(op, sample, id=f"{op.name}-{backend}'s {sample}")

@@ -16,7 +16,9 @@ from tests.conftest import ACCELERATOR
 from tests.test_layers_plan import HIDDEN, LAYERS
 
 DEVICE = ACCELERATOR or torch.device("cpu")
-ABSENT = [d for d in ("cuda", "xpu") if d != DEVICE.type]
+ABSENT = [  # the trace is the same on both: one is enough for every day
+    pytest.param(d, marks=pytest.mark.slow if d == "cuda" else ()) for d in ("cuda", "xpu") if d != DEVICE.type
+]
 SLOTS = 24
 OPS = {name: f"{name.split(',')[0]}_mixing" for name in LAYERS}
 

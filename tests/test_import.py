@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 OPTIONAL = {
     "causal_conv1d",
     "fla",
@@ -65,6 +67,7 @@ def test_it_works_where_nothing_optional_is_installed():
     assert "selective_state_update" in python("-c", BLOCKED.format(blocked=sorted(OPTIONAL))).stdout
 
 
+@pytest.mark.slow  # beside another test's process it takes twice the processor time
 def test_it_costs_under_50_ms_on_top_of_torch(tmp_path: Path):
     # Processor time, since other processes are at work; the best of eight, since they slow this one down all the same,
     # and the first has to compile.

@@ -29,8 +29,8 @@ def test_bad(graph_audit):
 def test_the_fixture(how: str, tmp_path: Path) -> None:
     (tmp_path / "test_theirs.py").write_text(TESTS)
     options = ["-p", "no:cacheprovider", "-q"]
-    if how == "installed":  # as its entry point loads it
-        options += ["-p", "mamba_ops_pytest"]
+    if how == "installed":  # what the entry point loads, and once alone, whether or not this checkout is installed
+        options += ["-p", "no:mamba_ops", "-p", "mamba_ops_pytest"]
     else:
         (tmp_path / "conftest.py").write_text('pytest_plugins = ["mamba_ops.testing"]\n')
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
