@@ -29,6 +29,7 @@ from mamba_ops.registry.selection import Explanation as Explanation
 from mamba_ops.registry.selection import Selection as Selection
 from mamba_ops.registry.selection import explain as explain
 from mamba_ops.registry.selection import generation as generation
+from mamba_ops.registry.selection import may_refuse as may_refuse
 from mamba_ops.registry.selection import record_selections as record_selections
 from mamba_ops.registry.splitting import Piece as Piece
 from mamba_ops.registry.splitting import SplitGraph as SplitGraph

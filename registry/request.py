@@ -199,6 +199,11 @@ def bound(op: "Op[...]") -> tuple[Names, str] | None:
     return None if (names := request.of(op)) is None else (names, request.by)
 
 
+def anybody_asks() -> bool:
+    """Whether backends are asked for by name, for any op: quicker than to look at each."""
+    return bool(in_force()) or any(r.everywhere or r.ops for r in map(environment, namespaces))
+
+
 def stated() -> Mapping[str, Hashable] | None:
     """Return the settings of the innermost of use_backend() and configure() that has any; it states them all."""
     return next((request.settings for request in in_force() if request.settings is not None), None)

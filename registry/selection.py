@@ -183,6 +183,11 @@ def is_bound(op: "Op[...]") -> bool:
     return request.bound(op) is not None
 
 
+def may_refuse(*some: "Op[...]") -> bool:
+    """Return whether somebody asked for backends by name for any of these ops: only then may `Op.require` raise."""
+    return request.anybody_asks() and any(map(is_bound, some))
+
+
 def require(op: "Op[...]", arguments: Mapping[str, Any]) -> None:
     """Raise with every backend's reason unless one takes these very arguments."""
     reasons: dict[str, str] = {}
@@ -216,7 +221,14 @@ def _asking(
             said[kernel.backend.name] = reason
         raise _refused(op, said)
 
-    return run
+    per_call, (_, function) = takers[0].per_call, runs[0]
+
+    def run_first(*args: Any, **kwargs: Any) -> None:
+        if per_call is None or per_call(*args, **kwargs) is None:  # nothing to be said of anybody
+            return function(*args, **kwargs)
+        return run(*args, **kwargs)
+
+    return run if disputed else run_first
 
 
 def _recorded(op: "Op[...]", kernel: "Kernel") -> Callable[..., None]:

@@ -1,6 +1,6 @@
 """gdn_mixing: the convolution and the gated delta rule of one layer, on decodes and prefills in one batch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,11 +14,14 @@ from mamba_ops.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
 from mamba_ops.ops.gated_delta_rule_update import delta_rule_gates, gated_delta_rule_update
 from mamba_ops.ops.mixing import (
     SAMPLE_SLOTS,
+    Call,
     PlanTensors,
     Rows,
     batch_of,
+    by_head,
     check_caches,
     check_plan,
+    each_kind,
     like_convolved,
     require_window,
     sample_plans,
@@ -94,38 +97,28 @@ def gdn_mixing(
     sizes = (num_k_heads, num_v_heads, head_k_dim, head_v_dim)
     here = slice(0, batch.tokens)
     mixed, gate, b, a = unpack(projected_qkvz[here], projected_ba[here], *sizes, interleaved)
-    keys, values = num_k_heads * head_k_dim, num_v_heads * head_v_dim
+    by_key = (num_k_heads, head_k_dim)
+    heads = by_key, by_key, (num_v_heads, head_v_dim)
 
-    def by_head(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = mixed.split([keys, keys, values], dim=-1)
-        by_key = (num_k_heads, head_k_dim)
-        return q.unflatten(-1, by_key), k.unflatten(-1, by_key), v.unflatten(-1, (num_v_heads, head_v_dim))
+    def read(rows: Rows, convolve: Call, scan: Call) -> None:
+        convolved = convolve(rows.of(mixed), conv_weight, conv_bias, conv_state=conv_state, **rows.options)
+        q, k, v = by_head(like_convolved(rows.of(mixed)) if convolved is None else convolved, *heads)
+        g, beta = delta_rule_gates(rows.of(a), rows.of(b), A_log, dt_bias)
+        scan(q, k, v, g, beta, state=ssm_state, qk_l2norm=True, out=rows.of(output), **rows.options)
 
-    def read(rows: Rows, convolve: Callable[..., Any], scan: Callable[..., Any]) -> None:
-        tokens, options = rows
-        convolved = convolve(mixed[tokens], conv_weight, conv_bias, conv_state=conv_state, **options)
-        q, k, v = by_head(like_convolved(mixed[tokens]) if convolved is None else convolved)
-        g, beta = delta_rule_gates(a[tokens], b[tokens], A_log, dt_bias)
-        scan(q, k, v, g, beta, state=ssm_state, qk_l2norm=True, out=output[tokens], **options)
+    def step(rows: Rows, convolve: Call, update: Call) -> None:
+        convolved = convolve(rows.of(mixed), conv_state, conv_weight, conv_bias, **rows.options)
+        q, k, v = by_head(like_convolved(rows.of(mixed)) if convolved is None else convolved, *heads)
+        gates = {"a": rows.of(a), "b": rows.of(b), "A_log": A_log, "dt_bias": dt_bias}
+        update(ssm_state, q, k, v, **gates, qk_l2norm=True, out=rows.of(output), **rows.options)
 
-    def step(rows: Rows, convolve: Callable[..., Any], update: Callable[..., Any]) -> None:
-        tokens, options = rows
-        convolved = convolve(mixed[tokens], conv_state, conv_weight, conv_bias, **options)
-        q, k, v = by_head(like_convolved(mixed[tokens]) if convolved is None else convolved)
-        gates = {"a": a[tokens], "b": b[tokens], "A_log": A_log, "dt_bias": dt_bias}
-        update(ssm_state, q, k, v, **gates, qk_l2norm=True, out=output[tokens], **options)
-
-    if batch.prefills is not None:
-        read(batch.prefills, causal_conv1d.require, chunk_gated_delta_rule.require)
-    if batch.decodes is not None:
-        step(batch.decodes, causal_conv1d_update.require, gated_delta_rule_update.require)
-        step(batch.decodes, causal_conv1d_update, gated_delta_rule_update)
-    if batch.prefills is not None:
-        read(batch.prefills, causal_conv1d, chunk_gated_delta_rule)
-    output[batch.tokens :].zero_()
+    each_kind(
+        batch, step, (causal_conv1d_update, gated_delta_rule_update), read, (causal_conv1d, chunk_gated_delta_rule)
+    )
+    batch.clear_rest(output)
     if z is not None:
         z[here].copy_(gate)
-        z[batch.tokens :].zero_()
+        batch.clear_rest(z)
     return output
 
 

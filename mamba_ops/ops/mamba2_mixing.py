@@ -1,7 +1,7 @@
 """mamba2_mixing: the convolution and the recurrence of one Mamba-2 layer, on decodes and prefills in one batch."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,11 +15,14 @@ from mamba_ops.ops.checking import floating, one_device, shape_is, tensor_rank
 from mamba_ops.ops.mamba_chunk_scan import mamba_chunk_scan
 from mamba_ops.ops.mixing import (
     SAMPLE_SLOTS,
+    Call,
     PlanTensors,
     Rows,
     batch_of,
+    by_head,
     check_caches,
     check_plan,
+    each_kind,
     like_convolved,
     require_window,
     sample_plans,
@@ -91,20 +94,15 @@ def mamba2_mixing(
     batch = batch_of(mamba2_mixing.qualname, plan, projected.shape[0], null_slot)
     require_window(mamba2_mixing.qualname, plan, conv_state, conv_weight)
     inner, bc = heads * head_dim, groups * dstate
-    _, mixed, dt = projected.split([inner, inner + 2 * bc, heads], dim=-1)
+    _, mixed, dt = projected.split_with_sizes([inner, inner + 2 * bc, heads], dim=-1)
+    sizes = (heads, head_dim), (groups, dstate), (groups, dstate)
 
-    def by_head(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, B, C = mixed.split([inner, bc, bc], dim=-1)
-        sizes = (groups, dstate)
-        return x.unflatten(-1, (heads, head_dim)), B.unflatten(-1, sizes), C.unflatten(-1, sizes)
-
-    def read(rows: Rows, convolve: Callable[..., Any], scan: Callable[..., Any]) -> None:
-        tokens, options = rows
-        convolved = convolve(mixed[tokens], conv_weight, conv_bias, conv_state=conv_state, **options)
-        x, B, C = by_head(like_convolved(mixed[tokens]) if convolved is None else convolved)
+    def read(rows: Rows, convolve: Call, scan: Call) -> None:
+        convolved = convolve(rows.of(mixed), conv_weight, conv_bias, conv_state=conv_state, **rows.options)
+        x, B, C = by_head(like_convolved(rows.of(mixed)) if convolved is None else convolved, *sizes)
         scan(
             x,
-            dt[tokens],
+            rows.of(dt),
             A,
             B,
             C,
@@ -116,15 +114,14 @@ def mamba2_mixing(
             dt_max=dt_max,
             computed_tokens=batch.computed_tokens,
             ssm_state=ssm_state,
-            out=output[tokens],
-            **options,
+            out=rows.of(output),
+            **rows.options,
         )
 
-    def step(rows: Rows, convolve: Callable[..., Any], update: Callable[..., Any]) -> None:
-        tokens, options = rows
-        convolved = convolve(mixed[tokens], conv_state, conv_weight, conv_bias, **options)
-        x, B, C = by_head(like_convolved(mixed[tokens]) if convolved is None else convolved)
-        d, bias = dt[tokens], dt_bias
+    def step(rows: Rows, convolve: Call, update: Call) -> None:
+        convolved = convolve(rows.of(mixed), conv_state, conv_weight, conv_bias, **rows.options)
+        x, B, C = by_head(like_convolved(rows.of(mixed)) if convolved is None else convolved, *sizes)
+        d, bias = rows.of(dt), dt_bias
         if limited := dt_min > 0 or dt_max < math.inf:  # the update has no limits of its own
             compute = torch.promote_types(d.dtype, torch.float32)
             d = functional.softplus(d.to(compute) + dt_bias.to(compute)).clamp(dt_min, dt_max)
@@ -138,18 +135,12 @@ def mamba2_mixing(
             D=D,
             dt_bias=None if limited else bias,
             dt_softplus=not limited,
-            out=output[tokens],
-            **options,
+            out=rows.of(output),
+            **rows.options,
         )
 
-    if batch.prefills is not None:
-        read(batch.prefills, causal_conv1d.require, mamba_chunk_scan.require)
-    if batch.decodes is not None:
-        step(batch.decodes, causal_conv1d_update.require, selective_state_update.require)
-        step(batch.decodes, causal_conv1d_update, selective_state_update)
-    if batch.prefills is not None:
-        read(batch.prefills, causal_conv1d, mamba_chunk_scan)
-    output[batch.tokens :].zero_()
+    each_kind(batch, step, (causal_conv1d_update, selective_state_update), read, (causal_conv1d, mamba_chunk_scan))
+    batch.clear_rest(output)
     return output
 
 

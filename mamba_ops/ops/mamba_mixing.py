@@ -12,6 +12,7 @@ from mamba_ops.ops.causal_conv1d_update import causal_conv1d_update
 from mamba_ops.ops.checking import floating, one_device, shape_is, short, tensor_rank
 from mamba_ops.ops.mixing import (
     SAMPLE_SLOTS,
+    Call,
     PlanTensors,
     batch_of,
     check_caches,
@@ -22,7 +23,7 @@ from mamba_ops.ops.mixing import (
 from mamba_ops.ops.norms import rms_norm
 from mamba_ops.ops.selective_scan import selective_scan
 from mamba_ops.ops.selective_state_update import selective_state_update
-from mamba_ops.registry import Sample, bad_argument, given
+from mamba_ops.registry import Sample, bad_argument, given, may_refuse
 
 
 @mamba.op(mutates=("conv_state", "ssm_state", "out"), splits_graph=True, reads_host=True, composed=True)
@@ -98,39 +99,37 @@ def mamba_mixing(
     parts = dt, B, C = low.split([rank, dstate, dstate], dim=-1)
     decodes, prefills = batch.decodes, batch.prefills
 
-    def convolve(*, require: bool) -> None:
+    def convolve(step: Call, read: Call) -> None:
         if decodes is not None:
-            step = causal_conv1d_update.require if require else causal_conv1d_update
-            step(x[decodes.tokens], conv_state, conv_weight, conv_bias, out=mixed[decodes.tokens], **decodes.options)
+            out = decodes.of(mixed)
+            step(decodes.of(x), conv_state, conv_weight, conv_bias, out=out, **decodes.options)
         if prefills is not None:
-            read = causal_conv1d.require if require else causal_conv1d
             options = {"conv_state": conv_state, **prefills.options}
-            read(x[prefills.tokens], conv_weight, conv_bias, out=mixed[prefills.tokens], **options)
+            read(prefills.of(x), conv_weight, conv_bias, out=prefills.of(mixed), **options)
 
-    def scan(*, require: bool) -> None:
+    def scan(step: Call, read: Call) -> None:
         options: dict[str, Any]
         if decodes is not None:
-            step = selective_state_update.require if require else selective_state_update
-            tokens, options = decodes
-            options = {"D": D, "z": z[tokens], "dt_bias": dt_proj_bias, "out": output[tokens], **options}
-            step(ssm_state, mixed[tokens], delta[tokens], A, B[tokens], C[tokens], dt_softplus=True, **options)
+            options = {"D": D, "z": decodes.of(z), "dt_bias": dt_proj_bias, "dt_softplus": True, **decodes.options}
+            u, d, b, c, out = map(decodes.of, (mixed, delta, B, C, output))
+            step(ssm_state, u, d, A, b, c, out=out, **options)
         if prefills is not None:
-            read = selective_scan.require if require else selective_scan
-            tokens, options = prefills
-            options = {"D": D, "z": z[tokens], "delta_bias": dt_proj_bias, "ssm_state": ssm_state, **options}
-            options["out"] = output[tokens]
-            read(mixed[tokens], delta[tokens], A, B[tokens], C[tokens], delta_softplus=True, **options)
+            options = {"D": D, "z": prefills.of(z), "delta_bias": dt_proj_bias, "delta_softplus": True}
+            u, d, b, c, out = map(prefills.of, (mixed, delta, B, C, output))
+            read(u, d, A, b, c, ssm_state=ssm_state, out=out, **options, **prefills.options)
 
-    convolve(require=True)
-    scan(require=True)
-    convolve(require=False)
+    convolutions, scans = (causal_conv1d_update, causal_conv1d), (selective_state_update, selective_scan)
+    if may_refuse(*convolutions, *scans):
+        convolve(*(op.require for op in convolutions))
+        scan(*(op.require for op in scans))
+    convolve(*convolutions)
     torch.mm(mixed, x_proj_weight.t(), out=low)
     for part, weight in zip(parts, (dt_norm_weight, B_norm_weight, C_norm_weight), strict=True):
         if weight is not None:
             part.copy_(rms_norm(part, weight, norm_eps))
     torch.mm(dt, dt_proj_weight.t(), out=delta)
-    scan(require=False)
-    output[batch.tokens :].zero_()
+    scan(*scans)
+    batch.clear_rest(output)
     return output
 
 

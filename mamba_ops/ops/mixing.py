@@ -4,7 +4,7 @@ A mixing op is one layer's convolution and recurrence on a batch in which some r
 is composed of the ops for either. Decodes come first, in rows and in tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops.checking import index_tensor, one_device, packed_rows, shape_is, short, slot_table, tensor_rank
-from mamba_ops.registry import bad_argument
+from mamba_ops.registry import Op, bad_argument, may_refuse
 from mamba_ops.registry.errors import in_call_of
 
 
@@ -44,6 +44,10 @@ NO_PLAN = PlanTensors(None, None, None, None, None, None, None)
 """For a run that only allocates: outputs are zero, caches stay as they are."""
 
 
+Call = Callable[..., Any]
+"""The front of an op, or its `Op.require`; a name, as annotations of inner functions are evaluated in every call."""
+
+
 class HasPlan(Protocol):
     """What layers are given a plan as, such as a `mamba_ops.serving.Plan`."""
 
@@ -62,6 +66,10 @@ class Rows(NamedTuple):
     tokens: slice
     options: dict[str, Any]
 
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return their part of a tensor of all tokens; where that is all of it, no view has to be made."""
+        return tensor if self.tokens == slice(0, tensor.shape[0]) else tensor[self.tokens]
+
 
 class Batch(NamedTuple):
     """A plan's rows; None where there are none of a kind."""
@@ -70,6 +78,17 @@ class Batch(NamedTuple):
     prefills: Rows | None
     computed_tokens: Tensor | None
     tokens: int
+
+    def clear_rest(self, output: Tensor) -> None:
+        """Set to zero what stands for tokens that no row has."""
+        if self.tokens < output.shape[0]:
+            output[self.tokens :].zero_()
+
+
+def by_head(packed: Tensor, *sizes: tuple[int, int]) -> list[Tensor]:
+    """Take the last axis apart: of each part, how many heads (or groups) it has, and how large they are."""
+    parts = packed.split_with_sizes([heads * size for heads, size in sizes], dim=-1)
+    return [part.view(*packed.shape[:-1], *size) for part, size in zip(parts, sizes, strict=True)]
 
 
 def check_plan(device: torch.device, plan: PlanTensors) -> None:
@@ -154,6 +173,7 @@ def batch_of(op: str, plan: PlanTensors, tokens: int, null_slot: int) -> Batch:
         raise wrong(f"{decode_tokens} tokens of {decodes} decodes", "one each", hint)
 
     decoding, reading = None, None
+    computed = None
     first = plan.slots if plan.slots.dim() == 1 else plan.slots[:, 0]
     if decodes and decode_tokens:
         options: dict[str, Any] = {"slots": first[:decodes], "null_slot": null_slot}
@@ -170,8 +190,31 @@ def batch_of(op: str, plan: PlanTensors, tokens: int, null_slot: int) -> Batch:
             "null_slot": null_slot,
         }
         reading = Rows(slice(decode_tokens, total), options)
-    computed = None if plan.computed_tokens is None else plan.computed_tokens[decodes:rows]
+        computed = None if plan.computed_tokens is None else plan.computed_tokens[decodes:rows]
     return Batch(decoding, reading, computed, total)
+
+
+def each_kind(
+    batch: Batch,
+    step: Call,
+    steps: tuple[Op[...], Op[...]],
+    read: Call,
+    reads: tuple[Op[...], Op[...]],
+) -> None:
+    """Call `step` for the decodes and `read` for the prefills, each with its rows and its two ops.
+
+    Where backends are asked for by name, both are called with `Op.require` of these first, so that what will be refused
+    is before anything is written.
+    """
+    if may_refuse(*steps, *reads):
+        if batch.decodes is not None:
+            step(batch.decodes, *(op.require for op in steps))
+        if batch.prefills is not None:
+            read(batch.prefills, *(op.require for op in reads))
+    if batch.decodes is not None:
+        step(batch.decodes, *steps)
+    if batch.prefills is not None:
+        read(batch.prefills, *reads)
 
 
 def like_convolved(mixed: Tensor) -> Tensor:
