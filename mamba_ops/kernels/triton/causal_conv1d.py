@@ -4,11 +4,11 @@ A program owns a tile: a few tokens of one sequence by a block of channels. It l
 before them into registers, all of them before it computes anything, so that the loads are under way together.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mamba_ops.kernels.triton.common import cdiv, on_device_of
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 _CHANNELS = 128  # that a warp owns: 8 bytes of bfloat16 a thread
@@ -206,11 +206,11 @@ def causal_conv1d(
 
     launch = _launches(x.get_device(), dim, width)["_kernel"]
     if cu_seqlens is None:
-        tiles = sequences * triton.cdiv(x.shape[1], launch["BLOCK_T"])
+        tiles = sequences * cdiv(x.shape[1], launch["BLOCK_T"])
     else:
         tiles = x.shape[0] // launch["BLOCK_T"] + sequences  # at most: how many there are, the device knows
-    with torch.accelerator.device_index(x.device.index):
-        _kernel[(tiles * triton.cdiv(dim, launch["BLOCK"]),)](
+    with on_device_of(x):
+        _kernel[(tiles * cdiv(dim, launch["BLOCK"]),)](
             x,
             weight.contiguous(),
             None if bias is None else bias.contiguous(),

@@ -4,11 +4,11 @@ One program owns a row and a block of channels for all tokens of that row: it re
 registers while it walks over the tokens, and writes the cache back itself, so no two programs touch the same state.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mamba_ops.kernels.triton.common import cdiv, on_device_of
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 
@@ -179,8 +179,8 @@ def causal_conv1d_update(
     )
     aligned = x_channel == state_channel == output_channel == 1 and starts % 16 == 0
     launch = _launches(x.get_device(), dim, width)["_kernel"]
-    with torch.accelerator.device_index(x.device.index):
-        _kernel[rows, triton.cdiv(dim, launch["BLOCK"])](
+    with on_device_of(x):
+        _kernel[rows, cdiv(dim, launch["BLOCK"])](
             x,
             conv_state,
             weight.contiguous(),

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import INTERPRETED, by_token, chunk_at, chunks_of, dense, on_device_of, tile
+from mamba_ops.kernels.triton.common import INTERPRETED, by_token, cdiv, chunk_at, chunks_of, dense, on_device_of, tile
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 CHUNK = 64
@@ -282,7 +282,7 @@ def chunk_gated_delta_rule(
     moves = write_slots is not None and state is not None
     if rows == 0 or (tokens == 0 and not moves):
         return
-    chunks = tokens // CHUNK + rows if length is None else rows * triton.cdiv(length, CHUNK)
+    chunks = tokens // CHUNK + rows if length is None else rows * cdiv(length, CHUNK)
 
     result = by_token(output, not batched)
     q, k, v, g, beta = (by_token(t, not batched) for t in (q, k, v, g, beta))
@@ -332,7 +332,7 @@ def chunk_gated_delta_rule(
                 L2NORM=qk_l2norm,
                 **solve,
             )
-        _scan[(rows * v_heads * triton.cdiv(v_dim, scan["BLOCK"]),)](
+        _scan[(rows * v_heads * cdiv(v_dim, scan["BLOCK"]),)](
             q,
             k,
             v,

@@ -1,6 +1,7 @@
 """What several Triton kernels and their launchers share."""
 
 import contextlib
+import functools
 
 import torch
 import triton
@@ -114,9 +115,22 @@ def by_token(tensor: Tensor, flat: bool) -> Tensor:
     return dense(tensor if flat else tensor.flatten(0, 1))
 
 
+def cdiv(numerator: int, denominator: int) -> int:
+    """How many blocks cover so many; `triton.cdiv` is meant for kernels and takes microseconds."""
+    return -(-numerator // denominator)
+
+
+_HERE = contextlib.nullcontext()
+
+
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """The context in which a launch goes to the tensor's device; on the CPU, interpreted, there is but one."""
-    if tensor.get_device() < 0:
-        return contextlib.nullcontext()
+    """The context in which a launch goes to the tensor's device; where there is but one, that is any."""
+    if tensor.get_device() < 0 or not _several(tensor.device.type):
+        return _HERE
     context: contextlib.AbstractContextManager[object] = torch.get_device_module(tensor.device).device(tensor.device)
     return context
+
+
+@functools.cache
+def _several(device_type: str) -> bool:
+    return bool(torch.get_device_module(device_type).device_count() > 1)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import advanced, by_token, dense, is_dense, on_device_of, softplus
+from mamba_ops.kernels.triton.common import advanced, by_token, cdiv, dense, is_dense, on_device_of, softplus
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
@@ -191,7 +191,7 @@ def gated_delta_rule_update(
 
     launch = _launches(state.get_device(), v_dim, k_dim, state.itemsize)["_kernel"]
     with on_device_of(state):
-        _kernel[(rows * v_heads * triton.cdiv(v_dim, launch["BLOCK"]),)](
+        _kernel[(rows * v_heads * cdiv(v_dim, launch["BLOCK"]),)](
             state,
             q,
             k,

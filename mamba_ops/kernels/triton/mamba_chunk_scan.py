@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import INTERPRETED, by_token, dense, is_dense, on_device_of, softplus, tile
+from mamba_ops.kernels.triton.common import INTERPRETED, by_token, cdiv, dense, is_dense, on_device_of, softplus, tile
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
@@ -389,7 +389,7 @@ def mamba_chunk_scan(
     launches = _launches(x.get_device(), dim, dstate, chunk_size, operand.itemsize)
     prepare, states, outputs = (launches[kernel] for kernel in ("_prepare", "_states", "_outputs"))
     with on_device_of(x):
-        _prepare[(chunks, triton.cdiv(heads, prepare["BLOCK_HEADS"]))](
+        _prepare[(chunks, cdiv(heads, prepare["BLOCK_HEADS"]))](
             dt,
             A,
             dt_bias,
@@ -413,7 +413,7 @@ def mamba_chunk_scan(
             SOFTPLUS=dt_softplus,
             **prepare,
         )
-        _states[(rows * heads * triton.cdiv(dim, states["BLOCK_DIM"]) * triton.cdiv(dstate, states["BLOCK_STATE"]),)](
+        _states[(rows * heads * cdiv(dim, states["BLOCK_DIM"]) * cdiv(dstate, states["BLOCK_STATE"]),)](
             x,
             B,
             cu_seqlens,
@@ -440,7 +440,7 @@ def mamba_chunk_scan(
             **states,
         )
         if tokens > 0:
-            blocks = triton.cdiv(chunk_size, outputs["BLOCK_TOKENS"]) * triton.cdiv(dim, outputs["BLOCK_DIM"])
+            blocks = cdiv(chunk_size, outputs["BLOCK_TOKENS"]) * cdiv(dim, outputs["BLOCK_DIM"])
             _outputs[(chunks * heads * blocks,)](
                 x,
                 B,

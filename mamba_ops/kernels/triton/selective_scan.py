@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import INTERPRETED, chunk_at, chunks_of, dense, on_device_of, softplus
+from mamba_ops.kernels.triton.common import INTERPRETED, cdiv, chunk_at, chunks_of, dense, on_device_of, softplus
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 CHUNK = 64  # tokens, counted from a row's first one
@@ -595,7 +595,7 @@ def selective_scan(
     if chunk_ends is not None:
         chunks = chunk_ends.shape[0]
     elif length is not None:
-        chunks = rows * triton.cdiv(length, CHUNK)
+        chunks = rows * cdiv(length, CHUNK)
     else:
         chunks = tokens // CHUNK + rows
     several = chunk_ends is not None or chunks > rows  # a row may have more than one
@@ -641,7 +641,7 @@ def selective_scan(
         if several and tokens:
             states = torch.empty(chunks, dstate, dim, dtype=torch.float32, device=u.device)
             sums = torch.empty(chunks, dim, dtype=torch.float32, device=u.device)
-            _ends[(chunks * groups * triton.cdiv(dim // groups, ends["BLOCK"]),)](
+            _ends[(chunks * groups * cdiv(dim // groups, ends["BLOCK"]),)](
                 u,
                 delta,
                 A,
@@ -674,7 +674,7 @@ def selective_scan(
                 **ends,
             )
         if (several and tokens) or moves:
-            _starts[(rows * triton.cdiv(dim, starts["BLOCK"]) * dstate,)](
+            _starts[(rows * cdiv(dim, starts["BLOCK"]) * dstate,)](
                 A,
                 ssm_state,
                 slots,
@@ -701,7 +701,7 @@ def selective_scan(
             )
         if tokens == 0 or chunks == 0:
             return
-        _outputs[(chunks * groups * triton.cdiv(dim // groups, outputs["BLOCK"]),)](
+        _outputs[(chunks * groups * cdiv(dim // groups, outputs["BLOCK"]),)](
             u,
             delta,
             A,

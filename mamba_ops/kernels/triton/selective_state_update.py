@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import advanced, by_token, dense, is_dense, on_device_of, softplus
+from mamba_ops.kernels.triton.common import advanced, by_token, cdiv, dense, is_dense, on_device_of, softplus
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
@@ -287,7 +287,7 @@ def selective_state_update(
     else:
         launch = {**launch, "WIDTH": max(launch["WIDTH"], 4)}
     with on_device_of(state):
-        _kernel[(rows * heads * triton.cdiv(dim, launch["BLOCK"]),)](
+        _kernel[(rows * heads * cdiv(dim, launch["BLOCK"]),)](
             state,
             x,
             dt,
