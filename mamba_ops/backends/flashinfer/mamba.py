@@ -92,6 +92,22 @@ def _why_not_update(
 
 
 def _why_not_update_now(state: Tensor, x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, output: Tensor) -> str | None:
+    slot, heads, dim, dstate = state.stride()
+    _, _, width, inner = state.shape
+    places = state.data_ptr() | slot * state.itemsize
+    bad = heads != width * inner or dim != inner or dstate != 1 or not output.is_contiguous()
+    for tensor, size in ((x, width), (B, inner), (C, inner), (z, width)):  # quick, for it is asked in every call
+        if tensor is not None:
+            *tokens, row, entry = tensor.stride()
+            bad |= entry != 1 or row != size
+            for token in tokens:
+                places |= token * tensor.itemsize
+            places |= tensor.data_ptr()
+    return _why_not_places(state, x, B, C, z, output) if bad or (places | output.data_ptr()) & 15 else None
+
+
+def _why_not_places(state: Tensor, x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, output: Tensor) -> str | None:
+    """Say what is wrong with where the tensors are."""
     _, _, dim, dstate = state.shape
     slot, *inner = state.stride()
     if inner != [dim * dstate, dstate, 1]:
@@ -100,30 +116,15 @@ def _why_not_update_now(state: Tensor, x: Tensor, B: Tensor, C: Tensor, z: Tenso
         return "takes a state whose slots start at multiples of 16 bytes, and not all of them do"
     if not output.is_contiguous():
         return f"takes an out that is contiguous, and its strides are {output.stride()}"
-    size = x.itemsize
-    if (
-        _is_taken(x, dim, size)
-        and _is_taken(B, dstate, size)
-        and _is_taken(C, dstate, size)
-        and (z is None or _is_taken(z, dim, size))
-        and _is_taken(output, dim, size)
-    ):
-        return None
     for name, tensor, width in (("x", x, dim), ("B", B, dstate), ("C", C, dstate), ("z", z, dim), ("out", output, dim)):
-        if tensor is not None and tensor.stride()[-2:] != (width, 1):
+        if tensor is None:
+            continue
+        *tokens, row, entry = tensor.stride()
+        if (row, entry) != (width, 1):
             return f"takes tokens of {name} that are each dense, and its strides are {tensor.stride()}"
-        if tensor is not None and not _is_taken(tensor, width, size):
-            break
-    return f"takes tokens of {name} that start at multiples of 16 bytes, and not all of them do"
-
-
-def _is_taken(tensor: Tensor, width: int, itemsize: int) -> bool:
-    """Whether tokens are each dense and start at multiples of 16 bytes; quick, for it is asked in every call."""
-    strides = tensor.stride()
-    places = tensor.data_ptr() | strides[0] * itemsize
-    if len(strides) == 4:
-        places |= strides[1] * itemsize
-    return not places & 15 and strides[-1] == 1 and strides[-2] == width
+        if any(place & 15 for place in (tensor.data_ptr(), *(token * tensor.itemsize for token in tokens))):
+            return f"takes tokens of {name} that start at multiples of 16 bytes, and not all of them do"
+    return None
 
 
 def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
