@@ -81,19 +81,30 @@ def test_without_a_warm_up_no_jit_raises_for_each_kernel():
 
 
 CACHE = """
+import os
 import torch, mamba_ops
 
+compile_only.Driver.launcher_cls = compile_only.Launcher
 report = mamba_ops.warm_up("gated_delta_rule_update", device="cpu")
-print(json.dumps([report.compiled, report.loaded, [row.cached for row in report], report.seconds]))
+cached = [row.cached for row in report]
+print(json.dumps([os.getpid(), report.compiled, report.loaded, cached, len(compile_only.launches)]))
 """
 
 
 def test_a_second_process_compiles_nothing(tmp_path):
-    first, second = (compiled_for_a_gpu(CACHE, TRITON_CACHE_DIR=str(tmp_path)) for _ in range(2))
-    assert first[0] > 5
-    assert not all(first[2])
-    assert second[:2] == [0, first[0]]
-    assert all(second[2])
+    launchers = tmp_path / "launchers"
+    launchers.mkdir()
+    places = {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "LAUNCHERS": str(launchers)}
+    process, compiled, loaded, cached, launches = compiled_for_a_gpu(CACHE, **places)
+    assert compiled > 5
+    assert loaded == 0
+    assert not all(cached)
+    assert launches > len(cached)  # what was not there is called again
+    made = [path.name.split() for path in launchers.iterdir()]  # beside each kernel, and not in this process
+    assert len({kernel for kernel, _ in made}) == compiled
+    assert str(process) not in {by for _, by in made}
+    _, *again = compiled_for_a_gpu(CACHE, **places)
+    assert again == [0, compiled, [True] * len(cached), len(cached)]  # and what is there is called once
 
 
 # -- without Triton ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from mamba_ops.serving import Plan
 
 TOKENS = 140  # that are read: rows of more than a chunk, of every kernel that has one size of chunks
 SHORT = 5
-MANY = (512, 2048)
+MANY = tuple(2**k for k in range(13))
 SLOTS = 4
 _OF_NO_KERNEL = ("layer_idx", "training")
 
@@ -77,6 +77,15 @@ def calls_of(layer: Layer, module: nn.Module, state_dtype: torch.dtype) -> Itera
         yield from _calls_of_ours(module, state_dtype)
     else:
         yield from _calls_of_transformers(layer, module)
+    for name, linear in module.named_modules():  # libraries that multiply load a kernel when they first meet a size
+        if isinstance(linear, nn.Linear) and linear.weight.device.type != "cpu":
+            yield name, partial(_multiply, linear)
+
+
+def _multiply(linear: nn.Linear) -> None:
+    tokens = torch.randn(MANY[-1], linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
+    for count in MANY:
+        linear(tokens[:count])
 
 
 def _calls_of_ours(
@@ -118,10 +127,6 @@ def _calls_of_ours(
                 f"{what}{words}",
                 partial(lambda lead, at: module.step(hidden(*lead), *caches(), slots=at), lead, where),
             )
-    if device.type != "cpu":
-        for tokens in MANY:  # for what other libraries load when they first meet such sizes, as of the projections
-            plan, _ = _plans(tokens, device)
-            yield f"{tokens} tokens", partial(lambda plan: module(hidden(plan.tokens), *caches(), plan=plan), plan)
     for tokens, short in lengths.items():
         plan, speculative = _plans(tokens, device)
         yield f"a plan{short}", partial(lambda plan: module(hidden(plan.tokens), *caches(), plan=plan), plan)

@@ -1,8 +1,9 @@
 """Compiles Triton kernels before they are launched, many at a time.
 
-First the calls are made with a hook that ends every launch where Triton knows the variant that it needs. What is not on
-disk is compiled by another process (see worker.py) in forks of itself, as Triton often holds Python's lock.
-Last the calls are made again, for real, and read from disk what they need.
+The calls are made with a hook that sees which variant a launch needs. What is on disk is read and launched. What is not
+is compiled by another process (see worker.py) in forks of itself, as Triton often holds Python's lock; its launch ends
+there, and so do those of new variants after it in that call, which would read what it did not write. Such a call is
+made again when all are on disk.
 """
 
 import hashlib
@@ -28,6 +29,16 @@ class Load:
     seconds: float = 0.0
     from_disk: bool | None = None
     """None: nobody has it yet."""
+    submitted: bool = False
+    """Whether the other process was told to compile it."""
+
+
+@dataclass
+class Asked:
+    """What a call asked for that nothing before it had, and whether a launch of it was ended."""
+
+    loads: list[Load]
+    ended: bool = False
 
 
 @dataclass
@@ -42,6 +53,7 @@ class Loader:
     processes: int
     loads: dict[tuple[str, str], Load] = field(default_factory=dict)
     _asks: bool = field(default=False, repr=False)
+    _ended: bool = field(default=False, repr=False)
     _new: list[Load] = field(default_factory=list, repr=False)
     _now: tuple[Load, float] | None = field(default=None, repr=False)
     _jobs: list[Load] = field(default_factory=list, repr=False)
@@ -63,14 +75,15 @@ class Loader:
                     self._worker.wait()
 
     @contextmanager
-    def asking(self) -> Iterator[list[Load]]:
-        """Within the block, launches end before they begin, and what they ask for begins to compile."""
-        self._asks = True
+    def asking(self) -> Iterator[Asked]:
+        """Within the block, what is not on disk begins to compile, and launches of it end before they begin."""
+        self._asks, self._ended = True, False
+        asked = Asked([])
         try:
-            with self.seeing() as new:
-                yield new
+            with self.seeing() as asked.loads:
+                yield asked
         finally:
-            self._asks = False
+            self._asks, asked.ended = False, self._ended
 
     @contextmanager
     def seeing(self) -> Iterator[list[Load]]:
@@ -104,8 +117,9 @@ class Loader:
             self._new.append(load)
             if self._asks and not _is_on_disk(fn.jit_function, compile):
                 self._submit(load, fn, compile["specialization_data"])
+        self._ended |= load.submitted
         self._now = (load, time.perf_counter())
-        return self._asks
+        return self._asks and self._ended
 
     def _after(self, *_: object, cache_hit: bool, **__: object) -> None:
         """Triton's listener: a variant is there."""
@@ -115,6 +129,7 @@ class Loader:
                 load.from_disk, load.seconds = cache_hit, time.perf_counter() - begin
 
     def _submit(self, load: Load, fn: Any, data: str) -> None:
+        load.submitted = True
         if self._worker is None:
             self._worker = self._start()
         assert self._worker.stdin is not None  # for mypy: it is a pipe
@@ -141,8 +156,11 @@ class Loader:
         )
         assert worker.stdin is not None  # for mypy: it is a pipe
         modules = [name for name in sys.modules if name.startswith("mamba_ops.kernels.triton.")]
+        utils = getattr(driver.active, "utils", None)
         first = {
             "target": vars(driver.active.get_current_target()),
+            "launcher": _name(getattr(driver.active, "launcher_cls", None)),
+            "utils": None if utils is None else _name(type(utils)),
             "modules": modules,
             "processes": self.processes,
         }
@@ -154,6 +172,11 @@ class Loader:
 def cores() -> int:
     """How many processes may run at a time."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _name(kind: "type[Any] | None") -> tuple[str, str] | None:
+    """Return by what name another process finds a type."""
+    return None if kind is None else (kind.__module__, kind.__qualname__)
 
 
 def _is_on_disk(function: Any, asked: Any) -> bool:

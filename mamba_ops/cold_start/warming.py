@@ -196,37 +196,48 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
         module.reset_peak_memory_stats(device)
         before = module.memory_allocated(device)
     loader = Loader(processes or cores()) if _triton_compiles(device) else None
-    asked: dict[tuple[int, str], list[Load]] = {}
+    rows: dict[tuple[int, str], list[Row]] = {}
+    later: dict[tuple[int, str], list[Load]] = {}
     random_state = torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type)
+
+    def call_all(what: str, call: Callable[[int, str, Callable[[], object]], None]) -> None:
+        for number, unit in enumerate(units):
+            progress(what, number, len(units))
+            for variant, run in _tried(unit, report):
+                call(number, variant, run)
+            if device.type != "cpu":
+                module.synchronize(device)
+        progress(what, len(units), len(units))
+
+    def first(number: int, variant: str, run: Callable[[], object]) -> None:
+        with record_selections() as ran, loader.asking() if loader else nullcontext() as asked:
+            run()
+        rows[number, variant] = []
+        if asked is not None and asked.ended:
+            later[number, variant] = asked.loads
+        else:
+            loads = asked.loads if asked else []
+            rows[number, variant] += [_row(r, variant, loads, seen=loader is not None) for r in dict.fromkeys(ran)]
+
+    def again(number: int, variant: str, run: Callable[[], object]) -> None:
+        if (loads := later.get((number, variant))) is not None:
+            assert loader is not None  # for mypy: it ended a launch
+            with record_selections() as ran, loader.seeing() as more:
+                run()
+            rows[number, variant] += [_row(r, variant, [*loads, *more], seen=True) for r in dict.fromkeys(ran)]
+
     with ExitStack() as stack:
         stack.enter_context(random_state)
         stack.enter_context(torch.no_grad())
         stack.enter_context(allow_jit())
         if loader is not None:
             stack.enter_context(loader.active())
-            for number, unit in enumerate(units):
-                progress("looking what there is to compile", number, len(units))
-                for variant, run in _tried(unit, report):
-                    with loader.asking() as loads:
-                        run()
-                    asked[number, variant] = loads
-            progress("looking what there is to compile", len(units), len(units))
+        call_all("calling each once", first)
+        if loader is not None and later:
             loader.wait(progress)
-        for number, unit in enumerate(units):
-            progress("calling each once", number, len(units))
-            rows: list[Row] = []
-            for variant, run in _tried(unit, report):
-                more: list[Load] = []
-                with record_selections() as ran, ExitStack() as seen:
-                    if loader is not None:
-                        more = seen.enter_context(loader.seeing())
-                    run()
-                loads = [*asked.get((number, variant), []), *more]
-                rows += [_row(ran_on, variant, loads, seen=loader is not None) for ran_on in dict.fromkeys(ran)]
-            if device.type != "cpu":
-                module.synchronize(device)
-            _done[unit.key] = rows
-        progress("calling each once", len(units), len(units))
+            call_all("calling what was compiled", again)
+    for number, unit in enumerate(units):
+        _done[unit.key] = [row for (at, _), of_call in rows.items() if at == number for row in of_call]
     loads = list(loader.loads.values()) if loader else []
     report.compiled = sum(load.from_disk is False for load in loads)
     report.loaded = sum(load.from_disk is True for load in loads)
