@@ -153,6 +153,8 @@ class Op(Generic[P]):
         self.composed = composed
         tables.refuse_duplicate("op", self.qualname, tables.ops)
         self.parameters = schema.parameters_of(self.qualname, function, mutates)
+        self._names = [p.name for p in self.parameters]
+        self._tensors = [p.name for p in self.parameters if generate.is_tensor(p)]
         self.reference = function
         self.kernels: dict[str, Kernel] = {}
         self._checks: Callable[..., None] | None = None
@@ -320,11 +322,7 @@ class Op(Generic[P]):
     def _decide(self, memory: Memory, key: Any, values: tuple[Any, ...]) -> Known:
         """Check a call that was not seen before, choose its kernel and remember both."""
         called = self._named(values)
-        tensors = [
-            self._nothing[p.name] if called[p.name] is None else called[p.name]
-            for p in self.parameters
-            if generate.is_tensor(p)
-        ]
+        tensors = [self._nothing[n] if called[n] is None else called[n] for n in self._tensors]
         (kernel, _), is_capturing = self._choose(called), capture.question(selection.device_of(called))
         known = (doubt(tensors, is_capturing), comparison(tensors), key[0], kernel, is_capturing)
         memory.learn(key, known)
@@ -368,7 +366,7 @@ class Op(Generic[P]):
         return run
 
     def _named(self, values: tuple[Any, ...]) -> dict[str, Any]:
-        return dict(zip((p.name for p in self.parameters), values, strict=True))
+        return dict(zip(self._names, values, strict=True))
 
     def _refuse_gradient(self, values: tuple[Any, ...]) -> None:
         for p, value in zip(self.parameters, values, strict=True):
@@ -380,8 +378,7 @@ class Op(Generic[P]):
 
     def _fake(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the op returns nothing. Only refuse meta tensors among real ones, which would run nothing."""
-        names = [p.name for p in self.parameters]
-        tensors = {n: v for n, v in (*zip(names, args, strict=False), *kwargs.items()) if isinstance(v, Tensor)}
+        tensors = {n: v for n, v in (*zip(self._names, args, strict=False), *kwargs.items()) if isinstance(v, Tensor)}
         if len({t.is_meta for t in tensors.values()}) > 1:
             expected = next(iter(tensors.values())).device
             name = next(n for n, t in tensors.items() if t.is_meta != (expected.type == "meta"))
