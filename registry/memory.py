@@ -1,11 +1,14 @@
 """What an op remembers of the calls it has seen, so that a repeated call is neither checked nor decided again."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
+
+if TYPE_CHECKING:
+    from mamba_ops.registry.backend import Kernel
 
 _LIMIT = 4096  # calls per op; past it the memory begins again, so that shapes without end cost no memory
 
@@ -23,13 +26,15 @@ class Memory:
     Attributes:
         last: the latest call.
         known: all calls, by what they are known by.
+        order: the kernels that calls may go to, in order, and whether they were asked for by name; None: not looked at.
     """
 
-    __slots__ = ("known", "last")
+    __slots__ = ("known", "last", "order")
 
     def __init__(self) -> None:
         self.last: Known = (bool, lambda *tensors: False, (), _never, bool)
         self.known: dict[Any, Known] = {}
+        self.order: tuple[list[Kernel], bool] | None = None
 
     def learn(self, key: Any, known: Known) -> None:
         """Add a call; past the limit, begin again."""

@@ -183,6 +183,11 @@ def as_if(requests: tuple[Request, ...] | None) -> Iterator[None]:
         _thread.requests = None
 
 
+def is_as_if() -> bool:
+    """Whether this thread is in a block of `as_if` that puts something in force."""
+    return getattr(_thread, "requests", None) is not None
+
+
 def asked(op: "Op[...]") -> tuple[Names, str] | None:
     """Return the backends that use_backend() or configure() asks for, for this op, and who asked."""
     for request in in_force():

@@ -127,17 +127,29 @@ def named_by(token: Tensor | None) -> AbstractContextManager[None]:
 # -- one decision -----------------------------------------------------------------------------------------------------
 
 
-def _order(op: "Op[...]") -> list["Kernel"]:
-    """Return the kernels that a call may go to, in order."""
+def _order(op: "Op[...]") -> tuple[list["Kernel"], bool]:
+    """Return the kernels that a call may go to, in order, and whether they were asked for by name.
+
+    It is remembered until something changes, but not in a thread that chooses under another selection than that in
+    force.
+    """
+    memory = op._memories[0]
+    if memory.order is not None and not request.is_as_if():
+        return memory.order
     if (named := request.bound(op)) is not None:
-        return [op.kernels[name] for name in named[0]]
-    return sorted(op.kernels.values(), key=lambda k: (-k.backend.priority, k.backend.name))
+        order = [op.kernels[name] for name in named[0]], True
+    else:
+        order = sorted(op.kernels.values(), key=lambda k: (-k.backend.priority, k.backend.name)), False
+    if not request.is_as_if():
+        memory.order = order
+    return order
 
 
 def _candidates(op: "Op[...]", arguments: Mapping[str, Any]) -> Iterator[tuple["Kernel", str | None]]:
     """Yield the kernels that a call may go to, in order, each with the reason why not (None: it takes the call)."""
-    by_name, device = is_bound(op), device_of(arguments).type
-    for kernel in _order(op):
+    device = device_of(arguments).type
+    kernels, by_name = _order(op)
+    for kernel in kernels:
         yield kernel, kernel.backend.why_unusable(device, by_name=by_name) or kernel.why_not(arguments)
 
 
@@ -275,7 +287,7 @@ def note_capture(op: "Op[...]", arguments: Mapping[str, Any], *, has_token: bool
 
 def warn_of_captures() -> None:
     """Say which graphs that callers captured no longer run what is selected; after every swap."""
-    capture.warn(lambda op: [kernel.backend.name for kernel in _order(op)], _settings_of)
+    capture.warn(lambda op: [kernel.backend.name for kernel in _order(op)[0]], _settings_of)
 
 
 def _settings_of(op: "Op[...]") -> frozenset[tuple[str, Hashable]]:
