@@ -6,7 +6,6 @@ on small sizes, and only errors are shown.
 
 import itertools
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -16,9 +15,9 @@ from torch import Tensor
 
 import mamba_ops
 from benchmarks import measure, peers
-from benchmarks.measure import AGREEMENT, Row, nbytes
+from benchmarks.measure import AGREEMENT, nbytes
 from benchmarks.peers import Prefill
-from benchmarks.prefill import COLUMNS, VARIANT_TOKENS, Case, correct
+from benchmarks.prefill import COLUMNS, VARIANT_TOKENS, Case, Contestants, measured
 
 MIXED = (37, 512, 1024, 77, 2048, 300, 900, 64, 128, 1500, 33, 256, 700, 444, 130, 39)  # lengths of 16 sequences
 PREFILL = ((512,), (2048,), (8192,), (2048,) * 8, MIXED)
@@ -93,7 +92,7 @@ def cases(op: str, device: torch.device) -> Iterator[Case]:
 # ---- the peer --------------------------------------------------------------------------------------------------------
 
 
-def fla(case: Case) -> tuple[Prefill, Callable[[], object]]:
+def fla(case: Case) -> tuple[Prefill, Prefill]:
     """fla's kernel as its layers call it: once with a copy of our states, for errors, and once bare, for times.
 
     Its states are (k_dim, v_dim) and have no slots; q, k and v are made contiguous, and the gates of decode computed,
@@ -118,43 +117,18 @@ def fla(case: Case) -> tuple[Prefill, Callable[[], object]]:
         cache[1:].copy_(last.mT)
         return out.squeeze(axis)
 
-    return call, lambda: function(initial_state=start, **options)
+    return call, lambda _: function(initial_state=start, **options)
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------
 
 
-def contestants(case: Case) -> dict[str, tuple[Prefill, Callable[[], object]]]:
+def contestants(case: Case) -> Contestants:
     """Ours and, on a GPU, fla's if it is there: a call for errors, and one for times."""
-    calls: dict[str, tuple[Prefill, Callable[[], object]]] = {
-        "ours": (case.ours(), partial(case.ours(), case.cache.clone()))
-    }
+    calls = {"ours": (case.ours(), case.ours())}
     if case.cache.device.type != "cpu":
-        try:
-            calls["fla"] = fla(case)
-        except ImportError as error:
-            print(f"  no fla: {error}", flush=True)
+        calls |= peers.present({"fla": fla}, case=case)
     return calls
-
-
-def measured(case: Case, bandwidth: float | None) -> list[Row]:
-    """A row for each contestant; times in microseconds. A failure is noted in it, so that the others still run."""
-    print(f"{case.op}: {case.name}", flush=True)
-    true, rows = case.true(), []
-    for who, (call, timed) in contestants(case).items():
-        row: Row = {"op": case.op, "case": case.name, "who": who}
-        rows.append(row)
-        try:
-            row["error"], row["steady"] = correct(case, call, true)
-            if bandwidth is not None:
-                row["us"] = measure.device_us(timed, case.cache.device)
-                row |= {"bytes": case.bytes, "floor": 1e6 * case.bytes / bandwidth}
-        except Exception as error:
-            traceback.print_exc()
-            row["failed"] = repr(error)
-        if "us" in rows[0]:
-            row["ours"] = rows[0]["us"]
-    return rows
 
 
 def variants(op: str, device: torch.device) -> list[int]:
@@ -181,8 +155,9 @@ def main() -> int:
         for op in ops if timed else ():
             facts["variants"][op] = variants(op, device)
         facts["copy_bandwidth"] = measure.copy_bandwidth(device) if timed else None
+        bandwidth = facts["copy_bandwidth"]
         groups = {
-            op: [row for case in cases(op, device) for row in measured(case, facts["copy_bandwidth"])] for op in ops
+            op: [row for case in cases(op, device) for row in measured(case, contestants, bandwidth)] for op in ops
         }
 
     notes = [", ".join(f"{name} {facts[name]}" for name in ("torch", "triton"))]

@@ -6,12 +6,12 @@ A peer takes the arguments of our fronts, arranges them once as its own layers w
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ Call = Callable[[Tensor, Tensor, Tensor], object]
 Prefill = Callable[[Tensor], Any]
 """From the cache, which it updates, to the output, a tensor; everything else is already bound."""
 
+T = TypeVar("T")
+
 _FOLDER = Path(__file__).parent.parent / ".peers"
 _OPS = "vllm.model_executor.layers.mamba.ops"
 
@@ -35,6 +37,17 @@ def _module(name: str) -> ModuleType:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     return importlib.import_module(name)
+
+
+def present(known: Mapping[str, Callable[..., T]], **arguments: Any) -> dict[str, T]:
+    """What those of the known peers that are here make of the arguments; says who is not."""
+    arranged = {}
+    for who, arrange in known.items():
+        try:
+            arranged[who] = arrange(**arguments)
+        except ImportError as error:
+            print(f"  no {who}: {error}", flush=True)
+    return arranged
 
 
 # ---- decode ----------------------------------------------------------------------------------------------------------

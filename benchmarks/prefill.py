@@ -29,6 +29,9 @@ LIMITS = {  # ours may take so many times as long as any of these
     "causal_conv1d": (1.5, ("causal-conv1d", "causal-conv1d, packed")),
 }
 
+Contestants = dict[str, tuple[Prefill, Prefill]]
+"""For each by name, the call that is checked and the one that is timed."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -133,19 +136,15 @@ def cases(op: str, device: torch.device) -> Iterator[Case]:
 # ---- measures --------------------------------------------------------------------------------------------------------
 
 
-def contestants(case: Case) -> dict[str, Prefill]:
+def contestants(case: Case) -> Contestants:
     """Ours and, on a GPU, the peers that are there and can do this."""
     calls = {"ours": case.ours()}
-    if case.cache.device.type == "cpu":
-        return calls
-    for who, arrange in peers.PREFILL[case.op].items():
-        if case.arguments["has_initial_state"] is not None and arrange is peers.cuda_conv_packed:
-            continue
-        try:
-            calls[who] = arrange(**case.arguments)
-        except ImportError as error:
-            print(f"  no {who}: {error}", flush=True)
-    return calls
+    if case.cache.device.type != "cpu":
+        known = peers.PREFILL[case.op]
+        if case.arguments["has_initial_state"] is not None:
+            known = {who: arrange for who, arrange in known.items() if arrange is not peers.cuda_conv_packed}
+        calls |= peers.present(known, **case.arguments)
+    return {who: (call, call) for who, call in calls.items()}
 
 
 def correct(case: Case, call: Prefill, true: tuple[Tensor, Tensor]) -> tuple[float, bool]:
@@ -162,18 +161,18 @@ def correct(case: Case, call: Prefill, true: tuple[Tensor, Tensor]) -> tuple[flo
     return max(float((g.double() - t).norm() / t.norm()) for g, t in pairs), steady
 
 
-def measured(case: Case, bandwidth: float | None) -> list[Row]:
+def measured(case: Case, contestants: Callable[[Case], Contestants], bandwidth: float | None) -> list[Row]:
     """A row for each contestant; times in microseconds. A failure is noted in it, so that the others still run."""
     print(f"{case.op}: {case.name}", flush=True)
     calls, true = contestants(case), case.true()
     rows: list[Row] = []
-    for who, call in calls.items():
+    for who, (checked, timed) in calls.items():
         row: Row = {"op": case.op, "case": case.name, "who": who}
         rows.append(row)
         try:
-            row["error"], row["steady"] = correct(case, call, true)
+            row["error"], row["steady"] = correct(case, checked, true)
             if bandwidth is not None:
-                row["us"] = measure.device_us(partial(call, case.cache.clone()), case.cache.device)
+                row["us"] = measure.device_us(partial(timed, case.cache.clone()), case.cache.device)
                 row |= {"bytes": case.bytes, "floor": 1e6 * case.bytes / bandwidth}
         except Exception as error:
             traceback.print_exc()
@@ -241,7 +240,7 @@ def main() -> int:
         for op in ops if timed else ():
             facts["variants"][op] = variants(op, device)
         facts["copy_bandwidth"] = measure.copy_bandwidth(device) if timed else None
-        groups = [measured(case, facts["copy_bandwidth"]) for op in ops for case in cases(op, device)]
+        groups = [measured(case, contestants, facts["copy_bandwidth"]) for op in ops for case in cases(op, device)]
     rows = list(itertools.chain.from_iterable(groups))
 
     notes = [", ".join(f"{name} {facts[name]}" for name in ("torch", "triton"))]

@@ -6,7 +6,6 @@ interpreter on small sizes, and only errors are shown.
 
 import itertools
 import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -19,7 +18,7 @@ import mamba_ops
 from benchmarks import measure, peers
 from benchmarks.measure import AGREEMENT, Row, nbytes
 from benchmarks.peers import Prefill
-from benchmarks.prefill import COLUMNS, VARIANT_TOKENS, Case, correct
+from benchmarks.prefill import COLUMNS, VARIANT_TOKENS, Case, Contestants, measured
 
 SINGLE = (512, 2048, 8192)  # tokens of one sequence, which is what mamba_ssm's kernel takes
 MIXED = (37, 512, 1024, 77, 2048, 300, 900, 64, 128, 1500, 33, 256, 700, 444, 130, 39)  # of 16 packed ones
@@ -72,38 +71,12 @@ def channel_major(case: Case) -> Prefill:
 # ---- measures --------------------------------------------------------------------------------------------------------
 
 
-def contestants(case: Case) -> dict[str, Prefill]:
+def contestants(case: Case) -> Contestants:
     """Ours in both layouts and, on a GPU, the peers that are there and take this."""
     calls = {"ours": case.ours(), "ours, channel-major": channel_major(case)}
-    if case.cache.device.type == "cpu" or len(case.arguments["slots"]) > 1:
-        return calls
-    for who, arrange in peers.PREFILL.get(case.op, {}).items():
-        try:
-            calls[who] = arrange(**case.arguments)
-        except ImportError as error:
-            print(f"  no {who}: {error}", flush=True)
-    return calls
-
-
-def measured(case: Case, bandwidth: float | None) -> list[Row]:
-    """A row for each contestant; times in microseconds. A failure is noted in it, so that the others still run."""
-    print(f"{case.op}: {case.name}", flush=True)
-    calls, true = contestants(case), case.true()
-    rows: list[Row] = []
-    for who, call in calls.items():
-        row: Row = {"op": case.op, "case": case.name, "who": who}
-        rows.append(row)
-        try:
-            row["error"], row["steady"] = correct(case, call, true)
-            if bandwidth is not None:
-                row["us"] = measure.device_us(partial(call, case.cache.clone()), case.cache.device)
-                row |= {"bytes": case.bytes, "floor": 1e6 * case.bytes / bandwidth}
-        except Exception as error:
-            traceback.print_exc()
-            row["failed"] = repr(error)
-        if "us" in rows[0]:
-            row["ours"] = rows[0]["us"]
-    return rows
+    if case.cache.device.type != "cpu" and len(case.arguments["slots"]) == 1:
+        calls |= peers.present(peers.PREFILL[case.op], **case.arguments)
+    return {who: (call, call) for who, call in calls.items()}
 
 
 def variants(device: torch.device) -> list[int]:
@@ -138,7 +111,7 @@ def main() -> int:
     with torch.inference_mode(), mamba_ops.use_backend("triton"):
         after = variants(device) if timed else []
         facts["copy_bandwidth"] = measure.copy_bandwidth(device) if timed else None
-        rows = [row for case in cases(device) for row in measured(case, facts["copy_bandwidth"])]
+        rows = [row for case in cases(device) for row in measured(case, contestants, facts["copy_bandwidth"])]
 
     notes = [", ".join(f"{name} {facts[name]}" for name in ("torch", "triton"))]
     notes[0] += "".join(f"; {name} {version}" for name, version in facts["peers"].items())
