@@ -15,11 +15,10 @@ from torch import Tensor
 
 import mamba_ops
 from benchmarks import measure, peers
-from benchmarks.measure import AGREEMENT, nbytes
+from benchmarks.measure import AGREEMENT, MIXED, nbytes
 from benchmarks.peers import Prefill
-from benchmarks.prefill import COLUMNS, VARIANT_TOKENS, Case, Contestants, measured
+from benchmarks.prefill import COLUMNS, VARIANT_TOKENS, Case, Contestants, measured, packed, spread, variants
 
-MIXED = (37, 512, 1024, 77, 2048, 300, 900, 64, 128, 1500, 33, 256, 700, 444, 130, 39)  # lengths of 16 sequences
 PREFILL = ((512,), (2048,), (8192,), (2048,) * 8, MIXED)
 DECODE = (1, 8, 64, 256)
 LIMIT = 1.05  # ours may take so many times as long as fla's
@@ -49,8 +48,7 @@ def prefill(lengths: tuple[int, ...], device: torch.device) -> Case:
     tensors = heads | {
         "g": -0.1 * torch.nn.functional.softplus(a.float()),
         "beta": b.sigmoid(),
-        "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device),
-        "slots": torch.arange(1, rows + 1, dtype=torch.int32, device=device),
+        **packed(lengths, device),
         "has_initial_state": torch.ones(rows, dtype=torch.bool, device=device),
     }
     one = len(set(lengths)) == 1
@@ -131,19 +129,6 @@ def contestants(case: Case) -> Contestants:
     return calls
 
 
-def variants(op: str, device: torch.device) -> list[int]:
-    """How many kernel variants Triton has made of ours after each of VARIANT_TOKENS token counts, first of all."""
-    counts = []
-    for tokens in VARIANT_TOKENS:
-        rows = min(tokens, 7)
-        lengths = tuple(tokens * (i + 1) // rows - tokens * i // rows for i in range(rows))
-        case = prefill(lengths, device) if op == "chunk_gated_delta_rule" else decode(min(tokens, 300), device)
-        with measure.compilations() as compiled:
-            case.ours()(case.cache)
-        counts.append(len(compiled))
-    return list(itertools.accumulate(counts))
-
-
 def main() -> int:
     options = measure.options("delta_rule", str(__doc__), OPS)
     device: torch.device = options.device
@@ -153,7 +138,9 @@ def main() -> int:
     torch.manual_seed(0)
     with torch.inference_mode(), mamba_ops.use_backend("triton"):
         for op in ops if timed else ():
-            facts["variants"][op] = variants(op, device)
+            whole = op == "chunk_gated_delta_rule"
+            sizes = (spread(n, min(n, 7)) if whole else min(n, 300) for n in VARIANT_TOKENS)
+            facts["variants"][op] = variants(OPS[op][0](size, device) for size in sizes)
         facts["copy_bandwidth"] = measure.copy_bandwidth(device) if timed else None
         bandwidth = facts["copy_bandwidth"]
         groups = {

@@ -8,7 +8,7 @@ import itertools
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -79,7 +79,7 @@ def scan(tokens: int, sequences: int, carried: bool, device: torch.device) -> Ca
         "C": C.unflatten(1, (groups, dstate)),
         "D": random(heads),
         "dt_bias": random(heads) - 3,
-        **_sequences(tokens, sequences, device),
+        **packed(spread(tokens, sequences), device),
     }
     moved = nbytes(*tensors.values(), out) + (1 + carried) * nbytes(cache[1:])
     options = {"chunk_size": chunk_size, "dt_softplus": True, "has_initial_state": _carried(sequences, carried, device)}
@@ -96,18 +96,23 @@ def conv(tokens: int, sequences: int, carried: bool, device: torch.device) -> Ca
         "x": random(tokens, dim),
         "weight": random(dim, width),
         "bias": random(dim),
-        **_sequences(tokens, sequences, device),
+        **packed(spread(tokens, sequences), device),
     }
     moved = nbytes(*tensors.values(), out) + (1 + carried) * nbytes(cache[1:])
     options = {"has_initial_state": _carried(sequences, carried, device)}
     return Case("causal_conv1d", _name(sequences, carried), tensors | options, "conv_state", cache, out, moved)
 
 
-def _sequences(tokens: int, sequences: int, device: torch.device) -> dict[str, Tensor]:
-    bounds = [tokens * i // sequences for i in range(sequences + 1)]
+def spread(tokens: int, sequences: int) -> tuple[int, ...]:
+    """The lengths of so many sequences, which differ by one token at most."""
+    return tuple(tokens * (i + 1) // sequences - tokens * i // sequences for i in range(sequences))
+
+
+def packed(lengths: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+    """Where sequences of these lengths lie, and their slots."""
     return {
-        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32, device=device),
-        "slots": torch.arange(1, sequences + 1, dtype=torch.int32, device=device),
+        "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device),
+        "slots": torch.arange(1, len(lengths) + 1, dtype=torch.int32, device=device),
     }
 
 
@@ -182,14 +187,13 @@ def measured(case: Case, contestants: Callable[[Case], Contestants], bandwidth: 
     return rows
 
 
-def variants(op: str, device: torch.device) -> list[int]:
-    """How many kernel variants Triton has made of ours after each of VARIANT_TOKENS token counts.
+def variants(cases: Iterable[Case]) -> list[int]:
+    """How many kernel variants Triton has made of ours after each of an op's cases.
 
     Comes before anything else of that op in this process: what is compiled already would not be counted.
     """
     counts = []
-    for tokens in VARIANT_TOKENS:
-        case = OPS[op][0](tokens, min(tokens, 7), True, device)
+    for case in cases:
         with measure.compilations() as compiled:
             case.ours()(case.cache)
         counts.append(len(compiled))
@@ -238,7 +242,8 @@ def main() -> int:
     torch.manual_seed(0)
     with torch.inference_mode(), mamba_ops.use_backend("triton"):
         for op in ops if timed else ():
-            facts["variants"][op] = variants(op, device)
+            build = OPS[op][0]
+            facts["variants"][op] = variants(build(n, min(n, 7), True, device) for n in VARIANT_TOKENS)
         facts["copy_bandwidth"] = measure.copy_bandwidth(device) if timed else None
         groups = [measured(case, contestants, facts["copy_bandwidth"]) for op in ops for case in cases(op, device)]
     rows = list(itertools.chain.from_iterable(groups))

@@ -4,7 +4,6 @@ README.md says what each column means. The layer is that of Falcon-Mamba 7B. On 
 interpreter on small sizes, and only errors are shown.
 """
 
-import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,12 +15,11 @@ from torch import Tensor
 
 import mamba_ops
 from benchmarks import measure, peers
-from benchmarks.measure import AGREEMENT, Row, nbytes
+from benchmarks.measure import AGREEMENT, MIXED, Row, nbytes
 from benchmarks.peers import Prefill
-from benchmarks.prefill import COLUMNS, VARIANT_TOKENS, Case, Contestants, measured
+from benchmarks.prefill import COLUMNS, VARIANT_TOKENS, Case, Contestants, measured, packed, spread, variants
 
 SINGLE = (512, 2048, 8192)  # tokens of one sequence, which is what mamba_ssm's kernel takes
-MIXED = (37, 512, 1024, 77, 2048, 300, 900, 64, 128, 1500, 33, 256, 700, 444, 130, 39)  # of 16 packed ones
 LIMITS = {"mamba_ssm": 1.4, "ours, channel-major": 1.1}  # for SINGLE's longest, ours may take so many times as long
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
@@ -44,8 +42,7 @@ def case_of(lengths: tuple[int, ...], device: torch.device) -> Case:
         "D": torch.randn(dim, device=device),
         "z": z,
         "delta_bias": torch.randn(dim, device=device) - 3,
-        "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device),
-        "slots": torch.arange(1, len(lengths) + 1, dtype=torch.int32, device=device),
+        **packed(lengths, device),
     }
     name = f"{tokens} tokens" if len(lengths) == 1 else f"{len(lengths)} sequences, {tokens} tokens"
     moved = nbytes(*tensors.values(), out, cache[1:])
@@ -79,18 +76,6 @@ def contestants(case: Case) -> Contestants:
     return {who: (call, call) for who, call in calls.items()}
 
 
-def variants(device: torch.device) -> list[int]:
-    """How many kernel variants Triton has made of ours after each of VARIANT_TOKENS token counts, first of all."""
-    counts = []
-    for tokens in VARIANT_TOKENS:
-        rows = min(tokens, 7)
-        case = case_of(tuple(tokens * (i + 1) // rows - tokens * i // rows for i in range(rows)), device)
-        with measure.compilations() as compiled:
-            case.ours()(case.cache)
-        counts.append(len(compiled))
-    return list(itertools.accumulate(counts))
-
-
 def criteria(rows: list[Row]) -> list[tuple[str, float, float]]:
     """What must hold: a sentence, the largest ratio of all cases and the most that it may be."""
     found = []
@@ -109,7 +94,7 @@ def main() -> int:
     facts: dict[str, Any] = {**measure.facts(options), "peers": peers.versions() if timed else {}}
     torch.manual_seed(0)
     with torch.inference_mode(), mamba_ops.use_backend("triton"):
-        after = variants(device) if timed else []
+        after = variants(case_of(spread(n, min(n, 7)), device) for n in VARIANT_TOKENS) if timed else []
         facts["copy_bandwidth"] = measure.copy_bandwidth(device) if timed else None
         rows = [row for case in cases(device) for row in measured(case, contestants, facts["copy_bandwidth"])]
 
