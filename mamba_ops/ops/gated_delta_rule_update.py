@@ -20,7 +20,7 @@ from mamba_ops.ops.checking import (
     slot_table,
     tensor_rank,
 )
-from mamba_ops.ops.slots import padded_rows, require_slots, row_slots, store_rows
+from mamba_ops.ops.slots import padded_rows, store_rows, update_ends
 from mamba_ops.registry import Sample, bad_argument, given
 
 EPS = 1e-6  # added to the sum of squares where q and k are normalised
@@ -114,18 +114,9 @@ def gated_delta_rule_update(
         return tokens.to(compute)
 
     in_order = slots is None and write_slots is None and index is None  # row i has slot i, and every row has tokens
-    columns, somebody = row_slots(slots, n, null_slot, v.device)
-    first = torch.zeros_like(columns[:, :1])
-    if num_accepted_tokens is not None:
-        first = (num_accepted_tokens.long() - 1).clamp(0, columns.shape[1] - 1).unsqueeze(1)
-    source = columns.gather(1, first).squeeze(1)
-    live = somebody.gather(1, first).squeeze(1) & inside[:, 0]
-    target, stored = (columns, somebody) if write_slots is None else row_slots(write_slots, n, null_slot, v.device)
-    kept = 1 if num_accepted_tokens is None else min(length, target.shape[1])  # how many states of a row are stored
-    target, stored = target[:, :kept], stored[:, :kept] & inside[:, :kept] & live.unsqueeze(1)
-    if not in_order:
-        require_slots(state, source, live)
-        require_slots(state, target, stored)
+    source, live, target, stored = update_ends(
+        slots, write_slots, null_slot, num_accepted_tokens, inside, None if in_order else state
+    )
 
     queries, keys, values = rows(q), rows(k), rows(v)
     if qk_l2norm:
@@ -150,7 +141,7 @@ def gated_delta_rule_update(
         new += much[:, t].view(n, k_heads, of_one, 1, 1) * wrong * key.transpose(-1, -2)
         y[:, t] = torch.where(here.view(n, 1, 1), (new @ query).view_as(y[:, t]), 0)
         s = new if index is None else torch.where(here.view(n, 1, 1, 1, 1), new, s)
-        if num_accepted_tokens is not None and t < kept:
+        if num_accepted_tokens is not None and t < target.shape[1]:
             store_rows(state, target[:, t], s.flatten(1, 2), stored[:, t])
     if in_order and state.dtype != compute:
         state[:n].copy_(s.flatten(1, 2))

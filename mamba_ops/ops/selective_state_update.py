@@ -12,7 +12,7 @@ from torch import Tensor
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.checking import floating, index_tensor, one_device, packed_rows, shape_is, slot_table, tensor_rank
 from mamba_ops.ops.rounding import round_stochastically
-from mamba_ops.ops.slots import padded_rows, require_slots, row_slots, store_rows
+from mamba_ops.ops.slots import padded_rows, store_rows, update_ends
 from mamba_ops.registry import Sample, bad_argument, given
 
 
@@ -113,18 +113,9 @@ def selective_state_update(
         return (weight if weight.dim() > 1 else weight.unsqueeze(1)).to(compute)
 
     in_order = slots is None and write_slots is None and index is None  # row i has slot i, and every row has tokens
-    columns, somebody = row_slots(slots, n, null_slot, x.device)
-    first = torch.zeros_like(columns[:, :1])
-    if num_accepted_tokens is not None:
-        first = (num_accepted_tokens.long().unsqueeze(1) - 1).clamp(0, columns.shape[1] - 1)
-    source = columns.gather(1, first).squeeze(1)
-    live = somebody.gather(1, first).squeeze(1) & inside[:, 0]
-    target, stored = (columns, somebody) if write_slots is None else row_slots(write_slots, n, null_slot, x.device)
-    kept = 1 if num_accepted_tokens is None else min(length, target.shape[1])  # how many states of a row are stored
-    target, stored = target[:, :kept], stored[:, :kept] & inside[:, :kept] & live.unsqueeze(1)
-    if not in_order:
-        require_slots(state, source, live)
-        require_slots(state, target, stored)
+    source, live, target, stored = update_ends(
+        slots, write_slots, null_slot, num_accepted_tokens, inside, None if in_order else state
+    )
 
     u, d, b, c = rows(x), rows(dt), rows(B), rows(C)
     d = d if d.dim() == u.dim() else d.unsqueeze(-1)
@@ -152,7 +143,7 @@ def selective_state_update(
         else:
             s = torch.where(inside[:, t].view(n, 1, 1, 1), s * decay + written, s)
         sums.append(torch.mul(s, c[:, t], out=written).sum(-1))
-        if num_accepted_tokens is not None and t < kept:
+        if num_accepted_tokens is not None and t < target.shape[1]:
             store_rows(cache, target[:, t], kept_in(target[:, t], s), stored[:, t])
     if in_order and state.dtype != compute:
         cache[:n].copy_(kept_in(source, s))

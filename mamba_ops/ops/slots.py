@@ -54,6 +54,44 @@ def row_ends(
     return Ends(source, somebody, target, stored)
 
 
+class UpdateEnds(NamedTuple):
+    """Where each of n rows begins, both (n,), and where its states after its first tokens go, both (n, kept)."""
+
+    source: Tensor
+    live: Tensor
+    target: Tensor
+    stored: Tensor
+
+
+def update_ends(
+    slots: Tensor | None,
+    write_slots: Tensor | None,
+    null_slot: int,
+    num_accepted_tokens: Tensor | None,
+    inside: Tensor,
+    cache: Tensor | None,
+) -> UpdateEnds:
+    """Read both tables for rows whose tokens are `inside`, (n, length); raises IndexError as `require_slots` does.
+
+    A row that goes on from its accepted tokens keeps the state after every token, as far as there are columns; any
+    other keeps one, the last, in column 0.
+    """
+    (n, length), device = inside.shape, inside.device
+    columns, somebody = row_slots(slots, n, null_slot, device)
+    target, stored = (columns, somebody) if write_slots is None else row_slots(write_slots, n, null_slot, device)
+    first, kept = torch.zeros_like(columns[:, :1]), 1
+    if num_accepted_tokens is not None:
+        first = (num_accepted_tokens.long().unsqueeze(1) - 1).clamp(0, columns.shape[1] - 1)
+        kept = min(length, target.shape[1])
+    source = columns.gather(1, first).squeeze(1)
+    live = somebody.gather(1, first).squeeze(1) & inside[:, 0]
+    target, stored = target[:, :kept], stored[:, :kept] & inside[:, :kept] & live.unsqueeze(1)
+    if cache is not None:
+        require_slots(cache, source, live)
+        require_slots(cache, target, stored)
+    return UpdateEnds(source, live, target, stored)
+
+
 def initial_states(cache: Tensor, ends: Ends, has_initial_state: Tensor, dtype: torch.dtype) -> Tensor:
     """The states that rows begin with: those in `cache`, or zero."""
     carried = ends.somebody & has_initial_state
