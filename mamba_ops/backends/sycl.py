@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops import gdn_mixing
+from mamba_ops.ops.checking import short
 from mamba_ops.ops.mixing import PlanTensors, batch_of
 from mamba_ops.registry import Backend
 
@@ -42,11 +43,11 @@ def _why_not(
     if num_accepted_tokens is not None and "num_spec_decodes" not in arguments:
         return "the installed vllm_xpu_kernels does no speculative decoding; 0.1.9 does"
     if projected_qkvz.dtype not in (torch.float16, torch.bfloat16):
-        return f"takes float16 and bfloat16, and projected_qkvz is {_word(projected_qkvz)}"
+        return f"takes float16 and bfloat16, and projected_qkvz is {short(projected_qkvz.dtype)}"
     alike = {"projected_ba": projected_ba, "conv_state": conv_state, "conv_weight": conv_weight, "conv_bias": conv_bias}
     for name, tensor in {**alike, "out": output}.items():
         if tensor is not None and tensor.dtype != projected_qkvz.dtype:
-            return f"takes {name} in projected_qkvz's {_word(projected_qkvz)}, and it is {_word(tensor)}"
+            return f"takes {name} in projected_qkvz's {short(projected_qkvz.dtype)}, and it is {short(tensor.dtype)}"
     if ssm_state.dtype == torch.float64:
         return "computes in float32, and ssm_state is float64"
     if head_k_dim not in (32, 64, 128, 256):
@@ -85,10 +86,6 @@ def _why_not_now(
         if tokens != decodes * columns:
             return f"takes {columns} tokens of every speculative decode, and {decodes} have {tokens}"
     return None
-
-
-def _word(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 class _Rows(NamedTuple):

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._namespace import mamba
-from mamba_ops.ops.checking import floating, index_tensor, one_device, packed_rows, shape_is, slot_table, tensor_rank
+from mamba_ops.ops.checking import (
+    floating,
+    index_tensor,
+    one_device,
+    packed_rows,
+    shape_is,
+    short,
+    slot_table,
+    tensor_rank,
+)
 from mamba_ops.ops.rounding import round_stochastically
 from mamba_ops.ops.slots import padded_rows, store_rows, update_ends
 from mamba_ops.registry import Sample, bad_argument, given
@@ -224,13 +233,12 @@ def _checks(
     one_device(x.device, rounding_seed=rounding_seed)
     if rounding_seed is not None:
         if rounding_seed.dtype != torch.int64:
-            got = str(rounding_seed.dtype).removeprefix("torch.")
-            raise bad_argument("rounding_seed", got=got, expected="int64", hint="one number from torch.randint will do")
+            hint = "one number from torch.randint will do"
+            raise bad_argument("rounding_seed", got=short(rounding_seed.dtype), expected="int64", hint=hint)
         shape_is("rounding_seed", rounding_seed, (1,), ())
         if state.dtype != torch.float16:
-            got = str(state.dtype).removeprefix("torch.")
             hint = "rounding_seed asks for stochastic rounding, which is for states of float16"
-            raise bad_argument("state", got=got, expected="float16", hint=hint)
+            raise bad_argument("state", got=short(state.dtype), expected="float16", hint=hint)
     if philox_rounds < 0:
         raise bad_argument("philox_rounds", got=philox_rounds, expected="at least 1, or 0 for 10")
 
