@@ -17,6 +17,7 @@ from mamba_ops.ops.checking import (
     packed_rows,
     shape_is,
     short,
+    slot_for_each,
     slot_table,
     tensor_rank,
 )
@@ -253,9 +254,7 @@ def _checks(
         states = max((states, *lead[1:]))  # a state is stored after every token
     slot_table("slots", slots, rows=n, columns=states if write_slots is None else 1)
     slot_table("write_slots", write_slots, rows=n, columns=states)
-    if slots is None and state.shape[0] < n:
-        hint = "without slots, row i uses slot i"
-        raise bad_argument("state", got=f"{state.shape[0]} slots", expected=f"at least {n}", hint=hint)
+    slot_for_each("state", state, slots, rows=n)
 
 
 @selective_state_update.samples
