@@ -2,9 +2,7 @@
 
 import os
 import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -25,8 +23,9 @@ import torch
 
 from mamba_ops.audit.cli import audit_command
 from mamba_ops.cold_start.commands import tune_command, warm_up_command
-from mamba_ops.options import Config, configured, fail
+from mamba_ops.options import Config, configured, fail, failing
 from mamba_ops.registry import Backend, Op, RegistryError, backends, explain, ops
+from mamba_ops.targets import TargetError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -201,7 +200,7 @@ def run_demo(
     cap: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="When to stop stock from compiling.")] = 60,
 ) -> None:
     """Transformers' own Mamba-2, stock against ours: compiled for three prompts; decoding while the backend changes."""
-    with _failing():
+    with failing(TargetError, RegistryError):
         from mamba_ops import demo  # brings torch.compile, which takes seconds
         from mamba_ops.demo.show import show
 
@@ -231,7 +230,7 @@ def compare_backends(
     device: Device = None,
 ) -> None:
     """Run a model of yours on one backend after the other: time, largest difference, refusals, recompiles."""
-    with _failing():
+    with failing(TargetError, RegistryError):
         from mamba_ops.compare import compare
 
         console = Console(highlight=False, markup=False)  # a refusal may hold brackets
@@ -258,19 +257,3 @@ def compare_backends(
 app.command("warm-up")(warm_up_command)
 app.command("tune")(tune_command)
 app.command("audit", context_settings={"ignore_unknown_options": True})(audit_command)
-
-
-@contextmanager
-def _failing() -> Iterator[None]:
-    """End the command with a sentence for what the user can put right; an error in their code is shown before it."""
-    from mamba_ops.targets import TargetError
-
-    try:
-        yield
-    except TargetError as error:
-        if error.__cause__ is not None:
-            shown = error.__cause__.__traceback__
-            traceback.print_exception(error.__cause__.with_traceback(shown and shown.tb_next))  # not our frame
-        fail(error)
-    except RegistryError as error:
-        fail(error)

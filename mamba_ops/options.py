@@ -1,5 +1,6 @@
-"""What commands share: how they end for wrong usage, and the option --backend."""
+"""What commands share: how they end for what the user can put right, and the option --backend."""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, NoReturn
@@ -26,6 +27,18 @@ def fail(sentence: object) -> NoReturn:
     """End the command as it ends for any wrong usage."""
     Console(stderr=True).print(f"mamba-ops: {sentence}", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(2)
+
+
+@contextmanager
+def failing(*errors: type[Exception]) -> Iterator[None]:
+    """End the command with a sentence for what the user can put right; an error in their code is shown before it."""
+    try:
+        yield
+    except errors as error:
+        if error.__cause__ is not None:
+            shown = error.__cause__.__traceback__
+            traceback.print_exception(error.__cause__.with_traceback(shown and shown.tb_next))  # not our frame
+        fail(error)
 
 
 @contextmanager

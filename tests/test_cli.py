@@ -136,10 +136,11 @@ def test_a_comparison_is_shown_and_its_verdict_is_the_exit_status(monkeypatch, l
     assert ("FAILED: torch: an output is 0.5 off" in result.output) == bool(status)
 
 
-def test_an_error_of_the_users_is_shown_with_its_traceback(tmp_path):
+@pytest.mark.parametrize("command", ["compare", "warm-up"])
+def test_an_error_of_the_users_is_shown_with_its_traceback(command, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def make():\n    return 1 / 0\n")
-    result = run("compare", f"{file}:make")
+    result = run(command, f"{file}:make")
     assert result.exit_code == 2
     assert "return 1 / 0" in result.output
     assert "targets.py" not in result.output

@@ -1,8 +1,5 @@
 """The commands `mamba-ops warm-up` and `mamba-ops tune`; what takes long to import is imported when they run."""
 
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mamba_ops.options import fail
+from mamba_ops.options import failing
 
 Sizes = Annotated[list[str] | None, typer.Option("--size", metavar="NAME=N", help="A static size, as dstate=128.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, xpu, cuda:1", show_default="this machine's accelerator")]
@@ -35,7 +32,7 @@ def warm_up_command(
 ) -> None:
     """Compile and load every kernel that a model or an op can ask for; carry the caches to identical machines."""
     console = Console(highlight=False, markup=False)
-    with _failing():
+    with failing(ValueError):
         from mamba_ops.cold_start import arguments, transfer
 
         where = arguments.device_of((), device)
@@ -58,7 +55,7 @@ def tune_command(
 ) -> None:
     """Time an op's Triton kernels in other launch configurations, keep the fastest; go on where it was stopped."""
     console = Console(highlight=False, markup=False)
-    with _failing():
+    with failing(ValueError):
         from mamba_ops.cold_start import arguments, tuning
 
         where, pair = arguments.device_of((), device), _pair(dtype)
@@ -72,17 +69,6 @@ def tune_command(
         )
     if not found:
         console.print(f"all of it is in {out} already")
-
-
-@contextmanager
-def _failing() -> Iterator[None]:
-    """End the command with a sentence for what the user can put right; an error in their code is shown before it."""
-    try:
-        yield
-    except ValueError as error:
-        if error.__cause__ is not None:
-            traceback.print_exception(error.__cause__)
-        fail(error)
 
 
 def _warm_up(
