@@ -16,18 +16,6 @@ from tests.conftest import ACCELERATOR
 from tests.harness import OPS, SIZES, backends_here, cases, front_on, refusal, results, samples_for, with_output
 
 DEVICE = ACCELERATOR or torch.device("cpu")
-CASES = [  # opcheck calls an op many times: interpreted, the longest kernel takes too long for every day
-    pytest.param(
-        op,
-        backend,
-        sample,
-        id=f"{op.name}-{backend}-{sample}",
-        marks=pytest.mark.slow
-        if ACCELERATOR is None and (backend, op.name) == ("triton", "selective_scan") and sample.name != "base"
-        else (),
-    )
-    for op, backend, sample in cases(DEVICE)
-]
 SAMPLES = [pytest.param(op, sample, id=f"{op.name}-{sample}") for op in OPS for sample in op.make_samples(DEVICE)]
 SAMPLES += [  # in the sizes of backends that take none of those
     pytest.param(op, sample, id=f"{op.name}-{backend}'s {sample}")
@@ -59,7 +47,12 @@ def the_call(op: Op[...]) -> Callable[..., Tensor]:
     return call
 
 
-@pytest.mark.parametrize(("op", "backend", "sample"), CASES)
+def long_interpreted(op: Op[...], backend: str, sample: Sample) -> bool:
+    """Opcheck calls an op many times: interpreted, the longest kernel takes too long for every day."""
+    return ACCELERATOR is None and (backend, op.name) == ("triton", "selective_scan") and sample.name != "base"
+
+
+@pytest.mark.parametrize(("op", "backend", "sample"), cases(DEVICE, slow=long_interpreted))
 def test_opcheck(op: Op[...], backend: str, sample: Sample) -> None:
     arguments = op.bind(*(lambda s: (s.args, s.kwargs))(with_output(op, sample)))
     arguments |= {name: torch.empty(0, device=DEVICE) for name in op.mutates if arguments[name] is None}

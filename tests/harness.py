@@ -72,12 +72,22 @@ def refusal(op: Op[...], backend: str, sample: Sample) -> str | None:
     return kernel.why_not(arguments) or kernel.why_not_now(arguments)
 
 
-def cases(device: torch.device) -> Iterator[tuple[Op[...], str, Sample]]:
-    """Every op x backend x sample on this device."""
-    for op in OPS:
-        for backend in backends_here(op, device):
-            for sample in samples_for(op, backend, device):
-                yield op, backend, sample
+def cases(device: torch.device, slow: Callable[[Op[...], str, Sample], bool] = lambda *_: False) -> list[Any]:
+    """Every op x backend x sample on this device, for parametrize; those that are `slow` are not for every day."""
+    import pytest  # a benchmark reads this file too, where there may be none
+
+    return [
+        pytest.param(
+            op,
+            backend,
+            sample,
+            id=f"{op.name}-{backend}-{sample}",
+            marks=pytest.mark.slow if slow(op, backend, sample) else (),
+        )
+        for op in OPS
+        for backend in backends_here(op, device)
+        for sample in samples_for(op, backend, device)
+    ]
 
 
 def oracle_of(op: Op[...]) -> Front:

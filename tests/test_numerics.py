@@ -25,12 +25,11 @@ from tests.harness import (
 )
 
 DEVICE = ACCELERATOR or torch.device("cpu")
-CASES = [pytest.param(op, backend, sample, id=f"{op.name}-{backend}-{sample}") for op, backend, sample in cases(DEVICE)]
 PAIRS = [pytest.param(op, backend, id=f"{op.name}-{backend}") for op in OPS for backend in backends_here(op, DEVICE)]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize(("op", "backend", "sample"), CASES)
+@pytest.mark.parametrize(("op", "backend", "sample"), cases(DEVICE))
 def test_against_the_oracle(op: Op[...], backend: str, sample: Sample) -> None:
     judge(op, sample, front_on(op, backend))
 
@@ -65,11 +64,8 @@ def test_reference_gives_the_truth_for_float64(op: Op[...]) -> None:
 
 @pytest.mark.parametrize(
     ("op", "backend", "sample"),
-    [  # interpreted, a kernel is a sequence of numpy's functions: nothing there for every day
-        pytest.param(*case, id="-".join(map(str, (case[0].name, *case[1:]))), marks=pytest.mark.slow if slow else ())
-        for case in cases(DEVICE)
-        for slow in [ACCELERATOR is None and case[1] == "triton"]
-    ],
+    # interpreted, a kernel is a sequence of numpy's functions: nothing there for every day
+    cases(DEVICE, slow=lambda op, backend, sample: ACCELERATOR is None and backend == "triton"),
 )
 def test_same_bits_again(op: Op[...], backend: str, sample: Sample) -> None:
     sample = with_output(op, sample)
