@@ -17,7 +17,7 @@ from mamba_ops.ops.checking import (
     slot_table,
     tensor_rank,
 )
-from mamba_ops.ops.slots import is_null, slot_columns, store_rows
+from mamba_ops.ops.slots import is_null, row_slots, slot_columns, store_rows
 from mamba_ops.registry import Sample, bad_argument, given
 
 
@@ -80,11 +80,7 @@ def causal_conv1d_update(
     else:
         starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     lengths = ends - starts
-    if slots is None:
-        slot, live = rows, torch.ones_like(rows, dtype=torch.bool)
-    else:
-        slot = slot_columns(slots, n)[:, 0]
-        live = ~is_null(slot, null_slot)
+    slot, live = (column[:, 0] for column in row_slots(slots, n, null_slot, x.device))
     # A window starts at column `first`; `kept` of its entries, from entry `kept_from` on, are what the state keeps.
     zero = torch.zeros_like(rows)
     if num_accepted_tokens is None:
