@@ -3,22 +3,15 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
 from torch import Tensor
 
 import mamba_ops
 from mamba_ops.registry import Backend
-from tests.conftest import ACCELERATOR, device, forget_captures, fresh_dynamo, pytest_runtest_setup
+from tests.conftest import ACCELERATOR, device, forget_captures, fresh_dynamo, no_grad, pytest_runtest_setup
 
-__all__ = ["device", "forget_captures", "fresh_dynamo", "pytest_runtest_setup"]
+__all__ = ["device", "forget_captures", "fresh_dynamo", "no_grad", "pytest_runtest_setup"]
 
 MARK = 1000.0
-
-
-@pytest.fixture
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

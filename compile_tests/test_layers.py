@@ -1,7 +1,7 @@
 """Layers under torch.compile: one graph to prefill with, one to decode with; and so for Transformers' own model."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,13 +22,7 @@ DEVICE = ACCELERATOR or torch.device("cpu")
 ABSENT = [d for d in ("cuda", "xpu") if d != DEVICE.type]
 FAMILIES = ("mamba", "falcon_mamba", "mamba2", "qwen3_next") if find_spec("transformers") else ()
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo", "_no_grad")
-
-
-@pytest.fixture
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
 
 
 @pytest.fixture(params=KINDS)

@@ -28,12 +28,6 @@ SAMPLES += [  # in the sizes of backends that take none of those
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
 
 
-@pytest.fixture
-def no_grad() -> Any:
-    with torch.no_grad():
-        yield
-
-
 def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 

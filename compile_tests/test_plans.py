@@ -22,13 +22,7 @@ ABSENT = [  # the trace is the same on both: one is enough for every day
 SLOTS = 24
 OPS = {name: f"{name.split(',')[0]}_mixing" for name in LAYERS}
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo", "_no_grad")
-
-
-@pytest.fixture
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
 
 
 def random_plans(device: torch.device | str, count: int, *, seed: int = 0) -> Iterator[Plan]:

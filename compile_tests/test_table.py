@@ -16,11 +16,7 @@ from tests.conftest import ACCELERATOR
 
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def calls(*sizes: int) -> Any:

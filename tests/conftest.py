@@ -40,6 +40,12 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
 def fresh_dynamo():
     """Forget all compiled code before and after the test; for tests that count graphs or recompiles."""
     torch._dynamo.reset()

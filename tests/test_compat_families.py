@@ -1,7 +1,6 @@
 """compat.transformers on one small model of every family: what stock computes, on our ops, and put back afterwards."""
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,11 +22,7 @@ FAMILY = (
     dict.fromkeys(MODELS, "gdn") | dict.fromkeys(("mamba", "falcon_mamba", "jamba"), "mamba") | {"mamba2": "mamba2"}
 )
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(params=MODELS)

@@ -2,7 +2,6 @@
 
 import inspect
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -20,11 +19,7 @@ PROMPT = 21
 # Older ones, 5.17 for one, normalise over all groups at once, unlike mamba_ssm and our fused function.
 GROUPS = 2 if "group_size" in inspect.signature(modeling.MambaRMSNormGated.__init__).parameters else 1
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def new_model(device: torch.device, **changes: Any) -> Any:

@@ -12,13 +12,7 @@ from mamba_ops.registry.samples import assert_within_budget
 from tests.layers import HIDDEN, KINDS, new_layer
 from tests.layers import oracles as oracles_of
 
-pytestmark = pytest.mark.usefixtures("_no_grad")
-
-
-@pytest.fixture
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(params=KINDS)

@@ -11,11 +11,7 @@ from torch.nn import functional
 from mamba_ops.layers import Mamba2, gated_rms_norm
 from tests.layers import HIDDEN, new_layer
 
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.mark.parametrize("groups", [1, 4])
