@@ -1,14 +1,11 @@
 """examples/backend_mamba_ssm, installed, on stand-ins of the CUDA modules that it calls (mamba_ssm_stand_ins)."""
 
 import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.test_backend_plugin import ROOT, run, succeed
+from tests.test_backend_plugin import ROOT, install, run, succeed
 
 pytest.importorskip("setuptools", reason="installing the plug-in needs setuptools and pip")
 pytest.importorskip("pip")
@@ -47,12 +44,7 @@ print(json.dumps(said))
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds the installed plug-in."""
-    folder = tmp_path_factory.mktemp("mamba_ssm")
-    shutil.copytree(ROOT / "examples" / "backend_mamba_ssm", folder / "source")  # the build leaves files beside it
-    options = ("--no-deps", "--no-index", "--no-build-isolation", "--target", folder / "site", folder / "source")
-    done = subprocess.run((sys.executable, "-m", "pip", "install", "-q", *options), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "site"
+    return install("backend_mamba_ssm", tmp_path_factory.mktemp("mamba_ssm"))
 
 
 def judged(installed: Path, backend: str, op: str, **sizes: object) -> dict[str, str]:

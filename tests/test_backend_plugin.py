@@ -15,15 +15,19 @@ pytestmark = pytest.mark.xdist_group("packaging")
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the installed plug-in."""
-    folder = tmp_path_factory.mktemp("plugin")
-    shutil.copytree(ROOT / "examples" / "backend_plugin", folder / "source")  # the build leaves files beside it
+def install(example: str, folder: Path) -> Path:
+    """Install a plug-in of examples/ below a folder; return where to."""
+    shutil.copytree(ROOT / "examples" / example, folder / "source")  # the build leaves files beside it
     options = ("--no-deps", "--no-index", "--no-build-isolation", "--target", folder / "site", folder / "source")
     done = subprocess.run((sys.executable, "-m", "pip", "install", "-q", *options), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "site"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the installed plug-in."""
+    return install("backend_plugin", tmp_path_factory.mktemp("plugin"))
 
 
 @pytest.fixture
