@@ -14,7 +14,7 @@ from mamba_ops.serving import Plan
 
 TOKENS = 140  # that are read: rows of more than a chunk, of every kernel that has one size of chunks
 SHORT = 5
-MANY = tuple(2**k for k in range(13))
+MANY = (*(2**k for k in range(13)), *(5 * 2**k + 1 for k in range(3, 10)))
 SLOTS = 4
 _OF_NO_KERNEL = ("layer_idx", "training")
 
@@ -83,7 +83,7 @@ def calls_of(layer: Layer, module: nn.Module, state_dtype: torch.dtype) -> Itera
 
 
 def _multiply(linear: nn.Linear) -> None:
-    tokens = torch.randn(MANY[-1], linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
+    tokens = torch.randn(max(MANY), linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
     for count in MANY:
         linear(tokens[:count])
 
