@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,11 +30,16 @@ def at_most(seconds: float | None) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise TimeIsUp(f"more than {seconds:.0f} s")
 
+    def lost(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, TimeIsUp):  # that comes again
+            tell(unraisable)
+
     left, _ = signal.getitimer(signal.ITIMER_REAL)
     if left and left < seconds:
         yield
         return
     start = time.monotonic()
+    tell, sys.unraisablehook = sys.unraisablehook, lost
     handler = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
     try:
@@ -41,6 +47,7 @@ def at_most(seconds: float | None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
+        sys.unraisablehook = tell
         if left:
             used = time.monotonic() - start
             signal.setitimer(signal.ITIMER_REAL, max(left - used, 0.001), _AGAIN)

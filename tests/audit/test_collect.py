@@ -1,6 +1,7 @@
 """What cannot run here, by the hooks themselves; and the helper for tests of models."""
 
 import contextlib
+import sys
 import time
 import types
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from compile_tests.planted import CASES, breaks, guards
-from mamba_ops.audit import Report, audit, run
+from mamba_ops.audit import Report, audit, limit, run
 from mamba_ops.audit.collect import Collector
 from mamba_ops.audit.limit import TimeIsUp, at_most
 from mamba_ops.audit.remedies import RULES, classify_guard, guard_subject, remedy
@@ -92,9 +93,22 @@ def test_a_limit_goes_past_except_exception_and_is_over_with_its_block():
     time.sleep(0.1)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # it may come in a destructor; then again
+def test_a_limit_that_is_lost_in_a_destructor_comes_again_and_nothing_is_said(monkeypatch, capfd):
+    class Slow:
+        def __del__(self):
+            time.sleep(1)
+
+    monkeypatch.setattr(limit, "_AGAIN", 0.2)
+    hook = sys.unraisablehook
+    begin = time.monotonic()
+    with pytest.raises(TimeIsUp), at_most(0.1):
+        Slow()
+        time.sleep(10)
+    assert time.monotonic() - begin < 5
+    assert sys.unraisablehook is hook
+    assert capfd.readouterr().err == ""
+
+
 def test_copies_have_a_limit_of_their_own(monkeypatch):
     from torch._inductor import compile_fx
 
