@@ -7,8 +7,9 @@ import argparse
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -91,7 +92,7 @@ class Case:
         return result
 
     def times(self, call: Call) -> dict[str, float]:
-        """Of one call in microseconds: on the device alone, as the device sees an eager one, and on the host."""
+        """Of one call in microseconds: on the device alone, and as the device sees an eager one."""
 
         def calls() -> None:
             for table in self.tables:
@@ -99,24 +100,27 @@ class Case:
 
         with noticing_swaps():  # the graph is gone before the next swap
             device = measure.device_us(calls, self.state.device) / len(self.tables)
-        return {
-            "device": device,
-            "eager": measure.bench_us(partial(call, self.tables[0])),
-            "host": host_us(partial(call, self.tables[0]), self.state.device),
-        }
+        return {"device": device, "eager": measure.bench_us(partial(call, self.tables[0]))}
 
 
-def host_us(call: Callable[[], object], device: torch.device, calls: int = 200) -> float:
-    """The host's time for one eager call; fewer calls than the device's queue holds, so none waits for it."""
-    module, times = torch.get_device_module(device), []
-    for _ in range(7):
-        module.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - start) / calls)
-    module.synchronize()
-    return 1e6 * statistics.median(times)
+Contestant = tuple[Callable[[], AbstractContextManager[object]], Callable[[], object]]
+"""In what it is called, and the call."""
+
+
+def host_us(contestants: dict[str, Contestant], device: torch.device, calls: int = 200) -> dict[str, float]:
+    """The host's time for one eager call, by turns; fewer calls than the device's queue holds, so none waits for it."""
+    module, times = torch.get_device_module(device), defaultdict[str, list[float]](list)
+    for _ in range(15):
+        for who, (context, call) in contestants.items():
+            with context():
+                call()
+                module.synchronize()
+                start = time.perf_counter()
+                for _ in range(calls):
+                    call()
+                times[who].append((time.perf_counter() - start) / calls)
+                module.synchronize()
+    return {f"{who}_host": 1e6 * statistics.median(found) for who, found in times.items()}
 
 
 def measured(rows: int, kind: str, device: torch.device) -> Row:
@@ -136,8 +140,14 @@ def measured(rows: int, kind: str, device: torch.device) -> Row:
     for who, (backend, call) in contestants.items():  # all results come first: timing advances the states
         with mamba_ops.use_backend(backend):
             row |= {f"{who}_{what}": us for what, us in case.times(call).items()}
-    with idle_backend(mamba_ops.selective_state_update):
-        row["boundary"] = host_us(partial(case.ours, case.tables[0]), device) + host_us(case.refusals, device)
+    calls: dict[str, Contestant] = {
+        who: (partial(mamba_ops.use_backend, backend), partial(call, case.tables[0]))
+        for who, (backend, call) in contestants.items()
+    }
+    calls["idle"] = partial(idle_backend, mamba_ops.selective_state_update), partial(case.ours, case.tables[0])
+    calls["refusals"] = nullcontext, case.refusals
+    row |= host_us(calls, device)
+    row["boundary"] = row["idle_host"] + row["refusals_host"]
     row["ours_rest"] = row["ours_host"] - row["direct_host"] - row["boundary"]
     row["same bits"] = all(torch.equal(results[who], results["ours"]) for who in ("bare", "direct"))
     difference = (results["triton"] - results["ours"]).norm() / results["ours"].norm()
