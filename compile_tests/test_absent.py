@@ -3,9 +3,7 @@
 import pytest
 
 from mamba_ops import absent
-from tests.conftest import ACCELERATOR
-
-ABSENT = [d for d in ("cuda", "xpu") if ACCELERATOR is None or ACCELERATOR.type != d]
+from tests.conftest import ABSENT
 
 
 @pytest.mark.parametrize("device", ABSENT)

@@ -13,13 +13,12 @@ from torch._inductor.utils import run_and_get_code
 
 from mamba_ops import absent
 from mamba_ops.compat.transformers import use_mamba_ops
-from tests.conftest import ACCELERATOR
+from tests.conftest import ABSENT, ACCELERATOR
 from tests.layers import HIDDEN, KINDS
 from tests.layers import new_layer as new_layer_on
 from tests.transformers_models import VOCABULARY, new_model
 
 DEVICE = ACCELERATOR or torch.device("cpu")
-ABSENT = [d for d in ("cuda", "xpu") if d != DEVICE.type]
 FAMILIES = ("mamba", "falcon_mamba", "mamba2", "qwen3_next") if find_spec("transformers") else ()
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")

@@ -1,6 +1,6 @@
 """Every op under torch.compile: opcheck, eager = compiled, one graph, one graph for all sizes, no copy of a cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,10 +13,27 @@ import mamba_ops
 from mamba_ops.registry import Op, Sample, use_backend
 from mamba_ops.serving import Plan
 from tests.conftest import ACCELERATOR
-from tests.harness import OPS, SIZES, backends_here, cases, front_on, refusal, results, samples_for, with_output
+from tests.harness import (
+    OPS,
+    SIZES,
+    backends_here,
+    cases,
+    front_on,
+    long_interpreted,
+    refusal,
+    results,
+    samples_for,
+    with_output,
+)
 
 DEVICE = ACCELERATOR or torch.device("cpu")
 SAMPLES = [pytest.param(op, sample, id=f"{op.name}-{sample}") for op in OPS for sample in op.make_samples(DEVICE)]
+
+
+def long(op: Op[...], sample: Sample) -> bool:
+    return long_interpreted(op, "triton", sample)
+
+
 SAMPLES += [  # in the sizes of backends that take none of those
     pytest.param(op, sample, id=f"{op.name}-{backend}'s {sample}")
     for op in OPS
@@ -41,11 +58,6 @@ def the_call(op: Op[...]) -> Callable[..., Tensor]:
     return call
 
 
-def long_interpreted(op: Op[...], backend: str, sample: Sample) -> bool:
-    """Opcheck calls an op many times: interpreted, the longest kernel takes too long for every day."""
-    return ACCELERATOR is None and (backend, op.name) == ("triton", "selective_scan") and sample.name != "base"
-
-
 @pytest.mark.parametrize(("op", "backend", "sample"), cases(DEVICE, slow=long_interpreted))
 def test_opcheck(op: Op[...], backend: str, sample: Sample) -> None:
     arguments = op.bind(*(lambda s: (s.args, s.kwargs))(with_output(op, sample)))
@@ -55,13 +67,10 @@ def test_opcheck(op: Op[...], backend: str, sample: Sample) -> None:
         torch.library.opcheck(op.overload, tuple(positional), arguments)
 
 
-@pytest.mark.parametrize(("op", "sample"), SAMPLES)
-def test_compiled_equals_eager_in_one_graph_on_every_backend(op: Op[...], sample: Sample) -> None:
-    """Bit for bit, and swapping the backend between the calls recompiles nothing."""
+def equals_eager(op: Op[...], sample: Sample, backends: Sequence[str]) -> None:
     compiled = torch.compile(the_call(op), fullgraph=True)
     sample = with_output(op, sample)
-    here = [n for n in backends_here(op, DEVICE) if (n, op.name) not in SIZES or refusal(op, n, sample) is None]
-    for backend in (*here, "torch"):
+    for backend in backends:
         eager, other = sample.clone(), sample.clone()
         with use_backend(backend):
             op(*eager.args, **eager.kwargs)
@@ -69,6 +78,21 @@ def test_compiled_equals_eager_in_one_graph_on_every_backend(op: Op[...], sample
         for name, expected in results(op, eager).items():
             assert torch.equal(results(op, other)[name], expected), f"{backend}: {name}"
     assert graphs() == 1
+
+
+@pytest.mark.parametrize(("op", "sample"), SAMPLES)
+def test_compiled_equals_eager_in_one_graph(op: Op[...], sample: Sample) -> None:
+    """Bit for bit."""
+    equals_eager(op, sample, ["torch"])
+
+
+@pytest.mark.parametrize(
+    ("op", "sample"),
+    [pytest.param(*p.values, id=p.id, marks=pytest.mark.slow if long(*p.values) else ()) for p in SAMPLES],
+)
+def test_swaps_of_all_backends_keep_the_graph_and_the_bits(op: Op[...], sample: Sample) -> None:
+    here = [n for n in backends_here(op, DEVICE) if (n, op.name) not in SIZES or refusal(op, n, sample) is None]
+    equals_eager(op, sample, [*here, "torch"])
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -253,10 +277,18 @@ def _transposed(cache: Tensor) -> Tensor:
     return cache.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
-@pytest.mark.parametrize("layout", [_whole, _padded, _sliced, _transposed])
-@pytest.mark.parametrize("inside", [None, "slice", "transpose"])
+PLACES = [  # not for every day: what others imply
+    pytest.param(
+        dynamic, inside, layout, marks=() if layout is _whole or (dynamic and not inside) else pytest.mark.slow
+    )
+    for dynamic in (False, True)
+    for inside in (None, "slice", "transpose")
+    for layout in (_whole, _padded, _sliced, _transposed)
+]
+
+
+@pytest.mark.parametrize(("dynamic", "inside", "layout"), PLACES)
 @pytest.mark.parametrize(("op", "step"), STEPS)
-@pytest.mark.parametrize("dynamic", [False, True])
 def test_no_copy_of_a_cache(
     op: Op[...], step: Callable[[int], Sample], layout: Any, inside: str | None, dynamic: bool
 ) -> None:

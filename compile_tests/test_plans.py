@@ -12,13 +12,10 @@ from torch._dynamo.utils import counters
 from mamba_ops import absent
 from mamba_ops.registry import splitting_ops
 from mamba_ops.serving import Plan
-from tests.conftest import ACCELERATOR
+from tests.conftest import ABSENT, ACCELERATOR
 from tests.test_layers_plan import HIDDEN, LAYERS
 
 DEVICE = ACCELERATOR or torch.device("cpu")
-ABSENT = [  # the trace is the same on both: one is enough for every day
-    pytest.param(d, marks=pytest.mark.slow if d == "cuda" else ()) for d in ("cuda", "xpu") if d != DEVICE.type
-]
 SLOTS = 24
 OPS = {name: f"{name.split(',')[0]}_mixing" for name in LAYERS}
 

@@ -19,6 +19,10 @@ if ACCELERATOR is None:
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN: what nobody wrote shows
 
+_ABSENT = [name for name in ("xpu", "cuda") if not torch.get_device_module(name).is_available()]
+ABSENT = [pytest.param(name, marks=pytest.mark.slow if number else ()) for number, name in enumerate(_ABSENT)]
+"""Devices that are not here, to trace on. Traces are alike on all of them: one is enough for every day."""
+
 with contextlib.suppress(ImportError):  # a bare GPU machine has none
     import hypothesis
 

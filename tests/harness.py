@@ -90,6 +90,14 @@ def cases(device: torch.device, slow: Callable[[Op[...], str, Sample], bool] = l
     ]
 
 
+def long_interpreted(op: Op[...], backend: str, sample: Sample) -> bool:
+    """Whether a call is not for every day where it is made many times: another than an op's first one on Triton's
+    interpreter, whose kernels take seconds.
+    """
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return interpreted and sample.name != op.make_samples("cpu")[0].name
+
+
 def oracle_of(op: Op[...]) -> Front:
     """The op's sequential oracle."""
     oracle: Front = getattr(importlib.import_module(f"tests.oracle.{op.name}"), op.name)

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_ops import absent
+from tests.conftest import ABSENT
 
 pytestmark = pytest.mark.xdist_group("absent")  # a child's findings serve several tests
 
-ABSENT = [device for device in ("cuda", "xpu") if not torch.get_device_module(device).is_available()]
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
 

@@ -12,18 +12,33 @@ from torch import Tensor
 
 from mamba_ops import BackendConfig, causal_conv1d_update, configure, explain, selective_state_update, use_backend
 from mamba_ops.demo.boundary import does_nothing
-from mamba_ops.registry import Backend, ConfigError, NoBackendError, Op, backends, ops, record_selections, request
+from mamba_ops.registry import (
+    Backend,
+    ConfigError,
+    NoBackendError,
+    Op,
+    backends,
+    ops,
+    record_selections,
+    request,
+    selection,
+)
 from tests.harness import environment
 
 CPU = torch.device("cpu")
 CONV, SSM = causal_conv1d_update, selective_state_update
 
 
+def forget_environment() -> None:
+    request.forget_environment("mamba_ops")
+    selection.changed()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_in_force() -> Iterator[None]:
     yield
     configure(None)
-    request.forget_environment("mamba_ops")
+    forget_environment()
 
 
 @pytest.fixture
@@ -195,7 +210,7 @@ def test_the_algorithm_reaches_the_backend(flashinfer: Backend) -> None:
 def test_precedence_is_use_backend_then_the_configuration_then_the_environment_then_priority() -> None:
     by_priority = runs_on(SSM)
     assert by_priority[1] is None
-    request.forget_environment("mamba_ops")
+    forget_environment()
     with environment(MAMBA_OPS_BACKEND="causal_conv1d_update=idle,selective_state_update=idle"):
         assert runs_on(SSM) == ("idle", "MAMBA_OPS_BACKEND")
         configure(BackendConfig({"selective_state_update": "torch"}))
@@ -209,7 +224,7 @@ def test_precedence_is_use_backend_then_the_configuration_then_the_environment_t
                     assert (runs_on(SSM)[0], runs_on(CONV)[0]) == ("torch", "idle")
         configure(None)
         assert runs_on(SSM) == ("idle", "MAMBA_OPS_BACKEND")
-    request.forget_environment("mamba_ops")
+    forget_environment()
     assert runs_on(SSM) == by_priority
 
 
