@@ -31,7 +31,7 @@ def warm_up(
     meta device, is replaced by a random one meanwhile. Of an op, one of another package's too, its samples are called.
 
     Kernels compile in processes, and what was compiled is kept on disk by Triton: the next process reads it. What is
-    warmed up already is not looked at again. Call it before the caches take the memory; its own is given back.
+    warmed up already is not looked at again. Call it before the caches take the memory; its own is free again.
 
     Args:
         model_or_ops: a model, or an op or several, or their names.

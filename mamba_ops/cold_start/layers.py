@@ -73,13 +73,13 @@ def on_device(module: nn.Module, device: torch.device, dtype: torch.dtype | None
 
 def calls_of(layer: Layer, module: nn.Module, state_dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield everything that serving may do with a layer, each with its name."""
+    for name, linear in module.named_modules():  # libraries that multiply load a kernel when they first meet a size
+        if isinstance(linear, nn.Linear) and linear.weight.device.type != "cpu":
+            yield name, partial(_multiply, linear)
     if isinstance(module, Mamba | Mamba2 | GatedDeltaNet):
         yield from _calls_of_ours(module, state_dtype)
     else:
         yield from _calls_of_transformers(layer, module)
-    for name, linear in module.named_modules():  # libraries that multiply load a kernel when they first meet a size
-        if isinstance(linear, nn.Linear) and linear.weight.device.type != "cpu":
-            yield name, partial(_multiply, linear)
 
 
 def _multiply(linear: nn.Linear) -> None:

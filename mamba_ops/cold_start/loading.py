@@ -11,10 +11,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mamba_ops.registry.compiling import current_call
@@ -58,16 +60,22 @@ class Loader:
     _now: tuple[Load, float] | None = field(default=None, repr=False)
     _jobs: list[Load] = field(default_factory=list, repr=False)
     _worker: "subprocess.Popen[str] | None" = field(default=None, repr=False)
+    _hashing: threading.Thread | None = field(default=None, repr=False)
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within the block, see what Triton does."""
         from triton import knobs
+        from triton.runtime.cache import triton_key
 
+        self._hashing = threading.Thread(target=triton_key)  # of Triton's own files, for every key; others can go on
+        self._hashing.start()
         with knobs.runtime.scope(), knobs.compilation.scope():
             knobs.runtime.jit_cache_hook = self._before
             knobs.compilation.listener = self._after
             try:
+                if not _holds_anything(Path(knobs.cache.dir)):
+                    self._worker = self._start()
                 yield
             finally:
                 if self._worker is not None:
@@ -110,6 +118,8 @@ class Loader:
 
     def _before(self, *_: object, key: str, fn: Any, compile: Any, **__: object) -> bool:
         """Triton's hook: it has no such variant in this process; True ends the launch."""
+        assert self._hashing is not None  # for mypy: active() started it
+        self._hashing.join()
         name = f"{fn.module}.{fn.name}"
         if (load := self.loads.get((name, key))) is None:
             call = current_call()
@@ -155,13 +165,11 @@ class Loader:
             text=True,
         )
         assert worker.stdin is not None  # for mypy: it is a pipe
-        modules = [name for name in sys.modules if name.startswith("mamba_ops.kernels.triton.")]
-        utils = getattr(driver.active, "utils", None)
+        utils = getattr(driver.active, "utils", None)  # it may take a C compiler; the worker imports torch meanwhile
         first = {
             "target": vars(driver.active.get_current_target()),
             "launcher": _name(getattr(driver.active, "launcher_cls", None)),
             "utils": None if utils is None else _name(type(utils)),
-            "modules": modules,
             "processes": self.processes,
         }
         worker.stdin.write(json.dumps(first) + "\n")
@@ -172,6 +180,10 @@ class Loader:
 def cores() -> int:
     """How many processes may run at a time."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _holds_anything(folder: Path) -> bool:
+    return folder.exists() and any(folder.iterdir())
 
 
 def _name(kind: "type[Any] | None") -> tuple[str, str] | None:

@@ -53,7 +53,8 @@ class WarmUp(list[Row]):
         seconds: how long all of it took.
         compiled, loaded: how many kernels were compiled, and read from disk.
         slowest: every kernel, how many variants of it there were, and the seconds that they took, the slowest first.
-        peak_bytes: the most memory that it had at one time on the device, beyond what was there; it is free again.
+        peak_bytes: the most memory that it had at one time on the device, beyond what was there. It is free again:
+            torch's allocator has it for what comes next, such as the first request.
         skipped: a sentence for each layer or sample that was left out.
         configurations: a line for each op and its static sizes: how its Triton kernels are launched, and whose choice
             that is.
@@ -245,7 +246,6 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
     gc.collect()
     if measures:
         report.peak_bytes = module.max_memory_allocated(device) - before
-        module.empty_cache()
 
 
 def _tried(unit: _Unit, report: WarmUp) -> Iterator[tuple[str, Callable[[], object]]]:

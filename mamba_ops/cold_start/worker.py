@@ -10,6 +10,7 @@ it takes about as long as the kernel.
 import importlib
 import json
 import multiprocessing
+import pkgutil
 import sys
 import time
 from functools import reduce
@@ -60,13 +61,15 @@ def compile_one(number: int, module: str, name: str, data: str) -> str:
 
 
 def main() -> None:
-    """Read the target and modules, then jobs until the input ends; print a line for each that is done."""
+    """Read the target, then jobs until the input ends; print a line for each that is done."""
     from triton.runtime import driver
 
+    from mamba_ops.kernels import triton as kernels
+
+    for module in pkgutil.iter_modules(kernels.__path__):  # once, before the forks
+        importlib.import_module(f"{kernels.__name__}.{module.name}")
     first = json.loads(sys.stdin.readline())
     driver.set_active(Target(first["target"], first["launcher"], first["utils"]))
-    for module in first["modules"]:
-        importlib.import_module(module)  # once, before the forks
     with multiprocessing.get_context("fork").Pool(first["processes"]) as pool:
         results = [
             pool.apply_async(compile_one, json.loads(line), callback=lambda text: print(text, flush=True))  # noqa: T201
