@@ -103,7 +103,9 @@ def test_decoding_copies_no_cache(name: str, layer: Any) -> None:
 # -- Transformers' own model ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow if f in ("mamba", "qwen3_next") else ()) for f in FAMILIES]
+)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_transformers_reads_prompts_in_one_graph(family: str, backend: str) -> None:
     model = new_model(family, DEVICE)

@@ -18,6 +18,9 @@ from tests.test_layers_plan import HIDDEN, LAYERS
 DEVICE = ACCELERATOR or torch.device("cpu")
 SLOTS = 24
 OPS = {name: f"{name.split(',')[0]}_mixing" for name in LAYERS}
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow if "," in name else ()) for name in LAYERS
+]  # one of each op every day
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
 
@@ -82,7 +85,7 @@ def traced(name: str, *, device: str) -> absent.Trace:
 
 
 @pytest.mark.parametrize("device", ABSENT)
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", NAMES)
 def test_mixed_batches_are_one_graph_for_an_absent_device(name: str, device: str) -> None:
     trace = absent.run("compile_tests.test_plans:traced", name, device=device)
     assert not trace["breaks"]

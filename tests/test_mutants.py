@@ -26,13 +26,12 @@ pytest.importorskip("triton", reason="the kernels that bugs are planted in are T
 
 DEVICE = ACCELERATOR or torch.device("cpu")
 Bug = tuple[str, str]
-LONG = ("scan", "chunk", "mixing")  # ops named so take long to interpret: three bugs of each for every day
 MUTANTS = [
     pytest.param((op, *bug), marks=pytest.mark.slow if slow else (), id=f"{op.name}-{bug[0]}")
     for op in OPS
     for table in ("BUGS", "SLOW_BUGS")
     for number, bug in enumerate(getattr(tables_of(op), table, {}).items())
-    for slow in [table == "SLOW_BUGS" or (number >= 3 and any(word in op.name for word in LONG))]
+    for slow in [table == "SLOW_BUGS" or (number >= 4 and ACCELERATOR is None)]  # interpreted, four for every day
 ]
 
 
