@@ -142,15 +142,16 @@ def body(name: str, parameters: Parameters, caches: list[str], **closure: Any) -
     A call is known by shape, dtype and device of every tensor and by every number, so a known call was checked before
     and its kernel is known: checks cost nothing on a repeated call. The latest call is recognised in one C++ comparison
     (the one that Dynamo guards with; it tells inference tensors and mode apart, so the key does too, and tensors that
-    require grad), any other by a look-up. What is known does not settle a call in grad mode if a tensor requires grad,
-    nor one that is being captured, for the op has to remember that it was.
+    require grad), which is made at the second call of its kind; any other by a look-up. What is known does not settle
+    a call in grad mode if a tensor requires grad, nor one that is being captured, for the op has to remember that it
+    was.
 
     Args:
         name: qualified name of the op.
         parameters: the op's own; `selection` follows them: it is there for the keys of captured graphs.
         caches: those of them that are empty where the caller left them out; from here on they are None.
-        closure: `memories` (a list of the one `Memory` in force), `decide`, `decide_captured`, `refuse_gradient`,
-            `is_grad_enabled`, `is_inference_mode_enabled`,
+        closure: `memories` (a list of the one `Memory` in force), `unlike` (what a call seen once is compared by),
+            `decide`, `decide_captured`, `refuse_gradient`, `is_grad_enabled`, `is_inference_mode_enabled`,
             `no_<name>` for each optional tensor (the tensor that stands for None in the comparison).
     """
     tensors = [p for p in parameters if is_tensor(p)]
@@ -179,7 +180,9 @@ def body(name: str, parameters: Parameters, caches: list[str], **closure: Any) -
         f"            refuse_gradient({values})",
         f"        key = ({numbers}, is_inference_mode_enabled(), {key})",
         "        known = memory.known.get(key)",
-        f"        memory.last = known = known or decide(memory, key, {values})",
+        "        if known is None or known[1] is unlike:",
+        f"            known = decide(memory, key, {values})",
+        "        memory.last = known",
         "        _, _, _, kernel, is_capturing = known",
         "        if is_capturing():",
         f"            kernel = decide_captured({values}, selection)",

@@ -10,7 +10,7 @@ from typing_extensions import ParamSpec
 
 from mamba_ops.registry import capture, errors, generate, schema, selection, tables, tokens
 from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
-from mamba_ops.registry.memory import Known, Memory, comparison, doubt
+from mamba_ops.registry.memory import Known, Memory, comparison, doubt, unlike
 from mamba_ops.registry.samples import Sample
 
 P = ParamSpec("P")
@@ -190,6 +190,7 @@ class Op(Generic[P]):
             self.parameters,
             caches,
             memories=self._memories,
+            unlike=unlike,
             decide=self._decide,
             decide_captured=self._decide_captured,
             refuse_gradient=self._refuse_gradient,
@@ -320,11 +321,14 @@ class Op(Generic[P]):
     # -- called by generated code -------------------------------------------------------------------------------------
 
     def _decide(self, memory: Memory, key: Any, values: tuple[Any, ...]) -> Known:
-        """Check a call that was not seen before, choose its kernel and remember both."""
+        """Check a call that was not seen before, choose its kernel and remember both; the second time, how it looks."""
         called = self._named(values)
         tensors = [self._nothing[n] if called[n] is None else called[n] for n in self._tensors]
-        (kernel, _), is_capturing = self._choose(called), capture.question(selection.device_of(called))
-        known = (doubt(tensors, is_capturing), comparison(tensors), key[0], kernel, is_capturing)
+        if (known := memory.known.get(key)) is None:
+            (kernel, _), is_capturing = self._choose(called), capture.question(selection.device_of(called))
+            known = (bool, unlike, key[0], kernel, is_capturing)
+        else:
+            known = (doubt(tensors, known[-1]), comparison(tensors), *known[2:])
         memory.learn(key, known)
         return known
 
