@@ -28,9 +28,10 @@ ROLES = {  # and the folder of caches that each begins with; one that comes agai
     "cold": "cold",
     "vllm": "vllm",
     "vllm_warmed": "vllm_warmed",
+    "turns": "vllm",
     "compile": "compile",
 }
-USUAL = ("empty", "full", "cold", "vllm")
+USUAL = ("empty", "full", "cold", "vllm", "turns")
 
 REAL: dict[str, Any] = {
     "hidden": 4096,
@@ -84,7 +85,7 @@ def tables(results: dict[str, Any]) -> dict[str, Any]:
         return lambda row: str(row.get(key, "-"))
 
     parts = results["parts"]
-    warm, steps, served, compiles = [], [], [], []
+    warm, steps, served, turns, compiles = [], [], [], [], []
     for part in parts:
         if "warm_up" in part:
             slow = "; ".join(
@@ -104,6 +105,9 @@ def tables(results: dict[str, Any]) -> dict[str, Any]:
             row = {"case": part["role"], "prompts": len(first), "compiled": part["serve"]["compiled"]}
             row |= {"mean": 1e3 * mean(first), "p50": 1e3 * median(first), "p99": 1e3 * percentile(first, 99)}
             served.append(row | {"first": 1e3 * first[0], "following": 1e3 * median(more)})
+        for who, taken in part.get("turns", {}).items():
+            row = {"case": who, "tokens": len(taken), "median": 1e3 * median(taken)}
+            turns.append(row | {"p10": 1e3 * percentile(taken, 10), "p90": 1e3 * percentile(taken, 90)})
         compiles += [{**c, "case": c["how"]} for c in part.get("compile", ())]
     columns: dict[str, tuple[dict[str, Any], list[Row]]] = {
         "warm-up": (
@@ -130,6 +134,11 @@ def tables(results: dict[str, Any]) -> dict[str, Any]:
             | {"P99": cell("p99"), "1st prompt": cell("first"), "kernels loaded": word("compiled")}
             | {"each token after, ms": cell("following")},
             served,
+        ),
+        "one token, by turns in one process, ms": (
+            {"case": word("case"), "tokens": word("tokens"), "P10": cell("p10"), "median": cell("median")}
+            | {"P90": cell("p90")},
+            turns,
         ),
         "torch.compile": (
             {"case": word("case"), "layers": word("layers"), "s": cell("seconds"), "graphs": word("graphs")},

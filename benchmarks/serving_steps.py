@@ -157,6 +157,18 @@ def serve(requests: Ours, lengths: list[int], *, cap: float) -> dict[str, Any]:
     return {"first": first, "following": following, "compiled": len(compiled)}
 
 
+def by_turns(contestants: dict[str, Ours], device: torch.device, *, rounds: int = 200) -> dict[str, list[float]]:
+    """Seconds for one token of one sequence, each contestant in turn: what disturbs the host disturbs them alike."""
+    taken: dict[str, list[float]] = {who: [] for who in contestants}
+    for requests in contestants.values():
+        for computed, tokens in ((0, 128), (128, 1)):
+            requests.step(computed, tokens)
+    for _ in range(rounds):
+        for who, requests in contestants.items():
+            taken[who].append(seconds(lambda r=requests: r.step(128, 1), device))  # type: ignore[misc]
+    return taken
+
+
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +273,9 @@ def main(role: str, device: torch.device, sizes: dict[str, Any], cap: float) -> 
             for how in ("layer by layer", "whole model")
             for n in counts
         ]
+    elif role == "turns":
+        model = build(sizes, device, others=False)
+        results["turns"] = by_turns({"ours": Ours(model, sizes, device), "vllm": Peers(model, sizes, device)}, device)
     else:
         model = build(sizes, device, others=False)
         requests = (Ours if role == "cold" else Peers)(model, sizes, device)
