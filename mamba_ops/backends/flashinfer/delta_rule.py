@@ -5,8 +5,9 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from mamba_ops.backends.flashinfer.vendor import INSTALL, cleaned, first_column, flashinfer, nobody, older_than, word
+from mamba_ops.backends.flashinfer.vendor import INSTALL, cleaned, first_column, flashinfer, nobody, older_than
 from mamba_ops.ops import chunk_gated_delta_rule, gated_delta_rule_update
+from mamba_ops.ops.checking import short
 from mamba_ops.ops.pieces import row_count
 from mamba_ops.ops.slots import initial_states, row_ends, row_of_tokens, store_rows
 
@@ -18,10 +19,10 @@ def _why_no_delta_rule(q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> str |
     if importlib.util.find_spec("cutlass") is None:
         return f"needs nvidia-cutlass-dsl for the gated delta rule, which is not installed; pip install '{INSTALL}'"
     if q.dtype != torch.bfloat16:
-        return f"takes a bfloat16 q, and it is {word(q)}"
+        return f"takes a bfloat16 q, and it is {short(q.dtype)}"
     for name, tensor in (("k", k), ("v", v), ("out", output)):
         if tensor.dtype != q.dtype:
-            return f"takes {name} in q's bfloat16, and it is {word(tensor)}"
+            return f"takes {name} in q's bfloat16, and it is {short(tensor.dtype)}"
     for name, tensor in (("k_dim", k), ("v_dim", v)):
         if tensor.shape[-1] != 128:
             return f"takes a {name} of 128, and it is {tensor.shape[-1]}"
@@ -49,9 +50,9 @@ def _why_not_delta_rule_update(
         return "computes the gates itself, from a, b, A_log and dt_bias, and g and beta are given"
     for name, gate in (("a", a), ("b", b)):
         if gate is not None and gate.dtype != q.dtype:
-            return f"takes {name} in q's bfloat16, and it is {word(gate)}"
+            return f"takes {name} in q's bfloat16, and it is {short(gate.dtype)}"
     if state.dtype not in (torch.float32, torch.bfloat16):
-        return f"takes a float32 or bfloat16 state, and it is {word(state)}"
+        return f"takes a float32 or bfloat16 state, and it is {short(state.dtype)}"
     if cu_seqlens is not None:
         return "takes no packed rows"
     if num_accepted_tokens is not None:

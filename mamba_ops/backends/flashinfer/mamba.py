@@ -18,9 +18,9 @@ from mamba_ops.backends.flashinfer.vendor import (
     nobody,
     older_than,
     why_not_setting,
-    word,
 )
 from mamba_ops.ops import selective_state_update
+from mamba_ops.ops.checking import short
 from mamba_ops.ops.pieces import row_count
 from mamba_ops.ops.slots import row_of_tokens
 
@@ -56,7 +56,7 @@ def _why_not_update(
             return f"computes in float32, and {name} is float64"
     for name, given in (("B", B), ("C", C), ("z", z), ("out", output)):
         if given is not None and given.dtype != x.dtype:
-            return f"takes {name} in x's {word(x)}, and it is {word(given)}"
+            return f"takes {name} in x's {short(x.dtype)}, and it is {short(given.dtype)}"
     slot_count, heads, dim, dstate = state.shape
     if dim not in (64, 128):
         return f"takes a dim of 64 or 128, and it is {dim}"

@@ -67,10 +67,6 @@ flashinfer = Backend(
 )
 
 
-def word(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def cleaned(table: Tensor, null_slot: int) -> Tensor:
     """The slots of a table as int32, with -1 for all that mean nobody: the vendor knows one number."""
     table = table if table.dtype == torch.int32 else table.to(torch.int32)
