@@ -50,12 +50,14 @@ def warm_up(
         layer or sample that was skipped: because it is incomplete, or no backend takes it.
 
     Raises:
-        ValueError: a name that nobody registered, or a module without layers that run on the ops.
+        ValueError: a name that nobody registered, a module without layers that run on the ops, a number below 1,
+            something else than dtypes.
     """
     from mamba_ops.cold_start import arguments, warming
 
-    where = arguments.device_of(model_or_ops, device)
-    pairs = arguments.pairs_of(dtypes)
+    what = arguments.known_ops(model_or_ops)
+    where, pairs = arguments.device_of(what, device), arguments.pairs_of(dtypes)
+    arguments.check_numbers(sizes or {}, processes)
     names: Sequence[Any] = arguments.known_backends(backends)
     with arguments.shown(progress) as tell:
-        return warming.warm_up(model_or_ops, where, pairs, sizes or {}, names, processes, tell)
+        return warming.warm_up(what, where, pairs, sizes or {}, names, processes, tell)

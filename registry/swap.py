@@ -36,7 +36,7 @@ def use_backend(backend: "str | Requester | None" = None, /, **named: str) -> Ab
     orders = {op: request.order_of(names) for op, names in named.items()}
     if backend is None or isinstance(backend, str):
         return _activate(request.make("use_backend", request.order_of(backend or ""), orders))
-    asked, more = backend.request("use_backend"), request.make("use_backend", (), orders)
+    asked, more = _request_of(backend, "use_backend"), request.make("use_backend", (), orders)
     return _activate(asked._replace(ops={**asked.ops, **more.ops}))
 
 
@@ -53,12 +53,19 @@ def configure(config: "Requester | None") -> None:
     """
     if torch.compiler.is_dynamo_compiling():
         _refuse_while_tracing("configure")
-    asked = None if config is None else config.request(type(config).__name__)
+    asked = None if config is None else _request_of(config, type(config).__name__, "configure")
     capture.refuse_swap("configure()")
     with lock:
         request.configured = asked
         selection.changed()
         selection.warn_of_captures()
+
+
+def _request_of(config: "Requester", by: str, what: str = "use_backend") -> Request:
+    if not hasattr(config, "request"):
+        names = ", a backend's name" if what == "use_backend" else ""
+        raise errors.RegistryError(f"{what}: got {config!r}, expected a BackendConfig{names} or None")
+    return config.request(by)
 
 
 def renew_caches(*caches: Tensor) -> None:

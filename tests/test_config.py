@@ -17,6 +17,7 @@ from mamba_ops.registry import (
     ConfigError,
     NoBackendError,
     Op,
+    RegistryError,
     backends,
     ops,
     record_selections,
@@ -346,3 +347,13 @@ def test_states_are_rounded_without_bias_under_compiled_code_and_nothing_is_reco
     assert (mean - exact).abs().max() < (nearest - exact).abs().max() / 2
     assert torch.equal(after, nearest)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
+
+
+def test_what_is_no_configuration_is_refused_in_a_sentence() -> None:
+    with pytest.raises(RegistryError, match=r"^configure: got 'torch', expected a BackendConfig or None$"):
+        configure("torch")  # type: ignore[arg-type]
+    with (
+        pytest.raises(RegistryError, match=r"^use_backend: got 3, expected a BackendConfig, a backend's name or None$"),
+        use_backend(3),  # type: ignore[arg-type]
+    ):
+        pass

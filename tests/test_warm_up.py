@@ -1,6 +1,7 @@
 """A warm-up leaves nothing to compile, and what would compile without one says so."""
 
 import logging
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -227,6 +228,21 @@ def test_layers_on_no_device_are_warmed_up_by_random_ones():
     assert report.skipped == []
     assert {row.op.partition("::")[2] for row in report} >= {"chunk_gated_delta_rule", "gdn_mixing"}
     assert layer.A_log.is_meta
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"model_or_ops": 3}, "model_or_ops: got 3, expected a model, an op or its name, or a list of these"),
+        ({"dtypes": ["bf16"]}, "dtypes: got 'bf16', expected dtypes, or pairs of one of activations and one of states"),
+        ({"dtypes": [(torch.bfloat16, None)]}, "dtypes: got (torch.bfloat16, None), expected dtypes, or pairs of"),
+        ({"sizes": {"dim": -1}}, "dim: got -1, expected a positive number"),
+        ({"processes": 0}, "processes: got 0, expected a positive number"),
+    ],
+)
+def test_what_makes_no_sense_is_answered_before_anything_is_called(given, said):
+    with pytest.raises(ValueError, match=f"^warm_up: {re.escape(said)}"):
+        mamba_ops.warm_up(**{"model_or_ops": "selective_scan", "device": "cpu", **given})
 
 
 def test_names_that_nobody_registered_are_refused():

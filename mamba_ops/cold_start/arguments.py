@@ -2,8 +2,9 @@
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,9 +42,41 @@ def device_of(
 def pairs_of(
     dtypes: Sequence[torch.dtype | tuple[torch.dtype | None, torch.dtype]] | None,
 ) -> list[tuple[torch.dtype | None, torch.dtype]]:
-    """Return the dtypes of activations, each with that of states."""
-    single: list[torch.dtype | tuple[torch.dtype | None, torch.dtype] | None] = [*dtypes] if dtypes else [None]
-    return [pair if isinstance(pair, tuple) else (pair, torch.float32) for pair in single]
+    """Return the dtypes of activations, each with that of states.
+
+    Raises:
+        ValueError: something else than dtypes and pairs of them.
+    """
+    pairs: list[tuple[torch.dtype | None, torch.dtype]] = []
+    for given in dtypes or (None,):
+        pair = given if isinstance(given, tuple) else (given, torch.float32)
+        if len(pair) != 2 or not isinstance(pair[1], torch.dtype) or not isinstance(pair[0], torch.dtype | None):
+            expected = "dtypes, or pairs of one of activations and one of states"
+            raise ValueError(f"warm_up: dtypes: got {given!r}, expected {expected}")
+        pairs.append(pair)
+    return pairs
+
+
+def known_ops(what: Any) -> Any:
+    """Return what is to be warmed up: a module, or a list of ops and names.
+
+    Raises:
+        ValueError: something else.
+    """
+    if isinstance(what, nn.Module):
+        return what
+    items = [what] if isinstance(what, (str, Op)) else what
+    if not isinstance(items, Sequence) or not all(isinstance(item, (str, Op)) for item in items):
+        expected = "a model, an op or its name, or a list of these"
+        raise ValueError(f"warm_up: model_or_ops: got {what!r}, expected {expected}")
+    return items
+
+
+def check_numbers(sizes: Mapping[str, int], processes: int | None) -> None:
+    """Raise ValueError for sizes, and numbers of processes, that are none."""
+    for name, number in {**sizes, "processes": 1 if processes is None else processes}.items():
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"warm_up: {name}: got {number!r}, expected a positive number")
 
 
 def known_backends(names: Sequence[str] | None) -> list[str | None]:

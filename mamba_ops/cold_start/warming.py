@@ -98,7 +98,7 @@ _done: dict[tuple[Any, ...], list[Row]] = {}
 
 
 def warm_up(
-    what: nn.Module | Op[...] | str | Sequence[Op[...] | str],
+    what: nn.Module | Sequence[Op[...] | str],
     device: torch.device,
     pairs: Sequence[Dtypes],
     sizes: Mapping[str, int],
@@ -145,7 +145,7 @@ def _of_model(
 
 
 def _of_ops(
-    what: Op[...] | str | Sequence[Op[...] | str],
+    what: Sequence[Op[...] | str],
     device: torch.device,
     pair: Dtypes,
     sizes: Mapping[str, int],
@@ -153,7 +153,7 @@ def _of_ops(
     common: tuple[Any, ...],
 ) -> Iterator[_Unit]:
     known = ops()
-    for item in [what] if isinstance(what, (str, Op)) else what:
+    for item in what:
         if isinstance(item, str) and item not in known:
             raise unknown("op", item, known)
         op = known[item] if isinstance(item, str) else item
