@@ -165,11 +165,14 @@ class Loader:
             text=True,
         )
         assert worker.stdin is not None  # for mypy: it is a pipe
-        utils = getattr(driver.active, "utils", None)  # it may take a C compiler; the worker imports torch meanwhile
+        target = driver.active.get_current_target()  # it may take a C compiler; the worker imports torch meanwhile
+        launcher, utils = (getattr(driver.active, name, None) for name in ("launcher_cls", "utils"))
+        if target.backend != "cuda":  # of others it is not known that they make launchers without a GPU
+            launcher = utils = None
         first = {
-            "target": vars(driver.active.get_current_target()),
-            "launcher": _name(getattr(driver.active, "launcher_cls", None)),
-            "utils": None if utils is None else _name(type(utils)),
+            "target": vars(target),
+            "launcher": launcher and _name(launcher),
+            "utils": utils and _name(type(utils)),
             "processes": self.processes,
         }
         worker.stdin.write(json.dumps(first) + "\n")
@@ -186,9 +189,9 @@ def _holds_anything(folder: Path) -> bool:
     return folder.exists() and any(folder.iterdir())
 
 
-def _name(kind: "type[Any] | None") -> tuple[str, str] | None:
+def _name(kind: type[Any]) -> tuple[str, str]:
     """Return by what name another process finds a type."""
-    return None if kind is None else (kind.__module__, kind.__qualname__)
+    return kind.__module__, kind.__qualname__
 
 
 def _is_on_disk(function: Any, asked: Any) -> bool:
