@@ -41,20 +41,28 @@ def test_ten_bugs_of_every_op(op: Op[...]) -> None:
     assert len({**tables.BUGS, **getattr(tables, "SLOW_BUGS", {})}) >= 10
 
 
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_every_bug_can_be_planted(op: Op[...]) -> None:
+    """Those that are slow to catch, too."""
+    tables, source = tables_of(op), source_of(op)
+    for bug in ({**tables.BUGS, **getattr(tables, "SLOW_BUGS", {})}).values():
+        _changed(source, bug)
+
+
 @pytest.fixture
 def planted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Op[...], str]]:
     """An op, and the name of a backend whose kernel is ours with one bug in it."""
     op, _, bug = request.param
+    kernel = composed_with(bug, op) if op.composed else triton_with(bug, op, tmp_path)
     backend = Backend("mutant", devices=[DEVICE.type])
-    backend.implements(op)(composed_with(bug, op) if op.composed else triton_with(bug, op, tmp_path))
+    backend.implements(op)(kernel)
     yield op, backend.name
     backend.remove()
 
 
 def triton_with(bug: Bug, op: Op[...], folder: Path) -> Callable[..., None]:
     """The Triton kernel with a bug, called by the adapter of ours."""
-    source = (Path(kernels.__path__[0]) / f"{op.name}.py").read_text()
-    mutant = _load(folder / f"mutant_{op.name}.py", _changed(source, bug))
+    mutant = _load(folder / f"mutant_{op.name}.py", _changed(source_of(op), bug))
     original = op.kernels["triton"].function
     here = f"mamba_ops.kernels.triton.{op.name}"
 
@@ -71,19 +79,23 @@ def triton_with(bug: Bug, op: Op[...], folder: Path) -> Callable[..., None]:
 
 def composed_with(bug: Bug, op: Op[...]) -> Callable[..., None]:
     """The body of a composed op, and what reads its plan, with a bug."""
-    body = inspect.getsource(op.reference)
-    source = inspect.getsource(mixing.batch_of) + "\n\n" + body[body.index("\ndef ") + 1 :]
     scope = vars(mixing) | vars(sys.modules[op.reference.__module__])
     del scope[op.name], scope["batch_of"]
-    exec(
-        compile(_changed(source, bug).replace(f"{op.name}.qualname", "'mutant'"), f"mutant_{op.name}.py", "exec"), scope
-    )
+    source = _changed(source_of(op), bug).replace(f"{op.name}.qualname", "'mutant'")
+    exec(compile(source, f"mutant_{op.name}.py", "exec"), scope)
 
     @functools.wraps(op.kernels["composed"].function)
     def kernel(*args: object, output: Tensor, **kwargs: object) -> None:
         scope[op.name](*args, out=output, **kwargs)
 
     return kernel
+
+
+def source_of(op: Op[...]) -> str:
+    if not op.composed:
+        return (Path(kernels.__path__[0]) / f"{op.name}.py").read_text()
+    body = inspect.getsource(op.reference)
+    return inspect.getsource(mixing.batch_of) + "\n\n" + body[body.index("\ndef ") + 1 :]
 
 
 def _changed(source: str, bug: Bug) -> str:

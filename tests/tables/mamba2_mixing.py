@@ -12,8 +12,8 @@ BUGS = {
     "accepted tokens ignored": ('options["num_accepted_tokens"] = plan.num_accepted_tokens[:decodes]', "pass"),
     "one column when speculating": ('options["slots"] = plan.slots[:decodes]', "pass"),
     "null slot ignored": ('"null_slot": null_slot}', '"null_slot": -1}'),
-    "padding not zeroed": ("output[batch.tokens :].zero_()", "pass"),
-    "B and C swapped": ("x, B, C = mixed.split", "x, C, B = mixed.split"),
+    "padding not zeroed": ("batch.clear_rest(output)", "pass"),
+    "B and C swapped": ("x, B, C = by_head", "x, C, B = by_head"),
     "prefills' bias dropped": (
         "D=D,\n            dt_bias=dt_bias,\n            dt_softplus=True",
         "D=D,\n            dt_softplus=True",
