@@ -84,7 +84,9 @@ def test_without_a_warm_up_no_jit_raises_for_each_kernel():
 CACHE = """
 import os
 import torch, mamba_ops
+from mamba_ops.cold_start import loading
 
+loading.LAUNCHERS.append(compile_only.__name__)
 compile_only.Driver.launcher_cls = compile_only.Launcher
 report = mamba_ops.warm_up("gated_delta_rule_update", device="cpu")
 cached = [row.cached for row in report]

@@ -21,6 +21,9 @@ from typing import Any
 
 from mamba_ops.registry.compiling import current_call
 
+LAUNCHERS = ["triton.backends.nvidia.driver"]
+"""Drivers whose launchers are made without a GPU; of others that is not known."""
+
 
 @dataclass
 class Load:
@@ -167,7 +170,7 @@ class Loader:
         assert worker.stdin is not None  # for mypy: it is a pipe
         target = driver.active.get_current_target()  # it may take a C compiler; the worker imports torch meanwhile
         launcher, utils = (getattr(driver.active, name, None) for name in ("launcher_cls", "utils"))
-        if target.backend != "cuda":  # of others it is not known that they make launchers without a GPU
+        if launcher is None or launcher.__module__ not in LAUNCHERS:
             launcher = utils = None
         first = {
             "target": vars(target),
