@@ -92,18 +92,19 @@ def _why_not_update(
 
 
 def _why_not_update_now(state: Tensor, x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, output: Tensor) -> str | None:
-    slot, heads, dim, dstate = state.stride()
-    _, _, width, inner = state.shape
-    places = state.data_ptr() | slot * state.itemsize
-    bad = heads != width * inner or dim != inner or dstate != 1 or not output.is_contiguous()
-    for tensor, size in ((x, width), (B, inner), (C, inner), (z, width)):  # quick, for it is asked in every call
+    """Ask `_why_not_places` only if it has something to say: this is asked in every call."""
+    _, _, dim, dstate = state.shape
+    slot, *inner = state.stride()
+    bad = inner != [dim * dstate, dstate, 1] or not output.is_contiguous()
+    places = state.data_ptr() | slot * state.itemsize | output.data_ptr()
+    for tensor, width in ((x, dim), (B, dstate), (C, dstate), (z, dim)):
         if tensor is not None:
             *tokens, row, entry = tensor.stride()
-            bad |= entry != 1 or row != size
+            bad |= entry != 1 or row != width
             for token in tokens:
                 places |= token * tensor.itemsize
             places |= tensor.data_ptr()
-    return _why_not_places(state, x, B, C, z, output) if bad or (places | output.data_ptr()) & 15 else None
+    return _why_not_places(state, x, B, C, z, output) if bad or places & 15 else None
 
 
 def _why_not_places(state: Tensor, x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, output: Tensor) -> str | None:
