@@ -85,15 +85,16 @@ def renamed_output(name: str, parameters: Parameters, function: Callable[..., An
     return _compiled(name, "reference", source, function=function, **defaults)
 
 
-def front(
+def fronts(
     name: str,
     parameters: Parameters,
     mutated: list[str],
     caches: list[str],
     first_code: int,
     **closure: Callable[..., Any],
-) -> FunctionType:
-    """Write the op's `__call__`: allocate what is missing, hand the rest to the dispatcher.
+) -> tuple[FunctionType, FunctionType]:
+    """Write the op's `__call__`: allocate what is missing, hand the rest to the dispatcher; and the same that hands it
+    to the op's body.
 
     While tracing it also passes the selection token and, where an input requires grad, leaves a call in the graph that
     raises when the graph runs. It reads nothing else, because Dynamo would guard on it.
@@ -104,7 +105,7 @@ def front(
         mutated: names of the mutated parameters.
         caches: those of them that may be left out.
         first_code: number of the sentence that refuses a gradient of the first parameter; the others follow.
-        closure: `overload`, `dispatch`, `outputs`, `is_compiling`, `token`, `is_grad_enabled`, `refuse`.
+        closure: `overload`, `dispatch`, `body`, `outputs`, `is_compiling`, `token`, `is_grad_enabled`, `refuse`.
     """
     writes_output = any(p.name == "output" for p in parameters)
     shown = [p.replace(name="out", default=None) if p.name == "output" else p for p in parameters]
@@ -133,7 +134,10 @@ def front(
         f"        dispatch({call})",
         "    return out" if writes_output else "    return None",
     ]
-    return cast(FunctionType, _compiled(name, "front", "\n".join(lines), **closure, **defaults))
+    text, body = "\n".join(lines), closure.pop("body")
+    front = _compiled(name, "front", text, **closure, **defaults)
+    inside = _compiled(name, "inside", text, **{**closure, "dispatch": body}, **defaults)
+    return cast(FunctionType, front), cast(FunctionType, inside)
 
 
 def body(name: str, parameters: Parameters, caches: list[str], **closure: Any) -> Callable[..., None]:

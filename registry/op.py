@@ -132,6 +132,7 @@ class Op(Generic[P]):
         kernels: backend name to kernel; the reference is the kernel of the backend `torch`, or `composed`.
         splits_graph, reads_host, composed: see `Namespace.op`.
         overload: the `torch.ops` overload, for those who want no front.
+        inside: the op as composed ops call it: they went through torch's dispatcher, which need not be asked again.
     """
 
     def __init__(
@@ -203,7 +204,7 @@ class Op(Generic[P]):
         namespace._define(self.name, self.schema, body, self._fake, *tags)
         self.overload = getattr(getattr(torch.ops, namespace.name), self.name).default
         sentences = [self._gradient_sentence(p.name) for p in self.parameters]
-        call = generate.front(
+        call, inside = generate.fronts(
             self.qualname,
             self.parameters,
             sorted(self.mutates),
@@ -211,6 +212,7 @@ class Op(Generic[P]):
             namespace._number(sentences),
             overload=self.overload,
             dispatch=self.overload._op,  # the dispatcher itself, without OpOverload's Python frame
+            body=body,
             outputs=self.allocate,
             is_compiling=torch.compiler.is_dynamo_compiling,
             token=tokens.token,
@@ -218,6 +220,7 @@ class Op(Generic[P]):
             refuse=getattr(torch.ops, namespace.name).refuse.default,
         )
         type(self).__call__ = call  # type: ignore[method-assign]
+        self.inside: Callable[..., Tensor] = inside.__get__(self)
         signature = inspect.signature(call)
         self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
 
@@ -244,7 +247,7 @@ class Op(Generic[P]):
 
     def outputs(self, function: F) -> F:
         """Register what `out` is: names any of the inputs, returns a new tensor, and never raises on bad input."""
-        self._outputs = self._facet(function, self._inputs())
+        self._outputs = self._facet(function, [p for p in self.parameters if p.name != "output"])
         return function
 
     def samples(self, function: F) -> F:
@@ -387,9 +390,6 @@ class Op(Generic[P]):
             expected = next(iter(tensors.values())).device
             name = next(n for n, t in tensors.items() if t.is_meta != (expected.type == "meta"))
             raise errors.two_worlds(self.qualname, name, tensors[name].device, expected)
-
-    def _inputs(self) -> list[inspect.Parameter]:
-        return [p for p in self.parameters if p.name != "output"]
 
     def _facet(self, function: F, parameters: list[inspect.Parameter] | None = None) -> Callable[..., Any]:
         parameters = self.parameters if parameters is None else parameters

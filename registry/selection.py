@@ -57,6 +57,7 @@ _recorders: list[list[Selection]] = []
 _warned: set[tuple[str, str]] = set()
 _requests: dict[Hashable, tuple[Request, ...]] = {}  # what was asked for under the selections that tokens name
 _settled = False  # whether backends have the settings in force
+_asked: bool | None = None  # whether backends are asked for by name, in any thread; None: not looked at since a change
 _generation = 0  # raised whenever another kernel may be chosen than before
 
 
@@ -87,10 +88,10 @@ def remove_namespace(name: str) -> None:
 
 def changed() -> None:
     """Forget all decisions, raise the generation and renew the tokens."""
-    global _generation, _settled
+    global _generation, _settled, _asked
     with lock:
         _generation += 1
-        _settled = False
+        _settled, _asked = False, None
         _forget()
         tokens.renew(_fingerprint)
 
@@ -197,7 +198,11 @@ def is_bound(op: "Op[...]") -> bool:
 
 def may_refuse(*some: "Op[...]") -> bool:
     """Return whether somebody asked for backends by name for any of these ops: only then may `Op.require` raise."""
-    return request.anybody_asks() and any(map(is_bound, some))
+    global _asked
+    if _asked is None and not request.is_as_if():
+        with lock:
+            _asked = request.anybody_asks()
+    return (_asked or request.is_as_if()) and any(map(is_bound, some))
 
 
 def require(op: "Op[...]", arguments: Mapping[str, Any]) -> None:

@@ -80,8 +80,9 @@ def triton_with(bug: Bug, op: Op[...], folder: Path) -> Callable[..., None]:
 def composed_with(bug: Bug, op: Op[...]) -> Callable[..., None]:
     """The body of a composed op, and what reads its plan, with a bug."""
     scope = vars(mixing) | vars(sys.modules[op.reference.__module__])
-    del scope[op.name], scope["batch_of"]
+    del scope[op.name], scope["batch_of"], scope["_batch_of"]
     source = _changed(source_of(op), bug).replace(f"{op.name}.qualname", "'mutant'")
+    source = source.replace("_seen", "_seen_by_mutant")  # what stays with a plan's counts is another's
     exec(compile(source, f"mutant_{op.name}.py", "exec"), scope)
 
     @functools.wraps(op.kernels["composed"].function)
@@ -95,7 +96,8 @@ def source_of(op: Op[...]) -> str:
     if not op.composed:
         return (Path(kernels.__path__[0]) / f"{op.name}.py").read_text()
     body = inspect.getsource(op.reference)
-    return inspect.getsource(mixing.batch_of) + "\n\n" + body[body.index("\ndef ") + 1 :]
+    parts = map(inspect.getsource, (mixing.batch_of, mixing._batch_of))
+    return "\n\n".join([*parts, body[body.index("\ndef ") + 1 :]])
 
 
 def _changed(source: str, bug: Bug) -> str:

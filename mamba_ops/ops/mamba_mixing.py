@@ -122,13 +122,13 @@ def mamba_mixing(
     if may_refuse(*convolutions, *scans):
         convolve(*(op.require for op in convolutions))
         scan(*(op.require for op in scans))
-    convolve(*convolutions)
+    convolve(*(op.inside for op in convolutions))
     torch.mm(mixed, x_proj_weight.t(), out=low)
     for part, weight in zip(parts, (dt_norm_weight, B_norm_weight, C_norm_weight), strict=True):
         if weight is not None:
             part.copy_(rms_norm(part, weight, norm_eps))
     torch.mm(dt, dt_proj_weight.t(), out=delta)
-    scan(*scans)
+    scan(*(op.inside for op in scans))
     batch.clear_rest(output)
     return output
 

@@ -6,6 +6,7 @@ is composed of the ops for either. Decodes come first, in rows and in tokens.
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
+from operator import is_
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -45,7 +46,7 @@ NO_PLAN = PlanTensors(None, None, None, None, None, None, None)
 
 
 Call = Callable[..., Any]
-"""The front of an op, or its `Op.require`; a name, as annotations of inner functions are evaluated in every call."""
+"""`Op.inside`, or `Op.require`; a name, as annotations of inner functions are evaluated in every call."""
 
 
 class HasPlan(Protocol):
@@ -152,16 +153,38 @@ def check_caches(
 def batch_of(op: str, plan: PlanTensors, tokens: int, null_slot: int) -> Batch:
     """Read a plan's counts, on the host, and take the decodes' and the prefills' part of every tensor.
 
+    All layers of a step have one plan, so what was taken stays with its counts, for as long as these say the same.
+
     Raises:
         ValueError: in a call of `op`, the counts are not those of `tokens` tokens in as many rows as the plan can have.
     """
 
+    if plan.counts is None or plan.slots is None or plan.cu_seqlens is None:
+        return Batch(None, None, None, 0)
+    counts, others = plan.counts.tolist(), plan[1:]
+    seen: _Seen | None = getattr(plan.counts, "_seen", None)
+    if seen is not None and seen.of == (tokens, null_slot, counts) and all(map(is_, seen.others, others)):
+        return seen.batch
+    batch = _batch_of(op, plan, counts, tokens, null_slot)
+    plan.counts._seen = _Seen((tokens, null_slot, counts), others, batch)  # type: ignore[attr-defined]
+    return batch
+
+
+class _Seen(NamedTuple):
+    """A batch, and what it was made of."""
+
+    of: tuple[int, int, list[int]]
+    others: tuple[Tensor | None, ...]
+    batch: Batch
+
+
+def _batch_of(op: str, plan: PlanTensors, counts: list[int], tokens: int, null_slot: int) -> Batch:
     def wrong(got: str, expected: str, hint: str = "the plan is another batch's") -> ValueError:
         return in_call_of(op, bad_argument("counts", got=got, expected=expected, hint=hint))
 
-    if plan.counts is None or plan.slots is None or plan.cu_seqlens is None:
-        return Batch(None, None, None, 0)
-    decodes, decode_tokens, prefills, prefill_tokens = counts = plan.counts.tolist()
+    assert plan.slots is not None  # for mypy; the caller saw to it
+    assert plan.cu_seqlens is not None
+    decodes, decode_tokens, prefills, prefill_tokens = counts
     rows, total = decodes + prefills, decode_tokens + prefill_tokens
     most = plan.cu_seqlens.shape[0] - 1
     if min(counts) < 0 or rows > most:
@@ -212,9 +235,9 @@ def each_kind(
         if batch.prefills is not None:
             read(batch.prefills, *(op.require for op in reads))
     if batch.decodes is not None:
-        step(batch.decodes, *steps)
+        step(batch.decodes, *(op.inside for op in steps))
     if batch.prefills is not None:
-        read(batch.prefills, *reads)
+        read(batch.prefills, *(op.inside for op in reads))
 
 
 def like_convolved(mixed: Tensor) -> Tensor:

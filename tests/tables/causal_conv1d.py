@@ -14,7 +14,7 @@ BUGS = {
     "state not written": ("kept[k], mask=inside)", "kept[k], mask=inside & (tokens < 0))"),
     "state of short sequences forgotten": ("tl.where(entry < HISTORY, old, new)", "new"),
     "state not moved by short sequences": ("state_ptr + entry * state_column", "state_ptr + k * state_column"),
-    "null slot ignored": ("if (slot < 0) | (slot == null_slot):", "if slot < 0:"),
+    "null slot ignored": ("slots_stride, null_slot)", "slots_stride, -1)"),
 }
 
 SLOW_BUGS = {  # slow: caught by the last samples, or by long ones

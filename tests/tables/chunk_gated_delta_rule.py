@@ -13,23 +13,23 @@ BUGS = {
     "tokens not decayed to the chunk's end": ("tl.exp(left)", "1.0"),
     "what is known written again": ("new -= tl.dot(", "new -= 0.0 * tl.dot("),
     "token does not read itself": ("i[:, None] >= i[None, :]", "i[:, None] > i[None, :]"),
-    "initial state not read": ("tl.load(has_initial_state + row) != 0", "tl.load(has_initial_state + row) == 2"),
+    "initial state not read": ("is_set(row, has_initial_state, initial_stride)", "(slot_stride < -1)"),
 }
 
 SLOW_BUGS = {  # slow: interpreted matrix products
     "parts below the diagonal dropped": ("n = tl.dot(whole, rest,", "n = 0.0 * tl.dot(whole, rest,"),
     "state before a chunk read as it is at its end": ("asking[None, :]", "1.0"),
     "state read by rows that have none": (
-        "tl.load(has_initial_state + row) != 0",
-        "tl.load(has_initial_state + row) >= 0",
+        "is_set(row, has_initial_state, initial_stride)",
+        "(slot_stride >= 0)",
     ),
     "second chunk read as the first": ("solved += V_HEADS * CHUNK * CHUNK", "solved += 0"),
     "corner of the inverse wrong": ("whole += tl.dot(square,", "whole += 0.0 * tl.dot(square,"),
     "scale dropped": ("_factor(queries, L2NORM) * scale", "_factor(queries, L2NORM)"),
     "null rows not zeroed": ("tl.zeros([CHUNK, BLOCK], tl.float32), (t", "1.0, (t"),
-    "null slot ignored": ("(source < 0) | (source == null_slot)", "source < 0"),
-    "write slots ignored": ("        if write_slots is not None:", "        if False:"),
-    "null destination written": ("stored = stored & (target != null_slot)", "stored = stored & True"),
+    "null slot ignored": ("slots_stride, null_slot)", "slots_stride, -1)"),
+    "write slots ignored": ("    if write_slots is not None:", "    if False:"),
+    "null destination written": ("& (target >= 0) & (target != null_slot)", "& (target >= 0)"),
     "empty row's state not copied": ("(stored | (target != source))", "stored"),
     "empty row's state reset": ("(stored | (target != source))", "(stored | (target >= 0))"),
 }

@@ -13,8 +13,8 @@ BUGS = {
 }
 
 SLOW_BUGS = {  # slow: interpreted matrix products
-    "initial state not read": ("past |= tl.load(has_initial_state", "past |= 0 * tl.load(has_initial_state"),
-    "chunks do not end at absolute positions": ("before = (tl.load", "before = 0 * (tl.load"),
+    "initial state not read": ("past |= is_set(", "past |= 0 * is_set("),
+    "chunks do not end at absolute positions": ("before = tl.load", "before = 0 * tl.load"),
     "null rows not zeroed": ("tl.zeros([BLOCK_TOKENS, BLOCK_DIM], tl.float32), written", "1.0, written"),
     "bias dropped": ("d += tl.load(dt_bias", "d += 0.0 * tl.load(dt_bias"),
     "start of a long chunk dropped": ("range(begin, tl.minimum(", "range(first, tl.minimum("),
@@ -23,9 +23,12 @@ SLOW_BUGS = {  # slow: interpreted matrix products
         "        if chunk_states is not None:\n            tl.store(",
         "        if 0:\n            tl.store(",
     ),
-    "null slot ignored": ("if (source < 0) | (source == null_slot):", "if source < 0:"),
+    "null slot ignored": (
+        "source = slot_of(row, slots, slots_stride, null_slot)",
+        "source = slot_of(row, slots, slots_stride, -1)",
+    ),
     "null destination written": ("& (target >= 0) & (target != null_slot)", "& (target >= 0)"),
-    "write slots ignored": ("        if write_slots is not None:", "        if False:"),
+    "write slots ignored": ("    if write_slots is not None:", "    if False:"),
     "empty row resets its state": ("stored = count > 0", "stored = count >= 0"),
     "D dropped": ("y += u * tl.load(D + head)", "y += 0.0 * u * tl.load(D + head)"),
     "gate without sigmoid": ("y *= gate * tl.sigmoid(gate)", "y *= gate"),

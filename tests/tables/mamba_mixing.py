@@ -12,8 +12,8 @@ BUGS = {
     "B and C swapped": ("parts = dt, B, C = low", "parts = dt, C, B = low"),
     "norms left out": ("part.copy_(", "("),
     "norm after the projection of dt": (
-        "    torch.mm(dt, dt_proj_weight.t(), out=delta)\n    scan(*scans)",
-        "    scan(*scans)\n    torch.mm(dt, dt_proj_weight.t(), out=delta)",
+        "    torch.mm(dt, dt_proj_weight.t(), out=delta)\n    scan(*(op.inside for op in scans))",
+        "    scan(*(op.inside for op in scans))\n    torch.mm(dt, dt_proj_weight.t(), out=delta)",
     ),
     "another eps": ("rms_norm(part, weight, norm_eps)", "rms_norm(part, weight, 1e-6)"),
     "prefills' bias dropped": ('"delta_bias": dt_proj_bias, ', ""),

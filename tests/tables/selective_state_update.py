@@ -17,7 +17,7 @@ BUGS = {
     "write slots ignored": ("        if write_slots is None:", "        if True:"),
     "null destination written": ("if (target >= 0) & (target != null_slot):", "if target >= 0:"),
     "null rows not zeroed": ("tl.zeros([BLOCK], tl.float32)", "tl.full([BLOCK], 1.0, tl.float32)"),
-    "null slot ignored": ("if (source < 0) | (source == null_slot):", "if source < 0:"),
+    "null slot ignored": ("slots_stride, null_slot)", "slots_stride, -1)"),
     "accepted column off by one": ("slots_columns) - 1", "slots_columns - 1)"),
     "state rounded between tokens": ("u[:, None]\n", "u[:, None]\n        s = s.to(tl.bfloat16).to(tl.float32)\n"),
     "first token only": ("    for t in range(tokens):\n        token", "    for t in range(1):\n        token"),

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import cdiv, on_device_of
+from mamba_ops.kernels.triton.common import cdiv, is_set, on_device_of, optional, slot_of
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 _CHANNELS = 128  # that a warp owns: 8 bytes of bfloat16 a thread
@@ -20,6 +20,7 @@ _CHANNELS = 128  # that a warp owns: 8 bytes of bfloat16 a thread
         "length",
         "null_slot",
         "slots_stride",
+        "initial_stride",
         "x_row",
         "x_token",
         "x_channel",
@@ -46,14 +47,15 @@ def _kernel(
     weight_ptr,
     bias_ptr,  # None: no bias
     cu_seqlens_ptr,  # None: every sequence has `length` tokens
-    state_ptr,  # None: nothing is kept
-    slots_ptr,  # None: sequence i uses slot i
-    initial_ptr,  # None: every sequence starts from zeros
+    state_ptr,  # this and the next two: see `optional`
+    slots_ptr,
+    initial_ptr,
     output_ptr,
     sequences,  # None without cu_seqlens
     length,  # None with cu_seqlens
     null_slot: tl.int64,
     slots_stride: tl.int64,
+    initial_stride: tl.int64,
     x_row: tl.int64,
     x_token: tl.int64,
     x_channel,  # None, and the other two with it: see _along
@@ -111,14 +113,12 @@ def _kernel(
     x_ptr += first * x_row
     output_ptr += first * output_row + begin * output_token
 
-    slot = row
-    if slots_ptr is not None:
-        slot = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
-        if (slot < 0) | (slot == null_slot):
-            for t in tl.static_range(BLOCK_T):
-                live = inside & (begin + t < tokens)
-                tl.store(_along(output_ptr + t * output_token, channels, output_channel), 0.0, mask=live)
-            return
+    slot = slot_of(row, slots_ptr, slots_stride, null_slot)
+    if slot < 0:
+        for t in tl.static_range(BLOCK_T):
+            live = inside & (begin + t < tokens)
+            tl.store(_along(output_ptr + t * output_token, channels, output_channel), 0.0, mask=live)
+        return
 
     window: tl.tuple = ()
     for k in tl.static_range(HISTORY + BLOCK_T):
@@ -128,29 +128,26 @@ def _kernel(
 
     # Only a sequence's first tile looks back into the cache. The same program stores what the sequence leaves there,
     # read from x even where it is another tile's, so that no program writes what another one reads.
-    if state_ptr is not None:
+    if (tile == 0) & (state_slot >= 0):
         state_ptr += slot * state_slot
-        if tile == 0:
-            known = 0  # columns of the cache that count
-            if initial_ptr is not None:
-                known = tl.load(initial_ptr + row).to(tl.int32) * HISTORY
-                past: tl.tuple = ()
-                for k in tl.static_range(HISTORY):
-                    old = _along(state_ptr + k * state_column, channels, state_channel)
-                    past += (tl.load(old, mask=inside & (k < known), other=0.0).to(tl.float32),)
-                window = past + window[HISTORY:]
-            kept: tl.tuple = ()
-            for k in tl.static_range(HISTORY):
-                entry = tokens + k  # of the window at the first token, then on through all inputs
-                old = _along(state_ptr + entry * state_column, channels, state_channel)
-                old = tl.load(old, mask=inside & (entry < known), other=0.0).to(tl.float32)
-                new = _along(x_ptr + (entry - HISTORY) * x_token, channels, x_channel)
-                new = tl.load(new, mask=inside & (entry >= HISTORY), other=0.0).to(tl.float32)
-                kept += (tl.where(entry < HISTORY, old, new),)
-            # The thread that stores a column need not be the one that loaded it: all loads first.
-            tl.debug_barrier()
-            for k in tl.static_range(HISTORY):
-                tl.store(_along(state_ptr + k * state_column, channels, state_channel), kept[k], mask=inside)
+        known = is_set(row, initial_ptr, initial_stride).to(tl.int32) * HISTORY  # columns of the cache that count
+        past: tl.tuple = ()
+        for k in tl.static_range(HISTORY):
+            old = _along(state_ptr + k * state_column, channels, state_channel)
+            past += (tl.load(old, mask=inside & (k < known), other=0.0).to(tl.float32),)
+        window = past + window[HISTORY:]
+        kept: tl.tuple = ()
+        for k in tl.static_range(HISTORY):
+            entry = tokens + k  # of the window at the first token, then on through all inputs
+            old = _along(state_ptr + entry * state_column, channels, state_channel)
+            old = tl.load(old, mask=inside & (entry < known), other=0.0).to(tl.float32)
+            new = _along(x_ptr + (entry - HISTORY) * x_token, channels, x_channel)
+            new = tl.load(new, mask=inside & (entry >= HISTORY), other=0.0).to(tl.float32)
+            kept += (tl.where(entry < HISTORY, old, new),)
+        # The thread that stores a column need not be the one that loaded it: all loads first.
+        tl.debug_barrier()
+        for k in tl.static_range(HISTORY):
+            tl.store(_along(state_ptr + k * state_column, channels, state_channel), kept[k], mask=inside)
 
     for t in tl.static_range(BLOCK_T):
         acc = bias
@@ -186,14 +183,14 @@ def causal_conv1d(
     """Write `output` and the final `conv_state` in place; the arguments are those of the op.
 
     Fast where the channels of `x`, `conv_state` and `output` are contiguous and start at multiples of 16 bytes; any
-    other strides take a slower variant. The other arguments but `slots` are copied first if they are not contiguous.
+    other strides take a slower variant. Parameters and cu_seqlens are copied first if they are not contiguous.
     """
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if sequences == 0 or x.numel() == 0:
         return
     dim, width = weight.shape
     x_row, x_token, x_channel = x.stride(0), x.stride(-2), x.stride(-1)
-    state_slot, state_channel, state_column = (0, 1, 0) if conv_state is None else conv_state.stride()
+    state_slot, state_channel, state_column = (-1, 1, 0) if conv_state is None else conv_state.stride()
     output_row, output_token, output_channel = output.stride(0), output.stride(-2), output.stride(-1)
     starts = (
         (x.data_ptr() | output.data_ptr())
@@ -203,6 +200,9 @@ def causal_conv1d(
     if conv_state is not None:
         starts |= conv_state.data_ptr() | (state_slot | state_column) * conv_state.element_size()
     aligned = x_channel == state_channel == output_channel == 1 and starts % 16 == 0
+
+    slots, slots_stride = optional(slots, x, tl.int32)
+    has_initial_state, initial_stride = optional(has_initial_state, x, tl.int1)
 
     launch = _launches(x.get_device(), dim, width)["_kernel"]
     if cu_seqlens is None:
@@ -215,14 +215,15 @@ def causal_conv1d(
             weight.contiguous(),
             None if bias is None else bias.contiguous(),
             None if cu_seqlens is None else cu_seqlens.contiguous(),
-            conv_state,
+            x if conv_state is None else conv_state,
             slots,
-            None if has_initial_state is None else has_initial_state.contiguous(),
+            has_initial_state,
             output,
             None if cu_seqlens is None else sequences,
             x.shape[1] if cu_seqlens is None else None,
             null_slot,
-            0 if slots is None else slots.stride(0),
+            slots_stride,
+            initial_stride,
             x_row,
             x_token,
             None if aligned else x_channel,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import cdiv, on_device_of
+from mamba_ops.kernels.triton.common import cdiv, on_device_of, optional, slot_of
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 
@@ -43,7 +43,7 @@ def _kernel(
     state_ptr,
     weight_ptr,
     bias_ptr,  # None: no bias
-    slots_ptr,  # None: row i uses slot i
+    slots_ptr,  # see `optional`
     cu_seqlens_ptr,  # None: every row has `length` tokens
     accepted_ptr,  # None: windows start at column 0
     output_ptr,
@@ -88,14 +88,12 @@ def _kernel(
     x_ptr += first * x_row
     output_ptr += first * output_row
 
-    slot = row
-    if slots_ptr is not None:
-        slot = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
-        if (slot < 0) | (slot == null_slot):
-            for _ in range(tokens):
-                tl.store(_along(output_ptr, channels, output_channel), 0.0, mask=inside)
-                output_ptr += output_token
-            return
+    slot = slot_of(row, slots_ptr, slots_stride, null_slot)
+    if slot < 0:
+        for _ in range(tokens):
+            tl.store(_along(output_ptr, channels, output_channel), 0.0, mask=inside)
+            output_ptr += output_token
+        return
     state_ptr += slot * state_slot
     source_ptr = state_ptr
     if accepted_ptr is not None:
@@ -178,6 +176,7 @@ def causal_conv1d_update(
         | (output_row | output_token) * output.element_size()
     )
     aligned = x_channel == state_channel == output_channel == 1 and starts % 16 == 0
+    slots, slots_stride = optional(slots, x, tl.int32)
     launch = _launches(x.get_device(), dim, width)["_kernel"]
     with on_device_of(x):
         _kernel[rows, cdiv(dim, launch["BLOCK"])](
@@ -191,7 +190,7 @@ def causal_conv1d_update(
             output,
             x.shape[1] if x.dim() == 3 else None,
             null_slot,
-            0 if slots is None else slots.stride(0),
+            slots_stride,
             x_row,
             x_token,
             None if aligned else x_channel,

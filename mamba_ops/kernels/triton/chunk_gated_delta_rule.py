@@ -11,26 +11,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import INTERPRETED, by_token, cdiv, chunk_at, chunks_of, dense, on_device_of, tile
+from mamba_ops.kernels.triton.common import (
+    INTERPRETED,
+    by_token,
+    cdiv,
+    chunk_at,
+    chunks_of,
+    dense,
+    is_set,
+    on_device_of,
+    optional,
+    slot_of,
+    tile,
+)
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 CHUNK = 64
 _PART: tl.constexpr = tl.constexpr(16)  # of a chunk: systems of so many tokens are solved token by token
 
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
-_NUMBERS = """length rows null_slot slots_stride write_stride q_stride k_stride v_stride g_stride beta_stride
-    output_stride slot_stride head_stride value_stride key_stride scale""".split()
+_NUMBERS = """length rows null_slot slots_stride write_stride initial_stride q_stride k_stride v_stride g_stride
+    beta_stride output_stride slot_stride head_stride value_stride key_stride scale""".split()
 _POINTERS = """q k v g beta cu_seqlens state slots write_slots has_initial_state output""".split()
-
-
-@triton.jit
-def _source(row, slots, slots_stride, null_slot):
-    # where a row's state is, -1 for nobody
-    source = row.to(tl.int64)
-    if slots is not None:
-        source = tl.load(slots + source * slots_stride).to(tl.int64)
-        source = tl.where((source < 0) | (source == null_slot), -1, source)
-    return source
 
 
 @triton.jit
@@ -107,7 +109,7 @@ def _solve(
     row, low, high, _, _ = chunk_at(chunk, cu_seqlens, rows, length, CHUNK, BLOCK_ROWS)
     if row >= rows:
         return
-    if _source(row, slots, slots_stride, null_slot) < 0:
+    if slot_of(row, slots, slots_stride, null_slot) < 0:
         return
     key = tl.arange(0, BLOCK_K)
     i = tl.arange(0, CHUNK)
@@ -161,6 +163,7 @@ def _scan(
     output_stride,
     slots_stride,
     write_stride,
+    initial_stride,
     slot_stride,
     head_stride,
     value_stride,
@@ -190,20 +193,17 @@ def _scan(
 
     output += head * V_DIM
     first, chunks, begin, count = chunks_of(row, cu_seqlens, length, CHUNK, BLOCK_ROWS)
-    source = _source(row, slots, slots_stride, null_slot)
+    source = slot_of(row, slots, slots_stride, null_slot)
     if source < 0:
         for number in range(chunks):
             t = begin + number * CHUNK + i
             place = tile(output, t, output_stride, value, ALIGNED)
             tl.store(place, tl.zeros([CHUNK, BLOCK], tl.float32), (t < begin + count)[:, None] & in_value)
         return
-    s = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-    if state is not None:
-        of_state = value.to(tl.int64)[:, None] * value_stride + key.to(tl.int64)[None, :] * key_stride
-        of_state += head.to(tl.int64) * head_stride
-        if has_initial_state is not None:
-            carried = tl.load(has_initial_state + row) != 0
-            s = tl.load(state + source * slot_stride + of_state, in_state & carried, other=0.0).to(tl.float32)
+    of_state = value.to(tl.int64)[:, None] * value_stride + key.to(tl.int64)[None, :] * key_stride
+    of_state += head.to(tl.int64) * head_stride
+    carried = in_state & is_set(row, has_initial_state, initial_stride)
+    s = tl.load(state + source * slot_stride + of_state, carried, other=0.0).to(tl.float32)
 
     operand = solved.dtype.element_ty
     q += head // (V_HEADS // K_HEADS) * K_DIM
@@ -239,15 +239,12 @@ def _scan(
         solved += V_HEADS * CHUNK * CHUNK
         weights += V_HEADS * CHUNK * CHUNK
 
-    if state is not None:
-        target = source
-        stored = count > 0
-        if write_slots is not None:
-            target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
-            stored = (stored | (target != source)) & (target >= 0)
-            if null_slot is not None:
-                stored = stored & (target != null_slot)
-        tl.store(state + target * slot_stride + of_state, s, in_state & stored)
+    target = source
+    stored = count > 0
+    if write_slots is not None:
+        target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
+        stored = (stored | (target != source)) & (target >= 0) & (target != null_slot)
+    tl.store(state + target * slot_stride + of_state, s, in_state & stored & (slot_stride >= 0))
 
 
 def chunk_gated_delta_rule(
@@ -286,7 +283,7 @@ def chunk_gated_delta_rule(
 
     result = by_token(output, not batched)
     q, k, v, g, beta = (by_token(t, not batched) for t in (q, k, v, g, beta))
-    cu_seqlens, has_initial_state = (None if t is None else t.contiguous() for t in (cu_seqlens, has_initial_state))
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     slots, write_slots = (None if t is None else dense(t) for t in (slots, write_slots))
     operand = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
@@ -298,10 +295,11 @@ def chunk_gated_delta_rule(
     places = 0
     for tensor in (q, k, v, result):
         places |= tensor.data_ptr() | tensor.stride(0) * tensor.itemsize | tensor.shape[-1] * tensor.itemsize
-    slots_stride = None if slots is None else slots.stride(0)
+    slots, slots_stride = optional(slots, v, tl.int32)
+    has_initial_state, initial_stride = optional(has_initial_state, v, tl.int1)
     write_stride = None if write_slots is None else write_slots.stride(0)
-    state_strides = (None, None, None, None) if state is None else state.stride()
-    null = None if slots is None and write_slots is None else null_slot
+    state_strides = (-1, 0, 0, 0) if state is None else state.stride()
+    state, _ = optional(state, v, tl.float32)
 
     sizes = {"K_HEADS": k_heads, "V_HEADS": v_heads, "K_DIM": k_dim, "ALIGNED": places % 16 == 0}
     sizes["CHUNK"] = CHUNK
@@ -327,7 +325,7 @@ def chunk_gated_delta_rule(
                 slots_stride,
                 length,
                 rows,
-                null,
+                null_slot,
                 **sizes,
                 L2NORM=qk_l2norm,
                 **solve,
@@ -351,9 +349,10 @@ def chunk_gated_delta_rule(
             result.stride(0),
             slots_stride,
             write_stride,
+            initial_stride,
             *state_strides,
             length,
-            null,
+            null_slot,
             **sizes,
             V_DIM=v_dim,
             **scan,

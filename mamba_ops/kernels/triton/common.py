@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -77,6 +78,22 @@ def chunks_of(row, cu_seqlens, length, CHUNK: tl.constexpr, BLOCK_ROWS: tl.const
 
 
 @triton.jit
+def slot_of(row, slots, slots_stride, null_slot):
+    # Where the state of a row is, -1 if the row is nobody's. Stride -1, see `optional`: row i has state i.
+    row = row.to(tl.int64)
+    given = slots_stride >= 0
+    slot = tl.load(slots + row * slots_stride, given, other=0).to(tl.int64)
+    nobody = given & ((slot < 0) | (slot == null_slot))
+    return tl.where(nobody, -1, tl.where(given, slot, row))
+
+
+@triton.jit
+def is_set(row, flags, flags_stride):
+    # Whether a row's flag is set; stride -1: nobody's is.
+    return tl.load(flags + row.to(tl.int64) * flags_stride, flags_stride >= 0, other=0) != 0
+
+
+@triton.jit
 def advanced(pointer, offset, ALIGNED: tl.constexpr):
     pointer += offset
     if ALIGNED:
@@ -113,6 +130,15 @@ def dense(tensor: Tensor) -> Tensor:
 def by_token(tensor: Tensor, flat: bool) -> Tensor:
     """An activation as (tokens, ...), dense within a token: itself, a view of it or else a copy."""
     return dense(tensor if flat else tensor.flatten(0, 1))
+
+
+def optional(tensor: Tensor | None, like: Tensor, dtype: tl.dtype) -> tuple[Any, int]:
+    """What a kernel is given for a tensor that callers may leave out: it, and the stride of its first dimension.
+
+    None would be another variant of the kernel, to compile and to load. Instead there is then an address of the same
+    type, that of `like`, which is never read: the stride -1 says so.
+    """
+    return (triton.reinterpret(like, dtype), -1) if tensor is None else (tensor, tensor.stride(0))
 
 
 def cdiv(numerator: int, denominator: int) -> int:

@@ -8,7 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import advanced, by_token, cdiv, dense, is_dense, on_device_of, softplus
+from mamba_ops.kernels.triton.common import (
+    advanced,
+    by_token,
+    cdiv,
+    dense,
+    is_dense,
+    on_device_of,
+    optional,
+    slot_of,
+    softplus,
+)
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
@@ -88,17 +98,14 @@ def _kernel(
         of_state = value.to(tl.int64)[:, None] * value_stride + key.to(tl.int64)[None, :] * key_stride
         of_state += head.to(tl.int64) * head_stride
 
-    source = row
-    if slots is not None:
-        slots += row * slots_stride
-        if num_accepted_tokens is not None:
-            accepted = tl.load(num_accepted_tokens + row).to(tl.int32)
-            slots += tl.minimum(tl.maximum(accepted, 1), slots_columns) - 1
-        source = tl.load(slots).to(tl.int64)
-        if (source < 0) | (source == null_slot):
-            for t in range(tokens):
-                tl.store(output + (first + t) * output_stride + of_v, tl.zeros([BLOCK], tl.float32), in_value)
-            return
+    if num_accepted_tokens is not None:
+        accepted = tl.load(num_accepted_tokens + row).to(tl.int32)
+        slots += tl.minimum(tl.maximum(accepted, 1), slots_columns) - 1
+    source = slot_of(row, slots, slots_stride, null_slot)
+    if source < 0:
+        for t in range(tokens):
+            tl.store(output + (first + t) * output_stride + of_v, tl.zeros([BLOCK], tl.float32), in_value)
+        return
 
     s = tl.load(advanced(state, source * slot_stride, ALIGNED) + of_state, in_state, other=0.0).to(tl.float32)
     if RAW:
@@ -183,6 +190,7 @@ def gated_delta_rule_update(
         write_slots = slots if write_slots is None else write_slots
         slots_columns, write_columns = ((*table.shape, 1)[1] for table in (slots, write_slots))
 
+    slots, slots_stride = optional(slots, v, tl.int32)
     slot_stride, *strides = state.stride()
     places = state.data_ptr() | q.data_ptr() | k.data_ptr()
     places |= slot_stride * state.itemsize | q.stride(0) * q.itemsize | k.stride(0) * k.itemsize
@@ -216,12 +224,12 @@ def gated_delta_rule_update(
             gate.stride(0),
             much.stride(0),
             written.stride(0),
-            None if slots is None else slots.stride(0),
+            slots_stride,
             slots_columns,
             None if write_slots is None else write_slots.stride(0),
             write_columns,
             None if flat else output.shape[1],
-            None if slots is None and write_slots is None else null_slot,
+            null_slot,
             K_HEADS=k_heads,
             V_HEADS=v_heads,
             K_DIM=k_dim,

@@ -10,18 +10,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import INTERPRETED, by_token, cdiv, dense, is_dense, on_device_of, softplus, tile
+from mamba_ops.kernels.triton.common import (
+    INTERPRETED,
+    by_token,
+    cdiv,
+    dense,
+    is_dense,
+    is_set,
+    on_device_of,
+    optional,
+    slot_of,
+    softplus,
+    tile,
+)
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
-_NUMBERS = """length rows tokens null_slot slots_stride write_stride x_stride dt_stride B_stride C_stride z_stride
-    output_stride slot_stride head_stride dim_stride dstate_stride kept_stride dt_min dt_max""".split()
+_NUMBERS = """length rows tokens null_slot slots_stride write_stride initial_stride computed_stride x_stride dt_stride
+    B_stride C_stride z_stride output_stride slot_stride head_stride dim_stride dstate_stride kept_stride
+    dt_min dt_max""".split()
 _POINTERS = """x dt A B C D z dt_bias cu_seqlens computed_tokens ssm_state slots write_slots has_initial_state
     chunk_states output""".split()
 
 
 @triton.jit
-def _extent(row, inside, cu_seqlens, computed_tokens, length, CHUNK: tl.constexpr):
+def _extent(row, inside, cu_seqlens, computed_tokens, computed_stride, length, CHUNK: tl.constexpr):
     # a row's first token, how many it has, and how much of its first chunk came before them
     if cu_seqlens is not None:
         begin = tl.load(cu_seqlens + row, inside, other=0).to(tl.int32)
@@ -29,10 +42,8 @@ def _extent(row, inside, cu_seqlens, computed_tokens, length, CHUNK: tl.constexp
     else:
         begin = row * length
         count = tl.where(inside, length, 0)
-    before = begin * 0
-    if computed_tokens is not None:
-        before = (tl.load(computed_tokens + row, inside, other=0) % CHUNK).to(tl.int32)
-    return begin, count, before
+    before = tl.load(computed_tokens + row * computed_stride, inside & (computed_stride >= 0), other=0) % CHUNK
+    return begin, count, before.to(tl.int32)
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS + _POINTERS)
@@ -49,6 +60,8 @@ def _prepare(
     first_chunks,  # out: (rows,)
     dt_stride,
     slots_stride,
+    initial_stride,
+    computed_stride,
     length,  # tokens of every row; None: cu_seqlens
     rows,
     tokens,
@@ -69,7 +82,7 @@ def _prepare(
     total = 0
     for start in range(0, rows, BLOCK_ROWS):
         r = start + tl.arange(0, BLOCK_ROWS)
-        begin, count, before = _extent(r, r < rows, cu_seqlens, computed_tokens, length, CHUNK)
+        begin, count, before = _extent(r, r < rows, cu_seqlens, computed_tokens, computed_stride, length, CHUNK)
         of_row = tl.where(count > 0, (before + count + CHUNK - 1) // CHUNK, 0)
         end = total + tl.cumsum(of_row, 0)
         earlier = (r < rows) & (end <= chunk)
@@ -82,17 +95,14 @@ def _prepare(
         tl.store(chunks, 0)
         tl.store(chunks + 1, 0)
         return
-    begin, count, before = _extent(row, True, cu_seqlens, computed_tokens, length, CHUNK)
+    begin, count, before = _extent(row, True, cu_seqlens, computed_tokens, computed_stride, length, CHUNK)
     low = begin + tl.maximum((chunk - first) * CHUNK - before, 0)
     high = begin + tl.minimum((chunk - first + 1) * CHUNK - before, count)
 
     # 1: a state comes before the chunk; 0: none does, it is zero; -1: the row is nobody's
     past = (chunk > first).to(tl.int32)
-    if has_initial_state is not None:
-        past |= tl.load(has_initial_state + row).to(tl.int32)
-    if slots is not None:
-        slot = tl.load(slots + row * slots_stride).to(tl.int64)
-        past = tl.where((slot < 0) | (slot == null_slot), -1, past)
+    past |= is_set(row, has_initial_state, initial_stride).to(tl.int32)
+    past = tl.where(slot_of(row, slots, slots_stride, null_slot) < 0, -1, past)
     if tl.program_id(1) == 0:
         tl.store(chunks, low)
         tl.store(chunks + 1, high)
@@ -140,6 +150,8 @@ def _states(
     B_stride,
     slots_stride,
     write_stride,
+    initial_stride,
+    computed_stride,
     slot_stride,
     head_stride,  # this and the next two are None for a state that is dense within a slot
     dim_stride,
@@ -171,24 +183,18 @@ def _states(
     in_dstate = entry < DSTATE
     in_state = in_dim[:, None] & in_dstate[None, :]
 
-    source = row.to(tl.int64)
-    if slots is not None:
-        source = tl.load(slots + source * slots_stride).to(tl.int64)
-        if (source < 0) | (source == null_slot):
-            return
-    begin, count, before = _extent(row, True, cu_seqlens, computed_tokens, length, CHUNK)
+    source = slot_of(row, slots, slots_stride, null_slot)
+    if source < 0:
+        return
+    begin, count, before = _extent(row, True, cu_seqlens, computed_tokens, computed_stride, length, CHUNK)
 
-    s = tl.zeros([BLOCK_DIM, BLOCK_STATE], tl.float32)
-    carried = row < 0
-    if ssm_state is not None:
-        if head_stride is None:
-            of_state = (head * DIM + channel)[:, None] * DSTATE + entry[None, :]
-        else:
-            of_state = channel.to(tl.int64)[:, None] * dim_stride + entry.to(tl.int64)[None, :] * dstate_stride
-            of_state += head.to(tl.int64) * head_stride
-        if has_initial_state is not None:
-            carried = tl.load(has_initial_state + row) != 0
-            s = tl.load(ssm_state + source * slot_stride + of_state, in_state & carried, other=0.0).to(tl.float32)
+    if head_stride is None:
+        of_state = (head * DIM + channel)[:, None] * DSTATE + entry[None, :]
+    else:
+        of_state = channel.to(tl.int64)[:, None] * dim_stride + entry.to(tl.int64)[None, :] * dstate_stride
+        of_state += head.to(tl.int64) * head_stride
+    carried = is_set(row, has_initial_state, initial_stride)
+    s = tl.load(ssm_state + source * slot_stride + of_state, in_state & carried, other=0.0).to(tl.float32)
 
     if count > 0:
         chunk = tl.load(first_chunks + row).to(tl.int64)
@@ -225,13 +231,12 @@ def _states(
         if chunk_states is not None:
             tl.store(chunk_states + last.to(tl.int64) * kept_stride + in_head, s, in_state)
 
-    if ssm_state is not None:
-        target = source
-        stored = count > 0
-        if write_slots is not None:
-            target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
-            stored = (stored | (target != source)) & (target >= 0) & (target != null_slot)
-        tl.store(ssm_state + target * slot_stride + of_state, s, in_state & stored)
+    target = source
+    stored = count > 0
+    if write_slots is not None:
+        target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
+        stored = (stored | (target != source)) & (target >= 0) & (target != null_slot)
+    tl.store(ssm_state + target * slot_stride + of_state, s, in_state & stored & (slot_stride >= 0))
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS + _POINTERS)
@@ -366,9 +371,7 @@ def mamba_chunk_scan(
     z = None if z is None else by_token(z, flat)
     kept = None if chunk_states is None else dense(chunk_states)
     A = A.contiguous()
-    D, dt_bias, cu_seqlens, computed_tokens, has_initial_state = (
-        None if t is None else t.contiguous() for t in (D, dt_bias, cu_seqlens, computed_tokens, has_initial_state)
-    )
+    D, dt_bias, cu_seqlens = (None if t is None else t.contiguous() for t in (D, dt_bias, cu_seqlens))
 
     tokens = x.shape[0]
     chunks = tokens // chunk_size + (rows if computed_tokens is None else 2 * rows)  # at most
@@ -384,7 +387,11 @@ def mamba_chunk_scan(
         for t in (x, B, C, z, written)
     )
     state_strides = 3 * (None,) if ssm_state is None or is_dense(ssm_state) else ssm_state.stride()[1:]
-    slots_stride = None if slots is None else slots.stride(0)
+    slot_stride = -1 if ssm_state is None else ssm_state.stride(0)
+    ssm_state, _ = optional(ssm_state, x, tl.float32)
+    slots, slots_stride = optional(slots, x, tl.int32)
+    has_initial_state, initial_stride = optional(has_initial_state, x, tl.int1)
+    computed_tokens, computed_stride = optional(computed_tokens, x, tl.int32)
     shape = {"HEADS": heads, "DIM": dim, "GROUPS": groups, "DSTATE": dstate, "CHUNK": chunk_size, "ALIGNED": aligned}
     launches = _launches(x.get_device(), dim, dstate, chunk_size, operand.itemsize)
     prepare, states, outputs = (launches[kernel] for kernel in ("_prepare", "_states", "_outputs"))
@@ -402,6 +409,8 @@ def mamba_chunk_scan(
             first_chunks,
             dt.stride(0),
             slots_stride,
+            initial_stride,
+            computed_stride,
             length,
             rows,
             tokens,
@@ -430,7 +439,9 @@ def mamba_chunk_scan(
             B.stride(0),
             slots_stride,
             None if write_slots is None else write_slots.stride(0),
-            None if ssm_state is None else ssm_state.stride(0),
+            initial_stride,
+            computed_stride,
+            slot_stride,
             *state_strides,
             None if kept is None else kept.stride(0),
             length,

@@ -17,18 +17,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import INTERPRETED, cdiv, chunk_at, chunks_of, dense, on_device_of, softplus
+from mamba_ops.kernels.triton.common import (
+    INTERPRETED,
+    cdiv,
+    chunk_at,
+    chunks_of,
+    dense,
+    is_set,
+    on_device_of,
+    optional,
+    slot_of,
+    softplus,
+)
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 CHUNK = 64  # tokens, counted from a row's first one
 MORE_VARIANTS = {  # than two of a kernel that random calls of one form may compile: how many, and why
     "_ends": (3, "strided, in words of four numbers, or neither"),
-    "_outputs": (6, "strided, in words of four numbers, or neither; rows of one chunk read no states of earlier ones"),
+    "_outputs": (3, "strided, in words of four numbers, or neither"),
 }
 
 # What varies from call to call: Triton would compile anew for some values.
-_NUMBERS = """rows length null_slot one A_channel A_entry slots_stride write_stride slot_stride dim_stride dstate_stride
-    block_size
+_NUMBERS = """rows length null_slot one A_channel A_entry slots_stride write_stride initial_stride slot_stride
+    dim_stride dstate_stride block_size
     u_token delta_token z_token output_token B_token C_token u_row delta_row z_row output_row B_row C_row
     u_channel delta_channel z_channel output_channel B_group C_group B_entry C_entry""".split()
 _POINTERS = """u delta A B C D z delta_bias output ssm_state slots write_slots has_initial_state cu_seqlens
@@ -59,14 +70,9 @@ def _chunk(chunk, cu_seqlens, chunk_ends, last_chunk, rows, length, CHUNK: tl.co
 @triton.jit
 def _source(row, slots, initial_block, slots_stride, null_slot):
     # where a row's state is, -1 for nobody
-    source = row.to(tl.int64)
-    if slots is not None:
-        slots += row.to(tl.int64) * slots_stride
-        if initial_block is not None:
-            slots += tl.load(initial_block + row)
-        source = tl.load(slots).to(tl.int64)
-        source = tl.where((source < 0) | (source == null_slot), -1, source)
-    return source
+    if initial_block is not None:
+        slots += tl.load(initial_block + row)
+    return slot_of(row, slots, slots_stride, null_slot)
 
 
 @triton.jit
@@ -313,6 +319,7 @@ def _starts(
     A_entry,
     slots_stride,
     write_stride,
+    initial_stride,
     slot_stride,
     dim_stride,
     dstate_stride,
@@ -341,12 +348,9 @@ def _starts(
     else:
         first, chunks, low, count = chunks_of(row, cu_seqlens, length, CHUNK, BLOCK_ROWS)
 
-    s = tl.zeros([BLOCK], tl.float32)
-    if ssm_state is not None:
-        of_state = channel.to(tl.int64) * dim_stride + entry.to(tl.int64) * dstate_stride
-    if has_initial_state is not None:
-        carried = tl.load(has_initial_state + row) != 0
-        s = tl.load(ssm_state + source * slot_stride + of_state, in_dim & carried, other=0.0).to(tl.float32)
+    of_state = channel.to(tl.int64) * dim_stride + entry.to(tl.int64) * dstate_stride
+    carried = in_dim & is_set(row, has_initial_state, initial_stride)
+    s = tl.load(ssm_state + source * slot_stride + of_state, carried, other=0.0).to(tl.float32)
 
     if write_slots is not None:
         if count <= 0:  # no token, no chunk: the state moves as it is
@@ -388,7 +392,7 @@ def _starts(
             tl.store(place, s, in_dim)
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS + _POINTERS)
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=[*_NUMBERS, *_POINTERS, "states"])
 def _outputs(
     u,
     delta,
@@ -408,7 +412,7 @@ def _outputs(
     initial_block,
     chunk_ends,
     last_chunk,
-    states,  # what chunks begin with
+    states,  # what chunks begin with; read for rows of several chunks alone
     rows,
     length,
     null_slot,
@@ -417,6 +421,7 @@ def _outputs(
     A_entry,
     slots_stride,
     write_stride,
+    initial_stride,
     slot_stride,
     dim_stride,
     dstate_stride,
@@ -476,20 +481,14 @@ def _outputs(
         return
 
     alone = is_first & is_last
+    carried = in_dim & is_set(row, has_initial_state, initial_stride) & alone
+    first_state = ssm_state + source * slot_stride
+    given = _of_state(first_state, channel.to(tl.int64), dim_stride, carried, dstate_stride, DSTATE, PARTS, WIDTH)
+    states += chunk.to(tl.int64) * (DSTATE * DIM)
+    begun = _of_state(states, channel, one, in_dim & (alone == 0), DIM, DSTATE, PARTS, WIDTH)
     s = ()
-    for _ in tl.static_range(WIDTH):
-        s += (tl.zeros([PARTS, BLOCK], tl.float32),)
-    if has_initial_state is not None:
-        carried = in_dim & (tl.load(has_initial_state + row) != 0) & alone
-        first_state = ssm_state + source * slot_stride
-        s = _of_state(first_state, channel.to(tl.int64), dim_stride, carried, dstate_stride, DSTATE, PARTS, WIDTH)
-    if states is not None:
-        states += chunk.to(tl.int64) * (DSTATE * DIM)
-        begun = _of_state(states, channel, one, in_dim & (alone == 0), DIM, DSTATE, PARTS, WIDTH)
-        both = ()
-        for number in tl.static_range(WIDTH):
-            both += (s[number] + begun[number],)  # one of them is zero
-        s = both
+    for number in tl.static_range(WIDTH):
+        s += (given[number] + begun[number],)  # one of them is zero
 
     rates = _rates(A, channel, A_channel, in_dim, A_entry, DSTATE, PARTS, WIDTH)
     bias = None
@@ -542,18 +541,17 @@ def _outputs(
         tl.store(output, y, in_dim)
         output += output_token
 
-    if ssm_state is not None:
-        if is_last:
-            target = source
-            if last_block is not None:
-                target = tl.load(slots + row.to(tl.int64) * slots_stride + tl.load(last_block + row)).to(tl.int64)
-            elif write_slots is not None:
-                target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
-            stored = in_dim & (target >= 0)
-            if null_slot is not None:
-                stored = stored & (target != null_slot)
-            last_state = ssm_state + target * slot_stride
-            _store_state(last_state, s, channel.to(tl.int64), dim_stride, stored, dstate_stride, DSTATE, PARTS, WIDTH)
+    if is_last & (slot_stride >= 0):
+        target = source
+        stored = in_dim
+        if last_block is not None:
+            target = tl.load(slots + row.to(tl.int64) * slots_stride + tl.load(last_block + row)).to(tl.int64)
+            stored = in_dim & (target >= 0) & (target != null_slot)
+        elif write_slots is not None:
+            target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
+            stored = in_dim & (target >= 0) & (target != null_slot)
+        last_state = ssm_state + target * slot_stride
+        _store_state(last_state, s, channel.to(tl.int64), dim_stride, stored, dstate_stride, DSTATE, PARTS, WIDTH)
 
 
 def selective_scan(
@@ -602,9 +600,9 @@ def selective_scan(
     moves = write_slots is not None and ssm_state is not None and (length is None or length == 0)
 
     D, delta_bias = (None if t is None else t.contiguous() for t in (D, delta_bias))
-    cu_seqlens, has_initial_state, first_block, last_block, initial_block, chunk_ends, last_chunk = (
+    cu_seqlens, first_block, last_block, initial_block, chunk_ends, last_chunk = (
         None if t is None else t.contiguous()
-        for t in (cu_seqlens, has_initial_state, first_block, last_block, initial_block, chunk_ends, last_chunk)
+        for t in (cu_seqlens, first_block, last_block, initial_block, chunk_ends, last_chunk)
     )
     slots, write_slots = (None if t is None else dense(t) for t in (slots, write_slots))
     groups = B.shape[-2] if B.dim() > u.dim() else 1
@@ -626,10 +624,11 @@ def selective_scan(
     (u_token, u_row, u_channel), (d_token, d_row, d_channel) = at(u), at(delta)
     (z_token, z_row, z_channel), (o_token, o_row, o_channel) = at(z), at(output)
     (B_token, B_row, B_entry), (C_token, C_row, C_entry) = at(B), at(C)
-    slots_stride = None if slots is None else slots.stride(0)
+    slots, slots_stride = optional(slots, u, tl.int32)
+    has_initial_state, initial_stride = optional(has_initial_state, u, tl.int1)
     write_stride = None if write_slots is None else write_slots.stride(0)
-    slot_stride, dim_stride, dstate_stride = (None, None, None) if ssm_state is None else ssm_state.stride()
-    null = None if slots is None and write_slots is None else null_slot
+    slot_stride, dim_stride, dstate_stride = (-1, 0, 0) if ssm_state is None else ssm_state.stride()
+    ssm_state, _ = optional(ssm_state, u, tl.float32)
 
     launches = _launches(u.get_device(), dim, dstate)
     ends, starts, outputs = (launches[kernel] for kernel in ("_ends", "_starts", "_outputs"))
@@ -656,7 +655,7 @@ def selective_scan(
                 sums,
                 rows,
                 length,
-                null,
+                null_slot,
                 1,
                 *A.stride(),
                 slots_stride,
@@ -688,10 +687,11 @@ def selective_scan(
                 states,
                 sums,
                 length,
-                null,
+                null_slot,
                 *A.stride(),
                 slots_stride,
                 write_stride,
+                initial_stride,
                 slot_stride,
                 dim_stride,
                 dstate_stride,
@@ -720,14 +720,15 @@ def selective_scan(
             initial_block,
             chunk_ends,
             last_chunk,
-            states,
+            triton.reinterpret(u, tl.float32) if states is None else states,
             rows,
             length,
-            null,
+            null_slot,
             1,
             *A.stride(),
             slots_stride,
             write_stride,
+            initial_stride,
             slot_stride,
             dim_stride,
             dstate_stride,

@@ -7,7 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import advanced, by_token, cdiv, dense, is_dense, on_device_of, softplus
+from mamba_ops.kernels.triton.common import (
+    advanced,
+    by_token,
+    cdiv,
+    dense,
+    is_dense,
+    on_device_of,
+    optional,
+    slot_of,
+    softplus,
+)
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
@@ -162,17 +172,14 @@ def _kernel(
         of_head = head.to(tl.int64) * head_stride
         of_state = of_head + channel.to(tl.int64)[:, None] * dim_stride + entry.to(tl.int64)[None, :] * dstate_stride
 
-    source = row
-    if slots is not None:
-        slots += row * slots_stride
-        if num_accepted_tokens is not None:
-            accepted = tl.load(num_accepted_tokens + row).to(tl.int32)
-            slots += tl.minimum(tl.maximum(accepted, 1), slots_columns) - 1
-        source = tl.load(slots).to(tl.int64)
-        if (source < 0) | (source == null_slot):
-            for t in range(tokens):
-                tl.store(output + (first + t) * output_stride + of_x, tl.zeros([BLOCK], tl.float32), in_dim)
-            return
+    if num_accepted_tokens is not None:
+        accepted = tl.load(num_accepted_tokens + row).to(tl.int32)
+        slots += tl.minimum(tl.maximum(accepted, 1), slots_columns) - 1
+    source = slot_of(row, slots, slots_stride, null_slot)
+    if source < 0:
+        for t in range(tokens):
+            tl.store(output + (first + t) * output_stride + of_x, tl.zeros([BLOCK], tl.float32), in_dim)
+        return
 
     s = tl.load(advanced(state, source * slot_stride, ALIGNED) + of_state, in_state, other=0.0).to(tl.float32)
     if A_IS_FULL:
@@ -275,6 +282,7 @@ def selective_state_update(
         write_slots = slots if write_slots is None else write_slots
         slots_columns, write_columns = ((*table.shape, 1)[1] for table in (slots, write_slots))
 
+    slots, slots_stride = optional(slots, x, tl.int32)
     slot_stride, *strides = state.stride()
     places = state.data_ptr() | B.data_ptr() | C.data_ptr()
     places |= slot_stride * state.itemsize | B.stride(0) * B.itemsize | C.stride(0) * C.itemsize
@@ -313,12 +321,12 @@ def selective_state_update(
             C.stride(0),
             None if z is None else z.stride(0),
             written.stride(0),
-            None if slots is None else slots.stride(0),
+            slots_stride,
             slots_columns,
             None if write_slots is None else write_slots.stride(0),
             write_columns,
             None if flat else output.shape[1],
-            None if slots is None and write_slots is None else null_slot,
+            null_slot,
             HEADS=heads,
             DIM=dim,
             DSTATE=dstate,
