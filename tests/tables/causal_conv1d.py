@@ -9,11 +9,11 @@ BUGS = {
     "silu always": ("        if SILU:", "        if True:"),
     "sequences see the one before": ("(token >= 0)", "(token >= -first)"),
     "first tile only": ("tile %= tiles", "tile = 0"),
-    "initial state ignored": (".to(tl.int32) * HISTORY", ".to(tl.int32) * 0"),
-    "initial state assumed": (".to(tl.int32) * HISTORY", ".to(tl.int32) * 0 + HISTORY"),
+    "initial state ignored": ("& is_set(row, initial_ptr, initial_stride)", "& (state_slot < 0)"),
+    "initial state assumed": (" & is_set(row, initial_ptr, initial_stride)", ""),
     "state not written": ("kept[k], mask=inside)", "kept[k], mask=inside & (tokens < 0))"),
-    "state of short sequences forgotten": ("tl.where(entry < HISTORY, old, new)", "new"),
-    "state not moved by short sequences": ("state_ptr + entry * state_column", "state_ptr + k * state_column"),
+    "state of short sequences forgotten": ("tl.where(place < HISTORY, old, new)", "new"),
+    "state not moved by short sequences": ("state_ptr + place * state_column", "state_ptr + k * state_column"),
     "null slot ignored": ("slots_stride, null_slot)", "slots_stride, -1)"),
 }
 

@@ -120,34 +120,18 @@ def _kernel(
             tl.store(_along(output_ptr + t * output_token, channels, output_channel), 0.0, mask=live)
         return
 
+    # Only a sequence's first tile looks back into the cache.
+    state_ptr += slot * state_slot
+    looks_back = (tile == 0) & (state_slot >= 0) & is_set(row, initial_ptr, initial_stride)
     window: tl.tuple = ()
     for k in tl.static_range(HISTORY + BLOCK_T):
         token = begin + (k - HISTORY)
         live = inside & (token >= 0) & (token < tokens)
-        window += (tl.load(_along(x_ptr + token * x_token, channels, x_channel), mask=live, other=0.0).to(tl.float32),)
-
-    # Only a sequence's first tile looks back into the cache. The same program stores what the sequence leaves there,
-    # read from x even where it is another tile's, so that no program writes what another one reads.
-    if (tile == 0) & (state_slot >= 0):
-        state_ptr += slot * state_slot
-        known = is_set(row, initial_ptr, initial_stride).to(tl.int32) * HISTORY  # columns of the cache that count
-        past: tl.tuple = ()
-        for k in tl.static_range(HISTORY):
-            old = _along(state_ptr + k * state_column, channels, state_channel)
-            past += (tl.load(old, mask=inside & (k < known), other=0.0).to(tl.float32),)
-        window = past + window[HISTORY:]
-        kept: tl.tuple = ()
-        for k in tl.static_range(HISTORY):
-            entry = tokens + k  # of the window at the first token, then on through all inputs
-            old = _along(state_ptr + entry * state_column, channels, state_channel)
-            old = tl.load(old, mask=inside & (entry < known), other=0.0).to(tl.float32)
-            new = _along(x_ptr + (entry - HISTORY) * x_token, channels, x_channel)
-            new = tl.load(new, mask=inside & (entry >= HISTORY), other=0.0).to(tl.float32)
-            kept += (tl.where(entry < HISTORY, old, new),)
-        # The thread that stores a column need not be the one that loaded it: all loads first.
-        tl.debug_barrier()
-        for k in tl.static_range(HISTORY):
-            tl.store(_along(state_ptr + k * state_column, channels, state_channel), kept[k], mask=inside)
+        entry = tl.load(_along(x_ptr + token * x_token, channels, x_channel), mask=live, other=0.0).to(tl.float32)
+        if k < HISTORY:
+            column = _along(state_ptr + k * state_column, channels, state_channel)
+            entry += tl.load(column, mask=inside & looks_back, other=0.0).to(tl.float32)  # one of the two is zero
+        window += (entry,)
 
     for t in tl.static_range(BLOCK_T):
         acc = bias
@@ -157,6 +141,22 @@ def _kernel(
             acc *= tl.sigmoid(acc)
         live = inside & (begin + t < tokens)
         tl.store(_along(output_ptr + t * output_token, channels, output_channel), acc, mask=live)
+
+    # The program of the first tile also stores what the sequence leaves in the cache, read from x even where it is
+    # another tile's, so that no program writes what another one reads.
+    if (tile == 0) & (state_slot >= 0):
+        kept: tl.tuple = ()
+        for k in tl.static_range(HISTORY):
+            place = tokens + k  # in the window at the first token, then on through all inputs
+            source = _along(state_ptr + place * state_column, channels, state_channel)
+            old = tl.load(source, mask=inside & looks_back & (place < HISTORY), other=0.0).to(tl.float32)
+            later = _along(x_ptr + (place - HISTORY) * x_token, channels, x_channel)
+            new = tl.load(later, mask=inside & (place >= HISTORY), other=0.0).to(tl.float32)
+            kept += (tl.where(place < HISTORY, old, new),)
+        # The thread that stores a column need not be the one that loaded it: all loads first.
+        tl.debug_barrier()
+        for k in tl.static_range(HISTORY):
+            tl.store(_along(state_ptr + k * state_column, channels, state_channel), kept[k], mask=inside)
 
 
 @triton.jit

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from mamba_ops.kernels.triton.common import (
     INTERPRETED,
+    advanced,
     by_token,
     cdiv,
     chunk_at,
     chunks_of,
     dense,
+    is_dense,
     is_set,
     on_device_of,
     optional,
@@ -165,7 +167,7 @@ def _scan(
     write_stride,
     initial_stride,
     slot_stride,
-    head_stride,
+    head_stride,  # this and the next two are None for an ALIGNED state, which is dense
     value_stride,
     key_stride,
     length,
@@ -200,10 +202,13 @@ def _scan(
             place = tile(output, t, output_stride, value, ALIGNED)
             tl.store(place, tl.zeros([CHUNK, BLOCK], tl.float32), (t < begin + count)[:, None] & in_value)
         return
-    of_state = value.to(tl.int64)[:, None] * value_stride + key.to(tl.int64)[None, :] * key_stride
-    of_state += head.to(tl.int64) * head_stride
+    if ALIGNED:
+        of_state = (head * V_DIM + value)[:, None] * K_DIM + key[None, :]
+    else:
+        of_state = value.to(tl.int64)[:, None] * value_stride + key.to(tl.int64)[None, :] * key_stride
+        of_state += head.to(tl.int64) * head_stride
     carried = in_state & is_set(row, has_initial_state, initial_stride)
-    s = tl.load(state + source * slot_stride + of_state, carried, other=0.0).to(tl.float32)
+    s = tl.load(advanced(state, source * slot_stride, ALIGNED) + of_state, carried, other=0.0).to(tl.float32)
 
     operand = solved.dtype.element_ty
     q += head // (V_HEADS // K_HEADS) * K_DIM
@@ -244,7 +249,8 @@ def _scan(
     if write_slots is not None:
         target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
         stored = (stored | (target != source)) & (target >= 0) & (target != null_slot)
-    tl.store(state + target * slot_stride + of_state, s, in_state & stored & (slot_stride >= 0))
+    stored &= slot_stride >= 0
+    tl.store(advanced(state, target * slot_stride, ALIGNED) + of_state, s, in_state & stored)
 
 
 def chunk_gated_delta_rule(
@@ -269,7 +275,8 @@ def chunk_gated_delta_rule(
     What matrix units are given is rounded to the dtype of q, k and v: the state before a chunk, what its tokens find
     missing there, the inverse of its system, what they write, and how much of that the queries read; float32 stays
     float32, which is slow. Every token of an activation must be dense: others are copied first, and an output that is
-    not is written through a copy.
+    not is written through a copy. Where a token of q, k, v or output or a slot of the state does not start at a
+    multiple of 16 bytes, or a slot is not dense, reads are narrow and slow.
     """
     batched = cu_seqlens is None
     rows = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -298,10 +305,14 @@ def chunk_gated_delta_rule(
     slots, slots_stride = optional(slots, v, tl.int32)
     has_initial_state, initial_stride = optional(has_initial_state, v, tl.int1)
     write_stride = None if write_slots is None else write_slots.stride(0)
-    state_strides = (-1, 0, 0, 0) if state is None else state.stride()
+    slot_stride, *strides = (-1, 0, 0, 0) if state is None else state.stride()
+    if state is not None:
+        places |= state.data_ptr() | slot_stride * state.itemsize
+    aligned = places % 16 == 0 and (state is None or is_dense(state))
+    head_stride, value_stride, key_stride = (None, None, None) if aligned else strides
     state, _ = optional(state, v, tl.float32)
 
-    sizes = {"K_HEADS": k_heads, "V_HEADS": v_heads, "K_DIM": k_dim, "ALIGNED": places % 16 == 0}
+    sizes = {"K_HEADS": k_heads, "V_HEADS": v_heads, "K_DIM": k_dim, "ALIGNED": aligned}
     sizes["CHUNK"] = CHUNK
     launches = _launches(v.get_device(), k_dim, v_dim, str(operand).removeprefix("torch."))
     solve, scan = launches["_solve"], launches["_scan"]
@@ -350,7 +361,10 @@ def chunk_gated_delta_rule(
             slots_stride,
             write_stride,
             initial_stride,
-            *state_strides,
+            slot_stride,
+            head_stride,
+            value_stride,
+            key_stride,
             length,
             null_slot,
             **sizes,

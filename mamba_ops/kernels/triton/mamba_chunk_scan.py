@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mamba_ops.kernels.triton.common import (
     INTERPRETED,
+    advanced,
     by_token,
     cdiv,
     dense,
@@ -153,7 +154,7 @@ def _states(
     initial_stride,
     computed_stride,
     slot_stride,
-    head_stride,  # this and the next two are None for a state that is dense within a slot
+    head_stride,  # this and the next two are None for an ALIGNED state, which is dense
     dim_stride,
     dstate_stride,
     kept_stride,  # from chunk to chunk of chunk_states
@@ -188,13 +189,15 @@ def _states(
         return
     begin, count, before = _extent(row, True, cu_seqlens, computed_tokens, computed_stride, length, CHUNK)
 
-    if head_stride is None:
+    if ALIGNED:
         of_state = (head * DIM + channel)[:, None] * DSTATE + entry[None, :]
     else:
         of_state = channel.to(tl.int64)[:, None] * dim_stride + entry.to(tl.int64)[None, :] * dstate_stride
         of_state += head.to(tl.int64) * head_stride
     carried = is_set(row, has_initial_state, initial_stride)
-    s = tl.load(ssm_state + source * slot_stride + of_state, in_state & carried, other=0.0).to(tl.float32)
+    s = tl.load(advanced(ssm_state, source * slot_stride, ALIGNED) + of_state, in_state & carried, other=0.0).to(
+        tl.float32
+    )
 
     if count > 0:
         chunk = tl.load(first_chunks + row).to(tl.int64)
@@ -236,7 +239,8 @@ def _states(
     if write_slots is not None:
         target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
         stored = (stored | (target != source)) & (target >= 0) & (target != null_slot)
-    tl.store(ssm_state + target * slot_stride + of_state, s, in_state & stored & (slot_stride >= 0))
+    stored &= slot_stride >= 0
+    tl.store(advanced(ssm_state, target * slot_stride, ALIGNED) + of_state, s, in_state & stored)
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS + _POINTERS)
@@ -358,7 +362,8 @@ def mamba_chunk_scan(
 
     Matrix products are of the common dtype of x, B and C, and sum in float32. Every token of an activation must be
     dense, and every parameter: others are copied first, and an output or chunk_states that is not is written through a
-    copy. Where a token of x, B, C, z or output does not start at a multiple of 16 bytes, reads are narrow and slow.
+    copy. Where a token of x, B, C, z or output or a slot of ssm_state does not start at a multiple of 16 bytes, or a
+    slot is not dense, reads are narrow and slow.
     """
     flat = cu_seqlens is not None
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -386,8 +391,10 @@ def mamba_chunk_scan(
         t is None or (t.data_ptr() | t.stride(0) * t.itemsize | t.shape[-1] * t.itemsize) % 16 == 0
         for t in (x, B, C, z, written)
     )
-    state_strides = 3 * (None,) if ssm_state is None or is_dense(ssm_state) else ssm_state.stride()[1:]
-    slot_stride = -1 if ssm_state is None else ssm_state.stride(0)
+    slot_stride, *strides = (-1, 0, 0, 0) if ssm_state is None else ssm_state.stride()
+    if ssm_state is not None:
+        aligned &= (ssm_state.data_ptr() | slot_stride * ssm_state.itemsize) % 16 == 0 and is_dense(ssm_state)
+    head_stride, dim_stride, dstate_stride = (None, None, None) if aligned else strides
     ssm_state, _ = optional(ssm_state, x, tl.float32)
     slots, slots_stride = optional(slots, x, tl.int32)
     has_initial_state, initial_stride = optional(has_initial_state, x, tl.int1)
@@ -442,7 +449,9 @@ def mamba_chunk_scan(
             initial_stride,
             computed_stride,
             slot_stride,
-            *state_strides,
+            head_stride,
+            dim_stride,
+            dstate_stride,
             None if kept is None else kept.stride(0),
             length,
             tokens,

@@ -23,6 +23,7 @@ from mamba_ops.kernels.triton.common import (
     chunk_at,
     chunks_of,
     dense,
+    is_dense,
     is_set,
     on_device_of,
     optional,
@@ -423,7 +424,7 @@ def _outputs(
     write_stride,
     initial_stride,
     slot_stride,
-    dim_stride,
+    dim_stride,  # this and the next are None for a state that is dense within a slot
     dstate_stride,
     u_token,
     delta_token,
@@ -480,15 +481,18 @@ def _outputs(
             output += output_token
         return
 
-    alone = is_first & is_last
-    carried = in_dim & is_set(row, has_initial_state, initial_stride) & alone
-    first_state = ssm_state + source * slot_stride
-    given = _of_state(first_state, channel.to(tl.int64), dim_stride, carried, dstate_stride, DSTATE, PARTS, WIDTH)
-    states += chunk.to(tl.int64) * (DSTATE * DIM)
-    begun = _of_state(states, channel, one, in_dim & (alone == 0), DIM, DSTATE, PARTS, WIDTH)
     s = ()
-    for number in tl.static_range(WIDTH):
-        s += (given[number] + begun[number],)  # one of them is zero
+    for _ in tl.static_range(WIDTH):
+        s += (tl.zeros([PARTS, BLOCK], tl.float32),)
+    if (is_first & is_last) == 0:
+        begun = states + chunk.to(tl.int64) * (DSTATE * DIM)
+        s = _of_state(begun, channel, one, in_dim, DIM, DSTATE, PARTS, WIDTH)
+    elif is_set(row, has_initial_state, initial_stride):
+        given = ssm_state + source * slot_stride
+        if dim_stride is None:
+            s = _of_state(given, channel, DSTATE, in_dim, 1, DSTATE, PARTS, WIDTH)
+        else:
+            s = _of_state(given, channel.to(tl.int64), dim_stride, in_dim, dstate_stride, DSTATE, PARTS, WIDTH)
 
     rates = _rates(A, channel, A_channel, in_dim, A_entry, DSTATE, PARTS, WIDTH)
     bias = None
@@ -550,8 +554,11 @@ def _outputs(
         elif write_slots is not None:
             target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
             stored = in_dim & (target >= 0) & (target != null_slot)
-        last_state = ssm_state + target * slot_stride
-        _store_state(last_state, s, channel.to(tl.int64), dim_stride, stored, dstate_stride, DSTATE, PARTS, WIDTH)
+        left = ssm_state + target * slot_stride
+        if dim_stride is None:
+            _store_state(left, s, channel, DSTATE, stored, 1, DSTATE, PARTS, WIDTH)
+        else:
+            _store_state(left, s, channel.to(tl.int64), dim_stride, stored, dstate_stride, DSTATE, PARTS, WIDTH)
 
 
 def selective_scan(
@@ -628,6 +635,7 @@ def selective_scan(
     has_initial_state, initial_stride = optional(has_initial_state, u, tl.int1)
     write_stride = None if write_slots is None else write_slots.stride(0)
     slot_stride, dim_stride, dstate_stride = (-1, 0, 0) if ssm_state is None else ssm_state.stride()
+    plain = ssm_state is None or is_dense(ssm_state)
     ssm_state, _ = optional(ssm_state, u, tl.float32)
 
     launches = _launches(u.get_device(), dim, dstate)
@@ -730,8 +738,8 @@ def selective_scan(
             write_stride,
             initial_stride,
             slot_stride,
-            dim_stride,
-            dstate_stride,
+            None if plain else dim_stride,
+            None if plain else dstate_stride,
             u_token,
             d_token,
             z_token,
