@@ -91,7 +91,7 @@ def fronts(
     mutated: list[str],
     caches: list[str],
     first_code: int,
-    **closure: Callable[..., Any],
+    **closure: Any,
 ) -> tuple[FunctionType, FunctionType]:
     """Write the op's `__call__`: allocate what is missing, hand the rest to the dispatcher; and the same that hands it
     to the op's body.
@@ -105,7 +105,8 @@ def fronts(
         mutated: names of the mutated parameters.
         caches: those of them that may be left out.
         first_code: number of the sentence that refuses a gradient of the first parameter; the others follow.
-        closure: `overload`, `dispatch`, `body`, `outputs`, `is_compiling`, `token`, `is_grad_enabled`, `refuse`.
+        closure: `overload`, `dispatch`, `body`, `outputs` (a list of the one function that allocates), `is_compiling`,
+            `token`, `is_grad_enabled`, `refuse`.
     """
     writes_output = any(p.name == "output" for p in parameters)
     shown = [p.replace(name="out", default=None) if p.name == "output" else p for p in parameters]
@@ -114,7 +115,7 @@ def fronts(
     defaults: dict[str, Any] = {}
     lines = [f"def __call__(self, {_header(shown, defaults)}):"]
     if writes_output:
-        lines += ["    if out is None:", f"        out = outputs({_passed(inputs)})"]
+        lines += ["    if out is None:", f"        out = outputs[0]({_passed(inputs)})"]
     first = next(p.name for p in parameters if is_tensor(p) and not is_optional(p))
     for cache in caches:
         lines += [f"    if {cache} is None:", f"        {cache} = {first}.new_empty(0)"]

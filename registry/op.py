@@ -159,7 +159,7 @@ class Op(Generic[P]):
         self.reference = function
         self.kernels: dict[str, Kernel] = {}
         self._checks: Callable[..., None] | None = None
-        self._outputs: Callable[..., Tensor] | None = None
+        self._outputs: list[Callable[..., Tensor]] = [self._no_outputs]  # of one, which the front looks up
         self._samples: Callable[..., Iterable[Sample]] | None = None
         self._fills: Callable[..., dict[str, Any]] | None = None
         self._memories = [Memory()]
@@ -200,8 +200,7 @@ class Op(Generic[P]):
             **{f"no_{name}": tensor for name, tensor in self._nothing.items()},
         )
         self.schema = torch.library.infer_schema(stub, mutates_args=tuple(self.mutates))
-        tags = (torch.Tag.cudagraph_unsafe,) if self.reads_host else ()
-        namespace._define(self.name, self.schema, body, self._fake, *tags)
+        namespace._define(self.name, self.schema, body, self._fake, *[torch.Tag.cudagraph_unsafe] * self.reads_host)
         self.overload = getattr(getattr(torch.ops, namespace.name), self.name).default
         sentences = [self._gradient_sentence(p.name) for p in self.parameters]
         call, inside = generate.fronts(
@@ -213,7 +212,7 @@ class Op(Generic[P]):
             overload=self.overload,
             dispatch=self.overload._op,  # the dispatcher itself, without OpOverload's Python frame
             body=body,
-            outputs=self.allocate,
+            outputs=self._outputs,
             is_compiling=torch.compiler.is_dynamo_compiling,
             token=tokens.token,
             is_grad_enabled=torch.is_grad_enabled,
@@ -247,7 +246,7 @@ class Op(Generic[P]):
 
     def outputs(self, function: F) -> F:
         """Register what `out` is: names any of the inputs, returns a new tensor, and never raises on bad input."""
-        self._outputs = self._facet(function, [p for p in self.parameters if p.name != "output"])
+        self._outputs[0] = self._facet(function, [p for p in self.parameters if p.name != "output"])
         return function
 
     def samples(self, function: F) -> F:
@@ -283,9 +282,10 @@ class Op(Generic[P]):
 
     def allocate(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return a new, uninitialised output for these inputs."""
-        if self._outputs is None:
-            raise errors.declaration(self.qualname, "was called without `out` and has no @op.outputs to allocate it")
-        return self._outputs(*args, **kwargs)
+        return self._outputs[0](*args, **kwargs)
+
+    def _no_outputs(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise errors.declaration(self.qualname, "was called without `out` and has no @op.outputs to allocate it")
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return a front call's arguments as checks and kernels get them, with defaults and the output filled in."""

@@ -73,19 +73,23 @@ def on_device(module: nn.Module, device: torch.device, dtype: torch.dtype | None
 
 def calls_of(layer: Layer, module: nn.Module, state_dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield everything that serving may do with a layer, each with its name."""
-    for name, linear in module.named_modules():  # libraries that multiply load a kernel when they first meet a size
-        if isinstance(linear, nn.Linear) and linear.weight.device.type != "cpu":
-            yield name, partial(_multiply, linear)
     if isinstance(module, Mamba | Mamba2 | GatedDeltaNet):
         yield from _calls_of_ours(module, state_dtype)
     else:
         yield from _calls_of_transformers(layer, module)
 
 
-def _multiply(linear: nn.Linear) -> None:
-    tokens = torch.randn(max(MANY), linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
-    for count in MANY:
-        linear(tokens[:count])
+def multiply(module: nn.Module) -> None:
+    """Call a layer's projections with many a number of tokens.
+
+    Libraries that multiply load another kernel when they first meet some sizes, and their handles and memory.
+    """
+    for linear in module.modules():
+        if isinstance(linear, nn.Linear) and linear.weight.dtype in (torch.float16, torch.bfloat16, torch.float32):
+            weight = linear.weight
+            tokens = torch.randn(max(MANY), linear.in_features, device=weight.device, dtype=weight.dtype)
+            for count in MANY:
+                linear(tokens[:count])
 
 
 def _calls_of_ours(
@@ -139,6 +143,10 @@ def _calls_of_ours(
 def _plans(tokens: int, device: torch.device) -> tuple[Plan, Plan]:
     """A decode and two sequences that are read, one of them from a state; the second with two tokens to decode."""
     rows: dict[str, Any] = {"max_requests": 8, "device": device}
+    for most in (
+        2**k for k in range(3, 11)
+    ):  # the memory that a plan is sent from is asked of the system, size by size
+        Plan.zeros(1, max_requests=most, device=device)
     plain = Plan.of([9, 0, 5], [1, tokens - 3, 3], [0, 1, 2], **rows)
     table = [[0, 1], [2, -1], [3, -1]]
     return plain, Plan.of([9, 0, 5], [2, tokens - 3, 3], table, accepted=[2, 0, 0], **rows)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,12 @@ class Loader:
 
     Attributes:
         processes: how many compile at a time.
+        hashing: `hash_triton` in a thread, if it is in one.
         loads: the variants, in the order in which they were asked for, by kernel and Triton's key.
     """
 
     processes: int
+    hashing: threading.Thread | None
     loads: dict[tuple[str, str], Load] = field(default_factory=dict)
     _asks: bool = field(default=False, repr=False)
     _ended: bool = field(default=False, repr=False)
@@ -63,16 +65,12 @@ class Loader:
     _now: tuple[Load, float] | None = field(default=None, repr=False)
     _jobs: list[Load] = field(default_factory=list, repr=False)
     _worker: "subprocess.Popen[str] | None" = field(default=None, repr=False)
-    _hashing: threading.Thread | None = field(default=None, repr=False)
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within the block, see what Triton does."""
         from triton import knobs
-        from triton.runtime.cache import triton_key
 
-        self._hashing = threading.Thread(target=triton_key)  # of Triton's own files, for every key; others can go on
-        self._hashing.start()
         with knobs.runtime.scope(), knobs.compilation.scope():
             knobs.runtime.jit_cache_hook = self._before
             knobs.compilation.listener = self._after
@@ -121,8 +119,8 @@ class Loader:
 
     def _before(self, *_: object, key: str, fn: Any, compile: Any, **__: object) -> bool:
         """Triton's hook: it has no such variant in this process; True ends the launch."""
-        assert self._hashing is not None  # for mypy: active() started it
-        self._hashing.join()
+        if self.hashing is not None:
+            self.hashing.join()
         name = f"{fn.module}.{fn.name}"
         if (load := self.loads.get((name, key))) is None:
             call = current_call()
@@ -181,6 +179,14 @@ class Loader:
         worker.stdin.write(json.dumps(first) + "\n")
         worker.stdin.flush()
         return worker
+
+
+def hash_triton() -> None:
+    """Import Triton, if it is here, and hash its own files, as every key of its cache needs: others can go on."""
+    with suppress(Exception):  # who needs Triton meets its error
+        from triton.runtime.cache import triton_key
+
+        triton_key()
 
 
 def cores() -> int:

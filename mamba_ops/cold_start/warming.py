@@ -1,12 +1,12 @@
 """Calls everything that a model or some ops may be called with, so that the first call of each is not a slow one."""
 
-import gc
 import inspect
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from mamba_ops.cold_start.layers import calls_of, layers_of, on_device
-from mamba_ops.cold_start.loading import Load, Loader, cores, seconds_by_kernel
+from mamba_ops.cold_start.layers import Layer, calls_of, layers_of, multiply, on_device
+from mamba_ops.cold_start.loading import Load, Loader, cores, hash_triton, seconds_by_kernel
 from mamba_ops.registry import Op, Selection, backends, generation, ops, record_selections, use_backend
 from mamba_ops.registry.backend import COMPOSED
 from mamba_ops.registry.compiling import allow_jit
@@ -85,12 +85,17 @@ Progress = Callable[[str, int, int], None]
 
 
 class _Unit(NamedTuple):
-    """A kind of layer, or an op with some sizes: what is warmed up once."""
+    """A kind of layer, or an op with some sizes: what is warmed up once.
+
+    Attributes:
+        before: what runs none of the ops, and is done before they are.
+    """
 
     name: str
     key: tuple[Any, ...]
     calls: Callable[[], Calls]
     backend: str | None
+    before: Callable[[], object] = bool
 
 
 _done: dict[tuple[Any, ...], list[Row]] = {}
@@ -138,10 +143,16 @@ def _of_model(
         raise ValueError(f"warm_up: model_or_ops: got {type(model).__name__}, expected {expected}")
     for layer in layers:
 
-        def calls(layer: Any = layer) -> Calls:
-            return calls_of(layer, on_device(layer.module, device, dtype), state_dtype)
+        def here(layer: Layer = layer) -> nn.Module:
+            return on_device(layer.module, device, dtype)
 
-        yield _Unit(layer.name, (*common, *layer.kind, *pair), calls, backend)
+        def calls(layer: Layer = layer, here: Callable[[], nn.Module] = here) -> Calls:
+            return calls_of(layer, here(), state_dtype)
+
+        def before(here: Callable[[], nn.Module] = here) -> None:
+            multiply(here())
+
+        yield _Unit(layer.name, (*common, *layer.kind, *pair), calls, backend, before)
 
 
 def _of_ops(
@@ -196,7 +207,6 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
     if measures:
         module.reset_peak_memory_stats(device)
         before = module.memory_allocated(device)
-    loader = Loader(processes or cores()) if _triton_compiles(device) else None
     rows: dict[tuple[int, str], list[Row]] = {}
     later: dict[tuple[int, str], list[Load]] = {}
     random_state = torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type)
@@ -227,10 +237,17 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
                 run()
             rows[number, variant] += [_row(r, variant, [*loads, *more], seen=True) for r in dict.fromkeys(ran)]
 
+    hashing = threading.Thread(target=hash_triton) if device.type != "cpu" else None
     with ExitStack() as stack:
         stack.enter_context(random_state)
         stack.enter_context(torch.no_grad())
         stack.enter_context(allow_jit())
+        if hashing is not None:
+            hashing.start()
+            for unit in units:
+                with suppress(AttributeError, TypeError, ValueError):  # of a layer that is left out, with a sentence
+                    unit.before()
+        loader = Loader(processes or cores(), hashing) if _triton_compiles(device) else None
         if loader is not None:
             stack.enter_context(loader.active())
         call_all("calling each once", first)
@@ -243,7 +260,6 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
     report.compiled = sum(load.from_disk is False for load in loads)
     report.loaded = sum(load.from_disk is True for load in loads)
     report.slowest = seconds_by_kernel(loads)
-    gc.collect()
     if measures:
         report.peak_bytes = module.max_memory_allocated(device) - before
 
