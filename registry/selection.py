@@ -146,6 +146,15 @@ def _order(op: "Op[...]") -> tuple[list["Kernel"], bool]:
     return order
 
 
+def look_ahead() -> None:
+    """Look at what every decision asks first, so that the next call need not."""
+    load_entry_points()
+    _settle()
+    may_refuse()
+    for op in ops.values():
+        _order(op)
+
+
 def _candidates(op: "Op[...]", arguments: Mapping[str, Any]) -> Iterator[tuple["Kernel", str | None]]:
     """Yield the kernels that a call may go to, in order, each with the reason why not (None: it takes the call)."""
     device = device_of(arguments).type

@@ -1,5 +1,6 @@
 """Calls everything that a model or some ops may be called with, so that the first call of each is not a slow one."""
 
+import gc
 import inspect
 import logging
 import sys
@@ -20,6 +21,7 @@ from mamba_ops.registry import Op, Selection, backends, generation, ops, record_
 from mamba_ops.registry.backend import COMPOSED
 from mamba_ops.registry.compiling import allow_jit
 from mamba_ops.registry.errors import unknown
+from mamba_ops.registry.selection import look_ahead
 from mamba_ops.registry.tables import backends as all_backends
 
 _log = logging.getLogger("mamba_ops")
@@ -221,7 +223,8 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
         progress(what, len(units), len(units))
 
     def first(number: int, variant: str, run: Callable[[], object]) -> None:
-        with record_selections() as ran, loader.asking() if loader else nullcontext() as asked:
+        ran.clear()
+        with loader.asking() if loader else nullcontext() as asked:
             run()
         rows[number, variant] = []
         if asked is not None and asked.ended:
@@ -233,7 +236,8 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
     def again(number: int, variant: str, run: Callable[[], object]) -> None:
         if (loads := later.get((number, variant))) is not None:
             assert loader is not None  # for mypy: it ended a launch
-            with record_selections() as ran, loader.seeing() as more:
+            ran.clear()
+            with loader.seeing() as more:
                 run()
             rows[number, variant] += [_row(r, variant, [*loads, *more], seen=True) for r in dict.fromkeys(ran)]
 
@@ -247,6 +251,7 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
             for unit in units:
                 with suppress(AttributeError, TypeError, ValueError):  # of a layer that is left out, with a sentence
                     unit.before()
+        ran = stack.enter_context(record_selections())
         loader = Loader(processes or cores(), hashing) if _triton_compiles(device) else None
         if loader is not None:
             stack.enter_context(loader.active())
@@ -260,6 +265,8 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
     report.compiled = sum(load.from_disk is False for load in loads)
     report.loaded = sum(load.from_disk is True for load in loads)
     report.slowest = seconds_by_kernel(loads)
+    look_ahead()
+    gc.collect()  # all that was imported is due to be looked at: now, rather than in the first request
     if measures:
         report.peak_bytes = module.max_memory_allocated(device) - before
 
