@@ -78,7 +78,9 @@ def subset(name: str, parameters: Parameters, function: Callable[..., Any]) -> C
 
 
 def renamed_output(name: str, parameters: Parameters, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function of the op's signature that calls a declared one, whose output is called `out`."""
+    """Return a function of the op's signature that calls a declared one, whose output may be called `out`."""
+    if "out" not in inspect.signature(function).parameters:
+        return function
     defaults: dict[str, Any] = {}
     call = ", ".join(f"{'out' if p.name == 'output' else p.name}={p.name}" for p in parameters)
     source = f"def reference({_header(parameters, defaults)}):\n    function({call})"

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 import torch
@@ -132,7 +133,8 @@ class Op(Generic[P]):
         kernels: backend name to kernel; the reference is the kernel of the backend `torch`, or `composed`.
         splits_graph, reads_host, composed: see `Namespace.op`.
         overload: the `torch.ops` overload, for those who want no front.
-        inside: the op as composed ops call it: they went through torch's dispatcher, which need not be asked again.
+        inside: the op as composed ops call it, which went through torch's dispatcher and checked what they make the
+            inner arguments of: neither is done again.
     """
 
     def __init__(
@@ -149,9 +151,7 @@ class Op(Generic[P]):
         self.qualname = f"{namespace.name}::{self.name}"
         self.source = errors.source_of(function)
         self.mutates = mutates
-        self.splits_graph = splits_graph
-        self.reads_host = reads_host
-        self.composed = composed
+        self.splits_graph, self.reads_host, self.composed = splits_graph, reads_host, composed
         tables.refuse_duplicate("op", self.qualname, tables.ops)
         self.parameters = schema.parameters_of(self.qualname, function, mutates)
         self._names = [p.name for p in self.parameters]
@@ -167,11 +167,8 @@ class Op(Generic[P]):
             p.name: torch.empty(0, dtype=torch.complex64) for p in self.parameters if generate.is_optional(p)
         }
         self._register(namespace)
-        adapter = function
-        if "out" in inspect.signature(function).parameters:
-            adapter = generate.renamed_output(self.qualname, self.parameters, function)
         own = COMPOSED if composed else REFERENCE
-        self.kernels[own.name] = Kernel(own, adapter)
+        self.kernels[own.name] = Kernel(own, generate.renamed_output(self.qualname, self.parameters, function))
         tables.ops[self.qualname] = self
         selection.changed()
 
@@ -186,32 +183,34 @@ class Op(Generic[P]):
         def stub() -> None: ...
 
         stub.__signature__ = inspect.Signature(parameters, return_annotation=None)  # type: ignore[attr-defined]
-        body = generate.body(
-            self.qualname,
-            self.parameters,
-            caches,
-            memories=self._memories,
-            unlike=unlike,
-            decide=self._decide,
-            decide_captured=self._decide_captured,
-            refuse_gradient=self._refuse_gradient,
-            is_grad_enabled=torch.is_grad_enabled,
-            is_inference_mode_enabled=torch.is_inference_mode_enabled,
-            **{f"no_{name}": tensor for name, tensor in self._nothing.items()},
+        body, checked_body = (
+            generate.body(
+                self.qualname,
+                self.parameters,
+                caches,
+                memories=self._memories,
+                unlike=unlike,
+                decide=decide,
+                decide_captured=self._decide_captured,
+                refuse_gradient=self._refuse_gradient,
+                is_grad_enabled=torch.is_grad_enabled,
+                is_inference_mode_enabled=torch.is_inference_mode_enabled,
+                **{f"no_{name}": tensor for name, tensor in self._nothing.items()},
+            )
+            for decide in (self._decide, partial(self._decide, is_checked=True))
         )
         self.schema = torch.library.infer_schema(stub, mutates_args=tuple(self.mutates))
         namespace._define(self.name, self.schema, body, self._fake, *[torch.Tag.cudagraph_unsafe] * self.reads_host)
         self.overload = getattr(getattr(torch.ops, namespace.name), self.name).default
-        sentences = [self._gradient_sentence(p.name) for p in self.parameters]
         call, inside = generate.fronts(
             self.qualname,
             self.parameters,
             sorted(self.mutates),
             caches,
-            namespace._number(sentences),
+            namespace._number(self._gradient_sentence(p.name) for p in self.parameters),
             overload=self.overload,
             dispatch=self.overload._op,  # the dispatcher itself, without OpOverload's Python frame
-            body=body,
+            body=checked_body,
             outputs=self._outputs,
             is_compiling=torch.compiler.is_dynamo_compiling,
             token=tokens.token,
@@ -220,8 +219,7 @@ class Op(Generic[P]):
         )
         type(self).__call__ = call  # type: ignore[method-assign]
         self.inside: Callable[..., Tensor] = inside.__get__(self)
-        signature = inspect.signature(call)
-        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+        self.__signature__ = inspect.signature(call.__get__(self))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         """Run the op (each op has its own front, generated with its literal signature)."""
@@ -323,12 +321,12 @@ class Op(Generic[P]):
 
     # -- called by generated code -------------------------------------------------------------------------------------
 
-    def _decide(self, memory: Memory, key: Any, values: tuple[Any, ...]) -> Known:
+    def _decide(self, memory: Memory, key: Any, values: tuple[Any, ...], *, is_checked: bool = False) -> Known:
         """Check a call that was not seen before, choose its kernel and remember both; the second time, how it looks."""
         called = self._named(values)
         tensors = [self._nothing[n] if called[n] is None else called[n] for n in self._tensors]
         if (known := memory.known.get(key)) is None:
-            (kernel, _), is_capturing = self._choose(called), capture.question(selection.device_of(called))
+            (kernel, _), is_capturing = self._choose(called, is_checked), capture.question(selection.device_of(called))
             known = (bool, unlike, key[0], kernel, is_capturing)
         else:
             known = (doubt(tensors, known[-1]), comparison(tensors), *known[2:])
@@ -346,10 +344,11 @@ class Op(Generic[P]):
             selection.note_capture(self, arguments, has_token=token is not None)
         return kernel
 
-    def _choose(self, called: dict[str, Any]) -> tuple[Callable[..., None], dict[str, Any]]:
+    def _choose(self, called: dict[str, Any], is_checked: bool = False) -> tuple[Callable[..., None], dict[str, Any]]:
         """Check a call; return what runs it, and its arguments with what the settings give to those left out."""
         arguments = self.fill(called)
-        self.check(arguments)
+        if not is_checked:
+            self.check(arguments)
         kernel = selection.choose(self, arguments)
         given = {name: value for name, value in arguments.items() if value is not called[name]}
         return (self._filling(kernel, given) if given else kernel), arguments

@@ -101,8 +101,10 @@ def _settle() -> None:
     read before the first selection.
     """
     global _settled
+    if _settled:
+        return
     with lock:
-        for backend in [] if _settled else backends.values():
+        for backend in backends.values():
             backend.take_settings(request.settings())
         _settled = True
 
@@ -165,7 +167,10 @@ def _candidates(op: "Op[...]", arguments: Mapping[str, Any]) -> Iterator[tuple["
 
 def device_of(arguments: Mapping[str, Any]) -> torch.device:
     """Return the device that a call runs on."""
-    return next(a.device for a in arguments.values() if isinstance(a, Tensor))
+    for argument in arguments.values():
+        if isinstance(argument, Tensor):
+            return argument.device
+    raise AssertionError("every op has a tensor")
 
 
 def _why_not_now(op: "Op[...]", kernel: "Kernel", arguments: Mapping[str, Any]) -> str | None:

@@ -16,7 +16,8 @@ lock = threading.RLock()  # for all process-wide state of the registry
 namespaces: dict[str, "Namespace"] = {}
 ops: dict[str, "Op[...]"] = {}  # by qualified name, in declaration order
 backends: dict[str, "Backend"] = {}
-_loaded: set[str] = set()
+_loaded: set[str] = set()  # namespaces whose plug-ins are imported, or being imported
+_looked_at: set[str] = set()  # those whose are
 
 
 def caller() -> str:
@@ -27,6 +28,8 @@ def caller() -> str:
 
 def load_entry_points() -> None:
     """Import other packages' backends, once per namespace; a broken one is reported and does not stop the rest."""
+    if _looked_at.issuperset(namespaces):
+        return
     with lock:
         for name in [n for n in namespaces if n not in _loaded]:
             _loaded.add(name)
@@ -36,6 +39,7 @@ def load_entry_points() -> None:
                 except Exception as error:
                     problem = f"backend plug-in {entry.name} ({entry.value}) could not be loaded: {error!r}"
                     warnings.warn(problem, RuntimeWarning, stacklevel=3)
+            _looked_at.add(name)
 
 
 def refuse_duplicate(

@@ -55,6 +55,41 @@ def test_bad_argument(op: Op[...], sample: str, name: str, change: Callable[[Any
     assert messages[0] == messages[1]
 
 
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "double": lambda t: t.double(),
+    "integer": lambda t: t.int(),
+    "boolean": lambda t: t.bool(),
+    "one less": lambda t: t[1:],
+    "last one less": lambda t: t[..., 1:],
+    "none left": lambda t: t[:0],
+    "one axis less": lambda t: t.flatten(0, 1) if t.dim() > 1 else t[0],
+    "one axis more": lambda t: t[None],
+    "turned": lambda t: t.transpose(0, -1),
+}
+
+
+@pytest.mark.parametrize("sample", ["base", "speculative"])
+@pytest.mark.parametrize("op", [op for op in OPS if op.composed], ids=lambda op: op.name)
+def test_what_ops_inside_would_refuse_a_composed_op_does(
+    op: Op[...], sample: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For it calls them as checked."""
+    for inner in [inner for inner in OPS if not inner.composed]:
+        monkeypatch.setattr(inner, "inside", inner.__call__)
+    [good] = [s for s in op.make_samples("cpu") if s.name == sample]
+    said = []
+    for name, value in op.bind(good.args, good.kwargs).items():
+        for change in CHANGES.values() if isinstance(value, Tensor) else ():
+            bad = changed(op, good, "out" if name == "output" else name, change)
+            with torch.no_grad(), mamba_ops.use_backend("torch"):
+                try:
+                    op(*bad.args, **bad.kwargs)
+                except ValueError as error:
+                    said.append(str(error))
+    assert len(said) > 50
+    assert [text for text in said if not text.startswith(f"mamba_ops::{op.name}: ")] == []
+
+
 def test_groups_divide_heads() -> None:
     [good] = [s for s in mamba_ops.selective_state_update.make_samples(DEVICE) if s.name == "base"]
     state, x, dt, A, B, C = good.args
