@@ -324,11 +324,11 @@ class Op(Generic[P]):
     def _decide(self, memory: Memory, key: Any, values: tuple[Any, ...], *, is_checked: bool = False) -> Known:
         """Check a call that was not seen before, choose its kernel and remember both; the second time, how it looks."""
         called = self._named(values)
-        tensors = [self._nothing[n] if called[n] is None else called[n] for n in self._tensors]
         if (known := memory.known.get(key)) is None:
             (kernel, _), is_capturing = self._choose(called, is_checked), capture.question(selection.device_of(called))
             known = (bool, unlike, key[0], kernel, is_capturing)
         else:
+            tensors = [self._nothing[n] if called[n] is None else called[n] for n in self._tensors]
             known = (doubt(tensors, known[-1]), comparison(tensors), *known[2:])
         memory.learn(key, known)
         return known
@@ -346,11 +346,11 @@ class Op(Generic[P]):
 
     def _choose(self, called: dict[str, Any], is_checked: bool = False) -> tuple[Callable[..., None], dict[str, Any]]:
         """Check a call; return what runs it, and its arguments with what the settings give to those left out."""
-        arguments = self.fill(called)
+        arguments = self.fill(called) if self._fills else called
         if not is_checked:
             self.check(arguments)
         kernel = selection.choose(self, arguments)
-        given = {name: value for name, value in arguments.items() if value is not called[name]}
+        given = {} if arguments is called else {n: v for n, v in arguments.items() if v is not called[n]}
         return (self._filling(kernel, given) if given else kernel), arguments
 
     def _filling(self, kernel: Callable[..., None], first: dict[str, Any]) -> Callable[..., None]:
