@@ -92,10 +92,12 @@ def tables(results: dict[str, Any]) -> dict[str, Any]:
                 f"{n.split('.triton.')[-1]} {k}x {s:.1f} s" for n, k, s in part["warm_up"].get("slowest", [])[:3]
             )
             requests: list[float] = part.get("requests", [])
-            first = {"first": 1e3 * requests[0], "tenth": 1e3 * requests[9]} if requests else {}
+            first = {}
+            if requests:
+                first = {"first": requests[0], "others": median(requests[1:]), "tenth": requests[9]}
             peak = part["warm_up"].get("peak_bytes")
             row = {"case": part["role"], "kernels": slow, "mib": peak / 2**20 if peak is not None else None}
-            warm.append({**part["warm_up"], **first, **row})
+            warm.append({**part["warm_up"], **{name: 1e3 * taken for name, taken in first.items()}, **row})
         for name in ("eager", "compiled"):
             if name in part:
                 times = part[name].pop("seconds")
@@ -119,6 +121,7 @@ def tables(results: dict[str, Any]) -> dict[str, Any]:
                 "again, ms": lambda r: "-" if "again_seconds" not in r else f"{1e3 * r['again_seconds']:.1f}",
                 "MiB": cell("mib", 0),
                 "1st request, ms": cell("first"),
+                "2nd to 10th": cell("others"),
                 "10th": cell("tenth"),
                 "kernels": word("kernels"),
             },
