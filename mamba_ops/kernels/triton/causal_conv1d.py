@@ -113,6 +113,7 @@ def _kernel(
     x_ptr += first * x_row
     output_ptr += first * output_row + begin * output_token
 
+    carried = is_set(row, initial_ptr, initial_stride)
     slot = slot_of(row, slots_ptr, slots_stride, null_slot)
     if slot < 0:
         for t in tl.static_range(BLOCK_T):
@@ -120,18 +121,20 @@ def _kernel(
             tl.store(_along(output_ptr + t * output_token, channels, output_channel), 0.0, mask=live)
         return
 
-    # Only a sequence's first tile looks back into the cache.
-    state_ptr += slot * state_slot
-    looks_back = (tile == 0) & (state_slot >= 0) & is_set(row, initial_ptr, initial_stride)
     window: tl.tuple = ()
     for k in tl.static_range(HISTORY + BLOCK_T):
         token = begin + (k - HISTORY)
         live = inside & (token >= 0) & (token < tokens)
-        entry = tl.load(_along(x_ptr + token * x_token, channels, x_channel), mask=live, other=0.0).to(tl.float32)
-        if k < HISTORY:
-            column = _along(state_ptr + k * state_column, channels, state_channel)
-            entry += tl.load(column, mask=inside & looks_back, other=0.0).to(tl.float32)  # one of the two is zero
-        window += (entry,)
+        window += (tl.load(_along(x_ptr + token * x_token, channels, x_channel), mask=live, other=0.0).to(tl.float32),)
+
+    # Only a sequence's first tile looks back into the cache; of both, the cache and x, one is zero.
+    state_ptr += slot * state_slot
+    looks_back = (tile == 0) & (state_slot >= 0) & carried
+    past: tl.tuple = ()
+    for k in tl.static_range(HISTORY):
+        column = _along(state_ptr + k * state_column, channels, state_channel)
+        past += (window[k] + tl.load(column, mask=inside & looks_back, other=0.0).to(tl.float32),)
+    window = past + window[HISTORY:]
 
     for t in tl.static_range(BLOCK_T):
         acc = bias

@@ -481,19 +481,6 @@ def _outputs(
             output += output_token
         return
 
-    s = ()
-    for _ in tl.static_range(WIDTH):
-        s += (tl.zeros([PARTS, BLOCK], tl.float32),)
-    if (is_first & is_last) == 0:
-        begun = states + chunk.to(tl.int64) * (DSTATE * DIM)
-        s = _of_state(begun, channel, one, in_dim, DIM, DSTATE, PARTS, WIDTH)
-    elif is_set(row, has_initial_state, initial_stride):
-        given = ssm_state + source * slot_stride
-        if dim_stride is None:
-            s = _of_state(given, channel, DSTATE, in_dim, 1, DSTATE, PARTS, WIDTH)
-        else:
-            s = _of_state(given, channel.to(tl.int64), dim_stride, in_dim, dstate_stride, DSTATE, PARTS, WIDTH)
-
     rates = _rates(A, channel, A_channel, in_dim, A_entry, DSTATE, PARTS, WIDTH)
     bias = None
     if delta_bias is not None:
@@ -514,6 +501,21 @@ def _outputs(
         z = _first_token(z, row, low, z_row, z_token, 0, 0, STRIDED)
         z += _lanes(channel, z_channel, STRIDED)
         next_gate = tl.load(z, in_dim & some, other=0.0)
+
+    # Behind what waits for no flag.
+    s = ()
+    for _ in tl.static_range(WIDTH):
+        s += (tl.zeros([PARTS, BLOCK], tl.float32),)
+    if (is_first & is_last) == 0:
+        begun = states + chunk.to(tl.int64) * (DSTATE * DIM)
+        s = _of_state(begun, channel, one, in_dim, DIM, DSTATE, PARTS, WIDTH)
+    elif is_set(row, has_initial_state, initial_stride):
+        given = ssm_state + source * slot_stride
+        if dim_stride is None:
+            s = _of_state(given, channel, DSTATE, in_dim, 1, DSTATE, PARTS, WIDTH)
+        else:
+            s = _of_state(given, channel.to(tl.int64), dim_stride, in_dim, dstate_stride, DSTATE, PARTS, WIDTH)
+
     for t in range(low, high):
         # Taken out of where the next token's go before those are asked for: a register then waits for neither.
         rhs = x.to(tl.float32)
