@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 import torch
@@ -133,8 +132,7 @@ class Op(Generic[P]):
         kernels: backend name to kernel; the reference is the kernel of the backend `torch`, or `composed`.
         splits_graph, reads_host, composed: see `Namespace.op`.
         overload: the `torch.ops` overload, for those who want no front.
-        inside: the op as composed ops call it, which went through torch's dispatcher and checked what they make the
-            inner arguments of: neither is done again.
+        inside: the op as composed ops call it: they went through torch's dispatcher, which need not be asked again.
     """
 
     def __init__(
@@ -183,21 +181,18 @@ class Op(Generic[P]):
         def stub() -> None: ...
 
         stub.__signature__ = inspect.Signature(parameters, return_annotation=None)  # type: ignore[attr-defined]
-        body, checked_body = (
-            generate.body(
-                self.qualname,
-                self.parameters,
-                caches,
-                memories=self._memories,
-                unlike=unlike,
-                decide=decide,
-                decide_captured=self._decide_captured,
-                refuse_gradient=self._refuse_gradient,
-                is_grad_enabled=torch.is_grad_enabled,
-                is_inference_mode_enabled=torch.is_inference_mode_enabled,
-                **{f"no_{name}": tensor for name, tensor in self._nothing.items()},
-            )
-            for decide in (self._decide, partial(self._decide, is_checked=True))
+        body = generate.body(
+            self.qualname,
+            self.parameters,
+            caches,
+            memories=self._memories,
+            unlike=unlike,
+            decide=self._decide,
+            decide_captured=self._decide_captured,
+            refuse_gradient=self._refuse_gradient,
+            is_grad_enabled=torch.is_grad_enabled,
+            is_inference_mode_enabled=torch.is_inference_mode_enabled,
+            **{f"no_{name}": tensor for name, tensor in self._nothing.items()},
         )
         self.schema = torch.library.infer_schema(stub, mutates_args=tuple(self.mutates))
         namespace._define(self.name, self.schema, body, self._fake, *[torch.Tag.cudagraph_unsafe] * self.reads_host)
@@ -210,7 +205,7 @@ class Op(Generic[P]):
             namespace._number(self._gradient_sentence(p.name) for p in self.parameters),
             overload=self.overload,
             dispatch=self.overload._op,  # the dispatcher itself, without OpOverload's Python frame
-            body=checked_body,
+            body=body,
             outputs=self._outputs,
             is_compiling=torch.compiler.is_dynamo_compiling,
             token=tokens.token,
@@ -321,11 +316,11 @@ class Op(Generic[P]):
 
     # -- called by generated code -------------------------------------------------------------------------------------
 
-    def _decide(self, memory: Memory, key: Any, values: tuple[Any, ...], *, is_checked: bool = False) -> Known:
+    def _decide(self, memory: Memory, key: Any, values: tuple[Any, ...]) -> Known:
         """Check a call that was not seen before, choose its kernel and remember both; the second time, how it looks."""
         called = self._named(values)
         if (known := memory.known.get(key)) is None:
-            (kernel, _), is_capturing = self._choose(called, is_checked), capture.question(selection.device_of(called))
+            (kernel, _), is_capturing = self._choose(called), capture.question(selection.device_of(called))
             known = (bool, unlike, key[0], kernel, is_capturing)
         else:
             tensors = [self._nothing[n] if called[n] is None else called[n] for n in self._tensors]
@@ -344,11 +339,10 @@ class Op(Generic[P]):
             selection.note_capture(self, arguments, has_token=token is not None)
         return kernel
 
-    def _choose(self, called: dict[str, Any], is_checked: bool = False) -> tuple[Callable[..., None], dict[str, Any]]:
+    def _choose(self, called: dict[str, Any]) -> tuple[Callable[..., None], dict[str, Any]]:
         """Check a call; return what runs it, and its arguments with what the settings give to those left out."""
         arguments = self.fill(called) if self._fills else called
-        if not is_checked:
-            self.check(arguments)
+        self.check(arguments)
         kernel = selection.choose(self, arguments)
         given = {} if arguments is called else {n: v for n, v in arguments.items() if v is not called[n]}
         return (self._filling(kernel, given) if given else kernel), arguments

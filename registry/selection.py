@@ -213,10 +213,11 @@ def is_bound(op: "Op[...]") -> bool:
 def may_refuse(*some: "Op[...]") -> bool:
     """Return whether somebody asked for backends by name for any of these ops: only then may `Op.require` raise."""
     global _asked
-    if _asked is None and not request.is_as_if():
+    asked = True if request.is_as_if() else _asked
+    if asked is None:
         with lock:
-            _asked = request.anybody_asks()
-    return (_asked or request.is_as_if()) and any(map(is_bound, some))
+            asked = _asked = request.anybody_asks()
+    return asked and any(map(is_bound, some))
 
 
 def require(op: "Op[...]", arguments: Mapping[str, Any]) -> None:

@@ -81,8 +81,8 @@ def composed_with(bug: Bug, op: Op[...]) -> Callable[..., None]:
     """The body of a composed op, and what reads its plan, with a bug."""
     scope = vars(mixing) | vars(sys.modules[op.reference.__module__])
     del scope[op.name], scope["batch_of"], scope["_batch_of"]
+    scope["_latest"] = None  # what is kept of a plan is another's
     source = _changed(source_of(op), bug).replace(f"{op.name}.qualname", "'mutant'")
-    source = source.replace("_seen", "_seen_by_mutant")  # what stays with a plan's counts is another's
     exec(compile(source, f"mutant_{op.name}.py", "exec"), scope)
 
     @functools.wraps(op.kernels["composed"].function)

@@ -15,6 +15,7 @@ from mamba_ops.serving import Plan
 TOKENS = 140  # that are read: rows of more than a chunk, of every kernel that has one size of chunks
 SHORT = 5
 MANY = (*(2**k for k in range(13)), *(5 * 2**k + 1 for k in range(3, 10)))
+ROWS = tuple(2**k for k in range(3, 11))  # of plans: the pinned memory of each size is asked of the system
 SLOTS = 4
 _OF_NO_KERNEL = ("layer_idx", "training")
 
@@ -79,17 +80,20 @@ def calls_of(layer: Layer, module: nn.Module, state_dtype: torch.dtype) -> Itera
         yield from _calls_of_transformers(layer, module)
 
 
-def multiply(module: nn.Module) -> None:
-    """Call a layer's projections with many a number of tokens.
-
-    Libraries that multiply load another kernel when they first meet some sizes, and their handles and memory.
-    """
-    for linear in module.modules():
+def before_calls_of(module: nn.Module) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield what else is slow when it is first done on a GPU, and runs none of the ops."""
+    for name, linear in module.named_modules():
         if isinstance(linear, nn.Linear) and linear.weight.dtype in (torch.float16, torch.bfloat16, torch.float32):
-            weight = linear.weight
-            tokens = torch.randn(max(MANY), linear.in_features, device=weight.device, dtype=weight.dtype)
-            for count in MANY:
-                linear(tokens[:count])
+            yield name, partial(_multiply, linear)
+    device = next(module.parameters()).device
+    yield "plans", lambda: [Plan.zeros(1, max_requests=rows, device=device) for rows in ROWS]
+
+
+def _multiply(linear: nn.Linear) -> None:
+    """Libraries that multiply load another kernel when they first meet some sizes."""
+    tokens = torch.randn(max(MANY), linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
+    for count in MANY:
+        linear(tokens[:count])
 
 
 def _calls_of_ours(
@@ -143,10 +147,6 @@ def _calls_of_ours(
 def _plans(tokens: int, device: torch.device) -> tuple[Plan, Plan]:
     """A decode and two sequences that are read, one of them from a state; the second with two tokens to decode."""
     rows: dict[str, Any] = {"max_requests": 8, "device": device}
-    for most in (
-        2**k for k in range(3, 11)
-    ):  # the memory that a plan is sent from is asked of the system, size by size
-        Plan.zeros(1, max_requests=most, device=device)
     plain = Plan.of([9, 0, 5], [1, tokens - 3, 3], [0, 1, 2], **rows)
     table = [[0, 1], [2, -1], [3, -1]]
     return plain, Plan.of([9, 0, 5], [2, tokens - 3, 3], table, accepted=[2, 0, 0], **rows)

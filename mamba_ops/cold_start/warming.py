@@ -7,15 +7,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
-from functools import partial
+from contextlib import ExitStack, nullcontext
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from mamba_ops.cold_start.layers import Layer, calls_of, layers_of, multiply, on_device
+from mamba_ops.cold_start.layers import Layer, before_calls_of, calls_of, layers_of, on_device
 from mamba_ops.cold_start.loading import Load, Loader, cores, hash_triton, seconds_by_kernel
 from mamba_ops.registry import Op, Selection, backends, generation, ops, record_selections, use_backend
 from mamba_ops.registry.backend import COMPOSED
@@ -90,14 +90,14 @@ class _Unit(NamedTuple):
     """A kind of layer, or an op with some sizes: what is warmed up once.
 
     Attributes:
-        before: what runs none of the ops, and is done before they are.
+        before: calls that run none of the ops, and are made before those that do.
     """
 
     name: str
     key: tuple[Any, ...]
     calls: Callable[[], Calls]
     backend: str | None
-    before: Callable[[], object] = bool
+    before: Callable[[], Calls] = tuple
 
 
 _done: dict[tuple[Any, ...], list[Row]] = {}
@@ -145,14 +145,15 @@ def _of_model(
         raise ValueError(f"warm_up: model_or_ops: got {type(model).__name__}, expected {expected}")
     for layer in layers:
 
+        @cache
         def here(layer: Layer = layer) -> nn.Module:
             return on_device(layer.module, device, dtype)
 
         def calls(layer: Layer = layer, here: Callable[[], nn.Module] = here) -> Calls:
             return calls_of(layer, here(), state_dtype)
 
-        def before(here: Callable[[], nn.Module] = here) -> None:
-            multiply(here())
+        def before(here: Callable[[], nn.Module] = here) -> Calls:
+            return before_calls_of(here())
 
         yield _Unit(layer.name, (*common, *layer.kind, *pair), calls, backend, before)
 
@@ -216,7 +217,7 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
     def call_all(what: str, call: Callable[[int, str, Callable[[], object]], None]) -> None:
         for number, unit in enumerate(units):
             progress(what, number, len(units))
-            for variant, run in _tried(unit, report):
+            for variant, run in _tried(unit, unit.calls, report):
                 call(number, variant, run)
             if device.type != "cpu":
                 module.synchronize(device)
@@ -249,8 +250,8 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
         if hashing is not None:
             hashing.start()
             for unit in units:
-                with suppress(AttributeError, TypeError, ValueError):  # of a layer that is left out, with a sentence
-                    unit.before()
+                for _, run in _tried(unit, unit.before, report):
+                    run()
         ran = stack.enter_context(record_selections())
         loader = Loader(processes or cores(), hashing) if _triton_compiles(device) else None
         if loader is not None:
@@ -271,8 +272,8 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
         report.peak_bytes = module.max_memory_allocated(device) - before
 
 
-def _tried(unit: _Unit, report: WarmUp) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The calls of a unit, on its backend; what raises because it cannot be called so is left out, with a sentence."""
+def _tried(unit: _Unit, calls: Callable[[], Calls], report: WarmUp) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Some of a unit's calls, on its backend; what cannot be called so, and raises, is left out with a sentence."""
 
     def guarded(variant: str, run: Callable[[], object]) -> None:
         try:
@@ -287,7 +288,7 @@ def _tried(unit: _Unit, report: WarmUp) -> Iterator[tuple[str, Callable[[], obje
             report.skipped.append(sentence)
 
     try:
-        for variant, run in unit.calls():
+        for variant, run in calls():
             yield variant, partial(guarded, variant, run)
     except (AttributeError, TypeError, ValueError) as error:
         skip(unit.name, error)

@@ -166,6 +166,8 @@ def _checks(
     dstate: int,
     groups: int,
     chunk_size: int,
+    dt_min: float,
+    dt_max: float,
     output: Tensor,
 ) -> None:
     for name, value in (("heads", heads), ("head_dim", head_dim), ("dstate", dstate), ("chunk_size", chunk_size)):
@@ -173,6 +175,8 @@ def _checks(
             raise bad_argument(name, got=value, expected="a positive number")
     if groups < 1 or heads % groups:
         raise bad_argument("groups", got=groups, expected=f"a divisor of the {heads} heads")
+    if not dt_min <= dt_max:
+        raise bad_argument("dt_min", got=dt_min, expected=f"at most dt_max, which is {dt_max}")
     inner, dim = heads * head_dim, heads * head_dim + 2 * groups * dstate
     tensor_rank("projected", projected, {2: "(tokens, size)"})
     hint = f"gate, x, B, C and dt of {heads} heads of {head_dim} and {groups} groups of {dstate}"

@@ -160,6 +160,8 @@ def _checks(
     tensor_rank("A", A, {2: "(inner, dstate)"})
     tensor_rank("dt_proj_weight", dt_proj_weight, {2: "(inner, dt_rank)"})
     (inner, dstate), rank = A.shape, dt_proj_weight.shape[1]
+    if not inner or not dstate:
+        raise bad_argument("A", got=f"shape {tuple(A.shape)}", expected="(inner, dstate), neither of them 0")
     tensor_rank("projected", projected, {2: "(tokens, size)"})
     shape_is("projected", projected, (projected.shape[0], 2 * inner), hint=f"x and gate of {inner} channels")
     weights = {

@@ -4,6 +4,7 @@ A mixing op is one layer's convolution and recurrence on a batch in which some r
 is composed of the ops for either. Decodes come first, in rows and in tokens.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from operator import is_
@@ -145,6 +146,10 @@ def check_caches(
     tensor_rank("conv_state", conv_state, {3: "(slots, dim, state_len)"})
     slots, _, state_len = conv_state.shape
     shape_is("conv_state", conv_state, (slots, dim, state_len))
+    if plan.counts is not None and slots == 0:
+        raise bad_argument(
+            "conv_state", got="0 slots", expected="1 at least", hint="a plan's rows have their states there"
+        )
     if state_len < width - 1:
         raise bad_argument("conv_state", got=f"state_len {state_len}", expected=f"at least {width - 1}")
     shape_is("ssm_state", ssm_state, (slots, *state), hint="both caches have as many slots")
@@ -153,7 +158,7 @@ def check_caches(
 def batch_of(op: str, plan: PlanTensors, tokens: int, null_slot: int) -> Batch:
     """Read a plan's counts, on the host, and take the decodes' and the prefills' part of every tensor.
 
-    All layers of a step have one plan, so what was taken stays with its counts, for as long as these say the same.
+    All layers of a step have one plan, so what was taken of the latest one is kept for as long as it lives.
 
     Raises:
         ValueError: in a call of `op`, the counts are not those of `tokens` tokens in as many rows as the plan can have.
@@ -161,21 +166,38 @@ def batch_of(op: str, plan: PlanTensors, tokens: int, null_slot: int) -> Batch:
 
     if plan.counts is None or plan.slots is None or plan.cu_seqlens is None:
         return Batch(None, None, None, 0)
-    counts, others = plan.counts.tolist(), plan[1:]
-    seen: _Seen | None = getattr(plan.counts, "_seen", None)
-    if seen is not None and seen.of == (tokens, null_slot, counts) and all(map(is_, seen.others, others)):
-        return seen.batch
+    global _latest
+    counts, others, latest = plan.counts.tolist(), plan[1:], _latest
+    of = tokens, null_slot, counts, [None if t is None else t.data_ptr() for t in others]
+    if (
+        latest is not None
+        and latest.counts() is plan.counts
+        and latest.of == of
+        and all(map(is_, latest.others, others))
+    ):
+        return latest.batch
     batch = _batch_of(op, plan, counts, tokens, null_slot)
-    plan.counts._seen = _Seen((tokens, null_slot, counts), others, batch)  # type: ignore[attr-defined]
+    _latest = _Made(weakref.ref(plan.counts, _forget), of, others, batch)
     return batch
 
 
-class _Seen(NamedTuple):
-    """A batch, and what it was made of."""
+class _Made(NamedTuple):
+    """A batch, and what it was made of: a plan's counts, other numbers and where its tensors are, and these."""
 
-    of: tuple[int, int, list[int]]
+    counts: "weakref.ref[Tensor]"
+    of: tuple[Any, ...]
     others: tuple[Tensor | None, ...]
     batch: Batch
+
+
+_latest: _Made | None = None
+
+
+def _forget(counts: "weakref.ref[Tensor]") -> None:
+    """Let go of a plan's tensors when its counts are gone."""
+    global _latest
+    if _latest is not None and _latest.counts is counts:
+        _latest = None
 
 
 def _batch_of(op: str, plan: PlanTensors, counts: list[int], tokens: int, null_slot: int) -> Batch:

@@ -367,6 +367,8 @@ def _samples(
 
     long: dict[str, Any] = {"cu_seqlens": indices(0, 135, 140, 205), "write_slots": indices(3, 2, 7)}
     yield sample("packed, long", 205, groups=(1,), **long, **initial)
+    stateless: dict[str, Any] = {"ssm_state": None, "slots": None, "write_slots": indices(3, 2, 4)}
+    yield sample("write slots without states", 70, cu_seqlens=indices(0, 0, 68, 70), **stateless)
 
     # A row of 37 tokens whose first 5 end block 1; one of 3 tokens; one of 37, 12 of them at the end of block 1.
     table = indices((1, 2, 3, 4, 5), (6, -1, 6, 6, 6), (7, 0, 8, -1, 9), dtype=torch.int64)

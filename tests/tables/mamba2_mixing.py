@@ -25,6 +25,7 @@ BUGS = {
 }
 
 BAD_INPUT: list[BadInput] = [
+    ("base", "dt_max", lambda m: -1.0, "dt_min: got 0.0, expected at most dt_max, which is -1.0"),
     ("base", "heads", lambda h: 0, "heads: got 0, expected a positive number"),
     ("base", "chunk_size", lambda c: -1, "chunk_size: got -1, expected a positive number"),
     ("base", "groups", lambda g: 3, "groups: got 3, expected a divisor of the 4 heads"),

@@ -24,6 +24,7 @@ BUGS = {
 }
 
 BAD_INPUT: list[BadInput] = [
+    ("base", "A", lambda A: A[:, :0], r"A: got shape \(24, 0\), expected \(inner, dstate\), neither of them 0"),
     ("base", "A", lambda a: a[0], r"A: got shape \(8,\), expected \(inner, dstate\)"),
     ("base", "dt_proj_weight", lambda w: w[0], r"dt_proj_weight: got shape \(5,\), expected \(inner, dt_rank\)"),
     ("base", "dt_proj_weight", lambda w: w[1:], r"dt_proj_weight: got shape \(23, 5\), expected \(24, 5\)"),

@@ -207,7 +207,7 @@ def _scan(
     else:
         of_state = value.to(tl.int64)[:, None] * value_stride + key.to(tl.int64)[None, :] * key_stride
         of_state += head.to(tl.int64) * head_stride
-    carried = in_state & is_set(row, has_initial_state, initial_stride)
+    carried = in_state & (slot_stride >= 0) & is_set(row, has_initial_state, initial_stride)
     s = tl.load(advanced(state, source * slot_stride, ALIGNED) + of_state, carried, other=0.0).to(tl.float32)
 
     operand = solved.dtype.element_ty

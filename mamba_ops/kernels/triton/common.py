@@ -135,8 +135,8 @@ def by_token(tensor: Tensor, flat: bool) -> Tensor:
 def optional(tensor: Tensor | None, like: Tensor, dtype: tl.dtype) -> tuple[Any, int]:
     """What a kernel is given for a tensor that callers may leave out: it, and the stride of its first dimension.
 
-    None would be another variant of the kernel, to compile and to load. Instead there is then an address of the same
-    type, that of `like`, which is never read: the stride -1 says so.
+    None would be another variant of the kernel, to compile and to load. Instead there is then the address of `like`,
+    which is never read, as that of numbers of `dtype`, the usual one: the stride -1 says so.
     """
     return (triton.reinterpret(like, dtype), -1) if tensor is None else (tensor, tensor.stride(0))
 

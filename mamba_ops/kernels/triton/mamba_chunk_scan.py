@@ -43,7 +43,8 @@ def _extent(row, inside, cu_seqlens, computed_tokens, computed_stride, length, C
     else:
         begin = row * length
         count = tl.where(inside, length, 0)
-    before = tl.load(computed_tokens + row * computed_stride, inside & (computed_stride >= 0), other=0) % CHUNK
+    computed_tokens += row.to(tl.int64) * computed_stride
+    before = tl.load(computed_tokens, inside & (computed_stride >= 0), other=0) % CHUNK
     return begin, count, before.to(tl.int32)
 
 
@@ -194,7 +195,7 @@ def _states(
     else:
         of_state = channel.to(tl.int64)[:, None] * dim_stride + entry.to(tl.int64)[None, :] * dstate_stride
         of_state += head.to(tl.int64) * head_stride
-    carried = is_set(row, has_initial_state, initial_stride)
+    carried = (slot_stride >= 0) & is_set(row, has_initial_state, initial_stride)
     s = tl.load(advanced(ssm_state, source * slot_stride, ALIGNED) + of_state, in_state & carried, other=0.0).to(
         tl.float32
     )

@@ -35,7 +35,7 @@ from mamba_ops.kernels.triton.tables import Launches, by_table
 CHUNK = 64  # tokens, counted from a row's first one
 MORE_VARIANTS = {  # than two of a kernel that random calls of one form may compile: how many, and why
     "_ends": (3, "strided, in words of four numbers, or neither"),
-    "_outputs": (3, "strided, in words of four numbers, or neither"),
+    "_outputs": (6, "strided, in words of four numbers, or neither; states that are dense within a slot or not"),
 }
 
 # What varies from call to call: Triton would compile anew for some values.
@@ -350,13 +350,13 @@ def _starts(
         first, chunks, low, count = chunks_of(row, cu_seqlens, length, CHUNK, BLOCK_ROWS)
 
     of_state = channel.to(tl.int64) * dim_stride + entry.to(tl.int64) * dstate_stride
-    carried = in_dim & is_set(row, has_initial_state, initial_stride)
+    carried = in_dim & (slot_stride >= 0) & is_set(row, has_initial_state, initial_stride)
     s = tl.load(ssm_state + source * slot_stride + of_state, carried, other=0.0).to(tl.float32)
 
     if write_slots is not None:
         if count <= 0:  # no token, no chunk: the state moves as it is
             target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
-            stored = (target != source) & (target >= 0) & (target != null_slot)
+            stored = (slot_stride >= 0) & (target != source) & (target >= 0) & (target != null_slot)
             tl.store(ssm_state + target * slot_stride + of_state, s, in_dim & stored)
 
     if states is not None:
@@ -509,7 +509,7 @@ def _outputs(
     if (is_first & is_last) == 0:
         begun = states + chunk.to(tl.int64) * (DSTATE * DIM)
         s = _of_state(begun, channel, one, in_dim, DIM, DSTATE, PARTS, WIDTH)
-    elif is_set(row, has_initial_state, initial_stride):
+    elif (slot_stride >= 0) & is_set(row, has_initial_state, initial_stride):
         given = ssm_state + source * slot_stride
         if dim_stride is None:
             s = _of_state(given, channel, DSTATE, in_dim, 1, DSTATE, PARTS, WIDTH)
@@ -590,7 +590,8 @@ def selective_scan(
 ) -> None:
     """Write `output` and the last states; shapes and meaning are the op's, and are not checked again.
 
-    Nothing is copied but parameters and index tensors that are not dense. Where the channels of a token do not lie
+    Nothing is copied but parameters and index tensors that are not dense. States that are not dense within a slot are
+    another variant. Where the channels of a token do not lie
     together, or the rows of a batch do not follow each other, addresses are computed from more strides, and reading is
     slower.
     """
