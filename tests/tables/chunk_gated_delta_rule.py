@@ -21,7 +21,7 @@ SLOW_BUGS = {  # slow: interpreted matrix products
     "state before a chunk read as it is at its end": ("asking[None, :]", "1.0"),
     "state read by rows that have none": (
         "is_set(row, has_initial_state, initial_stride)",
-        "True",
+        "(slot_stride >= 0)",
     ),
     "second chunk read as the first": ("solved += V_HEADS * CHUNK * CHUNK", "solved += 0"),
     "corner of the inverse wrong": ("whole += tl.dot(square,", "whole += 0.0 * tl.dot(square,"),

@@ -14,12 +14,12 @@ BUGS = {
     "half the decay": ("tl.exp2(rates[number] * step[None, :])", "tl.exp2(0.5 * rates[number] * step[None, :])"),
     "natural exponential": ("tl.exp2(rates[number] * step[None, :])", "tl.exp(rates[number] * step[None, :])"),
     "initial state not read": (
-        "& is_set(row, has_initial_state, initial_stride):",
-        "& (slot_stride < 0):",
+        "elif is_set(row, has_initial_state, initial_stride):",
+        "elif slot_stride < -1:",
     ),
     "state read by rows that have none": (
-        "& is_set(row, has_initial_state, initial_stride):",
-        "& True:",
+        "elif is_set(row, has_initial_state, initial_stride):",
+        "elif slot_stride >= 0:",
     ),
     "null rows not zeroed": ("tl.zeros([BLOCK], tl.float32), in_dim", "1.0, in_dim"),
     "write slots ignored": ("        elif write_slots is not None:", "        elif False:"),

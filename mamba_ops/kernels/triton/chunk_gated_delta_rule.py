@@ -207,7 +207,7 @@ def _scan(
     else:
         of_state = value.to(tl.int64)[:, None] * value_stride + key.to(tl.int64)[None, :] * key_stride
         of_state += head.to(tl.int64) * head_stride
-    carried = in_state & (slot_stride >= 0) & is_set(row, has_initial_state, initial_stride)
+    carried = in_state & is_set(row, has_initial_state, initial_stride)
     s = tl.load(advanced(state, source * slot_stride, ALIGNED) + of_state, carried, other=0.0).to(tl.float32)
 
     operand = solved.dtype.element_ty
@@ -303,7 +303,7 @@ def chunk_gated_delta_rule(
     for tensor in (q, k, v, result):
         places |= tensor.data_ptr() | tensor.stride(0) * tensor.itemsize | tensor.shape[-1] * tensor.itemsize
     slots, slots_stride = optional(slots, v, tl.int32)
-    has_initial_state, initial_stride = optional(has_initial_state, v, tl.int1)
+    has_initial_state, initial_stride = optional(None if state is None else has_initial_state, v, tl.int1)
     write_stride = None if write_slots is None else write_slots.stride(0)
     slot_stride, *strides = (-1, 0, 0, 0) if state is None else state.stride()
     if state is not None:

@@ -195,7 +195,7 @@ def _states(
     else:
         of_state = channel.to(tl.int64)[:, None] * dim_stride + entry.to(tl.int64)[None, :] * dstate_stride
         of_state += head.to(tl.int64) * head_stride
-    carried = (slot_stride >= 0) & is_set(row, has_initial_state, initial_stride)
+    carried = is_set(row, has_initial_state, initial_stride)
     s = tl.load(advanced(ssm_state, source * slot_stride, ALIGNED) + of_state, in_state & carried, other=0.0).to(
         tl.float32
     )
@@ -396,9 +396,9 @@ def mamba_chunk_scan(
     if ssm_state is not None:
         aligned &= (ssm_state.data_ptr() | slot_stride * ssm_state.itemsize) % 16 == 0 and is_dense(ssm_state)
     head_stride, dim_stride, dstate_stride = (None, None, None) if aligned else strides
-    ssm_state, _ = optional(ssm_state, x, tl.float32)
     slots, slots_stride = optional(slots, x, tl.int32)
-    has_initial_state, initial_stride = optional(has_initial_state, x, tl.int1)
+    has_initial_state, initial_stride = optional(None if ssm_state is None else has_initial_state, x, tl.int1)
+    ssm_state, _ = optional(ssm_state, x, tl.float32)
     computed_tokens, computed_stride = optional(computed_tokens, x, tl.int32)
     shape = {"HEADS": heads, "DIM": dim, "GROUPS": groups, "DSTATE": dstate, "CHUNK": chunk_size, "ALIGNED": aligned}
     launches = _launches(x.get_device(), dim, dstate, chunk_size, operand.itemsize)

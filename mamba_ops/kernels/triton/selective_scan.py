@@ -350,13 +350,13 @@ def _starts(
         first, chunks, low, count = chunks_of(row, cu_seqlens, length, CHUNK, BLOCK_ROWS)
 
     of_state = channel.to(tl.int64) * dim_stride + entry.to(tl.int64) * dstate_stride
-    carried = in_dim & (slot_stride >= 0) & is_set(row, has_initial_state, initial_stride)
+    carried = in_dim & is_set(row, has_initial_state, initial_stride)
     s = tl.load(ssm_state + source * slot_stride + of_state, carried, other=0.0).to(tl.float32)
 
     if write_slots is not None:
         if count <= 0:  # no token, no chunk: the state moves as it is
             target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
-            stored = (slot_stride >= 0) & (target != source) & (target >= 0) & (target != null_slot)
+            stored = (target != source) & (target >= 0) & (target != null_slot)
             tl.store(ssm_state + target * slot_stride + of_state, s, in_dim & stored)
 
     if states is not None:
@@ -509,7 +509,7 @@ def _outputs(
     if (is_first & is_last) == 0:
         begun = states + chunk.to(tl.int64) * (DSTATE * DIM)
         s = _of_state(begun, channel, one, in_dim, DIM, DSTATE, PARTS, WIDTH)
-    elif (slot_stride >= 0) & is_set(row, has_initial_state, initial_stride):
+    elif is_set(row, has_initial_state, initial_stride):
         given = ssm_state + source * slot_stride
         if dim_stride is None:
             s = _of_state(given, channel, DSTATE, in_dim, 1, DSTATE, PARTS, WIDTH)
@@ -635,6 +635,8 @@ def selective_scan(
     (z_token, z_row, z_channel), (o_token, o_row, o_channel) = at(z), at(output)
     (B_token, B_row, B_entry), (C_token, C_row, C_entry) = at(B), at(C)
     slots, slots_stride = optional(slots, u, tl.int32)
+    if ssm_state is None:  # then there is nothing to go on from, or to write
+        has_initial_state = write_slots = None
     has_initial_state, initial_stride = optional(has_initial_state, u, tl.int1)
     write_stride = None if write_slots is None else write_slots.stride(0)
     slot_stride, dim_stride, dstate_stride = (-1, 0, 0) if ssm_state is None else ssm_state.stride()
