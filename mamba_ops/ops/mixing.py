@@ -163,7 +163,6 @@ def batch_of(op: str, plan: PlanTensors, tokens: int, null_slot: int) -> Batch:
     Raises:
         ValueError: in a call of `op`, the counts are not those of `tokens` tokens in as many rows as the plan can have.
     """
-
     if plan.counts is None or plan.slots is None or plan.cu_seqlens is None:
         return Batch(None, None, None, 0)
     global _latest

@@ -28,10 +28,10 @@ SLOW_BUGS = {  # slow: interpreted matrix products
     "scale dropped": ("_factor(queries, L2NORM) * scale", "_factor(queries, L2NORM)"),
     "null rows not zeroed": ("tl.zeros([CHUNK, BLOCK], tl.float32), (t", "1.0, (t"),
     "null slot ignored": ("slots_stride, null_slot)", "slots_stride, -1)"),
-    "write slots ignored": ("    if write_slots is not None:", "    if False:"),
-    "null destination written": ("& (target >= 0) & (target != null_slot)", "& (target >= 0)"),
-    "empty row's state not copied": ("(stored | (target != source))", "stored"),
-    "empty row's state reset": ("(stored | (target != source))", "(stored | (target >= 0))"),
+    "write slots ignored": ("count, write_slots, write_stride", "count, None, write_stride"),
+    "null destination written": ("write_stride, null_slot)", "write_stride, -1)"),
+    "empty row's state not copied": ("stored &= slot_stride >= 0", "stored &= (slot_stride >= 0) & (count > 0)"),
+    "empty row's state reset": ("source, count, write_slots", "source, count + 1, write_slots"),
 }
 
 BAD_INPUT: list[BadInput] = [

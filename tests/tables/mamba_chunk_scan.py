@@ -27,9 +27,9 @@ SLOW_BUGS = {  # slow: interpreted matrix products
         "source = slot_of(row, slots, slots_stride, null_slot)",
         "source = slot_of(row, slots, slots_stride, -1)",
     ),
-    "null destination written": ("& (target >= 0) & (target != null_slot)", "& (target >= 0)"),
-    "write slots ignored": ("    if write_slots is not None:", "    if False:"),
-    "empty row resets its state": ("stored = count > 0", "stored = count >= 0"),
+    "null destination written": ("write_stride, null_slot)", "write_stride, -1)"),
+    "write slots ignored": ("count, write_slots, write_stride", "count, None, write_stride"),
+    "empty row resets its state": ("source, count, write_slots", "source, count + 1, write_slots"),
     "D dropped": ("y += u * tl.load(D + head)", "y += 0.0 * u * tl.load(D + head)"),
     "gate without sigmoid": ("y *= gate * tl.sigmoid(gate)", "y *= gate"),
 }

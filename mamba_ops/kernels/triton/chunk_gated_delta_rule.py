@@ -21,6 +21,7 @@ from mamba_ops.kernels.triton.common import (
     dense,
     is_dense,
     is_set,
+    last_slot,
     on_device_of,
     optional,
     slot_of,
@@ -244,11 +245,7 @@ def _scan(
         solved += V_HEADS * CHUNK * CHUNK
         weights += V_HEADS * CHUNK * CHUNK
 
-    target = source
-    stored = count > 0
-    if write_slots is not None:
-        target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
-        stored = (stored | (target != source)) & (target >= 0) & (target != null_slot)
+    target, stored = last_slot(row, source, count, write_slots, write_stride, null_slot)
     stored &= slot_stride >= 0
     tl.store(advanced(state, target * slot_stride, ALIGNED) + of_state, s, in_state & stored)
 

@@ -88,6 +88,17 @@ def slot_of(row, slots, slots_stride, null_slot):
 
 
 @triton.jit
+def last_slot(row, source, count, write_slots, write_stride, null_slot):
+    # Where the last state of a row of `count` tokens goes, and whether it does; without tokens it moves if it has to.
+    target = source
+    moves = count > 0
+    if write_slots is not None:
+        target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
+        moves = (moves | (target != source)) & (target >= 0) & (target != null_slot)
+    return target, moves
+
+
+@triton.jit
 def is_set(row, flags, flags_stride):
     # Whether a row's flag is set; stride -1: nobody's is.
     return tl.load(flags + row.to(tl.int64) * flags_stride, flags_stride >= 0, other=0) != 0

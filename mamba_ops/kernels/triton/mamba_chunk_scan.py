@@ -18,6 +18,7 @@ from mamba_ops.kernels.triton.common import (
     dense,
     is_dense,
     is_set,
+    last_slot,
     on_device_of,
     optional,
     slot_of,
@@ -196,9 +197,8 @@ def _states(
         of_state = channel.to(tl.int64)[:, None] * dim_stride + entry.to(tl.int64)[None, :] * dstate_stride
         of_state += head.to(tl.int64) * head_stride
     carried = is_set(row, has_initial_state, initial_stride)
-    s = tl.load(advanced(ssm_state, source * slot_stride, ALIGNED) + of_state, in_state & carried, other=0.0).to(
-        tl.float32
-    )
+    given = advanced(ssm_state, source * slot_stride, ALIGNED) + of_state
+    s = tl.load(given, in_state & carried, other=0.0).to(tl.float32)
 
     if count > 0:
         chunk = tl.load(first_chunks + row).to(tl.int64)
@@ -235,11 +235,7 @@ def _states(
         if chunk_states is not None:
             tl.store(chunk_states + last.to(tl.int64) * kept_stride + in_head, s, in_state)
 
-    target = source
-    stored = count > 0
-    if write_slots is not None:
-        target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
-        stored = (stored | (target != source)) & (target >= 0) & (target != null_slot)
+    target, stored = last_slot(row, source, count, write_slots, write_stride, null_slot)
     stored &= slot_stride >= 0
     tl.store(advanced(ssm_state, target * slot_stride, ALIGNED) + of_state, s, in_state & stored)
 

@@ -590,10 +590,9 @@ def selective_scan(
 ) -> None:
     """Write `output` and the last states; shapes and meaning are the op's, and are not checked again.
 
-    Nothing is copied but parameters and index tensors that are not dense. States that are not dense within a slot are
-    another variant. Where the channels of a token do not lie
+    Nothing is copied but parameters and index tensors that are not dense. Where the channels of a token do not lie
     together, or the rows of a batch do not follow each other, addresses are computed from more strides, and reading is
-    slower.
+    slower. States that are not dense within a slot are another variant.
     """
     rows = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     length = u.shape[1] if cu_seqlens is None else None
@@ -733,7 +732,7 @@ def selective_scan(
             initial_block,
             chunk_ends,
             last_chunk,
-            triton.reinterpret(u, tl.float32) if states is None else states,
+            optional(states, u, tl.float32)[0],
             rows,
             length,
             null_slot,
