@@ -33,13 +33,13 @@ class Draw:
         self.device, self.rows, self.length, self.rng = device, rows, length, rng
         self.sizes, self.dtype, self.state_dtype = SIZES | (sizes or {}), dtype, state_dtype
         self.lengths = [length if rng is None else rng.randint(0, length) for _ in range(rows)]
-        self.packed = False
+        self.packed = self.channel_major = False
         self.lead: tuple[int, ...] = (rows,)
 
     def form(self, form: str) -> set[str]:
         """Read a form's words; tokens are then laid out as it says."""
         words = set(form.split())
-        self.packed = "packed" in words
+        self.packed, self.channel_major = "packed" in words, "channel-major" in words
         if self.packed:
             self.lead = (sum(self.lengths) + self._any(1, 5),)
         elif "rows" in words:
@@ -61,6 +61,8 @@ class Draw:
         return 0 if self.rng is None else self.rng.randint(low, high)
 
     def tokens(self, *trail: int, dtype: torch.dtype | None = None) -> Tensor:
+        if self.channel_major:
+            return self.placed((*trail, *self.lead), dtype or self.dtype).movedim(-1, 0)
         return self.placed((*self.lead, *trail), dtype or self.dtype)
 
     def cache(self, *trail: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -173,7 +175,7 @@ def _qkv(draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
     return draw.tokens(k_heads, dim), draw.tokens(k_heads, dim), draw.tokens(heads, dim)
 
 
-_READS = ("rows", "packed", "rows cached", "packed cached")
+_READS = ("rows", "packed", "rows cached", "packed cached", "packed channel-major")
 _UPDATES = ("one token", "rows", "packed speculative")
 FORMS: dict[str, tuple[tuple[str, ...], Callable[[Draw, str], Sample]]] = {
     "causal_conv1d": (_READS, _conv),

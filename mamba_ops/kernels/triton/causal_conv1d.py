@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import cdiv, is_set, on_device_of, optional, slot_of
+from mamba_ops.kernels.triton.common import advanced, cdiv, is_set, on_device_of, optional, slot_of
+from mamba_ops.kernels.triton.layout import by_channel, write_back
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 _CHANNELS = 128  # that a warp owns: 8 bytes of bfloat16 a thread
@@ -23,13 +24,11 @@ _CHANNELS = 128  # that a warp owns: 8 bytes of bfloat16 a thread
         "initial_stride",
         "x_row",
         "x_token",
-        "x_channel",
         "state_slot",
         "state_column",
         "state_channel",
         "output_row",
         "output_token",
-        "output_channel",
     ],
     do_not_specialize_on_alignment=[
         "x_ptr",
@@ -58,13 +57,11 @@ def _kernel(
     initial_stride: tl.int64,
     x_row: tl.int64,
     x_token: tl.int64,
-    x_channel,  # None, and the other two with it: see _along
     state_slot: tl.int64,
     state_column: tl.int64,
-    state_channel,
+    state_channel,  # None: 1, and all tokens and columns start at multiples of 16 bytes
     output_row: tl.int64,
     output_token: tl.int64,
-    output_channel,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
@@ -72,6 +69,7 @@ def _kernel(
     BLOCK: tl.constexpr,
 ):
     HISTORY: tl.constexpr = WIDTH - 1
+    ALIGNED: tl.constexpr = state_channel is None
     BLOCKS: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     tile = program // BLOCKS
@@ -118,21 +116,22 @@ def _kernel(
     if slot < 0:
         for t in tl.static_range(BLOCK_T):
             live = inside & (begin + t < tokens)
-            tl.store(_along(output_ptr + t * output_token, channels, output_channel), 0.0, mask=live)
+            tl.store(advanced(output_ptr + t * output_token, channels, ALIGNED), 0.0, mask=live)
         return
 
     window: tl.tuple = ()
     for k in tl.static_range(HISTORY + BLOCK_T):
         token = begin + (k - HISTORY)
         live = inside & (token >= 0) & (token < tokens)
-        window += (tl.load(_along(x_ptr + token * x_token, channels, x_channel), mask=live, other=0.0).to(tl.float32),)
+        of_token = advanced(x_ptr + token * x_token, channels, ALIGNED)
+        window += (tl.load(of_token, mask=live, other=0.0).to(tl.float32),)
 
     # Only a sequence's first tile looks back into the cache; of both, the cache and x, one is zero.
     state_ptr += slot * state_slot
     looks_back = (tile == 0) & (state_slot >= 0) & carried
     past: tl.tuple = ()
     for k in tl.static_range(HISTORY):
-        column = _along(state_ptr + k * state_column, channels, state_channel)
+        column = _of_state(state_ptr + k * state_column, channels, state_channel)
         past += (window[k] + tl.load(column, mask=inside & looks_back, other=0.0).to(tl.float32),)
     window = past + window[HISTORY:]
 
@@ -143,7 +142,7 @@ def _kernel(
         if SILU:
             acc *= tl.sigmoid(acc)
         live = inside & (begin + t < tokens)
-        tl.store(_along(output_ptr + t * output_token, channels, output_channel), acc, mask=live)
+        tl.store(advanced(output_ptr + t * output_token, channels, ALIGNED), acc, mask=live)
 
     # The program of the first tile also stores what the sequence leaves in the cache, read from x even where it is
     # another tile's, so that no program writes what another one reads.
@@ -151,22 +150,22 @@ def _kernel(
         kept: tl.tuple = ()
         for k in tl.static_range(HISTORY):
             place = tokens + k  # in the window at the first token, then on through all inputs
-            source = _along(state_ptr + place * state_column, channels, state_channel)
+            source = _of_state(state_ptr + place * state_column, channels, state_channel)
             old = tl.load(source, mask=inside & looks_back & (place < HISTORY), other=0.0).to(tl.float32)
-            later = _along(x_ptr + (place - HISTORY) * x_token, channels, x_channel)
+            later = advanced(x_ptr + (place - HISTORY) * x_token, channels, ALIGNED)
             new = tl.load(later, mask=inside & (place >= HISTORY), other=0.0).to(tl.float32)
             kept += (tl.where(place < HISTORY, old, new),)
         # The thread that stores a column need not be the one that loaded it: all loads first.
         tl.debug_barrier()
         for k in tl.static_range(HISTORY):
-            tl.store(_along(state_ptr + k * state_column, channels, state_channel), kept[k], mask=inside)
+            tl.store(_of_state(state_ptr + k * state_column, channels, state_channel), kept[k], mask=inside)
 
 
 @triton.jit
-def _along(ptr, channels, stride):
+def _of_state(ptr, channels, stride):
     """Pointers to `channels` from `ptr` on; None: they are neighbours and `ptr` is a multiple of 16 bytes."""
     if stride is None:
-        return tl.multiple_of(ptr + channels, 16)
+        return advanced(ptr, channels, True)
     else:
         return ptr + channels.to(tl.int64) * stride
 
@@ -185,24 +184,27 @@ def causal_conv1d(
 ) -> None:
     """Write `output` and the final `conv_state` in place; the arguments are those of the op.
 
-    Fast where the channels of `x`, `conv_state` and `output` are contiguous and start at multiples of 16 bytes; any
-    other strides take a slower variant. Parameters and cu_seqlens are copied first if they are not contiguous.
+    Fast where the channels of `conv_state` are contiguous, and those of all three start at multiples of 16 bytes; else
+    a slower variant runs. An `x` whose channels are not contiguous is copied first, as are parameters and cu_seqlens;
+    such an output is written through a copy.
     """
+    flat = cu_seqlens is not None
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if sequences == 0 or x.numel() == 0:
         return
     dim, width = weight.shape
-    x_row, x_token, x_channel = x.stride(0), x.stride(-2), x.stride(-1)
+    x, written = by_channel(x, flat), by_channel(output, flat)
+    x_row, x_token = x.stride(0), x.stride(-2)
     state_slot, state_channel, state_column = (-1, 1, 0) if conv_state is None else conv_state.stride()
-    output_row, output_token, output_channel = output.stride(0), output.stride(-2), output.stride(-1)
+    output_row, output_token = written.stride(0), written.stride(-2)
     starts = (
-        (x.data_ptr() | output.data_ptr())
+        (x.data_ptr() | written.data_ptr())
         | (x_row | x_token) * x.element_size()
-        | (output_row | output_token) * output.element_size()
+        | (output_row | output_token) * written.element_size()
     )
     if conv_state is not None:
         starts |= conv_state.data_ptr() | (state_slot | state_column) * conv_state.element_size()
-    aligned = x_channel == state_channel == output_channel == 1 and starts % 16 == 0
+    aligned = state_channel == 1 and starts % 16 == 0
 
     slots, slots_stride = optional(slots, x, tl.int32)
     has_initial_state, initial_stride = optional(has_initial_state, x, tl.int1)
@@ -221,7 +223,7 @@ def causal_conv1d(
             x if conv_state is None else conv_state,
             slots,
             has_initial_state,
-            output,
+            written,
             None if cu_seqlens is None else sequences,
             x.shape[1] if cu_seqlens is None else None,
             null_slot,
@@ -229,18 +231,17 @@ def causal_conv1d(
             initial_stride,
             x_row,
             x_token,
-            None if aligned else x_channel,
             state_slot,
             state_column,
             None if aligned else state_channel,
             output_row,
             output_token,
-            None if aligned else output_channel,
             dim,
             width,
             silu,
             **launch,
         )
+    write_back(written, output, flat)
 
 
 @by_table(_kernel="BLOCK num_warps")

@@ -14,12 +14,9 @@ from torch import Tensor
 from mamba_ops.kernels.triton.common import (
     INTERPRETED,
     advanced,
-    by_token,
     cdiv,
     chunk_at,
     chunks_of,
-    dense,
-    is_dense,
     is_set,
     last_slot,
     on_device_of,
@@ -27,6 +24,7 @@ from mamba_ops.kernels.triton.common import (
     slot_of,
     tile,
 )
+from mamba_ops.kernels.triton.layout import by_token, dense, is_dense, write_back
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 CHUNK = 64
@@ -368,8 +366,7 @@ def chunk_gated_delta_rule(
             V_DIM=v_dim,
             **scan,
         )
-    if result.data_ptr() != output.data_ptr():
-        output.copy_(result.view(output.shape))
+    write_back(result, output, not batched)
 
 
 @by_table(_solve="num_warps num_stages", _scan="BLOCK num_warps num_stages")

@@ -121,28 +121,6 @@ def tile(pointer, i, i_stride, j, ALIGNED: tl.constexpr):
     return pointers
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether everything but the first dimension is laid out as in a contiguous tensor."""
-    if tensor.is_contiguous():
-        return True
-    shape, stride, dense = tensor.shape, tensor.stride(), 1
-    for axis in range(len(shape) - 1, 0, -1):
-        if stride[axis] != dense and shape[axis] != 1:
-            return False
-        dense *= shape[axis]
-    return True
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """The tensor itself where it is dense within an entry of its first dimension, else a copy."""
-    return tensor if is_dense(tensor) else tensor.contiguous()
-
-
-def by_token(tensor: Tensor, flat: bool) -> Tensor:
-    """An activation as (tokens, ...), dense within a token: itself, a view of it or else a copy."""
-    return dense(tensor if flat else tensor.flatten(0, 1))
-
-
 def optional(tensor: Tensor | None, like: Tensor, dtype: tl.dtype) -> tuple[Any, int]:
     """What a kernel is given for a tensor that callers may leave out: it, and the stride of its first dimension.
 

@@ -13,10 +13,7 @@ from torch import Tensor
 from mamba_ops.kernels.triton.common import (
     INTERPRETED,
     advanced,
-    by_token,
     cdiv,
-    dense,
-    is_dense,
     is_set,
     last_slot,
     on_device_of,
@@ -25,6 +22,7 @@ from mamba_ops.kernels.triton.common import (
     softplus,
     tile,
 )
+from mamba_ops.kernels.triton.layout import by_token, dense, is_dense, write_back
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
@@ -478,8 +476,7 @@ def mamba_chunk_scan(
                 **shape,
                 **outputs,
             )
-    if written.data_ptr() != output.data_ptr():
-        output.copy_(written.view(output.shape))
+    write_back(written, output, flat)
     if chunk_states is not None and kept is not None and kept.data_ptr() != chunk_states.data_ptr():
         chunk_states.copy_(kept)
 

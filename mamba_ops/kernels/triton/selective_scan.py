@@ -22,27 +22,24 @@ from mamba_ops.kernels.triton.common import (
     cdiv,
     chunk_at,
     chunks_of,
-    dense,
-    is_dense,
     is_set,
     on_device_of,
     optional,
     slot_of,
     softplus,
 )
+from mamba_ops.kernels.triton.layout import by_token, dense, is_dense, write_back
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 CHUNK = 64  # tokens, counted from a row's first one
 MORE_VARIANTS = {  # than two of a kernel that random calls of one form may compile: how many, and why
-    "_ends": (3, "strided, in words of four numbers, or neither"),
-    "_outputs": (6, "strided, in words of four numbers, or neither; states that are dense within a slot or not"),
+    "_outputs": (4, "B and C in words of four numbers or not; states that are dense within a slot or not"),
 }
 
 # What varies from call to call: Triton would compile anew for some values.
 _NUMBERS = """rows length null_slot one A_channel A_entry slots_stride write_stride initial_stride slot_stride
     dim_stride dstate_stride block_size
-    u_token delta_token z_token output_token B_token C_token u_row delta_row z_row output_row B_row C_row
-    u_channel delta_channel z_channel output_channel B_group C_group B_entry C_entry""".split()
+    u_token delta_token z_token output_token B_token C_token""".split()
 _POINTERS = """u delta A B C D z delta_bias output ssm_state slots write_slots has_initial_state cu_seqlens
     first_block last_block initial_block chunk_ends last_chunk""".split()
 
@@ -77,33 +74,7 @@ def _source(row, slots, initial_block, slots_stride, null_slot):
 
 
 @triton.jit
-def _first_token(tensor, row, token, row_stride, token_stride, base, base_stride, STRIDED: tl.constexpr):
-    # to where a token begins: a number for all threads, so that walking on costs nothing
-    tensor += token.to(tl.int64) * token_stride + base * base_stride
-    if STRIDED:
-        tensor += row.to(tl.int64) * row_stride
-    return tensor
-
-
-@triton.jit
-def _lanes(lane, lane_stride, STRIDED: tl.constexpr):
-    # offsets of the numbers `lane` of a token
-    if STRIDED:
-        return lane.to(tl.int64) * lane_stride
-    else:
-        return lane
-
-
-@triton.jit
-def _entries(
-    tensor,
-    entry_stride,
-    DSTATE: tl.constexpr,
-    PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STRIDED: tl.constexpr,
-    WORDS: tl.constexpr,
-):
+def _entries(tensor, DSTATE: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr):
     # B or C of a token as it lies there: WIDTH times PARTS numbers, or words of four
     part = tl.arange(0, PARTS)
     found = ()
@@ -114,10 +85,7 @@ def _entries(
     else:
         for number in tl.static_range(WIDTH):
             entry = part * WIDTH + number
-            if STRIDED:
-                found += (tl.load(tensor + entry.to(tl.int64) * entry_stride, entry < DSTATE, other=0.0),)
-            else:
-                found += (tl.load(tensor + entry, entry < DSTATE, other=0.0),)
+            found += (tl.load(tensor + entry, entry < DSTATE, other=0.0),)
     return found
 
 
@@ -231,18 +199,10 @@ def _ends(
     u_token,
     delta_token,
     B_token,
-    u_row,
-    delta_row,
-    B_row,
-    u_channel,
-    delta_channel,
-    B_group,
-    B_entry,
     DIM: tl.constexpr,
     DSTATE: tl.constexpr,
     GROUPS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    STRIDED: tl.constexpr,
     WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -269,11 +229,9 @@ def _ends(
     if delta_bias is not None:
         bias = tl.load(delta_bias + channel, in_dim, other=0.0).to(tl.float32)
 
-    u = _first_token(u, row, low, u_row, u_token, 0, 0, STRIDED)
-    u += _lanes(channel, u_channel, STRIDED)
-    delta = _first_token(delta, row, low, delta_row, delta_token, 0, 0, STRIDED)
-    delta += _lanes(channel, delta_channel, STRIDED)
-    B = _first_token(B, row, low, B_row, B_token, group, B_group, STRIDED)
+    u += low.to(tl.int64) * u_token + channel
+    delta += low.to(tl.int64) * delta_token + channel
+    B += low.to(tl.int64) * B_token + group * DSTATE
     s = ()
     for _ in tl.static_range(WIDTH):
         s += (tl.zeros([PARTS, BLOCK], tl.float32),)
@@ -290,7 +248,7 @@ def _ends(
         delta += more * delta_token
         x = tl.load(u, in_dim, other=0.0)
         d = tl.load(delta, in_dim, other=0.0)
-        b = _entries(B, B_entry, DSTATE, PARTS, WIDTH, STRIDED, WORDS)
+        b = _entries(B, DSTATE, PARTS, WIDTH, WORDS)
         B += B_token
         step = _step_size(step, bias, SOFTPLUS)
         s = _after(s, step, step * rhs, rates, _numbers(b, B.dtype.element_ty, WIDTH, WORDS), WIDTH)
@@ -432,25 +390,10 @@ def _outputs(
     output_token,
     B_token,
     C_token,
-    u_row,
-    delta_row,
-    z_row,
-    output_row,
-    B_row,
-    C_row,
-    u_channel,
-    delta_channel,
-    z_channel,
-    output_channel,
-    B_group,
-    C_group,
-    B_entry,
-    C_entry,
     DIM: tl.constexpr,
     DSTATE: tl.constexpr,
     GROUPS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    STRIDED: tl.constexpr,
     WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -473,8 +416,7 @@ def _outputs(
     if row >= rows:
         return
     source = _source(row, slots, initial_block, slots_stride, null_slot)
-    output = _first_token(output, row, low, output_row, output_token, 0, 0, STRIDED)
-    output += _lanes(channel, output_channel, STRIDED)
+    output += low.to(tl.int64) * output_token + channel
     if source < 0:
         for _ in range(low, high):
             tl.store(output, tl.zeros([BLOCK], tl.float32), in_dim)
@@ -488,18 +430,15 @@ def _outputs(
     if D is not None:
         skip = tl.load(D + channel, in_dim, other=0.0).to(tl.float32)
 
-    u = _first_token(u, row, low, u_row, u_token, 0, 0, STRIDED)
-    u += _lanes(channel, u_channel, STRIDED)
-    delta = _first_token(delta, row, low, delta_row, delta_token, 0, 0, STRIDED)
-    delta += _lanes(channel, delta_channel, STRIDED)
-    B = _first_token(B, row, low, B_row, B_token, group, B_group, STRIDED)
-    C = _first_token(C, row, low, C_row, C_token, group, C_group, STRIDED)
+    u += low.to(tl.int64) * u_token + channel
+    delta += low.to(tl.int64) * delta_token + channel
+    B += low.to(tl.int64) * B_token + group * DSTATE
+    C += low.to(tl.int64) * C_token + group * DSTATE
     some = low < high
     x = tl.load(u, in_dim & some, other=0.0)
     d = tl.load(delta, in_dim & some, other=0.0)
     if z is not None:
-        z = _first_token(z, row, low, z_row, z_token, 0, 0, STRIDED)
-        z += _lanes(channel, z_channel, STRIDED)
+        z += low.to(tl.int64) * z_token + channel
         next_gate = tl.load(z, in_dim & some, other=0.0)
 
     # Behind what waits for no flag.
@@ -529,8 +468,8 @@ def _outputs(
             gate = next_gate.to(tl.float32)
             z += more * z_token
             next_gate = tl.load(z, in_dim, other=0.0)
-        b = _entries(B, B_entry, DSTATE, PARTS, WIDTH, STRIDED, WORDS)
-        c = _entries(C, C_entry, DSTATE, PARTS, WIDTH, STRIDED, WORDS)
+        b = _entries(B, DSTATE, PARTS, WIDTH, WORDS)
+        c = _entries(C, DSTATE, PARTS, WIDTH, WORDS)
         B += B_token
         C += C_token
         step = _step_size(step, bias, SOFTPLUS)
@@ -590,15 +529,19 @@ def selective_scan(
 ) -> None:
     """Write `output` and the last states; shapes and meaning are the op's, and are not checked again.
 
-    Nothing is copied but parameters and index tensors that are not dense. Where the channels of a token do not lie
-    together, or the rows of a batch do not follow each other, addresses are computed from more strides, and reading is
-    slower. States that are not dense within a slot are another variant.
+    Every token of an activation must be dense: others are copied first, as are parameters and index tensors that are
+    not, and an output that is not is written through a copy. States that are not dense within a slot are another
+    variant.
     """
+    flat = cu_seqlens is not None
     rows = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    length = u.shape[1] if cu_seqlens is None else None
-    (dim, dstate), tokens = A.shape, u.numel() // A.shape[0]
+    length = None if flat else u.shape[1]
     if rows == 0:
         return
+    written = by_token(output, flat)
+    u, delta, B, C = by_token(u, flat), by_token(delta, flat), by_token(B, flat), by_token(C, flat)
+    z = None if z is None else by_token(z, flat)
+    (dim, dstate), tokens, groups = A.shape, u.shape[0], B.shape[1] if B.dim() == 3 else 1
     if chunk_ends is not None:
         chunks = chunk_ends.shape[0]
     elif length is not None:
@@ -614,25 +557,6 @@ def selective_scan(
         for t in (cu_seqlens, first_block, last_block, initial_block, chunk_ends, last_chunk)
     )
     slots, write_slots = (None if t is None else dense(t) for t in (slots, write_slots))
-    groups = B.shape[-2] if B.dim() > u.dim() else 1
-    channels, entries = (u, delta, z, output), (B, C)
-    strided = not all(t is None or _is_plain(t, length is not None) for t in (*channels, *entries))
-
-    def at(tensor: Tensor | None) -> tuple[int | None, int | None, int | None]:
-        """From token to token; from row to row, beyond a row's tokens; from channel to channel, or entry to entry."""
-        if tensor is None:
-            return None, None, None
-        row, token, *_, last = tensor.stride() if length is not None else (0, *tensor.stride())
-        if not strided:
-            return token if length != 1 else row, None, None
-        return token, row - (length or 0) * token, last
-
-    def group_stride(tensor: Tensor) -> int:
-        return tensor.stride(-2) if tensor.dim() > u.dim() else 0
-
-    (u_token, u_row, u_channel), (d_token, d_row, d_channel) = at(u), at(delta)
-    (z_token, z_row, z_channel), (o_token, o_row, o_channel) = at(z), at(output)
-    (B_token, B_row, B_entry), (C_token, C_row, C_entry) = at(B), at(C)
     slots, slots_stride = optional(slots, u, tl.int32)
     if ssm_state is None:  # then there is nothing to go on from, or to write
         has_initial_state = write_slots = None
@@ -644,9 +568,9 @@ def selective_scan(
 
     launches = _launches(u.get_device(), dim, dstate)
     ends, starts, outputs = (launches[kernel] for kernel in ("_ends", "_starts", "_outputs"))
-    words = not strided and dstate % 4 == 0 and outputs["WIDTH"] % 4 == 0 and all(map(_in_words, entries))
+    words = outputs["WIDTH"] % 4 == 0 and _in_words(B) and _in_words(C)
     sizes = {"DIM": dim, "DSTATE": dstate, "CHUNK": CHUNK, "BLOCK_ROWS": 128}
-    sizes_of_tokens = {**sizes, "GROUPS": groups, "SOFTPLUS": delta_softplus, "STRIDED": strided, "WORDS": words}
+    sizes_of_tokens = {**sizes, "GROUPS": groups, "SOFTPLUS": delta_softplus, "WORDS": words}
     states = sums = None
     with on_device_of(u):
         if several and tokens:
@@ -671,16 +595,9 @@ def selective_scan(
                 1,
                 *A.stride(),
                 slots_stride,
-                u_token,
-                d_token,
-                B_token,
-                u_row,
-                d_row,
-                B_row,
-                u_channel,
-                d_channel,
-                group_stride(B),
-                B_entry,
+                u.stride(0),
+                delta.stride(0),
+                B.stride(0),
                 **sizes_of_tokens,
                 **ends,
             )
@@ -722,7 +639,7 @@ def selective_scan(
             D,
             z,
             delta_bias,
-            output,
+            written,
             ssm_state,
             slots,
             write_slots,
@@ -744,45 +661,21 @@ def selective_scan(
             slot_stride,
             None if plain else dim_stride,
             None if plain else dstate_stride,
-            u_token,
-            d_token,
-            z_token,
-            o_token,
-            B_token,
-            C_token,
-            u_row,
-            d_row,
-            z_row,
-            o_row,
-            B_row,
-            C_row,
-            u_channel,
-            d_channel,
-            z_channel,
-            o_channel,
-            group_stride(B),
-            group_stride(C),
-            B_entry,
-            C_entry,
+            u.stride(0),
+            delta.stride(0),
+            None if z is None else z.stride(0),
+            written.stride(0),
+            B.stride(0),
+            C.stride(0),
             **sizes_of_tokens,
             **outputs,
         )
-
-
-def _is_plain(tensor: Tensor, batched: bool) -> bool:
-    """Whether a token's channels (or entries) lie together, and the rows of a batch follow each other."""
-    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
-        return False
-    if not batched or tensor.shape[0] == 1:
-        return True
-    row, token = tensor.stride()[:2]
-    return tensor.shape[1] == 1 or row == tensor.shape[1] * token
+    write_back(written, output, flat)
 
 
 def _in_words(tensor: Tensor) -> bool:
-    """Whether every token's B or C is made of whole words of four numbers of 2 bytes."""
-    strides = tensor.stride()[:-1]
-    return tensor.element_size() == 2 and tensor.data_ptr() % 8 == 0 and all(stride % 4 == 0 for stride in strides)
+    """Whether the B or C of every token and group is made of whole words of four numbers of 2 bytes."""
+    return tensor.itemsize == 2 and tensor.data_ptr() % 8 == 0 and (tensor.stride(0) | tensor.shape[-1]) % 4 == 0
 
 
 @by_table(_ends="BLOCK num_warps", _starts="BLOCK num_warps", _outputs="BLOCK num_warps")

@@ -9,15 +9,13 @@ from torch import Tensor
 
 from mamba_ops.kernels.triton.common import (
     advanced,
-    by_token,
     cdiv,
-    dense,
-    is_dense,
     on_device_of,
     optional,
     slot_of,
     softplus,
 )
+from mamba_ops.kernels.triton.layout import by_token, dense, is_dense, write_back
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 # What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
@@ -341,8 +339,7 @@ def selective_state_update(
             HARDWARE=round_by_hardware,
             **launch,
         )
-    if written.data_ptr() != output.data_ptr():
-        output.copy_(written.view(output.shape))
+    write_back(written, output, flat)
 
 
 @by_table(_kernel="BLOCK num_warps")
