@@ -1,6 +1,7 @@
 """What cannot run here, by the hooks themselves; and the helper for tests of models."""
 
 import contextlib
+import runpy
 import sys
 import time
 import types
@@ -93,7 +94,7 @@ def test_a_limit_goes_past_except_exception_and_is_over_with_its_block():
     time.sleep(0.1)
 
 
-def test_a_limit_that_is_lost_in_a_destructor_comes_again_and_nothing_is_said(monkeypatch, capfd):
+def test_a_limit_that_is_lost_in_a_destructor_comes_again_and_nothing_is_said(capfd):
     class Slow:
         def __del__(self):
             time.sleep(1)
@@ -102,7 +103,6 @@ def test_a_limit_that_is_lost_in_a_destructor_comes_again_and_nothing_is_said(mo
         Slow()
         time.sleep(10)
 
-    monkeypatch.setattr(limit, "_AGAIN", 0.2)
     hook = sys.unraisablehook
     begin = time.monotonic()
     with pytest.raises(TimeIsUp), at_most(0.1):
@@ -110,6 +110,61 @@ def test_a_limit_that_is_lost_in_a_destructor_comes_again_and_nothing_is_said(mo
     assert time.monotonic() - begin < 5
     assert sys.unraisablehook is hook
     assert capfd.readouterr().err == ""
+
+
+def test_a_limit_waits_for_an_import_and_for_the_end_of_a_with_block(tmp_path, monkeypatch):
+    class Mode:
+        ended = False
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            time.sleep(0.2)
+            self.ended = True
+
+    def briefly_in(mode):
+        with mode:
+            pass
+        time.sleep(10)
+
+    mode = Mode()
+    with pytest.raises(TimeIsUp), at_most(0.1):
+        briefly_in(mode)
+    assert mode.ended
+
+    (tmp_path / "imported_late.py").write_text("import time\ntime.sleep(0.3)\nwhole = True\n")
+    (tmp_path / "imports.py").write_text("import time, imported_late\ntime.sleep(10)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TimeIsUp), at_most(0.1):
+        runpy.run_path(str(tmp_path / "imports.py"))
+    assert sys.modules.pop("imported_late").whole
+
+
+def test_a_limit_waits_for_so_long_alone(monkeypatch):
+    class Endless:
+        def __enter__(self):
+            time.sleep(10)
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(limit, "_PATIENCE", 0.2)
+    begin = time.monotonic()
+    with pytest.raises(TimeIsUp), at_most(0.1), Endless():
+        pass
+    assert time.monotonic() - begin < 5
+
+
+def test_a_limit_that_somebody_swallows_comes_at_the_end():
+    def swallows():
+        try:
+            time.sleep(10)
+        except BaseException:
+            return True
+
+    with pytest.raises(TimeIsUp), at_most(0.1):
+        assert swallows()
 
 
 def test_copies_have_a_limit_of_their_own(monkeypatch):

@@ -195,7 +195,7 @@ def make(): return Slow(), torch.ones(4, 8)
 def test_after_the_limit_it_shows_what_is_known(tmp_path):
     file = tmp_path / "endless.py"
     file.write_text(SLOW)
-    result = CliRunner().invoke(app, [f"{file}:make", "--limit", "3"])
+    result = CliRunner().invoke(app, [f"{file}:make", "--limit", "5"])
     assert result.exit_code == 130
     assert "Interrupted. Found by then: 1 graph break." in result.output
 
