@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import advanced, cdiv, is_set, on_device_of, optional, slot_of
+from mamba_ops.kernels.triton.common import advanced, along, cdiv, is_set, on_device_of, optional, slot_of
 from mamba_ops.kernels.triton.layout import by_channel, write_back
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
@@ -131,7 +131,7 @@ def _kernel(
     looks_back = (tile == 0) & (state_slot >= 0) & carried
     past: tl.tuple = ()
     for k in tl.static_range(HISTORY):
-        column = _of_state(state_ptr + k * state_column, channels, state_channel)
+        column = along(state_ptr + k * state_column, channels, state_channel)
         past += (window[k] + tl.load(column, mask=inside & looks_back, other=0.0).to(tl.float32),)
     window = past + window[HISTORY:]
 
@@ -150,7 +150,7 @@ def _kernel(
         kept: tl.tuple = ()
         for k in tl.static_range(HISTORY):
             place = tokens + k  # in the window at the first token, then on through all inputs
-            source = _of_state(state_ptr + place * state_column, channels, state_channel)
+            source = along(state_ptr + place * state_column, channels, state_channel)
             old = tl.load(source, mask=inside & looks_back & (place < HISTORY), other=0.0).to(tl.float32)
             later = advanced(x_ptr + (place - HISTORY) * x_token, channels, ALIGNED)
             new = tl.load(later, mask=inside & (place >= HISTORY), other=0.0).to(tl.float32)
@@ -158,16 +158,7 @@ def _kernel(
         # The thread that stores a column need not be the one that loaded it: all loads first.
         tl.debug_barrier()
         for k in tl.static_range(HISTORY):
-            tl.store(_of_state(state_ptr + k * state_column, channels, state_channel), kept[k], mask=inside)
-
-
-@triton.jit
-def _of_state(ptr, channels, stride):
-    """Pointers to `channels` from `ptr` on; None: they are neighbours and `ptr` is a multiple of 16 bytes."""
-    if stride is None:
-        return advanced(ptr, channels, True)
-    else:
-        return ptr + channels.to(tl.int64) * stride
+            tl.store(along(state_ptr + k * state_column, channels, state_channel), kept[k], mask=inside)
 
 
 def causal_conv1d(

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.kernels.triton.common import cdiv, on_device_of, optional, slot_of
+from mamba_ops.kernels.triton.common import along, cdiv, on_device_of, optional, slot_of
 from mamba_ops.kernels.triton.tables import Launches, by_table
 
 
@@ -52,7 +52,7 @@ def _kernel(
     slots_stride: tl.int64,
     x_row: tl.int64,
     x_token: tl.int64,
-    x_channel,  # None, and the other two with it: see _along
+    x_channel,  # None, and the other two with it: see along
     state_slot: tl.int64,
     state_column: tl.int64,
     state_channel,
@@ -91,7 +91,7 @@ def _kernel(
     slot = slot_of(row, slots_ptr, slots_stride, null_slot)
     if slot < 0:
         for _ in range(tokens):
-            tl.store(_along(output_ptr, channels, output_channel), 0.0, mask=inside)
+            tl.store(along(output_ptr, channels, output_channel), 0.0, mask=inside)
             output_ptr += output_token
         return
     state_ptr += slot * state_slot
@@ -102,28 +102,28 @@ def _kernel(
 
     window: tl.tuple = ()
     for _ in tl.static_range(HISTORY):
-        window += (tl.load(_along(source_ptr, channels, state_channel), mask=inside).to(tl.float32),)
+        window += (tl.load(along(source_ptr, channels, state_channel), mask=inside).to(tl.float32),)
         source_ptr += state_column
 
     # The thread that stores a column need not be the one that loaded it: the whole window first.
     tl.debug_barrier()
     if accepted_ptr is not None:
         for k in tl.static_range(1, HISTORY):
-            tl.store(_along(state_ptr, channels, state_channel), window[k], mask=inside)
+            tl.store(along(state_ptr, channels, state_channel), window[k], mask=inside)
             state_ptr += state_column
 
     column = HISTORY - 1
     for _ in range(tokens):
-        newest = tl.load(_along(x_ptr, channels, x_channel), mask=inside).to(tl.float32)
+        newest = tl.load(along(x_ptr, channels, x_channel), mask=inside).to(tl.float32)
         window += (newest,)
         acc = bias
         for k in tl.static_range(WIDTH):
             acc += window[k] * taps[k]
         if SILU:
             acc *= tl.sigmoid(acc)
-        tl.store(_along(output_ptr, channels, output_channel), acc, mask=inside)
+        tl.store(along(output_ptr, channels, output_channel), acc, mask=inside)
         if accepted_ptr is not None:
-            tl.store(_along(state_ptr, channels, state_channel), newest, mask=inside & (column < STATE_LEN))
+            tl.store(along(state_ptr, channels, state_channel), newest, mask=inside & (column < STATE_LEN))
             state_ptr += state_column
             column += 1
         window = window[1:]
@@ -132,17 +132,8 @@ def _kernel(
 
     if accepted_ptr is None:
         for k in tl.static_range(HISTORY):
-            tl.store(_along(state_ptr, channels, state_channel), window[k], mask=inside)
+            tl.store(along(state_ptr, channels, state_channel), window[k], mask=inside)
             state_ptr += state_column
-
-
-@triton.jit
-def _along(ptr, channels, stride):
-    """Pointers to `channels` from `ptr` on; None: they are neighbours and `ptr` is a multiple of 16 bytes."""
-    if stride is None:
-        return tl.multiple_of(ptr + channels, 16)
-    else:
-        return ptr + channels.to(tl.int64) * stride
 
 
 def causal_conv1d_update(

@@ -113,6 +113,15 @@ def advanced(pointer, offset, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def along(pointer, channels, stride):
+    # pointers to some channels; stride None: they are neighbours, and the first one is at a multiple of 16 bytes
+    if stride is None:
+        return tl.multiple_of(pointer + channels, 16)
+    else:
+        return pointer + channels.to(tl.int64) * stride
+
+
+@triton.jit
 def tile(pointer, i, i_stride, j, ALIGNED: tl.constexpr):
     # pointers to the entries j of rows i; where ALIGNED, rows start at multiples of 16 bytes
     pointers = pointer + i.to(tl.int64)[:, None] * i_stride + j[None, :]
