@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import mamba_ops
 from mamba_ops import layers
+from mamba_ops.cold_start import warming
+from mamba_ops.cold_start.layers import TOKENS
 from mamba_ops.registry import Backend, CompilationError, Namespace, RegistryError, Sample, compiling, given
 from tests.harness import OPS, compiled_for_a_gpu, environment
 
@@ -214,6 +216,15 @@ def test_alike_layers_are_warmed_up_once_and_told_of_in_one_line(caplog):
     assert len({row.variant for row in report}) == 16
     assert len(report) == len({(row.op, row.variant) for row in report})
     assert [record.name for record in caplog.records] == ["mamba_ops"]
+
+
+def test_the_last_that_it_does_is_what_serving_does_all_the_time(monkeypatch):
+    model = nn.Sequential(*(layers.Mamba(24, dstate=4) for _ in range(3)))
+    done = []
+    monkeypatch.setattr(warming.gc, "collect", lambda: done.append("collected"))
+    model[0].register_forward_hook(lambda layer, args, output: done.append(tuple(output.shape)))
+    assert mamba_ops.warm_up(model, device="cpu").skipped == []
+    assert done[-3:] == ["collected", (TOKENS + 1, 24), (TOKENS + 1, 24)]
 
 
 def test_a_layer_that_is_incomplete_is_skipped_with_a_line():

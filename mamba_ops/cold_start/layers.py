@@ -89,6 +89,20 @@ def before_calls_of(module: nn.Module) -> Iterator[tuple[str, Callable[[], objec
     yield "plans", lambda: [Plan.zeros(1, max_requests=rows, device=device) for rows in ROWS]
 
 
+def rehearsal_of(module: nn.Module, state_dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield what serving does with a layer of ours all the time: a plan, made and run."""
+    if not isinstance(module, Mamba | Mamba2 | GatedDeltaNet):
+        return
+    weight = module.out_proj.weight
+
+    def step() -> None:
+        plan, _ = _plans(TOKENS, weight.device)
+        hidden = torch.randn(plan.tokens, weight.shape[0], device=weight.device, dtype=weight.dtype)
+        module(hidden, *module.empty_caches(SLOTS, state_dtype=state_dtype), plan=plan)
+
+    yield from [("a plan", step)] * 2
+
+
 def _multiply(linear: nn.Linear) -> None:
     """Libraries that multiply load another kernel when they first meet some sizes."""
     tokens = torch.randn(max(MANY), linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)

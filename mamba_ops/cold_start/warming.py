@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from mamba_ops.cold_start.layers import Layer, before_calls_of, calls_of, layers_of, on_device
+from mamba_ops.cold_start.layers import Layer, before_calls_of, calls_of, layers_of, on_device, rehearsal_of
 from mamba_ops.cold_start.loading import Load, Loader, cores, hash_triton, seconds_by_kernel
 from mamba_ops.registry import Op, Selection, backends, generation, ops, record_selections, use_backend
 from mamba_ops.registry.backend import COMPOSED
@@ -91,6 +91,7 @@ class _Unit(NamedTuple):
 
     Attributes:
         before: calls that run none of the ops, and are made before those that do.
+        after: calls that are made again when all is done.
     """
 
     name: str
@@ -98,6 +99,7 @@ class _Unit(NamedTuple):
     calls: Callable[[], Calls]
     backend: str | None
     before: Callable[[], Calls] = tuple
+    after: Callable[[], Calls] = tuple
 
 
 _done: dict[tuple[Any, ...], list[Row]] = {}
@@ -155,7 +157,10 @@ def _of_model(
         def before(here: Callable[[], nn.Module] = here) -> Calls:
             return before_calls_of(here())
 
-        yield _Unit(layer.name, (*common, *layer.kind, *pair), calls, backend, before)
+        def after(here: Callable[[], nn.Module] = here) -> Calls:
+            return rehearsal_of(here(), state_dtype)
+
+        yield _Unit(layer.name, (*common, *layer.kind, *pair), calls, backend, before, after)
 
 
 def _of_ops(
@@ -243,31 +248,31 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
             rows[number, variant] += [_row(r, variant, [*loads, *more], seen=True) for r in dict.fromkeys(ran)]
 
     hashing = threading.Thread(target=hash_triton) if device.type != "cpu" else None
-    with ExitStack() as stack:
-        stack.enter_context(random_state)
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(allow_jit())
+    with random_state, torch.no_grad(), allow_jit():
         if hashing is not None:
             hashing.start()
             for unit in units:
                 for _, run in _tried(unit, unit.before, report):
                     run()
-        ran = stack.enter_context(record_selections())
         loader = Loader(processes or cores(), hashing) if _triton_compiles(device) else None
-        if loader is not None:
-            stack.enter_context(loader.active())
-        call_all("calling each once", first)
-        if loader is not None and later:
-            loader.wait(progress)
-            call_all("calling what was compiled", again)
+        with record_selections() as ran, loader.active() if loader else nullcontext():
+            call_all("calling each once", first)
+            if loader is not None and later:
+                loader.wait(progress)
+                call_all("calling what was compiled", again)
+        look_ahead()
+        gc.collect()  # all that was imported is due to be looked at: now, rather than in the first request
+        for unit in units:  # the first request finds the processor's caches as the tenth does
+            for _, run in _tried(unit, unit.after, report):
+                run()
+        if device.type != "cpu":
+            module.synchronize(device)
     for number, unit in enumerate(units):
         _done[unit.key] = [row for (at, _), of_call in rows.items() if at == number for row in of_call]
     loads = list(loader.loads.values()) if loader else []
     report.compiled = sum(load.from_disk is False for load in loads)
     report.loaded = sum(load.from_disk is True for load in loads)
     report.slowest = seconds_by_kernel(loads)
-    look_ahead()
-    gc.collect()  # all that was imported is due to be looked at: now, rather than in the first request
     if measures:
         report.peak_bytes = module.max_memory_allocated(device) - before
 
