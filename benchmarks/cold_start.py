@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Row, facts, page, report
+from benchmarks.peers import versions
 from benchmarks.serving_steps import LENGTHS
 
 ROLES = {  # and the folder of caches that each begins with; one that comes again is full
@@ -169,7 +170,7 @@ def main() -> None:
     known = facts(options)
     if tuple(options.roles) != USUAL:
         known["command"] += f" --roles {' '.join(options.roles)}"
-    known["parts"] = []
+    known |= {"vllm": versions()["vLLM"], "parts": []}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for role in options.roles:
             known["parts"].append(run(role, options, Path(folder)))
@@ -186,6 +187,7 @@ def show(options: argparse.Namespace, known: dict[str, Any]) -> None:
             f"{LENGTHS}; one at a time, each with four more tokens, through the 24 Mamba-2 layers",
             "each case is a fresh process; `full` finds the caches that `empty` left, the others begin with none",
             "no embedding, no head, no attention; layers run eagerly but where `compiled` says otherwise",
+            f"torch {known['torch']}, triton {known['triton']}; the Triton kernels of vLLM {known['vllm']}",
             *(f"{p['role']}: the whole process took {p['process_seconds']:.0f} s" for p in known["parts"]),
             *(f"{p['role']}: FAILED with exit code {p['failed']}" for p in known["parts"] if "failed" in p),
         ],

@@ -134,7 +134,7 @@ def page(
 ) -> str:
     """A markdown page: for every op its table, of columns and rows, then the notes and the command."""
     text = io.StringIO()
-    console = Console(file=text, width=200, markup=False, highlight=False)  # the same in a log as in a terminal
+    console = Console(file=text, width=1000, markup=False, highlight=False)  # no cell is cut, in a log or in a terminal
     console.print(f"# {title} on {facts['device']}, {facts['date']}")
     for op, (columns, rows) in tables.items():
         table = Table(box=MARKDOWN)

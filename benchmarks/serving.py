@@ -98,16 +98,17 @@ def main() -> None:
     given = options("serving", __doc__, SIZES)
     sizes = {given.op: SIZES[given.op]} if given.op else SIZES
     sizes = sizes if given.device.type != "cpu" else {"tiny": TINY}
+    known = facts(given)
     tables = {name: (COLUMNS, measure(size, given.device)) for name, size in sizes.items()}
     notes = [
         "one request, 2 Mamba-2 and 2 attention layers, bfloat16 weights, float32 states",
         "the copies of a step's tokens and plan are among the kernels",
+        f"torch {known['torch']}, triton {known['triton']}",
     ]
     for name, (_, rows) in tables.items():
         for row in rows:
             if row.get("ratio", 0) > LIMIT:
                 notes.append(f"FAILED: {name} on {row['case']}: {row['ratio']:.2f} times its kernels, expected {LIMIT}")
-    known = facts(given)
     results = {**known, "sizes": {name: rows for name, (_, rows) in tables.items()}}
     report(given, page("Decode under one graph", known, tables, notes), results)
 
