@@ -118,7 +118,8 @@ def run_here(options: Options, report: Report, tell: Callable[[str], None]) -> R
             **kwargs,
         )
     report.target = options.target
-    if torch.device(options.device).type != "cpu" and any("triton" in ran for ran in report.backends.values()):
+    here = torch.device(options.device).type != "cpu" and not report.absent
+    if here and any("triton" in ran for ran in report.backends.values()):
         from mamba_ops.cold_start.variants import audit_specialization
 
         tell("asking Triton for variants of the kernels")

@@ -222,27 +222,29 @@ def test_ctrl_c_shows_what_is_known(tmp_path, device):
     assert not Report.from_json(report.read_text()).finished
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is not installed")
-def test_our_ops_on_an_absent_device(tmp_path):
+@pytest.mark.parametrize(
+    ("factory", "expected", "backend"),
+    [
+        ("as_input", [("capture-input", "state", "note")], "triton"),
+        pytest.param("refused", [("refusal", "selective_state_update", "warning")], "torch", marks=pytest.mark.slow),
+        pytest.param("twin", [], "triton", marks=pytest.mark.slow),
+    ],
+)
+def test_our_ops_on_an_absent_device(tmp_path, factory, expected, backend):
     """Which backend it would be, what it refuses, and what CUDA graphs would."""
     import torch
 
     absent = next(kind for kind in ("cuda", "xpu") if not torch.get_device_module(kind).is_available())
-    for factory, expected, backend in (
-        ("as_input", [("capture-input", "state", "note")], "triton"),
-        ("refused", [("refusal", "selective_state_update", "warning")], "torch"),
-        ("twin", [], "triton"),
-    ):
-        file = tmp_path / f"{factory}.json"
-        target = f"compile_tests.planted.decode:{factory}"
-        result = CliRunner().invoke(app, [target, "--device", absent, "--json", str(file)])
-        assert result.exit_code == 0, result.output
-        report = Report.from_json(file.read_text())
-        assert [(f.cause, f.op, f.severity) for f in report.findings] == expected
-        assert all("# planted" in finding.where.source for finding in report.findings)
-        assert report.backends["selective_state_update"].startswith(f"{backend} (1)")
-        assert f"selective_state_update would run on {backend}" in result.output
+    file = tmp_path / "report.json"
+    command = [f"compile_tests.planted.decode:{factory}", "--device", absent, "--json", str(file)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    report = Report.from_json(file.read_text())
+    assert [(f.cause, f.op, f.severity) for f in report.findings] == expected
+    assert all("# planted" in finding.where.source for finding in report.findings)
+    assert report.backends["selective_state_update"].startswith(f"{backend} (1)")
+    assert f"selective_state_update would run on {backend}" in result.output
 
 
 @pytest.mark.slow
