@@ -84,6 +84,27 @@ def test_without_a_warm_up_no_jit_raises_for_each_kernel():
     assert any("state is *fp16, not *fp32 as in the nearest of" in sentence for sentence in update)
 
 
+LAYOUTS = """
+import mamba_ops
+from mamba_ops.kernels.triton import layout
+from mamba_ops.registry import ops
+
+loaded = {}
+for name, op in ops().items():
+    caches = layout._transpose.device_caches
+    layout._transpose.device_caches = type(caches)(layout._transpose.create_binder)
+    mamba_ops.warm_up(op, device="cpu")
+    loaded[name] = sum(len(kernels) for kernels, *_ in layout._transpose.device_caches.values())
+print(json.dumps(loaded))
+"""
+
+
+def test_an_ops_warm_up_is_for_activations_in_any_layout_too():
+    """Of two bytes a number, and of four."""
+    loaded = compiled_for_a_gpu(LAYOUTS, compiles=False)
+    assert loaded == {op.name: 0 if op.composed or op.name == "causal_conv1d_update" else 2 for op in OPS}
+
+
 CACHE = """
 import os
 import torch, mamba_ops
@@ -110,7 +131,8 @@ def test_a_second_process_compiles_nothing(tmp_path):
     assert len({kernel for kernel, _ in made}) == compiled
     assert str(process) not in {by for _, by in made}
     _, *again = compiled_for_a_gpu(CACHE, **places)
-    assert again == [0, compiled, [True] * len(cached), len(cached)]  # and what is there is called once
+    copies = 3  # of an activation and an output in another layout, and back
+    assert again == [0, compiled, [True] * len(cached), len(cached) + copies]  # and what is there is called once
 
 
 # -- without Triton ---------------------------------------------------------------------------------------------------

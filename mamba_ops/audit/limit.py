@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-_AGAIN = 20.0  # seconds, for whoever swallows even this
+_AGAIN = 5.0  # seconds, for whoever swallows even this
 _SOON = 0.05  # and where it cannot be raised now, or what was raised in a destructor is lost
 _PATIENCE = 10.0  # in all, for what must not end half way
 
@@ -31,16 +31,18 @@ def at_most(seconds: float | None) -> Iterator[None]:
         yield
         return
 
-    start, passed = time.monotonic(), False
+    start, passed, over = time.monotonic(), False, False
     around = set(_frames(sys._getframe()))
 
     def stop(_: int, frame: FrameType | None) -> None:
         nonlocal passed
+        if over:  # the alarm came while it was turned off
+            return
+        passed = True
         within = (f for f in _frames(frame) if f not in around)
         if time.monotonic() < start + seconds + _PATIENCE and any(map(_must_not_end_half_way, within)):
             signal.setitimer(signal.ITIMER_REAL, _SOON, _AGAIN)
             return
-        passed = True
         raise _time_is_up(seconds)
 
     def lost(unraisable: Any) -> None:
@@ -49,7 +51,7 @@ def at_most(seconds: float | None) -> Iterator[None]:
         else:
             tell(unraisable)
 
-    left, _ = signal.getitimer(signal.ITIMER_REAL)
+    left, interval = signal.getitimer(signal.ITIMER_REAL)
     if left and left < seconds:
         yield
         return
@@ -59,13 +61,15 @@ def at_most(seconds: float | None) -> Iterator[None]:
     try:
         yield
     finally:
+        over = True
+        around.clear()  # a frame that holds itself would keep all of them, and what they hold
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         sys.unraisablehook = tell
         if left:
             used = time.monotonic() - start
-            signal.setitimer(signal.ITIMER_REAL, max(left - used, 0.001), _AGAIN)
-    if passed:  # somebody swallowed it
+            signal.setitimer(signal.ITIMER_REAL, max(left - used, 0.001), interval)
+    if passed:  # it waited until now, or somebody swallowed it
         raise _time_is_up(seconds)
 
 

@@ -255,7 +255,7 @@ def _samples(
     yield Sample("packed, no cache", (normal(tokens, dim), weight), {"cu_seqlens": indices(*ends)})
     yield Sample("packed, one sequence", (normal(tokens, dim), weight), {"cu_seqlens": indices(0, tokens)})
     yield Sample("packed, no sequences", (normal(tokens, dim), weight), {"cu_seqlens": indices(0)})
-    transposed = {**packed, "out": normal(dim, tokens).t()}
+    transposed = {**packed, "out": normal(dim, tokens, dtype=torch.float32).t()}
     yield Sample("packed, transposed", (normal(dim, tokens).t(), weight), transposed)
     empty = {**packed, "cu_seqlens": indices(0, 0, tokens, tokens, dtype=torch.int64)}
     yield Sample("empty sequences", (normal(tokens, dim), weight), empty)

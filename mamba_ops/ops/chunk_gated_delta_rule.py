@@ -273,8 +273,9 @@ def _samples(
     yield sample("not normalised, no slots", 2, 9, **short, slots=None, null_slot=0)
     yield sample("negative eigenvalues", 1, length, beta=doubled, k_heads=1, state=turned)
     yield sample("strong decay", 1, length, g=strong, k_heads=v_heads, state=wide)
-    moved: dict[str, Any] = {"write_slots": indices(7, -1, 0, 8), "null_slot": 7}
+    channel_major = normal(v_heads, v_dim, tokens).permute(2, 0, 1)
+    moved: dict[str, Any] = {"write_slots": indices(7, -1, 0, 8), "null_slot": 7, "v": channel_major}
     yield sample("packed, null rows", tokens, slots=indices((-1, 3), (0, 1), (7, 2)), null_slot=7, **packed, **initial)
     yield sample("packed, write slots", tokens, **moved, **packed, **initial)
-    out = normal(tokens + 4, v_heads, v_dim, dtype=torch.float32)
+    out = normal(v_heads, v_dim, tokens + 4, dtype=torch.float32).permute(2, 0, 1)
     yield sample("packed, empty rows", tokens + 4, out=out, **empty)

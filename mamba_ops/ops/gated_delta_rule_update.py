@@ -296,8 +296,8 @@ def _samples(
     yield sample("not normalised, turned state", state=turned, qk_l2norm=False, **short)
     moved: dict[str, Any] = {"slots": indices(-1, 0, 3), "write_slots": indices(6, 4, 7), "null_slot": 7}
     yield sample("null rows, write slots", **moved)
-    apart: dict[str, Any] = {"write_slots": indices(5, 7, 2), "out": normal(7, v_heads, v_dim, dtype=torch.float32)}
-    yield sample("packed, empty row", 7, **packed, **apart)
+    v, out = (normal(v_heads, v_dim, 7, dtype=d).permute(2, 0, 1) for d in (dtype, torch.float32))
+    yield sample("packed, empty row", 7, **packed, write_slots=indices(5, 7, 2), v=v, out=out)
     a = normal(6, v_heads) * 30
     speculative: dict[str, Any] = {"cu_seqlens": indices(0, 3, 5, 6), "num_accepted_tokens": indices(2, 1, 5)}
     yield sample("speculative", 6, a=a, b=-a, slots=table.abs(), null_slot=0, **speculative)

@@ -316,8 +316,10 @@ def _samples(
         "A": -normal(heads, dtype=other).abs(),
     }
     yield sample("mixed dtypes", **mixed, dt=normal(3, length, heads, dtype=other))
-    strided: dict[str, Any] = {key: normal(dim, length, heads, 3).permute(3, 1, 2, 0) for key in ("x", "z", "out")}
-    yield sample("transposed activations", **strided, B=normal(dstate, groups, length, 3).permute(3, 2, 1, 0))
+    strided: dict[str, Any] = {"z": normal(dim, length, heads, 3).permute(3, 1, 2, 0)}
+    strided |= {"B": normal(dstate, groups, length, 3).permute(3, 2, 1, 0)}
+    x, out = (normal(3, heads, dim, length, dtype=d).permute(0, 3, 1, 2) for d in (dtype, torch.float32))
+    yield sample("transposed activations", **strided, x=x, out=out)
     sizes = [heads * dim, groups * dstate, groups * dstate, heads]
     x, B, C, dt = normal(tokens, sum(sizes)).split(sizes, dim=1)
     views: dict[str, Any] = {"x": x.unflatten(1, (heads, dim)), "B": B.unflatten(1, (groups, dstate)), "dt": dt}

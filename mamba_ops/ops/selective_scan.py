@@ -355,7 +355,9 @@ def _samples(
     yield sample("delta and gate of any size", 2, length, groups=(), delta=large, delta_bias=None, z=large)
     strided = normal(3, dim, length).transpose(1, 2)
     wide = normal(8, dim * dstate + 24, dtype=state_dtype)[:, 8:-16].view(8, dim, dstate)
-    yield sample("channel-major, padded slots", u=strided, z=strided.flip(0), groups=(1,), ssm_state=wide, **initial)
+    major: dict[str, Any] = {"u": strided, "z": strided.flip(0)}
+    major["out"] = normal(3, dim, length, dtype=torch.float32).transpose(1, 2)
+    yield sample("channel-major, padded slots", groups=(1,), ssm_state=wide, **major, **initial)
     yield sample("no slots", 3, 2, dstate=2 * dstate - 1, slots=None, null_slot=0, D=None, **initial)
     yield sample("words of four states", 3, 5, dstate=4, **initial)
     moved: dict[str, Any] = {"write_slots": indices(4, 7, 0, 9), "null_slot": 7}

@@ -322,11 +322,11 @@ def _samples(
 
     yield sample("float16 state", state=normal(8, *channels, dstate, dtype=torch.float16))
     yield sample("bfloat16 state", state=normal(8, *channels, dstate, dtype=torch.bfloat16))
-    yield sample("float32 output", out=normal(3, *channels, dtype=torch.float32))
+    yield sample("float32 output", out=normal(*channels, 3, dtype=torch.float32).permute(2, 0, 1))
     padded = normal(8, heads * dim * dstate + 24, dtype=state_dtype)
     yield sample("padded slots", state=padded[:, 8:-16].view(8, *channels, dstate))
     yield sample("transposed state", state=normal(8, heads, dstate, dim, dtype=state_dtype).transpose(2, 3))
-    yield sample("transposed x", x=normal(dim, heads, 3).transpose(0, 2), out=normal(dim, heads, 3).transpose(0, 2))
+    yield sample("transposed x", x=normal(heads, dim, 3).permute(2, 0, 1), out=normal(dim, heads, 3).transpose(0, 2))
     x, B, C = normal(3, heads * dim + 2 * groups * dstate).split([heads * dim, groups * dstate, groups * dstate], dim=1)
     B, C = B.unflatten(1, (groups, dstate)), C.unflatten(1, (groups, dstate))
     yield sample("views of a projection", x=x.unflatten(1, channels), B=B, C=C)

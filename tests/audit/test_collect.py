@@ -1,10 +1,13 @@
 """What cannot run here, by the hooks themselves; and the helper for tests of models."""
 
 import contextlib
+import gc
 import runpy
+import signal
 import sys
 import time
 import types
+import weakref
 
 import pytest
 import torch
@@ -154,6 +157,35 @@ def test_a_limit_waits_for_so_long_alone(monkeypatch):
     with pytest.raises(TimeIsUp), at_most(0.1), Endless():
         pass
     assert time.monotonic() - begin < 5
+
+
+def test_an_alarm_that_comes_while_it_is_turned_off_is_nobodys(monkeypatch):
+    set_timer = signal.setitimer
+
+    def late(which, seconds, interval=0.0):
+        set_timer(which, seconds, interval)
+        if seconds == 0:
+            signal.raise_signal(signal.SIGALRM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "setitimer", late)
+        with at_most(10):
+            pass
+    left, _ = signal.getitimer(signal.ITIMER_REAL)  # that of whoever runs the tests, if of anybody
+    assert left == 0 or left > 1
+
+
+def test_a_limit_keeps_nothing_alive():
+    def holds():
+        kept = type("Kept", (), {})()
+        with at_most(10):
+            return weakref.ref(kept)
+
+    gc.disable()
+    try:
+        assert holds()() is None
+    finally:
+        gc.enable()
 
 
 def test_a_limit_that_somebody_swallows_comes_at_the_end():

@@ -4,6 +4,7 @@ An activation whose channels lie apart and whose tokens lie together, as mamba_s
 tiles, read and written in whole lines: torch's own copy of it takes several times as long.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -58,7 +59,7 @@ def by_channel(tensor: Tensor, flat: bool) -> Tensor:
     """An activation `(tokens, ...)` if flat, else `(rows, tokens, ...)`: itself where its last dimension is contiguous,
     else a copy.
     """
-    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+    if tensor.stride(-1) == 1:
         return tensor
     if (lying := _by_tokens(tensor, flat)) is None:
         return tensor.contiguous()
@@ -97,6 +98,10 @@ def _by_tokens(tensor: Tensor, flat: bool) -> Tensor | None:
 
 def _copy(source: Tensor, target: Tensor) -> None:
     rows, tokens, channels = source.shape
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
+        source.itemsize
+    ]  # fewer variants than dtypes
+    source, target = source.view(bits), target.view(bits)
     block = 64
     with on_device_of(source):
         _transpose[(rows * cdiv(tokens, block) * cdiv(channels, block),)](
