@@ -116,7 +116,7 @@ def advanced(pointer, offset, ALIGNED: tl.constexpr):
 def along(pointer, channels, stride):
     # pointers to some channels; stride None: they are neighbours, and the first one is at a multiple of 16 bytes
     if stride is None:
-        return tl.multiple_of(pointer + channels, 16)
+        return advanced(pointer, channels, True)
     else:
         return pointer + channels.to(tl.int64) * stride
 

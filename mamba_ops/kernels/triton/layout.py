@@ -12,6 +12,7 @@ from torch import Tensor
 from mamba_ops.kernels.triton.common import cdiv, on_device_of
 
 NARROW = 16  # channels: such a tensor is small beside others, and torch's own copy takes the host less time
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of numbers as they are copied: fewer variants than dtypes
 _NUMBERS = ["tokens", "channels", "source_row", "source_channel", "target_row", "target_token"]
 
 
@@ -98,9 +99,7 @@ def _by_tokens(tensor: Tensor, flat: bool) -> Tensor | None:
 
 def _copy(source: Tensor, target: Tensor) -> None:
     rows, tokens, channels = source.shape
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
-        source.itemsize
-    ]  # fewer variants than dtypes
+    bits = _BITS[source.itemsize]
     source, target = source.view(bits), target.view(bits)
     block = 64
     with on_device_of(source):
