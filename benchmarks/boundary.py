@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.measure import command
 from mamba_ops import selective_state_update
 from mamba_ops.demo.boundary import bare_op, does_nothing, idle_backend, us_per_call
 from mamba_ops.demo.watch import device_name
@@ -183,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
         "device": device_name(options.device),
         "torch": torch.__version__,
         "python": sys.version.partition(" ")[0],
-        "command": " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)]),
+        "command": command(parser, options),
     }
     times = measure(options.device, rounds=options.rounds, number=options.number)
     text = page(facts, times)

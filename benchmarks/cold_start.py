@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Row, facts, page, report
+from benchmarks.measure import Row, command, facts, page, report
 from benchmarks.peers import versions
 from benchmarks.serving_steps import LENGTHS
 
@@ -62,8 +62,8 @@ def run(role: str, options: argparse.Namespace, caches: Path) -> dict[str, Any]:
     sizes = SMALL if options.device.type == "cpu" else REAL
     arguments = [role, str(options.device), json.dumps(sizes), str(options.cap)]
     begin = time.perf_counter()
-    command = [sys.executable, "-m", "benchmarks.serving_steps", *arguments]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    process = [sys.executable, "-m", "benchmarks.serving_steps", *arguments]
+    done = subprocess.run(process, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     taken = time.perf_counter() - begin
     print(f"{role}: {taken:.0f} s", file=sys.stderr, flush=True)
     if done.returncode:
@@ -166,10 +166,9 @@ def main() -> None:
         "--save", type=Path, nargs="?", const=results, metavar="FOLDER", help="write a dated page (default: results/)"
     )
     options = parser.parse_args()
+    called = command(parser, options)
     options.name, options.op = "cold_start", None
-    known = facts(options)
-    if tuple(options.roles) != USUAL:
-        known["command"] += f" --roles {' '.join(options.roles)}"
+    known = facts(options) | {"command": called}
     known |= {"vllm": versions()["vLLM"], "parts": []}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for role in options.roles:

@@ -17,6 +17,7 @@ import torch
 from rich.box import MARKDOWN
 from rich.console import Console
 
+from benchmarks.measure import command
 from mamba_ops.demo import Prefill, read_text
 from mamba_ops.demo.prefill import Job, measure_in_child
 from mamba_ops.demo.show import compile_ratio, prefill_table
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         "transformers": version("transformers"),
         "model": f"Mamba2ForCausalLM, {options.layers} layers of width {options.width}, float32",
         "dynamic": str(dynamic),
-        "command": " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)]),
+        "command": command(parser, options),
     }
     text_of_page = page(facts, stock, ours)
     if options.save:

@@ -105,6 +105,16 @@ def options(name: str, description: str, ops: Iterable[str]) -> argparse.Namespa
     return given
 
 
+def command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """What was called, as far as figures depend on it: not where they went."""
+    given = {n: v for n, v in vars(options).items() if n not in ("json", "save") and v != parser.get_default(n)}
+    words = [
+        f"--{n}" if v is True else f"--{n} {' '.join(map(str, v)) if isinstance(v, (list, tuple)) else v}"
+        for n, v in given.items()
+    ]
+    return " ".join([parser.prog, *words])
+
+
 def facts(options: argparse.Namespace) -> dict[str, Any]:
     import triton
 
