@@ -26,7 +26,7 @@ from benchmarks.measure import command
 from mamba_ops import selective_state_update
 from mamba_ops.demo.boundary import bare_op, does_nothing, idle_backend, us_per_call
 from mamba_ops.demo.watch import device_name
-from mamba_ops.registry import Namespace, Op, given
+from mamba_ops.registry import Namespace, Op, require_out
 
 
 def sixteen_arguments(
@@ -49,7 +49,7 @@ def sixteen_arguments(
     out: Tensor | None = None,
 ) -> Tensor:
     """Do nothing, with the arguments of a decode op."""
-    return given(out)
+    return require_out(out)
 
 
 def _output(x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def declared() -> Iterator[Op[...]]:
     namespace = Namespace("mamba_ops_boundary")
     try:
         op = namespace.op(mutates=("state", "out"))(sixteen_arguments)
-        op.outputs(_output)
+        op.allocate_output(_output)
         yield op
     finally:
         namespace.remove()

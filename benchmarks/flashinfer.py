@@ -55,7 +55,7 @@ class Case:
         self.out = torch.empty_like(x)
         seed = torch.tensor([1234567], device=device) if "stochastic" in kind else None
         options: dict[str, Any] = {"dt_softplus": True}
-        asked = mamba_ops.selective_state_update.kernels["flashinfer"].per_call
+        asked = mamba_ops.selective_state_update.kernels["flashinfer"].unsupported_layout
         assert asked is not None
         self.refusals = partial(asked, self.state, x, dt, A, B, C, output=self.out)
 

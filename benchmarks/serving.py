@@ -54,7 +54,7 @@ def measure(sizes: dict[str, int], device: torch.device) -> list[Row]:
     on_device, rows = device.type != "cpu", []
     with torch.device(device):
         model = Hybrid(length=160, **sizes).requires_grad_(False).to(torch.bfloat16)
-    slot = model.new_pool(4).take()
+    slot = model.new_pool(4).allocate()
     runner = PiecewiseRunner(
         model,
         max_tokens=1,

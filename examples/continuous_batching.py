@@ -194,9 +194,9 @@ class Engine:
         After an exception the requests of the step read all of their tokens again, because some of their caches may be
         ahead of others; nobody else's were touched.
         """
-        while self.waiting and self.pool.free:
+        while self.waiting and self.pool.num_free:
             request = self.waiting.pop(0)
-            request.slot = self.pool.take()
+            request.slot = self.pool.allocate()
             self.running.append(request)
         batch, new, left = [], [], self.budget
         for request in sorted(self.running, key=lambda r: len(r.tokens) - r.computed > 1):  # those that write go first
@@ -241,14 +241,14 @@ class Engine:
             request.take(row, choice)
             if request.done:
                 self.running.remove(request)
-                self.pool.give_back(request.slot)
+                self.pool.free(request.slot)
 
 
 def alone(model: Hybrid, request: Request) -> Request:
     """Return the same request, run by itself: without engine, runner or compiler."""
     own = Request(request.prompt, request.new, forced=request.forced)
     pool = model.pool
-    slot = model.new_pool(1).take()
+    slot = model.new_pool(1).allocate()
     read = own.prompt
     with torch.no_grad():
         while not own.done:
@@ -371,7 +371,7 @@ def main(
     start = time.perf_counter()
     launched = serve(engine, work, [first, second], SMALL["length"], console)
     seconds = time.perf_counter() - start
-    assert engine.pool.free == slots
+    assert engine.pool.num_free == slots
 
     runner, mixed = engine.runner, engine.mixed / engine.steps
     table = Table(show_header=False)

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mamba_ops.ops import selective_state_update
+from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import Backend, backends
 from mamba_ops.registry.errors import ConfigError, RegistryError
 from mamba_ops.registry.request import (
@@ -18,10 +17,8 @@ from mamba_ops.registry.request import (
     lowered,
     order_of,
     problems,
-    settings,
     unknown_entry,
 )
-from mamba_ops.registry.tables import namespaces
 
 Order = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
@@ -219,20 +216,4 @@ READERS: dict[str, Callable[[str], Hashable]] = {
 }
 """The settings, by the names of their fields, each with what reads it from a string."""
 
-namespaces["mamba_ops"].settings.update(READERS)
-
-
-@selective_state_update.fills
-def _rounding(state: Tensor, rounding_seed: Tensor | None, philox_rounds: int) -> dict[str, Any]:
-    """Draw a seed for a float16 state, if the configuration asks for stochastic rounding and the caller brought none.
-
-    The op's body does so, not the front: so a swap of the configuration recompiles nothing, and a graph that captured
-    the call draws another seed in every replay.
-    """
-    now = settings()
-    given: dict[str, Any] = {}
-    if rounding_seed is None and now.get("stochastic_rounding") and state.dtype == torch.float16:
-        given["rounding_seed"] = torch.randint(0, 2**63 - 1, (1,), device=state.device)
-    if (given or rounding_seed is not None) and not philox_rounds and now.get("philox_rounds"):
-        given["philox_rounds"] = now["philox_rounds"]
-    return given
+mamba.settings.update(READERS)

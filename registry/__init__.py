@@ -22,8 +22,9 @@ from mamba_ops.registry.errors import UnknownNameError as UnknownNameError
 from mamba_ops.registry.errors import bad_argument as bad_argument
 from mamba_ops.registry.op import Namespace as Namespace
 from mamba_ops.registry.op import Op as Op
-from mamba_ops.registry.op import given as given
 from mamba_ops.registry.op import ops as ops
+from mamba_ops.registry.op import require_out as require_out
+from mamba_ops.registry.samples import ErrorInput as ErrorInput
 from mamba_ops.registry.samples import Sample as Sample
 from mamba_ops.registry.selection import Explanation as Explanation
 from mamba_ops.registry.selection import Selection as Selection

@@ -5,10 +5,10 @@ import inspect
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
 
-from mamba_ops.registry import errors, request, selection, tables
+from mamba_ops.registry import errors, generate, request, selection, tables
 from mamba_ops.registry.layouts import Layout
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from mamba_ops.registry.op import Op
 
-F = TypeVar("F", bound=Callable[..., None])
 Refusal = Callable[..., str | None]
 
 
@@ -26,25 +25,43 @@ class Kernel:
 
     Attributes:
         backend: who runs it.
-        function: the adapter, of the op's own signature.
-        unless: refusal that depends on shapes, dtypes, numbers and on what is None; its verdict is remembered.
-        per_call: refusal that reads strides, alignment or the like; asked before every call.
+        implementation: the adapter, or where it is (`package.module:function`).
+        op: the op that it is for.
+        unsupported: refusal that depends on shapes, dtypes, numbers and on what is None; its verdict is remembered.
+        unsupported_layout: refusal that reads strides, alignment or the like; asked before every call.
         layouts: cache name to the layout that the kernel keeps there, where that is not the op's own.
     """
 
     backend: "Backend"
-    function: Callable[..., None]
-    unless: Refusal | None = None
-    per_call: Refusal | None = None
+    implementation: Callable[..., None] | str
+    op: "Op[...]"
+    unsupported: Refusal | None = None
+    unsupported_layout: Refusal | None = None
     layouts: Mapping[str, Layout] = field(default_factory=dict, hash=False)
+
+    @cached_property
+    def function(self) -> Callable[..., None]:
+        """The adapter, of the op's own signature; it is loaded at the first use."""
+        found = _loaded(self.implementation)
+        what = f"{self.backend.name} for {self.op.qualname} ({errors.source_of(found)})"
+        if self.op.takes_a_call(found):
+            return generate.packed(self.op.qualname, self.op.parameters, self.op.arguments, found)
+        if problem := _difference(self.op.parameters, found):
+            raise errors.declaration(what, problem)
+        return found
+
+    @property
+    def source(self) -> str:
+        """Where it is, for messages."""
+        return self.implementation if isinstance(self.implementation, str) else errors.source_of(self.implementation)
 
     def why_not(self, arguments: Mapping[str, Any]) -> str | None:
         """Return why the kernel does not take these arguments, whatever their strides, or None."""
-        return None if self.unless is None else self.unless(**arguments)
+        return None if self.unsupported is None else self.unsupported(**arguments)
 
     def why_not_now(self, arguments: Mapping[str, Any]) -> str | None:
         """Return what the per-call refusal says."""
-        return None if self.per_call is None else self.per_call(**arguments)
+        return None if self.unsupported_layout is None else self.unsupported_layout(**arguments)
 
 
 class Backend:
@@ -108,38 +125,47 @@ class Backend:
     def implements(
         self,
         op: "Op[...]",
+        implementation: Callable[..., None] | str | None = None,
+        /,
         *,
-        unless: Refusal | None = None,
-        per_call: Refusal | None = None,
+        unsupported: Refusal | None = None,
+        unsupported_layout: Refusal | None = None,
         layouts: Mapping[str, str | Callable[..., str | None]] | None = None,
-    ) -> Callable[[F], F]:
-        """Register the decorated adapter as this backend's kernel for `op`.
+    ) -> Any:
+        """Register this backend's kernel for `op`; without an implementation, as a decorator.
 
         Args:
-            op: the op; the adapter has its parameters, kinds and defaults, with `output` for `out`.
-            unless: names any of the op's parameters; returns None or a sentence that says why not. It may read shapes,
-                dtypes, None-ness and numbers.
-            per_call: the same for what changes between calls of one shape: strides, alignment.
+            op: the op.
+            implementation: the adapter, or where it is, `package.module:function`: then it is loaded at its first use.
+                It has the op's parameters, kinds and defaults, with `output` for `out`; or one parameter, the
+                `op.arguments` of a call.
+            unsupported: names any of the op's parameters; returns None or a sentence that says why not. It may read
+                shapes, dtypes, None-ness and numbers.
+            unsupported_layout: the same for what changes between calls of one shape: strides, alignment.
             layouts: for each cache that the kernel keeps in a layout of its own, what a sentence calls that layout; or
-                a function that names any of the op's parameters, reads what `unless` may, and returns that, or None
-                for the op's own layout. A cache in another layout than a kernel's is not given to it.
+                a function that names any of the op's parameters, reads what `unsupported` may, and returns that, or
+                None for the op's own layout. A cache in another layout than a kernel's is not given to it.
+
+        Raises:
+            DeclarationError: another signature than the op's (of a path: when it is loaded), or a second kernel.
         """
 
-        def register(adapter: F) -> F:
-            what = f"{self.name} for {op.qualname} ({errors.source_of(adapter)})"
-            if problem := _difference(op.parameters, adapter):
-                raise errors.declaration(what, problem)
+        def register(adapter: Any) -> Any:
             if (first := op.kernels.get(self.name)) is not None:
-                raise errors.duplicate("kernel", what, errors.source_of(first.function))
+                raise errors.duplicate("kernel", f"{self.name} for {op.qualname}", first.source)
             if stray := sorted(set(layouts or {}) - op.mutates):
-                raise errors.declaration(what, f"layouts names {', '.join(stray)}, which the op does not mutate")
-            static, now = (None if f is None else op._facet(f) for f in (unless, per_call))
+                problem = f"layouts names {', '.join(stray)}, which the op does not mutate"
+                raise errors.declaration(f"{self.name} for {op.qualname}", problem)
+            static, now = (None if f is None else op._facet(f) for f in (unsupported, unsupported_layout))
             kept = {name: op._facet(v) if callable(v) else v for name, v in (layouts or {}).items()}
-            op.kernels[self.name] = Kernel(self, adapter, static, now, kept)
+            kernel = Kernel(self, adapter, op, static, now, kept)
+            if callable(adapter):
+                kernel.function  # noqa: B018  its signature is held against the op's
+            op.kernels[self.name] = kernel
             selection.changed()
             return adapter
 
-        return register
+        return register if implementation is None else register(implementation)
 
     def why_unusable(self, device_type: str, *, by_name: bool = False) -> str | None:
         """Return why no kernel of this backend runs on a device type here, or None."""
@@ -185,6 +211,14 @@ class Backend:
             f"pip install '{self.install}' has what it needs"
         )
         return self._unsaid
+
+
+def _loaded(implementation: Callable[..., None] | str) -> Callable[..., None]:
+    if not isinstance(implementation, str):
+        return implementation
+    module, _, name = implementation.partition(":")
+    function: Callable[..., None] = getattr(importlib.import_module(module), name)
+    return function
 
 
 def _difference(parameters: list[inspect.Parameter], adapter: Callable[..., Any]) -> str | None:

@@ -100,7 +100,12 @@ def _environment() -> tuple[str, str]:
 
 def current_call() -> "tuple[Op[...], str, Mapping[str, Any]] | None":
     """Return the innermost call of an op that this thread is in: the op, the backend, and the kernel's arguments."""
-    adapters = {kernel.function.__code__: (op, kernel) for op in ops.values() for kernel in op.kernels.values()}
+    adapters = {
+        kernel.function.__code__: (op, kernel)
+        for op in ops.values()
+        for kernel in op.kernels.values()
+        if "function" in vars(kernel)
+    }
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if (found := adapters.get(frame.f_code)) is not None:

@@ -77,6 +77,17 @@ def subset(name: str, parameters: Parameters, function: Callable[..., Any]) -> C
     return _compiled(name, function.__name__, source, function=function, **defaults)
 
 
+def packed(
+    name: str, parameters: Parameters, arguments: type[tuple[Any, ...]], function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return a function of the op's signature that calls `function` with one value, the NamedTuple of all arguments."""
+    defaults: dict[str, Any] = {}
+    call = "".join(f"{p.name}, " for p in parameters)
+    source = f"def call({_header(parameters, defaults)}):\n    return function(make(arguments, ({call})))"
+    closure = {"function": function, "make": tuple.__new__, "arguments": arguments}
+    return _compiled(name, function.__name__, source, **closure, **defaults)
+
+
 def renamed_output(name: str, parameters: Parameters, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of the op's signature that calls a declared one, whose output may be called `out`."""
     if "out" not in inspect.signature(function).parameters:

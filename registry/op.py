@@ -1,6 +1,7 @@
 """Declare a kernel once: `Namespace` makes torch.library ops out of documented functions, `Op` is what users call."""
 
 import inspect
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar, overload
 
@@ -11,13 +12,13 @@ from typing_extensions import ParamSpec
 from mamba_ops.registry import capture, errors, generate, schema, selection, tables, tokens
 from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
 from mamba_ops.registry.memory import Known, Memory, comparison, doubt, unlike
-from mamba_ops.registry.samples import Sample
+from mamba_ops.registry.samples import ErrorInput, Sample
 
 P = ParamSpec("P")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def given(out: Tensor | None) -> Tensor:
+def require_out(out: Tensor | None) -> Tensor:
     """Return the output tensor that the registry handed to a declared function.
 
     In the front `out` is optional; inside the op it is always there. This says so, to the reader and to mypy.
@@ -74,12 +75,15 @@ class Namespace:
         splits_graph: bool = False,
         reads_host: bool = False,
         composed: bool = False,
+        reference: str | None = None,
+        arguments: type[tuple[Any, ...]] | None = None,
+        replaces: str | None = None,
     ) -> Declare:
         """Declare the decorated function as an op; the function is its contract, its schema and its reference.
 
         The function has the front's signature and ends in `*, ..., out: Tensor | None = None) -> Tensor`; inside it,
-        `given(out)` is the tensor to write. (`*, output: Tensor) -> None`, the schema's own form, is taken too; then
-        type checkers see no signature.) Its parameters are Tensors, ints, floats and bools;
+        `require_out(out)` is the tensor to write. (`*, output: Tensor) -> None`, the schema's own form, is taken too;
+        then type checkers see no signature.) Its parameters are Tensors, ints, floats and bools;
         Tensors and floats may be optional.
 
         A cache that callers may leave out is `*, cache: Tensor | None = None`, named in `mutates` (in the front's form
@@ -92,10 +96,17 @@ class Namespace:
             reads_host: the op reads a tensor on the host and cannot be captured in a CUDA graph.
             composed: the function calls other ops. Its backend is then called `composed`, and a backend asked for by a
                 bare name that has no kernel for this op acts on the ops inside.
+            reference: where the reference is, `package.module:function`, if it is not the body of the decorated one;
+                it is loaded at its first use, and takes what every kernel takes.
+            arguments: the NamedTuple of a call's arguments, for kernels and facets that take a call as one value; its
+                fields are the op's parameters. None: one is made.
+            replaces: a regular expression of the names that other libraries give to functions which this op stands
+                for; an audit then advises it.
         """
 
         def declare(function: Callable[..., Any]) -> Any:
-            flags = {"splits_graph": splits_graph, "reads_host": reads_host, "composed": composed}
+            flags: dict[str, Any] = {"splits_graph": splits_graph, "reads_host": reads_host, "composed": composed}
+            flags |= {"reference": reference, "arguments": arguments, "replaces": replaces}
             front = type(function.__name__, (Op,), {"__doc__": function.__doc__, "__module__": function.__module__})
             return front(self, function, frozenset("output" if m == "out" else m for m in mutates), **flags)
 
@@ -132,7 +143,7 @@ class Op(Generic[P]):
         kernels: backend name to kernel; the reference is the kernel of the backend `torch`, or `composed`.
         splits_graph, reads_host, composed: see `Namespace.op`.
         overload: the `torch.ops` overload, for those who want no front.
-        inside: the op as composed ops call it: they went through torch's dispatcher, which need not be asked again.
+        call_undispatched: the op as composed ops call it, which went through torch's dispatcher themselves.
     """
 
     def __init__(
@@ -144,6 +155,9 @@ class Op(Generic[P]):
         splits_graph: bool,
         reads_host: bool,
         composed: bool,
+        reference: str | None = None,
+        arguments: type[tuple[Any, ...]] | None = None,
+        replaces: str | None = None,
     ) -> None:
         self.name = self.__name__ = function.__name__
         self.qualname = f"{namespace.name}::{self.name}"
@@ -154,19 +168,28 @@ class Op(Generic[P]):
         self.parameters = schema.parameters_of(self.qualname, function, mutates)
         self._names = [p.name for p in self.parameters]
         self._tensors = [p.name for p in self.parameters if generate.is_tensor(p)]
-        self.reference = function
+        self.reference, self.replaces = function, replaces
+        self.arguments = arguments or namedtuple("Arguments", self._names)
+        if getattr(self.arguments, "_fields", ()) != tuple(self._names):
+            got = ", ".join(getattr(self.arguments, "_fields", ()))
+            problem = f"arguments has the fields {got}, expected {', '.join(self._names)}"
+            raise errors.declaration(f"{self.qualname} ({self.source})", problem)
         self.kernels: dict[str, Kernel] = {}
         self._checks: Callable[..., None] | None = None
         self._outputs: list[Callable[..., Tensor]] = [self._no_outputs]  # of one, which the front looks up
         self._samples: Callable[..., Iterable[Sample]] | None = None
         self._fills: Callable[..., dict[str, Any]] | None = None
+        self.patterns: tuple[str, ...] = ()
+        self._call_pattern: Callable[[Any, str], Sample] | None = None
+        self._error_inputs: Callable[..., Iterable[ErrorInput]] | None = None
         self._memories = [Memory()]
         self._nothing = {  # what stands for None where calls are compared: one each, for a tensor met twice is no match
             p.name: torch.empty(0, dtype=torch.complex64) for p in self.parameters if generate.is_optional(p)
         }
         self._register(namespace)
         own = COMPOSED if composed else REFERENCE
-        self.kernels[own.name] = Kernel(own, generate.renamed_output(self.qualname, self.parameters, function))
+        body = reference or generate.renamed_output(self.qualname, self.parameters, function)
+        self.kernels[own.name] = Kernel(own, body, self)
         tables.ops[self.qualname] = self
         selection.changed()
 
@@ -213,7 +236,7 @@ class Op(Generic[P]):
             refuse=getattr(torch.ops, namespace.name).refuse.default,
         )
         type(self).__call__ = call  # type: ignore[method-assign]
-        self.inside: Callable[..., Tensor] = inside.__get__(self)
+        self.call_undispatched: Callable[..., Tensor] = inside.__get__(self)
         self.__signature__ = inspect.signature(call.__get__(self))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -228,7 +251,7 @@ class Op(Generic[P]):
 
     # -- facets -------------------------------------------------------------------------------------------------------
 
-    def checks(self, function: F) -> F:
+    def validate(self, function: F) -> F:
         """Register the checks: they name any of the op's parameters and raise ValueError before anything is written.
 
         They may read shapes, dtypes, devices and numbers, never strides or values: a verdict is remembered for calls
@@ -237,7 +260,7 @@ class Op(Generic[P]):
         self._checks = self._facet(function)
         return function
 
-    def outputs(self, function: F) -> F:
+    def allocate_output(self, function: F) -> F:
         """Register what `out` is: names any of the inputs, returns a new tensor, and never raises on bad input."""
         self._outputs[0] = self._facet(function, [p for p in self.parameters if p.name != "output"])
         return function
@@ -247,7 +270,35 @@ class Op(Generic[P]):
         self._samples = function
         return function
 
-    def fills(self, function: F) -> F:
+    def call_patterns(self, *names: str) -> Callable[[F], F]:
+        """Register the ways in which the op is called, by name: called with random inputs (which have a number of rows
+        and tokens) and one of the names, the decorated function returns a `Sample`. Warm-up, tuning and the tests of
+        sizes make such calls.
+        """
+
+        def register(function: F) -> F:
+            self.patterns, self._call_pattern = names, function
+            return function
+
+        return register
+
+    def make_call(self, random: Any, pattern: str) -> Sample:
+        """Return a call of one of the op's patterns."""
+        if self._call_pattern is None or pattern not in self.patterns:
+            known = ", ".join(self.patterns) or "none; add them with @op.call_patterns"
+            raise errors.declaration(self.qualname, f"has no call pattern {pattern!r}; it has {known}")
+        return self._call_pattern(random, pattern)
+
+    def error_inputs(self, function: F) -> F:
+        """Register wrong calls: called with a device, yields an `ErrorInput` for each."""
+        self._error_inputs = function
+        return function
+
+    def make_error_inputs(self, device: torch.device | str) -> list[ErrorInput]:
+        """Return the op's wrong calls on a device; none if it has none."""
+        return [] if self._error_inputs is None else list(self._error_inputs(torch.device(device)))
+
+    def default_arguments(self, function: F) -> F:
         """Register what the settings in force give to arguments that the caller left out: it names any of the op's
         parameters and returns the arguments to replace, by name (keyword-only ones), most often none.
 
@@ -258,7 +309,7 @@ class Op(Generic[P]):
         return function
 
     @property
-    def has_fills(self) -> bool:
+    def has_default_arguments(self) -> bool:
         """Whether settings give something to arguments that were left out."""
         return self._fills is not None
 
@@ -278,7 +329,9 @@ class Op(Generic[P]):
         return self._outputs[0](*args, **kwargs)
 
     def _no_outputs(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise errors.declaration(self.qualname, "was called without `out` and has no @op.outputs to allocate it")
+        raise errors.declaration(
+            self.qualname, "was called without `out` and has no @op.allocate_output to allocate it"
+        )
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return a front call's arguments as checks and kernels get them, with defaults and the output filled in."""
@@ -303,7 +356,7 @@ class Op(Generic[P]):
             except ValueError as error:
                 raise errors.in_call_of(self.qualname, error) from None
 
-    def require(self, *args: P.args, **kwargs: P.kwargs) -> None:
+    def check_supported(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Raise what a call with these arguments would raise because the backend asked for by name refuses it.
 
         For composed ops, before the first op inside writes anything. In the default order somebody takes every call, so
@@ -313,6 +366,11 @@ class Op(Generic[P]):
             arguments = self.fill(self.bind(args, kwargs))
             self.check(arguments)
             selection.require(self, arguments)
+
+    def takes_a_call(self, function: Callable[..., Any]) -> bool:
+        """Return whether a function takes a call as one value: its one parameter is none of the op's."""
+        found = list(inspect.signature(function).parameters.values())
+        return len(found) == 1 and "VAR_" not in found[0].kind.name and found[0].name not in self._names
 
     # -- called by generated code -------------------------------------------------------------------------------------
 
@@ -386,6 +444,8 @@ class Op(Generic[P]):
 
     def _facet(self, function: F, parameters: list[inspect.Parameter] | None = None) -> Callable[..., Any]:
         parameters = self.parameters if parameters is None else parameters
+        if self.takes_a_call(function):
+            return generate.packed(self.qualname, parameters, self.arguments, function)
         named = [p.name for p in inspect.signature(function).parameters.values() if "VAR_" not in p.kind.name]
         if stray := set(named) - {p.name for p in parameters}:
             problem = f"{function.__name__} names {', '.join(sorted(stray))}, which the op does not have"

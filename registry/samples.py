@@ -1,6 +1,6 @@
 """Samples of calls, and how far a kernel may be from the truth."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,23 @@ class Sample:
 
         args = tuple(convert(a) for a in self.args)
         return Sample(self.name, args, {name: convert(a) for name, a in self.kwargs.items()})
+
+
+@dataclass(frozen=True)
+class ErrorInput:
+    """A wrong call of an op, made of a sample by changing one argument.
+
+    Attributes:
+        sample: name of the sample.
+        argument: the argument to change.
+        change: returns what to pass for it, given what the sample passes (the allocated output, for `out`).
+        error: how the message begins after the op's name, a regular expression.
+    """
+
+    sample: str
+    argument: str
+    change: Callable[[Any], Any]
+    error: str
 
 
 def _copy(value: Any, copies: dict[int, Tensor]) -> Any:

@@ -190,7 +190,7 @@ def choose(op: "Op[...]", arguments: Mapping[str, Any]) -> Callable[..., None]:
     for kernel, reason in _candidates(op, arguments):
         if reason is None:
             takers.append(kernel)
-            if kernel.per_call is None and not disputed:
+            if kernel.unsupported_layout is None and not disputed:
                 break
         else:
             reasons[kernel.backend.name] = reason
@@ -200,7 +200,7 @@ def choose(op: "Op[...]", arguments: Mapping[str, Any]) -> Callable[..., None]:
         devices = backends[name].devices
         if devices is None or device in devices or is_bound(op):
             _say_once(op, name, reason, takers[0])
-    if takers[0].per_call is None and not disputed:
+    if takers[0].unsupported_layout is None and not disputed:
         return _recorded(op, takers[0])
     return _asking(op, takers, reasons, disputed)
 
@@ -211,7 +211,7 @@ def is_bound(op: "Op[...]") -> bool:
 
 
 def may_refuse(*some: "Op[...]") -> bool:
-    """Return whether somebody asked for backends by name for any of these ops: only then may `Op.require` raise."""
+    """Return whether backends are asked for by name for any of these ops: only then may `Op.check_supported` raise."""
     global _asked
     asked = True if request.is_as_if() else _asked
     if asked is None:
@@ -241,7 +241,7 @@ def _asking(
         said = dict(reasons)
         arguments = dict(zip(positional, args, strict=True)) | kwargs if disputed else {}
         for kernel, function in runs:
-            reason = kernel.per_call(*args, **kwargs) if kernel.per_call else None
+            reason = kernel.unsupported_layout(*args, **kwargs) if kernel.unsupported_layout else None
             if reason is None and disputed:
                 reason = layouts.why_not(kernel, disputed, arguments)
             if reason is None:
@@ -253,7 +253,7 @@ def _asking(
             said[kernel.backend.name] = reason
         raise _refused(op, said)
 
-    per_call, (_, function) = takers[0].per_call, runs[0]
+    per_call, (_, function) = takers[0].unsupported_layout, runs[0]
 
     def run_first(*args: Any, **kwargs: Any) -> None:
         if per_call is None or per_call(*args, **kwargs) is None:  # nothing to be said of anybody
@@ -316,7 +316,7 @@ def _settings_of(op: "Op[...]") -> frozenset[tuple[str, Hashable]]:
         f"{k.backend.name}_{name}": values[0] for k in op.kernels.values() for name, values in k.backend.choices.items()
     }
     now = request.settings().items()
-    return frozenset((n, v) for n, v in now if v and own.get(n) != v and (n in own or op.has_fills))
+    return frozenset((n, v) for n, v in now if v and own.get(n) != v and (n in own or op.has_default_arguments))
 
 
 # -- what users ask --------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def long_interpreted(op: Op[...], backend: str, sample: Sample) -> bool:
 
 def oracle_of(op: Op[...]) -> Front:
     """The op's sequential oracle."""
-    oracle: Front = getattr(importlib.import_module(f"tests.oracle.{op.name}"), op.name)
+    oracle: Front = getattr(importlib.import_module(f"tests.ops.{op.name}.oracle"), op.name)
     return oracle
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
-from tests.oracle.layers import GatedDeltaNetOracle, LayerOracle, Mamba2Oracle, MambaOracle
+from tests.ops.common.layers import GatedDeltaNetOracle, LayerOracle, Mamba2Oracle, MambaOracle
 
 HIDDEN = 24
 

@@ -12,7 +12,7 @@ import mamba_ops
 from mamba_ops.registry import Op, Sample
 from tests.conftest import ACCELERATOR
 from tests.harness import OPS, with_output
-from tests.tables import tables_of
+from tests.ops.tables import tables_of
 
 DEVICE = ACCELERATOR or torch.device("cpu")
 CASES = [

@@ -80,7 +80,9 @@ def other():
         kernel(x, conv_state, weight, bias, silu=silu, output=output)
         output.add_(0.5)
 
-    backend.implements(causal_conv1d_update, unless=lambda x: "takes at most 4 rows" if len(x) > 4 else None)(shifted)
+    backend.implements(causal_conv1d_update, unsupported=lambda x: "takes at most 4 rows" if len(x) > 4 else None)(
+        shifted
+    )
     yield backend.name
     backend.remove()
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from mamba_ops.compat import vllm
 from mamba_ops.registry import use_backend
-from tests.oracle import causal_conv1d, causal_conv1d_update, selective_state_update
+from tests.ops.causal_conv1d import oracle as causal_conv1d
+from tests.ops.causal_conv1d_update import oracle as causal_conv1d_update
+from tests.ops.selective_state_update import oracle as selective_state_update
 from tests.vllm_inputs import DEVICE, DIM, DSTATE, GROUPS, HEADS, close, ints, normal, on_pages
 
 ORIGINALS = {  # the parameters of vLLM 0.33.0; a default follows its name

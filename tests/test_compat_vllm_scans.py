@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_map_only
 
 from mamba_ops.compat import vllm
 from mamba_ops.registry import use_backend
-from tests.oracle import mamba_chunk_scan, selective_scan
+from tests.ops.mamba_chunk_scan import oracle as mamba_chunk_scan
+from tests.ops.selective_scan import oracle as selective_scan
 from tests.vllm_inputs import DEVICE, DIM, DSTATE, GROUPS, HEADS, close, ints, normal, on_pages
 
 
@@ -54,8 +55,8 @@ def test_selective_scan_fn(packed: bool, gated: bool, contiguous: bool) -> None:
         C.movedim(-1, -3),
         D=D,
         z=None if z is None else z.mT,
-        delta_bias=bias,
-        delta_softplus=True,
+        dt_bias=bias,
+        dt_softplus=True,
         ssm_state=states,
         out=target.mT,
         **rows,

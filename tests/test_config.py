@@ -48,7 +48,7 @@ def idle() -> Iterator[Backend]:
     made = Backend("idle", devices=None, priority=-100)
     for op in (CONV, SSM):
         refusal = lambda x: "takes no batch of 3" if x.shape[0] == 3 else None  # noqa: E731
-        made.implements(op, unless=refusal)(does_nothing(op.parameters))
+        made.implements(op, unsupported=refusal)(does_nothing(op.parameters))
     yield made
     made.remove()
 

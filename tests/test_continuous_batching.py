@@ -59,7 +59,7 @@ def finish(engine: Engine, steps: int = 500) -> None:
         engine.step()
         steps -= 1
         assert steps, "requests are stuck"
-    assert engine.pool.free == SLOTS
+    assert engine.pool.num_free == SLOTS
 
 
 def expect(model: Hybrid, requests: list[Request]) -> None:
@@ -110,8 +110,8 @@ def test_more_requests_than_slots_wait(model: Hybrid) -> None:
     for request in requests:
         engine.add(request, LENGTH)
     engine.step()
-    assert (len(engine.running), len(engine.waiting), engine.pool.free) == (SLOTS, SLOTS, 0)
-    assert sorted(r.slot for r in engine.running) == sorted(engine.pool.taken)
+    assert (len(engine.running), len(engine.waiting), engine.pool.num_free) == (SLOTS, SLOTS, 0)
+    assert sorted(r.slot for r in engine.running) == sorted(engine.pool.allocated)
     finish(engine)
     expect(model, requests)
 
@@ -204,12 +204,12 @@ class Watched:
 def do_something_wrong(engine: Engine, rng: random.Random) -> None:
     """Be refused, and have changed nothing."""
     before = [cache.clone() for cache in caches_of(engine)]
-    taken, running = engine.pool.taken, list(engine.running)
+    taken, running = engine.pool.allocated, list(engine.running)
     options: dict[str, Any] = {"max_requests": SLOTS, "null_slot": 0, "device": DEVICE}
     one = torch.zeros(1, dtype=torch.int64)
     wrong = [
         lambda: engine.add(Request([1] * LENGTH, 1), LENGTH),
-        lambda: engine.pool.give_back(0),
+        lambda: engine.pool.free(0),
         lambda: engine.runner(Plan.of([0], [2], [1], **options), one),
         lambda: engine.runner(Plan.of([0], [BUDGET + 1], [1], **options), torch.zeros(BUDGET + 1, dtype=torch.int64)),
         lambda: engine.runner(Plan.of([0], [1], [1], max_requests=SLOTS + 1, null_slot=0), one),
@@ -218,7 +218,7 @@ def do_something_wrong(engine: Engine, rng: random.Random) -> None:
     with pytest.raises(ValueError, match=r"^(Engine\.add|StatePool|PiecewiseRunner|Plan): "):
         rng.choice(wrong)()
     torch.testing.assert_close(caches_of(engine), before, rtol=0, atol=0, equal_nan=True)
-    assert (engine.pool.taken, engine.running) == (taken, running)
+    assert (engine.pool.allocated, engine.running) == (taken, running)
 
 
 def run_random_steps(model: Hybrid, flaky: Flaky, steps: int) -> None:
@@ -244,7 +244,7 @@ def run_random_steps(model: Hybrid, flaky: Flaky, steps: int) -> None:
         except Flaw:
             faults += 1
         flaky.arm(-1)
-        assert sorted(r.slot for r in engine.running) == sorted(engine.pool.taken)
+        assert sorted(r.slot for r in engine.running) == sorted(engine.pool.allocated)
         done = [r for r in requests if r.done]
         expect(model, done)
         served += len(done)

@@ -146,7 +146,7 @@ def test_a_backend_that_refuses_is_not_compiled_for(device):
     before = counters["stats"]["unique_graphs"]
     try:
         kernel = does_nothing(causal_conv1d_update.parameters)
-        picky.implements(causal_conv1d_update, unless=lambda x: "never does")(kernel)
+        picky.implements(causal_conv1d_update, unsupported=lambda x: "never does")(kernel)
         with pytest.raises(NoBackendError, match="picky  never does"):
             decode_with("picky", device)
         assert counters["stats"]["unique_graphs"] == before

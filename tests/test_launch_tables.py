@@ -1,4 +1,4 @@
-"""Launch configurations: the shipped table is what was measured, own tables come first, tuning makes them."""
+"""Launch configurations: the shipped table is what was measured, own launch_config come first, tuning makes them."""
 
 import json
 import math
@@ -8,36 +8,36 @@ import torch
 
 from mamba_ops.cold_start import tuning
 from mamba_ops.cold_start.specialization import our_modules
-from mamba_ops.kernels.triton import tables
+from mamba_ops.ops._triton import launch_config
 from mamba_ops.registry import use_backend
 from tests.harness import compiled_for_a_gpu, environment
 
 our_modules()  # so that all rules are known
-LAUNCHES = tables.choosers["gated_delta_rule_update"]
+LAUNCHES = launch_config.choosers["gated_delta_rule_update"]
 
 
 @pytest.fixture(autouse=True)
 def _forget():
     yield
-    for op in tables.rules:
-        tables.forget(op)
+    for op in launch_config.rules:
+        launch_config.forget(op)
 
 
 def own_table(folder, launches, op="gated_delta_rule_update", **sizes):
     """A table of one entry, for devices as they are here."""
     sizes = {"v_dim": 24, "k_dim": 16, "itemsize": 4} | sizes
     folder.mkdir(exist_ok=True)
-    path = folder / f"{tables.family(-1)}.json"
+    path = folder / f"{launch_config.family(-1)}.json"
     path.write_text(json.dumps({"kernels": {op: [{"sizes": sizes, "launches": launches}]}}))
     return path
 
 
-@pytest.mark.parametrize("path", sorted(tables.TABLES.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(launch_config.TABLES.glob("*.json")), ids=lambda path: path.stem)
 def test_a_shipped_table_says_what_was_chosen_when_the_kernels_were_measured(path):
-    for op, entries in tables.load(path)["kernels"].items():
+    for op, entries in launch_config.load(path)["kernels"].items():
         for entry in entries:
-            rule = tables.rules[op](*entry["sizes"].values())
-            assert entry["launches"].keys() == tables.tunable[op].keys()
+            rule = launch_config.rules[op](*entry["sizes"].values())
+            assert entry["launches"].keys() == launch_config.tunable[op].keys()
             for kernel, launch in entry["launches"].items():
                 assert launch.items() <= rule[kernel].items()
 
@@ -45,9 +45,10 @@ def test_a_shipped_table_says_what_was_chosen_when_the_kernels_were_measured(pat
 def test_a_device_of_a_known_family_has_its_launches_from_the_table():
     path, sources = compiled_for_a_gpu(
         "import torch, mamba_ops\n"
-        "from mamba_ops.kernels.triton import selective_state_update as kernel, tables\n"
+        "from mamba_ops.ops._triton import launch_config\n"
+        "from mamba_ops.ops.selective_state_update import triton as kernel\n"
         "kernel._launches(-1, 64, 128, False), kernel._launches(-1, 48, 128, False)\n"
-        "print(json.dumps([str(tables.TABLES / 'cuda-90.json'), [str(c) for c in tables.chosen]]))",
+        "print(json.dumps([str(launch_config.TABLES / 'cuda-90.json'), [str(c) for c in launch_config.chosen]]))",
         compiles=False,
     )
     told = (
@@ -59,13 +60,13 @@ def test_a_device_of_a_known_family_has_its_launches_from_the_table():
 def test_an_own_table_comes_before_the_rule_and_is_looked_at_once(tmp_path):
     path = own_table(tmp_path, {"_kernel": {"BLOCK": 4, "num_warps": 2}})
     with environment(MAMBA_OPS_CONFIG_DIR=str(tmp_path)):
-        tables.forget("gated_delta_rule_update")
+        launch_config.forget("gated_delta_rule_update")
         launch = LAUNCHES(-1, 24, 16, 4)
         assert launch == {"_kernel": {"BLOCK": 4, "WIDTH": 16, "num_warps": 2}}
         path.unlink()
         assert LAUNCHES(-1, 24, 16, 4) is launch
-        assert tables.chosen[-1].source == str(path)
-        assert LAUNCHES(-1, 24, 16, 2) == tables.rules["gated_delta_rule_update"](24, 16, 2)
+        assert launch_config.chosen[-1].source == str(path)
+        assert LAUNCHES(-1, 24, 16, 2) == launch_config.rules["gated_delta_rule_update"](24, 16, 2)
 
 
 def test_a_kernel_runs_as_its_table_says(tmp_path, device):
@@ -78,7 +79,7 @@ def test_a_kernel_runs_as_its_table_says(tmp_path, device):
     with use_backend("triton"), torch.no_grad():
         for folder in ("nowhere", tmp_path):
             with environment(MAMBA_OPS_CONFIG_DIR=str(folder)):
-                tables.forget(op.name)
+                launch_config.forget(op.name)
                 mine = sample.clone()
                 outputs.append(op(*mine.args, **mine.kwargs))
     assert torch.equal(*outputs)  # rows of the state are independent, whatever the block
@@ -96,7 +97,7 @@ def test_a_kernel_runs_as_its_table_says(tmp_path, device):
 def test_a_table_cannot_make_a_kernel_wrong(launches, sentence, tmp_path):
     path = own_table(tmp_path, launches)
     with environment(MAMBA_OPS_CONFIG_DIR=str(tmp_path)):
-        tables.forget("gated_delta_rule_update")
+        launch_config.forget("gated_delta_rule_update")
         with pytest.raises(ValueError, match="gated_delta_rule_update") as raised:
             LAUNCHES(-1, 24, 16, 4)
     assert str(raised.value) == f"{path}: gated_delta_rule_update: {sentence}"
@@ -106,7 +107,7 @@ def test_a_broken_table_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "broken.json"
     path.write_text('{"kernels": []}')
     with pytest.raises(ValueError, match=r"broken\.json: got kernels is no object, expected a table"):
-        tables.load(path)
+        launch_config.load(path)
 
 
 # -- tuning -----------------------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def tune(tmp_path, monkeypatch, device):
         state = args[0].clone()
         call()
         assert not torch.equal(state, args[0])  # it is mutated, so what the next trial gets has to be a copy
-        launch = tables.rules[op](16, 16, 4)["_kernel"] | tables.forced[op].get("_kernel", {})
+        launch = launch_config.rules[op](16, 16, 4)["_kernel"] | launch_config.forced[op].get("_kernel", {})
         seen.append((dict(launch), state))
         if launch["num_warps"] > 4:
             raise RuntimeError("out of resource: shared memory")
@@ -152,12 +153,12 @@ def test_tuning_keeps_what_is_fastest_in_a_table_that_is_then_used(tune, device)
     assert tune.told[-1][1] == tune.told[-1][2]
     assert all(torch.equal(state, tune.seen[0][1]) for _, state in tune.seen)
     index = -1 if device.index is None else device.index
-    table = tables.load(tune.folder / f"{tables.family(index)}.json")
+    table = launch_config.load(tune.folder / f"{launch_config.family(index)}.json")
     assert table["triton"]
     (entry,) = table["kernels"]["gated_delta_rule_update"]
     assert entry["sizes"] == {"v_dim": 16, "k_dim": 16, "itemsize": 4}
     with environment(MAMBA_OPS_CONFIG_DIR=str(tune.folder)):
-        tables.forget("gated_delta_rule_update")
+        launch_config.forget("gated_delta_rule_update")
         assert LAUNCHES(index, 16, 16, 4)["_kernel"]["BLOCK"] == 4
 
 

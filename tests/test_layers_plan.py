@@ -136,7 +136,9 @@ def test_a_backend_is_asked_about_what_it_will_be_given() -> None:
         kernel(*args, **kwargs)
 
     run.__signature__ = inspect.signature(kernel)  # type: ignore[attr-defined]
-    picky.implements(op, per_call=lambda x: f"got strides {x.stride()}" if x.stride(0) * 4 % 16 else None)(run)
+    picky.implements(op, unsupported_layout=lambda x: f"got strides {x.stride()}" if x.stride(0) * 4 % 16 else None)(
+        run
+    )
     try:
         with use_backend("picky"):
             layer(

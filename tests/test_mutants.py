@@ -3,24 +3,22 @@
 Only bugs that stay inside their tensors: an interpreted kernel that leaves them takes the process with it.
 """
 
-import functools
+import importlib
 import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
 
-import mamba_ops.kernels.triton as kernels
-from mamba_ops.ops import mixing
+import mamba_ops
+from mamba_ops.ops._common import mixing
 from mamba_ops.registry import Backend, Op
 from tests.conftest import ACCELERATOR
 from tests.harness import OPS, front_on, judge
-from tests.tables import tables_of
+from tests.ops.tables import tables_of
 
 pytest.importorskip("triton", reason="the kernels that bugs are planted in are Triton's")
 
@@ -61,43 +59,26 @@ def planted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Op
 
 
 def triton_with(bug: Bug, op: Op[...], folder: Path) -> Callable[..., None]:
-    """The Triton kernel with a bug, called by the adapter of ours."""
-    mutant = _load(folder / f"mutant_{op.name}.py", _changed(source_of(op), bug))
-    original = op.kernels["triton"].function
-    here = f"mamba_ops.kernels.triton.{op.name}"
-
-    @functools.wraps(original)
-    def kernel(*args: object, **kwargs: object) -> None:
-        healthy, sys.modules[here] = sys.modules.get(here), mutant
-        try:
-            original(*args, **kwargs)
-        finally:
-            sys.modules.pop(here) if healthy is None else sys.modules.update({here: healthy})
-
+    """The Triton kernel with a bug."""
+    kernel: Callable[..., None] = getattr(_load(folder / f"mutant_{op.name}.py", _changed(source_of(op), bug)), op.name)
     return kernel
 
 
 def composed_with(bug: Bug, op: Op[...]) -> Callable[..., None]:
     """The body of a composed op, and what reads its plan, with a bug."""
-    scope = vars(mixing) | vars(sys.modules[op.reference.__module__])
+    scope = vars(mixing) | vars(importlib.import_module(op.kernels["composed"].source.partition(":")[0]))
     del scope[op.name], scope["batch_of"], scope["_batch_of"]
     scope["_latest"] = None  # what is kept of a plan is another's
-    source = _changed(source_of(op), bug).replace(f"{op.name}.qualname", "'mutant'")
-    exec(compile(source, f"mutant_{op.name}.py", "exec"), scope)
-
-    @functools.wraps(op.kernels["composed"].function)
-    def kernel(*args: object, output: Tensor, **kwargs: object) -> None:
-        scope[op.name](*args, out=output, **kwargs)
-
+    exec(compile(_changed(source_of(op), bug), f"mutant_{op.name}.py", "exec"), scope)
+    kernel: Callable[..., None] = scope[op.name]
     return kernel
 
 
 def source_of(op: Op[...]) -> str:
     if not op.composed:
-        return (Path(kernels.__path__[0]) / f"{op.name}.py").read_text()
-    body = inspect.getsource(op.reference)
-    parts = map(inspect.getsource, (mixing.batch_of, mixing._batch_of))
-    return "\n\n".join([*parts, body[body.index("\ndef ") + 1 :]])
+        return (Path(mamba_ops.__path__[0]) / "ops" / op.name / "triton.py").read_text()
+    composed = getattr(importlib.import_module(op.kernels["composed"].source.partition(":")[0]), op.name)
+    return "\n\n".join(map(inspect.getsource, (mixing.batch_of, mixing._batch_of, composed)))
 
 
 def _changed(source: str, bug: Bug) -> str:

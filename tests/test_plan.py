@@ -26,7 +26,7 @@ def test_decodes_first_then_prefills_padded_to_the_largest_batch() -> None:
         "prefill_cu_seqlens": [0, 5, 8, 8, 8, 8, 8],
         "slots": [[2], [3], [6], [0], [-1], [-1]],
         "has_initial_state": [True, True, False, True, False, False],
-        "computed_tokens": [7, 9, 0, 4, 0, 0],
+        "num_computed_tokens": [7, 9, 0, 4, 0, 0],
         "num_accepted_tokens": None,
     }
     assert plan.tensors.counts is not None
@@ -68,7 +68,7 @@ def test_nothing_at_all_is_a_plan() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "says"),
     [
-        (([1], [1, 1], [0, 1]), {}, "computed_tokens: got 1 entries, expected 2, one per request"),
+        (([1], [1, 1], [0, 1]), {}, "num_computed_tokens: got 1 entries, expected 2, one per request"),
         (([1, 1], [1, 1], [0]), {}, "slots: got 1 entries, expected 2, one per request"),
         (([1], [1], [0]), {"accepted": []}, "accepted: got 0 entries, expected 1, one per request"),
         (
@@ -77,7 +77,7 @@ def test_nothing_at_all_is_a_plan() -> None:
             "new_tokens: got 3 requests, expected at most max_requests",
         ),
         (([0, 0], [1, 0], [0, 1]), {}, "new_tokens: got 0 for request 1, expected at least 1; leave the request out"),
-        (([0, -1], [1, 1], [0, 1]), {}, "computed_tokens: got -1 for request 1, expected 0 or more"),
+        (([0, -1], [1, 1], [0, 1]), {}, "num_computed_tokens: got -1 for request 1, expected 0 or more"),
         (([0, 0], [1, 1], [[0], [1, 2]]), {}, "slots: got 2 for request 1, expected 1, as for the others"),
         (([0, 5], [4, 1], [3, 3]), {}, "slots: got slot 3 for requests 0 and 1, expected different slots; a slot has"),
         (

@@ -58,16 +58,16 @@ def test_other_caches_are_given_by_template() -> None:
 
 def test_slots_are_taken_and_given_back() -> None:
     pool = StatePool({}, 4, null_slot=1)
-    assert [pool.take() for _ in range(3)] == [0, 2, 3]
-    assert (pool.free, pool.taken) == (0, {0, 2, 3})
+    assert [pool.allocate() for _ in range(3)] == [0, 2, 3]
+    assert (pool.num_free, pool.allocated) == (0, {0, 2, 3})
     with pytest.raises(NoFreeSlot, match="all 3 slots are taken; give one back, or let requests wait"):
-        pool.take()
-    pool.give_back(2)
-    assert (pool.free, pool.taken) == (1, {0, 3})
+        pool.allocate()
+    pool.free(2)
+    assert (pool.num_free, pool.allocated) == (1, {0, 3})
     for slot in (2, 1, 7):
         with pytest.raises(ValueError, match=rf"slot: got {slot}, expected one that is taken \(0, 3\); was it given"):
-            pool.give_back(slot)
-    assert pool.take() == 2
+            pool.free(slot)
+    assert pool.allocate() == 2
 
 
 @pytest.mark.parametrize(("slots", "null_slot"), [(0, -1), (2, 2)])

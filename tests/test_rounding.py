@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from mamba_ops import selective_state_update
-from mamba_ops.ops import rounding
+from mamba_ops.ops._common import rounding
 from mamba_ops.registry import Backend
 from tests.conftest import ACCELERATOR
 from tests.harness import Front, backends_here, front_on
-from tests.oracle import rounding as oracle
-from tests.tables.selective_state_update import ROUNDING_BUGS
+from tests.ops.common import rounding as oracle
+from tests.ops.selective_state_update.planted_bugs import ROUNDING_BUGS
 
 # NumPy, which Triton's interpreter computes with, warns of infinities.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered in:RuntimeWarning")

@@ -175,7 +175,7 @@ class Reading(nn.Module):
         self.inner, self.pool, self.shift = model, model.pool, torch.zeros(16, device=DEVICE, dtype=torch.float64)
 
     def forward(self, hidden: Tensor, plan: Plan) -> Tensor:
-        computed = plan.tensors.computed_tokens
+        computed = plan.tensors.num_computed_tokens
         assert computed is not None
         out: Tensor = self.inner(hidden + computed.sum() + self.shift, plan) + self.shift * computed.max()
         return out

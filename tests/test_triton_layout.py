@@ -6,7 +6,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from mamba_ops.kernels.triton import layout
+from mamba_ops.ops._triton import layout
 from tests.conftest import ACCELERATOR
 
 DEVICE = ACCELERATOR or torch.device("cpu")

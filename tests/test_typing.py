@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import mamba_ops
-from mamba_ops.registry import Namespace, given
+from mamba_ops.registry import Namespace, require_out
 
 x, cache, weight = torch.zeros(2, 8), torch.zeros(2, 8, 3), torch.zeros(8, 4)
 reveal_type(mamba_ops.causal_conv1d_update(x, cache, weight, silu=False))  # reveals "torch._tensor.Tensor"
@@ -30,7 +30,7 @@ mine = Namespace("mine")
 
 @mine.op(mutates=("out",))
 def scaled(x: Tensor, factor: float = 2.0, *, out: Tensor | None = None) -> Tensor:
-    return torch.mul(x, factor, out=given(out))
+    return torch.mul(x, factor, out=require_out(out))
 
 
 reveal_type(scaled(x, 3.0, out=x))  # reveals "torch._tensor.Tensor"

@@ -12,7 +12,7 @@ import mamba_ops
 from mamba_ops import layers
 from mamba_ops.cold_start import warming
 from mamba_ops.cold_start.layers import TOKENS
-from mamba_ops.registry import Backend, CompilationError, Namespace, RegistryError, Sample, compiling, given
+from mamba_ops.registry import Backend, CompilationError, Namespace, RegistryError, Sample, compiling, require_out
 from tests.harness import OPS, compiled_for_a_gpu, environment
 
 COVER = "from tests.warm_up_cover import cover\nprint(json.dumps(cover(sys.argv[1])))"
@@ -86,7 +86,7 @@ def test_without_a_warm_up_no_jit_raises_for_each_kernel():
 
 LAYOUTS = """
 import mamba_ops
-from mamba_ops.kernels.triton import layout
+from mamba_ops.ops._triton import layout
 from mamba_ops.registry import ops
 
 loaded = {}
@@ -146,9 +146,9 @@ def toy():
     @namespace.op()
     def twice(x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Twice x."""
-        return torch.mul(x, 2, out=given(out))
+        return torch.mul(x, 2, out=require_out(out))
 
-    @twice.outputs
+    @twice.allocate_output
     def _(x):
         return torch.empty_like(x)
 

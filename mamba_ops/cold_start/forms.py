@@ -123,11 +123,11 @@ def _conv_update(draw: Draw, form: str) -> Sample:
 
 def _selective_scan(draw: Draw, form: str) -> Sample:
     words, dim, dstate = draw.form(form), draw.sizes["channels"], draw.sizes["dstate"]
-    options = _reads(draw, words) | {"D": draw.weight(dim), "z": draw.tokens(dim), "delta_bias": draw.weight(dim)}
+    options = _reads(draw, words) | {"D": draw.weight(dim), "z": draw.tokens(dim), "dt_bias": draw.weight(dim)}
     if "cached" in words:
         options["ssm_state"] = draw.cache(dim, dstate)
     u, delta, B, C = draw.tokens(dim), draw.tokens(dim), draw.tokens(dstate), draw.tokens(dstate)
-    return Sample(form, (u, delta, draw.weight(dim, dstate), B, C), {**options, "delta_softplus": True})
+    return Sample(form, (u, delta, draw.weight(dim, dstate), B, C), {**options, "dt_softplus": True})
 
 
 def _chunk_scan(draw: Draw, form: str) -> Sample:
@@ -135,7 +135,7 @@ def _chunk_scan(draw: Draw, form: str) -> Sample:
     heads, dim, dstate, groups = (draw.sizes[name] for name in ("heads", "dim", "dstate", "groups"))
     options = _reads(draw, words) | {"D": draw.weight(heads), "dt_bias": draw.weight(heads), "dt_softplus": True}
     if "cached" in words:
-        options |= {"ssm_state": draw.cache(heads, dim, dstate), "computed_tokens": draw.row_of(torch.int32)}
+        options |= {"ssm_state": draw.cache(heads, dim, dstate), "num_computed_tokens": draw.row_of(torch.int32)}
     x, dt = draw.tokens(heads, dim), draw.tokens(heads)
     B, C = draw.tokens(groups, dstate), draw.tokens(groups, dstate)
     return Sample(form, (x, dt, draw.weight(heads), B, C, draw.sizes["chunk_size"]), options)
@@ -155,7 +155,7 @@ def _delta_rule(draw: Draw, form: str) -> Sample:
     words = draw.form(form)
     options = _reads(draw, words)
     if "cached" in words:
-        options["state"] = draw.cache(draw.sizes["heads"], draw.sizes["dim"], draw.sizes["dim"])
+        options["ssm_state"] = draw.cache(draw.sizes["heads"], draw.sizes["dim"], draw.sizes["dim"])
     q, k, v = _qkv(draw)
     g, beta = draw.tokens(draw.sizes["heads"], dtype=torch.float32), draw.tokens(draw.sizes["heads"])
     return Sample(form, (q, k, v, g, beta), {**options, "qk_l2norm": True})

@@ -6,12 +6,15 @@ an address that is a multiple of 16, or not. So all that varies must be an argum
 """
 
 import ast
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
+
+from mamba_ops.registry import ops
 
 Function = ast.FunctionDef
 _VARIES = re.compile(
@@ -46,13 +49,10 @@ def audit_sources(*modules: ModuleType) -> list[Finding]:
 
 
 def our_modules() -> list[ModuleType]:
-    """Import and return the modules that hold this package's Triton kernels."""
-    import importlib
-    import pkgutil
-
-    package = importlib.import_module("mamba_ops.kernels.triton")
-    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."))
-    return [importlib.import_module(name) for name in names]
+    """Import and return the modules that hold the Triton kernels of all ops, and what these share."""
+    paths = [op.kernels["triton"].source for op in ops().values() if "triton" in op.kernels]
+    names = {path.partition(":")[0] for path in paths if path.startswith("mamba_ops.")}
+    return [importlib.import_module(name) for name in sorted({"mamba_ops.ops._triton.layout", *names})]
 
 
 def _audit(module: ModuleType) -> Iterator[Finding]:

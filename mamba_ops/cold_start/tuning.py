@@ -63,21 +63,22 @@ def tune(
             raise unknown("op", name, FORMS)
         if name not in FORMS:
             raise ValueError(f"{name} has no launches of its own; ops to tune: {', '.join(sorted(FORMS))}")
-    our_modules()  # so that all rules are known
-    from mamba_ops.kernels.triton import tables
+    from mamba_ops.ops._triton import launch_config
 
-    path = folder / f"{tables.family(-1 if device.index is None else device.index)}.json"
+    our_modules()  # so that all rules are known
+
+    path = folder / f"{launch_config.family(-1 if device.index is None else device.index)}.json"
     found = []
     with allow_jit(), use_backend("triton"), torch.no_grad():
         for name in names:
             samples = list(_workloads(name, device, sizes, dtype, state_dtype))
-            keys = _keys_of(name, samples, tables.chosen)
-            table = tables.load(path)
+            keys = _keys_of(name, samples, launch_config.chosen)
+            table = launch_config.load(path)
             done = [entry["sizes"] for entry in table["kernels"].get(name, ())]
             if all(key in done for key in keys):
                 progress(f"{name}: in the table", 1, 1)
                 continue
-            tuned = _tune(name, keys[0], samples, clock or _milliseconds, tables, progress)
+            tuned = _tune(name, keys[0], samples, clock or _milliseconds, launch_config, progress)
             found.append(tuned)
             entry = {"sizes": keys[0], "launches": tuned.launches, "us": [tuned.before_us, tuned.after_us]}
             table["kernels"].setdefault(name, []).append(entry)
@@ -101,10 +102,11 @@ def _workloads(
 
 def _keys_of(name: str, samples: list[Sample], chosen: list[Any]) -> list[dict[str, Any]]:
     """Run the workloads once, and return the static sizes by which their launches are chosen."""
-    before = len(chosen)
-    from mamba_ops.kernels.triton import tables
+    from mamba_ops.ops._triton import launch_config
 
-    tables.forget(name)
+    before = len(chosen)
+
+    launch_config.forget(name)
     for sample in samples:
         _run(name, sample)()
     return [dict(choice.sizes) for choice in chosen[before:] if choice.op == name]
@@ -121,13 +123,13 @@ def _tune(
     key: dict[str, Any],
     samples: list[Sample],
     clock: Callable[[Callable[[], object]], float],
-    tables: Any,
+    launch_config: Any,
     progress: Callable[[str, int, int], None],
 ) -> Tuned:
     """Change one number after the other, and keep what makes the workloads faster, as long as something does."""
 
     def cost(launches: dict[str, dict[str, int]]) -> float:
-        tables.force(name, launches)
+        launch_config.force(name, launches)
         try:
             # The geometric mean: each workload counts as much as the others.
             return math.exp(sum(math.log(1e3 * clock(_run(name, sample))) for sample in samples) / len(samples))
@@ -136,12 +138,12 @@ def _tune(
                 raise
             return math.inf
         finally:
-            tables.force(name, None)
+            launch_config.force(name, None)
 
-    rule = tables.rules[name](*key.values())
+    rule = launch_config.rules[name](*key.values())
     best: dict[str, dict[str, int]] = {}
     before = least = cost(best)
-    free = [(kernel, number) for kernel, numbers in tables.tunable[name].items() for number in numbers]
+    free = [(kernel, number) for kernel, numbers in launch_config.tunable[name].items() for number in numbers]
     for done, (kernel, number) in enumerate(free):
         progress(f"{name}: {kernel}, {number}", done, len(free))
         now = best.get(kernel, {}).get(number, rule[kernel].get(number, 3))  # Triton's own number of stages
@@ -156,7 +158,7 @@ def _tune(
                     break
                 best, least = trial, taken
     progress(f"{name}: done", len(free), len(free))
-    tables.forget(name)
+    launch_config.forget(name)
     return Tuned(name, key, best, before, least)
 
 

@@ -131,8 +131,8 @@ def warm_up(
     for unit in units:
         rows = _done.get(unit.key, [])
         report += rows if unit in new else [row._replace(seconds=0.0, cached=True) for row in rows]
-    if (tables := sys.modules.get("mamba_ops.kernels.triton.tables")) is not None:
-        report.configurations += map(str, tables.chosen)
+    if (launch_config := sys.modules.get("mamba_ops.ops._triton.launch_config")) is not None:
+        report.configurations += map(str, launch_config.chosen)
     report.seconds = time.perf_counter() - begin
     _log.info("warm_up: %s", report)
     return report

@@ -10,7 +10,6 @@ it takes about as long as the kernel.
 import importlib
 import json
 import multiprocessing
-import pkgutil
 import sys
 import time
 from functools import reduce
@@ -64,10 +63,9 @@ def main() -> None:
     """Read the target, then jobs until the input ends; print a line for each that is done."""
     from triton.runtime import driver
 
-    from mamba_ops.kernels import triton as kernels
+    from mamba_ops.cold_start.specialization import our_modules
 
-    for module in pkgutil.iter_modules(kernels.__path__):  # once, before the forks
-        importlib.import_module(f"{kernels.__name__}.{module.name}")
+    our_modules()  # once, before the forks
     first = json.loads(sys.stdin.readline())
     driver.set_active(Target(first["target"], first["launcher"], first["utils"]))
     with multiprocessing.get_context("fork").Pool(first["processes"]) as pool:

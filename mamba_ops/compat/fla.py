@@ -63,7 +63,7 @@ def chunk_gated_delta_rule(
 
     def op(state: Tensor | None, **options: Any) -> Tensor:
         known = None if state is None else all_have(initial_state)
-        return ops.chunk_gated_delta_rule(state=state, has_initial_state=known, scale=scale, **options)
+        return ops.chunk_gated_delta_rule(ssm_state=state, has_initial_state=known, scale=scale, **options)
 
     return _on_states(
         "chunk_gated_delta_rule",

@@ -87,8 +87,8 @@ def selective_scan_fn(
         C.movedim(-1, 1),
         D=D,
         z=None if z is None else z.transpose(1, 2),
-        delta_bias=delta_bias,
-        delta_softplus=delta_softplus,
+        dt_bias=delta_bias,
+        dt_softplus=delta_softplus,
         ssm_state=state,
     ).transpose(1, 2)
     return (out, state) if state is not None else out

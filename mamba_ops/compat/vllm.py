@@ -15,7 +15,7 @@ from mamba_ops.compat.arguments import all_have, is_silu, per_head, refuse
 from mamba_ops.compat.vllm_layers import gdn_attention_core_xpu as gdn_attention_core_xpu
 from mamba_ops.compat.vllm_layers import mamba_mixer as mamba_mixer
 from mamba_ops.compat.vllm_layers import mamba_mixer2 as mamba_mixer2
-from mamba_ops.ops.slots import store_rows
+from mamba_ops.ops._common.slots import store_rows
 
 NULL_BLOCK_ID = 0
 PAD_SLOT_ID = -1
@@ -155,8 +155,8 @@ def selective_scan_fn(
         C.movedim(-1, 0 if packed else 1),
         D=D,
         z=None if z is None else by_token(z),
-        delta_bias=delta_bias,
-        delta_softplus=delta_softplus,
+        dt_bias=delta_bias,
+        dt_softplus=delta_softplus,
         cu_seqlens=query_start_loc,
         ssm_state=ssm_states,
         slots=cache_indices,

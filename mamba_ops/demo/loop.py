@@ -21,8 +21,8 @@ def loop_backend() -> Iterator[None]:
     """Within the block, there is a backend `loop`, last in the default order."""
     loop = Backend("loop", devices=None, priority=-10)
     try:
-        loop.implements(causal_conv1d_update, unless=_why_not_conv)(_causal_conv1d_update)
-        loop.implements(selective_state_update, unless=_why_not_ssm)(_selective_state_update)
+        loop.implements(causal_conv1d_update, unsupported=_why_not_conv)(_causal_conv1d_update)
+        loop.implements(selective_state_update, unsupported=_why_not_ssm)(_selective_state_update)
         yield
     finally:
         loop.remove()

@@ -17,9 +17,9 @@ from mamba_ops.ops import (
     gated_delta_rule_update,
     gdn_mixing,
 )
-from mamba_ops.ops.gated_delta_rule_update import delta_rule_gates
-from mamba_ops.ops.gdn_mixing import unpack
-from mamba_ops.ops.mixing import HasPlan
+from mamba_ops.ops._common.mixing import HasPlan
+from mamba_ops.ops.gated_delta_rule_update.reference import delta_rule_gates
+from mamba_ops.ops.gdn_mixing.reference import unpack
 
 
 class GatedDeltaNet(Mixer):
@@ -134,7 +134,7 @@ class GatedDeltaNet(Mixer):
         weight = self.conv1d.weight.squeeze(1)
         q, k, v = self._split(causal_conv1d(mixed, weight, conv_state=conv_state, **rows))
         g, beta = delta_rule_gates(a, b, self.A_log, self.dt_bias)
-        y = chunk_gated_delta_rule(q, k, v, g, beta, state=ssm_state, qk_l2norm=True, **rows)
+        y = chunk_gated_delta_rule(q, k, v, g, beta, ssm_state=ssm_state, qk_l2norm=True, **rows)
         return self._output(y, z)
 
     def mix(

@@ -11,7 +11,7 @@ from mamba_ops.layers.caches import require_a_pair
 from mamba_ops.layers.mixer import Mixer, require_silu
 from mamba_ops.layers.norms import RMSNorm, wide
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba_mixing, selective_scan, selective_state_update
-from mamba_ops.ops.mixing import HasPlan
+from mamba_ops.ops._common.mixing import HasPlan
 
 NORMS = (None, "weightless", "weighted")
 
@@ -139,7 +139,7 @@ class Mamba(Mixer):
         x = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state=conv_state, **rows)
         delta, B, C = self._steps(x)
         rows = rows | {"D": self.D, "z": z, "delta_bias": self.dt_proj.bias, "ssm_state": ssm_state}
-        return self._output(selective_scan(x, delta, self._A(), B, C, delta_softplus=True, **rows))
+        return self._output(selective_scan(x, delta, self._A(), B, C, dt_softplus=True, **rows))
 
     def _mix(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
         dt_norm, b_norm, c_norm = (

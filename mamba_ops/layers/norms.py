@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mamba_ops.ops.norms import rms_norm
+from mamba_ops.ops._common.norms import rms_norm
 
 
 class GatedRMSNorm(nn.Module):

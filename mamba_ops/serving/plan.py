@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mamba_ops.ops.mixing import PlanTensors
+from mamba_ops.ops._common.mixing import PlanTensors
 
 NOBODY = -1
 
@@ -36,7 +36,7 @@ class Plan:
     @classmethod
     def of(
         cls,
-        computed_tokens: Sequence[int],
+        num_computed_tokens: Sequence[int],
         new_tokens: Sequence[int],
         slots: Sequence[int] | Sequence[Sequence[int]],
         *,
@@ -50,7 +50,7 @@ class Plan:
         A request decodes if it has tokens behind it and one new one; else it is a prefill, whole or one chunk of it.
 
         Args:
-            computed_tokens: how many of its tokens went before.
+            num_computed_tokens: how many of its tokens went before.
             new_tokens: how many it has in this step, 1 at least.
             slots: where its state is in the caches, each slot for one request; with `accepted`, as many slots as a
                 speculative decode has tokens at most. A negative one, or the null slot: nobody's.
@@ -64,17 +64,17 @@ class Plan:
             ValueError: lists of different lengths, too many requests, a request without tokens, a slot used twice.
         """
         requests = range(len(new_tokens))
-        for name, values in (("computed_tokens", computed_tokens), ("slots", slots), ("accepted", accepted)):
+        for name, values in (("num_computed_tokens", num_computed_tokens), ("slots", slots), ("accepted", accepted)):
             if values is not None and len(values) != len(requests):
                 raise _wrong(name, f"{len(values)} entries", f"{len(requests)}, one per request, as new_tokens has")
         if len(requests) > max_requests:
             raise _wrong("new_tokens", f"{len(requests)} requests", f"at most max_requests={max_requests}")
         table = [[s] if isinstance(s, int) else list(s) for s in slots]
         columns = len(table[0]) if table else 1
-        _check_requests(computed_tokens, new_tokens, table, columns, null_slot)
+        _check_requests(num_computed_tokens, new_tokens, table, columns, null_slot)
 
         def decodes(i: int) -> bool:
-            return computed_tokens[i] > 0 and (new_tokens[i] == 1 or (accepted is not None and accepted[i] > 0))
+            return num_computed_tokens[i] > 0 and (new_tokens[i] == 1 or (accepted is not None and accepted[i] > 0))
 
         kept = [1] * len(requests) if accepted is None else [max(1, a) for a in accepted]
         first = [i for i in requests if decodes(i)]
@@ -89,7 +89,7 @@ class Plan:
                 lengths,
                 len(first),
                 [table[i] for i in order],
-                [computed_tokens[i] for i in order],
+                [num_computed_tokens[i] for i in order],
                 None if accepted is None else [kept[i] for i in order],
                 columns,
                 max_requests,
@@ -125,15 +125,15 @@ class Plan:
 
 
 def _check_requests(
-    computed_tokens: Sequence[int], new_tokens: Sequence[int], table: list[list[int]], columns: int, null_slot: int
+    num_computed_tokens: Sequence[int], new_tokens: Sequence[int], table: list[list[int]], columns: int, null_slot: int
 ) -> None:
     """Raise the ValueError about the first request that is wrong in itself, or shares a slot with one before it."""
     taken: dict[int, int] = {}
     for i, slots in enumerate(table):
         if new_tokens[i] < 1:
             raise _wrong("new_tokens", f"{new_tokens[i]} for request {i}", "at least 1", "leave the request out")
-        if computed_tokens[i] < 0:
-            raise _wrong("computed_tokens", f"{computed_tokens[i]} for request {i}", "0 or more")
+        if num_computed_tokens[i] < 0:
+            raise _wrong("num_computed_tokens", f"{num_computed_tokens[i]} for request {i}", "0 or more")
         if len(slots) != columns:
             raise _wrong("slots", f"{len(slots)} for request {i}", f"{columns}, as for the others")
         for slot in slots:

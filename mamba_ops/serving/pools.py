@@ -78,16 +78,16 @@ class StatePool:
         return cls(templates, slots, page_bytes=page_bytes, null_slot=null_slot)
 
     @property
-    def free(self) -> int:
+    def num_free(self) -> int:
         """How many slots are to be had."""
         return len(self._free)
 
     @property
-    def taken(self) -> frozenset[int]:
+    def allocated(self) -> frozenset[int]:
         """The slots that somebody has."""
         return frozenset(self._taken)
 
-    def take(self) -> int:
+    def allocate(self) -> int:
         """Return a slot for a new request.
 
         Raises:
@@ -99,7 +99,7 @@ class StatePool:
         self._taken.add(slot)
         return slot
 
-    def give_back(self, slot: int) -> None:
+    def free(self, slot: int) -> None:
         """Let others have a slot; nothing is cleared.
 
         Raises:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tests.oracle.rounding import philox
+from tests.ops.common.rounding import philox
 
 
 def rounded_to_half(s: Tensor, seed: int, start: int, rounds: int) -> Tensor:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from mamba_ops.backends.flashinfer.vendor import flashinfer
 from torch import Tensor
 
 from mamba_ops import selective_state_update, use_backend
-from mamba_ops.backends.flashinfer.vendor import flashinfer
 from mamba_ops.registry import Sample
 from tests.harness import front_on, judge, refusal
 from tests.on_flashinfer.calls import Calls, refused, sample_of, samples_of, shifted
@@ -197,7 +197,7 @@ def test_it_refuses_sizes(calls: Calls, sizes: dict[str, int], sentence: str) ->
 
 
 def test_it_refuses_more_slots_than_it_tells_apart(calls: Calls) -> None:
-    sample = sample_of(selective_state_update, "base", state=lambda state: state[:1].expand(2**24, -1, -1, -1))
+    sample = sample_of(selective_state_update, "base", ssm_state=lambda state: state[:1].expand(2**24, -1, -1, -1))
     says = "takes a state of fewer than 16777216 slots, and it has 16777216"
     assert refusal(selective_state_update, "flashinfer", sample) == says
 

@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor
 
 from mamba_ops import registry
-from mamba_ops.registry import Backend, Namespace, Op, bad_argument, given
+from mamba_ops.registry import Backend, Namespace, Op, bad_argument, require_out
 
 
 @pytest.fixture(autouse=True)
@@ -42,12 +42,12 @@ def add(toys: Namespace) -> Op[...]:
         total: Tensor, x: Tensor, *, bias: Tensor | None = None, scale: float = 1.0, out: Tensor | None = None
     ) -> Tensor:
         """Add x to total; write the scaled total."""
-        output = given(out)
+        output = require_out(out)
         total += x
         output.copy_(total * scale + (0 if bias is None else bias))
         return output
 
-    @add.checks
+    @add.validate
     def _checks(total: Tensor, x: Tensor, output: Tensor) -> None:
         for name, tensor in {"x": x, "out": output}.items():
             if tensor.shape != total.shape:
@@ -55,7 +55,7 @@ def add(toys: Namespace) -> Op[...]:
         if x.dtype.is_complex:
             raise bad_argument("x", got=x.dtype, expected="a real dtype")
 
-    @add.outputs
+    @add.allocate_output
     def _output(x: Tensor) -> Tensor:
         return x.new_empty(x.shape)
 

@@ -48,7 +48,7 @@ def test_priority_decides(add: Op[...], backend: Any) -> None:
 
 def test_a_named_backend_never_falls_back(add: Op[...], backend: Any) -> None:
     why = backend("picky", priority=1)
-    why.implements(add, unless=lambda x: f"takes float32, got {x.dtype}" if x.dtype != torch.float32 else None)(
+    why.implements(add, unsupported=lambda x: f"takes float32, got {x.dtype}" if x.dtype != torch.float32 else None)(
         adapter(9)
     )
     total, x = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_a_named_backend_never_falls_back(add: Op[...], backend: Any) -> None:
 def test_no_backend_lists_every_reason(add: Op[...], backend: Any) -> None:
     del add.kernels["torch"]
     backend("elsewhere", devices=["cuda"]).implements(add)(adapter(1))
-    backend("picky", priority=2).implements(add, unless=lambda bias: None if bias is None else "takes no bias")(
+    backend("picky", priority=2).implements(add, unsupported=lambda bias: None if bias is None else "takes no bias")(
         adapter(2)
     )
     with pytest.raises(NoBackendError) as error:
@@ -88,7 +88,7 @@ def test_no_backend_lists_every_reason(add: Op[...], backend: Any) -> None:
 def test_per_call_refusals_are_asked_every_time(add: Op[...], backend: Any) -> None:
     dense = backend("dense", priority=1)
     why = lambda x: None if x.is_contiguous() else "x is not contiguous"  # noqa: E731
-    dense.implements(add, per_call=why)(adapter(5))
+    dense.implements(add, unsupported_layout=why)(adapter(5))
     straight, strided = torch.ones(3, 2), torch.ones(2, 3).t()
     assert add(torch.zeros(3, 2), straight)[0, 0] == 5
     with pytest.warns(RuntimeWarning, match="x is not contiguous"):

@@ -79,7 +79,7 @@ def test_leaving_the_block_in_which_it_was_captured_is_a_swap_too(add: Op[...], 
 @pytest.mark.usefixtures("others")
 def test_what_does_not_change_the_kernel_warns_of_nothing(add: Op[...], backend: Any, capture: Capture) -> None:
     backend("far", devices=["cuda"], priority=9).implements(add)(adapter(4))
-    backend("picky", priority=8).implements(add, unless=lambda x: "takes none")(adapter(5))
+    backend("picky", priority=8).implements(add, unsupported=lambda x: "takes none")(adapter(5))
     with pytest.warns(RuntimeWarning, match="picky does not take the call: takes none"), capture():
         call(add)  # on torch, for picky refuses
     with use_backend("torch"), use_backend("far:torch"), use_backend("picky:torch"):

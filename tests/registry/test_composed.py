@@ -12,8 +12,8 @@ from mamba_ops.registry import (
     Op,
     RegistryError,
     explain,
-    given,
     record_selections,
+    require_out,
     use_backend,
 )
 from tests.registry.toys import adapter, call
@@ -26,9 +26,9 @@ def twice(toys: Namespace, add: Op[...]) -> Op[...]:
         """Add x to total two times."""
         add.require(total, x)
         total += x
-        return given(out).copy_(add(total, x))
+        return require_out(out).copy_(add(total, x))
 
-    @twice.outputs
+    @twice.allocate_output
     def _output(x: Tensor) -> Tensor:
         return x.new_empty(x.shape)
 
@@ -71,7 +71,7 @@ def test_it_is_never_bound_to_who_has_no_kernel_for_it(twice: Op[...], add: Op[.
 
 
 def test_require_refuses_before_anything_is_written(twice: Op[...], add: Op[...], backend: Any) -> None:
-    backend("picky").implements(add, unless=lambda x: "is picky")(adapter(7))
+    backend("picky").implements(add, unsupported=lambda x: "is picky")(adapter(7))
     total = torch.zeros(3)
     with use_backend("picky"), pytest.raises(NoBackendError, match="is picky"):
         twice(total, torch.ones(3))
@@ -79,7 +79,9 @@ def test_require_refuses_before_anything_is_written(twice: Op[...], add: Op[...]
 
 
 def test_require_asks_what_is_asked_at_every_call_too(add: Op[...], backend: Any) -> None:
-    backend("picky").implements(add, per_call=lambda x: None if x.is_contiguous() else "wants x dense")(adapter(7))
+    backend("picky").implements(add, unsupported_layout=lambda x: None if x.is_contiguous() else "wants x dense")(
+        adapter(7)
+    )
     add.require(torch.zeros(3), torch.ones(6)[::2])  # nobody asked for it by name
     with use_backend("picky"):
         add.require(torch.zeros(3), torch.ones(3))

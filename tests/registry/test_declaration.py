@@ -15,7 +15,7 @@ from mamba_ops.registry import (
     Op,
     RegistryError,
     explain,
-    given,
+    require_out,
 )
 from tests.registry.toys import call
 
@@ -45,7 +45,7 @@ def test_schema_form_of_a_declaration(toys: Namespace) -> None:
     def double(x: Tensor, *, output: Tensor) -> None:
         torch.mul(x, 2, out=output)
 
-    @double.outputs
+    @double.allocate_output
     def _output(x: Tensor) -> Tensor:
         return x.new_empty(x.shape)
 
@@ -59,13 +59,13 @@ def test_a_number_that_may_be_left_out(toys: Namespace) -> None:
 
     @toys.op()
     def scaled(x: Tensor, *, scale: float | None = None, out: Tensor | None = None) -> Tensor:
-        return torch.mul(x, 0.5 if scale is None else scale, out=given(out))
+        return torch.mul(x, 0.5 if scale is None else scale, out=require_out(out))
 
-    @scaled.outputs
+    @scaled.allocate_output
     def _output(x: Tensor) -> Tensor:
         return x.new_empty(x.shape)
 
-    @scaled.checks
+    @scaled.validate
     def _checks(scale: float | None) -> None:
         seen.append(scale)
 
@@ -89,13 +89,13 @@ def test_a_cache_that_may_be_left_out(toys: Namespace, backend: Any) -> None:
         seen.append(cache)
         if cache is not None:
             cache += x
-        return given(out).copy_(x)
+        return require_out(out).copy_(x)
 
-    @keep.checks
+    @keep.validate
     def _checks(cache: Tensor | None) -> None:
         assert cache is None or cache.numel()
 
-    @keep.outputs
+    @keep.allocate_output
     def _output(x: Tensor) -> Tensor:
         return x.new_empty(x.shape)
 
@@ -206,9 +206,9 @@ def test_facets_may_take_everything(add: Op[...]) -> None:
 def test_without_outputs_out_must_be_given(toys: Namespace) -> None:
     @toys.op()
     def nothing(x: Tensor, *, out: Tensor | None = None) -> Tensor:
-        return given(out)
+        return require_out(out)
 
-    with pytest.raises(DeclarationError, match=r"called without `out` and has no @op.outputs"):
+    with pytest.raises(DeclarationError, match=r"called without `out` and has no @op.allocate_output"):
         nothing(torch.ones(1))
     with pytest.raises(RegistryError, match="called without `out`"):
         nothing.reference(torch.ones(1))

@@ -139,7 +139,7 @@ def test_a_decision_under_way_does_not_outlive_a_swap(add: Op[...], backend: Any
             swapped.wait(10)
 
     slow_backend = backend("slow", priority=1)
-    slow_backend.implements(add, unless=slow)(adapter(1))
+    slow_backend.implements(add, unsupported=slow)(adapter(1))
     thread = threading.Thread(target=call, args=[add])
     thread.start()
     assert started.wait(10)
@@ -162,7 +162,7 @@ class Settings:
 def test_backends_have_their_settings_before_they_are_asked(add: Op[...], backend: Any) -> None:
     fast = backend("fast", priority=1, settings={"gear": ("low", "high")})
     seen = []
-    fast.implements(add, unless=lambda x: seen.append(fast.settings["gear"]))(adapter(1))
+    fast.implements(add, unsupported=lambda x: seen.append(fast.settings["gear"]))(adapter(1))
     call(add)
     with use_backend(Settings(fast_gear="high", slow_gear="none")):
         call(add)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from mamba_ops import registry
-from mamba_ops.registry import Namespace, SplitGraph, given, mark_splitting, split_graph, splitting_ops
+from mamba_ops.registry import Namespace, SplitGraph, mark_splitting, require_out, split_graph, splitting_ops
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "cut")
 
@@ -22,11 +22,11 @@ def cut(toys: Namespace) -> Iterator[Any]:
     @toys.op(splits_graph=True)
     def cut(x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Double."""
-        output = given(out)
+        output = require_out(out)
         output.copy_(2 * x)
         return output
 
-    @cut.outputs
+    @cut.allocate_output
     def _output(x: Tensor) -> Tensor:
         return x.new_empty(x.shape)
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops import causal_conv1d, causal_conv1d_update
-from mamba_ops.ops.slots import row_slots, store_rows
+from mamba_ops.ops._common.slots import row_slots, store_rows
 from mamba_ops.registry import Backend
 
 backend = Backend(
@@ -70,7 +70,7 @@ def _why_not_sequences_now(x: Tensor, output: Tensor) -> str | None:
     return _too_far(x=x, out=output)
 
 
-@backend.implements(causal_conv1d, unless=_why_not_sequences, per_call=_why_not_sequences_now)
+@backend.implements(causal_conv1d, unsupported=_why_not_sequences, unsupported_layout=_why_not_sequences_now)
 def _causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -127,7 +127,7 @@ def _why_not_update_now(x: Tensor, conv_state: Tensor, output: Tensor) -> str | 
     return _too_far(x=x, conv_state=conv_state, out=output)
 
 
-@backend.implements(causal_conv1d_update, unless=_why_not_update, per_call=_why_not_update_now)
+@backend.implements(causal_conv1d_update, unsupported=_why_not_update, unsupported_layout=_why_not_update_now)
 def _causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops import selective_scan
-from mamba_ops.ops.slots import row_slots, store_rows
+from mamba_ops.ops._common.slots import row_slots, store_rows
 from mamba_ops.registry import Backend
 
 mamba_ssm = Backend("mamba_ssm", devices=("cuda",), requires="selective_scan_cuda", install="mamba-ssm", priority=15)
@@ -49,7 +49,7 @@ def _grouped(tokens: Tensor) -> Tensor:
     return _by_channel(tokens if tokens.dim() == 4 else tokens.unsqueeze(2))
 
 
-@mamba_ssm.implements(selective_scan, unless=_why_not)
+@mamba_ssm.implements(selective_scan, unsupported=_why_not)
 def _selective_scan(
     u: Tensor,
     delta: Tensor,

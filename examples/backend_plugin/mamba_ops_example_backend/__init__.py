@@ -21,7 +21,7 @@ def _why_not(
     return None
 
 
-@example.implements(causal_conv1d_update, unless=_why_not)
+@example.implements(causal_conv1d_update, unsupported=_why_not)
 def _causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,

@@ -1,0 +1,76 @@
+"""How the references of the chunked ops lay the tokens of all rows out, without asking the host about any length."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mamba_ops.ops._common.slots import store_rows
+
+
+def row_count(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def most_chunks(tokens: int, n: int, chunk_size: int, num_computed_tokens: Tensor | None) -> int:
+    """How many chunks n rows can have: each may end in a short one, and begin with one if its start is not aligned."""
+    return tokens // chunk_size + (n if num_computed_tokens is None else 2 * n)
+
+
+class Pieces(NamedTuple):
+    """Where the tokens of all rows go when they are laid out in pieces of chunks."""
+
+    row: Tensor  # (pieces,): whose it is
+    number: Tensor  # (pieces,): its number within the row
+    closes: Tensor  # (pieces,): whether it is the last one of its chunk
+    token: Tensor  # (pieces, size): the tokens there, by their place among all rows' tokens; 0 where there is none
+    inside: Tensor  # (pieces, size): whether there is one
+    of_row: Tensor  # (n,): how many pieces a row has
+    end: Tensor  # (n,): the piece after its last one
+    longest: int  # the most pieces that a row can have
+    packed: bool  # whether all rows' tokens are packed, as they are with cu_seqlens
+
+    def laid_out(self, tokens: Tensor, inside: Tensor, dtype: torch.dtype) -> Tensor:
+        """An activation as (pieces, size, ...), zero where not `inside`."""
+        tokens = (tokens if self.packed else tokens.flatten(0, 1))[self.token]
+        return torch.where(inside.view(*inside.shape, *[1] * (tokens.dim() - 2)), tokens, 0).to(dtype)
+
+    def store(self, output: Tensor, values: Tensor) -> None:
+        """Store what is `laid_out` where its tokens are in `output`; the rest of that stays as it is."""
+        packed = output if self.packed else output.new_empty(output.flatten(0, 1).shape)
+        store_rows(packed, self.token.flatten(), values.flatten(0, 1), self.inside.flatten())
+        if not self.packed:
+            output.copy_(packed.view(output.shape))
+
+
+def lay_out(
+    x: Tensor, size: int, per_chunk: int, cu_seqlens: Tensor | None, num_computed_tokens: Tensor | None
+) -> Pieces:
+    """Number the pieces of all rows in order, as many as there can be; those beyond the last hold no token."""
+    n = row_count(x, cu_seqlens)
+    if cu_seqlens is None:
+        length = x.shape[1]
+        starts, tokens = torch.arange(n, device=x.device) * length, n * length
+        lengths = torch.full_like(starts, length)
+    else:
+        starts, tokens = cu_seqlens[:-1].long(), x.shape[0]
+        lengths = cu_seqlens.diff().long()
+    before = torch.zeros_like(starts) if num_computed_tokens is None else num_computed_tokens.long()
+    skipped = before % size
+    of_row = torch.where(lengths > 0, (skipped + lengths + size - 1) // size, 0)
+    end = of_row.cumsum(0)
+
+    longest = most = most_chunks(tokens, n, size, num_computed_tokens)
+    if cu_seqlens is None:
+        longest = (length - 1) // size + (1 if num_computed_tokens is None else 2)
+        most = n * longest
+    piece = torch.arange(most, device=x.device)
+    row = torch.bucketize(piece, end, right=True)
+    exists = row < n
+    row = row.clamp(max=n - 1)
+    number = piece - (end - of_row)[row]
+    closes = exists & ((number == of_row[row] - 1) | ((before[row] // size + number + 1) % per_chunk == 0))
+    place = (number * size - skipped[row]).unsqueeze(1) + torch.arange(size, device=x.device)
+    inside = exists.unsqueeze(1) & (place >= 0) & (place < lengths[row].unsqueeze(1))
+    token = torch.where(inside, starts[row].unsqueeze(1) + place, 0)
+    return Pieces(row, number, closes, token, inside, of_row, end, longest, cu_seqlens is not None)

@@ -1,0 +1,158 @@
+"""Launch configurations: blocks, warps and stages of every kernel, from a table made on such a device, else by a rule.
+
+A table is `<family>.json`, in the folder that MAMBA_OPS_CONFIG_DIR names or in `configs/` here; for one set of static
+sizes the former comes first. It has what was measured; a kernel's rule, a formula in its file, has the rest, and all of
+an unknown device. Nothing is timed on a call, and the choice is made once for a device and static sizes, so it is the
+same on every rank and in every run.
+"""
+
+import functools
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from mamba_ops.ops._triton.common import INTERPRETED
+
+Launches = dict[str, dict[str, Any]]
+"""Of each kernel that an op launches, by its name: constexprs that are free to choose, warps and stages."""
+TABLES = Path(__file__).parent / "configs"
+
+
+class Choice(NamedTuple):
+    """What was chosen for an op's static sizes on a device family."""
+
+    op: str
+    family: str
+    sizes: Mapping[str, Any]
+    launches: Launches
+    source: str
+    """The table's path, or "rule"."""
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name} {value}" for name, value in self.sizes.items())
+        launches = "; ".join(
+            f"{kernel} {', '.join(f'{n} {v}' for n, v in launch.items())}" for kernel, launch in self.launches.items()
+        )
+        return f"{self.op} on {self.family}, {sizes}: {launches} ({self.source})"
+
+
+chosen: list[Choice] = []
+"""All that was chosen in this process."""
+forced: dict[str, Launches] = {}
+"""What tuning tries now, by op."""
+
+
+def by_table(**free: str) -> Callable[[Callable[..., Launches]], Callable[..., Launches]]:
+    """Let a table come before the rule that is decorated.
+
+    The rule returns, from static sizes (numbers, bools and strings), the launches of all kernels in its file. What is
+    made of it takes the device's index (-1 for the CPU) as its first argument, and remembers its answers.
+
+    Args:
+        free: of each kernel what a table may say otherwise: what makes it fast or slow, and never wrong.
+    """
+
+    def decorate(rule: Callable[..., Launches]) -> Callable[..., Launches]:
+        op, names = rule.__module__.split(".")[-2], list(inspect.signature(rule).parameters)
+
+        @functools.cache
+        def choose(device: int, *values: Any) -> Launches:
+            sizes = dict(zip(names, values, strict=True))
+            launches, source = rule(*values), "rule"
+            found, path = (forced[op], "tuning") if op in forced else _entry(op, family(device), sizes)
+            for kernel, changes in (found or {}).items():
+                _check(path, op, kernel, changes, tunable[op])
+                launches[kernel] = launches[kernel] | changes
+                source = path
+            if op not in forced:
+                chosen.append(Choice(op, family(device), sizes, launches, source))
+            return launches
+
+        tunable[op] = {kernel: names.split() for kernel, names in free.items()}
+        rules[op], choosers[op] = rule, choose
+        return choose
+
+    return decorate
+
+
+tunable: dict[str, dict[str, list[str]]] = {}
+"""Of each op whose kernels are loaded, and each of these, what a table may say."""
+rules: dict[str, Callable[..., Launches]] = {}
+"""Of each op whose kernels are loaded, what is launched where no table says otherwise."""
+choosers: dict[str, Any] = {}
+"""Of each op whose kernels are loaded, the function that chooses, from a device's index and static sizes."""
+
+
+def force(op: str, launches: Launches | None) -> None:
+    """Let an op be launched so, whatever its table says, until it is called with None: for tuning."""
+    if launches is None:
+        forced.pop(op, None)
+    else:
+        forced[op] = launches
+    forget(op)
+
+
+def forget(op: str) -> None:
+    """Choose anew at the op's next call: its table may be another one."""
+    choosers[op].cache_clear()
+    _table.cache_clear()
+
+
+@functools.cache
+def family(device: int) -> str:
+    """Return the name of a device's family: devices of one family run the same binaries (`cuda-90`, `hip-gfx942`)."""
+    if INTERPRETED:
+        return "interpreted"
+    with torch.accelerator.device_index(device if device >= 0 else None):
+        target = triton.runtime.driver.active.get_current_target()
+    return f"{target.backend}-{target.arch}"
+
+
+def folders() -> list[Path]:
+    """Return where tables are, the first one first."""
+    own = os.environ.get("MAMBA_OPS_CONFIG_DIR")
+    return [*([Path(own)] if own else []), TABLES]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a table: `{"kernels": {op: [{"sizes": {...}, "launches": {kernel: {...}}}, ...]}, ...}`."""
+    try:
+        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(table["kernels"], dict):
+            raise TypeError("kernels is no object")
+    except FileNotFoundError:
+        return {"kernels": {}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: got {error}, expected a table of launches as `mamba-ops tune` writes it") from None
+    return table
+
+
+@functools.cache
+def _table(path: Path) -> dict[str, Any]:
+    return load(path)
+
+
+def _entry(op: str, family: str, sizes: Mapping[str, Any]) -> tuple[Launches | None, str]:
+    for folder in folders():
+        path = folder / f"{family}.json"
+        for entry in _table(path)["kernels"].get(op, ()):
+            if entry["sizes"] == sizes:
+                return entry["launches"], str(path)
+    return None, "rule"
+
+
+def _check(path: str, op: str, kernel: str, changes: Mapping[str, Any], free: Mapping[str, list[str]]) -> None:
+    """Raise ValueError if a table says what it may not."""
+    if kernel not in free:
+        raise ValueError(f"{path}: {op}: got kernel {kernel!r}, expected one of {', '.join(sorted(free))}")
+    for name, value in changes.items():
+        if name not in free[kernel]:
+            raise ValueError(f"{path}: {op}: {kernel}: got {name!r}, expected one of {', '.join(free[kernel])}")
+        if not isinstance(value, int) or value < 1 or (name != "num_stages" and value & (value - 1)):
+            raise ValueError(f"{path}: {op}: {kernel}: {name}: got {value!r}, expected a power of two")

@@ -1,0 +1,117 @@
+"""Tensors as kernels read them: dense within a token, or within an entry of their first dimension.
+
+An activation whose channels lie apart and whose tokens lie together, as mamba_ssm's layers have theirs, is copied in
+tiles, read and written in whole lines: torch's own copy of it takes several times as long.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mamba_ops.ops._triton.common import cdiv, on_device_of
+
+NARROW = 16  # channels: such a tensor is small beside others, and torch's own copy takes the host less time
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of numbers as they are copied: fewer variants than dtypes
+_NUMBERS = ["tokens", "channels", "source_row", "source_channel", "target_row", "target_token"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=[*_NUMBERS, "source", "target"])
+def _transpose(
+    source,  # neighbouring tokens
+    target,  # neighbouring channels
+    tokens,  # of a row
+    channels,
+    source_row: tl.int64,
+    source_channel: tl.int64,
+    target_row: tl.int64,
+    target_token: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    across = tl.cdiv(channels, BLOCK)
+    blocks = tl.cdiv(tokens, BLOCK) * across
+    row = (program // blocks).to(tl.int64)
+    token = program % blocks // across * BLOCK + tl.arange(0, BLOCK)[:, None]
+    channel = program % across * BLOCK + tl.arange(0, BLOCK)[None, :]
+    there = (token < tokens) & (channel < channels)
+    values = tl.load(source + row * source_row + token + channel * source_channel, there)
+    tl.store(target + row * target_row + token * target_token + channel, values, there)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether everything but the first dimension is laid out as in a contiguous tensor."""
+    if tensor.is_contiguous():
+        return True
+    shape, stride, dense = tensor.shape, tensor.stride(), 1
+    for axis in range(len(shape) - 1, 0, -1):
+        if stride[axis] != dense and shape[axis] != 1:
+            return False
+        dense *= shape[axis]
+    return True
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor itself where it is dense within an entry of its first dimension, else a copy."""
+    return tensor if is_dense(tensor) else tensor.contiguous()
+
+
+def by_channel(tensor: Tensor, flat: bool) -> Tensor:
+    """An activation `(tokens, ...)` if flat, else `(rows, tokens, ...)`: itself where its last dimension is contiguous,
+    else a copy.
+    """
+    if tensor.stride(-1) == 1:
+        return tensor
+    if (lying := _by_tokens(tensor, flat)) is None:
+        return tensor.contiguous()
+    copy = tensor.new_empty(tensor.shape)
+    _copy(lying, copy.view(lying.shape))
+    return copy
+
+
+def by_token(tensor: Tensor, flat: bool) -> Tensor:
+    """The same as `(tokens, ...)`, dense within a token: itself, a view of it or else a copy."""
+    tensor = by_channel(tensor, flat)
+    return dense(tensor if flat else tensor.flatten(0, 1))
+
+
+def write_back(written: Tensor, output: Tensor, flat: bool) -> None:
+    """Copy what was written to the output, if it was written to a copy of it."""
+    if written.data_ptr() == output.data_ptr():
+        return
+    written = written.view(output.shape)
+    if (lying := _by_tokens(output, flat)) is None:
+        output.copy_(written)
+    else:
+        _copy(written.view(lying.shape).transpose(1, 2), lying.transpose(1, 2))
+
+
+def _by_tokens(tensor: Tensor, flat: bool) -> Tensor | None:
+    """An activation as `(rows, tokens, channels)` if its tokens lie together, its many channels at one distance."""
+    rows, tokens = (1, tensor.shape[0]) if flat else tensor.shape[:2]
+    if tensor.stride(0 if flat else 1) != 1 or tokens == 1 or tensor.numel() <= rows * tokens * NARROW:
+        return None
+    try:
+        return tensor.view(rows, tokens, -1)
+    except RuntimeError:  # channels at several distances
+        return None
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    rows, tokens, channels = source.shape
+    bits = _BITS[source.itemsize]
+    source, target = source.view(bits), target.view(bits)
+    block = 64
+    with on_device_of(source):
+        _transpose[(rows * cdiv(tokens, block) * cdiv(channels, block),)](
+            source,
+            target,
+            tokens,
+            channels,
+            source.stride(0),
+            source.stride(2),
+            target.stride(0),
+            target.stride(1),
+            BLOCK=block,
+            num_warps=4,
+        )

@@ -1,0 +1,150 @@
+"""causal_conv1d_update: the depthwise convolution of a decode step, over a cache of each row's last inputs."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mamba_ops.backends import triton
+from mamba_ops.ops._common.checking import (
+    floating,
+    index_tensor,
+    one_device,
+    packed_rows,
+    shape_is,
+    slot_table,
+    tensor_rank,
+)
+from mamba_ops.ops._namespace import mamba
+from mamba_ops.registry import bad_argument
+
+
+def _row_count(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+class Arguments(NamedTuple):
+    """A call of causal_conv1d_update: what its validation and its kernels are given."""
+
+    x: Tensor
+    conv_state: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    slots: Tensor | None
+    cu_seqlens: Tensor | None
+    num_accepted_tokens: Tensor | None
+    silu: bool
+    null_slot: int
+    output: Tensor
+
+
+@mamba.op(
+    mutates=("conv_state", "out"),
+    reference="mamba_ops.ops.causal_conv1d_update.reference:causal_conv1d_update",
+    arguments=Arguments,
+)
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    slots: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    silu: bool = True,
+    null_slot: int = -1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Convolve each row's new tokens with the inputs before them, write `out`, and advance `conv_state` in place.
+
+    Args:
+        x: one token a row `(n, dim)`, a few `(n, length, dim)`, or packed `(tokens, dim)` with `cu_seqlens`.
+        conv_state: `(slots, dim, state_len)`, state_len >= width - 1; column 0 is the oldest input. Mutated.
+        weight: `(dim, width)`, width 2 to 8, oldest tap first.
+        bias: `(dim,)`.
+        slots: int32 or int64 `(>= n,)` or `(>= n, columns)`, of which column 0 is read; two rows must not share a slot.
+            None: row i uses slot i, and no row is null.
+        cu_seqlens: int32 or int64 `(n + 1,)`; row i owns tokens cu_seqlens[i] up to cu_seqlens[i + 1].
+        num_accepted_tokens: int32 or int64 `(n,)`; speculative decoding: how many tokens of the last call were right.
+        silu: apply silu to the result.
+        null_slot: a row whose slot is this or negative is nobody: its output is zero and no state is touched.
+        out: like `x`, of any floating dtype. Mutated.
+
+    All floating dtypes mix; everything is computed in float32 (float64 for float64 `x`) and rounded once at each store.
+    A row without tokens leaves its state alone; tokens that belong to no row are neither read nor written.
+
+    With q new tokens in a row, `window` its last width - 1 inputs followed by these q, and state its slot:
+
+        out[t] = silu(bias + sum_j weight[:, j] * window[t + j])        j = 0 .. width - 1
+        window = [state[:, first : first + width - 1], x_0 .. x_(q-1)]
+
+    Without `num_accepted_tokens`, first is 0 and columns 0 .. width - 2 become the last width - 1 entries of window.
+    With it, first is num_accepted_tokens - 1 (clamped to the columns there are) and columns 0 .. width - 3 + q become
+    window[1:], that is every input that the next call may go back to; what does not fit in state_len is dropped.
+    All other columns stay.
+    """
+
+
+@causal_conv1d_update.allocate_output
+def _output(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@causal_conv1d_update.validate
+def _validate(call: Arguments) -> None:
+    floating(x=call.x, conv_state=call.conv_state, weight=call.weight, bias=call.bias, out=call.output)
+    one_device(
+        call.x.device,
+        conv_state=call.conv_state,
+        weight=call.weight,
+        bias=call.bias,
+        slots=call.slots,
+        cu_seqlens=call.cu_seqlens,
+    )
+    one_device(call.x.device, num_accepted_tokens=call.num_accepted_tokens, out=call.output)
+
+    packed_rows(call.cu_seqlens)
+    if call.cu_seqlens is None:
+        tensor_rank("x", call.x, {2: "(n, dim)", 3: "(n, length, dim)"})
+    else:
+        tensor_rank("x", call.x, {2: "(tokens, dim)"}, hint="with cu_seqlens the rows are packed one after another")
+    tensor_rank("conv_state", call.conv_state, {3: "(slots, dim, state_len)"})
+    tensor_rank("weight", call.weight, {2: "(dim, width)"}, hint="squeeze the middle axis of a Conv1d's weight")
+
+    n, dim, width = _row_count(call.x, call.cu_seqlens), call.x.shape[-1], call.weight.shape[1]
+    if not 2 <= width <= 8:
+        raise bad_argument("weight", got=f"width {width}", expected="a width of 2 to 8")
+    shape_is("weight", call.weight, (dim, width), hint="its dim is the last axis of x")
+    shape_is("bias", call.bias, (dim,))
+    shape_is("out", call.output, tuple(call.x.shape), hint="it is like x")
+
+    slot_count, state_len = call.conv_state.shape[0], call.conv_state.shape[2]
+    shape_is("conv_state", call.conv_state, (slot_count, dim, state_len), hint="its dim is the last axis of x")
+    slot_table("slots", call.slots, rows=n)
+    if call.slots is None and slot_count < n:
+        hint = "without slots row i uses slot i"
+        raise bad_argument("conv_state", got=f"{slot_count} slots", expected=f"at least {n}", hint=hint)
+    needed, hint = width - 1, "it holds the last width - 1 inputs"
+    if call.num_accepted_tokens is not None:
+        index_tensor("num_accepted_tokens", call.num_accepted_tokens)
+        shape_is("num_accepted_tokens", call.num_accepted_tokens, (n,), hint="one count a row")
+        if call.x.dim() == 3 and call.x.shape[1] > 1:
+            needed, hint = (
+                width - 2 + call.x.shape[1],
+                "with num_accepted_tokens it also holds the new inputs, less one",
+            )
+    if state_len < needed:
+        raise bad_argument("conv_state", got=f"state_len {state_len}", expected=f"at least {needed}", hint=hint)
+
+
+def _unsupported(x: Tensor, conv_state: Tensor | None) -> str | None:
+    """Takes no float64 x or conv_state."""
+    if conv_state is not None and conv_state.dtype == torch.float64:
+        return "moves what it keeps through float32, and conv_state is float64"
+    return "computes in float32, and x is float64" if x.dtype == torch.float64 else None
+
+
+triton.implements(
+    causal_conv1d_update, "mamba_ops.ops.causal_conv1d_update.triton:causal_conv1d_update", unsupported=_unsupported
+)

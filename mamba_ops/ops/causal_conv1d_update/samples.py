@@ -1,0 +1,97 @@
+"""Calls of causal_conv1d_update: samples, the patterns of a warm-up, and calls that are wrong."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba_ops.ops._common.checking import (
+    short,
+)
+from mamba_ops.ops.causal_conv1d_update.op import causal_conv1d_update
+from mamba_ops.registry import Sample
+
+
+@causal_conv1d_update.samples
+def _samples(
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    state_dtype: torch.dtype = torch.bfloat16,
+    dim: int = 24,
+    width: int = 4,
+    length: int = 3,
+) -> Iterator[Sample]:
+    """Yield the base call, then calls that change one thing each; `length` is the number of tokens of a longer row."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=random).to(device, dtype)
+
+    def cache(*, width: int = width, extra: int = 0, unused: int = 0, dtype: torch.dtype = state_dtype) -> Tensor:
+        """Six slots, `dim` contiguous, with `extra` columns beyond width - 1 and `unused` ones between the slots."""
+        return normal(6, width - 1 + extra + unused, dim, dtype=dtype)[:, unused:].transpose(1, 2)
+
+    def indices(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    weight, slots = normal(dim, width), indices(5, 0, 3, 2)
+    base: dict[str, Any] = {"bias": normal(dim), "slots": slots}
+    varlen = {**base, "cu_seqlens": indices(0, length, length + 1, 2 * length + 1, 3 * length + 1)}
+    tokens = 3 * length + 1
+    spec = {"num_accepted_tokens": indices(1, length, 2, 1)}
+
+    yield Sample("base", (normal(4, dim), cache(), weight), base)
+    yield Sample("no optional", (normal(4, dim), cache(), weight), {})
+    yield Sample("no bias", (normal(4, dim), cache(), weight), {"slots": slots})
+    yield Sample("no slots", (normal(4, dim), cache(), weight), {"bias": base["bias"]})
+    yield Sample("no silu", (normal(4, dim), cache(), weight), {**base, "silu": False})
+    for other in (2, 8):
+        yield Sample(f"width {other}", (normal(4, dim), cache(width=other), normal(dim, other)), base)
+    yield Sample("one row", (normal(1, dim), cache(), weight), base)
+    yield Sample("no rows", (normal(0, dim), cache(), weight), base)
+    for other_dtype in (torch.float16, torch.float32):
+        other_base = {"bias": normal(dim, dtype=other_dtype), "slots": slots}
+        arguments = normal(4, dim, dtype=other_dtype), cache(dtype=other_dtype), normal(dim, width, dtype=other_dtype)
+        yield Sample(short(other_dtype), arguments, other_base)
+    mixed = {**base, "out": normal(4, dim, dtype=torch.float32)}
+    yield Sample("mixed dtypes", (normal(4, dim), cache(dtype=torch.float16), weight.float()), mixed)
+
+    yield Sample("columns contiguous", (normal(4, dim), cache().contiguous(), weight), base)
+    yield Sample("padded slots", (normal(4, dim), cache(unused=2), weight), base)
+    yield Sample("more columns", (normal(4, dim), cache(extra=2), weight), base)
+    yield Sample("sliced x", (normal(4, 2 * dim)[:, dim:], cache(), weight), base)
+    yield Sample("transposed x", (normal(dim, 4).t(), cache(), weight), base)
+    strided = {**base, "bias": normal(2 * dim)[::2], "out": normal(dim, 4).t()}
+    yield Sample("strided weights and out", (normal(4, dim), cache(), normal(width, dim).t()), strided)
+
+    yield Sample("null rows", (normal(4, dim), cache(), weight), {**base, "slots": indices(5, -1, -7, 2)})
+    yield Sample("null slot 0", (normal(4, dim), cache(), weight), {**base, "null_slot": 0})
+    yield Sample("only null rows", (normal(4, dim), cache(), weight), {**base, "slots": indices(-1, -1, -1, -1)})
+    column = indices(5, 0, 3, 2, 1, dtype=torch.int64)
+    table = torch.stack((column, column.roll(1)), dim=1)
+    yield Sample("slot columns", (normal(4, dim), cache(), weight), {**base, "slots": table})
+
+    yield Sample("rows of length", (normal(4, length, dim), cache(), weight), base)
+    transposed = {**base, "out": normal(4, dim, length).transpose(1, 2)}
+    yield Sample("rows of length, transposed", (normal(4, dim, length).transpose(1, 2), cache(), weight), transposed)
+    yield Sample("rows of no length", (normal(4, 0, dim), cache(), weight), base)
+    yield Sample("packed", (normal(tokens, dim), cache(), weight), varlen)
+    empty = {**varlen, "cu_seqlens": indices(0, 0, tokens, tokens, tokens, dtype=torch.int64)}
+    yield Sample("empty rows", (normal(tokens, dim), cache(), weight), empty)
+    past = {**varlen, "out": normal(tokens + 2, dim)}
+    yield Sample("tokens past the end", (normal(tokens + 2, dim), cache(), weight), past)
+
+    yield Sample("speculative, one token", (normal(4, dim), cache(extra=length - 1), weight), {**base, **spec})
+    speculative = normal(4, length, dim), cache(extra=length - 1), weight
+    yield Sample("speculative", speculative, {**base, **spec})
+    yield Sample("speculative, packed", (normal(tokens, dim), cache(extra=length - 1), weight), {**varlen, **spec})
+    yield Sample("speculative, empty rows", (normal(tokens, dim), cache(extra=length - 1), weight), {**empty, **spec})
+    yield Sample("speculative, columns dropped", (normal(tokens, dim), cache(), weight), {**varlen, **spec})
+    counts = {"num_accepted_tokens": indices(0, 100, -3, 1, dtype=torch.int64)}
+    yield Sample("counts out of range", (normal(4, dim), cache(extra=length - 1), weight), {**base, **counts})
+
+    everything = {**past, **spec, "slots": table.roll(1, 0), "null_slot": 5, "silu": False}
+    x = normal(tokens + 2, 3 * dim)[:, dim : 2 * dim]
+    yield Sample("everything", (x, cache(extra=length - 1, unused=1, dtype=torch.float32), weight), everything)

@@ -1,0 +1,170 @@
+"""Prefill with the gated delta rule: the recurrence over whole sequences, computed chunk by chunk.
+
+Within a chunk what every token writes follows from a triangular system; between chunks only the state is carried.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mamba_ops.backends import flashinfer, triton
+from mamba_ops.ops._common.checking import (
+    floating,
+    initial_flags,
+    one_device,
+    packed_rows,
+    shape_is,
+    slot_for_each,
+    slot_table,
+    tensor_rank,
+)
+from mamba_ops.ops._common.chunk_layout import row_count
+from mamba_ops.ops._namespace import mamba
+from mamba_ops.ops.chunk_gated_delta_rule import flashinfer as on_flashinfer
+from mamba_ops.ops.gated_delta_rule_update.op import delta_rule_tokens
+from mamba_ops.registry import bad_argument
+
+
+class Arguments(NamedTuple):
+    """A call of chunk_gated_delta_rule: what its validation and its kernels are given."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    scale: float | None
+    cu_seqlens: Tensor | None
+    ssm_state: Tensor | None
+    slots: Tensor | None
+    write_slots: Tensor | None
+    has_initial_state: Tensor | None
+    qk_l2norm: bool
+    null_slot: int
+    output: Tensor
+
+
+@mamba.op(
+    mutates=("ssm_state", "out"),
+    reference="mamba_ops.ops.chunk_gated_delta_rule.reference:chunk_gated_delta_rule",
+    arguments=Arguments,
+)
+def chunk_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    ssm_state: Tensor | None = None,
+    slots: Tensor | None = None,
+    write_slots: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    qk_l2norm: bool = False,
+    null_slot: int = -1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Run the recurrence over every row's tokens, write their outputs, and keep the rows' last states in a cache.
+
+    A row is a sequence: `(n, length, ...)`, or packed `(tokens, ...)` with `cu_seqlens`. Head h of v, of the state, of
+    g and of beta uses head h // (v_heads / k_heads) of q and k. Any strides (heads whose numbers lie together are the
+    fast path of kernels), and any mix of float16, bfloat16, float32 and float64.
+
+    Args:
+        q, k: (..., k_heads, k_dim).
+        v: (..., v_heads, v_dim), with v_heads a multiple of k_heads.
+        g: (..., v_heads), the log of the decay; at most 0.
+        beta: (..., v_heads), 0 to 1, or to 2 where eigenvalues may be negative.
+        scale: of q. None: k_dim ** -0.5.
+        cu_seqlens: int32 or int64, (n + 1,): row i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1. Tokens past
+            the last row are neither read nor written.
+        ssm_state: cache (slots, v_heads, v_dim, k_dim); mutated, rounded once at each store. None: no state is kept.
+        slots: int32 or int64, (n,) or (n, columns), rows beyond n ignored: where row i's state is, in column 0. None:
+            row i uses slot i, and no row is nobody.
+        write_slots: the same for where the last state goes. None: where it came from. A null slot here means that the
+            state is not stored.
+        has_initial_state: bool, (n,): whether row i goes on from the state in its slot. None, or False: from zero.
+        qk_l2norm: divide every head of q and k by its length: by sqrt(sum(x^2) + 1e-6).
+        null_slot: a slot that means "nobody", as does any slot below 0. Such a row's output is zero, and nothing else
+            is read or stored for it.
+        out: like v, any float dtype, in other memory; mutated.
+
+    For every row and head, in float32 at least, from the row's initial state S on:
+
+        S = S * exp(g[t])
+        S = S + beta[t] * (v[t] - S k[t]) k[t]^T
+        out[t] = S (scale * q[t])
+
+    A row without tokens has no output; with a write slot other than its slot, its initial state is copied there. No two
+    rows may store to one slot, nor one row store to a slot that another reads.
+
+    The algorithm is that of "Gated Delta Networks: Improving Mamba2 with Delta Rule" (Yang, Kautz and Hatamizadeh), in
+    chunks of 64 tokens counted from a row's first one. With G the sum of g up to a token of a chunk, and S the state
+    before it, what the tokens write, U, solves (I + A) U = beta * (V - exp(G) K S^T) with
+    A[i, j] = beta[i] (k[i] . k[j]) exp(G[i] - G[j]) for j < i.
+    """
+
+
+@chunk_gated_delta_rule.allocate_output
+def _output(v: Tensor) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+@chunk_gated_delta_rule.validate
+def _validate(call: Arguments) -> None:
+    floats = {"q": call.q, "k": call.k, "g": call.g, "beta": call.beta, "ssm_state": call.ssm_state}
+    indices = {"cu_seqlens": call.cu_seqlens, "slots": call.slots, "write_slots": call.write_slots}
+    floating(v=call.v, **floats, out=call.output)
+    one_device(call.v.device, "v", **floats, **indices, has_initial_state=call.has_initial_state, out=call.output)
+
+    packed_rows(call.cu_seqlens)
+    if call.cu_seqlens is None:
+        tensor_rank("v", call.v, {4: "(n, length, v_heads, v_dim)"}, hint="packed tokens come with cu_seqlens")
+    else:
+        tensor_rank("v", call.v, {3: "(tokens, v_heads, v_dim)"}, hint="with cu_seqlens, tokens are packed")
+    *lead, v_heads, v_dim = call.v.shape
+    tensor_rank("q", call.q, {call.v.dim(): "(..., k_heads, k_dim), with the tokens of v"})
+    k_dim = call.q.shape[-1]
+    for name, tensor in (("v", call.v), ("q", call.q)):
+        if 0 in tensor.shape[-2:]:
+            raise bad_argument(name, got=f"shape {tuple(tensor.shape)}", expected="only tokens of size 0")
+    delta_rule_tokens(call.q, call.k, tuple(lead), v_heads, k_dim)
+    shape_is("g", call.g, (*lead, v_heads), hint="one number a token and head of v")
+    shape_is("beta", call.beta, (*lead, v_heads), hint="one number a token and head of v")
+    shape_is("out", call.output, tuple(call.v.shape), hint="out is like v")
+
+    n = row_count(call.v, call.cu_seqlens)
+    slot_table("slots", call.slots, rows=n)
+    slot_table("write_slots", call.write_slots, rows=n)
+    initial_flags("ssm_state", call.ssm_state, call.has_initial_state, rows=n)
+    if call.ssm_state is not None:
+        shape_is(
+            "ssm_state",
+            call.ssm_state,
+            (call.ssm_state.shape[0], v_heads, v_dim, k_dim),
+            hint="(slots, v_heads, v_dim, k_dim)",
+        )
+        slot_for_each("ssm_state", call.ssm_state, call.slots, rows=n)
+
+
+def _unsupported(q: Tensor, v: Tensor) -> str | None:
+    """Takes no float64 q, and a k_dim and a v_dim of at most 256."""
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        return f"takes a k_dim and a v_dim of at most 256, and they are {q.shape[-1]} and {v.shape[-1]}"
+    return "computes in float32, and q is float64" if q.dtype == torch.float64 else None
+
+
+triton.implements(
+    chunk_gated_delta_rule,
+    "mamba_ops.ops.chunk_gated_delta_rule.triton:chunk_gated_delta_rule",
+    unsupported=_unsupported,
+)
+flashinfer.implements(
+    chunk_gated_delta_rule,
+    "mamba_ops.ops.chunk_gated_delta_rule.flashinfer:chunk_gated_delta_rule",
+    unsupported=on_flashinfer.unsupported,
+    unsupported_layout=on_flashinfer.unsupported_layout,
+)

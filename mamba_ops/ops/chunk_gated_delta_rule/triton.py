@@ -1,0 +1,378 @@
+"""The gated delta rule over whole sequences, chunk by chunk, in two launches.
+
+What the tokens of a chunk write depends on what those before them wrote: a triangular system. `_solve` has all chunks
+at once: it inverts their systems, and finds how much of what is written every query reads. `_scan` walks over the
+chunks of a row with some rows of one head's state in registers, where what is multiplied next stays, and writes the
+outputs.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from mamba_ops.ops._triton.common import (
+    INTERPRETED,
+    advanced,
+    cdiv,
+    chunk_at,
+    chunks_of,
+    is_set,
+    last_slot,
+    on_device_of,
+    optional,
+    slot_of,
+    tile,
+)
+from mamba_ops.ops._triton.launch_config import Launches, by_table
+from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
+
+if TYPE_CHECKING:
+    from mamba_ops.ops.chunk_gated_delta_rule.op import Arguments
+
+CHUNK = 64
+_PART: tl.constexpr = tl.constexpr(16)  # of a chunk: systems of so many tokens are solved token by token
+
+# What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
+_NUMBERS = """length rows null_slot slots_stride write_stride initial_stride q_stride k_stride v_stride g_stride
+    beta_stride output_stride slot_stride head_stride value_stride key_stride scale""".split()
+_POINTERS = """q k v g beta cu_seqlens ssm_state slots write_slots has_initial_state output""".split()
+
+
+@triton.jit
+def _factor(x, L2NORM: tl.constexpr):
+    # what every row is to be multiplied with, so that it has length 1
+    factor = tl.full([x.shape[0]], 1.0, tl.float32)
+    if L2NORM:
+        x = x.to(tl.float32)
+        factor /= tl.sqrt(tl.sum(x * x, axis=1) + 1e-6)
+    return factor
+
+
+@triton.jit
+def _inverse(system, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+    # Of 1 + system, which is strictly lower triangular. First of the parts on its diagonal, all at once, by elimination
+    # of a column after the other. With P made of those inverses, and N = P @ (what is left of them), N^4 is zero, and
+    # the whole inverse is (1 - N) (1 + N^2) P.
+    PARTS: tl.constexpr = CHUNK // _PART
+    i = tl.arange(0, PARTS)
+    own = (i[:, None] == i[None, :])[:, :, None, None]
+    parts = tl.permute(tl.reshape(system, [PARTS, _PART, PARTS, _PART]), (0, 2, 1, 3))
+    part = tl.sum(tl.where(own, parts, 0.0), axis=1)
+    row = tl.arange(0, _PART)[None, :, None]
+    column = tl.arange(0, _PART)[None, None, :]
+    solved = tl.where(row == column, 1.0, part * 0.0)
+    for j in range(_PART - 1):
+        factor = tl.sum(tl.where(column == j, part, 0.0), axis=2)
+        pivot = tl.sum(tl.where(row == j, solved, 0.0), axis=1)
+        solved -= factor[:, :, None] * pivot[:, None, :]
+    whole = tl.where(own, tl.expand_dims(solved, 1), 0.0)
+    whole = tl.reshape(tl.permute(whole, (0, 2, 1, 3)), [CHUNK, CHUNK])
+    i = tl.arange(0, CHUNK)
+    rest = tl.where(i[:, None] // _PART > i[None, :] // _PART, system, 0.0)
+    n = tl.dot(whole, rest, input_precision=PRECISION)
+    square = tl.dot(n, n, input_precision=PRECISION)
+    whole += tl.dot(square, whole, input_precision=PRECISION)
+    return whole - tl.dot(n, whole, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS + _POINTERS)
+def _solve(
+    q,
+    k,
+    g,
+    beta,
+    cu_seqlens,
+    slots,
+    factors,  # out: (chunks, v_heads, 4, CHUNK), of keys that read, of queries, of keys that write; the chunk's decay
+    solved,  # out: (chunks, v_heads, CHUNK, CHUNK), the inverse of the chunk's system, times beta
+    weights,  # out: (chunks, v_heads, CHUNK, CHUNK), how much queries read of what each token writes
+    scale,
+    q_stride,  # this and the next three: from token to token
+    k_stride,
+    g_stride,
+    beta_stride,
+    slots_stride,
+    length,  # tokens of every row; None: cu_seqlens
+    rows,
+    null_slot,
+    K_HEADS: tl.constexpr,
+    V_HEADS: tl.constexpr,
+    K_DIM: tl.constexpr,
+    L2NORM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    chunk = program // V_HEADS
+    head = program % V_HEADS
+    k_head = head // (V_HEADS // K_HEADS)
+    row, low, high, _, _ = chunk_at(chunk, cu_seqlens, rows, length, CHUNK, BLOCK_ROWS)
+    if row >= rows:
+        return
+    if slot_of(row, slots, slots_stride, null_slot) < 0:
+        return
+    key = tl.arange(0, BLOCK_K)
+    i = tl.arange(0, CHUNK)
+    t = low + i
+    there = (t < high)[:, None] & (key < K_DIM)[None, :]
+    operand = solved.dtype.element_ty
+    keys = tl.load(tile(k + k_head * K_DIM, t, k_stride, key, ALIGNED), there, other=0.0)
+    queries = tl.load(tile(q + k_head * K_DIM, t, q_stride, key, ALIGNED), there, other=0.0)
+    much = tl.load(beta + head + t.to(tl.int64) * beta_stride, t < high, other=0.0).to(tl.float32)
+    decay = tl.load(g + head + t.to(tl.int64) * g_stride, t < high, other=0.0).to(tl.float32)
+
+    of_key = _factor(keys, L2NORM)
+    of_query = _factor(queries, L2NORM) * scale
+    total = tl.cumsum(decay, 0)
+    left = tl.cumsum(decay, 0, reverse=True) - decay  # not the last total less total: their difference is less exact
+    number = chunk.to(tl.int64) * V_HEADS + head
+    factors += number * (4 * CHUNK)
+    tl.store(factors + i, tl.exp(total) * of_key)
+    tl.store(factors + CHUNK + i, tl.exp(total) * of_query)
+    tl.store(factors + 2 * CHUNK + i, tl.exp(left) * of_key)
+    tl.store(factors + 3 * CHUNK, tl.exp(tl.sum(decay, 0)))
+
+    between = tl.exp(tl.where(i[:, None] >= i[None, :], total[:, None] - total[None, :], float("-inf")))
+    between *= of_key[None, :]
+    turned = tl.trans(keys.to(operand))
+    place = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
+    weight = tl.dot(queries.to(operand), turned, input_precision="ieee") * between * of_query[:, None]
+    tl.store(weights + place, weight)
+    system = tl.dot(keys.to(operand), turned, input_precision="ieee") * between * (of_key * much)[:, None]
+    system = tl.where(i[:, None] > i[None, :], system, 0.0)
+    tl.store(solved + place, _inverse(system, CHUNK, PRECISION) * much[None, :])
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS + _POINTERS)
+def _scan(
+    q,
+    k,
+    v,
+    cu_seqlens,
+    ssm_state,
+    slots,
+    write_slots,
+    has_initial_state,
+    output,
+    factors,
+    solved,
+    weights,
+    q_stride,
+    k_stride,
+    v_stride,
+    output_stride,
+    slots_stride,
+    write_stride,
+    initial_stride,
+    slot_stride,
+    head_stride,  # this and the next two are None for an ALIGNED state, which is dense
+    value_stride,
+    key_stride,
+    length,
+    null_slot,
+    K_HEADS: tl.constexpr,
+    V_HEADS: tl.constexpr,
+    K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = (V_DIM + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    row = program // (BLOCKS * V_HEADS)
+    head = program // BLOCKS % V_HEADS
+    value = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    key = tl.arange(0, BLOCK_K)
+    i = tl.arange(0, CHUNK)
+    in_value = (value < V_DIM)[None, :]
+    in_key = (key < K_DIM)[None, :]
+    in_state = (value < V_DIM)[:, None] & in_key
+
+    output += head * V_DIM
+    first, chunks, begin, count = chunks_of(row, cu_seqlens, length, CHUNK, BLOCK_ROWS)
+    source = slot_of(row, slots, slots_stride, null_slot)
+    if source < 0:
+        for number in range(chunks):
+            t = begin + number * CHUNK + i
+            place = tile(output, t, output_stride, value, ALIGNED)
+            tl.store(place, tl.zeros([CHUNK, BLOCK], tl.float32), (t < begin + count)[:, None] & in_value)
+        return
+    if ALIGNED:
+        of_state = (head * V_DIM + value)[:, None] * K_DIM + key[None, :]
+    else:
+        of_state = value.to(tl.int64)[:, None] * value_stride + key.to(tl.int64)[None, :] * key_stride
+        of_state += head.to(tl.int64) * head_stride
+    carried = in_state & is_set(row, has_initial_state, initial_stride)
+    s = tl.load(advanced(ssm_state, source * slot_stride, ALIGNED) + of_state, carried, other=0.0).to(tl.float32)
+
+    operand = solved.dtype.element_ty
+    q += head // (V_HEADS // K_HEADS) * K_DIM
+    k += head // (V_HEADS // K_HEADS) * K_DIM
+    v += head * V_DIM
+    before = first.to(tl.int64) * V_HEADS + head
+    factors += before * (4 * CHUNK)
+    solved += before * (CHUNK * CHUNK)
+    weights += before * (CHUNK * CHUNK)
+    square = i[:, None] * CHUNK + i[None, :]
+    for number in range(chunks):
+        t = begin + number * CHUNK + i
+        there = (t < begin + count)[:, None]
+        keys = tl.load(tile(k, t, k_stride, key, ALIGNED), there & in_key, other=0.0).to(operand)
+        queries = tl.load(tile(q, t, q_stride, key, ALIGNED), there & in_key, other=0.0).to(operand)
+        values = tl.load(tile(v, t, v_stride, value, ALIGNED), there & in_value, other=0.0)
+        inverse = tl.load(solved + square)
+        weight = tl.load(weights + square)
+
+        asking = tl.load(factors + CHUNK + i)  # this and the decay early: nobody waits for them then
+        decay = tl.load(factors + 3 * CHUNK)
+
+        known = s.to(operand)
+        new = tl.trans(values).to(tl.float32)
+        new -= tl.dot(known, tl.trans(keys), input_precision="ieee") * tl.load(factors + i)[None, :]
+        y = tl.dot(known, tl.trans(queries), input_precision="ieee") * asking[None, :]
+        new = tl.dot(new.to(operand), tl.trans(inverse), input_precision="ieee")
+        kept = (new * tl.load(factors + 2 * CHUNK + i)[None, :]).to(operand)
+        s = tl.dot(kept, keys, s * decay, input_precision="ieee")
+        y = tl.dot(new.to(operand), tl.trans(weight), y, input_precision="ieee")
+        tl.store(tile(output, t, output_stride, value, ALIGNED), tl.trans(y), there & in_value)
+        factors += V_HEADS * 4 * CHUNK
+        solved += V_HEADS * CHUNK * CHUNK
+        weights += V_HEADS * CHUNK * CHUNK
+
+    target, stored = last_slot(row, source, count, write_slots, write_stride, null_slot)
+    stored &= slot_stride >= 0
+    tl.store(advanced(ssm_state, target * slot_stride, ALIGNED) + of_state, s, in_state & stored)
+
+
+def chunk_gated_delta_rule(call: "Arguments") -> None:
+    """Write `output` and the last states; shapes and meaning are the op's, and are not checked again.
+
+    What matrix units are given is rounded to the dtype of q, k and v: the state before a chunk, what its tokens find
+    missing there, the inverse of its system, what they write, and how much of that the queries read; float32 stays
+    float32, which is slow. Every token of an activation must be dense: others are copied first, and an output that is
+    not is written through a copy. Where a token of q, k, v or output or a slot of the state does not start at a
+    multiple of 16 bytes, or a slot is not dense, reads are narrow and slow.
+    """
+    q = call.q
+    k = call.k
+    v = call.v
+    g = call.g
+    beta = call.beta
+    cu_seqlens = call.cu_seqlens
+    ssm_state = call.ssm_state
+    slots = call.slots
+    write_slots = call.write_slots
+    has_initial_state = call.has_initial_state
+    batched = cu_seqlens is None
+    rows = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    length = v.shape[1] if batched else None
+    (k_heads, k_dim), (v_heads, v_dim) = q.shape[-2:], v.shape[-2:]
+    tokens = v.numel() // (v_heads * v_dim)
+    moves = write_slots is not None and ssm_state is not None
+    if rows == 0 or (tokens == 0 and not moves):
+        return
+    chunks = tokens // CHUNK + rows if length is None else rows * cdiv(length, CHUNK)
+
+    result = by_token(call.output, not batched)
+    q, k, v, g, beta = (by_token(t, not batched) for t in (q, k, v, g, beta))
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    slots, write_slots = (None if t is None else dense(t) for t in (slots, write_slots))
+    operand = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
+        operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+
+    factors = torch.empty((chunks, v_heads, 4, CHUNK), dtype=torch.float32, device=v.device)
+    solved = torch.empty((chunks, v_heads, CHUNK, CHUNK), dtype=operand, device=v.device)
+    weights = torch.empty_like(solved)
+    places = 0
+    for tensor in (q, k, v, result):
+        places |= tensor.data_ptr() | tensor.stride(0) * tensor.itemsize | tensor.shape[-1] * tensor.itemsize
+    slots, slots_stride = optional(slots, v, tl.int32)
+    has_initial_state, initial_stride = optional(None if ssm_state is None else has_initial_state, v, tl.int1)
+    write_stride = None if write_slots is None else write_slots.stride(0)
+    slot_stride, *strides = (-1, 0, 0, 0) if ssm_state is None else ssm_state.stride()
+    if ssm_state is not None:
+        places |= ssm_state.data_ptr() | slot_stride * ssm_state.itemsize
+    aligned = places % 16 == 0 and (ssm_state is None or is_dense(ssm_state))
+    head_stride, value_stride, key_stride = (None, None, None) if aligned else strides
+    ssm_state, _ = optional(ssm_state, v, tl.float32)
+
+    sizes = {"K_HEADS": k_heads, "V_HEADS": v_heads, "K_DIM": k_dim, "ALIGNED": aligned}
+    sizes["CHUNK"] = CHUNK
+    launches = _launches(v.get_device(), k_dim, v_dim, str(operand).removeprefix("torch."))
+    solve, scan = launches["_solve"], launches["_scan"]
+    with on_device_of(v):
+        if tokens:
+            _solve[(chunks * v_heads,)](
+                q,
+                k,
+                g,
+                beta,
+                cu_seqlens,
+                slots,
+                factors,
+                solved,
+                weights,
+                k_dim**-0.5 if call.scale is None else float(call.scale),
+                q.stride(0),
+                k.stride(0),
+                g.stride(0),
+                beta.stride(0),
+                slots_stride,
+                length,
+                rows,
+                call.null_slot,
+                **sizes,
+                L2NORM=call.qk_l2norm,
+                **solve,
+            )
+        _scan[(rows * v_heads * cdiv(v_dim, scan["BLOCK"]),)](
+            q,
+            k,
+            v,
+            cu_seqlens,
+            ssm_state,
+            slots,
+            write_slots,
+            has_initial_state,
+            result,
+            factors,
+            solved,
+            weights,
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            result.stride(0),
+            slots_stride,
+            write_stride,
+            initial_stride,
+            slot_stride,
+            head_stride,
+            value_stride,
+            key_stride,
+            length,
+            call.null_slot,
+            **sizes,
+            V_DIM=v_dim,
+            **scan,
+        )
+    write_back(result, call.output, not batched)
+
+
+@by_table(_solve="num_warps num_stages", _scan="BLOCK num_warps num_stages")
+def _launches(k_dim: int, v_dim: int, operand: str) -> Launches:
+    """What is multiplied in which precision, too; a block of v has a matrix product's shortest side at least."""
+    block_k, block_v = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))
+    precision = {"bfloat16": "tf32", "float16": "tf32x3"}.get(operand, "ieee")
+    solve = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, "PRECISION": precision, "num_warps": 4}
+    wide, stages = (32, 1) if operand == "float32" else (64, 2)
+    scan = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, "BLOCK": min(block_v, wide), "num_warps": 4, "num_stages": stages}
+    return {"_solve": solve, "_scan": scan}

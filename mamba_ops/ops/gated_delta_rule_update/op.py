@@ -1,0 +1,202 @@
+"""Decode with the gated delta rule: one step of the recurrence, or a few, for every row of a batch.
+
+The state stays in the caller's cache; slot tables say which entry each row reads and which it writes.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mamba_ops.backends import flashinfer, triton
+from mamba_ops.ops._common.checking import (
+    floating,
+    index_tensor,
+    one_device,
+    packed_rows,
+    shape_is,
+    slot_for_each,
+    slot_table,
+    tensor_rank,
+)
+from mamba_ops.ops._namespace import mamba
+from mamba_ops.ops.gated_delta_rule_update import flashinfer as on_flashinfer
+from mamba_ops.registry import bad_argument
+
+
+def delta_rule_tokens(q: Tensor, k: Tensor, lead: tuple[int, ...], v_heads: int, k_dim: int) -> None:
+    """Raise unless q and k have the tokens `lead` and heads that `v_heads` heads can share."""
+    tensor_rank("q", q, {len(lead) + 2: "(..., k_heads, k_dim), with the tokens of v"})
+    k_heads = q.shape[-2]
+    shape_is("q", q, (*lead, k_heads, k_dim), hint="tokens are those of v")
+    shape_is("k", k, tuple(q.shape), hint="k is like q")
+    if k_heads == 0 or v_heads % k_heads:
+        raise bad_argument("q", got=f"{k_heads} heads", expected=f"a divisor of the {v_heads} heads of v")
+
+
+class Arguments(NamedTuple):
+    """A call of gated_delta_rule_update: what its validation and its kernels are given."""
+
+    ssm_state: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    beta: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    scale: float | None
+    slots: Tensor | None
+    write_slots: Tensor | None
+    cu_seqlens: Tensor | None
+    num_accepted_tokens: Tensor | None
+    qk_l2norm: bool
+    null_slot: int
+    output: Tensor
+
+
+@mamba.op(
+    mutates=("ssm_state", "out"),
+    reference="mamba_ops.ops.gated_delta_rule_update.reference:gated_delta_rule_update",
+    arguments=Arguments,
+)
+def gated_delta_rule_update(
+    ssm_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    scale: float | None = None,
+    slots: Tensor | None = None,
+    write_slots: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    qk_l2norm: bool = False,
+    null_slot: int = -1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Advance the cached `ssm_state` of every row by the row's tokens, in place, and write the tokens' outputs.
+
+    The tokens come in one of three layouts: `(n, ...)`, one token a row; `(n, length, ...)`, a few tokens a row; or
+    packed `(tokens, ...)` with `cu_seqlens`. Head h of v, of the state and of the gates uses head
+    h // (v_heads / k_heads) of q and k. Any strides, and any mix of float16, bfloat16, float32 and float64. How a state
+    decays and how much of a value is written is either given as `g` and `beta`, or computed from `a`, `b`, `A_log` and
+    `dt_bias`.
+
+    Args:
+        ssm_state: (slots, v_heads, v_dim, k_dim); mutated, rounded once at each store.
+        q, k: (..., k_heads, k_dim).
+        v: (..., v_heads, v_dim), with v_heads a multiple of k_heads.
+        g: (..., v_heads), the log of the decay; at most 0.
+        beta: (..., v_heads), 0 to 1, or to 2 where eigenvalues may be negative.
+        a, b: (..., v_heads): instead of g and beta.
+        A_log, dt_bias: (v_heads,), with a and b.
+        scale: of q. None: k_dim ** -0.5.
+        slots: int32 or int64, (n,) or (n, columns), rows beyond n ignored: where row i's state is, in column 0. None:
+            row i uses slot i, and no row is nobody.
+        write_slots: the same for where the new state goes. None: where it came from. A null slot here means that the
+            state is not stored.
+        cu_seqlens: int32 or int64, (n + 1,): row i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1. An empty row
+            neither reads nor writes; tokens past the last row are left alone.
+        num_accepted_tokens: int32 or int64, (n,), for speculative decoding; needs slots. Row i then starts from column
+            max(num_accepted_tokens[i] - 1, 0) of its slots, the last one at most, and the state after its token t is
+            stored in column t of its write_slots; beyond the columns nothing is stored. Otherwise the last state is
+            stored in column 0.
+        qk_l2norm: divide every head of q and k by its length: by sqrt(sum(x^2) + 1e-6).
+        null_slot: a slot that means "nobody", as does any slot below 0. Such a row's output is zero, and nothing is
+            read or stored for it.
+        out: like v, any float dtype; mutated.
+
+    For every row and head, in float32 at least, from the row's state S on:
+
+        g = -exp(A_log) * softplus(a[t] + dt_bias)            where it is not given; softplus is linear above 20
+        beta = sigmoid(b[t])
+        S = S * exp(g)
+        S = S + beta * (v[t] - S k[t]) k[t]^T
+        out[t] = S (scale * q[t])
+
+    The state is not rounded between the tokens of a row. No two rows may store to one slot, nor one row store to a slot
+    that another reads.
+
+    The reference keeps all rows padded to the longest and, given cu_seqlens, reads that length on the host. The
+    recurrence is that of "Gated Delta Networks: Improving Mamba2 with Delta Rule" (Yang, Kautz and Hatamizadeh).
+    """
+
+
+@gated_delta_rule_update.allocate_output
+def _output(v: Tensor) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+@gated_delta_rule_update.validate
+def _validate(call: Arguments) -> None:
+    given_gates = {"g": call.g, "beta": call.beta}
+    raw_gates = {"a": call.a, "b": call.b, "A_log": call.A_log, "dt_bias": call.dt_bias}
+    floats = {"q": call.q, "k": call.k, "v": call.v, **given_gates, **raw_gates}
+    indices = {"slots": call.slots, "write_slots": call.write_slots, "cu_seqlens": call.cu_seqlens}
+    indices["num_accepted_tokens"] = call.num_accepted_tokens
+    floating(ssm_state=call.ssm_state, **floats, out=call.output)
+    one_device(call.v.device, "v", ssm_state=call.ssm_state, **floats, **indices, out=call.output)
+
+    wanted, others = (raw_gates, given_gates) if call.g is None and call.beta is None else (given_gates, raw_gates)
+    names = f"{' and '.join(given_gates)}, or {', '.join(raw_gates)}"
+    for name, tensor in wanted.items():
+        if tensor is None:
+            raise bad_argument(name, got="none", expected=f"a tensor: either {names} are given")
+    for name, tensor in others.items():
+        if tensor is not None:
+            raise bad_argument(name, got="a tensor", expected=f"none: either {names} are given")
+
+    tensor_rank("ssm_state", call.ssm_state, {4: "(slots, v_heads, v_dim, k_dim)"})
+    _, v_heads, v_dim, k_dim = call.ssm_state.shape
+    packed_rows(call.cu_seqlens)
+    if call.cu_seqlens is None:
+        tensor_rank("v", call.v, {3: "(n, v_heads, v_dim)", 4: "(n, length, v_heads, v_dim)"})
+    else:
+        tensor_rank("v", call.v, {3: "(tokens, v_heads, v_dim)"}, hint="with cu_seqlens, tokens are packed")
+    lead = tuple(call.v.shape[:-2])
+    shape_is("v", call.v, (*lead, v_heads, v_dim), hint="heads and v_dim are state's")
+    delta_rule_tokens(call.q, call.k, lead, v_heads, k_dim)
+    for name, tensor in {**given_gates, "a": call.a, "b": call.b}.items():
+        shape_is(name, tensor, (*lead, v_heads), hint="one number a token and head of v")
+    for name in ("A_log", "dt_bias"):
+        shape_is(name, raw_gates[name], (v_heads,), hint="one number a head of v")
+    shape_is("out", call.output, tuple(call.v.shape), hint="out is like v")
+
+    n = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    slot_table("slots", call.slots, rows=n)
+    slot_table("write_slots", call.write_slots, rows=n)
+    slot_for_each("ssm_state", call.ssm_state, call.slots, rows=n)
+    if call.num_accepted_tokens is not None:
+        index_tensor("num_accepted_tokens", call.num_accepted_tokens)
+        shape_is("num_accepted_tokens", call.num_accepted_tokens, (n,), hint="one for each row")
+        if call.slots is None:
+            raise bad_argument("slots", got="none", expected="a table", hint="num_accepted_tokens picks its column")
+
+
+def _unsupported(q: Tensor, v: Tensor) -> str | None:
+    """Takes no float64 q, and a k_dim and a v_dim of at most 256."""
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        return f"takes a k_dim and a v_dim of at most 256, and they are {q.shape[-1]} and {v.shape[-1]}"
+    return "computes in float32, and q is float64" if q.dtype == torch.float64 else None
+
+
+triton.implements(
+    gated_delta_rule_update,
+    "mamba_ops.ops.gated_delta_rule_update.triton:gated_delta_rule_update",
+    unsupported=_unsupported,
+)
+flashinfer.implements(
+    gated_delta_rule_update,
+    "mamba_ops.ops.gated_delta_rule_update.flashinfer:gated_delta_rule_update",
+    unsupported=on_flashinfer.unsupported,
+    unsupported_layout=on_flashinfer.unsupported_layout,
+)

@@ -1,0 +1,82 @@
+"""The plain-torch kernel of gdn_mixing: its reference, which runs on any device."""
+
+import torch
+from torch import Tensor
+
+from mamba_ops.ops._common.mixing import (
+    Call,
+    PlanTensors,
+    Rows,
+    batch_of,
+    by_head,
+    each_kind,
+    like_convolved,
+    require_window,
+)
+from mamba_ops.ops.causal_conv1d import causal_conv1d
+from mamba_ops.ops.causal_conv1d_update import causal_conv1d_update
+from mamba_ops.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
+from mamba_ops.ops.gated_delta_rule_update import gated_delta_rule_update
+from mamba_ops.ops.gated_delta_rule_update.reference import delta_rule_gates
+from mamba_ops.ops.gdn_mixing.op import Arguments
+
+
+def unpack(
+    qkvz: Tensor,
+    ba: Tensor,
+    num_k_heads: int,
+    num_v_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what is convolved (all q, all k, all v), the gate by head, b and a. Views, but for what is interleaved.
+
+    Args:
+        qkvz, ba: the two projections, `(..., 2 * keys + 2 * values)` and `(..., 2 * num_v_heads)`.
+        num_k_heads, num_v_heads, head_k_dim, head_v_dim, interleaved: as for `gdn_mixing`.
+    """
+    if not interleaved:
+        dim, values = 2 * num_k_heads * head_k_dim + num_v_heads * head_v_dim, num_v_heads * head_v_dim
+        mixed, z = qkvz.split([dim, values], dim=-1)
+        b, a = ba.chunk(2, dim=-1)
+        return mixed, z.unflatten(-1, (num_v_heads, head_v_dim)), b, a
+    of_one = num_v_heads // num_k_heads
+    parts = [head_k_dim, head_k_dim, of_one * head_v_dim, of_one * head_v_dim]
+    q, k, v, z = qkvz.unflatten(-1, (num_k_heads, sum(parts))).split(parts, dim=-1)
+    b, a = ba.unflatten(-1, (num_k_heads, 2 * of_one)).chunk(2, dim=-1)
+    mixed = torch.cat([q.flatten(-2), k.flatten(-2), v.flatten(-2)], dim=-1)
+    return mixed, z.reshape(*z.shape[:-2], num_v_heads, head_v_dim), b.flatten(-2), a.flatten(-2)
+
+
+def gdn_mixing(call: Arguments) -> None:
+    plan = PlanTensors.of(call)
+    batch = batch_of("mamba_ops::gdn_mixing", plan, call.projected_qkvz.shape[0], call.null_slot)
+    require_window("mamba_ops::gdn_mixing", plan, call.conv_state, call.conv_weight)
+    sizes = (call.num_k_heads, call.num_v_heads, call.head_k_dim, call.head_v_dim)
+    here = slice(0, batch.tokens)
+    mixed, gate, b, a = unpack(call.projected_qkvz[here], call.projected_ba[here], *sizes, call.interleaved)
+    by_key = (call.num_k_heads, call.head_k_dim)
+    heads = by_key, by_key, (call.num_v_heads, call.head_v_dim)
+
+    def read(rows: Rows, convolve: Call, scan: Call) -> None:
+        convolved = convolve(
+            rows.of(mixed), call.conv_weight, call.conv_bias, conv_state=call.conv_state, **rows.options
+        )
+        q, k, v = by_head(like_convolved(rows.of(mixed)) if convolved is None else convolved, *heads)
+        g, beta = delta_rule_gates(rows.of(a), rows.of(b), call.A_log, call.dt_bias)
+        scan(q, k, v, g, beta, ssm_state=call.ssm_state, qk_l2norm=True, out=rows.of(call.output), **rows.options)
+
+    def step(rows: Rows, convolve: Call, update: Call) -> None:
+        convolved = convolve(rows.of(mixed), call.conv_state, call.conv_weight, call.conv_bias, **rows.options)
+        q, k, v = by_head(like_convolved(rows.of(mixed)) if convolved is None else convolved, *heads)
+        gates = {"a": rows.of(a), "b": rows.of(b), "A_log": call.A_log, "dt_bias": call.dt_bias}
+        update(call.ssm_state, q, k, v, **gates, qk_l2norm=True, out=rows.of(call.output), **rows.options)
+
+    each_kind(
+        batch, step, (causal_conv1d_update, gated_delta_rule_update), read, (causal_conv1d, chunk_gated_delta_rule)
+    )
+    batch.clear_rest(call.output)
+    if call.z is not None:
+        call.z[here].copy_(gate)
+        batch.clear_rest(call.z)

@@ -1,0 +1,158 @@
+"""mamba2_mixing: the convolution and the recurrence of one Mamba-2 layer, on decodes and prefills in one batch."""
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mamba_ops.ops._common.checking import floating, one_device, shape_is, tensor_rank
+from mamba_ops.ops._common.mixing import (
+    PlanTensors,
+    check_caches,
+    check_plan,
+)
+from mamba_ops.ops._namespace import mamba
+from mamba_ops.registry import bad_argument
+
+
+class Arguments(NamedTuple):
+    """A call of mamba2_mixing: what its validation and its kernels are given."""
+
+    projected: Tensor
+    conv_state: Tensor
+    ssm_state: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    A: Tensor
+    D: Tensor
+    dt_bias: Tensor
+    counts: Tensor | None
+    cu_seqlens: Tensor | None
+    prefill_cu_seqlens: Tensor | None
+    slots: Tensor | None
+    has_initial_state: Tensor | None
+    num_computed_tokens: Tensor | None
+    num_accepted_tokens: Tensor | None
+    heads: int
+    head_dim: int
+    dstate: int
+    groups: int
+    chunk_size: int
+    dt_min: float
+    dt_max: float
+    null_slot: int
+    output: Tensor
+
+
+@mamba.op(
+    mutates=("conv_state", "ssm_state", "out"),
+    splits_graph=True,
+    reads_host=True,
+    composed=True,
+    reference="mamba_ops.ops.mamba2_mixing.reference:mamba2_mixing",
+    arguments=Arguments,
+)
+def mamba2_mixing(
+    projected: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    counts: Tensor | None,
+    cu_seqlens: Tensor | None,
+    prefill_cu_seqlens: Tensor | None,
+    slots: Tensor | None,
+    has_initial_state: Tensor | None,
+    num_computed_tokens: Tensor | None,
+    num_accepted_tokens: Tensor | None,
+    heads: int,
+    head_dim: int,
+    dstate: int,
+    groups: int,
+    chunk_size: int,
+    *,
+    dt_min: float = 0.0,
+    dt_max: float = math.inf,
+    null_slot: int = -1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Mix a batch of decodes and prefills: convolve, advance the states, and write every token's output.
+
+    What stands before it in the layer (the projection) and behind it (gated norm, projection) works on tokens alone, so
+    an engine cuts its graph here: the plan's tensors have fixed sizes and its counts are read by the op, not by the
+    graph. It is composed of causal_conv1d, mamba_chunk_scan, causal_conv1d_update and selective_state_update.
+
+    Args:
+        projected: `(tokens, 2 * heads * head_dim + 2 * groups * dstate + heads)`: gate (not read), x, B, C, dt; tokens
+            of decodes first, padding last.
+        conv_state: cache `(slots, dim, state_len)`, dim = heads * head_dim + 2 * groups * dstate; state_len at least
+            width - 1, and as many more as a speculative decode has tokens beyond its first. Mutated.
+        ssm_state: cache `(slots, heads, head_dim, dstate)`. Mutated.
+        conv_weight: `(dim, width)`.
+        conv_bias: `(dim,)` or None.
+        A: `(heads,)`, negative.
+        D: `(heads,)`.
+        dt_bias: `(heads,)`.
+        counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, num_computed_tokens, num_accepted_tokens: the
+            plan, see `mamba_ops.ops._common.mixing.PlanTensors` and `mamba_ops.serving.Plan`; all None: no plan.
+        heads, head_dim, dstate, groups: the layer's sizes on this rank.
+        chunk_size: tokens of a chunk in prefills, at most; chunks end at multiples of it from a request's first token.
+        dt_min, dt_max: limits of the step sizes after their softplus.
+        null_slot: a row whose slot is this or negative is nobody: its output is zero, no cache is touched.
+        out: `(tokens, heads, head_dim)`. Mutated. Zero for tokens that no row has; all zero without a plan or rows.
+
+    Raises:
+        ValueError: before anything is written: shapes, dtypes, or counts that are not this batch's.
+    """
+
+
+@mamba2_mixing.allocate_output
+def _output(projected: Tensor, heads: int, head_dim: int) -> Tensor:
+    return projected.new_empty(projected.shape[0], heads, head_dim)
+
+
+@mamba2_mixing.validate
+def _validate(call: Arguments) -> None:
+    for name, value in (
+        ("heads", call.heads),
+        ("head_dim", call.head_dim),
+        ("dstate", call.dstate),
+        ("chunk_size", call.chunk_size),
+    ):
+        if value < 1:
+            raise bad_argument(name, got=value, expected="a positive number")
+    if call.groups < 1 or call.heads % call.groups:
+        raise bad_argument("groups", got=call.groups, expected=f"a divisor of the {call.heads} heads")
+    if not call.dt_min <= call.dt_max:
+        raise bad_argument("dt_min", got=call.dt_min, expected=f"at most dt_max, which is {call.dt_max}")
+    inner, dim = call.heads * call.head_dim, call.heads * call.head_dim + 2 * call.groups * call.dstate
+    tensor_rank("projected", call.projected, {2: "(tokens, size)"})
+    hint = f"gate, x, B, C and dt of {call.heads} heads of {call.head_dim} and {call.groups} groups of {call.dstate}"
+    shape_is("projected", call.projected, (call.projected.shape[0], inner + dim + call.heads), hint=hint)
+    tensors = {
+        "conv_weight": call.conv_weight,
+        "conv_bias": call.conv_bias,
+        "A": call.A,
+        "D": call.D,
+        "dt_bias": call.dt_bias,
+    }
+    floating(projected=call.projected, conv_state=call.conv_state, ssm_state=call.ssm_state, **tensors, out=call.output)
+    caches = {"conv_state": call.conv_state, "ssm_state": call.ssm_state}
+    one_device(call.projected.device, "projected", **caches, **tensors, out=call.output)
+    for name in ("A", "D", "dt_bias"):
+        shape_is(name, tensors[name], (call.heads,))
+    plan = PlanTensors.of(call)
+    check_plan(call.projected.device, plan)
+    check_caches(
+        plan,
+        call.conv_state,
+        call.ssm_state,
+        call.conv_weight,
+        call.conv_bias,
+        dim,
+        (call.heads, call.head_dim, call.dstate),
+    )
+    shape_is("out", call.output, (call.projected.shape[0], call.heads, call.head_dim))

@@ -1,0 +1,157 @@
+"""mamba_mixing: the convolution and the recurrence of one Mamba-1 layer, on decodes and prefills in one batch."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mamba_ops.ops._common.checking import floating, one_device, shape_is, short, tensor_rank
+from mamba_ops.ops._common.mixing import (
+    PlanTensors,
+    check_caches,
+    check_plan,
+)
+from mamba_ops.ops._namespace import mamba
+from mamba_ops.registry import bad_argument
+
+
+class Arguments(NamedTuple):
+    """A call of mamba_mixing: what its validation and its kernels are given."""
+
+    projected: Tensor
+    conv_state: Tensor
+    ssm_state: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    x_proj_weight: Tensor
+    dt_proj_weight: Tensor
+    dt_proj_bias: Tensor
+    A: Tensor
+    D: Tensor
+    dt_norm_weight: Tensor | None
+    B_norm_weight: Tensor | None
+    C_norm_weight: Tensor | None
+    counts: Tensor | None
+    cu_seqlens: Tensor | None
+    prefill_cu_seqlens: Tensor | None
+    slots: Tensor | None
+    has_initial_state: Tensor | None
+    num_computed_tokens: Tensor | None
+    num_accepted_tokens: Tensor | None
+    norm_eps: float
+    null_slot: int
+    output: Tensor
+
+
+@mamba.op(
+    mutates=("conv_state", "ssm_state", "out"),
+    splits_graph=True,
+    reads_host=True,
+    composed=True,
+    reference="mamba_ops.ops.mamba_mixing.reference:mamba_mixing",
+    arguments=Arguments,
+)
+def mamba_mixing(
+    projected: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_norm_weight: Tensor | None,
+    B_norm_weight: Tensor | None,
+    C_norm_weight: Tensor | None,
+    counts: Tensor | None,
+    cu_seqlens: Tensor | None,
+    prefill_cu_seqlens: Tensor | None,
+    slots: Tensor | None,
+    has_initial_state: Tensor | None,
+    num_computed_tokens: Tensor | None,
+    num_accepted_tokens: Tensor | None,
+    *,
+    norm_eps: float = 1e-6,
+    null_slot: int = -1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Mix a batch of decodes and prefills: convolve, project to dt, B and C, advance the states, write gated outputs.
+
+    In Mamba-1 step sizes, B and C are made of what was convolved, so their two projections are in here. What stands
+    before and behind it in the layer works on tokens alone; an engine cuts its graph here, as the plan's tensors have
+    fixed sizes and its counts are read by the op, not by the graph. It is composed of causal_conv1d, selective_scan,
+    causal_conv1d_update and selective_state_update.
+
+    Args:
+        projected: `(tokens, 2 * inner)`: x, then gate; tokens of decodes first, padding last.
+        conv_state: cache `(slots, inner, state_len)`; state_len at least width - 1, and as many more as a speculative
+            decode has tokens beyond its first. Mutated.
+        ssm_state: cache `(slots, inner, dstate)`. Mutated.
+        conv_weight: `(inner, width)`.
+        conv_bias: `(inner,)` or None.
+        x_proj_weight: `(dt_rank + 2 * dstate, inner)`: to dt, B and C; in the dtype of `projected`.
+        dt_proj_weight: `(inner, dt_rank)`, in the dtype of `projected`.
+        dt_proj_bias: `(inner,)`.
+        A: `(inner, dstate)`, negative.
+        D: `(inner,)`.
+        dt_norm_weight, B_norm_weight, C_norm_weight: `(dt_rank,)` and twice `(dstate,)`: weights of RMS norms over dt
+            before its projection, B and C, as Jamba has (Falcon-Mamba: ones). None: there is no such norm.
+        counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, num_computed_tokens, num_accepted_tokens: the
+            plan, see `mamba_ops.ops._common.mixing.PlanTensors` and `mamba_ops.serving.Plan`; all None: no plan.
+        norm_eps: added to the norms' mean squares.
+        null_slot: a row whose slot is this or negative is nobody: its output is zero, no cache is touched.
+        out: `(tokens, inner)`. Mutated. Zero for tokens that no row has; all zero without a plan or rows.
+
+    Rows share two matrix products, whose last bits may change with the number of tokens; nothing else of a row depends
+    on the others.
+
+    Raises:
+        ValueError: before anything is written: shapes, dtypes, or counts that are not this batch's.
+    """
+
+
+@mamba_mixing.allocate_output
+def _output(projected: Tensor) -> Tensor:
+    return projected.new_empty(projected.shape[0], projected.shape[-1] // 2)
+
+
+@mamba_mixing.validate
+def _validate(call: Arguments) -> None:
+    tensor_rank("A", call.A, {2: "(inner, dstate)"})
+    tensor_rank("dt_proj_weight", call.dt_proj_weight, {2: "(inner, dt_rank)"})
+    (inner, dstate), rank = call.A.shape, call.dt_proj_weight.shape[1]
+    if not inner or not dstate:
+        raise bad_argument("A", got=f"shape {tuple(call.A.shape)}", expected="(inner, dstate), neither of them 0")
+    tensor_rank("projected", call.projected, {2: "(tokens, size)"})
+    shape_is("projected", call.projected, (call.projected.shape[0], 2 * inner), hint=f"x and gate of {inner} channels")
+    weights = {
+        "conv_weight": call.conv_weight,
+        "conv_bias": call.conv_bias,
+        "x_proj_weight": call.x_proj_weight,
+        "dt_proj_weight": call.dt_proj_weight,
+        "dt_proj_bias": call.dt_proj_bias,
+        "A": call.A,
+        "D": call.D,
+        "dt_norm_weight": call.dt_norm_weight,
+        "B_norm_weight": call.B_norm_weight,
+        "C_norm_weight": call.C_norm_weight,
+    }
+    caches = {"conv_state": call.conv_state, "ssm_state": call.ssm_state}
+    floating(projected=call.projected, **caches, **weights, out=call.output)
+    one_device(call.projected.device, "projected", **caches, **weights, out=call.output)
+    shape_is("x_proj_weight", call.x_proj_weight, (rank + 2 * dstate, inner), hint="to dt, B and C")
+    shape_is("dt_proj_weight", call.dt_proj_weight, (inner, rank))
+    for name in ("x_proj_weight", "dt_proj_weight"):
+        if weights[name].dtype != call.projected.dtype:  # type: ignore[union-attr]
+            got, expected = (short(t.dtype) for t in (weights[name], call.projected))  # type: ignore[union-attr]
+            raise bad_argument(name, got=got, expected=f"{expected}, as projected", hint="convert it once, beforehand")
+    for name in ("dt_proj_bias", "D"):
+        shape_is(name, weights[name], (inner,))
+    shape_is("dt_norm_weight", call.dt_norm_weight, (rank,))
+    for name in ("B_norm_weight", "C_norm_weight"):
+        shape_is(name, weights[name], (dstate,))
+    plan = PlanTensors.of(call)
+    check_plan(call.projected.device, plan)
+    check_caches(plan, call.conv_state, call.ssm_state, call.conv_weight, call.conv_bias, inner, (inner, dstate))
+    shape_is("out", call.output, (call.projected.shape[0], inner))

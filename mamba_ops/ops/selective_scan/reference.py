@@ -1,0 +1,126 @@
+"""The plain-torch kernel of selective_scan: its reference, which runs on any device."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mamba_ops.ops._common.chunk_layout import lay_out, row_count
+from mamba_ops.ops._common.slots import initial_states, is_null, require_slots, row_ends, slot_columns, store_rows
+from mamba_ops.ops.selective_scan.op import Arguments
+
+PIECE = 16  # tokens that the reference reads one after the other, of all pieces at once
+
+
+class _Kept(NamedTuple):
+    """In which slot the state after a token belongs, and whether it is stored, both (pieces, PIECE)."""
+
+    slot: Tensor
+    stored: Tensor
+
+
+def _kept_states(
+    slots: Tensor,
+    token: Tensor,
+    cu_seqlens: Tensor,
+    first_block: Tensor | None,
+    last_block: Tensor | None,
+    chunk_ends: Tensor | None,
+    last_chunk: Tensor | None,
+    block_size: int,
+) -> _Kept | None:
+    """Say which of the `slots` of every piece get its states at the ends of chunks; None without a prefix cache."""
+    if first_block is None or last_block is None or chunk_ends is None or last_chunk is None or chunk_ends.numel() == 0:
+        return None
+    ends, last = chunk_ends.long(), last_chunk.long()
+    starts = cu_seqlens[:-1].long()
+    chunk = torch.bucketize(token, ends, right=True).clamp(max=ends.shape[0] - 1)
+    row = torch.bucketize(token, cu_seqlens[1:].long(), right=True).clamp(max=last.shape[0] - 1)
+    first_chunk = torch.cat([last.new_zeros(1), last[:-1] + 1])
+    short = ends[first_chunk.clamp(max=ends.shape[0] - 1)] - starts  # tokens of each row's first chunk
+    skipped = torch.where((last > first_chunk) & (short < block_size), block_size - short, 0)
+    position = first_block.long()[row] * block_size + skipped[row] + token - starts[row]
+    column = torch.where(chunk == last[row], last_block.long()[row], position // block_size)
+    piece = torch.arange(slots.shape[0], device=slots.device).unsqueeze(1)
+    return _Kept(slots[piece, column], ends[chunk] == token + 1)
+
+
+def selective_scan(call: Arguments) -> None:
+    compute = torch.promote_types(call.x.dtype, torch.float32)
+    (dim, dstate), n = call.A.shape, row_count(call.x, call.cu_seqlens)
+    if n == 0:
+        return
+    blocks = call.block_size > 0
+    pieces = lay_out(call.x, PIECE, 1, call.cu_seqlens, None)
+    empty = pieces.of_row == 0
+    of_rows = call.slots
+    if call.slots is not None and call.initial_block is not None:
+        of_rows = slot_columns(call.slots, n).gather(1, call.initial_block.long().unsqueeze(1))
+    ends = row_ends(of_rows, call.write_slots, call.null_slot, empty, call.ssm_state)
+    initial = call.x.new_zeros(n, dim, dstate, dtype=compute)
+    if call.ssm_state is not None and call.has_initial_state is not None:
+        initial = initial_states(call.ssm_state, ends, call.has_initial_state, compute)
+    if call.x.numel() == 0:
+        if call.ssm_state is not None and not blocks:
+            store_rows(call.ssm_state, ends.target, initial, ends.stored)
+        return
+
+    inside = pieces.inside & ends.somebody[pieces.row].unsqueeze(1)
+    kept = None
+    if call.slots is not None and call.ssm_state is not None and call.cu_seqlens is not None:
+        of_blocks = (call.first_block, call.last_block, call.chunk_ends, call.last_chunk)
+        kept = _kept_states(
+            slot_columns(call.slots, n)[pieces.row], pieces.token, call.cu_seqlens, *of_blocks, call.block_size
+        )
+    if kept is not None and call.ssm_state is not None:
+        kept = _Kept(kept.slot, inside & kept.stored & ~is_null(kept.slot, call.null_slot))
+        require_slots(call.ssm_state, kept.slot, kept.stored)
+
+    def laid_out(tokens: Tensor) -> Tensor:
+        """An activation as (PIECE, pieces, ...), zero where there is no token."""
+        return pieces.laid_out(tokens, inside, compute).transpose(0, 1)
+
+    def of_channels(tokens: Tensor) -> Tensor:
+        """B or C as (PIECE, pieces, groups or 1, channels of a group or 1, dstate)."""
+        tokens = laid_out(tokens)
+        return (tokens.unsqueeze(2) if tokens.dim() == 3 else tokens).unsqueeze(3)
+
+    x, d = laid_out(call.x), laid_out(call.dt)
+    if call.dt_bias is not None:
+        d = d + call.dt_bias.to(compute)
+    if call.dt_softplus:  # not torch's softplus: on a CPU its last bits depend on where an element stands
+        d = torch.where(d > 20, d, torch.log1p(torch.exp(d)))
+    d = torch.where(inside.t().unsqueeze(2), d, 0)
+    b, c, rates = of_channels(call.B), of_channels(call.C), call.A.to(compute)
+    by_group = (b.shape[2], dim // b.shape[2], 1)
+
+    def advance(state: Tensor, t: int) -> Tensor:
+        """The states of all pieces, (pieces, dim, dstate), after their token t."""
+        pushed = ((d[t] * x[t]).view(-1, *by_group) * b[t]).flatten(1, 2)
+        return state * torch.exp(rates * d[t].unsqueeze(2)) + pushed
+
+    # What each piece would leave of nothing, then what each begins with, then all of it once more from there.
+    left = x.new_zeros(x.shape[1], dim, dstate)
+    for t in range(PIECE):
+        left = advance(left, t)
+    decay, begun, state = torch.exp(rates * d.sum(0).unsqueeze(2)), torch.zeros_like(left), initial
+    first = pieces.end - pieces.of_row
+    for number in range(pieces.longest):
+        exists = number < pieces.of_row
+        piece = torch.where(exists, first + number, 0)
+        store_rows(begun, piece, state, exists)
+        state = torch.where(exists.view(n, 1, 1), state * decay[piece] + left[piece], state)
+    after, y = begun, torch.empty_like(x)
+    for t in range(PIECE):
+        after = advance(after, t)
+        y[t] = (after.view(-1, *by_group[:2], dstate) * c[t]).sum(-1).flatten(1)
+        if kept is not None and call.ssm_state is not None:
+            store_rows(call.ssm_state, kept.slot[:, t], after, kept.stored[:, t])
+    if call.D is not None:
+        y = y + call.D.to(compute) * x
+    if call.z is not None:
+        gate = laid_out(call.z)
+        y = y * (gate / (1 + torch.exp(-gate)))
+    pieces.store(call.output, y.transpose(0, 1))
+    if call.ssm_state is not None and not blocks:
+        store_rows(call.ssm_state, ends.target, state, ends.stored)

@@ -1,0 +1,236 @@
+"""Decode for Mamba-1 and Mamba-2: one step of the selective state space recurrence, or a few, for every row of a batch.
+
+The state stays in the caller's cache; slot tables say which entry each row reads and which it writes.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mamba_ops.backends import flashinfer, triton
+from mamba_ops.ops._common.checking import (
+    floating,
+    index_tensor,
+    one_device,
+    packed_rows,
+    shape_is,
+    short,
+    slot_for_each,
+    slot_table,
+    tensor_rank,
+)
+from mamba_ops.ops._namespace import mamba
+from mamba_ops.ops.selective_state_update import flashinfer as on_flashinfer
+from mamba_ops.registry import bad_argument
+from mamba_ops.registry.request import settings
+
+
+class Arguments(NamedTuple):
+    """A call of selective_state_update: what its validation and its kernels are given."""
+
+    ssm_state: Tensor
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    dt_softplus: bool
+    slots: Tensor | None
+    write_slots: Tensor | None
+    cu_seqlens: Tensor | None
+    num_accepted_tokens: Tensor | None
+    null_slot: int
+    rounding_seed: Tensor | None
+    philox_rounds: int
+    output: Tensor
+
+
+@mamba.op(
+    mutates=("ssm_state", "out"),
+    reference="mamba_ops.ops.selective_state_update.reference:selective_state_update",
+    arguments=Arguments,
+)
+def selective_state_update(
+    ssm_state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    slots: Tensor | None = None,
+    write_slots: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    null_slot: int = -1,
+    rounding_seed: Tensor | None = None,
+    philox_rounds: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Advance the cached `ssm_state` of every row by the row's tokens, in place, and write the tokens' outputs.
+
+    The tokens come in one of three layouts: `(n, ...)`, one token a row; `(n, length, ...)`, a few tokens a row; or
+    packed `(tokens, ...)` with `cu_seqlens`. `...` is `(heads, dim)` for Mamba-2 and `(dim,)` for Mamba-1, whose
+    tensors are those of one head without its dimension. Head h uses group h // (heads / groups) of B and C. Any
+    strides, and any mix of float16, bfloat16, float32 and float64.
+
+    Args:
+        ssm_state: (slots, heads, dim, dstate), or (slots, dim, dstate) for Mamba-1. Mutated; rounded once a store.
+        x: (..., heads, dim), or (..., dim) for Mamba-1.
+        dt: (..., heads, dim), or (..., heads): one step size for a whole head. Mamba-1: (..., dim).
+        A: (heads, dim, dstate), or (heads,); negative. Mamba-1: (dim, dstate).
+        B, C: (..., groups, dstate), with heads a multiple of groups. Mamba-1: (..., dstate).
+        D: skip weight, (heads, dim) or (heads,). Mamba-1: (dim,).
+        z: gate, like x.
+        dt_bias: added to dt, (heads, dim) or (heads,). Mamba-1: (dim,).
+        dt_softplus: apply softplus to dt after the bias; linear above 20.
+        slots: int32 or int64, (n,) or (n, columns), rows beyond n ignored: where row i's state is, in column 0. None:
+            row i uses slot i, and no row is nobody.
+        write_slots: the same for where the new state goes. None: where it came from. A null slot here means that the
+            state is not stored.
+        cu_seqlens: int32 or int64, (n + 1,): row i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1. An empty row
+            neither reads nor writes; tokens past the last row are left alone.
+        num_accepted_tokens: int32 or int64, (n,), for speculative decoding; needs slots. Row i then starts from column
+            max(num_accepted_tokens[i] - 1, 0) of its slots, the last one at most, and the state after its token t is
+            stored in column t of its write_slots; beyond the columns nothing is stored. Otherwise the last state is
+            stored in column 0.
+        null_slot: a slot that means "nobody", as does any slot below 0. Such a row's output is zero, and nothing is
+            read or stored for it.
+        rounding_seed: one int64, () or (1,): a state of float16, which it must be, is rounded stochastically at each
+            store, in any of the forms above. None: to the nearest.
+        philox_rounds: rounds of the generator for that. 0: 10.
+        out: like x, any float dtype; mutated.
+
+    For every row, head and channel, in float32 at least, from the row's state s on:
+
+        d = softplus(dt[t] + dt_bias)
+        s = s * exp(A * d) + (B[t] * d) * x[t]
+        out[t] = (sum(s * C[t]) + D * x[t]) * (z[t] * sigmoid(z[t]))
+
+    The state is not rounded between the tokens of a row. No two rows may store to one slot, nor one row store to a slot
+    that another reads.
+
+    How an entry is rounded stochastically depends on the seed, on the slot that it is stored in and on its place there
+    alone, as `round_stochastically` in mamba_ops/ops/rounding.py says exactly. That is the stream of torch and Triton;
+    FlashInfer has another, of the slot that a row starts from.
+
+    The reference keeps all rows padded to the longest and, given cu_seqlens, reads that length on the host.
+    """
+
+
+@selective_state_update.allocate_output
+def _output(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@selective_state_update.validate
+def _validate(call: Arguments) -> None:
+    floats = {
+        "ssm_state": call.ssm_state,
+        "x": call.x,
+        "dt": call.dt,
+        "A": call.A,
+        "B": call.B,
+        "C": call.C,
+        "D": call.D,
+        "z": call.z,
+        "dt_bias": call.dt_bias,
+    }
+    indices = {"slots": call.slots, "write_slots": call.write_slots, "cu_seqlens": call.cu_seqlens}
+    floating(**floats, out=call.output)
+    one_device(call.x.device, **floats, **indices, num_accepted_tokens=call.num_accepted_tokens, out=call.output)
+
+    ranks = {3: "(slots, dim, dstate)", 4: "(slots, heads, dim, dstate)"}
+    tensor_rank("ssm_state", call.ssm_state, ranks, hint="Mamba-1 has no heads dimension, Mamba-2 has one")
+    if 0 in call.ssm_state.shape[1:]:
+        raise bad_argument("ssm_state", got=f"shape {tuple(call.ssm_state.shape)}", expected="only slots of size 0")
+    *heads, dim, dstate = call.ssm_state.shape[1:]
+    channels, axes = ((*heads, dim), "heads, dim") if heads else ((dim,), "dim")
+
+    packed_rows(call.cu_seqlens)
+    ranks, hint = {len(channels) + 1: f"(tokens, {axes})"}, "with cu_seqlens, tokens are packed"
+    if call.cu_seqlens is None:
+        ranks[len(channels) + 2], hint = f"(n, length, {axes})", f"ssm_state has {'' if heads else 'no '}heads"
+    tensor_rank("x", call.x, ranks, hint=hint)
+    lead = tuple(call.x.shape[: -len(channels)])
+    shape_is("x", call.x, (*lead, *channels), hint=f"{axes} are those of ssm_state")
+    shape_is("z", call.z, tuple(call.x.shape), hint="z is like x")
+    shape_is("out", call.output, tuple(call.x.shape), hint="out is like x")
+
+    parameters = [channels, tuple(heads)] if heads else [channels]  # per channel or per head
+    shape_is("dt", call.dt, *[(*lead, *shape) for shape in parameters], hint="tokens are those of x")
+    shape_is("A", call.A, (*channels, dstate), *parameters[1:])
+    shape_is("D", call.D, *parameters)
+    shape_is("dt_bias", call.dt_bias, *parameters)
+    groups = tuple(call.B.shape[-2:-1]) if heads else ()
+    shape_is("B", call.B, (*lead, *groups, dstate), hint="tokens are those of x, dstate is that of ssm_state")
+    shape_is("C", call.C, tuple(call.B.shape), hint="C is like B")
+    if heads and (groups == (0,) or heads[0] % groups[0]):
+        raise bad_argument("B", got=f"{groups[0]} groups", expected=f"a divisor of the {heads[0]} heads")
+
+    one_device(call.x.device, rounding_seed=call.rounding_seed)
+    if call.rounding_seed is not None:
+        if call.rounding_seed.dtype != torch.int64:
+            hint = "one number from torch.randint will do"
+            raise bad_argument("rounding_seed", got=short(call.rounding_seed.dtype), expected="int64", hint=hint)
+        shape_is("rounding_seed", call.rounding_seed, (1,), ())
+        if call.ssm_state.dtype != torch.float16:
+            hint = "rounding_seed asks for stochastic rounding, which is for states of float16"
+            raise bad_argument("ssm_state", got=short(call.ssm_state.dtype), expected="float16", hint=hint)
+    if call.philox_rounds < 0:
+        raise bad_argument("philox_rounds", got=call.philox_rounds, expected="at least 1, or 0 for 10")
+
+    n = call.x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    states = 1
+    if call.num_accepted_tokens is not None:
+        index_tensor("num_accepted_tokens", call.num_accepted_tokens)
+        shape_is("num_accepted_tokens", call.num_accepted_tokens, (n,), hint="one for each row")
+        if call.slots is None:
+            hint = "num_accepted_tokens says which of its columns a row starts from"
+            raise bad_argument("slots", got="None", expected="a slot table", hint=hint)
+        states = max((states, *lead[1:]))  # a state is stored after every token
+    slot_table("slots", call.slots, rows=n, columns=states if call.write_slots is None else 1)
+    slot_table("write_slots", call.write_slots, rows=n, columns=states)
+    slot_for_each("ssm_state", call.ssm_state, call.slots, rows=n)
+
+
+@selective_state_update.default_arguments
+def _default_arguments(ssm_state: Tensor, rounding_seed: Tensor | None, philox_rounds: int) -> dict[str, Any]:
+    """Draw a seed for a float16 state, if the configuration asks for stochastic rounding and the caller brought none.
+
+    The op's body does so, not the front: so a swap of the configuration recompiles nothing, and a graph that captured
+    the call draws another seed in every replay.
+    """
+    now = settings()
+    given: dict[str, Any] = {}
+    if rounding_seed is None and now.get("stochastic_rounding") and ssm_state.dtype == torch.float16:
+        given["rounding_seed"] = torch.randint(0, 2**63 - 1, (1,), device=ssm_state.device)
+    if (given or rounding_seed is not None) and not philox_rounds and now.get("philox_rounds"):
+        given["philox_rounds"] = now["philox_rounds"]
+    return given
+
+
+def _unsupported(x: Tensor) -> str | None:
+    """Takes no float64 x."""
+    return "computes in float32, and x is float64" if x.dtype == torch.float64 else None
+
+
+triton.implements(
+    selective_state_update,
+    "mamba_ops.ops.selective_state_update.triton:selective_state_update",
+    unsupported=_unsupported,
+)
+flashinfer.implements(
+    selective_state_update,
+    "mamba_ops.ops.selective_state_update.flashinfer:selective_state_update",
+    unsupported=on_flashinfer.unsupported,
+    unsupported_layout=on_flashinfer.unsupported_layout,
+)

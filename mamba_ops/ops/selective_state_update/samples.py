@@ -1,0 +1,130 @@
+"""Calls of selective_state_update: samples, the patterns of a warm-up, and calls that are wrong."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba_ops.ops.selective_state_update.op import selective_state_update
+from mamba_ops.registry import Sample
+
+
+@selective_state_update.samples
+def _samples(
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    state_dtype: torch.dtype = torch.float32,
+    heads: int = 4,
+    dim: int = 16,
+    dstate: int = 16,
+    groups: int = 2,
+) -> Iterator[Sample]:
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=random).to(device, dtype)
+
+    def indices(*values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    def sample(name: str, *lead: int, heads: int = heads, groups: int = groups, **changes: Any) -> Sample:
+        """A call with tokens of shape `lead`, three by default; heads = 0 is Mamba-1."""
+        lead = lead or (3,)
+        if heads:
+            channels, per_head, group, a = [heads, dim], [heads], [groups], [heads]
+        else:
+            channels, per_head, group, a = inner, inner, [], [*inner, dstate]
+        arguments = {
+            "ssm_state": normal(8, *channels, dstate, dtype=state_dtype),
+            "x": normal(*lead, *channels),
+            "dt": normal(*lead, *per_head),
+            "A": -normal(*a, dtype=torch.float32).exp(),
+            "B": normal(*lead, *group, dstate),
+            "C": normal(*lead, *group, dstate),
+            "D": normal(*per_head, dtype=torch.float32),
+            "dt_bias": normal(*per_head, dtype=torch.float32),
+            "dt_softplus": True,
+            "slots": indices(5, 1, 2),
+        }
+        arguments |= changes
+        return Sample(name, tuple(arguments.pop(key) for key in ("ssm_state", "x", "dt", "A", "B", "C")), arguments)
+
+    channels = (heads, dim)
+    inner = [heads * dim]  # the channels of Mamba-1
+    per_channel: dict[str, Any] = {name: normal(*channels, dtype=torch.float32) for name in ("D", "dt_bias")}
+    full_A = -normal(*channels, dstate, dtype=torch.float32).exp()
+    columns = indices((5, 1, 2), (0, 3, 4), (7, 6, -1))
+
+    yield sample("base")
+    bare = sample("bare")
+    yield Sample("no optionals", (*bare.args[:2], bare.args[2].abs(), *bare.args[3:]))
+    positive: dict[str, Any] = {"dt": normal(3, heads).abs(), "dt_bias": normal(heads).abs()}
+    yield sample("no softplus", **positive, dt_softplus=False)
+    yield sample("dt above 20", dt=normal(3, heads) * 20)
+    yield sample("per-channel dt", dt=normal(3, *channels))
+    yield sample("per-channel D and bias", **per_channel)
+    yield sample("full A", A=full_A)
+    yield sample("nothing tied", A=full_A, dt=normal(3, *channels), **per_channel)
+    yield sample("gate", z=normal(3, *channels))
+    yield sample("one group", groups=1)
+    yield sample("mamba1", heads=0)
+    yield sample("mamba1 gate", heads=0, z=normal(3, *inner))
+    yield sample("one head", heads=1, groups=1)
+
+    yield sample("float16 state", ssm_state=normal(8, *channels, dstate, dtype=torch.float16))
+    yield sample("bfloat16 state", ssm_state=normal(8, *channels, dstate, dtype=torch.bfloat16))
+    yield sample("float32 output", out=normal(*channels, 3, dtype=torch.float32).permute(2, 0, 1))
+    padded = normal(8, heads * dim * dstate + 24, dtype=state_dtype)
+    yield sample("padded slots", ssm_state=padded[:, 8:-16].view(8, *channels, dstate))
+    yield sample("transposed state", ssm_state=normal(8, heads, dstate, dim, dtype=state_dtype).transpose(2, 3))
+    yield sample("transposed x", x=normal(heads, dim, 3).permute(2, 0, 1), out=normal(dim, heads, 3).transpose(0, 2))
+    x, B, C = normal(3, heads * dim + 2 * groups * dstate).split([heads * dim, groups * dstate, groups * dstate], dim=1)
+    B, C = B.unflatten(1, (groups, dstate)), C.unflatten(1, (groups, dstate))
+    yield sample("views of a projection", x=x.unflatten(1, channels), B=B, C=C)
+
+    yield sample("slot table", slots=columns, null_slot=-1)
+    yield sample("int64 slots, more than rows", slots=indices(6, 3, 0, 1, 2, dtype=torch.int64))
+    yield sample("no slots", slots=None, null_slot=0)
+    yield sample("write slots", write_slots=indices(4, 1, 7))
+    yield sample("write slots alone", slots=None, write_slots=indices(4, 1, 7))
+    yield sample("null rows", slots=indices(-1, 3, -1))
+    yield sample("null slot 0", slots=indices(5, 0, -7), null_slot=0)
+    yield sample("all rows null", slots=indices(-1, -1, -1))
+    yield sample("null destination", write_slots=indices(4, -1, 0), null_slot=0)
+
+    yield sample("rows of two tokens", 3, 2, z=normal(3, 2, *channels))
+    by_token: dict[str, Any] = {name: normal(2, 3, *channels).transpose(0, 1) for name in ("x", "z", "out")}
+    yield sample("rows of two tokens, by token", 3, 2, **by_token)
+    yield sample("packed", 7, cu_seqlens=indices(0, 2, 3, 7))
+    yield sample("packed, empty and null rows", 5, cu_seqlens=indices(0, 0, 3, 3, 5), slots=indices(0, -1, 2, 4))
+    yield sample("packed, tokens past the end", 7, cu_seqlens=indices(0, 1, 3, 4), out=normal(7, *channels))
+    yield sample("packed mamba1", 7, heads=0, cu_seqlens=indices(0, 2, 3, 7, dtype=torch.int64))
+
+    accepted: dict[str, Any] = {"num_accepted_tokens": indices(2, 0, 3), "slots": columns}
+    yield sample("speculative", **accepted)
+    yield sample("speculative rows", 3, 3, **accepted)
+    yield sample("speculative packed", 6, cu_seqlens=indices(0, 3, 4, 6), **accepted)
+    yield sample("speculative, more tokens than columns", 6, cu_seqlens=indices(0, 1, 1, 6), **accepted)
+    half = normal(8, *channels, dstate, dtype=torch.float16)
+    seed: dict[str, Any] = {"ssm_state": half, "rounding_seed": indices(0x123456789ABCDEF, dtype=torch.int64)}
+    yield sample("stochastic rounding", **seed)
+    rounded: dict[str, Any] = {**seed, **accepted, "rounding_seed": indices(-5, dtype=torch.int64)[0]}
+    yield sample("stochastic rounding, speculative rows", 3, 3, **rounded, philox_rounds=7)
+    yield sample("no rows", 0, slots=None)
+    yield sample("one row", 1)
+    yield sample(
+        "everything",
+        7,
+        A=full_A,
+        dt=normal(7, *channels),
+        **per_channel,
+        z=normal(7, *channels),
+        slots=indices((5, 1), (0, 3), (7, 6)),
+        write_slots=indices((2, 4, 1), (3, 0, 0), (7, -1, 0)),
+        cu_seqlens=indices(0, 2, 3, 6),
+        num_accepted_tokens=indices(2, 1, 9, dtype=torch.int64),
+        null_slot=0,
+        out=normal(7, *channels),
+    )

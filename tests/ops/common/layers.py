@@ -1,0 +1,120 @@
+"""The layers written from their formulas: one sequence, one token at a time, with that sequence's state."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.ops.chunk_gated_delta_rule.oracle import chunk_step
+from tests.ops.common.exponential import exp
+from tests.ops.common.mixing import softplus
+
+
+class LayerOracle:
+    """What a layer is made of, in `dtype`; `window` are the convolution's last inputs and `state` the recurrence's."""
+
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+        self.layer, self.dtype = layer, dtype
+        self.weights = {name: p.detach().cpu().to(dtype) for name, p in layer.state_dict().items()}
+        dim, _, width = layer.conv1d.weight.shape
+        self.window = torch.zeros(width - 1, dim, dtype=dtype)
+        self.state = torch.zeros(layer.empty_caches(1)[1].shape[1:], dtype=dtype)
+
+    def token(self, hidden: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def read(self, hidden: Tensor) -> Tensor:
+        return torch.stack([self.token(h) for h in hidden.cpu().to(self.dtype)])
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        bias = self.weights.get(f"{name}.bias")
+        y = self.weights[f"{name}.weight"] @ x
+        return y if bias is None else y + bias
+
+    def convolve(self, mixed: Tensor) -> Tensor:
+        window = torch.cat([self.window, mixed.unsqueeze(0)])
+        self.window = window[1:]
+        mixed = (window.t() * self.weights["conv1d.weight"].squeeze(1)).sum(1)
+        if "conv1d.bias" in self.weights:
+            mixed = mixed + self.weights["conv1d.bias"]
+        return mixed * torch.sigmoid(mixed)
+
+
+def rms(x: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean() + eps).sqrt()
+
+
+class Mamba2Oracle(LayerOracle):
+    def token(self, hidden: Tensor) -> Tensor:
+        layer, weights = self.layer, self.weights
+        gate, mixed, dt = self.linear(hidden, "in_proj").split(layer.projected)
+        x, B, C = self.convolve(mixed).split(layer.convolved)
+        y = torch.empty(layer.heads, layer.head_dim, dtype=self.dtype)
+        for h in range(layer.heads):
+            group = slice(h // (layer.heads // layer.groups) * layer.dstate, None)
+            b, c = B[group][: layer.dstate], C[group][: layer.dstate]
+            u = x[h * layer.head_dim : (h + 1) * layer.head_dim]
+            d = softplus(dt[h] + weights["dt_bias"][h]).clamp(layer.dt_min, layer.dt_max)
+            decay = exp(-torch.exp(weights["A_log"][h]) * d)
+            self.state[h] = self.state[h] * decay + d * u.unsqueeze(1) * b
+            y[h] = self.state[h] @ c + weights["D"][h] * u
+        y = y.flatten() * gate * torch.sigmoid(gate)
+        y = torch.cat([rms(part, layer.norm.eps) for part in y.split(y.numel() // layer.groups)])
+        return self.linear(y * weights["norm.weight"], "out_proj")
+
+
+class MambaOracle(LayerOracle):
+    def token(self, hidden: Tensor) -> Tensor:
+        layer, weights = self.layer, self.weights
+        x, z = self.linear(hidden, "in_proj").split(layer.inner)
+        x = self.convolve(x)
+        parts = self.linear(x, "x_proj").split([layer.dt_rank, layer.dstate, layer.dstate])
+        dt, B, C = parts if layer.norms is None else (rms(part, layer.eps) for part in parts)
+        if layer.norms == "weighted":
+            dt, B, C = (p * weights[f"{n}_layernorm.weight"] for n, p in (("dt", dt), ("b", B), ("c", C)))
+        d = softplus(self.linear(dt, "dt_proj")).unsqueeze(1)
+        self.state = self.state * exp(-torch.exp(weights["A_log"]) * d) + d * x.unsqueeze(1) * B
+        y = self.state @ C + weights["D"] * x
+        return self.linear(y * z * torch.sigmoid(z), "out_proj")
+
+
+class GatedDeltaNetOracle(LayerOracle):
+    def projected(self, hidden: Tensor) -> list[Tensor]:
+        """q and k by key head; v, z, b and a by value head."""
+        layer = self.layer
+        K, V, Dk, Dv = layer.num_k_heads, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim
+        if layer.interleaved:
+            mine = V // K  # value heads of a key head, whose parts lie together
+            qkvz = self.linear(hidden, "in_proj_qkvz").view(K, -1).split([Dk, Dk, mine * Dv, mine * Dv], dim=1)
+            ba = self.linear(hidden, "in_proj_ba").view(K, -1).split([mine, mine], dim=1)
+            parts = [*qkvz, *ba]
+        else:
+            qkv = self.linear(hidden, "in_proj_qkv").split([K * Dk, K * Dk, V * Dv])
+            parts = [*qkv, *(self.linear(hidden, f"in_proj_{name}") for name in "zba")]
+        q, k, v, z, b, a = parts
+        return [q.reshape(K, Dk), k.reshape(K, Dk), v.reshape(V, Dv), z.reshape(V, Dv), b.reshape(V), a.reshape(V)]
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """In float64 token by token; in float32 in chunks, whose equations have rounding errors of their own."""
+        layer, weights = self.layer, self.weights
+        parts = [self.convolved(h) for h in hidden.cpu().to(self.dtype)]
+        q, k, v, z, b, a = (torch.stack(part) for part in zip(*parts, strict=True))
+        y = torch.empty_like(v)
+        step = 1 if self.dtype == torch.float64 else 64
+        for h in range(layer.num_v_heads):
+            head = h // (layer.num_v_heads // layer.num_k_heads)
+            g = -torch.exp(weights["A_log"][h]) * softplus(a[:, h] + weights["dt_bias"][h])
+            for start in range(0, len(hidden), step):
+                at = slice(start, start + step)
+                inputs = (q[at, head], k[at, head], v[at, h], g[at], torch.sigmoid(b[at, h]))
+                self.state[h], o = chunk_step(self.state[h], *inputs, None, True, self.dtype)
+                y[at, h] = torch.stack([rms(row, layer.norm.eps) for row in o])
+        y = y * weights["norm.weight"] * z * torch.sigmoid(z)
+        return torch.stack([self.linear(row.flatten(), "out_proj") for row in y])
+
+    def convolved(self, hidden: Tensor) -> list[Tensor]:
+        """What `projected` returns, q, k and v after the convolution."""
+        q, k, v, z, b, a = self.projected(hidden)
+        mixed = self.convolve(torch.cat([q.flatten(), k.flatten(), v.flatten()]))
+        parts = mixed.split([q.numel(), k.numel(), v.numel()])
+        return [*(part.view(t.shape) for part, t in zip(parts, (q, k, v), strict=True)), z, b, a]

@@ -1,0 +1,109 @@
+"""What the oracles of the mixing ops share: a plan read row by row, and the convolution one token at a time."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Row:
+    """One row of a plan that is somebody: its tokens, where its state is read, and where it goes after each token."""
+
+    tokens: range
+    source: int
+    slot: int  # where the convolution's state is
+    goes_on: bool
+    targets: list[int | None]  # after token t the state goes to targets[t]
+    accepted: int | None  # of the tokens of the call before, for a speculative decode
+
+    def keep(self, states: Tensor, number: int, state: Tensor) -> None:
+        if (target := self.targets[number]) is not None:
+            states[target] = state.to(states.dtype)
+
+
+def rows_of(
+    counts: Tensor | None,
+    cu_seqlens: Tensor,
+    prefill_cu_seqlens: Tensor,
+    slots: Tensor,
+    has_initial_state: Tensor,
+    num_computed_tokens: Tensor,
+    num_accepted_tokens: Tensor | None,
+    *,
+    null_slot: int,
+) -> list[Row]:
+    """The rows that are somebody and have tokens."""
+    if counts is None:
+        return []
+    decodes, _, prefills, _ = counts.tolist()
+    ends, table = cu_seqlens.tolist(), slots.reshape(slots.shape[0], -1).tolist()
+    rows = []
+    for i in range(decodes + prefills):
+        tokens = range(ends[i], ends[i + 1])
+        accepted = None if num_accepted_tokens is None or i >= decodes else int(num_accepted_tokens[i])
+        source = table[i][0 if accepted is None else accepted - 1]
+        if not tokens or source < 0 or source == null_slot:
+            continue
+        last = len(tokens) - 1
+        columns = [0 if t == last else None for t in range(len(tokens))] if accepted is None else range(len(tokens))
+        targets = [None if c is None or table[i][c] in (-1, null_slot) else table[i][c] for c in columns]
+        rows.append(Row(tokens, source, table[i][0], i < decodes or bool(has_initial_state[i]), targets, accepted))
+    return rows
+
+
+@dataclass
+class Rounding:
+    """The dtype to compute in, and the one that the convolution hands its result on in (None: as computed)."""
+
+    dtype: torch.dtype
+    handed_on: torch.dtype | None
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype if self.dtype == torch.float64 else tensor.dtype, copy=True)
+
+    def hand_on(self, value: Tensor) -> Tensor:
+        return value if self.handed_on is None else value.to(self.handed_on).to(self.dtype)
+
+
+class Convolution:
+    """The depthwise convolution with silu, and its cache."""
+
+    def __init__(self, state: Tensor, weight: Tensor, bias: Tensor | None, rounding: Rounding) -> None:
+        self.before, self.state, self.rounding = state, rounding.copy(state), rounding
+        self.weight = weight.to(rounding.dtype)
+        self.bias = None if bias is None else bias.to(rounding.dtype)
+
+    def begin(self, row: Row) -> "Window":
+        return Window(self, row)
+
+
+class Window:
+    """The inputs of one row: those that it goes on from, and those that it got."""
+
+    def __init__(self, convolution: Convolution, row: Row) -> None:
+        self.convolution, self.row = convolution, row
+        history, old = convolution.weight.shape[1] - 1, convolution.before[row.slot].t()
+        first = 0 if row.accepted is None else row.accepted - 1
+        self.entries = [e.clone() if row.goes_on else torch.zeros_like(e) for e in old[first : first + history]]
+
+    def push(self, entry: Tensor) -> Tensor:
+        """The convolution's output for one token more."""
+        weight, bias, rounding = self.convolution.weight, self.convolution.bias, self.convolution.rounding
+        self.entries.append(entry)
+        window = torch.stack([e.to(rounding.dtype) for e in self.entries[-weight.shape[1] :]])
+        acc = (window * weight.t()).sum(0)
+        if bias is not None:
+            acc = acc + bias
+        return rounding.hand_on(acc * torch.sigmoid(acc))
+
+    def end(self) -> None:
+        """Keep the last inputs; a speculative decode keeps all that it may have to go back to."""
+        history = self.convolution.weight.shape[1] - 1
+        kept = self.entries[-history:] if self.row.accepted is None else self.entries[1:]
+        for column, entry in enumerate(kept):
+            self.convolution.state[self.row.slot, :, column] = entry.to(self.convolution.state.dtype)
+
+
+def softplus(x: Tensor) -> Tensor:
+    return torch.where(x > 20, x, torch.log1p(torch.exp(x)))
