@@ -283,7 +283,9 @@ def backends_here(device: torch.device) -> list[str]:
     """The backends that run a decode here, by priority; where there is one alone, a second that borrows its kernels."""
     decode = mamba_ops.selective_state_update
     usable = [b.name for b in mamba_ops.registry.backends() if b.name in decode.kernels]
-    usable = [n for n in usable if mamba_ops.registry.tables.backends[n].why_unusable(device.type) is None]
+    usable = [
+        n for n in usable if mamba_ops.registry.dispatcher.dispatcher.backends[n].why_unusable(device.type) is None
+    ]
     if len(usable) == 1:
         borrowed = Backend("borrowed", devices=None, priority=-1)
         for op in (decode, mamba_ops.mamba_chunk_scan):

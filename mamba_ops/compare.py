@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba_ops.registry import NoBackendError, backends, record_selections, use_backend
-from mamba_ops.registry.request import COMPOSED
+from mamba_ops.registry.snapshot import COMPOSED
 from mamba_ops.targets import Target, TargetError, as_target, load_target
 
 ROUNDS = 3  # of each timed pass over all calls; the best counts

@@ -1,24 +1,25 @@
 """Which backends run which ops, and how states are rounded: one record, from code, the environment or a string."""
 
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import Backend, backends
-from mamba_ops.registry.errors import ConfigError, RegistryError
+from mamba_ops.registry.errors import ConfigError, RegistryError, unknown
 from mamba_ops.registry.request import (
-    Request,
     entries_of,
     known_op,
     lowered,
     order_of,
     problems,
+    setting_readers,
     unknown_entry,
 )
+from mamba_ops.registry.snapshot import Request
 
 Order = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
@@ -26,7 +27,7 @@ EVERY = "*"
 """Stands in an order for all ops that it does not name."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class BackendConfig:
     """Backends in an order for each op, and settings that they share; checked against a device when it is made.
 
@@ -42,42 +43,66 @@ class BackendConfig:
             every call that brings no `rounding_seed` of its own: one is drawn for each call, from torch's generator of
             the device. States of other dtypes are rounded to nearest.
         philox_rounds: rounds of the Philox generator that rounds them; 0 is the default of 10.
-        flashinfer_algorithm: of the backend `flashinfer`: auto, simple, vertical or horizontal.
         device: what it is checked against. None: the accelerator of this machine, or its CPU.
+        backend_settings: `<backend>_<setting>=value` for each setting of a backend, such as
+            `flashinfer_algorithm="simple"` (auto, simple, vertical or horizontal). Each can be read as an attribute.
 
     Raises:
-        ConfigError: with a sentence for everything that is wrong: names that nobody has, with the valid ones, backends
-            that cannot run on the device, values. `problems` is the list.
+        ConfigError: with a sentence for everything that is wrong: unknown names, with the valid ones, backends that
+            cannot run on the device, values. `problems` is the list.
     """
 
-    order: Order = field(default_factory=dict)
-    stochastic_rounding: bool = False
-    philox_rounds: int = 0
-    flashinfer_algorithm: str = "auto"
-    device: torch.device | str | None = field(default=None, compare=False)
+    order: Mapping[str, tuple[str, ...]]
+    stochastic_rounding: bool
+    philox_rounds: int
+    backend_settings: Mapping[str, str]
+    device: torch.device = field(compare=False)
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        order: Order | None = None,
+        stochastic_rounding: bool = False,
+        philox_rounds: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        **backend_settings: str,
+    ) -> None:
         found: list[str] = []
-        order = dict(self.order) if isinstance(self.order, Mapping) else {EVERY: self.order}
+        orders = {} if order is None else dict(order) if isinstance(order, Mapping) else {EVERY: order}
         named: dict[str, tuple[str, ...]] = {}
-        for place, names in order.items():
+        for place, names in orders.items():
             names = order_of(names) if isinstance(names, str) else names
             if isinstance(names, Sequence) and all(isinstance(name, str) for name in names):
                 named[known_op(place) or place] = lowered(names)
             else:
                 found.append(f"order: got {names!r} for {place}, expected names of backends")
-        object.__setattr__(self, "order", {place: names for place, names in named.items() if names or place != EVERY})
-        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        where = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         try:
-            device = torch.device(self.device or device)
+            where = torch.device(device or where)
         except RuntimeError:
-            found.append(f"device: got {self.device!r}, expected one such as cpu or {device}")
-        object.__setattr__(self, "device", device)
+            found.append(f"device: got {device!r}, expected one such as cpu or {where}")
+        values: dict[str, Any] = {
+            "order": {place: names for place, names in named.items() if names or place != EVERY},
+            "stochastic_rounding": stochastic_rounding,
+            "philox_rounds": philox_rounds,
+            "backend_settings": dict(backend_settings),
+            "device": where,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
         found += [f"order: {problem}" for problem in problems(self.request("BackendConfig"))]
-        found += [f"order: {sentence}" for sentence in _unusable(self._names(), device)]
-        found += [f"{name}: {sentence}" for name, sentence in _wrong_values(self, device)]
+        found += [f"order: {sentence}" for sentence in _unusable(self.order, where)]
+        found += _wrong_values(self)
         if found:
             raise ConfigError(found)
+
+    def __getattr__(self, name: str) -> str:
+        """Return a backend's setting: what was given, or its default."""
+        for backend in () if name.startswith("__") else backends():
+            for setting, choices in backend.choices.items():
+                if name == f"{backend.name}_{setting}":
+                    return self.backend_settings.get(name, choices[0])
+        raise AttributeError(f"BackendConfig has no attribute {name!r}")
 
     @classmethod
     def from_string(cls, text: str, *, device: torch.device | str | None = None) -> "BackendConfig":
@@ -101,12 +126,13 @@ class BackendConfig:
             raise ConfigError([str(error)]) from None
         if everywhere:
             order[EVERY] = everywhere
+        readers = setting_readers(mamba)
         for key, word in named.items():
             try:
-                if key.lower() in READERS:
-                    values[key.lower()] = READERS[key.lower()](word)
+                if key.lower() in readers:
+                    values[key.lower()] = readers[key.lower()](word)
                 elif known_op(key) is None:
-                    raise unknown_entry(key, READERS)
+                    raise unknown_entry(key, readers)
                 else:
                     order[key] = order_of(word)
             except RegistryError as error:
@@ -133,50 +159,49 @@ class BackendConfig:
 
     def __str__(self) -> str:
         """Return the string that makes this configuration again."""
-        defaults = {f.name: f.default for f in fields(self)}
-        given = {name: getattr(self, name) for name in READERS if getattr(self, name) != defaults[name]}
-        order = {place: ":".join(names) for place, names in _as_mapping(self.order).items()}
+        order = {place: ":".join(names) for place, names in self.order.items()}
         entries = [order.pop(EVERY)] if EVERY in order else []
+        defaults = {"stochastic_rounding": False, "philox_rounds": 0} | {
+            f"{b.name}_{setting}": choices[0] for b in backends() for setting, choices in b.choices.items()
+        }
+        given = {name: value for name, value in self._settings().items() if value != defaults.get(name)}
         return ",".join([*entries, *(f"{name}={value}".lower() for name, value in (order | given).items())])
 
     def request(self, by: str) -> Request:
         """Return what `use_backend` and `configure` put in force."""
-        order = _as_mapping(self.order)
-        named = {place: names for place, names in order.items() if place != EVERY}
-        return Request(by, order.get(EVERY, ()), named, self._settings())
+        named = {place: names for place, names in self.order.items() if place != EVERY}
+        return Request.make(by, self.order.get(EVERY, ()), named, self._settings())
 
     def _settings(self) -> dict[str, Hashable]:
-        return {name: getattr(self, name) for name in READERS}
-
-    def _names(self) -> list[str]:
-        return list(dict.fromkeys(name for names in _as_mapping(self.order).values() for name in names))
+        own = {"stochastic_rounding": self.stochastic_rounding, "philox_rounds": self.philox_rounds}
+        return {**own, **self.backend_settings}
 
 
-def _as_mapping(order: Any) -> dict[str, tuple[str, ...]]:
-    return dict(order)
-
-
-def _unusable(names: list[str], device: torch.device) -> list[str]:
+def _unusable(order: Mapping[str, Sequence[str]], device: torch.device) -> list[str]:
     known = {backend.name: backend for backend in backends()}
-    reasons = {name: known[name].why_unusable(device.type, by_name=True) for name in names if name in known}
+    names = dict.fromkeys(name for names in order.values() for name in names if name in known)
+    reasons = {name: known[name].why_unusable(device.type, by_name=True) for name in names}
     return [f"{name} {reason}" for name, reason in reasons.items() if reason]
 
 
-def _wrong_values(config: BackendConfig, device: torch.device) -> list[tuple[str, str]]:
+def _wrong_values(config: BackendConfig) -> list[str]:
     found = []
     if not isinstance(config.stochastic_rounding, bool):
-        found.append(("stochastic_rounding", f"got {config.stochastic_rounding!r}, expected True or False"))
+        found.append(f"stochastic_rounding: got {config.stochastic_rounding!r}, expected True or False")
     rounds = config.philox_rounds
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 0:
-        found.append(("philox_rounds", f"got {rounds!r}, expected a number of rounds, or 0 for the default of 10"))
-    for backend in backends():
-        for setting, choices in backend.choices.items():
-            name = f"{backend.name}_{setting}"
-            value = getattr(config, name, choices[0])
-            if value not in choices:
-                found.append((name, f"got {value!r}, expected {', '.join(choices)}"))
-            elif value != choices[0] and (reason := _why_not_setting(backend, setting, value, device)):
-                found.append((name, reason))
+        found.append(f"philox_rounds: got {rounds!r}, expected a number of rounds, or 0 for the default of 10")
+    known = {f"{b.name}_{setting}": (b, setting) for b in backends() for setting in b.choices}
+    for name, value in config.backend_settings.items():
+        if name not in known:
+            found.append(str(unknown("setting", name, ["stochastic_rounding", "philox_rounds", *known])))
+            continue
+        backend, setting = known[name]
+        choices = backend.choices[setting]
+        if value not in choices:
+            found.append(f"{name}: got {value!r}, expected {', '.join(choices)}")
+        elif value != choices[0] and (reason := _why_not_setting(backend, setting, value, config.device)):
+            found.append(f"{name}: {reason}")
     return found
 
 
@@ -186,7 +211,7 @@ def _why_not_setting(backend: Backend, setting: str, value: str, device: torch.d
     return backend.why_not_setting(setting, value, device) if backend.why_not_setting else None
 
 
-# -- what the settings are, as text and to the op ---------------------------------------------------------------------
+# -- the settings of the ops, as text ---------------------------------------------------------------------------------
 
 
 def _yes_or_no(word: str) -> bool:
@@ -202,18 +227,4 @@ def _count(word: str) -> int:
     return int(word)
 
 
-def _algorithm(word: str) -> str:
-    choices = next(backend.choices["algorithm"] for backend in backends() if backend.name == "flashinfer")
-    if word.lower() not in choices:
-        raise RegistryError(f"flashinfer_algorithm: got {word!r}, expected {', '.join(choices)}")
-    return word.lower()
-
-
-READERS: dict[str, Callable[[str], Hashable]] = {
-    "stochastic_rounding": _yes_or_no,
-    "philox_rounds": _count,
-    "flashinfer_algorithm": _algorithm,
-}
-"""The settings, by the names of their fields, each with what reads it from a string."""
-
-mamba.settings.update(READERS)
+mamba.settings.update(stochastic_rounding=_yes_or_no, philox_rounds=_count)

@@ -12,7 +12,6 @@ if __name__ == "registry":
 from mamba_ops.registry.backend import Backend as Backend
 from mamba_ops.registry.backend import backends as backends
 from mamba_ops.registry.capture import noticing_swaps as noticing_swaps
-from mamba_ops.registry.compiling import no_jit as no_jit
 from mamba_ops.registry.errors import CompilationError as CompilationError
 from mamba_ops.registry.errors import ConfigError as ConfigError
 from mamba_ops.registry.errors import DeclarationError as DeclarationError
@@ -20,6 +19,8 @@ from mamba_ops.registry.errors import NoBackendError as NoBackendError
 from mamba_ops.registry.errors import RegistryError as RegistryError
 from mamba_ops.registry.errors import UnknownNameError as UnknownNameError
 from mamba_ops.registry.errors import bad_argument as bad_argument
+from mamba_ops.registry.jit import no_jit as no_jit
+from mamba_ops.registry.layouts import renew_caches as renew_caches
 from mamba_ops.registry.op import Namespace as Namespace
 from mamba_ops.registry.op import Op as Op
 from mamba_ops.registry.op import ops as ops
@@ -30,14 +31,14 @@ from mamba_ops.registry.selection import Explanation as Explanation
 from mamba_ops.registry.selection import Selection as Selection
 from mamba_ops.registry.selection import explain as explain
 from mamba_ops.registry.selection import generation as generation
-from mamba_ops.registry.selection import may_refuse as may_refuse
+from mamba_ops.registry.selection import has_explicit_backend as has_explicit_backend
 from mamba_ops.registry.selection import record_selections as record_selections
-from mamba_ops.registry.splitting import Piece as Piece
+from mamba_ops.registry.selection import settings as settings
 from mamba_ops.registry.splitting import SplitGraph as SplitGraph
+from mamba_ops.registry.splitting import Subgraph as Subgraph
 from mamba_ops.registry.splitting import mark_splitting as mark_splitting
 from mamba_ops.registry.splitting import partition_at_splitting_ops as partition_at_splitting_ops
 from mamba_ops.registry.splitting import split_graph as split_graph
 from mamba_ops.registry.splitting import splitting_ops as splitting_ops
 from mamba_ops.registry.swap import configure as configure
-from mamba_ops.registry.swap import renew_caches as renew_caches
 from mamba_ops.registry.swap import use_backend as use_backend

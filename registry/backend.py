@@ -1,15 +1,17 @@
-"""Who can run ops: a `Backend` is a name, the devices it runs on, what it needs, and its kernels."""
+"""What can run ops: a `Backend` is a name, the devices it runs on, what it needs, and its kernels."""
 
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
-from mamba_ops.registry import errors, generate, request, selection, tables
+from mamba_ops.registry import codegen, errors
+from mamba_ops.registry.dispatcher import caller, dispatcher
 from mamba_ops.registry.layouts import Layout
+from mamba_ops.registry.snapshot import COMPOSED as COMPOSED_NAME
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +26,7 @@ class Kernel:
     """One backend's function for one op.
 
     Attributes:
-        backend: who runs it.
+        backend: what runs it.
         implementation: the adapter, or where it is (`package.module:function`).
         op: the op that it is for.
         unsupported: refusal that depends on shapes, dtypes, numbers and on what is None; its verdict is remembered.
@@ -45,7 +47,7 @@ class Kernel:
         found = _loaded(self.implementation)
         what = f"{self.backend.name} for {self.op.qualname} ({errors.source_of(found)})"
         if self.op.takes_a_call(found):
-            return generate.packed(self.op.qualname, self.op.parameters, self.op.arguments, found)
+            return codegen.packed(self.op.qualname, self.op.parameters, self.op.arguments, found)
         if problem := _difference(self.op.parameters, found):
             raise errors.declaration(what, problem)
         return found
@@ -65,11 +67,10 @@ class Kernel:
 
 
 class Backend:
-    """Somebody who can run ops.
+    """What can run ops.
 
     Attributes:
         choices: setting to the values that it may have, the default first.
-        settings: setting to the value in force; adapters and refusals read it.
 
     Args:
         name: the vendor's word, lower case.
@@ -108,19 +109,34 @@ class Backend:
         self.install = install or requires
         self.usable = usable
         self.choices = {name: tuple(values) for name, values in (settings or {}).items()}
-        self.settings = {name: values[0] for name, values in self.choices.items()}
         self.why_not_setting = why_not_setting
-        self.priority = priority
+        self._priority = priority
         self.devices_by_name = devices_by_name
         self._prepare = prepare
-        self.source = tables.caller()
+        self.source = caller()
         self._import_problem = cache(self._try_import)
-        self._unsaid: str | None = None  # why a package that is installed cannot be imported, until it has been said
-        tables.refuse_duplicate("backend", name, tables.backends)
-        tables.backends[name] = self
+        self._unwarned: str | None = None  # why a package that is installed cannot be imported, until it is warned of
+        dispatcher.refuse_duplicate("backend", name, dispatcher.backends)
+        dispatcher.backends[name] = self
+        dispatcher.changed()
 
     def __repr__(self) -> str:
         return f"<backend {self.name}>"
+
+    @property
+    def priority(self) -> int:
+        """Its place in the default order; setting it is a swap."""
+        return self._priority
+
+    @priority.setter
+    def priority(self, priority: int) -> None:
+        self._priority = priority
+        dispatcher.changed()
+
+    @property
+    def settings(self) -> Mapping[str, str]:
+        """Setting to its value in this context; adapters and refusals read it."""
+        return dispatcher.current().backend_settings(self)
 
     def implements(
         self,
@@ -162,7 +178,7 @@ class Backend:
             if callable(adapter):
                 kernel.function  # noqa: B018  its signature is held against the op's
             op.kernels[self.name] = kernel
-            selection.changed()
+            dispatcher.changed()
             return adapter
 
         return register if implementation is None else register(implementation)
@@ -173,23 +189,18 @@ class Backend:
         if devices is not None and device_type not in devices:
             return f"runs on {', '.join(devices)}, not on {device_type}"
         problem = self._import_problem()
-        if self._unsaid is not None:  # once: a warning that is an error must not end every later call too
-            said, self._unsaid = self._unsaid, None
-            warnings.warn(f"backend {self.name}: {said}", RuntimeWarning, stacklevel=2)
+        if self._unwarned is not None:  # once: a warning that is an error must not end every later call too
+            problem_now, self._unwarned = self._unwarned, None
+            warnings.warn(f"backend {self.name}: {problem_now}", RuntimeWarning, stacklevel=2)
         return problem
-
-    def take_settings(self, settings: Mapping[str, Hashable]) -> None:
-        """Take what a configuration says of this backend's settings; the rest have their defaults."""
-        for name, values in self.choices.items():
-            self.settings[name] = str(settings.get(f"{self.name}_{name}", values[0]))
 
     def remove(self) -> None:
         """Take the backend and all its kernels out of the registry again."""
-        with tables.lock:
-            tables.backends.pop(self.name, None)
-            for op in tables.ops.values():
+        with dispatcher.lock:
+            dispatcher.backends.pop(self.name, None)
+            for op in dispatcher.ops.values():
                 op.kernels.pop(self.name, None)
-            selection.changed()
+            dispatcher.changed()
 
     def _try_import(self) -> str | None:
         if self.requires is None:
@@ -206,11 +217,11 @@ class Backend:
             problem = error
         else:
             return None if self.usable is None else self.usable()
-        self._unsaid = (
+        self._unwarned = (
             f"{self.requires} is installed but cannot be imported: {type(problem).__name__}: {problem}; "
             f"pip install '{self.install}' has what it needs"
         )
-        return self._unsaid
+        return self._unwarned
 
 
 def _loaded(implementation: Callable[..., None] | str) -> Callable[..., None]:
@@ -236,12 +247,12 @@ def _difference(parameters: list[inspect.Parameter], adapter: Callable[..., Any]
 
 def backends() -> list[Backend]:
     """Return all backends in the default order."""
-    tables.load_entry_points()
-    return sorted(tables.backends.values(), key=lambda b: (-b.priority, b.name))
+    dispatcher.load_entry_points()
+    return sorted(dispatcher.backends.values(), key=lambda b: (-b.priority, b.name))
 
 
 REFERENCE = Backend("torch", devices=None)
 """The backend whose kernels are the ops' own bodies; it runs anywhere."""
 
-COMPOSED = Backend(request.COMPOSED, devices=None)
+COMPOSED = Backend(COMPOSED_NAME, devices=None)
 """The backend of ops whose bodies call other ops: it runs anywhere, and those ops have backends of their own."""

@@ -1,22 +1,23 @@
 """Graphs that callers capture by hand: which ops are in one, and what a swap says about it.
 
-Inductor's own recordings are keyed by the selection token (tokens.py). A graph that somebody captures is not: it goes
+Inductor's own recordings are keyed by the selection token (token.py). A graph that a caller captures is not: it goes
 on replaying the kernels that it holds. So an op remembers that it was captured, and on what.
 """
 
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from mamba_ops.registry import errors
+from mamba_ops.registry import _torch, errors
 
 if TYPE_CHECKING:
     from mamba_ops.registry.op import Op
+    from mamba_ops.registry.snapshot import Snapshot
 
 Settings = frozenset[tuple[str, Hashable]]
 
@@ -41,14 +42,14 @@ _captured: dict["Op[...]", Captured] = {}
 _own = threading.local()  # .depth: how many `noticing_swaps` the thread is in
 
 
-def question(device: torch.device) -> Callable[[], bool]:
+def capture_query(device: torch.device) -> Callable[[], bool]:
     """Return the function that tells whether this thread's current stream captures, for tensors on a device.
 
     Every call asks. Where there are no graphs it is `bool`, which is False and built in. The device module's own
-    question costs most of a microsecond, so the stream is looked at before: none but side streams can capture.
+    question costs most of a microsecond, so the stream is looked at before: only side streams can capture.
     """
-    asks: Callable[[], bool] = getattr(torch.get_device_module(device), "is_current_stream_capturing", bool)
-    current: Callable[[int], int] | None = getattr(torch._C, f"_{device.type}_getCurrentRawStream", None)
+    asks = _asks(device)
+    current = _torch.current_stream_of(device)
     if current is None or device.index is None:
         return asks
     index = device.index
@@ -63,18 +64,37 @@ def refuse_swap(what: str) -> None:
 
 def is_capturing() -> bool:
     """Return whether this thread's current stream captures, on any device that is in use."""
-    accelerator = torch.accelerator.current_accelerator()
-    devices = [torch.device("cpu"), *([accelerator] if accelerator and _in_use(accelerator) else [])]
-    return any(question(device)() for device in devices)
+    asks = getattr(torch.cpu, "is_current_stream_capturing", None)  # played by tests; no CPU captures
+    return bool((asks is not None and asks()) or _accelerator_query()())
 
 
-def _in_use(accelerator: torch.device) -> bool:
-    return bool(torch.get_device_module(accelerator).is_initialized())
+def _asks(device: torch.device) -> Callable[[], bool]:
+    asks: Callable[[], bool] = getattr(torch.get_device_module(device), "is_current_stream_capturing", bool)
+    return asks
+
+
+@cache
+def _accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator()
+
+
+def _accelerator_query() -> Callable[[], bool]:
+    """Return what to ask the accelerator; once it is in use, that stays."""
+    global _known_query
+    if _known_query is None:
+        accelerator = _accelerator()
+        if accelerator is None or not torch.get_device_module(accelerator).is_initialized():
+            return bool
+        _known_query = _asks(accelerator)
+    return _known_query
+
+
+_known_query: Callable[[], bool] | None = None
 
 
 @contextmanager
 def noticing_swaps() -> Iterator[None]:
-    """Within the block, this thread's captures are those of somebody who compares `generation()`, so no swap warns."""
+    """Within the block, this thread's captures belong to code that compares `generation()`, so no swap warns."""
     _own.depth = getattr(_own, "depth", 0) + 1
     try:
         yield
@@ -91,36 +111,29 @@ def note(
     *,
     has_token: bool,
 ) -> None:
-    """Remember that a call of the op is being captured, unless whoever captures will notice a swap."""
-    if not getattr(_own, "depth", 0) and not (has_token and _inductor_records(device)):
+    """Remember that a call of the op is being captured, unless the code that captures notices swaps."""
+    if not getattr(_own, "depth", 0) and not (has_token and _torch.inductor_records(device)):
         _captured[op] = Captured(backend, frozenset(refused), settings, device.type)
 
 
-def _inductor_records(device: torch.device) -> bool:
-    """Return whether it is Inductor that captures: it has a stream of its own for that."""
-    trees = sys.modules.get("torch._inductor.cudagraph_trees")
-    if trees is None:
-        return False
-    try:
-        manager = trees.get_manager(device.index, create_if_none_exists=False)
-    except AssertionError:  # it has never recorded anything in this thread
-        return False
-    return manager is not None and torch.get_device_module(device).current_stream(device) == manager.stream
-
-
-def warn(order: "Callable[[Op[...]], list[str]]", settings: "Callable[[Op[...]], Settings]") -> None:
-    """Say which captured ops would now run on another backend; each capture is spoken of once.
-
-    Args:
-        order: the backends that a call of an op is now offered to, in order.
-        settings: those in force that an op's kernels may read.
-    """
+def warn_of_swap(snapshot: "Snapshot") -> None:
+    """Warn of captured ops that would now run on another backend, or with other settings; once of each capture."""
     for op, seen in list(_captured.items()):
-        taker = next((name for name in order(op) if name == seen.backend or _may_take(op, name, seen)), None)
+        order = [kernel.backend.name for kernel in snapshot.order(op).kernels]
+        taker = next((name for name in order if name == seen.backend or _may_take(op, name, seen)), None)
         other = taker if taker != seen.backend else "the same with other settings"
-        if other is not None and (taker != seen.backend or settings(op) != seen.settings):
+        if other is not None and (taker != seen.backend or settings_of(op, snapshot) != seen.settings):
             del _captured[op]
-            warnings.warn(errors.captured(op.qualname, seen.backend, other), RuntimeWarning, stacklevel=5)
+            warnings.warn(errors.captured(op.qualname, seen.backend, other), RuntimeWarning, stacklevel=4)
+
+
+def settings_of(op: "Op[...]", snapshot: "Snapshot") -> Settings:
+    """Return the settings of a snapshot, without those at their defaults, that an op's kernels may read."""
+    own = {
+        f"{k.backend.name}_{name}": values[0] for k in op.kernels.values() for name, values in k.backend.choices.items()
+    }
+    now = snapshot.settings.items()
+    return frozenset((n, v) for n, v in now if v and own.get(n) != v and (n in own or op.has_default_arguments))
 
 
 def _may_take(op: "Op[...]", name: str, seen: Captured) -> bool:

@@ -8,13 +8,24 @@ from typing import Any
 class RegistryError(ValueError):
     """Base of the registry's own errors; a ValueError, so that one `except` serves callers."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the message and the attributes, whatever arguments the class is made with."""
+        return _unpickled, (type(self), self.args, vars(self))
+
+
+def _unpickled(cls: type[RegistryError], args: tuple[Any, ...], attributes: dict[str, Any]) -> RegistryError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    vars(error).update(attributes)
+    return error
+
 
 class DeclarationError(RegistryError, TypeError):
     """An op, a facet of an op, a backend or an adapter was declared wrongly."""
 
 
 class UnknownNameError(RegistryError):
-    """A backend or an op was asked for by a name that nobody registered."""
+    """A backend or an op was asked for by a name that is not registered."""
 
 
 class NoBackendError(RegistryError):
@@ -81,7 +92,7 @@ def no_backend(op: str, reasons: Mapping[str, str], *, bound_by: str | None = No
     Args:
         op: qualified name.
         reasons: backend name to sentence.
-        bound_by: who asked for one backend by name (then there is one candidate and no falling back).
+        bound_by: what asked for one backend by name (then there is one candidate and no falling back).
     """
     width = max((len(name) for name in reasons), default=0)
     lines = [f"  {name:<{width}}  {reason}" for name, reason in reasons.items()]
@@ -130,6 +141,15 @@ def swap_while_capturing(what: str) -> RegistryError:
     return RegistryError(
         f"{what} was called, or its block left, while this thread captures a graph, which would hold kernels of two "
         "selections; swap around the capture"
+    )
+
+
+def recording_in_event_loop(op: str) -> RegistryError:
+    """Refuse a recording in a thread whose asyncio tasks select backends: one task could replay another's kernel."""
+    return RegistryError(
+        f"{op}: got a recording by torch.compile (a CUDA graph) in a thread whose asyncio tasks select backends, "
+        "expected one selection for the thread, as a replay runs no Python that could tell tasks apart; enter "
+        "use_backend around the event loop, run the call in a thread, or compile without CUDA graphs"
     )
 
 

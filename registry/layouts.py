@@ -1,18 +1,18 @@
 """Which layout a cache is in, where the kernels of an op disagree about it.
 
 A backend may keep in a cache what others would not understand there, and say so: `implements(..., layouts=...)`. Such
-an op remembers of every cache who wrote it, and no kernel is given one that is in a layout other than its own. Ops on
-which all backends agree, the usual case, pay nothing for this.
+an op remembers which kernel wrote a cache, and gives no kernel a cache that is in another layout than its own. Ops on
+whose caches all backends agree, the usual case, pay nothing for this.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from mamba_ops.registry.tables import lock
+from mamba_ops.registry import _torch
+from mamba_ops.registry.dispatcher import dispatcher
 
 if TYPE_CHECKING:
     from mamba_ops.registry.backend import Kernel
@@ -24,18 +24,25 @@ _OWN = "the op's own layout"
 
 
 class _Written(NamedTuple):
-    storage: StorageWeakRef
+    is_alive: Callable[[], bool]
     layout: str | None
     backend: str
 
 
 _written: dict[int, _Written] = {}  # by the address at which a cache begins
-_renewals = 0
 
 
-def renewals() -> int:
-    """Return how often caches were renewed: what was recorded before a renewal must not be replayed after it."""
-    return _renewals
+def renew_caches(*caches: Tensor) -> None:
+    """Zero caches and forget which backend wrote them, so that one that keeps another layout may.
+
+    Recordings of torch.compile are made again after it: those from before may run a kernel of the former layout.
+    """
+    with torch.no_grad(), dispatcher.lock:
+        for cache in caches:
+            cache.zero_()
+            _written.pop(cache.data_ptr(), None)
+        dispatcher.renewals += 1
+        dispatcher.changed()
 
 
 def disputed(op: "Op[...]", device_type: str) -> frozenset[str]:
@@ -50,9 +57,9 @@ def disputed(op: "Op[...]", device_type: str) -> frozenset[str]:
 
 def why_not(kernel: "Kernel", names: frozenset[str], arguments: Mapping[str, Any]) -> str | None:
     """Return in which other layout one of the caches is, or None."""
-    for name, cache in _caches(names, arguments):
-        before, mine = _written.get(cache.data_ptr()), _layout(kernel, name, arguments)
-        if before is not None and not before.storage.expired() and before.layout != mine:
+    for cache, name, mine in _caches(kernel, names, arguments):
+        before = _written.get(cache.data_ptr())
+        if before is not None and before.is_alive() and before.layout != mine:
             return (
                 f"keeps {name} in {mine or _OWN}, and {before.backend} wrote this one in {before.layout or _OWN}; "
                 "give it new caches, or these after mamba_ops.registry.renew_caches()"
@@ -62,31 +69,18 @@ def why_not(kernel: "Kernel", names: frozenset[str], arguments: Mapping[str, Any
 
 def remember(kernel: "Kernel", names: frozenset[str], arguments: Mapping[str, Any]) -> None:
     """Note that the kernel writes these caches."""
-    for name, cache in _caches(names, arguments):
-        layout, before = _layout(kernel, name, arguments), _written.get(cache.data_ptr())
-        if before is None or before.storage.expired() or before.backend != kernel.backend.name:
-            with lock:
-                for address in [a for a, written in _written.items() if written.storage.expired()]:
+    for cache, _, layout in _caches(kernel, names, arguments):
+        before = _written.get(cache.data_ptr())
+        if before is None or not before.is_alive() or before.backend != kernel.backend.name:
+            with dispatcher.lock:
+                for address in [a for a, written in _written.items() if not written.is_alive()]:
                     del _written[address]
-                storage = StorageWeakRef(cache.untyped_storage())
-                _written[cache.data_ptr()] = _Written(storage, layout, kernel.backend.name)
+                _written[cache.data_ptr()] = _Written(_torch.weak_storage(cache), layout, kernel.backend.name)
 
 
-def renew(caches: Iterable[Tensor]) -> None:
-    """Zero caches, and forget who wrote them."""
-    global _renewals
-    with torch.no_grad(), lock:
-        _renewals += 1
-        for cache in caches:
-            cache.zero_()
-            _written.pop(cache.data_ptr(), None)
-
-
-def _caches(names: frozenset[str], arguments: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    found = ((name, arguments[name]) for name in sorted(names))
-    return [(name, cache) for name, cache in found if cache is not None and cache.numel()]
-
-
-def _layout(kernel: "Kernel", name: str, arguments: Mapping[str, Any]) -> str | None:
-    layout = kernel.layouts.get(name)
-    return layout(**arguments) if callable(layout) else layout
+def _caches(
+    kernel: "Kernel", names: frozenset[str], arguments: Mapping[str, Any]
+) -> list[tuple[Tensor, str, str | None]]:
+    """Return the caches that a call has, their names, and the layouts in which the kernel keeps them."""
+    layouts = ((n, kernel.layouts.get(n)) for n in sorted(names) if arguments[n] is not None and arguments[n].numel())
+    return [(arguments[n], n, layout(**arguments) if callable(layout) else layout) for n, layout in layouts]

@@ -1,18 +1,23 @@
 """Declare a kernel once: `Namespace` makes torch.library ops out of documented functions, `Op` is what users call."""
 
 import inspect
+import linecache
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import ParamSpec
 
-from mamba_ops.registry import capture, errors, generate, schema, selection, tables, tokens
+from mamba_ops.registry import _torch, codegen, errors, schema, selection, token
 from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
-from mamba_ops.registry.memory import Known, Memory, comparison, doubt, unlike
+from mamba_ops.registry.capture import capture_query
+from mamba_ops.registry.decision_cache import CachedDecision, DecisionCache, never_matches, redispatch_query
+from mamba_ops.registry.dispatcher import caller, device_of, dispatcher
 from mamba_ops.registry.samples import ErrorInput, Sample
+from mamba_ops.registry.snapshot import Requests
 
 P = ParamSpec("P")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,7 +36,7 @@ def require_out(out: Tensor | None) -> Tensor:
 def ops() -> Mapping[str, "Op[...]"]:
     """Return all ops by name; where two namespaces share a name, the later op stands under its qualified name."""
     found: dict[str, Op[...]] = {}
-    for op in tables.ops.values():
+    for op in dispatcher.ops.values():
         found[op.name if op.name not in found else op.qualname] = op
     return found
 
@@ -59,14 +64,14 @@ class Namespace:
     """Names that its environment variable may set beside ops, each with what reads the word behind the `=`."""
 
     def __init__(self, name: str) -> None:
-        tables.refuse_duplicate("namespace", name, tables.namespaces)
+        dispatcher.refuse_duplicate("namespace", name, dispatcher.namespaces)
         self.name = name
-        self.source = tables.caller()
+        self.source = caller()
         self._library = torch.library.Library(name, "FRAGMENT")
         self._sentences: list[str] = []
         self.settings: dict[str, Callable[[str], Any]] = {}
         self._define("refuse", "(Tensor(a!) output, int code) -> ()", self._refuse, lambda output, code: None)
-        tables.namespaces[name] = self
+        dispatcher.namespaces[name] = self
 
     def op(
         self,
@@ -114,8 +119,8 @@ class Namespace:
 
     def remove(self) -> None:
         """Take the namespace and its ops out of torch and of the registry again (for tests and reloading)."""
-        selection.remove_namespace(self.name)
-        self._library._destroy()
+        dispatcher.remove_namespace(self.name)
+        _torch.destroy(self._library)
 
     def _define(self, name: str, schema: str, body: Any, fake: Any, *tags: torch.Tag) -> None:
         self._library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
@@ -136,7 +141,7 @@ class Op(Generic[P]):
     """One op: its contract, its kernels, its samples. Calling it allocates what is missing and returns the output.
 
     Attributes:
-        name, qualname: `op` and `namespace::op`.
+        name, namespace, qualname: `op`, its namespace's name, and `namespace::op`.
         parameters: what checks and kernels get: the schema's parameters (`output` for `out`), without `selection`; a
             cache that may be left out is optional here.
         mutates: names of the parameters that it writes.
@@ -160,14 +165,14 @@ class Op(Generic[P]):
         replaces: str | None = None,
     ) -> None:
         self.name = self.__name__ = function.__name__
-        self.qualname = f"{namespace.name}::{self.name}"
+        self.namespace, self.qualname = namespace.name, f"{namespace.name}::{self.name}"
         self.source = errors.source_of(function)
         self.mutates = mutates
         self.splits_graph, self.reads_host, self.composed = splits_graph, reads_host, composed
-        tables.refuse_duplicate("op", self.qualname, tables.ops)
+        dispatcher.refuse_duplicate("op", self.qualname, dispatcher.ops)
         self.parameters = schema.parameters_of(self.qualname, function, mutates)
         self._names = [p.name for p in self.parameters]
-        self._tensors = [p.name for p in self.parameters if generate.is_tensor(p)]
+        self._tensors = [p.name for p in self.parameters if codegen.is_tensor(p)]
         self.reference, self.replaces = function, replaces
         self.arguments = arguments or namedtuple("Arguments", self._names)
         if getattr(self.arguments, "_fields", ()) != tuple(self._names):
@@ -182,20 +187,21 @@ class Op(Generic[P]):
         self.patterns: tuple[str, ...] = ()
         self._call_pattern: Callable[[Any, str], Sample] | None = None
         self._error_inputs: Callable[..., Iterable[ErrorInput]] | None = None
-        self._memories = [Memory()]
+        self._decisions: dict[Requests, DecisionCache] = {}  # by the requests of a context; empty after a swap
+        self._all_decisions: dict[Any, DecisionCache] = {}  # by snapshot: a swap back finds them
         self._nothing = {  # what stands for None where calls are compared: one each, for a tensor met twice is no match
-            p.name: torch.empty(0, dtype=torch.complex64) for p in self.parameters if generate.is_optional(p)
+            p.name: torch.empty(0, dtype=torch.complex64) for p in self.parameters if codegen.is_optional(p)
         }
         self._register(namespace)
         own = COMPOSED if composed else REFERENCE
-        body = reference or generate.renamed_output(self.qualname, self.parameters, function)
+        body = reference or codegen.renamed_output(self.qualname, self.parameters, function)
         self.kernels[own.name] = Kernel(own, body, self)
-        tables.ops[self.qualname] = self
-        selection.changed()
+        dispatcher.ops[self.qualname] = self
+        dispatcher.changed()
 
     def _register(self, namespace: Namespace) -> None:
         """Define op, body and fake in torch, and write the front."""
-        caches = generate.left_out(self.parameters, self.mutates)
+        caches = codegen.left_out(self.parameters, self.mutates)
         parameters = [
             *(schema.as_in_schema(p, p.name in caches) for p in self.parameters),
             inspect.Parameter("selection", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None),
@@ -204,12 +210,14 @@ class Op(Generic[P]):
         def stub() -> None: ...
 
         stub.__signature__ = inspect.Signature(parameters, return_annotation=None)  # type: ignore[attr-defined]
-        body = generate.body(
+        body = codegen.body(
             self.qualname,
             self.parameters,
             caches,
-            memories=self._memories,
-            unlike=unlike,
+            decisions=self._decisions,
+            active=dispatcher._active.get,
+            resolve=partial(token.resolve, self),
+            never_matches=never_matches,
             decide=self._decide,
             decide_captured=self._decide_captured,
             refuse_gradient=self._refuse_gradient,
@@ -220,18 +228,18 @@ class Op(Generic[P]):
         self.schema = torch.library.infer_schema(stub, mutates_args=tuple(self.mutates))
         namespace._define(self.name, self.schema, body, self._fake, *[torch.Tag.cudagraph_unsafe] * self.reads_host)
         self.overload = getattr(getattr(torch.ops, namespace.name), self.name).default
-        call, inside = generate.fronts(
+        call, inside = codegen.fronts(
             self.qualname,
             self.parameters,
             sorted(self.mutates),
             caches,
             namespace._number(self._gradient_sentence(p.name) for p in self.parameters),
             overload=self.overload,
-            dispatch=self.overload._op,  # the dispatcher itself, without OpOverload's Python frame
+            dispatch=_torch.dispatch_of(self.overload),
             body=body,
             outputs=self._outputs,
             is_compiling=torch.compiler.is_dynamo_compiling,
-            token=tokens.token,
+            token=token.token,
             is_grad_enabled=torch.is_grad_enabled,
             refuse=getattr(torch.ops, namespace.name).refuse.default,
         )
@@ -242,6 +250,11 @@ class Op(Generic[P]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         """Run the op (each op has its own front, generated with its literal signature)."""
         raise NotImplementedError
+
+    def source_code(self) -> str:
+        """Return the Python that was generated for this op: its front, and the body that torch's dispatcher calls."""
+        parts = (f"<{self.qualname}: {role}>" for role in ("front", "body"))
+        return "\n".join("".join(linecache.getlines(part)) for part in parts)
 
     def __repr__(self) -> str:
         return f"<op {self.qualname}>"
@@ -305,7 +318,7 @@ class Op(Generic[P]):
         Whether it returns any may depend on the settings and on what checks may read; then it is asked in every call.
         """
         self._fills = self._facet(function)
-        selection.changed()
+        dispatcher.changed()
         return function
 
     @property
@@ -359,10 +372,10 @@ class Op(Generic[P]):
     def check_supported(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Raise what a call with these arguments would raise because the backend asked for by name refuses it.
 
-        For composed ops, before the first op inside writes anything. In the default order somebody takes every call, so
-        then nothing is looked at.
+        For composed ops, before the first op inside writes anything. In the default order some backend takes every
+        call, so then nothing is looked at.
         """
-        if selection.is_bound(self):
+        if selection.has_explicit_backend(self):
             arguments = self.fill(self.bind(args, kwargs))
             self.check(arguments)
             selection.require(self, arguments)
@@ -374,34 +387,45 @@ class Op(Generic[P]):
 
     # -- called by generated code -------------------------------------------------------------------------------------
 
-    def _decide(self, memory: Memory, key: Any, values: tuple[Any, ...]) -> Known:
+    def _decide(self, cache: DecisionCache, key: Any, values: tuple[Any, ...]) -> CachedDecision:
         """Check a call that was not seen before, choose its kernel and remember both; the second time, how it looks."""
-        called = self._named(values)
-        if (known := memory.known.get(key)) is None:
-            (kernel, _), is_capturing = self._choose(called), capture.question(selection.device_of(called))
-            known = (bool, unlike, key[0], kernel, is_capturing)
+        arguments = self._named(values)
+        if (known := cache.known.get(key)) is None:
+            kernel, _ = self._choose(arguments, cache)
+            known = CachedDecision(numbers=key[0], kernel=kernel, is_capturing=capture_query(device_of(arguments)))
         else:
-            tensors = [self._nothing[n] if called[n] is None else called[n] for n in self._tensors]
-            known = (doubt(tensors, known[-1]), comparison(tensors), *known[2:])
-        memory.learn(key, known)
+            tensors = [self._nothing[n] if arguments[n] is None else arguments[n] for n in self._tensors]
+            known = known._replace(
+                must_redispatch=redispatch_query(tensors, known.is_capturing),
+                same_tensors=_torch.same_tensors(tensors),
+            )
+        cache.learn(key, known)
         return known
 
-    def _decide_captured(self, values: tuple[Any, ...], token: Tensor | None) -> Callable[..., None]:
+    def _decide_captured(self, values: tuple[Any, ...], selection_token: Tensor | None) -> Callable[..., None]:
         """Choose a kernel for a graph that is being captured, and remember that the op is in one.
 
         A recording of Inductor's is kept under the selection that its token names. So that is the one which chooses,
         even if another thread has swapped since.
         """
-        with selection.named_by(token):
-            kernel, arguments = self._choose(self._named(values))
-            selection.note_capture(self, arguments, has_token=token is not None)
+        arguments = self._named(values)
+        snapshot = dispatcher.current()
+        if selection_token is not None:
+            named = token.named_by(selection_token)
+            if named is None and _torch.inductor_records(device_of(arguments)):
+                raise errors.recording_in_event_loop(self.qualname)
+            snapshot = named or snapshot
+        with dispatcher.override(snapshot):
+            kernel, arguments = self._choose(arguments, DecisionCache(snapshot, is_foreign=selection_token is not None))
+            selection.note_capture(self, arguments, has_token=selection_token is not None)
         return kernel
 
-    def _choose(self, called: dict[str, Any]) -> tuple[Callable[..., None], dict[str, Any]]:
+    def _choose(self, called: dict[str, Any], cache: DecisionCache) -> tuple[Callable[..., None], dict[str, Any]]:
         """Check a call; return what runs it, and its arguments with what the settings give to those left out."""
-        arguments = self.fill(called) if self._fills else called
-        self.check(arguments)
-        kernel = selection.choose(self, arguments)
+        with dispatcher.override(cache.snapshot):
+            arguments = self.fill(called) if self._fills else called
+            self.check(arguments)
+            kernel = selection.choose(self, arguments, cache)
         given = {} if arguments is called else {n: v for n, v in arguments.items() if v is not called[n]}
         return (self._filling(kernel, given) if given else kernel), arguments
 
@@ -445,9 +469,9 @@ class Op(Generic[P]):
     def _facet(self, function: F, parameters: list[inspect.Parameter] | None = None) -> Callable[..., Any]:
         parameters = self.parameters if parameters is None else parameters
         if self.takes_a_call(function):
-            return generate.packed(self.qualname, parameters, self.arguments, function)
+            return codegen.packed(self.qualname, parameters, self.arguments, function)
         named = [p.name for p in inspect.signature(function).parameters.values() if "VAR_" not in p.kind.name]
         if stray := set(named) - {p.name for p in parameters}:
             problem = f"{function.__name__} names {', '.join(sorted(stray))}, which the op does not have"
             raise errors.declaration(f"{self.qualname} ({errors.source_of(function)})", problem)
-        return generate.subset(self.qualname, parameters, function)
+        return codegen.subset(self.qualname, parameters, function)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mamba_ops.registry import errors, generate
+from mamba_ops.registry import codegen, errors
 
 _SCHEMA_TYPES = (Tensor, Tensor | None, int, float, float | None, bool)
 
@@ -40,7 +40,7 @@ def parameters_of(op: str, function: Callable[..., Any], mutates: frozenset[str]
                 "Tensor, Tensor | None, int, float, float | None or bool (a str would make every layer's graph its own)"
             )
             raise errors.declaration(what, f"{p.name}: got {p.annotation}, expected {allowed}")
-        if p.name in mutates and p.annotation is not Tensor and not (is_front and generate.left_out([p], mutates)):
+        if p.name in mutates and p.annotation is not Tensor and not (is_front and codegen.left_out([p], mutates)):
             remedy = f"where it may be left out, declare the front: `*, {p.name}: Tensor | None = None, ..., out`"
             raise errors.declaration(what, f"{p.name}: a mutated argument is a Tensor, never optional; {remedy}")
         if p.name == "output" and p.kind is not p.KEYWORD_ONLY:

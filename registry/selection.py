@@ -1,25 +1,18 @@
-"""Which kernel runs: the default order, the environment, `configure`, `use_backend`, and what depends on them.
-
-All state here is process-wide and changes under one lock. A change forgets every remembered decision, raises the
-generation, and gives compiled graphs a new selection token.
-"""
+"""Which kernel runs a call, and why not the others."""
 
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from mamba_ops.registry import capture, errors, layouts, request, tokens
-from mamba_ops.registry.memory import Memory
-from mamba_ops.registry.request import Request
-from mamba_ops.registry.tables import backends, load_entry_points, lock, namespaces, ops
+from mamba_ops.registry import capture, errors, layouts
+from mamba_ops.registry.dispatcher import device_of, dispatcher
+from mamba_ops.registry.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from mamba_ops.registry.backend import Kernel
+    from mamba_ops.registry.decision_cache import DecisionCache
     from mamba_ops.registry.op import Op
 
 
@@ -37,7 +30,7 @@ class Explanation:
     Attributes:
         op: qualified name.
         backend: the backend that would run, or None if no backend takes the call.
-        bound_by: who asked for it by name ("use_backend", an environment variable), or None for the default order.
+        bound_by: what asked for it by name ("use_backend", an environment variable), or None for the default order.
         reasons: backend name to the sentence why it would not run.
     """
 
@@ -53,124 +46,48 @@ class Explanation:
         return "\n".join([self.op, *(f"  {name:<{width}}  {reason}" for name, reason in rows)])
 
 
-_recorders: list[list[Selection]] = []
 _warned: set[tuple[str, str]] = set()
-_requests: dict[Hashable, tuple[Request, ...]] = {}  # what was asked for under the selections that tokens name
-_settled = False  # whether backends have the settings in force
-_asked: bool | None = None  # whether backends are asked for by name, in any thread; None: not looked at since a change
-_generation = 0  # raised whenever another kernel may be chosen than before
-
-
-# -- changes ----------------------------------------------------------------------------------------------------------
 
 
 def generation() -> int:
-    """Return the generation of the selection: it changes whenever another kernel may be chosen than before."""
-    return _generation
-
-
-def _forget() -> None:
-    with lock:
-        for op in ops.values():
-            op._memories[0] = Memory()
-
-
-def remove_namespace(name: str) -> None:
-    """Forget a namespace, its ops and what its environment variable asked for."""
-    with lock:
-        namespaces.pop(name, None)
-        request.forget_environment(name)
-        for op in [op for op in ops.values() if op.qualname.startswith(f"{name}::")]:
-            del ops[op.qualname]
-            capture.forget(op)
-        changed()
-
-
-def changed() -> None:
-    """Forget all decisions, raise the generation and renew the tokens."""
-    global _generation, _settled, _asked
-    with lock:
-        _generation += 1
-        _settled, _asked = False, None
-        _forget()
-        tokens.renew(_fingerprint)
-
-
-def _settle() -> None:
-    """Hand backends the settings in force, before anything is decided; not at every change, for the environment is not
-    read before the first selection.
+    """Return the number of what is selected here: it changes whenever another kernel may be chosen than before, and is
+    the earlier one again after a swap back.
     """
-    global _settled
-    if _settled:
-        return
-    with lock:
-        for backend in backends.values():
-            backend.take_settings(request.settings())
-        _settled = True
+    return dispatcher.current().generation
 
 
-def _fingerprint() -> Hashable:
-    """Return what two selections have in common if and only if every op has the same kernels in the same order.
-
-    The environment is the same all the time, so it is left out (and not read before the first selection).
-    """
-    asked = frozenset((op.qualname, a[0]) for op in ops.values() if (a := request.asked(op)) is not None)
-    kernels = frozenset((op.qualname, k, k.backend.priority) for op in ops.values() for k in op.kernels.values())
-    stated = request.stated()
-    selection = asked, kernels, None if stated is None else frozenset(stated.items()), layouts.renewals()
-    _requests[selection] = request.in_force()
-    return selection
+def settings() -> Mapping[str, Hashable]:
+    """Return the settings in this context: those of `use_backend` or `configure`, else the environment's."""
+    return dispatcher.current().settings
 
 
-def named_by(token: Tensor | None) -> AbstractContextManager[None]:
-    """Within the block, this thread chooses as under the selection that a token names; None: the one in force."""
-    return request.as_if(None if token is None else _requests[tokens.selection_of(token)])
+def prewarm() -> None:
+    """Look at what every decision asks first, so that the next call need not."""
+    dispatcher.load_entry_points()
+    snapshot = dispatcher.current()
+    has_explicit_backend()
+    for op in dispatcher.ops.values():
+        snapshot.order(op)
+
+
+def has_explicit_backend(*ops: "Op[...]") -> bool:
+    """Return whether backends are asked for by name for any of these ops: only then may `check_supported` raise."""
+    snapshot = dispatcher.current()
+    return snapshot.names_backends and any(snapshot.order(op).requested is not None for op in ops)
 
 
 # -- one decision -----------------------------------------------------------------------------------------------------
 
 
-def _order(op: "Op[...]") -> tuple[list["Kernel"], bool]:
-    """Return the kernels that a call may go to, in order, and whether they were asked for by name.
-
-    It is remembered until something changes, but not in a thread that chooses under another selection than that in
-    force.
-    """
-    memory = op._memories[0]
-    if memory.order is not None and not request.is_as_if():
-        return memory.order
-    if (named := request.bound(op)) is not None:
-        order = [op.kernels[name] for name in named[0]], True
-    else:
-        order = sorted(op.kernels.values(), key=lambda k: (-k.backend.priority, k.backend.name)), False
-    if not request.is_as_if():
-        memory.order = order
-    return order
-
-
-def look_ahead() -> None:
-    """Look at what every decision asks first, so that the next call need not."""
-    load_entry_points()
-    _settle()
-    may_refuse()
-    for op in ops.values():
-        _order(op)
-
-
-def _candidates(op: "Op[...]", arguments: Mapping[str, Any]) -> Iterator[tuple["Kernel", str | None]]:
+def _candidates(
+    op: "Op[...]", arguments: Mapping[str, Any], snapshot: Snapshot
+) -> Iterator[tuple["Kernel", str | None]]:
     """Yield the kernels that a call may go to, in order, each with the reason why not (None: it takes the call)."""
     device = device_of(arguments).type
-    kernels, by_name = _order(op)
+    kernels, requested = snapshot.order(op)
     for kernel in kernels:
-        yield kernel, kernel.backend.why_unusable(device, by_name=by_name) or kernel.why_not(arguments)
-
-
-def device_of(arguments: Mapping[str, Any]) -> torch.device:
-    """Return the device that a call runs on."""
-    for argument in arguments.values():
-        if isinstance(argument, Tensor):
-            return argument.device
-    raise AssertionError("every op has a tensor")
+        reason = kernel.backend.why_unusable(device, by_name=requested is not None)
+        yield kernel, reason or kernel.why_not(arguments)
 
 
 def _why_not_now(op: "Op[...]", kernel: "Kernel", arguments: Mapping[str, Any]) -> str | None:
@@ -179,15 +96,14 @@ def _why_not_now(op: "Op[...]", kernel: "Kernel", arguments: Mapping[str, Any]) 
     return kernel.why_not_now(arguments) or layouts.why_not(kernel, disputed, arguments)
 
 
-def choose(op: "Op[...]", arguments: Mapping[str, Any]) -> Callable[..., None]:
+def choose(op: "Op[...]", arguments: Mapping[str, Any], cache: "DecisionCache") -> Callable[..., None]:
     """Return the function that runs calls like this one, or raise with every backend's reason."""
-    load_entry_points()
-    _settle()
-    device = device_of(arguments).type
+    dispatcher.load_entry_points()
+    snapshot, device = cache.snapshot, device_of(arguments).type
     disputed = layouts.disputed(op, device)
     reasons: dict[str, str] = {}
     takers: list[Kernel] = []
-    for kernel, reason in _candidates(op, arguments):
+    for kernel, reason in _candidates(op, arguments, snapshot):
         if reason is None:
             takers.append(kernel)
             if kernel.unsupported_layout is None and not disputed:
@@ -195,68 +111,70 @@ def choose(op: "Op[...]", arguments: Mapping[str, Any]) -> Callable[..., None]:
         else:
             reasons[kernel.backend.name] = reason
     if not takers:
-        raise _refused(op, reasons)
+        raise _refused(op, reasons, snapshot)
     for name, reason in reasons.items():
-        devices = backends[name].devices
-        if devices is None or device in devices or is_bound(op):
-            _say_once(op, name, reason, takers[0])
+        devices = dispatcher.backends[name].devices
+        if devices is None or device in devices or snapshot.order(op).requested is not None:
+            _warn_once(op, name, reason, takers[0])
     if takers[0].unsupported_layout is None and not disputed:
-        return _recorded(op, takers[0])
-    return _asking(op, takers, reasons, disputed)
+        function = _recorded(op, takers[0])
+    else:
+        function = _with_layout_checks(op, takers, reasons, disputed, snapshot)
+    return _under(snapshot, function) if cache.is_foreign else function
 
 
-def is_bound(op: "Op[...]") -> bool:
-    """Return whether somebody asked for backends by name, for this op."""
-    return request.bound(op) is not None
+def _under(snapshot: Snapshot, function: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that runs as where the snapshot is selected: kernels read settings."""
 
+    def run(*args: Any, **kwargs: Any) -> None:
+        with dispatcher.override(snapshot):
+            function(*args, **kwargs)
 
-def may_refuse(*some: "Op[...]") -> bool:
-    """Return whether backends are asked for by name for any of these ops: only then may `Op.check_supported` raise."""
-    global _asked
-    asked = True if request.is_as_if() else _asked
-    if asked is None:
-        with lock:
-            asked = _asked = request.anybody_asks()
-    return asked and any(map(is_bound, some))
+    return run
 
 
 def require(op: "Op[...]", arguments: Mapping[str, Any]) -> None:
     """Raise with every backend's reason unless one takes these very arguments."""
     reasons: dict[str, str] = {}
-    for kernel, refusal in _candidates(op, arguments):
+    snapshot = dispatcher.current()
+    for kernel, refusal in _candidates(op, arguments, snapshot):
         if (reason := refusal or _why_not_now(op, kernel, arguments)) is None:
             return
         reasons[kernel.backend.name] = reason
-    raise _refused(op, reasons)
+    raise _refused(op, reasons, snapshot)
 
 
-def _asking(
-    op: "Op[...]", takers: list["Kernel"], reasons: Mapping[str, str], disputed: frozenset[str]
+def _with_layout_checks(
+    op: "Op[...]",
+    takers: list["Kernel"],
+    reasons: Mapping[str, str],
+    disputed: frozenset[str],
+    snapshot: Snapshot,
 ) -> Callable[..., None]:
-    """Return a function that asks before each run: per-call refusals, and in which layout disputed caches are."""
+    """Return a function that asks before each run: refusals of strides, and in which layout disputed caches are."""
     runs = [(kernel, _recorded(op, kernel)) for kernel in takers]
     positional = [p.name for p in op.parameters if p.kind is not p.KEYWORD_ONLY]
 
     def run(*args: Any, **kwargs: Any) -> None:
-        said = dict(reasons)
+        found = dict(reasons)
         arguments = dict(zip(positional, args, strict=True)) | kwargs if disputed else {}
         for kernel, function in runs:
             reason = kernel.unsupported_layout(*args, **kwargs) if kernel.unsupported_layout else None
             if reason is None and disputed:
                 reason = layouts.why_not(kernel, disputed, arguments)
             if reason is None:
-                for name in said.keys() - reasons.keys():
-                    _say_once(op, name, said[name], kernel)
+                for name in found.keys() - reasons.keys():
+                    _warn_once(op, name, found[name], kernel)
                 if disputed:
                     layouts.remember(kernel, disputed, arguments)
                 return function(*args, **kwargs)
-            said[kernel.backend.name] = reason
-        raise _refused(op, said)
+            found[kernel.backend.name] = reason
+        raise _refused(op, found, snapshot)
 
-    per_call, (_, function) = takers[0].unsupported_layout, runs[0]
+    unsupported_layout, (_, function) = takers[0].unsupported_layout, runs[0]
 
     def run_first(*args: Any, **kwargs: Any) -> None:
-        if per_call is None or per_call(*args, **kwargs) is None:  # nothing to be said of anybody
+        if unsupported_layout is None or unsupported_layout(*args, **kwargs) is None:  # nothing to warn of
             return function(*args, **kwargs)
         return run(*args, **kwargs)
 
@@ -264,26 +182,26 @@ def _asking(
 
 
 def _recorded(op: "Op[...]", kernel: "Kernel") -> Callable[..., None]:
-    """Return the kernel's function, or one that records its runs if somebody listens."""
-    if not _recorders:
+    """Return the kernel's function, or one that records its runs while a `record_selections` listens."""
+    if not dispatcher.recorders:
         return kernel.function
 
     def run(*args: Any, **kwargs: Any) -> None:
-        for recorder in list(_recorders):
+        for recorder in dispatcher.recorders:
             recorder.append(Selection(op.qualname, kernel.backend.name))
         kernel.function(*args, **kwargs)
 
     return run
 
 
-def _refused(op: "Op[...]", reasons: Mapping[str, str]) -> errors.NoBackendError:
-    named = request.bound(op)
-    if named is not None and len(named[0]) > 1:
-        return errors.no_taker(op.qualname, reasons, asked=named[0], bound_by=named[1])
-    return errors.no_backend(op.qualname, reasons, bound_by=named[1] if named else None)
+def _refused(op: "Op[...]", reasons: Mapping[str, str], snapshot: Snapshot) -> errors.NoBackendError:
+    requested = snapshot.order(op).requested
+    if requested is not None and len(requested[0]) > 1:
+        return errors.no_taker(op.qualname, reasons, asked=requested[0], bound_by=requested[1])
+    return errors.no_backend(op.qualname, reasons, bound_by=requested[1] if requested else None)
 
 
-def _say_once(op: "Op[...]", name: str, reason: str, taker: "Kernel") -> None:
+def _warn_once(op: "Op[...]", name: str, reason: str, taker: "Kernel") -> None:
     """Warn, once per op and backend, that the default order went past a backend made for this device."""
     if (op.qualname, name) not in _warned:
         _warned.add((op.qualname, name))
@@ -297,26 +215,13 @@ def _say_once(op: "Op[...]", name: str, reason: str, taker: "Kernel") -> None:
 def note_capture(op: "Op[...]", arguments: Mapping[str, Any], *, has_token: bool) -> None:
     """Remember on what a call runs that is being captured."""
     refused: dict[str, str] = {}
-    for kernel, refusal in _candidates(op, arguments):
+    snapshot = dispatcher.current()
+    for kernel, refusal in _candidates(op, arguments, snapshot):
         if (reason := refusal or _why_not_now(op, kernel, arguments)) is None:
-            device = device_of(arguments)
-            capture.note(op, kernel.backend.name, refused, _settings_of(op), device, has_token=has_token)
+            device, own = device_of(arguments), capture.settings_of(op, snapshot)
+            capture.note(op, kernel.backend.name, refused, own, device, has_token=has_token)
             return
         refused[kernel.backend.name] = reason
-
-
-def warn_of_captures() -> None:
-    """Say which graphs that callers captured no longer run what is selected; after every swap."""
-    capture.warn(lambda op: [kernel.backend.name for kernel in _order(op)[0]], _settings_of)
-
-
-def _settings_of(op: "Op[...]") -> frozenset[tuple[str, Hashable]]:
-    """Return the settings in force, without those at their defaults, that an op's kernels may read."""
-    own = {
-        f"{k.backend.name}_{name}": values[0] for k in op.kernels.values() for name, values in k.backend.choices.items()
-    }
-    now = request.settings().items()
-    return frozenset((n, v) for n, v in now if v and own.get(n) != v and (n in own or op.has_default_arguments))
 
 
 # -- what users ask --------------------------------------------------------------------------------------------------
@@ -324,20 +229,17 @@ def _settings_of(op: "Op[...]") -> frozenset[tuple[str, Hashable]]:
 
 @contextmanager
 def record_selections() -> Iterator[list[Selection]]:
-    """Within the block, append one `Selection(op, backend)` for every run of an op, inside compiled graphs too.
+    """Within the block, append one `Selection(op, backend)` for every run of an op in the process, in compiled graphs
+    too.
 
     A replayed CUDA graph runs no Python, so its ops are seen when it is recorded and not when it is replayed.
     """
     record: list[Selection] = []
-    with lock:
-        _recorders.append(record)
-        _forget()
+    dispatcher.record(record)
     try:
         yield record
     finally:
-        with lock:
-            _recorders[:] = [r for r in _recorders if r is not record]
-            _forget()
+        dispatcher.record(record, stop=True)
 
 
 def explain(op: "Op[...] | str", /, *args: Any, **kwargs: Any) -> Explanation:
@@ -350,24 +252,26 @@ def explain(op: "Op[...] | str", /, *args: Any, **kwargs: Any) -> Explanation:
     Raises:
         ValueError: as the call itself would, for bad arguments.
     """
-    load_entry_points()
+    dispatcher.load_entry_points()
     if isinstance(op, str):
-        names = {o.name: o for o in reversed(ops.values())} | ops
+        names = {o.name: o for o in reversed(dispatcher.ops.values())} | dispatcher.ops
         if op not in names:
-            raise errors.unknown("op", op, [o.name for o in ops.values()])
+            raise errors.unknown("op", op, [o.name for o in dispatcher.ops.values()])
         op = names[op]
     arguments = op.fill(op.bind(args, kwargs))
     op.check(arguments)
-    named = request.bound(op)
+    snapshot = dispatcher.current()
+    requested = snapshot.order(op).requested
     chosen: str | None = None
     reasons: dict[str, str] = {}
-    for kernel, refusal in _candidates(op, arguments):
+    for kernel, refusal in _candidates(op, arguments, snapshot):
         reason = refusal or _why_not_now(op, kernel, arguments)
         if reason is None and chosen is None:
             chosen = kernel.backend.name
         else:
-            whose = f"the order of {named[1]}" if named else "the default order"
-            reasons[kernel.backend.name] = reason or f"comes after {chosen} in {whose}"
-    if named:
-        reasons |= {n: f"{named[1]} asks for {', '.join(named[0])}" for n in op.kernels if n not in named[0]}
-    return Explanation(op.qualname, chosen, named[1] if named and chosen else None, reasons)
+            order = f"the order of {requested[1]}" if requested else "the default order"
+            reasons[kernel.backend.name] = reason or f"comes after {chosen} in {order}"
+    if requested:
+        names_asked = ", ".join(requested[0])
+        reasons |= {n: f"{requested[1]} asks for {names_asked}" for n in op.kernels if n not in requested[0]}
+    return Explanation(op.qualname, chosen, requested[1] if requested and chosen else None, reasons)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload, OpOverloadPacket
 
-from mamba_ops.registry import errors, tables
+from mamba_ops.registry import _torch, errors
+from mamba_ops.registry.dispatcher import dispatcher
 
 if TYPE_CHECKING:  # torch.fx costs milliseconds, which only those who split pay
     from torch.fx import Graph, GraphModule, Node
@@ -21,8 +21,8 @@ _marked: dict[str, bool] = {}  # what users said about an op, by qualified name
 _ALLOCATIONS = (torch.empty, torch.empty_like, torch.empty_strided, "new_empty", "new_empty_strided")
 
 
-class Piece(NamedTuple):
-    """One piece of a split graph.
+class Subgraph(NamedTuple):
+    """One part of a split graph.
 
     Attributes:
         name: of the submodule.
@@ -39,7 +39,7 @@ class SplitGraph(NamedTuple):
     """A graph that calls its pieces, one after the other, and the pieces in that order."""
 
     module: "GraphModule"
-    pieces: list[Piece]
+    pieces: list[Subgraph]
 
 
 def splitting_ops() -> list[str]:
@@ -47,13 +47,11 @@ def splitting_ops() -> list[str]:
 
     Those are the ops declared with `splits_graph=True`, and what `mark_splitting` said.
     """
-    declared = [op.qualname for op in tables.ops.values() if op.splits_graph and _marked.get(op.qualname, True)]
+    declared = [op.qualname for op in dispatcher.ops.values() if op.splits_graph and _marked.get(op.qualname, True)]
     return declared + [name for name, splits in _marked.items() if splits and name not in declared]
 
 
-def mark_splitting(
-    op: "Op[...] | OpOverload[..., Any] | OpOverloadPacket[..., Any] | str", splits: bool = True
-) -> None:
+def mark_splitting(op: "Op[...] | str | Any", splits: bool = True) -> None:
     """Say, for the whole process, that engines may cut graphs at an op, or that they may not.
 
     Graphs that are compiled already keep their cuts. An op that reads the host (torch's tag `cudagraph_unsafe`, as our
@@ -66,14 +64,12 @@ def mark_splitting(
     Raises:
         UnknownNameError: there is no such op.
     """
-    if isinstance(op, OpOverload | OpOverloadPacket):
-        name = _name(op)
-    else:
-        name = op if isinstance(op, str) else op.qualname
+    if not (name := _torch.schema_name(op)):
+        name = op if isinstance(op, str) else str(op.qualname)
         namespace, _, short = name.partition("::")
         if not hasattr(getattr(torch.ops, namespace), short):
-            raise errors.unknown("op", name, [o.qualname for o in tables.ops.values()])
-    with tables.lock:
+            raise errors.unknown("op", name, [o.qualname for o in dispatcher.ops.values()])
+    with dispatcher.lock:
         _marked[name] = splits
 
 
@@ -84,10 +80,8 @@ def partition_at_splitting_ops() -> Iterator[None]:
     It compiles at a graph's first call, so that call stands in the block, too. Each part between two splitting ops is
     then captured by itself where CUDA graphs are on (`mode="reduce-overhead"`); the ops run eagerly between them.
     """
-    from torch._inductor import config
-
-    names = [*config.custom_should_partition_ops, *splitting_ops()]
-    with config.patch(graph_partition=True, custom_should_partition_ops=names):
+    options = _torch.partition_at(splitting_ops())
+    with torch._inductor.config.patch(options):
         yield
 
 
@@ -118,16 +112,9 @@ def split_graph(gm: "GraphModule") -> SplitGraph:
     split = split_module(whole, whole, lambda node: place[node], keep_original_order=True)
     pieces = []
     for i, (splits, nodes) in enumerate(groups):
-        ops = tuple(name for node in nodes if (name := _name(node.target)) in names) if splits else ()
-        pieces.append(Piece(f"submod_{i}", ops, split.get_submodule(f"submod_{i}")))  # type: ignore[arg-type]
+        ops = tuple(name for node in nodes if (name := _torch.schema_name(node.target)) in names) if splits else ()
+        pieces.append(Subgraph(f"submod_{i}", ops, split.get_submodule(f"submod_{i}")))  # type: ignore[arg-type]
     return SplitGraph(split, pieces)
-
-
-def _name(target: Any) -> str:
-    """Return `namespace::op` of what a node calls, or "" where that is no op."""
-    if isinstance(target, OpOverload):
-        return target._schema.name
-    return target._qualified_op_name if isinstance(target, OpOverloadPacket) else ""
 
 
 def _value(node: "Node") -> Any:
@@ -187,7 +174,7 @@ def _grouped(graph: "Graph", names: set[str]) -> "list[tuple[bool, list[Node]]]"
             group_of[node] = group_of[producer]
             group_of[producer].append(node)
             continue
-        splits = node.op == "call_function" and _name(node.target) in names
+        splits = node.op == "call_function" and _torch.schema_name(node.target) in names
         if not runs or runs[-1][0] != splits:
             runs.append((splits, []))
         runs[-1][1].append(node)
@@ -206,7 +193,7 @@ def _only_allocates(nodes: "list[Node]") -> bool:
     """Whether nodes do nothing but allocate, and compute how much."""
 
     def allocates(node: "Node") -> bool:
-        name = _name(node.target).partition("::")[2]
+        name = _torch.schema_name(node.target).partition("::")[2]
         return node.target in _ALLOCATIONS or name in ("empty", "empty_like", "new_empty", "empty_strided")
 
     return any(map(allocates, nodes)) and all(allocates(n) or isinstance(_value(n), int | torch.SymInt) for n in nodes)

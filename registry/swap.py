@@ -1,25 +1,53 @@
 """Swaps: another kernel runs from now on, for a block or for the process, and nothing is recompiled."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Hashable
+from contextlib import AbstractContextManager, ContextDecorator
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from mamba_ops.registry import capture, errors, layouts, request, selection
-from mamba_ops.registry.request import Request
-from mamba_ops.registry.tables import lock
+from mamba_ops.registry import _torch, capture, errors, request
+from mamba_ops.registry.dispatcher import dispatcher
+from mamba_ops.registry.snapshot import Request, Requests
 
 if TYPE_CHECKING:
     from mamba_ops.registry.request import Requester
 
 
-def use_backend(backend: "str | Requester | None" = None, /, **named: str) -> AbstractContextManager[None]:
-    """Within the block, run ops on the backends named, in the whole process; nothing is recompiled.
+class _Swap(ContextDecorator, AbstractContextManager[None]):
+    """What `use_backend` returns: a block, or a decorator."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._entered: list[tuple[Requests, Requests]] = []
+
+    def _recreate_cm(self) -> "_Swap":
+        return _Swap(self._request)
+
+    def __enter__(self) -> None:
+        capture.refuse_swap("use_backend()")
+        outer = dispatcher.active
+        inner = outer.plus(self._request)
+        self._entered.append((outer, inner))
+        dispatcher.activate(inner)
+
+    def __exit__(self, *_: object) -> None:
+        outer, inner = self._entered.pop()
+        active = dispatcher.active
+        dispatcher.activate(outer if active is inner else active.minus(self._request))
+        capture.refuse_swap("use_backend()")  # the block was left all the same; what is being captured is not usable
+
+
+_parsed: dict[Hashable, Request] = {}  # requests by the words of the call; forgotten when a name is registered
+dispatcher.listeners.append(_parsed.clear)
+
+
+def use_backend(backend: "str | Requester | None" = None, /, **named: str) -> _Swap:
+    """Within the block, run ops on the backends named, in this thread or asyncio task; nothing is recompiled.
 
     A backend asked for by name never falls back: what it does not take raises, with the reason. An order of several,
-    `"flashinfer:triton"`, goes on to the next, says so once, and never leaves the order.
+    `"flashinfer:triton"`, goes on to the next, warns once, and never leaves the order. A thread that is started within
+    the block does not inherit it (`contextvars.copy_context().run` does); `configure` is for the whole process.
 
     Args:
         backend: binds every op for which this backend has a kernel; other ops keep the default order. An op that is
@@ -27,17 +55,24 @@ def use_backend(backend: "str | Requester | None" = None, /, **named: str) -> Ab
         named: `op_name="backend"` for single ops. Names are taken in any case.
 
     Raises:
-        UnknownNameError: a name that nobody registered; the message lists the valid ones.
+        UnknownNameError: a name that is not registered; the message lists the valid ones.
         RegistryError: the backend has no kernel for an op named, the call stands inside a traced region, or this thread
             captures a graph (also when the block is left).
     """
     if torch.compiler.is_dynamo_compiling():  # true in traced code alone, whatever other threads do
         _refuse_while_tracing("use_backend")
-    orders = {op: request.order_of(names) for op, names in named.items()}
-    if backend is None or isinstance(backend, str):
-        return _activate(request.make("use_backend", request.order_of(backend or ""), orders))
-    asked, more = _request_of(backend, "use_backend"), request.make("use_backend", (), orders)
-    return _activate(asked._replace(ops={**asked.ops, **more.ops}))
+    if backend is not None and not isinstance(backend, str):
+        requested = _request_of(backend, "use_backend")
+        more = request.make("use_backend", (), _orders(named))
+        return _Swap(requested._replace(ops=tuple({**dict(requested.ops), **dict(more.ops)}.items())))
+    words = backend, *named.items()
+    if (found := _parsed.get(words)) is None:
+        found = _parsed[words] = request.make("use_backend", request.order_of(backend or ""), _orders(named))
+    return _Swap(found)
+
+
+def _orders(named: dict[str, str]) -> dict[str, Any]:
+    return {op: request.order_of(names) for op, names in named.items()}
 
 
 def configure(config: "Requester | None") -> None:
@@ -55,10 +90,7 @@ def configure(config: "Requester | None") -> None:
         _refuse_while_tracing("configure")
     asked = None if config is None else _request_of(config, type(config).__name__, "configure")
     capture.refuse_swap("configure()")
-    with lock:
-        request.configured = asked
-        selection.changed()
-        selection.warn_of_captures()
+    dispatcher.configure(asked)
 
 
 def _request_of(config: "Requester", by: str, what: str = "use_backend") -> Request:
@@ -68,38 +100,8 @@ def _request_of(config: "Requester", by: str, what: str = "use_backend") -> Requ
     return config.request(by)
 
 
-def renew_caches(*caches: Tensor) -> None:
-    """Zero caches and forget which backend wrote them, so that one that keeps another layout may.
-
-    Recordings of torch.compile are made anew after it: those from before may run a kernel of the former layout.
-    """
-    with lock:
-        layouts.renew(caches)
-        selection.changed()
-
-
+@_torch.constant
 def _refuse_while_tracing(what: str) -> None:
+    # Marked as constant, it runs while Dynamo traces and its error is the user's; an error raised in traced code would
+    # only break the graph.
     raise errors.swap_while_tracing(what)
-
-
-# Marked as constant, it runs while Dynamo traces and its error is the user's; an error raised in traced code would only
-# break the graph.
-_refuse_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _activate(asked: Request) -> Iterator[None]:
-    capture.refuse_swap("use_backend()")
-    with lock:
-        request.active.append(asked)
-        selection.changed()
-        selection.warn_of_captures()
-    try:
-        yield
-    finally:
-        with lock:
-            request.active[:] = [r for r in request.active if r is not asked]  # threads may leave in another order
-            selection.changed()
-    capture.refuse_swap("use_backend()")  # the block before is in force again; what was being captured is not usable
-    with lock:
-        selection.warn_of_captures()

@@ -25,7 +25,7 @@ from tests.harness import judge
 name, op, sizes = sys.argv[1], registry.ops()[sys.argv[2]], json.loads(sys.argv[3])
 sizes = {{key: getattr(torch, value) if "dtype" in key else value for key, value in sizes.items()}}
 registry.backends()
-registry.tables.backends[name].devices = ("cpu",)
+registry.dispatcher.dispatcher.backends[name].devices = ("cpu",)
 said = {{}}
 with use_backend(name):
     samples = op.make_samples("cpu", **sizes)
@@ -82,7 +82,7 @@ import torch
 from mamba_ops import explain, registry
 registry.backends()
 for name in ("mamba_ssm", "causal_conv1d"):
-    registry.tables.backends[name].devices = ("cpu",)
+    registry.dispatcher.dispatcher.backends[name].devices = ("cpu",)
 
 def why(op, backend, *args, **kwargs):
     print(explain(op, *args, **kwargs).reasons[backend])

@@ -21,9 +21,9 @@ from mamba_ops.registry import (
     backends,
     ops,
     record_selections,
-    request,
-    selection,
+    settings,
 )
+from mamba_ops.registry.dispatcher import dispatcher
 from tests.harness import environment
 
 CPU = torch.device("cpu")
@@ -31,8 +31,9 @@ CONV, SSM = causal_conv1d_update, selective_state_update
 
 
 def forget_environment() -> None:
-    request.forget_environment("mamba_ops")
-    selection.changed()
+    """Read the variable again at the next decision."""
+    dispatcher._environments.clear()
+    dispatcher.changed()
 
 
 @pytest.fixture(autouse=True)
@@ -252,13 +253,13 @@ def test_an_order_goes_on_to_the_next_and_to_no_other() -> None:
 def test_settings_of_the_environment_hold_until_somebody_states_others() -> None:
     program = """
 from mamba_ops import BackendConfig, configure, selective_state_update as op
-from mamba_ops.registry import request
+from mamba_ops.registry import settings
 [sample] = [s for s in op.make_samples("cpu") if s.name == "base"]
-assert request.settings()["philox_rounds"] == 6
+assert settings()["philox_rounds"] == 6
 configure(BackendConfig(stochastic_rounding=True))
-assert request.settings()["philox_rounds"] == 0
+assert settings()["philox_rounds"] == 0
 configure(None)
-assert request.settings() == {"philox_rounds": 6}
+assert settings() == {"philox_rounds": 6}
 """
     with environment(MAMBA_OPS_BACKEND="Philox_Rounds=6"):
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -317,8 +318,8 @@ def test_a_seed_of_ones_own_stays_and_other_states_get_none(listener: list[tuple
 @pytest.mark.usefixtures("listener")
 def test_a_config_in_a_block_has_settings_and_names_alone_have_none() -> None:
     with use_backend(BackendConfig(philox_rounds=6)), use_backend("torch"):
-        assert request.settings()["philox_rounds"] == 6
-    assert request.settings() == {}
+        assert settings()["philox_rounds"] == 6
+    assert settings() == {}
 
 
 def test_states_are_rounded_without_bias_under_compiled_code_and_nothing_is_recompiled() -> None:

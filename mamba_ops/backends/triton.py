@@ -3,7 +3,7 @@
 import os
 
 from mamba_ops.registry import Backend
-from mamba_ops.registry.compiling import announce
+from mamba_ops.registry.jit import announce
 
 
 def _interpreted_on() -> tuple[str, ...]:

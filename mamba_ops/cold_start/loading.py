@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mamba_ops.registry.compiling import current_call
+from mamba_ops.registry.jit import current_call
 
 LAUNCHERS = ["triton.backends.nvidia.driver"]
 """Drivers whose launchers are made without a GPU; of others that is not known."""

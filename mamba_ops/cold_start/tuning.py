@@ -12,8 +12,8 @@ import torch
 from mamba_ops.cold_start.forms import FORMS, Draw
 from mamba_ops.cold_start.specialization import our_modules
 from mamba_ops.registry import Sample, ops, use_backend
-from mamba_ops.registry.compiling import allow_jit
 from mamba_ops.registry.errors import unknown
+from mamba_ops.registry.jit import allow_jit
 
 WORTH = 0.98  # of the time: what saves less is noise
 LARGEST = {"num_warps": 8, "num_stages": 4}

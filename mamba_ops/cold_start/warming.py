@@ -19,10 +19,9 @@ from mamba_ops.cold_start.layers import Layer, before_calls_of, calls_of, layers
 from mamba_ops.cold_start.loading import Load, Loader, cores, hash_triton, seconds_by_kernel
 from mamba_ops.registry import Op, Selection, backends, generation, ops, record_selections, use_backend
 from mamba_ops.registry.backend import COMPOSED
-from mamba_ops.registry.compiling import allow_jit
 from mamba_ops.registry.errors import unknown
-from mamba_ops.registry.selection import look_ahead
-from mamba_ops.registry.tables import backends as all_backends
+from mamba_ops.registry.jit import allow_jit
+from mamba_ops.registry.selection import prewarm
 
 _log = logging.getLogger("mamba_ops")
 
@@ -260,7 +259,7 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
             if loader is not None and later:
                 loader.wait(progress)
                 call_all("calling what was compiled", again)
-        look_ahead()
+        prewarm()
         gc.collect()  # all that was imported is due to be looked at: now, rather than in the first request
         for unit in units:  # the first request finds the processor's caches as the tenth does
             for _, run in _tried(unit, unit.after, report):
@@ -306,7 +305,7 @@ def _row(selection: Selection, variant: str, loads: list[Load], *, seen: bool) -
     """
     composed = selection.backend == COMPOSED.name
     own = [load for load in loads if load.op == selection.op or composed]
-    watched = seen and (composed or all_backends[selection.backend].requires == "triton")
+    watched = seen and (composed or selection.backend == "triton")
     cached = watched and all(load.from_disk for load in own)
     return Row(selection.op, selection.backend, variant, sum(load.seconds for load in own), cached)
 

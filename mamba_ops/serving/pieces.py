@@ -10,7 +10,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from mamba_ops.registry import Piece, split_graph
+from mamba_ops.registry import Subgraph, split_graph
 from mamba_ops.serving.capture import Graphs
 
 CompilePiece = Callable[[GraphModule, list[Any]], Callable[..., Any]]
@@ -31,7 +31,7 @@ class PiecewiseBackend:
 
     def __init__(self, compile_piece: str | CompilePiece = "inductor") -> None:
         self._compile = torch._dynamo.lookup_backend(compile_piece) if isinstance(compile_piece, str) else compile_piece
-        self.graphs: list[list[Piece]] = []
+        self.graphs: list[list[Subgraph]] = []
         self.recording: Recording | None = None
 
     def __call__(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:

@@ -162,5 +162,5 @@ def test_what_the_delta_rule_needs(
             "pip install 'mamba-ops[flashinfer]'"
         )
     capability(8, 9)
-    registry.selection.changed()
+    registry.dispatcher.dispatcher.changed()
     assert refused(op, sample) == "takes GPUs from compute capability 9.0 on, and this one has 8.9"

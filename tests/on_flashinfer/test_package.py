@@ -19,7 +19,7 @@ UPDATES = [selective_state_update, gated_delta_rule_update, chunk_gated_delta_ru
 
 
 def base_refused() -> str:
-    registry.selection.changed()
+    registry.dispatcher.dispatcher.changed()
     return refused(selective_state_update, sample_of(selective_state_update, "base"))
 
 

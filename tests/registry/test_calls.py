@@ -12,7 +12,7 @@ from tests.registry.toys import call
 
 def test_a_remembered_call_is_not_checked_again(add: Op[...]) -> None:
     seen = []
-    add.checks(lambda x: seen.append(x.shape))
+    add.validate(lambda x: seen.append(x.shape))
     for _ in range(3):
         call(add)
         with torch.inference_mode():

@@ -118,7 +118,7 @@ def test_a_swap_during_a_capture_is_refused(add: Op[...], capture: Capture) -> N
 @pytest.mark.usefixtures("others")
 def test_a_recording_holds_the_selection_that_its_token_names(add: Op[...], capture: Capture) -> None:
     """Whatever another thread has swapped between the start of a compiled call and its kernels."""
-    token = registry.tokens.token
+    token = registry.token.token
     with use_backend("two"):
         two = token(torch.device("cpu"))
     total, x, out = torch.zeros(3), torch.ones(3), torch.empty(3)

@@ -24,7 +24,7 @@ def twice(toys: Namespace, add: Op[...]) -> Op[...]:
     @toys.op(mutates=("total", "out"), composed=True)
     def twice(total: Tensor, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Add x to total two times."""
-        add.require(total, x)
+        add.check_supported(total, x)
         total += x
         return require_out(out).copy_(add(total, x))
 
@@ -82,8 +82,8 @@ def test_require_asks_what_is_asked_at_every_call_too(add: Op[...], backend: Any
     backend("picky").implements(add, unsupported_layout=lambda x: None if x.is_contiguous() else "wants x dense")(
         adapter(7)
     )
-    add.require(torch.zeros(3), torch.ones(6)[::2])  # nobody asked for it by name
+    add.check_supported(torch.zeros(3), torch.ones(6)[::2])  # nobody asked for it by name
     with use_backend("picky"):
-        add.require(torch.zeros(3), torch.ones(3))
+        add.check_supported(torch.zeros(3), torch.ones(3))
         with pytest.raises(NoBackendError, match="wants x dense"):
-            add.require(torch.zeros(3), torch.ones(6)[::2])
+            add.check_supported(torch.zeros(3), torch.ones(6)[::2])

@@ -190,15 +190,15 @@ def test_duplicates_point_at_the_first(toys: Namespace, add: Op[...], backend: A
 
 def test_facets_name_the_ops_parameters(add: Op[...]) -> None:
     with pytest.raises(DeclarationError, match="names y, which the op does not have"):
-        add.checks(lambda x, y: None)
+        add.validate(lambda x, y: None)
     with pytest.raises(DeclarationError, match="names output"):
-        add.outputs(lambda output: output)
+        add.allocate_output(lambda output: output)
 
 
 def test_facets_may_take_everything(add: Op[...]) -> None:
     seen: list[Any] = []
-    add.checks(lambda *args, **kwargs: seen.append((len(args), sorted(kwargs))))
-    add.outputs(lambda *args, **kwargs: args[1].new_zeros(args[1].shape))
+    add.validate(lambda *args, **kwargs: seen.append((len(args), sorted(kwargs))))
+    add.allocate_output(lambda *args, **kwargs: args[1].new_zeros(args[1].shape))
     assert call(add) == 1.0
     assert seen == [(2, ["bias", "output", "scale"])]
 

@@ -22,7 +22,7 @@ from mamba_ops.ops._common.checking import (
     slot_table,
     tensor_rank,
 )
-from mamba_ops.registry import Op, bad_argument, may_refuse
+from mamba_ops.registry import Op, bad_argument, has_explicit_backend
 from mamba_ops.registry.errors import in_call_of
 
 
@@ -263,7 +263,7 @@ def each_kind(
     Where backends are asked for by name, both are called with `Op.check_supported` of these first, so that a call that
     will be refused is refused before anything is written.
     """
-    if may_refuse(*steps, *reads):
+    if has_explicit_backend(*steps, *reads):
         if batch.decodes is not None:
             step(batch.decodes, *(op.check_supported for op in steps))
         if batch.prefills is not None:

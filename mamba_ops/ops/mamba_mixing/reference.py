@@ -16,7 +16,7 @@ from mamba_ops.ops.causal_conv1d_update import causal_conv1d_update
 from mamba_ops.ops.mamba_mixing.op import Arguments
 from mamba_ops.ops.selective_scan import selective_scan
 from mamba_ops.ops.selective_state_update import selective_state_update
-from mamba_ops.registry import may_refuse
+from mamba_ops.registry import has_explicit_backend
 
 
 def mamba_mixing(call: Arguments) -> None:
@@ -56,7 +56,7 @@ def mamba_mixing(call: Arguments) -> None:
             read(u, d, call.A, b, c, ssm_state=call.ssm_state, out=out, **options, **prefills.options)
 
     convolutions, scans = (causal_conv1d_update, causal_conv1d), (selective_state_update, selective_scan)
-    if may_refuse(*convolutions, *scans):
+    if has_explicit_backend(*convolutions, *scans):
         convolve(*(op.check_supported for op in convolutions))
         scan(*(op.check_supported for op in scans))
     convolve(*(op.call_undispatched for op in convolutions))

@@ -22,8 +22,7 @@ from mamba_ops.ops._common.checking import (
 )
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.selective_state_update import flashinfer as on_flashinfer
-from mamba_ops.registry import bad_argument
-from mamba_ops.registry.request import settings
+from mamba_ops.registry import bad_argument, settings
 
 
 class Arguments(NamedTuple):

@@ -1,7 +1,7 @@
 """Whether kernels may be compiled now: `no_jit()` forbids it, and so does a graph that is being captured.
 
-Backends whose kernels are compiled when they are first called say so beforehand, to `announce`. Nothing here is looked
-at by a call whose kernels are loaded.
+Backends whose kernels are compiled when they are first called tell `announce` before they do. A call whose kernels are
+loaded looks at nothing here.
 """
 
 import inspect
@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +19,17 @@ from torch import Tensor
 
 from mamba_ops.registry import errors
 from mamba_ops.registry.capture import is_capturing
-from mamba_ops.registry.tables import lock, namespaces, ops
+from mamba_ops.registry.dispatcher import dispatcher
 
 if TYPE_CHECKING:
     from mamba_ops.registry.op import Op
 
-_modes: list[str] = []  # of no_jit() and allow_jit() now active, outermost first
+_mode: ContextVar[str | None] = ContextVar("no_jit", default=None)  # of the innermost no_jit() or allow_jit()
 
 
 @contextmanager
 def no_jit(*, warn: bool = False) -> Iterator[None]:
-    """Within the block, in the whole process, a kernel that would be compiled, tuned or loaded raises instead.
+    """Within the block, in this thread or asyncio task, a kernel that would be compiled, tuned or loaded raises.
 
     A kernel that was called before, or warmed up, runs as always, at no cost. `MAMBA_OPS_NO_JIT=1` does the same for a
     process, `MAMBA_OPS_NO_JIT=warn` as `warn` does. While a graph is captured this is forbidden in any case.
@@ -40,28 +41,25 @@ def no_jit(*, warn: bool = False) -> Iterator[None]:
         CompilationError: from the call inside: which kernel, which argument asked for a variant of its own, and the
             warm-up that would have covered it. Nothing has been written then by that kernel.
     """
-    with _mode("warn" if warn else "1"):
+    with _in_mode("warn" if warn else "1"):
         yield
 
 
 @contextmanager
 def allow_jit() -> Iterator[None]:
     """Within the block, kernels may be compiled whatever the environment says: this is the warm-up."""
-    with _mode(""):
+    with _in_mode(""):
         yield
 
 
 @contextmanager
-def _mode(mode: str) -> Iterator[None]:
-    with lock:
-        _modes.append(mode)
+def _in_mode(mode: str) -> Iterator[None]:
+    before = _mode.get()
+    _mode.set(mode)
     try:
         yield
     finally:
-        with lock:
-            _modes.reverse()
-            _modes.remove(mode)  # the innermost of its kind: threads may leave in another order
-            _modes.reverse()
+        _mode.set(before)
 
 
 def announce(kernel: str, cause: str) -> None:
@@ -73,8 +71,8 @@ def announce(kernel: str, cause: str) -> None:
     """
     if is_capturing():
         mode, by = "1", "a graph is being captured"
-    elif _modes:
-        mode, by = _modes[-1], "no_jit() is active"
+    elif (innermost := _mode.get()) is not None:
+        mode, by = innermost, "no_jit() is active"
     else:
         mode, by = _environment()
     if mode in ("", "0"):
@@ -88,30 +86,22 @@ def announce(kernel: str, cause: str) -> None:
 
 def _environment() -> tuple[str, str]:
     """What `<NAMESPACE>_NO_JIT` says, and its name."""
-    for name in namespaces:
+    for name in dispatcher.namespaces:
         switch = f"{name.upper()}_NO_JIT"
         if mode := os.environ.get(switch, ""):
             return mode.lower(), f"{switch}={mode}"
     return "", ""
 
 
-# -- the call that is under way ---------------------------------------------------------------------------------------
-
-
 def current_call() -> "tuple[Op[...], str, Mapping[str, Any]] | None":
     """Return the innermost call of an op that this thread is in: the op, the backend, and the kernel's arguments."""
-    adapters = {
-        kernel.function.__code__: (op, kernel)
-        for op in ops.values()
-        for kernel in op.kernels.values()
-        if "function" in vars(kernel)
-    }
+    loaded = ((op, k) for op in dispatcher.ops.values() for k in op.kernels.values() if "function" in vars(k))
+    adapters = {kernel.function.__code__: (op, kernel) for op, kernel in loaded}
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if (found := adapters.get(frame.f_code)) is not None:
             op, kernel = found
-            arguments = {p.name: frame.f_locals.get(p.name) for p in op.parameters}
-            return op, kernel.backend.name, arguments
+            return op, kernel.backend.name, {p.name: frame.f_locals.get(p.name) for p in op.parameters}
         frame = frame.f_back
     return None
 
@@ -134,7 +124,7 @@ def _call() -> tuple[str, str] | None:
 
 
 def static_sizes(op: "Op[...]", arguments: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, torch.dtype]]:
-    """Return the sizes and dtypes with which the op's samples would be like a call: what samples are functions of.
+    """Return the sizes and dtypes with which an op's samples would be like a call: what samples are functions of.
 
     Found by asking for samples twice as large in one size, and seeing what grows.
     """
@@ -174,5 +164,5 @@ def _base(op: "Op[...]", **sizes: Any) -> dict[str, Any] | None:
     try:
         sample = next(iter(op.sampler(torch.device("meta"), **sizes)))
         return op.bind(sample.args, sample.kwargs)
-    except Exception:  # a hint is not worth an error in somebody's samples
+    except Exception:  # a hint is not worth an error in an op's samples
         return None

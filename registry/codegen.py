@@ -6,7 +6,8 @@ function written out with the op's own parameters costs what a hand-written one 
 
 import inspect
 import linecache
-from collections.abc import Callable, Collection, Iterable
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator
 from types import FunctionType
 from typing import Any, cast
 
@@ -17,8 +18,9 @@ Parameters = list[inspect.Parameter]
 
 def _compiled(name: str, role: str, source: str, **closure: Any) -> Callable[..., Any]:
     """Compile a function whose free names are cells, so that Dynamo guards on them as on any closure."""
-    factory = f"def make({', '.join(closure)}):\n" + "".join(f"    {line}\n" for line in source.splitlines())
-    factory += f"    return {source.split('(')[0].split()[-1]}\n"
+    lines = [f"def make({', '.join(closure)}):", *(f"    {line}" for line in source.splitlines())]
+    lines.append(f"    return {source.split('(')[0].split()[-1]}")
+    factory = "".join(f"{part}\n" for line in lines for part in _wrapped(line))
     filename = f"<{name}: {role}>"
     linecache.cache[filename] = (len(factory), None, factory.splitlines(keepends=True), filename)  # for tracebacks
     scope: dict[str, Any] = {}  # no __name__: Dynamo would look the globals up in a module of that name
@@ -26,14 +28,31 @@ def _compiled(name: str, role: str, source: str, **closure: Any) -> Callable[...
     return cast(Callable[..., Any], scope["make"](*closure.values()))
 
 
+def _wrapped(line: str, width: int = 110) -> Iterator[str]:
+    """Break a long line after commas and before `or`, where parentheses are open."""
+    indent = " " * (len(line) - len(line.lstrip()) + 8)
+    start = depth = 0
+    last = None
+    for i, character in enumerate(line):
+        depth += (character in "([{") - (character in ")]}")
+        if depth and character == " " and (line[i - 1] == "," or line.startswith(" or ", i)):
+            if i - start > width - len(indent) and last is not None:
+                yield (indent if start else "") + line[start:last].strip(" " if start else "")
+                start = last
+            last = i
+    yield (indent if start else "") + line[start:].strip(" " if start else "")
+
+
 def _header(parameters: Iterable[inspect.Parameter], defaults: dict[str, Any]) -> str:
-    """Write a parameter list; default values go to `defaults`, by name, as closure variables."""
+    """Write a parameter list; defaults that have no literal go to `defaults`, as closure variables."""
     parts: list[str] = []
     for p in parameters:
         if p.kind is p.KEYWORD_ONLY and "*" not in parts:
             parts.append("*")
         if p.default is p.empty:
             parts.append(p.name)
+        elif p.default is None or isinstance(p.default, int) or (p.default == p.default and abs(p.default) < math.inf):
+            parts.append(f"{p.name}={p.default}")
         else:
             defaults[f"_{p.name}"] = p.default
             parts.append(f"{p.name}=_{p.name}")
@@ -128,29 +147,29 @@ def fronts(
     defaults: dict[str, Any] = {}
     lines = [f"def __call__(self, {_header(shown, defaults)}):"]
     if writes_output:
-        lines += ["    if out is None:", f"        out = outputs[0]({_passed(inputs)})"]
+        lines += ["    if out is None:", f"        out = outputs_[0]({_passed(inputs)})"]
     first = next(p.name for p in parameters if is_tensor(p) and not is_optional(p))
     for cache in caches:
         lines += [f"    if {cache} is None:", f"        {cache} = {first}.new_empty(0)"]
-    lines += ["    if is_compiling():", "        if is_grad_enabled():"]
+    lines += ["    if is_compiling_():", "        if is_grad_enabled_():"]
     for number, p in enumerate(parameters):
         if is_tensor(p):
             value = "out" if p.name == "output" else p.name
             given = f"{value} is not None and " if is_optional(p) else ""
             lines += [
                 f"            if {given}{value}.requires_grad:",
-                f"                refuse({victim}, {first_code + number})",
+                f"                refuse_({victim}, {first_code + number})",
             ]
     call = _passed(parameters, output="out")
     lines += [
-        f"        overload({call}, selection=token({first}.device))",
+        f"        overload_({call}, selection=token_({first}.device))",
         "    else:",
-        f"        dispatch({call})",
+        f"        dispatch_({call})",
         "    return out" if writes_output else "    return None",
     ]
     text, body = "\n".join(lines), closure.pop("body")
-    front = _compiled(name, "front", text, **closure, **defaults)
-    inside = _compiled(name, "inside", text, **{**closure, "dispatch": body}, **defaults)
+    front = _compiled(name, "front", text, **_own(closure), **defaults)
+    inside = _compiled(name, "inside", text, **_own({**closure, "dispatch": body}), **defaults)
     return cast(FunctionType, front), cast(FunctionType, inside)
 
 
@@ -168,13 +187,14 @@ def body(name: str, parameters: Parameters, caches: list[str], **closure: Any) -
         name: qualified name of the op.
         parameters: the op's own; `selection` follows them: it is there for the keys of captured graphs.
         caches: those of them that are empty where the caller left them out; from here on they are None.
-        closure: `memories` (a list of the one `Memory` in force), `unlike` (what a call seen once is compared by),
-            `decide`, `decide_captured`, `refuse_gradient`, `is_grad_enabled`, `is_inference_mode_enabled`,
-            `no_<name>` for each optional tensor (the tensor that stands for None in the comparison).
+        closure: `decisions` (a `DecisionCache` for each context's requests), `active` (returns those), `resolve` (finds
+            the cache of a call with a selection token, or the first), `never_matches` (what a call seen once is
+            compared by), `decide`, `decide_captured`, `refuse_gradient`, `is_grad_enabled`,
+            `is_inference_mode_enabled`, `no_<name>` for each optional tensor (which stands for None in the comparison).
     """
     tensors = [p for p in parameters if is_tensor(p)]
     compared = ", ".join(
-        f"no_{p.name} if {p.name} is None else {p.name}" if is_optional(p) else p.name for p in tensors
+        f"no_{p.name}_ if {p.name} is None else {p.name}" if is_optional(p) else p.name for p in tensors
     )
     numbers = "(" + "".join(f"{p.name}, " for p in parameters if not is_tensor(p)) + ")"
     needs_grad = " or ".join(
@@ -191,19 +211,26 @@ def body(name: str, parameters: Parameters, caches: list[str], **closure: Any) -
     lines = [
         f"def run({_header(parameters, defaults)}, selection=None):",
         *(f"    {cache} = {cache} if {cache}.numel() else None" for cache in caches),
-        "    memory = memories[0]",
-        "    in_doubt, same_as_last, numbers, kernel, is_capturing = memory.last",
-        f"    if in_doubt() or numbers != {numbers} or not same_as_last({compared}):",
-        f"        if is_grad_enabled() and ({needs_grad}):",
-        f"            refuse_gradient({values})",
-        f"        key = ({numbers}, is_inference_mode_enabled(), {key})",
-        "        known = memory.known.get(key)",
-        "        if known is None or known[1] is unlike:",
-        f"            known = decide(memory, key, {values})",
-        "        memory.last = known",
-        "        _, _, _, kernel, is_capturing = known",
-        "        if is_capturing():",
-        f"            kernel = decide_captured({values}, selection)",
-        f"    kernel({_passed(parameters)})",
+        "    cache_ = decisions_.get(active_())",
+        "    if cache_ is None or selection is not None and selection.size(0) != cache_.token_size:",
+        "        cache_ = resolve_(selection)",
+        "    must_redispatch_, same_tensors_, numbers_, kernel_, is_capturing_ = cache_.last",
+        f"    if must_redispatch_() or numbers_ != {numbers} or not same_tensors_({compared}):",
+        f"        if is_grad_enabled_() and ({needs_grad}):",
+        f"            refuse_gradient_({values})",
+        f"        key_ = ({numbers}, is_inference_mode_enabled_(), {key})",
+        "        known_ = cache_.known.get(key_)",
+        "        if known_ is None or known_.same_tensors is never_matches_:",
+        f"            known_ = decide_(cache_, key_, {values})",
+        "        cache_.last = known_",
+        "        _, _, _, kernel_, is_capturing_ = known_",
+        "        if is_capturing_():",
+        f"            kernel_ = decide_captured_({values}, selection)",
+        f"    kernel_({_passed(parameters)})",
     ]
-    return _compiled(name, "body", "\n".join(lines), **closure, **defaults)
+    return _compiled(name, "body", "\n".join(lines), **_own(closure), **defaults)
+
+
+def _own(closure: dict[str, Any]) -> dict[str, Any]:
+    """Return closure variables under the names that they have in fronts and bodies, which no op's parameter has."""
+    return {f"{name}_": value for name, value in closure.items()}

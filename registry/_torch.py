@@ -1,0 +1,156 @@
+"""Every private name of torch that the registry uses, each behind a function that works without it, if slower.
+
+`PRIVATE` lists the names. A name that has gone is warned about once, when it is first needed.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+PRIVATE = (
+    "torch._C._dynamo.guards:TensorGuards",
+    "torch._ops:OpOverload._op",
+    "torch._dynamo:mark_dynamic",
+    "torch._dynamo.decorators:_dynamo_marked_constant",
+    "torch._C:_cuda_getCurrentRawStream",
+    "torch._C:_xpu_getCurrentRawStream",
+    "torch._inductor.cudagraph_trees:get_manager",
+    "torch._inductor.config:custom_should_partition_ops",
+    "torch.multiprocessing.reductions:StorageWeakRef",
+    "torch.library:Library._destroy",
+)
+"""`module:name` of each; `_dynamo_marked_constant` is a word in that module's source."""
+
+
+@cache
+def _warn_once(name: str, consequence: str) -> None:
+    warnings.warn(f"this torch has no {name}: {consequence}", RuntimeWarning, stacklevel=3)
+
+
+def same_tensors(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Return a function that tells whether other tensors have these sizes, dtypes, devices and gradient needs.
+
+    `TensorGuards`, with which Dynamo guards, compares them in C++. It also tells inference tensors apart.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+    except ImportError:
+        _warn_once("TensorGuards", "calls are compared in Python, which takes microseconds")
+        known = [_facts(t) for t in tensors]
+        return lambda *others: [_facts(t) for t in others] == known
+    sizes: Any = [list(t.shape) for t in tensors]
+    any_strides: Any = [[None] * t.dim() for t in tensors]
+    check: Callable[..., bool] = TensorGuards(
+        *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=any_strides
+    ).check
+    return check
+
+
+def _facts(t: Tensor) -> tuple[Any, ...]:
+    return t.size(), t.dtype, t.device, t.requires_grad, t.is_inference(), torch.is_inference_mode_enabled()
+
+
+def dispatch_of(overload: Any) -> Callable[..., None]:
+    """Return what calls torch's dispatcher for an overload, without the Python frame of `OpOverload.__call__`."""
+    dispatch: Callable[..., None] | None = getattr(overload, "_op", None)
+    if dispatch is None:
+        _warn_once("OpOverload._op", "each call of an op has one Python frame more")
+    return overload if dispatch is None else dispatch
+
+
+def mark_dynamic(tensor: Tensor) -> None:
+    """Let Dynamo treat dimension 0 as a size that varies."""
+    try:
+        import torch._dynamo as dynamo
+
+        dynamo.mark_dynamic(tensor, 0)
+    except (ImportError, AttributeError):
+        _warn_once("torch._dynamo.mark_dynamic", "the first change of the selection recompiles a graph once")
+
+
+def constant(function: F) -> F:
+    """Let Dynamo call a function while it traces, instead of tracing it: its result is a constant, its error raised.
+
+    `torch.compiler.assume_constant_result` does that, and imports Dynamo. The attribute that it sets is set here.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    if not _dynamo_reads_the_mark():
+        _warn_once("_dynamo_marked_constant", "importing this package imports Dynamo")
+        return torch.compiler.assume_constant_result(function)  # type: ignore[no-any-return]
+    return function
+
+
+@cache
+def _dynamo_reads_the_mark() -> bool:
+    spec = find_spec("torch")  # not `torch._dynamo`: finding that would import it
+    folders = (spec.submodule_search_locations if spec else None) or []
+    sources = [Path(folder) / "_dynamo" / "decorators.py" for folder in folders]
+    return any(s.is_file() and "._dynamo_marked_constant" in s.read_text(encoding="utf-8") for s in sources)
+
+
+def current_stream_of(device: torch.device) -> Callable[[int], int] | None:
+    """Return the function that gives a device index's current stream as a number, 0 for the default; None without."""
+    return getattr(torch._C, f"_{device.type}_getCurrentRawStream", None)
+
+
+def inductor_records(device: torch.device) -> bool:
+    """Return whether it is Inductor that captures a graph now: it has a stream of its own for that."""
+    if (trees := sys.modules.get("torch._inductor.cudagraph_trees")) is None:
+        return False
+    if not hasattr(trees, "get_manager"):
+        _warn_once("cudagraph_trees.get_manager", "a swap may warn of graphs that torch records anew by itself")
+        return False
+    try:
+        manager = trees.get_manager(device.index, create_if_none_exists=False)
+    except AssertionError:  # it has never recorded anything in this thread
+        return False
+    return manager is not None and bool(torch.get_device_module(device).current_stream(device) == manager.stream)
+
+
+def partition_at(names: list[str]) -> dict[str, Any]:
+    """Return the options of Inductor's that partition graphs at these ops, besides those at which it does so already.
+
+    Raises:
+        RuntimeError: Inductor has no such option.
+    """
+    config = import_module("torch._inductor.config")
+    if not hasattr(config, "custom_should_partition_ops"):
+        raise RuntimeError("this torch's Inductor has no option custom_should_partition_ops; split graphs instead")
+    return {"graph_partition": True, "custom_should_partition_ops": [*config.custom_should_partition_ops, *names]}
+
+
+def weak_storage(tensor: Tensor) -> Callable[[], bool]:
+    """Return a function that tells whether a tensor's memory is still alive."""
+    try:
+        from torch.multiprocessing.reductions import StorageWeakRef
+    except ImportError:
+        _warn_once("StorageWeakRef", "caches in a backend's own layout are kept alive")
+        kept = tensor.untyped_storage()
+        return lambda: kept.nbytes() >= 0
+    storage = StorageWeakRef(tensor.untyped_storage())
+    return lambda: not storage.expired()
+
+
+def destroy(library: torch.library.Library) -> None:
+    """Take a library's ops out of torch again."""
+    if hasattr(library, "_destroy"):
+        library._destroy()
+    else:
+        _warn_once("Library._destroy", "the ops of a namespace that was removed stay in torch")
+
+
+def schema_name(target: Any) -> str:
+    """Return `namespace::op` of an overload or of a packet of overloads, or "" for anything else."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name
+    return target._qualified_op_name if isinstance(target, torch._ops.OpOverloadPacket) else ""
