@@ -31,7 +31,10 @@ class Arguments(NamedTuple):
 
 
 @mamba.op(
-    mutates=("conv_state", "out"), reference="mamba_ops.ops.causal_conv1d.reference:causal_conv1d", arguments=Arguments
+    mutates=("conv_state", "out"),
+    reference="mamba_ops.ops.causal_conv1d.reference:causal_conv1d",
+    arguments=Arguments,
+    replaces="causal_conv1d|short_?conv",
 )
 def causal_conv1d(
     x: Tensor,

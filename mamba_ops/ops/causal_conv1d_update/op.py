@@ -42,6 +42,7 @@ class Arguments(NamedTuple):
     mutates=("conv_state", "out"),
     reference="mamba_ops.ops.causal_conv1d_update.reference:causal_conv1d_update",
     arguments=Arguments,
+    replaces="causal_conv1d_update",
 )
 def causal_conv1d_update(
     x: Tensor,

@@ -49,6 +49,7 @@ class Arguments(NamedTuple):
     mutates=("ssm_state", "out"),
     reference="mamba_ops.ops.chunk_gated_delta_rule.reference:chunk_gated_delta_rule",
     arguments=Arguments,
+    replaces="chunk_gated_delta_rule",
 )
 def chunk_gated_delta_rule(
     q: Tensor,

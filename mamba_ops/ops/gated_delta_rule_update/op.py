@@ -61,6 +61,7 @@ class Arguments(NamedTuple):
     mutates=("ssm_state", "out"),
     reference="mamba_ops.ops.gated_delta_rule_update.reference:gated_delta_rule_update",
     arguments=Arguments,
+    replaces="(fused_recurrent_)?gated_delta_rule",
 )
 def gated_delta_rule_update(
     ssm_state: Tensor,

@@ -1,13 +1,15 @@
 """Calls of gated_delta_rule_update: samples, the patterns of a warm-up, and calls that are wrong."""
 
 from collections.abc import Iterator
+from itertools import starmap
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from mamba_ops.ops._common.random_inputs import UPDATE_PATTERNS, RandomInputs
+from mamba_ops.ops._common.sample_tensors import SampleTensors
 from mamba_ops.ops.gated_delta_rule_update.op import gated_delta_rule_update
-from mamba_ops.registry import Sample
+from mamba_ops.registry import ErrorInput, Sample
 
 
 @gated_delta_rule_update.samples
@@ -22,13 +24,8 @@ def _samples(
     v_dim: int = 24,
 ) -> Iterator[Sample]:
     """Yield the base call, then calls that change a few things each."""
-    random = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=random).to(device, dtype)
-
-    def indices(*values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
+    make = SampleTensors(device, dtype)
+    normal, indices = make.normal, make.indices
 
     def sample(name: str, *lead: int, k_heads: int = k_heads, raw: bool = True, **changes: Any) -> Sample:
         """A call with tokens of shape `lead`, three rows of one by default; q, k, v are parts of one tensor."""
@@ -72,3 +69,106 @@ def _samples(
     yield sample("speculative", 6, a=a, b=-a, slots=table.abs(), null_slot=0, **speculative)
     written: dict[str, Any] = {"slots": table[:, :2], "write_slots": table.flip(1), "k_heads": v_heads}
     yield sample("speculative, write slots", 3, 2, num_accepted_tokens=indices(0, 2, 1), **written)
+
+
+@gated_delta_rule_update.call_patterns(*UPDATE_PATTERNS)
+def _call(random: RandomInputs, pattern: str) -> Sample:
+    words, dim = random.lay_out(pattern), random.size("dim", 16)
+    k_heads, heads = random.size("k_heads", 2), random.size("heads", 4)
+    options = random.update_arguments(words) | {"A_log": random.weight(heads), "dt_bias": random.weight(heads)}
+    options |= {"a": random.tokens(heads), "b": random.tokens(heads), "qk_l2norm": True}
+    q, k, v = random.tokens(k_heads, dim), random.tokens(k_heads, dim), random.tokens(heads, dim)
+    return Sample(pattern, (random.cache(heads, dim, dim), q, k, v), options)
+
+
+_ERROR_INPUTS = [  # sample, argument, what to pass for it, how the error begins
+    (
+        "base",
+        "ssm_state",
+        lambda s: s[0],
+        r"ssm_state: got shape \(4, 24, 16\), expected \(slots, v_heads, v_dim, k_dim\)$",
+    ),
+    (
+        "base",
+        "ssm_state",
+        lambda s: s.int(),
+        "ssm_state: got int32, expected float16, bfloat16, float32 or float64; convert",
+    ),
+    (
+        "base",
+        "ssm_state",
+        lambda s: s[:, :3],
+        r"v: got shape \(3, 4, 24\), expected \(3, 3, 24\); heads and v_dim are sta",
+    ),
+    (
+        "base",
+        "ssm_state",
+        lambda s: s.mT,
+        r"v: got shape \(3, 4, 24\), expected \(3, 4, 16\); heads and v_dim are state's",
+    ),
+    (
+        "gates given",
+        "ssm_state",
+        lambda s: s[:2],
+        "ssm_state: got 2 slots, expected at least 3; without slots, row i uses slot i",
+    ),
+    ("base", "v", lambda v: v[0], r"v: got shape \(4, 24\), expected \(n, v_heads, v_dim\) or \(n, length, v_heads, "),
+    (
+        "packed, empty row",
+        "v",
+        lambda v: v[None],
+        r"v: got shape \(1, 7, 4, 24\), expected \(tokens, v_heads, v_dim\); with cu_seqlens, tokens are packed",
+    ),
+    ("base", "v", lambda v: v.bool(), "v: got bool, expected float16"),
+    ("base", "q", lambda q: q[0], r"q: got shape \(2, 16\), expected \(..., k_heads, k_dim\), with the tokens of v"),
+    ("base", "q", lambda q: q[:2], r"q: got shape \(2, 2, 16\), expected \(3, 2, 16\); tokens are those of v"),
+    ("base", "q", lambda q: q[..., :8], r"q: got shape \(3, 2, 8\), expected \(3, 2, 16\)"),
+    ("base", "q", lambda q: q.repeat(1, 2, 1)[:, :3], r"k: got shape \(3, 2, 16\), expected \(3, 3, 16\); k is like"),
+    ("base", "q", lambda q: q.long(), "q: got int64, expected float16"),
+    ("base", "k", lambda k: k[:, :1], r"k: got shape \(3, 1, 16\), expected \(3, 2, 16\); k is like q"),
+    ("base", "k", lambda k: k.int(), "k: got int32, expected float16"),
+    ("gates given", "g", lambda g: g[..., :2], r"g: got shape \(3, 2\), expected \(3, 4\); one number a token and"),
+    ("gates given", "g", lambda g: g.int(), "g: got int32, expected float16"),
+    ("gates given", "g", lambda g: None, "g: got none, expected a tensor: either g and beta, or a, b, A_log, dt_bias"),
+    ("gates given", "beta", lambda b: b[:2], r"beta: got shape \(2, 4\), expected \(3, 4\); one number a token"),
+    ("gates given", "beta", lambda b: b.int(), "beta: got int32, expected float16"),
+    ("gates given", "beta", lambda b: None, "beta: got none, expected a tensor: either g and beta, or a, b"),
+    ("base", "a", lambda a: a[:2], r"a: got shape \(2, 4\), expected \(3, 4\); one number a token and head of v"),
+    ("base", "a", lambda a: None, "a: got none, expected a tensor: either g and beta, or a, b, A_log, dt_bias are giv"),
+    ("base", "b", lambda b: b[..., :1], r"b: got shape \(3, 1\), expected \(3, 4\); one number a token and head of v"),
+    ("base", "b", lambda b: None, "b: got none, expected a tensor: either"),
+    ("base", "A_log", lambda a: a[:2], r"A_log: got shape \(2,\), expected \(4,\); one number a head of v"),
+    ("base", "A_log", lambda a: None, "A_log: got none, expected a tensor: either"),
+    ("base", "dt_bias", lambda d: d[None], r"dt_bias: got shape \(1, 4\), expected \(4,\); one number a head of v"),
+    ("base", "dt_bias", lambda d: None, "dt_bias: got none, expected a tensor: either"),
+    ("base", "slots", lambda s: s.float(), "slots: got float32, expected int32 or int64; convert it first"),
+    ("base", "slots", lambda s: s[:2], "slots: got 2 rows, expected at least 3; give every row a slot"),
+    ("base", "slots", lambda s: s.view(3, 1, 1), r"slots: got shape \(3, 1, 1\), expected \(rows,\) or \(rows, colum"),
+    ("speculative", "slots", lambda s: s[:, :0], "slots: got 0 columns, expected at least 1; column 0 is the slot"),
+    ("speculative", "slots", lambda s: None, "slots: got none, expected a table; num_accepted_tokens picks its column"),
+    ("null rows, write slots", "write_slots", lambda s: s[:1], "write_slots: got 1 rows, expected at least 3; give"),
+    ("null rows, write slots", "write_slots", lambda s: s.double(), "write_slots: got float64, expected int32 or"),
+    ("packed, empty row", "cu_seqlens", lambda c: c[None], r"cu_seqlens: got shape \(1, 4\), expected \(n \+ 1,\); it"),
+    ("packed, empty row", "cu_seqlens", lambda c: c.float(), "cu_seqlens: got float32, expected int32 or int64"),
+    ("speculative", "num_accepted_tokens", lambda a: a[:1], r"num_accepted_tokens: got shape \(1,\), expected \(3,\);"),
+    ("speculative", "num_accepted_tokens", lambda a: a.float(), "num_accepted_tokens: got float32, expected int32 or"),
+    ("base", "out", lambda o: o[..., :1], r"out: got shape \(3, 4, 1\), expected \(3, 4, 24\); out is like v"),
+    ("base", "out", lambda o: o.int(), "out: got int32, expected float16"),
+]
+
+
+@gated_delta_rule_update.error_inputs
+def _error_inputs(device: torch.device) -> Iterator[ErrorInput]:
+    yield from starmap(ErrorInput, _ERROR_INPUTS)
+    yield ErrorInput(
+        "base",
+        "g",
+        lambda _: torch.zeros(3, 4, device=device),
+        "beta: got none, expected a tensor: either g and beta, or a, b",
+    )
+    yield ErrorInput(
+        "gates given",
+        "A_log",
+        lambda _: torch.zeros(4, device=device),
+        "A_log: got a tensor, expected none: either g and beta, or a",
+    )

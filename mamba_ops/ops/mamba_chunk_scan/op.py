@@ -56,6 +56,7 @@ class Arguments(NamedTuple):
     mutates=("ssm_state", "chunk_states", "out"),
     reference="mamba_ops.ops.mamba_chunk_scan.reference:mamba_chunk_scan",
     arguments=Arguments,
+    replaces="mamba_chunk_scan|ssd_|mamba_split_conv1d",
 )
 def mamba_chunk_scan(
     x: Tensor,

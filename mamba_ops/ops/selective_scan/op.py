@@ -50,7 +50,10 @@ class Arguments(NamedTuple):
 
 
 @mamba.op(
-    mutates=("ssm_state", "out"), reference="mamba_ops.ops.selective_scan.reference:selective_scan", arguments=Arguments
+    mutates=("ssm_state", "out"),
+    reference="mamba_ops.ops.selective_scan.reference:selective_scan",
+    arguments=Arguments,
+    replaces="selective_scan|mamba_inner",
 )
 def selective_scan(
     x: Tensor,

@@ -53,6 +53,7 @@ class Arguments(NamedTuple):
     mutates=("ssm_state", "out"),
     reference="mamba_ops.ops.selective_state_update.reference:selective_state_update",
     arguments=Arguments,
+    replaces="selective_state_update",
 )
 def selective_state_update(
     ssm_state: Tensor,
