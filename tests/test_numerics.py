@@ -65,10 +65,10 @@ def test_dtype_pairs(op: Op[...], backend: str, dtype: torch.dtype, state_dtype:
 def test_reference_gives_the_truth_for_float64(op: Op[...]) -> None:
     for sample in (s for s in op.make_samples("cpu") if "rounding_seed" not in s.kwargs):  # that is float16's
         exact = with_output(op, sample).to(torch.float64).clone()
-        truth = expected(op, exact, torch.float64)
+        expected_fp64 = expected(op, exact, torch.float64)
         front_on(op, "torch")(*exact.args, **exact.kwargs)
         for name, got in results(op, exact).items():
-            torch.testing.assert_close(got, truth[name], rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(got, expected_fp64[name], rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ class _HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("op", [op for op in OPS if not op.composed], ids=lambda op: op.name)
 def test_references_do_not_read_the_host(op: Op[...]) -> None:
-    """But for the length of the longest packed row in the update ops, which their docstrings own up to."""
+    """But for the length of the longest packed row in the update ops, as their docstrings say."""
     for sample in op.make_samples("cpu"):
         packed = (
             op.name in ("selective_state_update", "gated_delta_rule_update")

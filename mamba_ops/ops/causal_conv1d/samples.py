@@ -1,7 +1,6 @@
 """Calls of causal_conv1d: samples, the patterns of a warm-up, and calls that are wrong."""
 
 from collections.abc import Iterator
-from itertools import starmap
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from mamba_ops.ops._common.checking import short
 from mamba_ops.ops._common.random_inputs import SEQUENCE_PATTERNS, RandomInputs
-from mamba_ops.ops._common.sample_tensors import SampleTensors
+from mamba_ops.ops._common.samples import SampleTensors, error_table
 from mamba_ops.ops.causal_conv1d.op import causal_conv1d
 from mamba_ops.registry import ErrorInput, Sample
 
@@ -103,38 +102,33 @@ def _call(random: RandomInputs, pattern: str) -> Sample:
     return Sample(pattern, (random.tokens(dim), random.weight(dim, width), random.weight(dim)), options)
 
 
-_ERROR_INPUTS = [  # sample, argument, what to pass for it, how the error begins
-    (
-        "base",
-        "x",
-        lambda x: x[0],
-        r"x: got shape \(6, 24\), expected \(n, length, dim\); packed sequences need cu_seqlens",
-    ),
-    ("base", "x", lambda x: x.int(), "x: got int32, expected float16"),
+_ERROR_INPUTS = error_table(
+    ("base", "x", lambda x: x[0], r"got shape \(6, 24\), expected \(n, length, dim\); packed sequences need"),
+    ("base", "x", lambda x: x.int(), "got int32, expected float16"),
     ("base", "x", lambda x: x[..., :20], r"weight: got shape \(24, 4\), expected \(20, 4\); its dim is the last axis"),
-    ("packed", "x", lambda x: x[None], r"x: got shape \(1, 51, 24\), expected \(tokens, dim\); with cu_seqlens"),
-    ("base", "weight", lambda w: w.unsqueeze(1), r"weight: got shape \(24, 1, 4\), expected \(dim, width\); squeeze"),
-    ("base", "weight", lambda w: w[:, :1], "weight: got width 1, expected a width of 2 to 8"),
-    ("base", "weight", lambda w: w.repeat(1, 3), "weight: got width 12, expected a width of 2 to 8"),
-    ("base", "bias", lambda b: b[:4], r"bias: got shape \(4,\), expected \(24,\)"),
-    ("packed", "cu_seqlens", lambda c: c[:0], r"cu_seqlens: got shape \(0,\), expected \(n \+ 1,\)"),
-    ("packed", "cu_seqlens", lambda c: c.half(), "cu_seqlens: got float16, expected int32 or int64"),
+    ("packed", "x", lambda x: x[None], r"got shape \(1, 51, 24\), expected \(tokens, dim\); with cu_seqlens"),
+    ("base", "weight", lambda w: w.unsqueeze(1), r"got shape \(24, 1, 4\), expected \(dim, width\); squeeze"),
+    ("base", "weight", lambda w: w[:, :1], "got width 1, expected a width of 2 to 8"),
+    ("base", "weight", lambda w: w.repeat(1, 3), "got width 12, expected a width of 2 to 8"),
+    ("base", "bias", lambda b: b[:4], r"got shape \(4,\), expected \(24,\)"),
+    ("packed", "cu_seqlens", lambda c: c[:0], r"got shape \(0,\), expected \(n \+ 1,\)"),
+    ("packed", "cu_seqlens", lambda c: c.half(), "got float16, expected int32 or int64"),
     ("packed", "cu_seqlens", lambda c: None, r"x: got shape \(51, 24\), expected \(n, length, dim\)"),
-    ("base", "conv_state", lambda s: s[0], r"conv_state: got shape \(24, 3\), expected \(slots, dim, state_len\)"),
-    ("base", "conv_state", lambda s: s[:, :12], r"conv_state: got shape \(6, 12, 3\), expected \(6, 24, 3\)"),
-    ("base", "conv_state", lambda s: s[..., :2], "conv_state: got state_len 2, expected at least 3"),
-    ("base", "conv_state", lambda s: s.long(), "conv_state: got int64, expected float16"),
-    ("no slots", "conv_state", lambda s: s[:2], "conv_state: got 2 slots, expected at least 3; without slots sequence"),
+    ("base", "conv_state", lambda s: s[0], r"got shape \(24, 3\), expected \(slots, dim, state_len\)"),
+    ("base", "conv_state", lambda s: s[:, :12], r"got shape \(6, 12, 3\), expected \(6, 24, 3\)"),
+    ("base", "conv_state", lambda s: s[..., :2], "got state_len 2, expected at least 3"),
+    ("base", "conv_state", lambda s: s.long(), "got int64, expected float16"),
+    ("no slots", "conv_state", lambda s: s[:2], "got 2 slots, expected at least 3; without slots sequence"),
     ("base", "conv_state", lambda s: None, "slots: got a tensor, expected None where there is no conv_state"),
     ("no slots", "conv_state", lambda s: None, "has_initial_state: got a tensor, expected None where there is no"),
-    ("base", "slots", lambda s: s.float(), "slots: got float32, expected int32 or int64"),
-    ("base", "slots", lambda s: s[:2], "slots: got 2 rows, expected at least 3; give every row a slot"),
-    ("base", "has_initial_state", lambda k: k.int(), "has_initial_state: got int32, expected bool; compare it with 0"),
-    ("base", "has_initial_state", lambda k: k[:2], r"has_initial_state: got shape \(2,\), expected \(3,\)"),
-    ("base", "out", lambda o: o[:2], r"out: got shape \(2, 6, 24\), expected \(3, 6, 24\)"),
-]
+    ("base", "slots", lambda s: s.float(), "got float32, expected int32 or int64"),
+    ("base", "slots", lambda s: s[:2], "got 2 rows, expected at least 3; give every row a slot"),
+    ("base", "has_initial_state", lambda k: k.int(), "got int32, expected bool; compare it with 0"),
+    ("base", "has_initial_state", lambda k: k[:2], r"got shape \(2,\), expected \(3,\)"),
+    ("base", "out", lambda o: o[:2], r"got shape \(2, 6, 24\), expected \(3, 6, 24\)"),
+)
 
 
 @causal_conv1d.error_inputs
-def _error_inputs(device: torch.device) -> Iterator[ErrorInput]:
-    return starmap(ErrorInput, _ERROR_INPUTS)
+def _error_inputs(device: torch.device) -> list[ErrorInput]:
+    return _ERROR_INPUTS

@@ -27,7 +27,7 @@ from mamba_ops.registry import bad_argument
 
 
 class Arguments(NamedTuple):
-    """A call of chunk_gated_delta_rule: what its validation and its kernels are given."""
+    """A call of chunk_gated_delta_rule: what its checks and its kernels get."""
 
     q: Tensor
     k: Tensor
@@ -84,13 +84,13 @@ def chunk_gated_delta_rule(
             the last row are neither read nor written.
         ssm_state: cache (slots, v_heads, v_dim, k_dim); mutated, rounded once at each store. None: no state is kept.
         slots: int32 or int64, (n,) or (n, columns), rows beyond n ignored: where row i's state is, in column 0. None:
-            row i uses slot i, and no row is nobody.
+            row i uses slot i, and none is padding.
         write_slots: the same for where the last state goes. None: where it came from. A null slot here means that the
             state is not stored.
         has_initial_state: bool, (n,): whether row i goes on from the state in its slot. None, or False: from zero.
         qk_l2norm: divide every head of q and k by its length: by sqrt(sum(x^2) + 1e-6).
-        null_slot: a slot that means "nobody", as does any slot below 0. Such a row's output is zero, and nothing else
-            is read or stored for it.
+        null_slot: a row with this slot, or a negative one, is padding: its output is zero, and nothing else is read or
+            stored for it.
         out: like v, any float dtype, in other memory; mutated.
 
     For every row and head, in float32 at least, from the row's initial state S on:

@@ -1,13 +1,12 @@
 """Calls of chunk_gated_delta_rule: samples, the patterns of a warm-up, and calls that are wrong."""
 
 from collections.abc import Iterator
-from itertools import starmap
 from typing import Any
 
 import torch
 
 from mamba_ops.ops._common.random_inputs import SEQUENCE_PATTERNS, RandomInputs
-from mamba_ops.ops._common.sample_tensors import SampleTensors
+from mamba_ops.ops._common.samples import SampleTensors, error_table
 from mamba_ops.ops.chunk_gated_delta_rule.op import chunk_gated_delta_rule
 from mamba_ops.registry import ErrorInput, Sample
 
@@ -55,7 +54,7 @@ def _samples(
         "write_slots": indices(4, 1, 3, 0),
         "has_initial_state": indices(True, False, True, True, dtype=torch.bool),
     }
-    wide = normal(9, v_heads * v_dim * k_dim + 16, dtype=state_dtype)[:, 8:-8].view(9, v_heads, v_dim, k_dim)
+    padded = normal(9, v_heads * v_dim * k_dim + 16, dtype=state_dtype)[:, 8:-8].view(9, v_heads, v_dim, k_dim)
     turned = normal(9, v_heads, k_dim, v_dim, dtype=state_dtype).transpose(2, 3)
     doubled, strong = 2 * normal(1, length, v_heads).sigmoid(), -40 * normal(1, length, v_heads).abs()
     yield sample("base", **initial)
@@ -63,7 +62,7 @@ def _samples(
     yield Sample("no cache", sample("bare", 2, 9).args, {"qk_l2norm": True})
     yield sample("not normalised, no slots", 2, 9, **short, slots=None, null_slot=0)
     yield sample("negative eigenvalues", 1, length, beta=doubled, k_heads=1, ssm_state=turned)
-    yield sample("strong decay", 1, length, g=strong, k_heads=v_heads, ssm_state=wide)
+    yield sample("strong decay", 1, length, g=strong, k_heads=v_heads, ssm_state=padded)
     channel_major = normal(v_heads, v_dim, tokens).permute(2, 0, 1)
     moved: dict[str, Any] = {"write_slots": indices(7, -1, 0, 8), "null_slot": 7, "v": channel_major}
     yield sample("packed, null rows", tokens, slots=indices((-1, 3), (0, 1), (7, 2)), null_slot=7, **packed, **initial)
@@ -83,58 +82,43 @@ def _call(random: RandomInputs, pattern: str) -> Sample:
     return Sample(pattern, (q, k, v, random.tokens(heads, dtype=torch.float32), random.tokens(heads)), options)
 
 
-_ERROR_INPUTS = [  # sample, argument, what to pass for it, how the error begins
-    (
-        "base",
-        "v",
-        lambda v: v[0],
-        r"v: got shape \(75, 4, 24\), expected \(n, length, v_heads, v_dim\); packed tokens come",
-    ),
+_ERROR_INPUTS = error_table(
+    ("base", "v", lambda v: v[0], r"got shape \(75, 4, 24\), expected \(n, length, v_heads, v_dim\); packed tokens"),
     (
         "packed, null rows",
         "v",
         lambda v: v[None],
-        r"v: got shape \(1, 153, 4, 24\), expected \(tokens, v_heads, v_dim\); with cu_seqlens",
+        r"got shape \(1, 153, 4, 24\), expected \(tokens, v_heads, v_dim\); with cu_seqlens",
     ),
-    ("base", "v", lambda v: v.int(), "v: got int32, expected float16"),
-    ("base", "v", lambda v: v[..., :0], r"v: got shape \(3, 75, 4, 0\), expected only tokens of size 0"),
-    ("base", "q", lambda q: q[0], r"q: got shape \(75, 2, 16\), expected \(..., k_heads, k_dim\), with the tokens"),
-    ("base", "q", lambda q: q[..., :0], r"q: got shape \(3, 75, 2, 0\), expected only tokens of size 0"),
-    ("base", "q", lambda q: q.long(), "q: got int64, expected float16"),
-    ("base", "q", lambda q: q[:2], r"q: got shape \(2, 75, 2, 16\), expected \(3, 75, 2, 16\); tokens are those of v"),
-    ("base", "k", lambda k: k[..., :8], r"k: got shape \(3, 75, 2, 8\), expected \(3, 75, 2, 16\); k is like q"),
+    ("base", "v", lambda v: v.int(), "got int32, expected float16"),
+    ("base", "v", lambda v: v[..., :0], r"got shape \(3, 75, 4, 0\), expected only tokens of size 0"),
+    ("base", "q", lambda q: q[0], r"got shape \(75, 2, 16\), expected \(..., k_heads, k_dim\), with the tokens"),
+    ("base", "q", lambda q: q[..., :0], r"got shape \(3, 75, 2, 0\), expected only tokens of size 0"),
+    ("base", "q", lambda q: q.long(), "got int64, expected float16"),
+    ("base", "q", lambda q: q[:2], r"got shape \(2, 75, 2, 16\), expected \(3, 75, 2, 16\); tokens are those of v"),
+    ("base", "k", lambda k: k[..., :8], r"got shape \(3, 75, 2, 8\), expected \(3, 75, 2, 16\); k is like q"),
     ("base", "v", lambda v: v[:, :, :3], "q: got 2 heads, expected a divisor of the 3 heads of v"),
-    ("base", "g", lambda g: g[..., :2], r"g: got shape \(3, 75, 2\), expected \(3, 75, 4\); one number a token"),
-    ("base", "g", lambda g: g.int(), "g: got int32, expected float16"),
-    ("base", "beta", lambda b: b[:, 1:], r"beta: got shape \(3, 74, 4\), expected \(3, 75, 4\); one number a token"),
-    ("packed, null rows", "cu_seqlens", lambda c: c[None], r"cu_seqlens: got shape \(1, 4\), expected \(n \+ 1,\)"),
-    ("packed, null rows", "cu_seqlens", lambda c: c.float(), "cu_seqlens: got float32, expected int32 or int64"),
-    (
-        "base",
-        "ssm_state",
-        lambda s: s[0],
-        r"ssm_state: got shape \(4, 24, 16\), expected \(4, 4, 24, 16\); \(slots, v_heads, v_dim, k_dim\)",
-    ),
-    ("base", "ssm_state", lambda s: s.mT, r"ssm_state: got shape \(9, 4, 16, 24\), expected \(9, 4, 24, 16\)"),
-    ("base", "ssm_state", lambda s: s.int(), "ssm_state: got int32, expected float16"),
-    ("base", "ssm_state", lambda s: None, "ssm_state: got none, expected a cache; has_initial_state says who reads it"),
-    (
-        "not normalised, no slots",
-        "ssm_state",
-        lambda s: s[:1],
-        "ssm_state: got 1 slots, expected at least 2; without slots, row i uses slot i",
-    ),
-    ("base", "slots", lambda s: s.float(), "slots: got float32, expected int32 or int64"),
-    ("base", "slots", lambda s: s[:2], "slots: got 2 rows, expected at least 3"),
-    ("base", "slots", lambda s: s.view(3, 1, 1), r"slots: got shape \(3, 1, 1\), expected \(rows,\) or"),
-    ("packed, write slots", "write_slots", lambda s: s[:1], "write_slots: got 1 rows, expected at least 3"),
-    ("base", "has_initial_state", lambda h: h.int(), "has_initial_state: got int32, expected bool"),
-    ("base", "has_initial_state", lambda h: h[:2], r"has_initial_state: got shape \(2,\), expected \(3,\)"),
-    ("base", "out", lambda o: o[..., :1], r"out: got shape \(3, 75, 4, 1\), expected \(3, 75, 4, 24\); out is like v"),
-    ("base", "out", lambda o: o.int(), "out: got int32, expected float16"),
-]
+    ("base", "g", lambda g: g[..., :2], r"got shape \(3, 75, 2\), expected \(3, 75, 4\); one number a token"),
+    ("base", "g", lambda g: g.int(), "got int32, expected float16"),
+    ("base", "beta", lambda b: b[:, 1:], r"got shape \(3, 74, 4\), expected \(3, 75, 4\); one number a token"),
+    ("packed, null rows", "cu_seqlens", lambda c: c[None], r"got shape \(1, 4\), expected \(n \+ 1,\)"),
+    ("packed, null rows", "cu_seqlens", lambda c: c.float(), "got float32, expected int32 or int64"),
+    ("base", "ssm_state", lambda s: s[0], r"got shape \(4, 24, 16\), expected \(4, 4, 24, 16\); \(slots, v_heads,"),
+    ("base", "ssm_state", lambda s: s.mT, r"got shape \(9, 4, 16, 24\), expected \(9, 4, 24, 16\)"),
+    ("base", "ssm_state", lambda s: s.int(), "got int32, expected float16"),
+    ("base", "ssm_state", lambda s: None, "got none, expected a cache; has_initial_state says which rows"),
+    ("not normalised, no slots", "ssm_state", lambda s: s[:1], "got 1 slots, expected at least 2; without slots, row"),
+    ("base", "slots", lambda s: s.float(), "got float32, expected int32 or int64"),
+    ("base", "slots", lambda s: s[:2], "got 2 rows, expected at least 3"),
+    ("base", "slots", lambda s: s.view(3, 1, 1), r"got shape \(3, 1, 1\), expected \(rows,\) or"),
+    ("packed, write slots", "write_slots", lambda s: s[:1], "got 1 rows, expected at least 3"),
+    ("base", "has_initial_state", lambda h: h.int(), "got int32, expected bool"),
+    ("base", "has_initial_state", lambda h: h[:2], r"got shape \(2,\), expected \(3,\)"),
+    ("base", "out", lambda o: o[..., :1], r"got shape \(3, 75, 4, 1\), expected \(3, 75, 4, 24\); out is like v"),
+    ("base", "out", lambda o: o.int(), "got int32, expected float16"),
+)
 
 
 @chunk_gated_delta_rule.error_inputs
-def _error_inputs(device: torch.device) -> Iterator[ErrorInput]:
-    return starmap(ErrorInput, _ERROR_INPUTS)
+def _error_inputs(device: torch.device) -> list[ErrorInput]:
+    return _ERROR_INPUTS

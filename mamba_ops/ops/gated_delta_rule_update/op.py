@@ -35,7 +35,7 @@ def delta_rule_tokens(q: Tensor, k: Tensor, lead: tuple[int, ...], v_heads: int,
 
 
 class Arguments(NamedTuple):
-    """A call of gated_delta_rule_update: what its validation and its kernels are given."""
+    """A call of gated_delta_rule_update: what its checks and its kernels get."""
 
     ssm_state: Tensor
     q: Tensor
@@ -102,7 +102,7 @@ def gated_delta_rule_update(
         A_log, dt_bias: (v_heads,), with a and b.
         scale: of q. None: k_dim ** -0.5.
         slots: int32 or int64, (n,) or (n, columns), rows beyond n ignored: where row i's state is, in column 0. None:
-            row i uses slot i, and no row is nobody.
+            row i uses slot i, and none is padding.
         write_slots: the same for where the new state goes. None: where it came from. A null slot here means that the
             state is not stored.
         cu_seqlens: int32 or int64, (n + 1,): row i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1. An empty row
@@ -112,8 +112,8 @@ def gated_delta_rule_update(
             stored in column t of its write_slots; beyond the columns nothing is stored. Otherwise the last state is
             stored in column 0.
         qk_l2norm: divide every head of q and k by its length: by sqrt(sum(x^2) + 1e-6).
-        null_slot: a slot that means "nobody", as does any slot below 0. Such a row's output is zero, and nothing is
-            read or stored for it.
+        null_slot: a row with this slot, or a negative one, is padding: its output is zero, and nothing is read or
+            stored for it.
         out: like v, any float dtype; mutated.
 
     For every row and head, in float32 at least, from the row's state S on:
@@ -164,7 +164,7 @@ def _validate(call: Arguments) -> None:
     else:
         tensor_rank("v", call.v, {3: "(tokens, v_heads, v_dim)"}, hint="with cu_seqlens, tokens are packed")
     lead = tuple(call.v.shape[:-2])
-    shape_is("v", call.v, (*lead, v_heads, v_dim), hint="heads and v_dim are state's")
+    shape_is("v", call.v, (*lead, v_heads, v_dim), hint="heads and v_dim are those of ssm_state")
     delta_rule_tokens(call.q, call.k, lead, v_heads, k_dim)
     for name, tensor in {**given_gates, "a": call.a, "b": call.b}.items():
         shape_is(name, tensor, (*lead, v_heads), hint="one number a token and head of v")

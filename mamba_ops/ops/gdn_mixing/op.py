@@ -6,18 +6,14 @@ from torch import Tensor
 
 from mamba_ops.backends import sycl
 from mamba_ops.ops._common.checking import floating, one_device, shape_is, tensor_rank
-from mamba_ops.ops._common.mixing import (
-    PlanTensors,
-    check_caches,
-    check_plan,
-)
+from mamba_ops.ops._common.mixing import PlanTensors, check_caches, check_plan
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.gdn_mixing import sycl as on_sycl
 from mamba_ops.registry import bad_argument
 
 
 class Arguments(NamedTuple):
-    """A call of gdn_mixing: what its validation and its kernels are given."""
+    """A call of gdn_mixing: what its checks and its kernels get."""
 
     projected_qkvz: Tensor
     projected_ba: Tensor
@@ -102,7 +98,7 @@ def gdn_mixing(
             Qwen3-Next's do), or all of q, then all of k, v, gate, and all of b, then a (as Qwen3.5's do).
         z: `(tokens, num_v_heads, head_v_dim)`: becomes the gate, zero for tokens that no row has. Mutated. None: it is
             not wanted.
-        null_slot: a row whose slot is this or negative is nobody: its output is zero, no cache is touched.
+        null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.
         out: like `z`. Mutated. Zero for tokens that no row has; all zero without a plan or rows.
 
     q and k are normalised (see chunk_gated_delta_rule), the scale is head_k_dim ** -0.5.

@@ -1,17 +1,13 @@
 """Calls of gdn_mixing: samples, the patterns of a warm-up, and calls that are wrong."""
 
 from collections.abc import Iterator
-from itertools import starmap
 from typing import Any
 
 import torch
 
-from mamba_ops.ops._common.mixing import (
-    SAMPLE_SLOTS,
-    sample_plans,
-)
+from mamba_ops.ops._common.mixing import SAMPLE_SLOTS, sample_plans
 from mamba_ops.ops._common.random_inputs import RandomInputs
-from mamba_ops.ops._common.sample_tensors import SampleTensors
+from mamba_ops.ops._common.samples import SampleTensors, error_table
 from mamba_ops.ops.gdn_mixing.op import gdn_mixing
 from mamba_ops.registry import ErrorInput, Sample
 
@@ -73,54 +69,34 @@ def _call(random: RandomInputs, pattern: str) -> Sample:
     return Sample(pattern, (*arguments, *plan, k_heads, heads, k_dim, dim, True), options)
 
 
-_ERROR_INPUTS = [  # sample, argument, what to pass for it, how the error begins
-    ("base", "num_k_heads", lambda h: 0, "num_k_heads: got 0, expected a positive number"),
-    ("base", "head_v_dim", lambda d: -1, "head_v_dim: got -1, expected a positive number"),
-    ("base", "num_v_heads", lambda h: 3, "num_v_heads: got 3, expected a multiple of the 2 heads of k"),
-    (
-        "base",
-        "projected_qkvz",
-        lambda p: p[None],
-        r"projected_qkvz: got shape \(1, 25, 128\), expected \(tokens, size\)",
-    ),
-    (
-        "base",
-        "projected_qkvz",
-        lambda p: p[:, 1:],
-        r"projected_qkvz: got shape \(25, 127\), expected \(25, 128\); q and k of 2 heads of 8, v and gate of 4",
-    ),
-    ("base", "projected_qkvz", lambda p: p.int(), "projected_qkvz: got int32, expected float16"),
-    (
-        "base",
-        "projected_ba",
-        lambda p: p[:, 1:],
-        r"projected_ba: got shape \(25, 7\), expected \(25, 8\); b and a of every head of v",
-    ),
-    ("base", "conv_state", lambda s: s[:, :8], r"conv_state: got shape \(9, 8, 3\), expected \(9, 80, 3\)"),
-    ("base", "conv_state", lambda s: s[..., 1:], "conv_state: got state_len 2, expected at least 3"),
-    (
-        "base",
-        "ssm_state",
-        lambda s: s.mT,
-        r"ssm_state: got shape \(9, 4, 8, 12\), expected \(9, 4, 12, 8\); both caches",
-    ),
-    ("base", "conv_weight", lambda w: w[:, :1], "conv_weight: got width 1, expected a width of 2 to 8"),
-    ("prefills", "conv_bias", lambda b: b[1:], r"conv_bias: got shape \(159,\), expected \(160,\)"),
-    ("base", "A_log", lambda a: a[:, None], r"A_log: got shape \(4, 1\), expected \(4,\)"),
-    ("base", "dt_bias", lambda a: a[1:], r"dt_bias: got shape \(3,\), expected \(4,\)"),
+_ERROR_INPUTS = error_table(
+    ("base", "num_k_heads", lambda h: 0, "got 0, expected a positive number"),
+    ("base", "head_v_dim", lambda d: -1, "got -1, expected a positive number"),
+    ("base", "num_v_heads", lambda h: 3, "got 3, expected a multiple of the 2 heads of k"),
+    ("base", "projected_qkvz", lambda p: p[None], r"got shape \(1, 25, 128\), expected \(tokens, size\)"),
+    ("base", "projected_qkvz", lambda p: p[:, 1:], r"got shape \(25, 127\), expected \(25, 128\); q and k of 2 heads"),
+    ("base", "projected_qkvz", lambda p: p.int(), "got int32, expected float16"),
+    ("base", "projected_ba", lambda p: p[:, 1:], r"got shape \(25, 7\), expected \(25, 8\); b and a of every head of"),
+    ("base", "conv_state", lambda s: s[:, :8], r"got shape \(9, 8, 3\), expected \(9, 80, 3\)"),
+    ("base", "conv_state", lambda s: s[..., 1:], "got state_len 2, expected at least 3"),
+    ("base", "ssm_state", lambda s: s.mT, r"got shape \(9, 4, 8, 12\), expected \(9, 4, 12, 8\); both caches"),
+    ("base", "conv_weight", lambda w: w[:, :1], "got width 1, expected a width of 2 to 8"),
+    ("prefills", "conv_bias", lambda b: b[1:], r"got shape \(159,\), expected \(160,\)"),
+    ("base", "A_log", lambda a: a[:, None], r"got shape \(4, 1\), expected \(4,\)"),
+    ("base", "dt_bias", lambda a: a[1:], r"got shape \(3,\), expected \(4,\)"),
     (
         "speculative",
         "conv_state",
         lambda s: s[..., 2:],
-        "conv_state: got state_len 3, expected at least 5; a speculative decode goes back by up to 2 tokens",
+        "got state_len 3, expected at least 5; a speculative decode goes back by up to 2 tokens",
     ),
-    ("base", "counts", lambda c: c.int(), "counts: got int32, expected int64"),
-    ("base", "slots", lambda s: None, "slots: got None with counts, expected a whole plan, or none"),
-    ("decodes", "z", lambda z: z[1:], r"z: got shape \(4, 4, 12\), expected \(5, 4, 12\)"),
-    ("base", "out", lambda o: o.flatten(1), r"out: got shape \(25, 48\), expected \(25, 4, 12\)"),
-]
+    ("base", "counts", lambda c: c.int(), "got int32, expected int64"),
+    ("base", "slots", lambda s: None, "got None with counts, expected a whole plan, or none"),
+    ("decodes", "z", lambda z: z[1:], r"got shape \(4, 4, 12\), expected \(5, 4, 12\)"),
+    ("base", "out", lambda o: o.flatten(1), r"got shape \(25, 48\), expected \(25, 4, 12\)"),
+)
 
 
 @gdn_mixing.error_inputs
-def _error_inputs(device: torch.device) -> Iterator[ErrorInput]:
-    return starmap(ErrorInput, _ERROR_INPUTS)
+def _error_inputs(device: torch.device) -> list[ErrorInput]:
+    return _ERROR_INPUTS

@@ -6,17 +6,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mamba_ops.ops._common.checking import floating, one_device, shape_is, tensor_rank
-from mamba_ops.ops._common.mixing import (
-    PlanTensors,
-    check_caches,
-    check_plan,
-)
+from mamba_ops.ops._common.mixing import PlanTensors, check_caches, check_plan
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
 
 
 class Arguments(NamedTuple):
-    """A call of mamba2_mixing: what its validation and its kernels are given."""
+    """A call of mamba2_mixing: what its checks and its kernels get."""
 
     projected: Tensor
     conv_state: Tensor
@@ -101,7 +97,7 @@ def mamba2_mixing(
         heads, head_dim, dstate, groups: the layer's sizes on this rank.
         chunk_size: tokens of a chunk in prefills, at most; chunks end at multiples of it from a request's first token.
         dt_min, dt_max: limits of the step sizes after their softplus.
-        null_slot: a row whose slot is this or negative is nobody: its output is zero, no cache is touched.
+        null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.
         out: `(tokens, heads, head_dim)`. Mutated. Zero for tokens that no row has; all zero without a plan or rows.
 
     Raises:

@@ -27,7 +27,7 @@ from mamba_ops.registry import bad_argument
 
 
 class Arguments(NamedTuple):
-    """A call of mamba_chunk_scan: what its validation and its kernels are given."""
+    """A call of mamba_chunk_scan: what its checks and its kernels get."""
 
     x: Tensor
     dt: Tensor
@@ -105,12 +105,12 @@ def mamba_chunk_scan(
             multiples of chunk_size counted from the very first token, so the first one may be short. None: zero.
         ssm_state: cache (slots, heads, dim, dstate); mutated, rounded once at each store. None: no state is kept.
         slots: int32 or int64, (n,) or (n, columns), rows beyond n ignored: where row i's state is, in column 0. None:
-            row i uses slot i, and no row is nobody.
+            row i uses slot i, and none is padding.
         write_slots: the same for where the last state goes. None: where it came from. A null slot here means that the
             state is not stored.
         has_initial_state: bool, (n,): whether row i goes on from the state in its slot. None, or False: from zero.
-        null_slot: a slot that means "nobody", as does any slot below 0. Such a row's output is zero, and nothing else
-            is read or stored for it.
+        null_slot: a row with this slot, or a negative one, is padding: its output is zero, and nothing else is read or
+            stored for it.
         chunk_states: (chunks, heads, dim, dstate), any float dtype; mutated. Row c becomes the state after chunk c,
             where chunks are numbered through all rows in order. What lies beyond the last chunk stays. At least
             tokens // chunk_size + n chunks (tokens: n * length without cu_seqlens), with num_computed_tokens n more.

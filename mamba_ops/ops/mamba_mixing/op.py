@@ -5,17 +5,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mamba_ops.ops._common.checking import floating, one_device, shape_is, short, tensor_rank
-from mamba_ops.ops._common.mixing import (
-    PlanTensors,
-    check_caches,
-    check_plan,
-)
+from mamba_ops.ops._common.mixing import PlanTensors, check_caches, check_plan
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
 
 
 class Arguments(NamedTuple):
-    """A call of mamba_mixing: what its validation and its kernels are given."""
+    """A call of mamba_mixing: what its checks and its kernels get."""
 
     projected: Tensor
     conv_state: Tensor
@@ -100,7 +96,7 @@ def mamba_mixing(
         counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, num_computed_tokens, num_accepted_tokens: the
             plan, see `mamba_ops.ops._common.mixing.PlanTensors` and `mamba_ops.serving.Plan`; all None: no plan.
         norm_eps: added to the norms' mean squares.
-        null_slot: a row whose slot is this or negative is nobody: its output is zero, no cache is touched.
+        null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.
         out: `(tokens, inner)`. Mutated. Zero for tokens that no row has; all zero without a plan or rows.
 
     Rows share two matrix products, whose last bits may change with the number of tokens; nothing else of a row depends

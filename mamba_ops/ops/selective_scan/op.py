@@ -1,4 +1,4 @@
-"""Prefill for Mamba-1: the selective scan over whole sequences, every channel with a state of its own."""
+"""Prefill for Mamba-1: the selective scan over whole sequences, where every channel has its own state."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from mamba_ops.registry import bad_argument
 
 
 class Arguments(NamedTuple):
-    """A call of selective_scan: what its validation and its kernels are given."""
+    """A call of selective_scan: what its checks and its kernels get."""
 
     x: Tensor
     dt: Tensor
@@ -99,17 +99,17 @@ def selective_scan(
             the last row are neither read nor written.
         ssm_state: cache (slots, dim, dstate); mutated, rounded once at each store. None: no state is kept.
         slots: int32 or int64, (n,) or (n, columns), rows beyond n ignored: where row i's state is, in column 0. None:
-            row i uses slot i, and no row is nobody. With block_size the columns are positions, see below.
+            row i uses slot i, and none is padding. With block_size the columns are positions, see below.
         write_slots: the same for where the last state goes. None: where it came from. A null slot here means that the
             state is not stored.
         has_initial_state: bool, (n,): whether row i goes on from the state in its slot. None, or False: from zero.
-        null_slot: a slot that means "nobody", as does any slot below 0. Such a row's output is zero, and nothing else
-            is read or stored for it.
+        null_slot: a row with this slot, or a negative one, is padding: its output is zero, and nothing else is read or
+            stored for it.
         block_size: tokens of a block of the prefix cache, which keeps a row's state at the end of every block; 0: there
             is no such cache, and none of the next five. Otherwise all five, cu_seqlens, ssm_state and slots are given.
         first_block, last_block, initial_block: int32 or int64, (n,): columns of slots. Row i's tokens begin in block
             first_block[i] and its last state goes to column last_block[i]; its initial state is in column
-            initial_block[i], and the row is nobody if the slot there is null.
+            initial_block[i], and the row is padding if the slot there is null.
         chunk_ends: int32 or int64, (chunks,): where each chunk ends among the packed tokens; chunks follow each other,
             and none has tokens of two rows.
         last_chunk: int32 or int64, (n,): the last chunk of row i; its first one follows that of the row before. A row

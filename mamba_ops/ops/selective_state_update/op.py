@@ -27,7 +27,7 @@ from mamba_ops.registry.request import settings
 
 
 class Arguments(NamedTuple):
-    """A call of selective_state_update: what its validation and its kernels are given."""
+    """A call of selective_state_update: what its checks and its kernels get."""
 
     ssm_state: Tensor
     x: Tensor
@@ -79,8 +79,8 @@ def selective_state_update(
     """Advance the cached `ssm_state` of every row by the row's tokens, in place, and write the tokens' outputs.
 
     The tokens come in one of three layouts: `(n, ...)`, one token a row; `(n, length, ...)`, a few tokens a row; or
-    packed `(tokens, ...)` with `cu_seqlens`. `...` is `(heads, dim)` for Mamba-2 and `(dim,)` for Mamba-1, whose
-    tensors are those of one head without its dimension. Head h uses group h // (heads / groups) of B and C. Any
+    packed `(tokens, ...)` with `cu_seqlens`. `...` is `(heads, dim)` for Mamba-2 and `(dim,)` for Mamba-1: one
+    head, without its dimension. Head h uses group h // (heads / groups) of B and C. Any
     strides, and any mix of float16, bfloat16, float32 and float64.
 
     Args:
@@ -94,7 +94,7 @@ def selective_state_update(
         dt_bias: added to dt, (heads, dim) or (heads,). Mamba-1: (dim,).
         dt_softplus: apply softplus to dt after the bias; linear above 20.
         slots: int32 or int64, (n,) or (n, columns), rows beyond n ignored: where row i's state is, in column 0. None:
-            row i uses slot i, and no row is nobody.
+            row i uses slot i, and none is padding.
         write_slots: the same for where the new state goes. None: where it came from. A null slot here means that the
             state is not stored.
         cu_seqlens: int32 or int64, (n + 1,): row i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1. An empty row
@@ -103,8 +103,8 @@ def selective_state_update(
             max(num_accepted_tokens[i] - 1, 0) of its slots, the last one at most, and the state after its token t is
             stored in column t of its write_slots; beyond the columns nothing is stored. Otherwise the last state is
             stored in column 0.
-        null_slot: a slot that means "nobody", as does any slot below 0. Such a row's output is zero, and nothing is
-            read or stored for it.
+        null_slot: a row with this slot, or a negative one, is padding: its output is zero, and nothing is read or
+            stored for it.
         rounding_seed: one int64, () or (1,): a state of float16, which it must be, is rounded stochastically at each
             store, in any of the forms above. None: to the nearest.
         philox_rounds: rounds of the generator for that. 0: 10.
@@ -119,9 +119,9 @@ def selective_state_update(
     The state is not rounded between the tokens of a row. No two rows may store to one slot, nor one row store to a slot
     that another reads.
 
-    How an entry is rounded stochastically depends on the seed, on the slot that it is stored in and on its place there
-    alone, as `round_stochastically` in mamba_ops/ops/rounding.py says exactly. That is the stream of torch and Triton;
-    FlashInfer has another, of the slot that a row starts from.
+    How an entry is rounded stochastically depends only on the seed, the slot that it is stored in and its place there:
+    `round_stochastically` in mamba_ops/ops/_common/rounding.py gives the formula, which torch and Triton follow.
+    FlashInfer has other random numbers, which depend on the slot that a row starts from.
 
     The reference keeps all rows padded to the longest and, given cu_seqlens, reads that length on the host.
     """

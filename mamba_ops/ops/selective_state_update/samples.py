@@ -1,13 +1,12 @@
 """Calls of selective_state_update: samples, the patterns of a warm-up, and calls that are wrong."""
 
 from collections.abc import Iterator
-from itertools import starmap
 from typing import Any
 
 import torch
 
 from mamba_ops.ops._common.random_inputs import UPDATE_PATTERNS, RandomInputs
-from mamba_ops.ops._common.sample_tensors import SampleTensors
+from mamba_ops.ops._common.samples import SampleTensors, error_table
 from mamba_ops.ops.selective_state_update.op import selective_state_update
 from mamba_ops.registry import ErrorInput, Sample
 
@@ -139,48 +138,38 @@ def _call(random: RandomInputs, pattern: str) -> Sample:
     return Sample(pattern, (random.cache(*inner, dstate), x, dt, random.weight(*a), B, C), options)
 
 
-_ERROR_INPUTS = [  # sample, argument, what to pass for it, how the error begins
-    ("base", "ssm_state", lambda s: s[0, 0], r"ssm_state: got shape \(16, 16\), expected \(slots, dim, dstate\) or"),
-    ("base", "ssm_state", lambda s: s.int(), "ssm_state: got int32, expected float16"),
+_ERROR_INPUTS = error_table(
+    ("base", "ssm_state", lambda s: s[0, 0], r"got shape \(16, 16\), expected \(slots, dim, dstate\) or"),
+    ("base", "ssm_state", lambda s: s.int(), "got int32, expected float16"),
     ("base", "ssm_state", lambda s: s[:, :3], r"x: got shape"),
-    ("no slots", "ssm_state", lambda s: s[:1], "ssm_state: got 1 slots, expected at least"),
-    ("base", "x", lambda x: x[0], r"x: got shape \(4, 16\), expected"),
-    ("base", "x", lambda x: x.bool(), "x: got bool, expected float16"),
-    ("base", "dt", lambda d: d[:, :2], r"dt: got shape"),
-    ("base", "dt", lambda d: d.long(), "dt: got int64"),
-    ("base", "A", lambda a: a[:3], r"A: got shape \(3,\), expected \(4, 16, 16\) or \(4,\)"),
-    ("base", "B", lambda b: b[..., :8], r"B: got shape"),
+    ("no slots", "ssm_state", lambda s: s[:1], "got 1 slots, expected at least"),
+    ("base", "x", lambda x: x[0], r"got shape \(4, 16\), expected"),
+    ("base", "x", lambda x: x.bool(), "got bool, expected float16"),
+    ("base", "dt", lambda d: d[:, :2], "got shape"),
+    ("base", "dt", lambda d: d.long(), "got int64"),
+    ("base", "A", lambda a: a[:3], r"got shape \(3,\), expected \(4, 16, 16\) or \(4,\)"),
+    ("base", "B", lambda b: b[..., :8], "got shape"),
     ("one group", "B", lambda b: b.repeat(1, 3, 1), r"C: got shape \(3, 1, 16\), expected \(3, 3, 16\); C is like B"),
-    ("base", "C", lambda c: c[:1], r"C: got shape"),
-    ("base", "D", lambda d: d[:2], r"D: got shape \(2,\), expected \(4, 16\) or \(4,\)"),
-    ("base", "dt_bias", lambda d: d[:2], r"dt_bias: got shape \(2,\), expected \(4, 16\) or \(4,\)"),
-    ("gate", "z", lambda z: z[:1], "z: got shape"),
-    ("base", "slots", lambda s: s.double(), "slots: got float64, expected int32 or int64"),
-    ("base", "slots", lambda s: s[:1], "slots: got 1 rows, expected at least"),
-    ("write slots", "write_slots", lambda s: s[:1], "write_slots: got 1 rows, expected at least"),
-    ("packed", "cu_seqlens", lambda c: c[None], r"cu_seqlens: got shape .* expected \(n \+ 1,\)"),
-    ("speculative", "num_accepted_tokens", lambda a: a[:1], r"num_accepted_tokens: got shape \(1,\)"),
-    ("speculative", "slots", lambda s: None, "slots: got None"),
-    ("base", "out", lambda o: o[..., :1], r"out: got shape"),
-    ("base", "philox_rounds", lambda _: -7, "philox_rounds: got -7, expected at least 1, or 0 for 10"),
-    (
-        "stochastic rounding",
-        "rounding_seed",
-        lambda s: s.repeat(2),
-        r"rounding_seed: got shape \(2,\), expected \(1,\) or",
-    ),
-    (
-        "stochastic rounding",
-        "ssm_state",
-        lambda s: s.bfloat16(),
-        "ssm_state: got bfloat16, expected float16; rounding_seed asks",
-    ),
-]
+    ("base", "C", lambda c: c[:1], "got shape"),
+    ("base", "D", lambda d: d[:2], r"got shape \(2,\), expected \(4, 16\) or \(4,\)"),
+    ("base", "dt_bias", lambda d: d[:2], r"got shape \(2,\), expected \(4, 16\) or \(4,\)"),
+    ("gate", "z", lambda z: z[:1], "got shape"),
+    ("base", "slots", lambda s: s.double(), "got float64, expected int32 or int64"),
+    ("base", "slots", lambda s: s[:1], "got 1 rows, expected at least"),
+    ("write slots", "write_slots", lambda s: s[:1], "got 1 rows, expected at least"),
+    ("packed", "cu_seqlens", lambda c: c[None], r"got shape .* expected \(n \+ 1,\)"),
+    ("speculative", "num_accepted_tokens", lambda a: a[:1], r"got shape \(1,\)"),
+    ("speculative", "slots", lambda s: None, "got None"),
+    ("base", "out", lambda o: o[..., :1], "got shape"),
+    ("base", "philox_rounds", lambda _: -7, "got -7, expected at least 1, or 0 for 10"),
+    ("stochastic rounding", "rounding_seed", lambda s: s.repeat(2), r"got shape \(2,\), expected \(1,\) or"),
+    ("stochastic rounding", "ssm_state", lambda s: s.bfloat16(), "got bfloat16, expected float16; rounding_seed asks"),
+)
 
 
 @selective_state_update.error_inputs
 def _error_inputs(device: torch.device) -> Iterator[ErrorInput]:
-    yield from starmap(ErrorInput, _ERROR_INPUTS)
+    yield from _ERROR_INPUTS
     yield ErrorInput(
         "base",
         "rounding_seed",
