@@ -4,6 +4,9 @@ Each function returns quietly or raises the ValueError that names the argument, 
 None of them reads a stride or a value, so that the result holds for every call with the same shapes and dtypes.
 """
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,9 @@ from mamba_ops.registry.errors import bad_argument
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INDICES = (torch.int32, torch.int64)
+_SEQUENCE_ARGUMENTS = frozenset(
+    ["cu_seqlens", "slots", "write_slots", "has_initial_state", "num_computed_tokens", "num_accepted_tokens"]
+)
 
 
 def tensor_rank(name: str, tensor: Tensor, layouts: dict[int, str], *, hint: str = "") -> None:
@@ -39,6 +45,18 @@ def one_device(device: torch.device, of: str = "x", /, **tensors: Tensor | None)
         if tensor is not None and tensor.device != device:
             expected = f"{device}, where {of} is"
             raise bad_argument(name, got=str(tensor.device), expected=expected, hint="move one of them")
+
+
+def check_tensors(call: Any, of: str, *, indices: Collection[str] = (), elsewhere: Collection[str] = ()) -> None:
+    """All tensors of a call are on the device of the argument `of`, and hold floating-point numbers.
+
+    Not held to be floating: what ops know of their sequences, and the arguments `indices`. Arguments that are checked
+    `elsewhere` are left out.
+    """
+    tensors = {"out" if n == "output" else n: t for n, t in call._asdict().items() if isinstance(t, Tensor)}
+    tensors = {n: t for n, t in tensors.items() if n not in elsewhere}
+    floating(**{n: t for n, t in tensors.items() if n not in indices and n not in _SEQUENCE_ARGUMENTS})
+    one_device(tensors[of].device, of, **tensors)
 
 
 def index_tensor(name: str, tensor: Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.backends import triton
-from mamba_ops.ops._common.checking import floating, one_device, packed_rows, shape_is, short, slot_table, tensor_rank
+from mamba_ops.ops._common.checking import check_tensors, packed_rows, shape_is, short, slot_table, tensor_rank
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
@@ -81,17 +81,7 @@ def _output(x: Tensor) -> Tensor:
 
 @causal_conv1d.validate
 def _validate(call: Arguments) -> None:
-    floating(x=call.x, weight=call.weight, bias=call.bias, conv_state=call.conv_state, out=call.output)
-    one_device(
-        call.x.device,
-        weight=call.weight,
-        bias=call.bias,
-        cu_seqlens=call.cu_seqlens,
-        conv_state=call.conv_state,
-        slots=call.slots,
-    )
-    one_device(call.x.device, has_initial_state=call.has_initial_state, out=call.output)
-
+    check_tensors(call, "x")
     packed_rows(call.cu_seqlens)
     if call.cu_seqlens is None:
         tensor_rank("x", call.x, {3: "(n, length, dim)"}, hint="packed sequences need cu_seqlens")

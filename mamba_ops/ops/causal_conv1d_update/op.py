@@ -6,15 +6,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.backends import triton
-from mamba_ops.ops._common.checking import (
-    floating,
-    index_tensor,
-    one_device,
-    packed_rows,
-    shape_is,
-    slot_table,
-    tensor_rank,
-)
+from mamba_ops.ops._common.checking import check_tensors, index_tensor, packed_rows, shape_is, slot_table, tensor_rank
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
@@ -91,17 +83,7 @@ def _output(x: Tensor) -> Tensor:
 
 @causal_conv1d_update.validate
 def _validate(call: Arguments) -> None:
-    floating(x=call.x, conv_state=call.conv_state, weight=call.weight, bias=call.bias, out=call.output)
-    one_device(
-        call.x.device,
-        conv_state=call.conv_state,
-        weight=call.weight,
-        bias=call.bias,
-        slots=call.slots,
-        cu_seqlens=call.cu_seqlens,
-    )
-    one_device(call.x.device, num_accepted_tokens=call.num_accepted_tokens, out=call.output)
-
+    check_tensors(call, "x")
     packed_rows(call.cu_seqlens)
     if call.cu_seqlens is None:
         tensor_rank("x", call.x, {2: "(n, dim)", 3: "(n, length, dim)"})

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from mamba_ops.backends import flashinfer, triton
 from mamba_ops.ops._common.checking import (
-    floating,
+    check_tensors,
     initial_flags,
-    one_device,
     packed_rows,
     shape_is,
     slot_for_each,
@@ -116,11 +115,7 @@ def _output(v: Tensor) -> Tensor:
 
 @chunk_gated_delta_rule.validate
 def _validate(call: Arguments) -> None:
-    floats = {"q": call.q, "k": call.k, "g": call.g, "beta": call.beta, "ssm_state": call.ssm_state}
-    indices = {"cu_seqlens": call.cu_seqlens, "slots": call.slots, "write_slots": call.write_slots}
-    floating(v=call.v, **floats, out=call.output)
-    one_device(call.v.device, "v", **floats, **indices, has_initial_state=call.has_initial_state, out=call.output)
-
+    check_tensors(call, "v")
     packed_rows(call.cu_seqlens)
     if call.cu_seqlens is None:
         tensor_rank("v", call.v, {4: "(n, length, v_heads, v_dim)"}, hint="packed tokens come with cu_seqlens")

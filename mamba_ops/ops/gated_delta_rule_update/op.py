@@ -10,15 +10,15 @@ from torch import Tensor
 
 from mamba_ops.backends import flashinfer, triton
 from mamba_ops.ops._common.checking import (
-    floating,
+    check_tensors,
     index_tensor,
-    one_device,
     packed_rows,
     shape_is,
     slot_for_each,
     slot_table,
     tensor_rank,
 )
+from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.gated_delta_rule_update import flashinfer as on_flashinfer
 from mamba_ops.registry import bad_argument
@@ -141,12 +141,7 @@ def _output(v: Tensor) -> Tensor:
 def _validate(call: Arguments) -> None:
     given_gates = {"g": call.g, "beta": call.beta}
     raw_gates = {"a": call.a, "b": call.b, "A_log": call.A_log, "dt_bias": call.dt_bias}
-    floats = {"q": call.q, "k": call.k, "v": call.v, **given_gates, **raw_gates}
-    indices = {"slots": call.slots, "write_slots": call.write_slots, "cu_seqlens": call.cu_seqlens}
-    indices["num_accepted_tokens"] = call.num_accepted_tokens
-    floating(ssm_state=call.ssm_state, **floats, out=call.output)
-    one_device(call.v.device, "v", ssm_state=call.ssm_state, **floats, **indices, out=call.output)
-
+    check_tensors(call, "v")
     wanted, others = (raw_gates, given_gates) if call.g is None and call.beta is None else (given_gates, raw_gates)
     names = f"{' and '.join(given_gates)}, or {', '.join(raw_gates)}"
     for name, tensor in wanted.items():
@@ -172,7 +167,7 @@ def _validate(call: Arguments) -> None:
         shape_is(name, raw_gates[name], (v_heads,), hint="one number a head of v")
     shape_is("out", call.output, tuple(call.v.shape), hint="out is like v")
 
-    n = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    n = row_count(call.v, call.cu_seqlens)
     slot_table("slots", call.slots, rows=n)
     slot_table("write_slots", call.write_slots, rows=n)
     slot_for_each("ssm_state", call.ssm_state, call.slots, rows=n)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mamba_ops.backends import sycl
-from mamba_ops.ops._common.checking import floating, one_device, shape_is, tensor_rank
+from mamba_ops.ops._common.checking import check_tensors, shape_is, tensor_rank
 from mamba_ops.ops._common.mixing import PlanTensors, check_caches, check_plan
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.gdn_mixing import sycl as on_sycl
@@ -115,12 +115,8 @@ def _output(projected_qkvz: Tensor, num_v_heads: int, head_v_dim: int) -> Tensor
 
 @gdn_mixing.validate
 def _validate(call: Arguments) -> None:
-    for name, value in (
-        ("num_k_heads", call.num_k_heads),
-        ("head_k_dim", call.head_k_dim),
-        ("head_v_dim", call.head_v_dim),
-    ):
-        if value < 1:
+    for name in ("num_k_heads", "head_k_dim", "head_v_dim"):
+        if (value := getattr(call, name)) < 1:
             raise bad_argument(name, got=value, expected="a positive number")
     if call.num_v_heads < 1 or call.num_v_heads % call.num_k_heads:
         expected = f"a multiple of the {call.num_k_heads} heads of k"
@@ -132,34 +128,13 @@ def _validate(call: Arguments) -> None:
     hint += f"v and gate of {call.num_v_heads} heads of {call.head_v_dim}"
     shape_is("projected_qkvz", call.projected_qkvz, (tokens, 2 * keys + 2 * values), hint=hint)
     shape_is("projected_ba", call.projected_ba, (tokens, 2 * call.num_v_heads), hint="b and a of every head of v")
-    tensors = {
-        "conv_weight": call.conv_weight,
-        "conv_bias": call.conv_bias,
-        "A_log": call.A_log,
-        "dt_bias": call.dt_bias,
-    }
-    tensors |= {
-        "projected_ba": call.projected_ba,
-        "conv_state": call.conv_state,
-        "ssm_state": call.ssm_state,
-        "z": call.z,
-    }
-    floating(projected_qkvz=call.projected_qkvz, **tensors, out=call.output)
-    one_device(call.projected_qkvz.device, "projected_qkvz", **tensors, out=call.output)
+    check_tensors(call, "projected_qkvz", elsewhere=PlanTensors._fields)
     shape_is("A_log", call.A_log, (call.num_v_heads,))
     shape_is("dt_bias", call.dt_bias, (call.num_v_heads,))
     plan = PlanTensors.of(call)
     check_plan(call.projected_qkvz.device, plan)
-    dim = 2 * keys + values
-    check_caches(
-        plan,
-        call.conv_state,
-        call.ssm_state,
-        call.conv_weight,
-        call.conv_bias,
-        dim,
-        (call.num_v_heads, call.head_v_dim, call.head_k_dim),
-    )
+    caches = (call.conv_state, call.ssm_state, call.conv_weight, call.conv_bias)
+    check_caches(plan, *caches, 2 * keys + values, (call.num_v_heads, call.head_v_dim, call.head_k_dim))
     shape_is("z", call.z, (tokens, call.num_v_heads, call.head_v_dim))
     shape_is("out", call.output, (tokens, call.num_v_heads, call.head_v_dim))
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mamba_ops.ops._common.checking import floating, one_device, shape_is, tensor_rank
+from mamba_ops.ops._common.checking import check_tensors, shape_is, tensor_rank
 from mamba_ops.ops._common.mixing import PlanTensors, check_caches, check_plan
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
@@ -112,13 +112,8 @@ def _output(projected: Tensor, heads: int, head_dim: int) -> Tensor:
 
 @mamba2_mixing.validate
 def _validate(call: Arguments) -> None:
-    for name, value in (
-        ("heads", call.heads),
-        ("head_dim", call.head_dim),
-        ("dstate", call.dstate),
-        ("chunk_size", call.chunk_size),
-    ):
-        if value < 1:
+    for name in ("heads", "head_dim", "dstate", "chunk_size"):
+        if (value := getattr(call, name)) < 1:
             raise bad_argument(name, got=value, expected="a positive number")
     if call.groups < 1 or call.heads % call.groups:
         raise bad_argument("groups", got=call.groups, expected=f"a divisor of the {call.heads} heads")
@@ -128,27 +123,11 @@ def _validate(call: Arguments) -> None:
     tensor_rank("projected", call.projected, {2: "(tokens, size)"})
     hint = f"gate, x, B, C and dt of {call.heads} heads of {call.head_dim} and {call.groups} groups of {call.dstate}"
     shape_is("projected", call.projected, (call.projected.shape[0], inner + dim + call.heads), hint=hint)
-    tensors = {
-        "conv_weight": call.conv_weight,
-        "conv_bias": call.conv_bias,
-        "A": call.A,
-        "D": call.D,
-        "dt_bias": call.dt_bias,
-    }
-    floating(projected=call.projected, conv_state=call.conv_state, ssm_state=call.ssm_state, **tensors, out=call.output)
-    caches = {"conv_state": call.conv_state, "ssm_state": call.ssm_state}
-    one_device(call.projected.device, "projected", **caches, **tensors, out=call.output)
+    check_tensors(call, "projected", elsewhere=PlanTensors._fields)
     for name in ("A", "D", "dt_bias"):
-        shape_is(name, tensors[name], (call.heads,))
+        shape_is(name, getattr(call, name), (call.heads,))
     plan = PlanTensors.of(call)
     check_plan(call.projected.device, plan)
-    check_caches(
-        plan,
-        call.conv_state,
-        call.ssm_state,
-        call.conv_weight,
-        call.conv_bias,
-        dim,
-        (call.heads, call.head_dim, call.dstate),
-    )
+    caches = (call.conv_state, call.ssm_state, call.conv_weight, call.conv_bias)
+    check_caches(plan, *caches, dim, (call.heads, call.head_dim, call.dstate))
     shape_is("out", call.output, (call.projected.shape[0], call.heads, call.head_dim))

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from mamba_ops.backends import triton
 from mamba_ops.ops._common.checking import (
-    floating,
+    check_tensors,
     index_tensor,
     initial_flags,
-    one_device,
     packed_rows,
     shape_is,
     slot_for_each,
@@ -138,17 +137,7 @@ def _output(x: Tensor) -> Tensor:
 @mamba_chunk_scan.validate
 def _validate(call: Arguments) -> None:
     cache, kept = call.ssm_state, call.chunk_states
-    floats = {"dt": call.dt, "A": call.A, "B": call.B, "C": call.C, "D": call.D, "z": call.z, "dt_bias": call.dt_bias}
-    floats |= {"ssm_state": cache, "chunk_states": kept}
-    indices = {
-        "cu_seqlens": call.cu_seqlens,
-        "num_computed_tokens": call.num_computed_tokens,
-        "slots": call.slots,
-        "write_slots": call.write_slots,
-    }
-    floating(x=call.x, **floats, out=call.output)
-    one_device(call.x.device, **floats, **indices, has_initial_state=call.has_initial_state, out=call.output)
-
+    check_tensors(call, "x")
     if call.chunk_size < 1:
         raise bad_argument("chunk_size", got=call.chunk_size, expected="a positive number of tokens")
     if not call.dt_min <= call.dt_max:

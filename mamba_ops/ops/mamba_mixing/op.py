@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mamba_ops.ops._common.checking import floating, one_device, shape_is, short, tensor_rank
+from mamba_ops.ops._common.checking import check_tensors, shape_is, short, tensor_rank
 from mamba_ops.ops._common.mixing import PlanTensors, check_caches, check_plan
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
@@ -121,32 +121,18 @@ def _validate(call: Arguments) -> None:
         raise bad_argument("A", got=f"shape {tuple(call.A.shape)}", expected="(inner, dstate), neither of them 0")
     tensor_rank("projected", call.projected, {2: "(tokens, size)"})
     shape_is("projected", call.projected, (call.projected.shape[0], 2 * inner), hint=f"x and gate of {inner} channels")
-    weights = {
-        "conv_weight": call.conv_weight,
-        "conv_bias": call.conv_bias,
-        "x_proj_weight": call.x_proj_weight,
-        "dt_proj_weight": call.dt_proj_weight,
-        "dt_proj_bias": call.dt_proj_bias,
-        "A": call.A,
-        "D": call.D,
-        "dt_norm_weight": call.dt_norm_weight,
-        "B_norm_weight": call.B_norm_weight,
-        "C_norm_weight": call.C_norm_weight,
-    }
-    caches = {"conv_state": call.conv_state, "ssm_state": call.ssm_state}
-    floating(projected=call.projected, **caches, **weights, out=call.output)
-    one_device(call.projected.device, "projected", **caches, **weights, out=call.output)
+    check_tensors(call, "projected", elsewhere=PlanTensors._fields)
     shape_is("x_proj_weight", call.x_proj_weight, (rank + 2 * dstate, inner), hint="to dt, B and C")
     shape_is("dt_proj_weight", call.dt_proj_weight, (inner, rank))
     for name in ("x_proj_weight", "dt_proj_weight"):
-        if weights[name].dtype != call.projected.dtype:  # type: ignore[union-attr]
-            got, expected = (short(t.dtype) for t in (weights[name], call.projected))  # type: ignore[union-attr]
+        if (weight := getattr(call, name)).dtype != call.projected.dtype:
+            got, expected = short(weight.dtype), short(call.projected.dtype)
             raise bad_argument(name, got=got, expected=f"{expected}, as projected", hint="convert it once, beforehand")
     for name in ("dt_proj_bias", "D"):
-        shape_is(name, weights[name], (inner,))
+        shape_is(name, getattr(call, name), (inner,))
     shape_is("dt_norm_weight", call.dt_norm_weight, (rank,))
     for name in ("B_norm_weight", "C_norm_weight"):
-        shape_is(name, weights[name], (dstate,))
+        shape_is(name, getattr(call, name), (dstate,))
     plan = PlanTensors.of(call)
     check_plan(call.projected.device, plan)
     check_caches(plan, call.conv_state, call.ssm_state, call.conv_weight, call.conv_bias, inner, (inner, dstate))

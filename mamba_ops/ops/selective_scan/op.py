@@ -7,10 +7,9 @@ from torch import Tensor
 
 from mamba_ops.backends import triton
 from mamba_ops.ops._common.checking import (
-    floating,
+    check_tensors,
     index_tensor,
     initial_flags,
-    one_device,
     packed_rows,
     shape_is,
     slot_for_each,
@@ -139,22 +138,9 @@ def _output(x: Tensor) -> Tensor:
 
 @selective_scan.validate
 def _validate(call: Arguments) -> None:
-    floats = {
-        "dt": call.dt,
-        "A": call.A,
-        "B": call.B,
-        "C": call.C,
-        "D": call.D,
-        "z": call.z,
-        "dt_bias": call.dt_bias,
-        "ssm_state": call.ssm_state,
-    }
     prefix = {"first_block": call.first_block, "last_block": call.last_block, "initial_block": call.initial_block}
     prefix |= {"last_chunk": call.last_chunk, "chunk_ends": call.chunk_ends}
-    indices = {"cu_seqlens": call.cu_seqlens, "slots": call.slots, "write_slots": call.write_slots, **prefix}
-    floating(x=call.x, **floats, out=call.output)
-    one_device(call.x.device, "x", **floats, **indices, has_initial_state=call.has_initial_state, out=call.output)
-
+    check_tensors(call, "x", indices=prefix)
     packed_rows(call.cu_seqlens)
     if call.cu_seqlens is None:
         tensor_rank("x", call.x, {3: "(n, length, dim)"}, hint="packed tokens come with cu_seqlens")

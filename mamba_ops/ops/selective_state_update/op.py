@@ -10,9 +10,8 @@ from torch import Tensor
 
 from mamba_ops.backends import flashinfer, triton
 from mamba_ops.ops._common.checking import (
-    floating,
+    check_tensors,
     index_tensor,
-    one_device,
     packed_rows,
     shape_is,
     short,
@@ -20,6 +19,7 @@ from mamba_ops.ops._common.checking import (
     slot_table,
     tensor_rank,
 )
+from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.selective_state_update import flashinfer as on_flashinfer
 from mamba_ops.registry import bad_argument
@@ -134,21 +134,7 @@ def _output(x: Tensor) -> Tensor:
 
 @selective_state_update.validate
 def _validate(call: Arguments) -> None:
-    floats = {
-        "ssm_state": call.ssm_state,
-        "x": call.x,
-        "dt": call.dt,
-        "A": call.A,
-        "B": call.B,
-        "C": call.C,
-        "D": call.D,
-        "z": call.z,
-        "dt_bias": call.dt_bias,
-    }
-    indices = {"slots": call.slots, "write_slots": call.write_slots, "cu_seqlens": call.cu_seqlens}
-    floating(**floats, out=call.output)
-    one_device(call.x.device, **floats, **indices, num_accepted_tokens=call.num_accepted_tokens, out=call.output)
-
+    check_tensors(call, "x", indices=["rounding_seed"])
     ranks = {3: "(slots, dim, dstate)", 4: "(slots, heads, dim, dstate)"}
     tensor_rank("ssm_state", call.ssm_state, ranks, hint="Mamba-1 has no heads dimension, Mamba-2 has one")
     if 0 in call.ssm_state.shape[1:]:
@@ -177,7 +163,6 @@ def _validate(call: Arguments) -> None:
     if heads and (groups == (0,) or heads[0] % groups[0]):
         raise bad_argument("B", got=f"{groups[0]} groups", expected=f"a divisor of the {heads[0]} heads")
 
-    one_device(call.x.device, rounding_seed=call.rounding_seed)
     if call.rounding_seed is not None:
         if call.rounding_seed.dtype != torch.int64:
             hint = "one number from torch.randint will do"
@@ -189,7 +174,7 @@ def _validate(call: Arguments) -> None:
     if call.philox_rounds < 0:
         raise bad_argument("philox_rounds", got=call.philox_rounds, expected="at least 1, or 0 for 10")
 
-    n = call.x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    n = row_count(call.x, call.cu_seqlens)
     states = 1
     if call.num_accepted_tokens is not None:
         index_tensor("num_accepted_tokens", call.num_accepted_tokens)
