@@ -1,4 +1,4 @@
-"""Calls of causal_conv1d: samples, the patterns of a warm-up, and calls that are wrong."""
+"""Calls of causal_conv1d: samples, call patterns and wrong calls."""
 
 from collections.abc import Iterator
 from typing import Any

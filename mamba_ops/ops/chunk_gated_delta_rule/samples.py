@@ -1,4 +1,4 @@
-"""Calls of chunk_gated_delta_rule: samples, the patterns of a warm-up, and calls that are wrong."""
+"""Calls of chunk_gated_delta_rule: samples, call patterns and wrong calls."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -88,9 +88,9 @@ def gated_delta_rule_update(
 
     The tokens come in one of three layouts: `(n, ...)`, one token a row; `(n, length, ...)`, a few tokens a row; or
     packed `(tokens, ...)` with `cu_seqlens`. Head h of v, of the state and of the gates uses head
-    h // (v_heads / k_heads) of q and k. Any strides, and any mix of float16, bfloat16, float32 and float64. How a state
-    decays and how much of a value is written is either given as `g` and `beta`, or computed from `a`, `b`, `A_log` and
-    `dt_bias`.
+    h // (v_heads / k_heads) of q and k. Any strides, and any mix of float16, bfloat16, float32 and float64. The decay
+    of a state and the share of a value that is written are either given as `g` and `beta`, or computed from `a`, `b`,
+    `A_log` and `dt_bias`.
 
     Args:
         ssm_state: (slots, v_heads, v_dim, k_dim); mutated, rounded once at each store.

@@ -1,4 +1,4 @@
-"""Calls of gated_delta_rule_update: samples, the patterns of a warm-up, and calls that are wrong."""
+"""Calls of gated_delta_rule_update: samples, call patterns and wrong calls."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -76,14 +76,15 @@ def gdn_mixing(
 ) -> Tensor:
     """Mix a batch of decodes and prefills: convolve, advance the states, write every token's output and its gate.
 
-    What stands before it in the layer (two projections) and behind it (gated norm, projection) works on tokens alone,
-    so an engine cuts its graph here: the plan's tensors have fixed sizes and its counts are read by the op, not by the
-    graph. It is composed of causal_conv1d, chunk_gated_delta_rule, causal_conv1d_update and gated_delta_rule_update.
+    The parts of the layer before it (two projections) and after it (gated norm, projection) work on single tokens, so
+    an engine cuts its graph here: the plan's tensors have fixed sizes, and the op reads its counts, not the graph. It
+    is composed of causal_conv1d, chunk_gated_delta_rule, causal_conv1d_update and gated_delta_rule_update.
 
     Args:
         projected_qkvz: `(tokens, 2 * keys + 2 * values)`, keys = num_k_heads * head_k_dim, values = num_v_heads *
             head_v_dim: q, k, v and gate; tokens of decodes first, padding last.
-        projected_ba: `(tokens, 2 * num_v_heads)`: b, of which sigmoid(b) of a value is written, and a, for the decay.
+        projected_ba: `(tokens, 2 * num_v_heads)`: b (sigmoid(b) is how much of a value is written) and a (for the
+            decay).
         conv_state: cache `(slots, dim, state_len)`, dim = 2 * keys + values: all of q, all of k, all of v; state_len at
             least width - 1, and as many more as a speculative decode has tokens beyond its first. Mutated.
         ssm_state: cache `(slots, num_v_heads, head_v_dim, head_k_dim)`. Mutated.
@@ -96,15 +97,15 @@ def gdn_mixing(
         num_k_heads, num_v_heads, head_k_dim, head_v_dim: the layer's sizes on this rank.
         interleaved: whether the projections hold one head of k after the other, with its q, k, v, gate and its b, a (as
             Qwen3-Next's do), or all of q, then all of k, v, gate, and all of b, then a (as Qwen3.5's do).
-        z: `(tokens, num_v_heads, head_v_dim)`: becomes the gate, zero for tokens that no row has. Mutated. None: it is
-            not wanted.
+        z: `(tokens, num_v_heads, head_v_dim)`: becomes the gate, zero for padding tokens. Mutated. None: it is not
+            written.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.
-        out: like `z`. Mutated. Zero for tokens that no row has; all zero without a plan or rows.
+        out: like `z`. Mutated. Zero for padding tokens; all zero without a plan or rows.
 
     q and k are normalised (see chunk_gated_delta_rule), the scale is head_k_dim ** -0.5.
 
     Raises:
-        ValueError: before anything is written: shapes, dtypes, or counts that are not this batch's.
+        ValueError: before anything is written: shapes, dtypes, or counts that do not fit this batch.
     """
 
 

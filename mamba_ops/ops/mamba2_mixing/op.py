@@ -77,9 +77,9 @@ def mamba2_mixing(
 ) -> Tensor:
     """Mix a batch of decodes and prefills: convolve, advance the states, and write every token's output.
 
-    What stands before it in the layer (the projection) and behind it (gated norm, projection) works on tokens alone, so
-    an engine cuts its graph here: the plan's tensors have fixed sizes and its counts are read by the op, not by the
-    graph. It is composed of causal_conv1d, mamba_chunk_scan, causal_conv1d_update and selective_state_update.
+    The parts of the layer before it (the projection) and after it (gated norm, projection) work on single tokens, so an
+    engine cuts its graph here: the plan's tensors have fixed sizes, and the op reads its counts, not the graph. It is
+    composed of causal_conv1d, mamba_chunk_scan, causal_conv1d_update and selective_state_update.
 
     Args:
         projected: `(tokens, 2 * heads * head_dim + 2 * groups * dstate + heads)`: gate (not read), x, B, C, dt; tokens
@@ -98,10 +98,10 @@ def mamba2_mixing(
         chunk_size: tokens of a chunk in prefills, at most; chunks end at multiples of it from a request's first token.
         dt_min, dt_max: limits of the step sizes after their softplus.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.
-        out: `(tokens, heads, head_dim)`. Mutated. Zero for tokens that no row has; all zero without a plan or rows.
+        out: `(tokens, heads, head_dim)`. Mutated. Zero for padding tokens; all zero without a plan or rows.
 
     Raises:
-        ValueError: before anything is written: shapes, dtypes, or counts that are not this batch's.
+        ValueError: before anything is written: shapes, dtypes, or counts that do not fit this batch.
     """
 
 

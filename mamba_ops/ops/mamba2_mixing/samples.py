@@ -1,4 +1,4 @@
-"""Calls of mamba2_mixing: samples, the patterns of a warm-up, and calls that are wrong."""
+"""Calls of mamba2_mixing: samples, call patterns and wrong calls."""
 
 from collections.abc import Iterator
 from typing import Any

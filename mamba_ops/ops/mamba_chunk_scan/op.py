@@ -111,7 +111,7 @@ def mamba_chunk_scan(
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and nothing else is read or
             stored for it.
         chunk_states: (chunks, heads, dim, dstate), any float dtype; mutated. Row c becomes the state after chunk c,
-            where chunks are numbered through all rows in order. What lies beyond the last chunk stays. At least
+            where chunks are numbered through all rows in order. Entries beyond the last chunk stay. At least
             tokens // chunk_size + n chunks (tokens: n * length without cu_seqlens), with num_computed_tokens n more.
         out: like x, any float dtype; mutated.
 
@@ -124,8 +124,8 @@ def mamba_chunk_scan(
     A row without tokens has no chunk and no output; with a write slot other than its slot, its initial state is copied
     there. No two rows may store to one slot, nor one row store to a slot that another reads.
 
-    The reference asks the host nothing: it lays the tokens out in as many chunks as there can be at most, or in halves,
-    quarters, ... of them, until the square of their size is no more than that of a head's state.
+    The reference reads nothing on the host: it arranges the tokens in as many chunks as there can be, or in halves,
+    quarters, ... of chunks, until the square of their size is at most the size of a head's state.
     """
 
 

@@ -1,4 +1,4 @@
-"""Calls of mamba_chunk_scan: samples, the patterns of a warm-up, and calls that are wrong."""
+"""Calls of mamba_chunk_scan: samples, call patterns and wrong calls."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +25,7 @@ def _samples(
     groups: int = 2,
     chunk_size: int = 8,
 ) -> Iterator[Sample]:
-    """Yield the base call, then calls that change one thing each; rows have two chunks and a half."""
+    """Yield the base call, then calls that change one thing each; rows have two and a half chunks."""
     make = SampleTensors(device, dtype)
     normal, indices = make.normal, make.indices
     length = 5 * chunk_size // 2

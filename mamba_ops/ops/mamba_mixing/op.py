@@ -74,9 +74,9 @@ def mamba_mixing(
 ) -> Tensor:
     """Mix a batch of decodes and prefills: convolve, project to dt, B and C, advance the states, write gated outputs.
 
-    In Mamba-1 step sizes, B and C are made of what was convolved, so their two projections are in here. What stands
-    before and behind it in the layer works on tokens alone; an engine cuts its graph here, as the plan's tensors have
-    fixed sizes and its counts are read by the op, not by the graph. It is composed of causal_conv1d, selective_scan,
+    In Mamba-1 step sizes, B and C are computed from the convolution's output, so their two projections are inside. The
+    parts of the layer before and after it work on single tokens; an engine cuts its graph here: the plan's tensors have
+    fixed sizes, and the op reads its counts, not the graph. It is composed of causal_conv1d, selective_scan,
     causal_conv1d_update and selective_state_update.
 
     Args:
@@ -97,13 +97,13 @@ def mamba_mixing(
             plan, see `mamba_ops.ops._common.mixing.PlanTensors` and `mamba_ops.serving.Plan`; all None: no plan.
         norm_eps: added to the norms' mean squares.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.
-        out: `(tokens, inner)`. Mutated. Zero for tokens that no row has; all zero without a plan or rows.
+        out: `(tokens, inner)`. Mutated. Zero for padding tokens; all zero without a plan or rows.
 
     Rows share two matrix products, whose last bits may change with the number of tokens; nothing else of a row depends
     on the others.
 
     Raises:
-        ValueError: before anything is written: shapes, dtypes, or counts that are not this batch's.
+        ValueError: before anything is written: shapes, dtypes, or counts that do not fit this batch.
     """
 
 

@@ -190,7 +190,9 @@ def _validate(call: Arguments) -> None:
             hint = "the prefix cache keeps states of packed rows at the ends of blocks"
             raise bad_argument(name, got="none", expected="a tensor with block_size", hint=hint)
     if call.write_slots is not None:
-        raise bad_argument("write_slots", got="a tensor", expected="none with block_size", hint="slots says it all")
+        raise bad_argument(
+            "write_slots", got="a tensor", expected="none with block_size", hint="slots has the columns of all blocks"
+        )
     for name, tensor in prefix.items():
         if tensor is not None:
             index_tensor(name, tensor)

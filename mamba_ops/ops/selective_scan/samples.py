@@ -1,4 +1,4 @@
-"""Calls of selective_scan: samples, the patterns of a warm-up, and calls that are wrong."""
+"""Calls of selective_scan: samples, call patterns and wrong calls."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -152,5 +152,5 @@ def _error_inputs(device: torch.device) -> Iterator[ErrorInput]:
         "prefix cache",
         "write_slots",
         lambda _: torch.zeros(3, dtype=torch.int64, device=device),
-        "write_slots: got a tensor, expected none with block_size; slots says it all",
+        "write_slots: got a tensor, expected none with block_size; slots has the columns",
     )

@@ -1,4 +1,4 @@
-"""Calls of selective_state_update: samples, the patterns of a warm-up, and calls that are wrong."""
+"""Calls of selective_state_update: samples, call patterns and wrong calls."""
 
 from collections.abc import Iterator
 from typing import Any
