@@ -79,4 +79,4 @@ def install(*, compiles: bool = True) -> None:
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
     JITFunction.run = compile_only
-    backends.triton.triton.devices = ("cpu", "cuda", "xpu")
+    backends.triton.devices = ("cpu", "cuda", "xpu")

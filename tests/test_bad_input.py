@@ -9,17 +9,21 @@ import torch
 from torch import Tensor
 
 import mamba_ops
-from mamba_ops.registry import Op, Sample
+from mamba_ops.registry import ErrorInput, Op, Sample
 from tests.conftest import ACCELERATOR
 from tests.harness import OPS, with_output
-from tests.ops.tables import tables_of
 
 DEVICE = ACCELERATOR or torch.device("cpu")
 CASES = [
-    pytest.param(op, *case, id=f"{op.name}-{i}-{case[1]}")
+    pytest.param(op, case, id=f"{op.name}-{i}-{case.argument}")
     for op in OPS
-    for i, case in enumerate(tables_of(op).BAD_INPUT)
+    for i, case in enumerate(op.make_error_inputs(DEVICE))
 ]
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_ten_error_inputs_of_every_op(op: Op[...]) -> None:
+    assert len(op.make_error_inputs(DEVICE)) >= 10
 
 
 def changed(op: Op[...], sample: Sample, name: str, change: Callable[[Any], Any]) -> Sample:
@@ -37,19 +41,19 @@ def assert_untouched(before: Sample, after: Sample) -> None:
         assert not isinstance(old, Tensor) or torch.equal(old, new)
 
 
-@pytest.mark.parametrize(("op", "sample", "name", "change", "says"), CASES)
+@pytest.mark.parametrize(("op", "case"), CASES)
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_bad_argument(op: Op[...], sample: str, name: str, change: Callable[[Any], Any], says: str) -> None:
-    [good] = [s for s in op.make_samples(DEVICE) if s.name == sample]
+def test_bad_argument(op: Op[...], case: ErrorInput) -> None:
+    [good] = [s for s in op.make_samples(DEVICE) if s.name == case.sample]
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
         return op(*args, **kwargs)
 
     messages = []
     for call in (op, torch.compile(run, fullgraph=True, backend="aot_eager")):
-        bad = changed(op, good, name, change)
+        bad = changed(op, good, case.argument, case.change)
         before = bad.clone()
-        with torch.no_grad(), pytest.raises(ValueError, match=rf"^mamba_ops::{op.name}: {says}") as error:
+        with torch.no_grad(), pytest.raises(ValueError, match=rf"^mamba_ops::{op.name}: {case.error}") as error:
             call(*bad.args, **bad.kwargs)
         messages.append(str(error.value))
         assert_untouched(before, bad)
@@ -118,7 +122,7 @@ def test_slots_out_of_range_are_noticed_on_a_cpu(op: Op[...]) -> None:
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_one_slot_out_of_range_leaves_all_rows_as_they_were(op: Op[...]) -> None:
-    """Whichever entry of a table it is, of whichever sample: an entry that nobody reads does no harm."""
+    """Whichever entry of a table it is, of whichever sample: an entry that no row reads does no harm."""
     refused = dict.fromkeys(("slots", "write_slots"), 0)
     tables = [(good, name) for good in op.make_samples("cpu") for name in refused if good.kwargs.get(name) is not None]
     for good, name in tables:

@@ -49,7 +49,7 @@ def test_every_bug_can_be_planted(op: Op[...]) -> None:
 
 @pytest.fixture
 def planted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Op[...], str]]:
-    """An op, and the name of a backend whose kernel is ours with one bug in it."""
+    """An op, and the name of a backend that has our kernel with one bug in it."""
     op, _, bug = request.param
     kernel = composed_with(bug, op) if op.composed else triton_with(bug, op, tmp_path)
     backend = Backend("mutant", devices=[DEVICE.type])
@@ -100,7 +100,8 @@ def test_planted_bug_is_caught(planted: tuple[Op[...], str]) -> None:
 
 def _load(path: Path, source: str) -> ModuleType:
     path.write_text(source)  # Triton reads the source of its kernels from a file
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # The last but one part of a kernel's module is its op; this one must not replace the real op's launches.
+    spec = importlib.util.spec_from_file_location(f"mutants.{path.stem}.triton", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -4,6 +4,8 @@ import dataclasses
 import re
 import sys
 
+from mamba_ops.registry import ops
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -149,16 +151,6 @@ RULES = {
     ),
 }
 
-REPLACEMENTS = [  # what this library has for functions of others, by name
-    (r"causal_conv1d_update", "mamba_ops.causal_conv1d_update"),
-    (r"causal_conv1d|short_?conv", "mamba_ops.causal_conv1d"),
-    (r"selective_state_update", "mamba_ops.selective_state_update"),
-    (r"mamba_chunk_scan|ssd_|mamba_split_conv1d", "mamba_ops.mamba_chunk_scan"),
-    (r"selective_scan|mamba_inner", "mamba_ops.selective_scan"),
-    (r"chunk_gated_delta_rule", "mamba_ops.chunk_gated_delta_rule"),
-    (r"(fused_recurrent_)?gated_delta_rule", "mamba_ops.gated_delta_rule_update"),
-]
-
 _TYPES = [  # torch's name for a break, what its context says, the cause
     (r"Tensor\.item\(\)", r"", "item"),
     (r"Data dependent operator", r"_local_scalar_dense|item", "item"),
@@ -239,6 +231,13 @@ def guard_subject(guard: str) -> str:
 
 def remedy(cause: str, op: str, *around: str) -> str:
     """Return the sentence; `around` are texts that may name a function of others, the nearest first."""
-    found = (ours for text in (op, *around) for pattern, ours in REPLACEMENTS if re.search(pattern, text))
+    found = (ours for text in (op, *around) if (ours := _replacement(text)))
     replacement = next(found, "torch.library.custom_op")
     return RULES[cause].remedy.format(op=op, replacement=replacement)
+
+
+def _replacement(text: str) -> str | None:
+    """Return the op of this library that a function named in a text stands for: where several do, the longest name."""
+    names = {op.name: re.search(op.replaces, text) for op in ops().values() if op.replaces}
+    found = {name: len(match[0]) for name, match in names.items() if match}
+    return f"mamba_ops.{max(found, key=found.__getitem__)}" if found else None

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mamba_ops.cold_start.forms import FORMS, Draw
 from mamba_ops.cold_start.specialization import our_modules
+from mamba_ops.ops._common.random_inputs import RandomInputs
 from mamba_ops.registry import Sample, ops, use_backend
 from mamba_ops.registry.errors import unknown
 from mamba_ops.registry.jit import allow_jit
@@ -50,7 +50,7 @@ def tune(
         names: the ops.
         device: where to run; the table is for all devices of its family.
         folder: where the table is, for MAMBA_OPS_CONFIG_DIR.
-        sizes: static sizes, by the names that `mamba_ops.cold_start.forms.SIZES` has.
+        sizes: static sizes, by the names that the ops' call patterns ask for.
         dtype, state_dtype: of activations and states.
         progress: is told what is being done, how much of it is, and of how much.
         clock: returns the milliseconds of a call; None: Triton's own benchmark.
@@ -58,11 +58,12 @@ def tune(
     Raises:
         ValueError: a name of no op, or of one without Triton kernels of its own.
     """
+    known = sorted(name for name, op in ops().items() if op.patterns and not op.composed)
     for name in names:
         if name not in ops():
-            raise unknown("op", name, FORMS)
-        if name not in FORMS:
-            raise ValueError(f"{name} has no launches of its own; ops to tune: {', '.join(sorted(FORMS))}")
+            raise unknown("op", name, known)
+        if name not in known:
+            raise ValueError(f"{name} has no launches of its own; ops to tune: {', '.join(known)}")
     from mamba_ops.ops._triton import launch_config
 
     our_modules()  # so that all rules are known
@@ -93,11 +94,11 @@ def _workloads(
     name: str, device: torch.device, sizes: Mapping[str, int], dtype: torch.dtype, state_dtype: torch.dtype
 ) -> Iterator[Sample]:
     """What serving does most: long prompts and many, or the next token of many sequences."""
-    forms, call = FORMS[name]
-    reads = "packed cached" in forms
+    op, prefill = ops()[name], "packed cached"
+    reads = prefill in op.patterns
     for rows, length in READS if reads else UPDATES:
-        draw = Draw(device, rows, length, sizes=dict(sizes), dtype=dtype, state_dtype=state_dtype)
-        yield call(draw, "packed cached" if reads else "one token")
+        random = RandomInputs(device, rows, length, sizes=sizes, dtype=dtype, state_dtype=state_dtype)
+        yield op.make_call(random, prefill if reads else op.patterns[0])
 
 
 def _keys_of(name: str, samples: list[Sample], chosen: list[Any]) -> list[dict[str, Any]]:

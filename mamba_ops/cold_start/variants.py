@@ -1,7 +1,7 @@
 """How many variants of each kernel Triton compiles as token counts, batches, strides and addresses vary.
 
-Each op is called thirty times in each of its forms (dense or packed, cached or not, speculative or not), with random
-numbers of rows and tokens and tensors at random places. Triton's own hook says which variant every launch asks for.
+Each op is called thirty times in each of its call patterns (dense or packed, cached or not, speculative or not), with
+random numbers of rows and tokens and tensors at random places. Triton's own hook says which variant a launch asks for.
 """
 
 import random
@@ -13,19 +13,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mamba_ops.cold_start.forms import FORMS, Draw
 from mamba_ops.cold_start.specialization import Finding, audit_sources, our_modules
+from mamba_ops.ops._common.random_inputs import RandomInputs
 from mamba_ops.registry import ops, use_backend
 
 CALLS = 30
-ALLOWED = 2  # of each kernel and form: one for aligned addresses, one for any
+ALLOWED = 2  # of each kernel and pattern: one for aligned addresses, one for any
 
 
 class Variants(NamedTuple):
-    """How many variants of one kernel the calls of one form of an op asked for."""
+    """How many variants of one kernel the calls of one pattern of an op asked for."""
 
     op: str
-    form: str
+    pattern: str
     kernel: str
     variants: int
     allowed: int
@@ -33,7 +33,7 @@ class Variants(NamedTuple):
     """Why there may be more than two: from `MORE_VARIANTS`, beside the kernel."""
 
     def __str__(self) -> str:
-        text = f"{self.op}, {self.form}: {self.kernel}: {self.variants} variants in {CALLS} calls"
+        text = f"{self.op}, {self.pattern}: {self.kernel}: {self.variants} variants in {CALLS} calls"
         return f"{text}; up to {self.allowed}: {self.reason}" if self.reason else text
 
 
@@ -73,15 +73,14 @@ def audit_specialization(device: torch.device | str, *, compiles: bool = False) 
     where, rows = torch.device(device), []
     modules = our_modules()
     more = {m.__name__: getattr(m, "MORE_VARIANTS", {}) for m in modules}
-    for name, (forms, call) in FORMS.items():
-        op = ops()[name]
-        for form in forms:
-            samples = (call(draw, form) for draw in _draws(where))
+    for op in ops().values():
+        for pattern in () if op.composed else op.patterns:
+            samples = (op.make_call(random_inputs, pattern) for random_inputs in _random_inputs(where))
             asked = variants_of(modules, (partial(op, *s.args, **s.kwargs) for s in samples), compiles=compiles)
             for (module, function), keys in sorted(asked.items()):
                 allowed, reason = more[module].get(function, (ALLOWED, ""))
                 kernel = f"{module.rpartition('.')[2]}.{function}"
-                rows.append(Variants(name, form, kernel, len(keys), allowed, reason))
+                rows.append(Variants(op.name, pattern, kernel, len(keys), allowed, reason))
     return Specialization(audit_sources(*modules), rows)
 
 
@@ -116,9 +115,9 @@ def variants_of(
     return asked
 
 
-def _draws(device: torch.device) -> Iterator[Draw]:
+def _random_inputs(device: torch.device) -> Iterator[RandomInputs]:
     rng = random.Random(0)
     special = [(1, 1), (16, 16), (1, 64), (64, 1), (17, 33), (2, 128)]  # what Triton has an eye for, among others
     for number in range(CALLS):
         rows, length = special[number] if number < len(special) else (rng.randint(1, 40), rng.randint(1, 150))
-        yield Draw(device, rows, length, rng)
+        yield RandomInputs(device, rows, length, rng)

@@ -1,1 +1,1 @@
-"""What several ops share: checks of arguments, slot tables, chunks, rounding, and the mixing ops' plans."""
+"""What several ops share: checks of arguments, slot tables, chunk layouts, rounding, plans, inputs for samples."""

@@ -1,8 +1,11 @@
-"""What the checks of several ops ask of their arguments.
+"""Checks of arguments that several ops make.
 
 Each function returns quietly or raises the ValueError that names the argument, what it is and what it should be.
-None of them reads a stride or a value, so that a verdict can be remembered.
+None of them reads a stride or a value, so that the result holds for every call with the same shapes and dtypes.
 """
+
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +14,9 @@ from mamba_ops.registry.errors import bad_argument
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INDICES = (torch.int32, torch.int64)
+_SEQUENCE_ARGUMENTS = frozenset(
+    ["cu_seqlens", "slots", "write_slots", "has_initial_state", "num_computed_tokens", "num_accepted_tokens"]
+)
 
 
 def tensor_rank(name: str, tensor: Tensor, layouts: dict[int, str], *, hint: str = "") -> None:
@@ -41,6 +47,18 @@ def one_device(device: torch.device, of: str = "x", /, **tensors: Tensor | None)
             raise bad_argument(name, got=str(tensor.device), expected=expected, hint="move one of them")
 
 
+def check_tensors(call: Any, of: str, *, indices: Collection[str] = (), elsewhere: Collection[str] = ()) -> None:
+    """All tensors of a call are on the device of the argument `of`, and hold floating-point numbers.
+
+    Not held to be floating: what ops know of their sequences, and the arguments `indices`. Arguments that are checked
+    `elsewhere` are left out.
+    """
+    tensors = {"out" if n == "output" else n: t for n, t in call._asdict().items() if isinstance(t, Tensor)}
+    tensors = {n: t for n, t in tensors.items() if n not in elsewhere}
+    floating(**{n: t for n, t in tensors.items() if n not in indices and n not in _SEQUENCE_ARGUMENTS})
+    one_device(tensors[of].device, of, **tensors)
+
+
 def index_tensor(name: str, tensor: Tensor) -> None:
     """`tensor` holds indices: int32 or int64."""
     if tensor.dtype not in _INDICES:
@@ -55,7 +73,7 @@ def slot_table(name: str, table: Tensor | None, *, rows: int, columns: int = 1) 
     tensor_rank(name, table, {1: "(rows,)", 2: "(rows, columns)"})
     height, width = table.shape[0], table.shape[1] if table.dim() == 2 else 1
     if height < rows:
-        hint = "give every row a slot; the null slot is for a row that is nobody"
+        hint = "give every row a slot; the null slot is for padding rows"
         raise bad_argument(name, got=f"{height} rows", expected=f"at least {rows}", hint=hint)
     if width < columns:
         hint = "every token of a row needs a column to keep its state in" if columns > 1 else "column 0 is the slot"
@@ -63,7 +81,7 @@ def slot_table(name: str, table: Tensor | None, *, rows: int, columns: int = 1) 
 
 
 def slot_for_each(name: str, cache: Tensor, slots: Tensor | None, *, rows: int) -> None:
-    """`cache` has a slot for each of `rows` rows, where no table says which is whose."""
+    """`cache` has a slot for each of `rows` rows, where no table assigns them."""
     if slots is None and cache.shape[0] < rows:
         hint = "without slots, row i uses slot i"
         raise bad_argument(name, got=f"{cache.shape[0]} slots", expected=f"at least {rows}", hint=hint)
@@ -77,7 +95,7 @@ def initial_flags(name: str, cache: Tensor | None, has_initial_state: Tensor | N
         raise bad_argument("has_initial_state", got=short(has_initial_state.dtype), expected="bool")
     shape_is("has_initial_state", has_initial_state, (rows,), hint="one for each row")
     if cache is None:
-        raise bad_argument(name, got="none", expected="a cache", hint="has_initial_state says who reads it")
+        raise bad_argument(name, got="none", expected="a cache", hint="has_initial_state says which rows read it")
 
 
 def packed_rows(cu_seqlens: Tensor | None) -> None:

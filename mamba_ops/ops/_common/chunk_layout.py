@@ -1,4 +1,4 @@
-"""How the references of the chunked ops lay the tokens of all rows out, without asking the host about any length."""
+"""How references of chunked ops arrange the tokens of all rows in chunks, without reading lengths on the host."""
 
 from typing import NamedTuple
 
@@ -17,35 +17,35 @@ def most_chunks(tokens: int, n: int, chunk_size: int, num_computed_tokens: Tenso
     return tokens // chunk_size + (n if num_computed_tokens is None else 2 * n)
 
 
-class Pieces(NamedTuple):
-    """Where the tokens of all rows go when they are laid out in pieces of chunks."""
+class ChunkLayout(NamedTuple):
+    """The tokens of all rows arranged in pieces: chunks, or equal parts of them."""
 
-    row: Tensor  # (pieces,): whose it is
+    row: Tensor  # (pieces,): the row that it belongs to
     number: Tensor  # (pieces,): its number within the row
     closes: Tensor  # (pieces,): whether it is the last one of its chunk
     token: Tensor  # (pieces, size): the tokens there, by their place among all rows' tokens; 0 where there is none
     inside: Tensor  # (pieces, size): whether there is one
-    of_row: Tensor  # (n,): how many pieces a row has
+    of_row: Tensor  # (n,): how many pieces each row has
     end: Tensor  # (n,): the piece after its last one
     longest: int  # the most pieces that a row can have
     packed: bool  # whether all rows' tokens are packed, as they are with cu_seqlens
 
-    def laid_out(self, tokens: Tensor, inside: Tensor, dtype: torch.dtype) -> Tensor:
+    def gather(self, tokens: Tensor, inside: Tensor, dtype: torch.dtype) -> Tensor:
         """An activation as (pieces, size, ...), zero where not `inside`."""
         tokens = (tokens if self.packed else tokens.flatten(0, 1))[self.token]
         return torch.where(inside.view(*inside.shape, *[1] * (tokens.dim() - 2)), tokens, 0).to(dtype)
 
     def store(self, output: Tensor, values: Tensor) -> None:
-        """Store what is `laid_out` where its tokens are in `output`; the rest of that stays as it is."""
+        """Store values that are arranged so at their tokens in `output`; the rest of it stays."""
         packed = output if self.packed else output.new_empty(output.flatten(0, 1).shape)
         store_rows(packed, self.token.flatten(), values.flatten(0, 1), self.inside.flatten())
         if not self.packed:
             output.copy_(packed.view(output.shape))
 
 
-def lay_out(
+def chunk_layout(
     x: Tensor, size: int, per_chunk: int, cu_seqlens: Tensor | None, num_computed_tokens: Tensor | None
-) -> Pieces:
+) -> ChunkLayout:
     """Number the pieces of all rows in order, as many as there can be; those beyond the last hold no token."""
     n = row_count(x, cu_seqlens)
     if cu_seqlens is None:
@@ -73,4 +73,4 @@ def lay_out(
     place = (number * size - skipped[row]).unsqueeze(1) + torch.arange(size, device=x.device)
     inside = exists.unsqueeze(1) & (place >= 0) & (place < lengths[row].unsqueeze(1))
     token = torch.where(inside, starts[row].unsqueeze(1) + place, 0)
-    return Pieces(row, number, closes, token, inside, of_row, end, longest, cu_seqlens is not None)
+    return ChunkLayout(row, number, closes, token, inside, of_row, end, longest, cu_seqlens is not None)

@@ -7,5 +7,5 @@ from torch.nn import functional
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last axis: in float32 at least, rounded once."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return functional.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps).to(x.dtype)
+    upcast = torch.promote_types(x.dtype, torch.float32)
+    return functional.rms_norm(x.to(upcast), x.shape[-1:], weight.to(upcast), eps).to(x.dtype)

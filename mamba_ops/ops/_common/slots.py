@@ -1,4 +1,4 @@
-"""How the references of the cached ops read slot tables and store rows, without asking the host about any value."""
+"""How the references of the cached ops read slot tables and store rows, without reading any value on the host."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def is_null(slots: Tensor, null_slot: int) -> Tensor:
-    """Whether each slot means "nobody"."""
+def is_padding(slots: Tensor, null_slot: int) -> Tensor:
+    """Whether each slot is that of a padding row."""
     return (slots < 0) | (slots == null_slot)
 
 
@@ -17,50 +17,54 @@ def slot_columns(table: Tensor, rows: int) -> Tensor:
 
 
 def row_slots(table: Tensor | None, rows: int, null_slot: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The slots of all rows, `(rows, columns)`, and which of them are somebody's: without a table row i has slot i."""
+    """The slots of all rows, `(rows, columns)`, and which of them are no padding: without a table row i has slot i."""
     if table is None:
         return torch.arange(rows, device=device).unsqueeze(1), torch.ones(rows, 1, dtype=torch.bool, device=device)
     slots = slot_columns(table, rows)
-    return slots, ~is_null(slots, null_slot)
+    return slots, ~is_padding(slots, null_slot)
 
 
-def require_slots(cache: Tensor, slots: Tensor, live: Tensor) -> None:
-    """Raise IndexError, before anything is written, if a live slot is not in `cache` (a device-side assert on GPUs)."""
-    cache.new_empty(()).expand(cache.shape[0])[torch.where(live, slots, 0)]
+def require_slots(cache: Tensor, slots: Tensor, is_active: Tensor) -> None:
+    """Raise IndexError before anything is written if an active slot is not in `cache`; a device-side assert on GPUs."""
+    cache.new_empty(()).expand(cache.shape[0])[torch.where(is_active, slots, 0)]
 
 
 class Ends(NamedTuple):
-    """Where each of n rows begins and where its last state goes, all (n,)."""
+    """Which slots n rows read and write; all (n,)."""
 
-    source: Tensor
-    somebody: Tensor
-    target: Tensor
-    stored: Tensor
+    source: Tensor  # the slot of the initial state
+    is_active: Tensor  # whether the row is no padding
+    target: Tensor  # the slot of the last state
+    stored: Tensor  # whether that is stored
 
 
 def row_ends(
     slots: Tensor | None, write_slots: Tensor | None, null_slot: int, empty: Tensor, cache: Tensor | None
 ) -> Ends:
-    """Read both tables; a row that is `empty` stores only where it moves. Raises IndexError as `require_slots` does."""
+    """Read both tables. A row without tokens (`empty`) stores its initial state, if its two slots differ.
+
+    Raises:
+        IndexError: as `require_slots`.
+    """
     n, device = empty.shape[0], empty.device
-    source, somebody = (t[:, 0] for t in row_slots(slots, n, null_slot, device))
-    target, stored = source, somebody & ~empty
+    source, is_active = (t[:, 0] for t in row_slots(slots, n, null_slot, device))
+    target, stored = source, is_active & ~empty
     if write_slots is not None:
         target, written = (t[:, 0] for t in row_slots(write_slots, n, null_slot, device))
-        stored = somebody & written & ~(empty & (target == source))
+        stored = is_active & written & ~(empty & (target == source))
     if cache is not None:
-        require_slots(cache, source, somebody)
+        require_slots(cache, source, is_active)
         require_slots(cache, target, stored)
-    return Ends(source, somebody, target, stored)
+    return Ends(source, is_active, target, stored)
 
 
 class UpdateEnds(NamedTuple):
-    """Where each of n rows begins, both (n,), and where its states after its first tokens go, both (n, kept)."""
+    """Which slots n rows read and write: after each of their first `kept` tokens, or once, after the last one."""
 
-    source: Tensor
-    live: Tensor
-    target: Tensor
-    stored: Tensor
+    source: Tensor  # (n,): the slot of the initial state
+    is_active: Tensor  # (n,): whether the row is no padding, and has tokens
+    target: Tensor  # (n, kept): the slots of these states
+    stored: Tensor  # (n, kept): whether each is stored
 
 
 def update_ends(
@@ -73,49 +77,49 @@ def update_ends(
 ) -> UpdateEnds:
     """Read both tables for rows whose tokens are `inside`, (n, length); raises IndexError as `require_slots` does.
 
-    A row that goes on from its accepted tokens keeps the state after every token, as far as there are columns; any
-    other keeps one, the last, in column 0.
+    With num_accepted_tokens a row keeps the state after every token, as far as there are columns; otherwise it keeps
+    the last one, in column 0.
     """
     (n, length), device = inside.shape, inside.device
-    columns, somebody = row_slots(slots, n, null_slot, device)
-    target, stored = (columns, somebody) if write_slots is None else row_slots(write_slots, n, null_slot, device)
+    columns, is_active = row_slots(slots, n, null_slot, device)
+    target, stored = (columns, is_active) if write_slots is None else row_slots(write_slots, n, null_slot, device)
     first, kept = torch.zeros_like(columns[:, :1]), 1
     if num_accepted_tokens is not None:
         first = (num_accepted_tokens.long().unsqueeze(1) - 1).clamp(0, columns.shape[1] - 1)
         kept = min(length, target.shape[1])
     source = columns.gather(1, first).squeeze(1)
-    live = somebody.gather(1, first).squeeze(1) & inside[:, 0]
-    target, stored = target[:, :kept], stored[:, :kept] & inside[:, :kept] & live.unsqueeze(1)
+    is_active = is_active.gather(1, first).squeeze(1) & inside[:, 0]
+    target, stored = target[:, :kept], stored[:, :kept] & inside[:, :kept] & is_active.unsqueeze(1)
     if cache is not None:
-        require_slots(cache, source, live)
+        require_slots(cache, source, is_active)
         require_slots(cache, target, stored)
-    return UpdateEnds(source, live, target, stored)
+    return UpdateEnds(source, is_active, target, stored)
 
 
 def initial_states(cache: Tensor, ends: Ends, has_initial_state: Tensor, dtype: torch.dtype) -> Tensor:
-    """The states that rows begin with: those in `cache`, or zero."""
-    carried = ends.somebody & has_initial_state
+    """The initial states of rows: those in `cache`, or zero."""
+    carried = ends.is_active & has_initial_state
     states = cache[torch.where(carried, ends.source, 0)]
     return torch.where(carried.view(-1, *[1] * (cache.dim() - 1)), states, 0).to(dtype)
 
 
-def store_rows(target: Tensor, index: Tensor, values: Tensor, live: Tensor) -> None:
-    """Set `target[index[i]] = values[i]` for every live i; all other rows of `target` keep their bits.
+def store_rows(target: Tensor, index: Tensor, values: Tensor, is_active: Tensor) -> None:
+    """Set `target[index[i]] = values[i]` for every active i; all other rows of `target` keep their bits.
 
-    An i that is not live repeats the store of the first live one, so that stores to one place carry the same bits,
-    whichever comes last. With none live, row 0 of `target` is stored back as it is.
+    An inactive i repeats the store of the first active one, so that stores to one place carry the same bits, whichever
+    comes last. With no active one, row 0 of `target` is stored back as it is.
     """
     if index.numel() == 0 or target.numel() == 0:
         return
     values = values.to(target.dtype)
-    first = live.int().argmax().unsqueeze(0)  # indexing with a tensor of no dimension would read it on the host
-    any_live = live.index_select(0, first)
-    spare_index = torch.where(any_live, index.index_select(0, first), 0)
+    first = is_active.int().argmax().unsqueeze(0)  # indexing with a tensor of no dimension would read it on the host
+    any_active = is_active.index_select(0, first)
+    spare_index = torch.where(any_active, index.index_select(0, first), 0)
     spare = torch.where(
-        any_live.view([1] * values.dim()), values.index_select(0, first), target.index_select(0, spare_index)
+        any_active.view([1] * values.dim()), values.index_select(0, first), target.index_select(0, spare_index)
     )
-    live_values = live.view(-1, *[1] * (values.dim() - 1))
-    target[torch.where(live, index, spare_index)] = torch.where(live_values, values, spare)
+    chosen = is_active.view(-1, *[1] * (values.dim() - 1))
+    target[torch.where(is_active, index, spare_index)] = torch.where(chosen, values, spare)
 
 
 def padded_rows(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,17 +6,14 @@ import torch
 from torch import Tensor
 
 from mamba_ops.backends import triton
-from mamba_ops.ops._common.checking import floating, one_device, packed_rows, shape_is, short, slot_table, tensor_rank
+from mamba_ops.ops._common.checking import check_tensors, packed_rows, shape_is, short, slot_table, tensor_rank
+from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
 
 
-def _sequence_count(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
 class Arguments(NamedTuple):
-    """A call of causal_conv1d: what its validation and its kernels are given."""
+    """A call of causal_conv1d: what its checks and its kernels get."""
 
     x: Tensor
     weight: Tensor
@@ -31,7 +28,10 @@ class Arguments(NamedTuple):
 
 
 @mamba.op(
-    mutates=("conv_state", "out"), reference="mamba_ops.ops.causal_conv1d.reference:causal_conv1d", arguments=Arguments
+    mutates=("conv_state", "out"),
+    reference="mamba_ops.ops.causal_conv1d.reference:causal_conv1d",
+    arguments=Arguments,
+    replaces="causal_conv1d|short_?conv",
 )
 def causal_conv1d(
     x: Tensor,
@@ -52,14 +52,14 @@ def causal_conv1d(
         x: `(n, length, dim)`, or packed `(tokens, dim)` with `cu_seqlens`.
         weight: `(dim, width)`, width 2 to 8, oldest tap first.
         bias: `(dim,)`.
-        cu_seqlens: int32 or int64 `(n + 1,)`; sequence i owns tokens cu_seqlens[i] up to cu_seqlens[i + 1].
+        cu_seqlens: int32 or int64 `(n + 1,)`; sequence i has tokens cu_seqlens[i] up to cu_seqlens[i + 1].
         conv_state: `(slots, dim, state_len)`, state_len >= width - 1; column 0 is the oldest input. Mutated.
             None: every sequence starts from zeros and nothing is kept.
         slots: int32 or int64 `(>= n,)` or `(>= n, columns)`, of which column 0 is read; two sequences must not share a
-            slot. None: sequence i uses slot i, and no sequence is null.
+            slot. None: sequence i uses slot i, and none is padding.
         has_initial_state: bool `(n,)`; which sequences go on from their slot. None: they all start from zeros.
         silu: apply silu to the result.
-        null_slot: a sequence whose slot is this or negative is nobody: its output is zero and no state is touched.
+        null_slot: a sequence with this slot, or a negative one, is padding: its output is zero and no state is touched.
         out: like `x`, of any floating dtype, in other memory. Mutated.
 
     All floating dtypes mix; everything is computed in float32 (float64 for float64 `x`) and rounded once at each store.
@@ -81,17 +81,7 @@ def _output(x: Tensor) -> Tensor:
 
 @causal_conv1d.validate
 def _validate(call: Arguments) -> None:
-    floating(x=call.x, weight=call.weight, bias=call.bias, conv_state=call.conv_state, out=call.output)
-    one_device(
-        call.x.device,
-        weight=call.weight,
-        bias=call.bias,
-        cu_seqlens=call.cu_seqlens,
-        conv_state=call.conv_state,
-        slots=call.slots,
-    )
-    one_device(call.x.device, has_initial_state=call.has_initial_state, out=call.output)
-
+    check_tensors(call, "x")
     packed_rows(call.cu_seqlens)
     if call.cu_seqlens is None:
         tensor_rank("x", call.x, {3: "(n, length, dim)"}, hint="packed sequences need cu_seqlens")
@@ -101,7 +91,7 @@ def _validate(call: Arguments) -> None:
         )
     tensor_rank("weight", call.weight, {2: "(dim, width)"}, hint="squeeze the middle axis of a Conv1d's weight")
 
-    n, dim, width = _sequence_count(call.x, call.cu_seqlens), call.x.shape[-1], call.weight.shape[1]
+    n, dim, width = row_count(call.x, call.cu_seqlens), call.x.shape[-1], call.weight.shape[1]
     if not 2 <= width <= 8:
         raise bad_argument("weight", got=f"width {width}", expected="a width of 2 to 8")
     shape_is("weight", call.weight, (dim, width), hint="its dim is the last axis of x")
@@ -116,7 +106,7 @@ def _validate(call: Arguments) -> None:
     if call.conv_state is None:
         for name, tensor in {"slots": call.slots, "has_initial_state": call.has_initial_state}.items():
             if tensor is not None:
-                hint = "pass the cache that it speaks of, or leave both out"
+                hint = "pass the cache that it refers to, or leave both out"
                 raise bad_argument(name, got="a tensor", expected="None where there is no conv_state", hint=hint)
         return
     tensor_rank("conv_state", call.conv_state, {3: "(slots, dim, state_len)"})

@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
+from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._common.slots import row_slots, store_rows
-from mamba_ops.ops.causal_conv1d.op import Arguments, _sequence_count
+from mamba_ops.ops.causal_conv1d.op import Arguments
 
 _BLOCK = 2**17  # numbers that the reference convolves at a time: a CPU's cache holds them
 
 
 def causal_conv1d(call: Arguments) -> None:
-    n = _sequence_count(call.x, call.cu_seqlens)
+    n = row_count(call.x, call.cu_seqlens)
     if n == 0 or call.x.numel() == 0:
         return
     dim, width = call.weight.shape
@@ -22,14 +23,14 @@ def causal_conv1d(call: Arguments) -> None:
     else:
         starts, ends = call.cu_seqlens[:-1].long(), call.cu_seqlens[1:].long()
     starts, lengths = starts.unsqueeze(1), (ends - starts).unsqueeze(1)
-    slot, live = (column[:, 0] for column in row_slots(call.slots, n, call.null_slot, call.x.device))
+    slot, is_active = (column[:, 0] for column in row_slots(call.slots, n, call.null_slot, call.x.device))
     tokens = call.x.reshape(-1, dim)
     total = tokens.shape[0]
 
     past = call.x.new_zeros(n, history, dim)
     if call.conv_state is not None:
-        known = torch.zeros_like(live) if call.has_initial_state is None else call.has_initial_state & live
-        columns = call.conv_state[torch.where(live, slot, 0), :, :history].transpose(1, 2)
+        known = torch.zeros_like(is_active) if call.has_initial_state is None else call.has_initial_state & is_active
+        columns = call.conv_state[torch.where(is_active, slot, 0), :, :history].transpose(1, 2)
         past = torch.where(known[:, None, None], columns, 0)
     entry = torch.arange(history, device=call.x.device)
     first = starts + entry  # the first tokens of each sequence, and what follows where it is shorter
@@ -47,11 +48,11 @@ def causal_conv1d(call: Arguments) -> None:
         if call.silu:  # not torch.sigmoid: on a CPU its last bit depends on an element's place
             acc /= torch.neg(acc, out=scratch).exp_().add_(1)
 
-    # All tokens as if they were one sequence; then those again that look into the past of their own.
+    # All tokens as if they were one sequence; then those again that look back into their own past.
     token = torch.arange(total, device=call.x.device)
     row = torch.bucketize(token, ends.contiguous(), right=True).clamp(max=n - 1)
     if call.slots is not None:
-        nobody = ~live[row].unsqueeze(1)
+        is_padding_token = ~is_active[row].unsqueeze(1)
     if call.cu_seqlens is not None:
         owned = ((token >= starts[row, 0]) & (token < ends[row])).unsqueeze(1)
     flat = call.output.reshape(-1, dim)
@@ -62,13 +63,13 @@ def causal_conv1d(call: Arguments) -> None:
         acc, scratch = buffers[:, : part.stop - begin]
         convolve(tokens[begin - history : part.stop].to(compute), acc, scratch)
         if call.slots is not None:
-            acc.masked_fill_(nobody[part], 0)
+            acc.masked_fill_(is_padding_token[part], 0)
         flat[part] = acc if call.cu_seqlens is None else torch.where(owned[part], acc.to(flat.dtype), flat[part])
     if flat.data_ptr() != call.output.data_ptr():
         call.output.copy_(flat.view(call.output.shape))
     acc, scratch = taps.new_empty(2, n, history, dim)
     convolve(torch.cat((past, firsts), dim=1).to(compute), acc, scratch)
-    acc.masked_fill_(~live[:, None, None], 0)
+    acc.masked_fill_(~is_active[:, None, None], 0)
     if call.cu_seqlens is None:
         call.output[:, :history] = acc[:, : call.x.shape[1]]
     else:
@@ -79,4 +80,4 @@ def causal_conv1d(call: Arguments) -> None:
         old = past[rows.unsqueeze(1), entry.clamp(max=history - 1)].to(call.conv_state.dtype)
         new = tokens[(starts + entry - history).clamp(0, total - 1)].to(call.conv_state.dtype)
         kept = torch.where((entry < history).unsqueeze(-1), old, new).transpose(1, 2)
-        store_rows(call.conv_state[..., :history], slot, kept, live & (lengths.squeeze(1) > 0))
+        store_rows(call.conv_state[..., :history], slot, kept, is_active & (lengths.squeeze(1) > 0))

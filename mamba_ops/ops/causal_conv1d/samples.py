@@ -1,4 +1,4 @@
-"""Calls of causal_conv1d: samples, the patterns of a warm-up, and calls that are wrong."""
+"""Calls of causal_conv1d: samples, call patterns and wrong calls."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.checking import short
+from mamba_ops.ops._common.random_inputs import SEQUENCE_PATTERNS, RandomInputs
+from mamba_ops.ops._common.samples import SampleTensors, error_table
 from mamba_ops.ops.causal_conv1d.op import causal_conv1d
-from mamba_ops.registry import Sample
+from mamba_ops.registry import ErrorInput, Sample
 
 
 @causal_conv1d.samples
@@ -22,20 +24,15 @@ def _samples(
     length: int = 6,
 ) -> Iterator[Sample]:
     """Yield the base call, then calls that change one thing each; `length` is that of dense sequences."""
-    random = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=random).to(device, dtype)
+    make = SampleTensors(device, dtype)
+    normal, indices = make.normal, make.indices
 
     def cache(*, width: int = width, extra: int = 0, unused: int = 0, dtype: torch.dtype = state_dtype) -> Tensor:
         """Six slots, `dim` contiguous, with `extra` columns beyond width - 1 and `unused` ones between the slots."""
         return normal(6, width - 1 + extra + unused, dim, dtype=dtype)[:, unused:].transpose(1, 2)
 
-    def indices(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
     x, weight, bias, slots = normal(3, length, dim), normal(dim, width), normal(dim), indices(5, 0, 3)
-    known = torch.tensor((True, False, True), device=device)
+    known = indices(True, False, True, dtype=torch.bool)
 
     def base(**changes: Any) -> dict[str, Any]:
         return {"bias": bias, "conv_state": cache(), "slots": slots, "has_initial_state": known, **changes}
@@ -94,3 +91,44 @@ def _samples(
     state = cache(extra=1, unused=1, dtype=torch.float32)
     everything = {**past, "conv_state": state, "slots": table.roll(1, 0), "null_slot": 5, "silu": False}
     yield Sample("everything", (normal(tokens + length, 3 * dim)[:, dim : 2 * dim], weight), everything)
+
+
+@causal_conv1d.call_patterns(*SEQUENCE_PATTERNS)
+def _call(random: RandomInputs, pattern: str) -> Sample:
+    words, dim, width = random.lay_out(pattern), random.size("channels", 64), random.size("width", 4)
+    options = random.sequence_arguments(words)
+    if "cached" in words:
+        options["conv_state"] = random.cache(width - 1, dim, dtype=random.dtype).transpose(1, 2)
+    return Sample(pattern, (random.tokens(dim), random.weight(dim, width), random.weight(dim)), options)
+
+
+_ERROR_INPUTS = error_table(
+    ("base", "x", lambda x: x[0], r"got shape \(6, 24\), expected \(n, length, dim\); packed sequences need"),
+    ("base", "x", lambda x: x.int(), "got int32, expected float16"),
+    ("base", "x", lambda x: x[..., :20], r"weight: got shape \(24, 4\), expected \(20, 4\); its dim is the last axis"),
+    ("packed", "x", lambda x: x[None], r"got shape \(1, 51, 24\), expected \(tokens, dim\); with cu_seqlens"),
+    ("base", "weight", lambda w: w.unsqueeze(1), r"got shape \(24, 1, 4\), expected \(dim, width\); squeeze"),
+    ("base", "weight", lambda w: w[:, :1], "got width 1, expected a width of 2 to 8"),
+    ("base", "weight", lambda w: w.repeat(1, 3), "got width 12, expected a width of 2 to 8"),
+    ("base", "bias", lambda b: b[:4], r"got shape \(4,\), expected \(24,\)"),
+    ("packed", "cu_seqlens", lambda c: c[:0], r"got shape \(0,\), expected \(n \+ 1,\)"),
+    ("packed", "cu_seqlens", lambda c: c.half(), "got float16, expected int32 or int64"),
+    ("packed", "cu_seqlens", lambda c: None, r"x: got shape \(51, 24\), expected \(n, length, dim\)"),
+    ("base", "conv_state", lambda s: s[0], r"got shape \(24, 3\), expected \(slots, dim, state_len\)"),
+    ("base", "conv_state", lambda s: s[:, :12], r"got shape \(6, 12, 3\), expected \(6, 24, 3\)"),
+    ("base", "conv_state", lambda s: s[..., :2], "got state_len 2, expected at least 3"),
+    ("base", "conv_state", lambda s: s.long(), "got int64, expected float16"),
+    ("no slots", "conv_state", lambda s: s[:2], "got 2 slots, expected at least 3; without slots sequence"),
+    ("base", "conv_state", lambda s: None, "slots: got a tensor, expected None where there is no conv_state"),
+    ("no slots", "conv_state", lambda s: None, "has_initial_state: got a tensor, expected None where there is no"),
+    ("base", "slots", lambda s: s.float(), "got float32, expected int32 or int64"),
+    ("base", "slots", lambda s: s[:2], "got 2 rows, expected at least 3; give every row a slot"),
+    ("base", "has_initial_state", lambda k: k.int(), "got int32, expected bool; compare it with 0"),
+    ("base", "has_initial_state", lambda k: k[:2], r"got shape \(2,\), expected \(3,\)"),
+    ("base", "out", lambda o: o[:2], r"got shape \(2, 6, 24\), expected \(3, 6, 24\)"),
+)
+
+
+@causal_conv1d.error_inputs
+def _error_inputs(device: torch.device) -> list[ErrorInput]:
+    return _ERROR_INPUTS

@@ -6,25 +6,14 @@ import torch
 from torch import Tensor
 
 from mamba_ops.backends import triton
-from mamba_ops.ops._common.checking import (
-    floating,
-    index_tensor,
-    one_device,
-    packed_rows,
-    shape_is,
-    slot_table,
-    tensor_rank,
-)
+from mamba_ops.ops._common.checking import check_tensors, index_tensor, packed_rows, shape_is, slot_table, tensor_rank
+from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
 
 
-def _row_count(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
 class Arguments(NamedTuple):
-    """A call of causal_conv1d_update: what its validation and its kernels are given."""
+    """A call of causal_conv1d_update: what its checks and its kernels get."""
 
     x: Tensor
     conv_state: Tensor
@@ -42,6 +31,7 @@ class Arguments(NamedTuple):
     mutates=("conv_state", "out"),
     reference="mamba_ops.ops.causal_conv1d_update.reference:causal_conv1d_update",
     arguments=Arguments,
+    replaces="causal_conv1d_update",
 )
 def causal_conv1d_update(
     x: Tensor,
@@ -64,11 +54,11 @@ def causal_conv1d_update(
         weight: `(dim, width)`, width 2 to 8, oldest tap first.
         bias: `(dim,)`.
         slots: int32 or int64 `(>= n,)` or `(>= n, columns)`, of which column 0 is read; two rows must not share a slot.
-            None: row i uses slot i, and no row is null.
-        cu_seqlens: int32 or int64 `(n + 1,)`; row i owns tokens cu_seqlens[i] up to cu_seqlens[i + 1].
+            None: row i uses slot i, and none is padding.
+        cu_seqlens: int32 or int64 `(n + 1,)`; row i has tokens cu_seqlens[i] up to cu_seqlens[i + 1].
         num_accepted_tokens: int32 or int64 `(n,)`; speculative decoding: how many tokens of the last call were right.
         silu: apply silu to the result.
-        null_slot: a row whose slot is this or negative is nobody: its output is zero and no state is touched.
+        null_slot: a row with this slot, or a negative one, is padding: its output is zero and no state is touched.
         out: like `x`, of any floating dtype. Mutated.
 
     All floating dtypes mix; everything is computed in float32 (float64 for float64 `x`) and rounded once at each store.
@@ -93,17 +83,7 @@ def _output(x: Tensor) -> Tensor:
 
 @causal_conv1d_update.validate
 def _validate(call: Arguments) -> None:
-    floating(x=call.x, conv_state=call.conv_state, weight=call.weight, bias=call.bias, out=call.output)
-    one_device(
-        call.x.device,
-        conv_state=call.conv_state,
-        weight=call.weight,
-        bias=call.bias,
-        slots=call.slots,
-        cu_seqlens=call.cu_seqlens,
-    )
-    one_device(call.x.device, num_accepted_tokens=call.num_accepted_tokens, out=call.output)
-
+    check_tensors(call, "x")
     packed_rows(call.cu_seqlens)
     if call.cu_seqlens is None:
         tensor_rank("x", call.x, {2: "(n, dim)", 3: "(n, length, dim)"})
@@ -112,7 +92,7 @@ def _validate(call: Arguments) -> None:
     tensor_rank("conv_state", call.conv_state, {3: "(slots, dim, state_len)"})
     tensor_rank("weight", call.weight, {2: "(dim, width)"}, hint="squeeze the middle axis of a Conv1d's weight")
 
-    n, dim, width = _row_count(call.x, call.cu_seqlens), call.x.shape[-1], call.weight.shape[1]
+    n, dim, width = row_count(call.x, call.cu_seqlens), call.x.shape[-1], call.weight.shape[1]
     if not 2 <= width <= 8:
         raise bad_argument("weight", got=f"width {width}", expected="a width of 2 to 8")
     shape_is("weight", call.weight, (dim, width), hint="its dim is the last axis of x")

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.slots import is_null, row_slots, slot_columns, store_rows
-from mamba_ops.ops.causal_conv1d_update.op import Arguments, _row_count
+from mamba_ops.ops._common.chunk_layout import row_count
+from mamba_ops.ops._common.slots import is_padding, row_slots, slot_columns, store_rows
+from mamba_ops.ops.causal_conv1d_update.op import Arguments
 
 
 def _step(
@@ -17,16 +18,16 @@ def _step(
     null_slot: int,
     output: Tensor,
 ) -> None:
-    """The usual call, rows of one length that no token was taken back from: no row needs an index of its own."""
+    """The usual call: rows of one length, nothing rolled back. No row needs an index."""
     n, history = x.shape[0], weight.shape[1] - 1
     compute = torch.promote_types(x.dtype, torch.float32)
     new = x.unsqueeze(1) if x.dim() == 2 else x
     if slots is None:
-        live, state = None, conv_state[:n, :, :history]
+        is_active, state = None, conv_state[:n, :, :history]
     else:
         slot = slot_columns(slots, n)[:, 0]
-        live = ~is_null(slot, null_slot)
-        state = conv_state[torch.where(live, slot, 0)]
+        is_active = ~is_padding(slot, null_slot)
+        state = conv_state[torch.where(is_active, slot, 0)]
     old = state[:, :, :history].transpose(1, 2)
 
     window = torch.cat((old.to(compute), new.to(compute)), dim=1)
@@ -35,21 +36,21 @@ def _step(
         acc = acc + window[:, tap : tap + new.shape[1]] * weight[:, tap].to(compute)
     if silu:
         acc = acc / (1 + torch.exp(-acc))  # not torch.sigmoid: on a CPU its last bit depends on an element's place
-    if live is not None:
-        acc = torch.where(live.view(n, 1, 1), acc, 0)
+    if is_active is not None:
+        acc = torch.where(is_active.view(n, 1, 1), acc, 0)
     output.copy_(acc.view_as(x))
 
     # Old entries move as they are, new ones are rounded to the state's dtype.
     moved = torch.cat((old, new.to(old.dtype)), dim=1)[:, new.shape[1] :].transpose(1, 2)
-    if live is None:
+    if is_active is None:
         state.copy_(moved)
     else:
         state[:, :, :history] = moved
-        store_rows(conv_state, slot, state, live)
+        store_rows(conv_state, slot, state, is_active)
 
 
 def causal_conv1d_update(call: Arguments) -> None:
-    n = _row_count(call.x, call.cu_seqlens)
+    n = row_count(call.x, call.cu_seqlens)
     if n == 0 or call.x.numel() == 0:
         return
     dim, width = call.weight.shape
@@ -66,7 +67,7 @@ def causal_conv1d_update(call: Arguments) -> None:
     else:
         starts, ends = call.cu_seqlens[:-1].long(), call.cu_seqlens[1:].long()
     lengths = ends - starts
-    slot, live = (column[:, 0] for column in row_slots(call.slots, n, call.null_slot, call.x.device))
+    slot, is_active = (column[:, 0] for column in row_slots(call.slots, n, call.null_slot, call.x.device))
     # A window starts at column `first`; `kept` of its entries, from entry `kept_from` on, are what the state keeps.
     zero = torch.zeros_like(rows)
     if call.num_accepted_tokens is None:
@@ -76,7 +77,7 @@ def causal_conv1d_update(call: Arguments) -> None:
         kept, kept_from = lengths + history - 1, zero + 1
 
     tokens = call.x.reshape(-1, dim)
-    state = call.conv_state[torch.where(live, slot, 0)]
+    state = call.conv_state[torch.where(is_active, slot, 0)]
 
     def window(row: Tensor, entry: Tensor, dtype: torch.dtype) -> Tensor:
         """Gather entries of rows' windows as `(..., dim)`; an index outside a window gives anything."""
@@ -96,7 +97,7 @@ def causal_conv1d_update(call: Arguments) -> None:
         acc = acc + inputs[:, tap] * call.weight[:, tap].to(compute)
     if call.silu:
         acc = acc / (1 + torch.exp(-acc))  # not torch.sigmoid: on a CPU its last bit depends on an element's place
-    acc = torch.where(live[row].unsqueeze(-1), acc, 0)
+    acc = torch.where(is_active[row].unsqueeze(-1), acc, 0)
 
     # Old entries move as they are, new ones are rounded to the state's dtype.
     columns = torch.arange(state_len, device=call.x.device)
@@ -105,4 +106,4 @@ def causal_conv1d_update(call: Arguments) -> None:
 
     result = torch.where(owned.unsqueeze(-1), acc.to(call.output.dtype), call.output.reshape(-1, dim))
     call.output.copy_(result.reshape(call.x.shape))
-    store_rows(call.conv_state, slot, state, live & (lengths > 0))
+    store_rows(call.conv_state, slot, state, is_active & (lengths > 0))

@@ -1,4 +1,4 @@
-"""Calls of causal_conv1d_update: samples, the patterns of a warm-up, and calls that are wrong."""
+"""Calls of causal_conv1d_update: samples, call patterns and wrong calls."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.checking import (
-    short,
-)
+from mamba_ops.ops._common.checking import short
+from mamba_ops.ops._common.random_inputs import SPECULATED, UPDATE_PATTERNS, RandomInputs
+from mamba_ops.ops._common.samples import SampleTensors, error_table
 from mamba_ops.ops.causal_conv1d_update.op import causal_conv1d_update
-from mamba_ops.registry import Sample
+from mamba_ops.registry import ErrorInput, Sample
 
 
 @causal_conv1d_update.samples
@@ -24,17 +24,12 @@ def _samples(
     length: int = 3,
 ) -> Iterator[Sample]:
     """Yield the base call, then calls that change one thing each; `length` is the number of tokens of a longer row."""
-    random = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=random).to(device, dtype)
+    make = SampleTensors(device, dtype)
+    normal, indices = make.normal, make.indices
 
     def cache(*, width: int = width, extra: int = 0, unused: int = 0, dtype: torch.dtype = state_dtype) -> Tensor:
         """Six slots, `dim` contiguous, with `extra` columns beyond width - 1 and `unused` ones between the slots."""
         return normal(6, width - 1 + extra + unused, dim, dtype=dtype)[:, unused:].transpose(1, 2)
-
-    def indices(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
 
     weight, slots = normal(dim, width), indices(5, 0, 3, 2)
     base: dict[str, Any] = {"bias": normal(dim), "slots": slots}
@@ -95,3 +90,42 @@ def _samples(
     everything = {**past, **spec, "slots": table.roll(1, 0), "null_slot": 5, "silu": False}
     x = normal(tokens + 2, 3 * dim)[:, dim : 2 * dim]
     yield Sample("everything", (x, cache(extra=length - 1, unused=1, dtype=torch.float32), weight), everything)
+
+
+@causal_conv1d_update.call_patterns(*UPDATE_PATTERNS)
+def _call(random: RandomInputs, pattern: str) -> Sample:
+    words, dim, width = random.lay_out(pattern), random.size("channels", 64), random.size("width", 4)
+    state = random.cache(width - 1 + SPECULATED, dim, dtype=random.dtype).transpose(1, 2)
+    arguments = random.tokens(dim), state, random.weight(dim, width), random.weight(dim)
+    return Sample(pattern, arguments, random.update_arguments(words))
+
+
+_ERROR_INPUTS = error_table(
+    ("base", "x", lambda x: x[0], r"got shape \(24,\), expected \(n, dim\) or \(n, length, dim\)"),
+    ("base", "x", lambda x: x.int(), "got int32, expected float16, bfloat16, float32 or float64"),
+    ("base", "x", lambda x: x[:, :20], r"weight: got shape \(24, 4\), expected \(20, 4\); its dim is the last axis"),
+    ("packed", "x", lambda x: x[None], r"got shape \(1, 10, 24\), expected \(tokens, dim\); with cu_seqlens"),
+    ("base", "conv_state", lambda s: s[0], r"got shape \(24, 3\), expected \(slots, dim, state_len\)"),
+    ("base", "conv_state", lambda s: s[:, :12], r"got shape \(6, 12, 3\), expected \(6, 24, 3\)"),
+    ("base", "conv_state", lambda s: s[..., :2], "got state_len 2, expected at least 3"),
+    ("base", "conv_state", lambda s: s.long(), "got int64, expected float16"),
+    ("no slots", "conv_state", lambda s: s[:2], "got 2 slots, expected at least 4; without slots row i"),
+    ("base", "weight", lambda w: w.unsqueeze(1), r"got shape \(24, 1, 4\), expected \(dim, width\); squeeze"),
+    ("base", "weight", lambda w: w[:, :1], "got width 1, expected a width of 2 to 8"),
+    ("base", "weight", lambda w: w.repeat(1, 3), "got width 12, expected a width of 2 to 8"),
+    ("base", "bias", lambda b: b[:4], r"got shape \(4,\), expected \(24,\)"),
+    ("base", "slots", lambda s: s.float(), "got float32, expected int32 or int64"),
+    ("base", "slots", lambda s: s[:2], "got 2 rows, expected at least 4; give every row a slot"),
+    ("base", "slots", lambda s: s[None, None], r"got shape \(1, 1, 4\), expected \(rows,\) or \(rows, columns\)"),
+    ("packed", "cu_seqlens", lambda c: c[:0], r"got shape \(0,\), expected \(n \+ 1,\)"),
+    ("packed", "cu_seqlens", lambda c: c.half(), "got float16, expected int32 or int64"),
+    ("speculative", "num_accepted_tokens", lambda a: a[:3], r"got shape \(3,\), expected \(4,\)"),
+    ("speculative", "num_accepted_tokens", lambda a: a.bool(), "got bool, expected int32 or int64"),
+    ("speculative", "conv_state", lambda s: s[..., :4], "got state_len 4, expected at least 5"),
+    ("base", "out", lambda o: o[:2], r"got shape \(2, 24\), expected \(4, 24\)"),
+)
+
+
+@causal_conv1d_update.error_inputs
+def _error_inputs(device: torch.device) -> list[ErrorInput]:
+    return _ERROR_INPUTS

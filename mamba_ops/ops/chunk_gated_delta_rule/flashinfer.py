@@ -71,6 +71,6 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
     )
     row, inside = row_of_tokens(ends, written.shape[0])
     if call.slots is not None:
-        written.masked_fill_((~states.somebody[row] & inside).view(-1, 1, 1), 0)
+        written.masked_fill_((~states.is_active[row] & inside).view(-1, 1, 1), 0)
     if call.ssm_state is not None:
         store_rows(call.ssm_state, states.target, torch.where(empty.view(-1, 1, 1, 1), initial, last), states.stored)

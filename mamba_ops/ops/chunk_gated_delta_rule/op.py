@@ -10,9 +10,8 @@ from torch import Tensor
 
 from mamba_ops.backends import flashinfer, triton
 from mamba_ops.ops._common.checking import (
-    floating,
+    check_tensors,
     initial_flags,
-    one_device,
     packed_rows,
     shape_is,
     slot_for_each,
@@ -27,7 +26,7 @@ from mamba_ops.registry import bad_argument
 
 
 class Arguments(NamedTuple):
-    """A call of chunk_gated_delta_rule: what its validation and its kernels are given."""
+    """A call of chunk_gated_delta_rule: what its checks and its kernels get."""
 
     q: Tensor
     k: Tensor
@@ -49,6 +48,7 @@ class Arguments(NamedTuple):
     mutates=("ssm_state", "out"),
     reference="mamba_ops.ops.chunk_gated_delta_rule.reference:chunk_gated_delta_rule",
     arguments=Arguments,
+    replaces="chunk_gated_delta_rule",
 )
 def chunk_gated_delta_rule(
     q: Tensor,
@@ -83,13 +83,13 @@ def chunk_gated_delta_rule(
             the last row are neither read nor written.
         ssm_state: cache (slots, v_heads, v_dim, k_dim); mutated, rounded once at each store. None: no state is kept.
         slots: int32 or int64, (n,) or (n, columns), rows beyond n ignored: where row i's state is, in column 0. None:
-            row i uses slot i, and no row is nobody.
+            row i uses slot i, and none is padding.
         write_slots: the same for where the last state goes. None: where it came from. A null slot here means that the
             state is not stored.
         has_initial_state: bool, (n,): whether row i goes on from the state in its slot. None, or False: from zero.
         qk_l2norm: divide every head of q and k by its length: by sqrt(sum(x^2) + 1e-6).
-        null_slot: a slot that means "nobody", as does any slot below 0. Such a row's output is zero, and nothing else
-            is read or stored for it.
+        null_slot: a row with this slot, or a negative one, is padding: its output is zero, and nothing else is read or
+            stored for it.
         out: like v, any float dtype, in other memory; mutated.
 
     For every row and head, in float32 at least, from the row's initial state S on:
@@ -115,11 +115,7 @@ def _output(v: Tensor) -> Tensor:
 
 @chunk_gated_delta_rule.validate
 def _validate(call: Arguments) -> None:
-    floats = {"q": call.q, "k": call.k, "g": call.g, "beta": call.beta, "ssm_state": call.ssm_state}
-    indices = {"cu_seqlens": call.cu_seqlens, "slots": call.slots, "write_slots": call.write_slots}
-    floating(v=call.v, **floats, out=call.output)
-    one_device(call.v.device, "v", **floats, **indices, has_initial_state=call.has_initial_state, out=call.output)
-
+    check_tensors(call, "v")
     packed_rows(call.cu_seqlens)
     if call.cu_seqlens is None:
         tensor_rank("v", call.v, {4: "(n, length, v_heads, v_dim)"}, hint="packed tokens come with cu_seqlens")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.chunk_layout import lay_out, row_count
+from mamba_ops.ops._common.chunk_layout import chunk_layout, row_count
 from mamba_ops.ops._common.slots import initial_states, row_ends, store_rows
 from mamba_ops.ops.chunk_gated_delta_rule.op import Arguments
 from mamba_ops.ops.gated_delta_rule_update.reference import EPS
@@ -15,17 +15,17 @@ def _inverse(system: Tensor) -> Tensor:
     """Return the inverse of 1 + system, `(..., CHUNK, CHUNK)`, which is strictly lower triangular.
 
     Not by torch's solver, which on a GPU may choose its algorithm by how many systems there are: the last bits of a row
-    would depend on the other rows. Parts of 16 on the diagonal are solved by elimination, a column after the other.
+    would depend on the other rows. Parts of 16 on the diagonal are solved by elimination, one column after the other.
     With P made of their inverses, and N = P @ (what is left of the system), N^4 is zero, and the whole inverse is
     (1 - N) (1 + N^2) P.
     """
     size = 16
     parts = CHUNK // size
     blocks = system.unflatten(-1, (parts, size)).unflatten(-3, (parts, size)).transpose(-3, -2)
-    own = blocks.diagonal(dim1=-4, dim2=-3).movedim(-1, -3)
-    solved = torch.eye(size, dtype=system.dtype, device=system.device).expand_as(own)
+    diagonal = blocks.diagonal(dim1=-4, dim2=-3).movedim(-1, -3)
+    solved = torch.eye(size, dtype=system.dtype, device=system.device).expand_as(diagonal)
     for j in range(size - 1):
-        solved = solved - own[..., j : j + 1] * solved[..., j : j + 1, :]
+        solved = solved - diagonal[..., j : j + 1] * solved[..., j : j + 1, :]
     place = torch.arange(parts, device=system.device)
     same = (place.unsqueeze(1) == place).view(parts, parts, 1, 1)
     whole = torch.where(same, solved.unsqueeze(-3), 0).transpose(-3, -2).flatten(-2).flatten(-3, -2)
@@ -40,8 +40,8 @@ def chunk_gated_delta_rule(call: Arguments) -> None:
     v_heads, v_dim, k_dim, n = call.v.shape[-2], call.v.shape[-1], call.q.shape[-1], row_count(call.v, call.cu_seqlens)
     if n == 0:
         return
-    pieces = lay_out(call.v, CHUNK, 1, call.cu_seqlens, None)
-    empty = pieces.of_row == 0
+    layout = chunk_layout(call.v, CHUNK, 1, call.cu_seqlens, None)
+    empty = layout.of_row == 0
     ends = row_ends(call.slots, call.write_slots, call.null_slot, empty, call.ssm_state)
     last = call.v.new_zeros(n, v_heads, v_dim, k_dim, dtype=compute)
     if call.ssm_state is not None and call.has_initial_state is not None:
@@ -51,42 +51,42 @@ def chunk_gated_delta_rule(call: Arguments) -> None:
             store_rows(call.ssm_state, ends.target, last, ends.stored)
         return
 
-    inside = pieces.inside & ends.somebody[pieces.row].unsqueeze(1)
+    inside = layout.inside & ends.is_active[layout.row].unsqueeze(1)
 
-    def laid_out(tokens: Tensor) -> Tensor:
+    def gather(tokens: Tensor) -> Tensor:
         """An activation as (pieces, heads, CHUNK, ...), zero where there is no token; heads of q and k as of v."""
-        return pieces.laid_out(tokens, inside, compute).transpose(1, 2)
+        return layout.gather(tokens, inside, compute).transpose(1, 2)
 
-    queries, keys, values, much = laid_out(call.q), laid_out(call.k), laid_out(call.v), laid_out(call.beta).unsqueeze(3)
+    queries, keys, values, strength = gather(call.q), gather(call.k), gather(call.v), gather(call.beta).unsqueeze(3)
     if call.qk_l2norm:
         queries, keys = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS) for x in (queries, keys))
     queries = queries * (k_dim**-0.5 if call.scale is None else call.scale)
-    of_one = v_heads // call.q.shape[-2]
-    total = laid_out(call.g).cumsum(2).unsqueeze(3)
+    per_key = v_heads // call.q.shape[-2]
+    total = gather(call.g).cumsum(2).unsqueeze(3)
     between = total - total.transpose(2, 3)  # the decay from one token to another; above the diagonal it may overflow
     before = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=call.v.device).tril()
     between = torch.exp(torch.where(before, between, -torch.inf))
 
-    products = (keys @ keys.transpose(2, 3)).repeat_interleave(of_one, 1)
-    weights = (queries @ keys.transpose(2, 3)).repeat_interleave(of_one, 1) * between
-    queries, keys = (x.repeat_interleave(of_one, 1) for x in (queries, keys))
-    system = (much * products * between).tril(-1)
-    sides = torch.cat([much * values, much * torch.exp(total) * keys], dim=3)
-    # What is written with nothing before, and how much of the state before the chunk that takes off.
+    products = (keys @ keys.transpose(2, 3)).repeat_interleave(per_key, 1)
+    weights = (queries @ keys.transpose(2, 3)).repeat_interleave(per_key, 1) * between
+    queries, keys = (x.repeat_interleave(per_key, 1) for x in (queries, keys))
+    system = (strength * products * between).tril(-1)
+    sides = torch.cat([strength * values, strength * torch.exp(total) * keys], dim=3)
+    # What a chunk writes if the state before it is zero, and what to subtract for each state before it.
     alone, through = (_inverse(system) @ sides).split([v_dim, k_dim], dim=3)
     opened = torch.exp(total) * queries
     closing, decay = torch.exp(total[:, :, -1:] - total) * keys, torch.exp(total[:, :, -1:])
 
     y = torch.zeros_like(values)
-    first = pieces.end - pieces.of_row
-    for number in range(pieces.longest):
-        exists = number < pieces.of_row
+    first = layout.end - layout.of_row
+    for number in range(layout.longest):
+        exists = number < layout.of_row
         piece = torch.where(exists, first + number, 0)
         new = alone[piece] - through[piece] @ last.transpose(2, 3)
         store_rows(y, piece, opened[piece] @ last.transpose(2, 3) + weights[piece] @ new, exists)
         after = decay[piece] * last + new.transpose(2, 3) @ closing[piece]
         last = torch.where(exists.view(n, 1, 1, 1), after, last)
 
-    pieces.store(call.output, y.transpose(1, 2))
+    layout.store(call.output, y.transpose(1, 2))
     if call.ssm_state is not None:
         store_rows(call.ssm_state, ends.target, last, ends.stored)

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from mamba_ops.backends import flashinfer, triton
 from mamba_ops.ops._common.checking import (
-    floating,
+    check_tensors,
     index_tensor,
-    one_device,
     packed_rows,
     shape_is,
     slot_for_each,
     slot_table,
     tensor_rank,
 )
+from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.gated_delta_rule_update import flashinfer as on_flashinfer
 from mamba_ops.registry import bad_argument
@@ -35,7 +35,7 @@ def delta_rule_tokens(q: Tensor, k: Tensor, lead: tuple[int, ...], v_heads: int,
 
 
 class Arguments(NamedTuple):
-    """A call of gated_delta_rule_update: what its validation and its kernels are given."""
+    """A call of gated_delta_rule_update: what its checks and its kernels get."""
 
     ssm_state: Tensor
     q: Tensor
@@ -61,6 +61,7 @@ class Arguments(NamedTuple):
     mutates=("ssm_state", "out"),
     reference="mamba_ops.ops.gated_delta_rule_update.reference:gated_delta_rule_update",
     arguments=Arguments,
+    replaces="(fused_recurrent_)?gated_delta_rule",
 )
 def gated_delta_rule_update(
     ssm_state: Tensor,
@@ -87,9 +88,9 @@ def gated_delta_rule_update(
 
     The tokens come in one of three layouts: `(n, ...)`, one token a row; `(n, length, ...)`, a few tokens a row; or
     packed `(tokens, ...)` with `cu_seqlens`. Head h of v, of the state and of the gates uses head
-    h // (v_heads / k_heads) of q and k. Any strides, and any mix of float16, bfloat16, float32 and float64. How a state
-    decays and how much of a value is written is either given as `g` and `beta`, or computed from `a`, `b`, `A_log` and
-    `dt_bias`.
+    h // (v_heads / k_heads) of q and k. Any strides, and any mix of float16, bfloat16, float32 and float64. The decay
+    of a state and the share of a value that is written are either given as `g` and `beta`, or computed from `a`, `b`,
+    `A_log` and `dt_bias`.
 
     Args:
         ssm_state: (slots, v_heads, v_dim, k_dim); mutated, rounded once at each store.
@@ -101,7 +102,7 @@ def gated_delta_rule_update(
         A_log, dt_bias: (v_heads,), with a and b.
         scale: of q. None: k_dim ** -0.5.
         slots: int32 or int64, (n,) or (n, columns), rows beyond n ignored: where row i's state is, in column 0. None:
-            row i uses slot i, and no row is nobody.
+            row i uses slot i, and none is padding.
         write_slots: the same for where the new state goes. None: where it came from. A null slot here means that the
             state is not stored.
         cu_seqlens: int32 or int64, (n + 1,): row i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1. An empty row
@@ -111,8 +112,8 @@ def gated_delta_rule_update(
             stored in column t of its write_slots; beyond the columns nothing is stored. Otherwise the last state is
             stored in column 0.
         qk_l2norm: divide every head of q and k by its length: by sqrt(sum(x^2) + 1e-6).
-        null_slot: a slot that means "nobody", as does any slot below 0. Such a row's output is zero, and nothing is
-            read or stored for it.
+        null_slot: a row with this slot, or a negative one, is padding: its output is zero, and nothing is read or
+            stored for it.
         out: like v, any float dtype; mutated.
 
     For every row and head, in float32 at least, from the row's state S on:
@@ -140,12 +141,7 @@ def _output(v: Tensor) -> Tensor:
 def _validate(call: Arguments) -> None:
     given_gates = {"g": call.g, "beta": call.beta}
     raw_gates = {"a": call.a, "b": call.b, "A_log": call.A_log, "dt_bias": call.dt_bias}
-    floats = {"q": call.q, "k": call.k, "v": call.v, **given_gates, **raw_gates}
-    indices = {"slots": call.slots, "write_slots": call.write_slots, "cu_seqlens": call.cu_seqlens}
-    indices["num_accepted_tokens"] = call.num_accepted_tokens
-    floating(ssm_state=call.ssm_state, **floats, out=call.output)
-    one_device(call.v.device, "v", ssm_state=call.ssm_state, **floats, **indices, out=call.output)
-
+    check_tensors(call, "v")
     wanted, others = (raw_gates, given_gates) if call.g is None and call.beta is None else (given_gates, raw_gates)
     names = f"{' and '.join(given_gates)}, or {', '.join(raw_gates)}"
     for name, tensor in wanted.items():
@@ -163,7 +159,7 @@ def _validate(call: Arguments) -> None:
     else:
         tensor_rank("v", call.v, {3: "(tokens, v_heads, v_dim)"}, hint="with cu_seqlens, tokens are packed")
     lead = tuple(call.v.shape[:-2])
-    shape_is("v", call.v, (*lead, v_heads, v_dim), hint="heads and v_dim are state's")
+    shape_is("v", call.v, (*lead, v_heads, v_dim), hint="heads and v_dim are those of ssm_state")
     delta_rule_tokens(call.q, call.k, lead, v_heads, k_dim)
     for name, tensor in {**given_gates, "a": call.a, "b": call.b}.items():
         shape_is(name, tensor, (*lead, v_heads), hint="one number a token and head of v")
@@ -171,7 +167,7 @@ def _validate(call: Arguments) -> None:
         shape_is(name, raw_gates[name], (v_heads,), hint="one number a head of v")
     shape_is("out", call.output, tuple(call.v.shape), hint="out is like v")
 
-    n = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    n = row_count(call.v, call.cu_seqlens)
     slot_table("slots", call.slots, rows=n)
     slot_table("write_slots", call.write_slots, rows=n)
     slot_for_each("ssm_state", call.ssm_state, call.slots, rows=n)

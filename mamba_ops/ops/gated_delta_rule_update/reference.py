@@ -11,11 +11,11 @@ EPS = 1e-6  # added to the sum of squares where q and k are normalised
 
 def delta_rule_gates(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
     """Return g and beta, like `a`, from what a layer projects, in float32 at least."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    d = a.to(wide) + dt_bias.to(wide)
+    upcast = torch.promote_types(a.dtype, torch.float32)
+    d = a.to(upcast) + dt_bias.to(upcast)
     # not torch's softplus and sigmoid: on a CPU their last bits depend on where an element stands
     d = torch.where(d > 20, d, torch.log1p(torch.exp(d)))
-    return -torch.exp(A_log.to(wide)) * d, 1 / (1 + torch.exp(-b.to(wide)))
+    return -torch.exp(A_log.to(upcast)) * d, 1 / (1 + torch.exp(-b.to(upcast)))
 
 
 def gated_delta_rule_update(call: Arguments) -> None:
@@ -37,10 +37,9 @@ def gated_delta_rule_update(call: Arguments) -> None:
             tokens = tokens.unsqueeze(1)
         return tokens.to(compute)
 
-    in_order = (
-        call.slots is None and call.write_slots is None and index is None
-    )  # row i has slot i, and every row has tokens
-    source, live, target, stored = update_ends(
+    # Row i has slot i, and every row has tokens.
+    in_order = call.slots is None and call.write_slots is None and index is None
+    source, is_active, target, stored = update_ends(
         call.slots,
         call.write_slots,
         call.null_slot,
@@ -54,26 +53,26 @@ def gated_delta_rule_update(call: Arguments) -> None:
         queries, keys = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS) for x in (queries, keys))
     queries = queries * (call.q.shape[-1] ** -0.5 if call.scale is None else call.scale)
     if call.g is not None and call.beta is not None:
-        decay, much = rows(call.g), rows(call.beta)
+        decay, strength = rows(call.g), rows(call.beta)
     elif call.a is not None and call.b is not None and call.A_log is not None and call.dt_bias is not None:
-        decay, much = delta_rule_gates(rows(call.a), rows(call.b), call.A_log, call.dt_bias)
+        decay, strength = delta_rule_gates(rows(call.a), rows(call.b), call.A_log, call.dt_bias)
     decay = torch.exp(decay)
 
-    k_heads, of_one = call.q.shape[-2], call.v.shape[-2] // call.q.shape[-2]
+    k_heads, per_key = call.q.shape[-2], call.v.shape[-2] // call.q.shape[-2]
     # Rows in order are a view: a state of the dtype that is computed in then advances where it is.
     s = (
-        (call.ssm_state[:n] if in_order else call.ssm_state[torch.where(live, source, 0)])
+        (call.ssm_state[:n] if in_order else call.ssm_state[torch.where(is_active, source, 0)])
         .to(compute)
-        .unflatten(1, (k_heads, of_one))
+        .unflatten(1, (k_heads, per_key))
     )
     y = torch.empty_like(values)
     for t in range(length):
-        here = inside[:, t] & live
+        here = inside[:, t] & is_active
         key, query = (x[:, t, :, None, :, None] for x in (keys, queries))
-        by = decay[:, t].view(n, k_heads, of_one, 1, 1)
+        by = decay[:, t].view(n, k_heads, per_key, 1, 1)
         new = s * by if index is not None else s.mul_(by)
-        wrong = values[:, t].view(n, k_heads, of_one, -1, 1) - new @ key
-        new += much[:, t].view(n, k_heads, of_one, 1, 1) * wrong * key.transpose(-1, -2)
+        wrong = values[:, t].view(n, k_heads, per_key, -1, 1) - new @ key
+        new += strength[:, t].view(n, k_heads, per_key, 1, 1) * wrong * key.transpose(-1, -2)
         y[:, t] = torch.where(here.view(n, 1, 1), (new @ query).view_as(y[:, t]), 0)
         s = new if index is None else torch.where(here.view(n, 1, 1, 1, 1), new, s)
         if call.num_accepted_tokens is not None and t < target.shape[1]:

@@ -5,19 +5,15 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mamba_ops.backends import sycl
-from mamba_ops.ops._common.checking import floating, one_device, shape_is, tensor_rank
-from mamba_ops.ops._common.mixing import (
-    PlanTensors,
-    check_caches,
-    check_plan,
-)
+from mamba_ops.ops._common.checking import check_tensors, shape_is, tensor_rank
+from mamba_ops.ops._common.mixing import PlanTensors, check_caches, check_plan
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.gdn_mixing import sycl as on_sycl
 from mamba_ops.registry import bad_argument
 
 
 class Arguments(NamedTuple):
-    """A call of gdn_mixing: what its validation and its kernels are given."""
+    """A call of gdn_mixing: what its checks and its kernels get."""
 
     projected_qkvz: Tensor
     projected_ba: Tensor
@@ -80,14 +76,15 @@ def gdn_mixing(
 ) -> Tensor:
     """Mix a batch of decodes and prefills: convolve, advance the states, write every token's output and its gate.
 
-    What stands before it in the layer (two projections) and behind it (gated norm, projection) works on tokens alone,
-    so an engine cuts its graph here: the plan's tensors have fixed sizes and its counts are read by the op, not by the
-    graph. It is composed of causal_conv1d, chunk_gated_delta_rule, causal_conv1d_update and gated_delta_rule_update.
+    The parts of the layer before it (two projections) and after it (gated norm, projection) work on single tokens, so
+    an engine cuts its graph here: the plan's tensors have fixed sizes, and the op reads its counts, not the graph. It
+    is composed of causal_conv1d, chunk_gated_delta_rule, causal_conv1d_update and gated_delta_rule_update.
 
     Args:
         projected_qkvz: `(tokens, 2 * keys + 2 * values)`, keys = num_k_heads * head_k_dim, values = num_v_heads *
             head_v_dim: q, k, v and gate; tokens of decodes first, padding last.
-        projected_ba: `(tokens, 2 * num_v_heads)`: b, of which sigmoid(b) of a value is written, and a, for the decay.
+        projected_ba: `(tokens, 2 * num_v_heads)`: b (sigmoid(b) is how much of a value is written) and a (for the
+            decay).
         conv_state: cache `(slots, dim, state_len)`, dim = 2 * keys + values: all of q, all of k, all of v; state_len at
             least width - 1, and as many more as a speculative decode has tokens beyond its first. Mutated.
         ssm_state: cache `(slots, num_v_heads, head_v_dim, head_k_dim)`. Mutated.
@@ -100,15 +97,15 @@ def gdn_mixing(
         num_k_heads, num_v_heads, head_k_dim, head_v_dim: the layer's sizes on this rank.
         interleaved: whether the projections hold one head of k after the other, with its q, k, v, gate and its b, a (as
             Qwen3-Next's do), or all of q, then all of k, v, gate, and all of b, then a (as Qwen3.5's do).
-        z: `(tokens, num_v_heads, head_v_dim)`: becomes the gate, zero for tokens that no row has. Mutated. None: it is
-            not wanted.
-        null_slot: a row whose slot is this or negative is nobody: its output is zero, no cache is touched.
-        out: like `z`. Mutated. Zero for tokens that no row has; all zero without a plan or rows.
+        z: `(tokens, num_v_heads, head_v_dim)`: becomes the gate, zero for padding tokens. Mutated. None: it is not
+            written.
+        null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.
+        out: like `z`. Mutated. Zero for padding tokens; all zero without a plan or rows.
 
     q and k are normalised (see chunk_gated_delta_rule), the scale is head_k_dim ** -0.5.
 
     Raises:
-        ValueError: before anything is written: shapes, dtypes, or counts that are not this batch's.
+        ValueError: before anything is written: shapes, dtypes, or counts that do not fit this batch.
     """
 
 
@@ -119,12 +116,8 @@ def _output(projected_qkvz: Tensor, num_v_heads: int, head_v_dim: int) -> Tensor
 
 @gdn_mixing.validate
 def _validate(call: Arguments) -> None:
-    for name, value in (
-        ("num_k_heads", call.num_k_heads),
-        ("head_k_dim", call.head_k_dim),
-        ("head_v_dim", call.head_v_dim),
-    ):
-        if value < 1:
+    for name in ("num_k_heads", "head_k_dim", "head_v_dim"):
+        if (value := getattr(call, name)) < 1:
             raise bad_argument(name, got=value, expected="a positive number")
     if call.num_v_heads < 1 or call.num_v_heads % call.num_k_heads:
         expected = f"a multiple of the {call.num_k_heads} heads of k"
@@ -136,34 +129,13 @@ def _validate(call: Arguments) -> None:
     hint += f"v and gate of {call.num_v_heads} heads of {call.head_v_dim}"
     shape_is("projected_qkvz", call.projected_qkvz, (tokens, 2 * keys + 2 * values), hint=hint)
     shape_is("projected_ba", call.projected_ba, (tokens, 2 * call.num_v_heads), hint="b and a of every head of v")
-    tensors = {
-        "conv_weight": call.conv_weight,
-        "conv_bias": call.conv_bias,
-        "A_log": call.A_log,
-        "dt_bias": call.dt_bias,
-    }
-    tensors |= {
-        "projected_ba": call.projected_ba,
-        "conv_state": call.conv_state,
-        "ssm_state": call.ssm_state,
-        "z": call.z,
-    }
-    floating(projected_qkvz=call.projected_qkvz, **tensors, out=call.output)
-    one_device(call.projected_qkvz.device, "projected_qkvz", **tensors, out=call.output)
+    check_tensors(call, "projected_qkvz", elsewhere=PlanTensors._fields)
     shape_is("A_log", call.A_log, (call.num_v_heads,))
     shape_is("dt_bias", call.dt_bias, (call.num_v_heads,))
     plan = PlanTensors.of(call)
     check_plan(call.projected_qkvz.device, plan)
-    dim = 2 * keys + values
-    check_caches(
-        plan,
-        call.conv_state,
-        call.ssm_state,
-        call.conv_weight,
-        call.conv_bias,
-        dim,
-        (call.num_v_heads, call.head_v_dim, call.head_k_dim),
-    )
+    caches = (call.conv_state, call.ssm_state, call.conv_weight, call.conv_bias)
+    check_caches(plan, *caches, 2 * keys + values, (call.num_v_heads, call.head_v_dim, call.head_k_dim))
     shape_is("z", call.z, (tokens, call.num_v_heads, call.head_v_dim))
     shape_is("out", call.output, (tokens, call.num_v_heads, call.head_v_dim))
 

@@ -1,17 +1,15 @@
-"""Calls of gdn_mixing: samples, the patterns of a warm-up, and calls that are wrong."""
+"""Calls of gdn_mixing: samples, call patterns and wrong calls."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mamba_ops.ops._common.mixing import (
-    SAMPLE_SLOTS,
-    sample_plans,
-)
+from mamba_ops.ops._common.mixing import SAMPLE_SLOTS, sample_plans
+from mamba_ops.ops._common.random_inputs import RandomInputs
+from mamba_ops.ops._common.samples import SampleTensors, error_table
 from mamba_ops.ops.gdn_mixing.op import gdn_mixing
-from mamba_ops.registry import Sample
+from mamba_ops.registry import ErrorInput, Sample
 
 
 @gdn_mixing.samples
@@ -26,10 +24,7 @@ def _samples(
     head_v_dim: int = 12,
     width: int = 4,
 ) -> Iterator[Sample]:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+    normal = SampleTensors(device, dtype).normal
 
     for name, tokens, plan, null_slot in sample_plans(device):
         other = name == "prefills"  # there every argument that can be another is
@@ -54,3 +49,54 @@ def _samples(
             normal(V, dtype=weights_dtype),
         )
         yield Sample(name, (*arguments, *plan, K, V, k_dim, v_dim, interleaved), options)
+
+
+@gdn_mixing.call_patterns("mixed")
+def _call(random: RandomInputs, pattern: str) -> Sample:
+    k_heads, heads = random.size("k_heads", 2), random.size("heads", 4)
+    k_dim, dim = random.size("k_dim", 16), random.size("dim", 8)
+    width, plan, channels = random.size("width", 4), random.mixed_plan(), 2 * k_heads * k_dim + heads * dim
+    arguments = (
+        random.tokens(channels + heads * dim),
+        random.tokens(2 * heads),
+        random.cache(width - 1, channels, dtype=random.dtype).transpose(1, 2),
+        random.cache(heads, dim, k_dim),
+        random.weight(channels, width),
+        None,
+        *(random.weight(heads) for _ in range(2)),
+    )
+    options = {"z": random.tokens(heads, dim)}
+    return Sample(pattern, (*arguments, *plan, k_heads, heads, k_dim, dim, True), options)
+
+
+_ERROR_INPUTS = error_table(
+    ("base", "num_k_heads", lambda h: 0, "got 0, expected a positive number"),
+    ("base", "head_v_dim", lambda d: -1, "got -1, expected a positive number"),
+    ("base", "num_v_heads", lambda h: 3, "got 3, expected a multiple of the 2 heads of k"),
+    ("base", "projected_qkvz", lambda p: p[None], r"got shape \(1, 25, 128\), expected \(tokens, size\)"),
+    ("base", "projected_qkvz", lambda p: p[:, 1:], r"got shape \(25, 127\), expected \(25, 128\); q and k of 2 heads"),
+    ("base", "projected_qkvz", lambda p: p.int(), "got int32, expected float16"),
+    ("base", "projected_ba", lambda p: p[:, 1:], r"got shape \(25, 7\), expected \(25, 8\); b and a of every head of"),
+    ("base", "conv_state", lambda s: s[:, :8], r"got shape \(9, 8, 3\), expected \(9, 80, 3\)"),
+    ("base", "conv_state", lambda s: s[..., 1:], "got state_len 2, expected at least 3"),
+    ("base", "ssm_state", lambda s: s.mT, r"got shape \(9, 4, 8, 12\), expected \(9, 4, 12, 8\); both caches"),
+    ("base", "conv_weight", lambda w: w[:, :1], "got width 1, expected a width of 2 to 8"),
+    ("prefills", "conv_bias", lambda b: b[1:], r"got shape \(159,\), expected \(160,\)"),
+    ("base", "A_log", lambda a: a[:, None], r"got shape \(4, 1\), expected \(4,\)"),
+    ("base", "dt_bias", lambda a: a[1:], r"got shape \(3,\), expected \(4,\)"),
+    (
+        "speculative",
+        "conv_state",
+        lambda s: s[..., 2:],
+        "got state_len 3, expected at least 5; a speculative decode goes back by up to 2 tokens",
+    ),
+    ("base", "counts", lambda c: c.int(), "got int32, expected int64"),
+    ("base", "slots", lambda s: None, "got None with counts, expected a whole plan, or none"),
+    ("decodes", "z", lambda z: z[1:], r"got shape \(4, 4, 12\), expected \(5, 4, 12\)"),
+    ("base", "out", lambda o: o.flatten(1), r"got shape \(25, 48\), expected \(25, 4, 12\)"),
+)
+
+
+@gdn_mixing.error_inputs
+def _error_inputs(device: torch.device) -> list[ErrorInput]:
+    return _ERROR_INPUTS

@@ -5,18 +5,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mamba_ops.ops._common.checking import floating, one_device, shape_is, tensor_rank
-from mamba_ops.ops._common.mixing import (
-    PlanTensors,
-    check_caches,
-    check_plan,
-)
+from mamba_ops.ops._common.checking import check_tensors, shape_is, tensor_rank
+from mamba_ops.ops._common.mixing import PlanTensors, check_caches, check_plan
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
 
 
 class Arguments(NamedTuple):
-    """A call of mamba2_mixing: what its validation and its kernels are given."""
+    """A call of mamba2_mixing: what its checks and its kernels get."""
 
     projected: Tensor
     conv_state: Tensor
@@ -81,9 +77,9 @@ def mamba2_mixing(
 ) -> Tensor:
     """Mix a batch of decodes and prefills: convolve, advance the states, and write every token's output.
 
-    What stands before it in the layer (the projection) and behind it (gated norm, projection) works on tokens alone, so
-    an engine cuts its graph here: the plan's tensors have fixed sizes and its counts are read by the op, not by the
-    graph. It is composed of causal_conv1d, mamba_chunk_scan, causal_conv1d_update and selective_state_update.
+    The parts of the layer before it (the projection) and after it (gated norm, projection) work on single tokens, so an
+    engine cuts its graph here: the plan's tensors have fixed sizes, and the op reads its counts, not the graph. It is
+    composed of causal_conv1d, mamba_chunk_scan, causal_conv1d_update and selective_state_update.
 
     Args:
         projected: `(tokens, 2 * heads * head_dim + 2 * groups * dstate + heads)`: gate (not read), x, B, C, dt; tokens
@@ -101,11 +97,11 @@ def mamba2_mixing(
         heads, head_dim, dstate, groups: the layer's sizes on this rank.
         chunk_size: tokens of a chunk in prefills, at most; chunks end at multiples of it from a request's first token.
         dt_min, dt_max: limits of the step sizes after their softplus.
-        null_slot: a row whose slot is this or negative is nobody: its output is zero, no cache is touched.
-        out: `(tokens, heads, head_dim)`. Mutated. Zero for tokens that no row has; all zero without a plan or rows.
+        null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.
+        out: `(tokens, heads, head_dim)`. Mutated. Zero for padding tokens; all zero without a plan or rows.
 
     Raises:
-        ValueError: before anything is written: shapes, dtypes, or counts that are not this batch's.
+        ValueError: before anything is written: shapes, dtypes, or counts that do not fit this batch.
     """
 
 
@@ -116,13 +112,8 @@ def _output(projected: Tensor, heads: int, head_dim: int) -> Tensor:
 
 @mamba2_mixing.validate
 def _validate(call: Arguments) -> None:
-    for name, value in (
-        ("heads", call.heads),
-        ("head_dim", call.head_dim),
-        ("dstate", call.dstate),
-        ("chunk_size", call.chunk_size),
-    ):
-        if value < 1:
+    for name in ("heads", "head_dim", "dstate", "chunk_size"):
+        if (value := getattr(call, name)) < 1:
             raise bad_argument(name, got=value, expected="a positive number")
     if call.groups < 1 or call.heads % call.groups:
         raise bad_argument("groups", got=call.groups, expected=f"a divisor of the {call.heads} heads")
@@ -132,27 +123,11 @@ def _validate(call: Arguments) -> None:
     tensor_rank("projected", call.projected, {2: "(tokens, size)"})
     hint = f"gate, x, B, C and dt of {call.heads} heads of {call.head_dim} and {call.groups} groups of {call.dstate}"
     shape_is("projected", call.projected, (call.projected.shape[0], inner + dim + call.heads), hint=hint)
-    tensors = {
-        "conv_weight": call.conv_weight,
-        "conv_bias": call.conv_bias,
-        "A": call.A,
-        "D": call.D,
-        "dt_bias": call.dt_bias,
-    }
-    floating(projected=call.projected, conv_state=call.conv_state, ssm_state=call.ssm_state, **tensors, out=call.output)
-    caches = {"conv_state": call.conv_state, "ssm_state": call.ssm_state}
-    one_device(call.projected.device, "projected", **caches, **tensors, out=call.output)
+    check_tensors(call, "projected", elsewhere=PlanTensors._fields)
     for name in ("A", "D", "dt_bias"):
-        shape_is(name, tensors[name], (call.heads,))
+        shape_is(name, getattr(call, name), (call.heads,))
     plan = PlanTensors.of(call)
     check_plan(call.projected.device, plan)
-    check_caches(
-        plan,
-        call.conv_state,
-        call.ssm_state,
-        call.conv_weight,
-        call.conv_bias,
-        dim,
-        (call.heads, call.head_dim, call.dstate),
-    )
+    caches = (call.conv_state, call.ssm_state, call.conv_weight, call.conv_bias)
+    check_caches(plan, *caches, dim, (call.heads, call.head_dim, call.dstate))
     shape_is("out", call.output, (call.projected.shape[0], call.heads, call.head_dim))

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from mamba_ops.backends import triton
 from mamba_ops.ops._common.checking import (
-    floating,
+    check_tensors,
     index_tensor,
     initial_flags,
-    one_device,
     packed_rows,
     shape_is,
     slot_for_each,
@@ -27,7 +26,7 @@ from mamba_ops.registry import bad_argument
 
 
 class Arguments(NamedTuple):
-    """A call of mamba_chunk_scan: what its validation and its kernels are given."""
+    """A call of mamba_chunk_scan: what its checks and its kernels get."""
 
     x: Tensor
     dt: Tensor
@@ -56,6 +55,7 @@ class Arguments(NamedTuple):
     mutates=("ssm_state", "chunk_states", "out"),
     reference="mamba_ops.ops.mamba_chunk_scan.reference:mamba_chunk_scan",
     arguments=Arguments,
+    replaces="mamba_chunk_scan|ssd_|mamba_split_conv1d",
 )
 def mamba_chunk_scan(
     x: Tensor,
@@ -104,14 +104,14 @@ def mamba_chunk_scan(
             multiples of chunk_size counted from the very first token, so the first one may be short. None: zero.
         ssm_state: cache (slots, heads, dim, dstate); mutated, rounded once at each store. None: no state is kept.
         slots: int32 or int64, (n,) or (n, columns), rows beyond n ignored: where row i's state is, in column 0. None:
-            row i uses slot i, and no row is nobody.
+            row i uses slot i, and none is padding.
         write_slots: the same for where the last state goes. None: where it came from. A null slot here means that the
             state is not stored.
         has_initial_state: bool, (n,): whether row i goes on from the state in its slot. None, or False: from zero.
-        null_slot: a slot that means "nobody", as does any slot below 0. Such a row's output is zero, and nothing else
-            is read or stored for it.
+        null_slot: a row with this slot, or a negative one, is padding: its output is zero, and nothing else is read or
+            stored for it.
         chunk_states: (chunks, heads, dim, dstate), any float dtype; mutated. Row c becomes the state after chunk c,
-            where chunks are numbered through all rows in order. What lies beyond the last chunk stays. At least
+            where chunks are numbered through all rows in order. Entries beyond the last chunk stay. At least
             tokens // chunk_size + n chunks (tokens: n * length without cu_seqlens), with num_computed_tokens n more.
         out: like x, any float dtype; mutated.
 
@@ -124,8 +124,8 @@ def mamba_chunk_scan(
     A row without tokens has no chunk and no output; with a write slot other than its slot, its initial state is copied
     there. No two rows may store to one slot, nor one row store to a slot that another reads.
 
-    The reference asks the host nothing: it lays the tokens out in as many chunks as there can be at most, or in halves,
-    quarters, ... of them, until the square of their size is no more than that of a head's state.
+    The reference reads nothing on the host: it arranges the tokens in as many chunks as there can be, or in halves,
+    quarters, ... of chunks, until the square of their size is at most the size of a head's state.
     """
 
 
@@ -137,17 +137,7 @@ def _output(x: Tensor) -> Tensor:
 @mamba_chunk_scan.validate
 def _validate(call: Arguments) -> None:
     cache, kept = call.ssm_state, call.chunk_states
-    floats = {"dt": call.dt, "A": call.A, "B": call.B, "C": call.C, "D": call.D, "z": call.z, "dt_bias": call.dt_bias}
-    floats |= {"ssm_state": cache, "chunk_states": kept}
-    indices = {
-        "cu_seqlens": call.cu_seqlens,
-        "num_computed_tokens": call.num_computed_tokens,
-        "slots": call.slots,
-        "write_slots": call.write_slots,
-    }
-    floating(x=call.x, **floats, out=call.output)
-    one_device(call.x.device, **floats, **indices, has_initial_state=call.has_initial_state, out=call.output)
-
+    check_tensors(call, "x")
     if call.chunk_size < 1:
         raise bad_argument("chunk_size", got=call.chunk_size, expected="a positive number of tokens")
     if not call.dt_min <= call.dt_max:

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.chunk_layout import Pieces, lay_out, row_count
+from mamba_ops.ops._common.chunk_layout import ChunkLayout, chunk_layout, row_count
 from mamba_ops.ops._common.slots import initial_states, row_ends, store_rows
 from mamba_ops.ops.mamba_chunk_scan.op import Arguments
 
 
 def _scan(
-    x: Tensor, d: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor | None, pieces: Pieces
+    x: Tensor, d: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor | None, layout: ChunkLayout
 ) -> tuple[Tensor, Tensor]:
     """The outputs, laid out as x is, and the state after every piece; all in one dtype, places without a token zero."""
     count, size, heads, dim = x.shape
@@ -25,13 +25,13 @@ def _scan(
     ends = (x * torch.exp(whole - a).unsqueeze(3)).reshape(count, groups, -1, size, dim)
     states = (ends.transpose(-1, -2).flatten(2, 3) @ B).view(count, heads, dim, dstate)
     decay = torch.exp(whole).unsqueeze(3)
-    begins = (pieces.number == 0).view(-1, 1, 1, 1)
+    begins = (layout.number == 0).view(-1, 1, 1, 1)
     if initial is not None:
-        initial = torch.where(begins, initial[pieces.row], 0)
+        initial = torch.where(begins, initial[layout.row], 0)
         states += decay * initial
     reach = 1  # how many pieces a state has in it; each turn doubles that, without passing its row's first
-    while reach < pieces.longest:
-        near = (pieces.number[reach:] < reach).view(-1, 1, 1, 1)
+    while reach < layout.longest:
+        near = (layout.number[reach:] < reach).view(-1, 1, 1, 1)
         states[reach:] += (decay[reach:] * states[:-reach]).masked_fill_(near, 0)
         decay[reach:] *= decay[:-reach].masked_fill(near, 1)
         reach *= 2
@@ -59,31 +59,31 @@ def mamba_chunk_scan(call: Arguments) -> None:
     size = call.chunk_size
     while size % 2 == 0 and size * size > dim * dstate:
         size //= 2
-    pieces = lay_out(call.x, size, call.chunk_size // size, call.cu_seqlens, call.num_computed_tokens)
-    empty = pieces.of_row == 0
+    layout = chunk_layout(call.x, size, call.chunk_size // size, call.cu_seqlens, call.num_computed_tokens)
+    empty = layout.of_row == 0
     ends = row_ends(call.slots, call.write_slots, call.null_slot, empty, cache)
     initial = None
     if cache is not None and call.has_initial_state is not None:
         initial = initial_states(cache, ends, call.has_initial_state, compute)
     last = call.x.new_zeros(n, heads, dim, dstate, dtype=compute) if initial is None else initial
     if call.x.numel() > 0:
-        inside = pieces.inside & ends.somebody[pieces.row].unsqueeze(1)
-        u, d, b, c = (pieces.laid_out(tokens, inside, compute) for tokens in (call.x, call.dt, call.B, call.C))
+        inside = layout.inside & ends.is_active[layout.row].unsqueeze(1)
+        u, d, b, c = (layout.gather(tokens, inside, compute) for tokens in (call.x, call.dt, call.B, call.C))
         if call.dt_bias is not None:
             d = d + call.dt_bias.to(compute)
         if call.dt_softplus:  # not torch's softplus: on a CPU its last bits depend on where an element stands
             d = torch.where(d > 20, d, torch.log1p(torch.exp(d)))
         d = torch.where(inside.unsqueeze(2), d.clamp(call.dt_min, call.dt_max), 0)
-        y, states = _scan(u, d, call.A.to(compute), b, c, initial, pieces)
+        y, states = _scan(u, d, call.A.to(compute), b, c, initial, layout)
         if call.D is not None:
             y = y + (call.D if call.D.dim() == 2 else call.D.unsqueeze(1)).to(compute) * u
         if call.z is not None:
-            gate = pieces.laid_out(call.z, inside, compute)
+            gate = layout.gather(call.z, inside, compute)
             y = y * (gate / (1 + torch.exp(-gate)))
 
-        last = torch.where(empty.view(n, 1, 1, 1), last, states[(pieces.end - 1).clamp(min=0)])
+        last = torch.where(empty.view(n, 1, 1, 1), last, states[(layout.end - 1).clamp(min=0)])
         if kept is not None:
-            store_rows(kept, pieces.closes.cumsum(0) - 1, states, pieces.closes & ends.somebody[pieces.row])
-        pieces.store(call.output, y)
+            store_rows(kept, layout.closes.cumsum(0) - 1, states, layout.closes & ends.is_active[layout.row])
+        layout.store(call.output, y)
     if cache is not None:
         store_rows(cache, ends.target, last, ends.stored)

@@ -4,18 +4,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mamba_ops.ops._common.checking import floating, one_device, shape_is, short, tensor_rank
-from mamba_ops.ops._common.mixing import (
-    PlanTensors,
-    check_caches,
-    check_plan,
-)
+from mamba_ops.ops._common.checking import check_tensors, shape_is, short, tensor_rank
+from mamba_ops.ops._common.mixing import PlanTensors, check_caches, check_plan
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
 
 
 class Arguments(NamedTuple):
-    """A call of mamba_mixing: what its validation and its kernels are given."""
+    """A call of mamba_mixing: what its checks and its kernels get."""
 
     projected: Tensor
     conv_state: Tensor
@@ -78,9 +74,9 @@ def mamba_mixing(
 ) -> Tensor:
     """Mix a batch of decodes and prefills: convolve, project to dt, B and C, advance the states, write gated outputs.
 
-    In Mamba-1 step sizes, B and C are made of what was convolved, so their two projections are in here. What stands
-    before and behind it in the layer works on tokens alone; an engine cuts its graph here, as the plan's tensors have
-    fixed sizes and its counts are read by the op, not by the graph. It is composed of causal_conv1d, selective_scan,
+    In Mamba-1 step sizes, B and C are computed from the convolution's output, so their two projections are inside. The
+    parts of the layer before and after it work on single tokens; an engine cuts its graph here: the plan's tensors have
+    fixed sizes, and the op reads its counts, not the graph. It is composed of causal_conv1d, selective_scan,
     causal_conv1d_update and selective_state_update.
 
     Args:
@@ -100,14 +96,14 @@ def mamba_mixing(
         counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, num_computed_tokens, num_accepted_tokens: the
             plan, see `mamba_ops.ops._common.mixing.PlanTensors` and `mamba_ops.serving.Plan`; all None: no plan.
         norm_eps: added to the norms' mean squares.
-        null_slot: a row whose slot is this or negative is nobody: its output is zero, no cache is touched.
-        out: `(tokens, inner)`. Mutated. Zero for tokens that no row has; all zero without a plan or rows.
+        null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.
+        out: `(tokens, inner)`. Mutated. Zero for padding tokens; all zero without a plan or rows.
 
     Rows share two matrix products, whose last bits may change with the number of tokens; nothing else of a row depends
     on the others.
 
     Raises:
-        ValueError: before anything is written: shapes, dtypes, or counts that are not this batch's.
+        ValueError: before anything is written: shapes, dtypes, or counts that do not fit this batch.
     """
 
 
@@ -125,32 +121,18 @@ def _validate(call: Arguments) -> None:
         raise bad_argument("A", got=f"shape {tuple(call.A.shape)}", expected="(inner, dstate), neither of them 0")
     tensor_rank("projected", call.projected, {2: "(tokens, size)"})
     shape_is("projected", call.projected, (call.projected.shape[0], 2 * inner), hint=f"x and gate of {inner} channels")
-    weights = {
-        "conv_weight": call.conv_weight,
-        "conv_bias": call.conv_bias,
-        "x_proj_weight": call.x_proj_weight,
-        "dt_proj_weight": call.dt_proj_weight,
-        "dt_proj_bias": call.dt_proj_bias,
-        "A": call.A,
-        "D": call.D,
-        "dt_norm_weight": call.dt_norm_weight,
-        "B_norm_weight": call.B_norm_weight,
-        "C_norm_weight": call.C_norm_weight,
-    }
-    caches = {"conv_state": call.conv_state, "ssm_state": call.ssm_state}
-    floating(projected=call.projected, **caches, **weights, out=call.output)
-    one_device(call.projected.device, "projected", **caches, **weights, out=call.output)
+    check_tensors(call, "projected", elsewhere=PlanTensors._fields)
     shape_is("x_proj_weight", call.x_proj_weight, (rank + 2 * dstate, inner), hint="to dt, B and C")
     shape_is("dt_proj_weight", call.dt_proj_weight, (inner, rank))
     for name in ("x_proj_weight", "dt_proj_weight"):
-        if weights[name].dtype != call.projected.dtype:  # type: ignore[union-attr]
-            got, expected = (short(t.dtype) for t in (weights[name], call.projected))  # type: ignore[union-attr]
+        if (weight := getattr(call, name)).dtype != call.projected.dtype:
+            got, expected = short(weight.dtype), short(call.projected.dtype)
             raise bad_argument(name, got=got, expected=f"{expected}, as projected", hint="convert it once, beforehand")
     for name in ("dt_proj_bias", "D"):
-        shape_is(name, weights[name], (inner,))
+        shape_is(name, getattr(call, name), (inner,))
     shape_is("dt_norm_weight", call.dt_norm_weight, (rank,))
     for name in ("B_norm_weight", "C_norm_weight"):
-        shape_is(name, weights[name], (dstate,))
+        shape_is(name, getattr(call, name), (dstate,))
     plan = PlanTensors.of(call)
     check_plan(call.projected.device, plan)
     check_caches(plan, call.conv_state, call.ssm_state, call.conv_weight, call.conv_bias, inner, (inner, dstate))

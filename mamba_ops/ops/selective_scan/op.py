@@ -1,4 +1,4 @@
-"""Prefill for Mamba-1: the selective scan over whole sequences, every channel with a state of its own."""
+"""Prefill for Mamba-1: the selective scan over whole sequences, where every channel has its own state."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,9 @@ from torch import Tensor
 
 from mamba_ops.backends import triton
 from mamba_ops.ops._common.checking import (
-    floating,
+    check_tensors,
     index_tensor,
     initial_flags,
-    one_device,
     packed_rows,
     shape_is,
     slot_for_each,
@@ -23,7 +22,7 @@ from mamba_ops.registry import bad_argument
 
 
 class Arguments(NamedTuple):
-    """A call of selective_scan: what its validation and its kernels are given."""
+    """A call of selective_scan: what its checks and its kernels get."""
 
     x: Tensor
     dt: Tensor
@@ -50,7 +49,10 @@ class Arguments(NamedTuple):
 
 
 @mamba.op(
-    mutates=("ssm_state", "out"), reference="mamba_ops.ops.selective_scan.reference:selective_scan", arguments=Arguments
+    mutates=("ssm_state", "out"),
+    reference="mamba_ops.ops.selective_scan.reference:selective_scan",
+    arguments=Arguments,
+    replaces="selective_scan|mamba_inner",
 )
 def selective_scan(
     x: Tensor,
@@ -96,17 +98,17 @@ def selective_scan(
             the last row are neither read nor written.
         ssm_state: cache (slots, dim, dstate); mutated, rounded once at each store. None: no state is kept.
         slots: int32 or int64, (n,) or (n, columns), rows beyond n ignored: where row i's state is, in column 0. None:
-            row i uses slot i, and no row is nobody. With block_size the columns are positions, see below.
+            row i uses slot i, and none is padding. With block_size the columns are positions, see below.
         write_slots: the same for where the last state goes. None: where it came from. A null slot here means that the
             state is not stored.
         has_initial_state: bool, (n,): whether row i goes on from the state in its slot. None, or False: from zero.
-        null_slot: a slot that means "nobody", as does any slot below 0. Such a row's output is zero, and nothing else
-            is read or stored for it.
+        null_slot: a row with this slot, or a negative one, is padding: its output is zero, and nothing else is read or
+            stored for it.
         block_size: tokens of a block of the prefix cache, which keeps a row's state at the end of every block; 0: there
             is no such cache, and none of the next five. Otherwise all five, cu_seqlens, ssm_state and slots are given.
         first_block, last_block, initial_block: int32 or int64, (n,): columns of slots. Row i's tokens begin in block
             first_block[i] and its last state goes to column last_block[i]; its initial state is in column
-            initial_block[i], and the row is nobody if the slot there is null.
+            initial_block[i], and the row is padding if the slot there is null.
         chunk_ends: int32 or int64, (chunks,): where each chunk ends among the packed tokens; chunks follow each other,
             and none has tokens of two rows.
         last_chunk: int32 or int64, (n,): the last chunk of row i; its first one follows that of the row before. A row
@@ -136,22 +138,9 @@ def _output(x: Tensor) -> Tensor:
 
 @selective_scan.validate
 def _validate(call: Arguments) -> None:
-    floats = {
-        "dt": call.dt,
-        "A": call.A,
-        "B": call.B,
-        "C": call.C,
-        "D": call.D,
-        "z": call.z,
-        "dt_bias": call.dt_bias,
-        "ssm_state": call.ssm_state,
-    }
     prefix = {"first_block": call.first_block, "last_block": call.last_block, "initial_block": call.initial_block}
     prefix |= {"last_chunk": call.last_chunk, "chunk_ends": call.chunk_ends}
-    indices = {"cu_seqlens": call.cu_seqlens, "slots": call.slots, "write_slots": call.write_slots, **prefix}
-    floating(x=call.x, **floats, out=call.output)
-    one_device(call.x.device, "x", **floats, **indices, has_initial_state=call.has_initial_state, out=call.output)
-
+    check_tensors(call, "x", indices=prefix)
     packed_rows(call.cu_seqlens)
     if call.cu_seqlens is None:
         tensor_rank("x", call.x, {3: "(n, length, dim)"}, hint="packed tokens come with cu_seqlens")
@@ -201,7 +190,9 @@ def _validate(call: Arguments) -> None:
             hint = "the prefix cache keeps states of packed rows at the ends of blocks"
             raise bad_argument(name, got="none", expected="a tensor with block_size", hint=hint)
     if call.write_slots is not None:
-        raise bad_argument("write_slots", got="a tensor", expected="none with block_size", hint="slots says it all")
+        raise bad_argument(
+            "write_slots", got="a tensor", expected="none with block_size", hint="slots has the columns of all blocks"
+        )
     for name, tensor in prefix.items():
         if tensor is not None:
             index_tensor(name, tensor)

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.chunk_layout import lay_out, row_count
-from mamba_ops.ops._common.slots import initial_states, is_null, require_slots, row_ends, slot_columns, store_rows
+from mamba_ops.ops._common.chunk_layout import chunk_layout, row_count
+from mamba_ops.ops._common.slots import initial_states, is_padding, require_slots, row_ends, slot_columns, store_rows
 from mamba_ops.ops.selective_scan.op import Arguments
 
 PIECE = 16  # tokens that the reference reads one after the other, of all pieces at once
@@ -51,8 +51,8 @@ def selective_scan(call: Arguments) -> None:
     if n == 0:
         return
     blocks = call.block_size > 0
-    pieces = lay_out(call.x, PIECE, 1, call.cu_seqlens, None)
-    empty = pieces.of_row == 0
+    layout = chunk_layout(call.x, PIECE, 1, call.cu_seqlens, None)
+    empty = layout.of_row == 0
     of_rows = call.slots
     if call.slots is not None and call.initial_block is not None:
         of_rows = slot_columns(call.slots, n).gather(1, call.initial_block.long().unsqueeze(1))
@@ -65,27 +65,27 @@ def selective_scan(call: Arguments) -> None:
             store_rows(call.ssm_state, ends.target, initial, ends.stored)
         return
 
-    inside = pieces.inside & ends.somebody[pieces.row].unsqueeze(1)
+    inside = layout.inside & ends.is_active[layout.row].unsqueeze(1)
     kept = None
     if call.slots is not None and call.ssm_state is not None and call.cu_seqlens is not None:
         of_blocks = (call.first_block, call.last_block, call.chunk_ends, call.last_chunk)
         kept = _kept_states(
-            slot_columns(call.slots, n)[pieces.row], pieces.token, call.cu_seqlens, *of_blocks, call.block_size
+            slot_columns(call.slots, n)[layout.row], layout.token, call.cu_seqlens, *of_blocks, call.block_size
         )
     if kept is not None and call.ssm_state is not None:
-        kept = _Kept(kept.slot, inside & kept.stored & ~is_null(kept.slot, call.null_slot))
+        kept = _Kept(kept.slot, inside & kept.stored & ~is_padding(kept.slot, call.null_slot))
         require_slots(call.ssm_state, kept.slot, kept.stored)
 
-    def laid_out(tokens: Tensor) -> Tensor:
+    def gather(tokens: Tensor) -> Tensor:
         """An activation as (PIECE, pieces, ...), zero where there is no token."""
-        return pieces.laid_out(tokens, inside, compute).transpose(0, 1)
+        return layout.gather(tokens, inside, compute).transpose(0, 1)
 
     def of_channels(tokens: Tensor) -> Tensor:
         """B or C as (PIECE, pieces, groups or 1, channels of a group or 1, dstate)."""
-        tokens = laid_out(tokens)
+        tokens = gather(tokens)
         return (tokens.unsqueeze(2) if tokens.dim() == 3 else tokens).unsqueeze(3)
 
-    x, d = laid_out(call.x), laid_out(call.dt)
+    x, d = gather(call.x), gather(call.dt)
     if call.dt_bias is not None:
         d = d + call.dt_bias.to(compute)
     if call.dt_softplus:  # not torch's softplus: on a CPU its last bits depend on where an element stands
@@ -104,9 +104,9 @@ def selective_scan(call: Arguments) -> None:
     for t in range(PIECE):
         left = advance(left, t)
     decay, begun, state = torch.exp(rates * d.sum(0).unsqueeze(2)), torch.zeros_like(left), initial
-    first = pieces.end - pieces.of_row
-    for number in range(pieces.longest):
-        exists = number < pieces.of_row
+    first = layout.end - layout.of_row
+    for number in range(layout.longest):
+        exists = number < layout.of_row
         piece = torch.where(exists, first + number, 0)
         store_rows(begun, piece, state, exists)
         state = torch.where(exists.view(n, 1, 1), state * decay[piece] + left[piece], state)
@@ -119,8 +119,8 @@ def selective_scan(call: Arguments) -> None:
     if call.D is not None:
         y = y + call.D.to(compute) * x
     if call.z is not None:
-        gate = laid_out(call.z)
+        gate = gather(call.z)
         y = y * (gate / (1 + torch.exp(-gate)))
-    pieces.store(call.output, y.transpose(0, 1))
+    layout.store(call.output, y.transpose(0, 1))
     if call.ssm_state is not None and not blocks:
         store_rows(call.ssm_state, ends.target, state, ends.stored)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from mamba_ops.backends import flashinfer, triton
 from mamba_ops.ops._common.checking import (
-    floating,
+    check_tensors,
     index_tensor,
-    one_device,
     packed_rows,
     shape_is,
     short,
@@ -20,13 +19,14 @@ from mamba_ops.ops._common.checking import (
     slot_table,
     tensor_rank,
 )
+from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.selective_state_update import flashinfer as on_flashinfer
 from mamba_ops.registry import bad_argument, settings
 
 
 class Arguments(NamedTuple):
-    """A call of selective_state_update: what its validation and its kernels are given."""
+    """A call of selective_state_update: what its checks and its kernels get."""
 
     ssm_state: Tensor
     x: Tensor
@@ -52,6 +52,7 @@ class Arguments(NamedTuple):
     mutates=("ssm_state", "out"),
     reference="mamba_ops.ops.selective_state_update.reference:selective_state_update",
     arguments=Arguments,
+    replaces="selective_state_update",
 )
 def selective_state_update(
     ssm_state: Tensor,
@@ -77,8 +78,8 @@ def selective_state_update(
     """Advance the cached `ssm_state` of every row by the row's tokens, in place, and write the tokens' outputs.
 
     The tokens come in one of three layouts: `(n, ...)`, one token a row; `(n, length, ...)`, a few tokens a row; or
-    packed `(tokens, ...)` with `cu_seqlens`. `...` is `(heads, dim)` for Mamba-2 and `(dim,)` for Mamba-1, whose
-    tensors are those of one head without its dimension. Head h uses group h // (heads / groups) of B and C. Any
+    packed `(tokens, ...)` with `cu_seqlens`. `...` is `(heads, dim)` for Mamba-2 and `(dim,)` for Mamba-1: one
+    head, without its dimension. Head h uses group h // (heads / groups) of B and C. Any
     strides, and any mix of float16, bfloat16, float32 and float64.
 
     Args:
@@ -92,7 +93,7 @@ def selective_state_update(
         dt_bias: added to dt, (heads, dim) or (heads,). Mamba-1: (dim,).
         dt_softplus: apply softplus to dt after the bias; linear above 20.
         slots: int32 or int64, (n,) or (n, columns), rows beyond n ignored: where row i's state is, in column 0. None:
-            row i uses slot i, and no row is nobody.
+            row i uses slot i, and none is padding.
         write_slots: the same for where the new state goes. None: where it came from. A null slot here means that the
             state is not stored.
         cu_seqlens: int32 or int64, (n + 1,): row i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1. An empty row
@@ -101,8 +102,8 @@ def selective_state_update(
             max(num_accepted_tokens[i] - 1, 0) of its slots, the last one at most, and the state after its token t is
             stored in column t of its write_slots; beyond the columns nothing is stored. Otherwise the last state is
             stored in column 0.
-        null_slot: a slot that means "nobody", as does any slot below 0. Such a row's output is zero, and nothing is
-            read or stored for it.
+        null_slot: a row with this slot, or a negative one, is padding: its output is zero, and nothing is read or
+            stored for it.
         rounding_seed: one int64, () or (1,): a state of float16, which it must be, is rounded stochastically at each
             store, in any of the forms above. None: to the nearest.
         philox_rounds: rounds of the generator for that. 0: 10.
@@ -117,9 +118,9 @@ def selective_state_update(
     The state is not rounded between the tokens of a row. No two rows may store to one slot, nor one row store to a slot
     that another reads.
 
-    How an entry is rounded stochastically depends on the seed, on the slot that it is stored in and on its place there
-    alone, as `round_stochastically` in mamba_ops/ops/rounding.py says exactly. That is the stream of torch and Triton;
-    FlashInfer has another, of the slot that a row starts from.
+    How an entry is rounded stochastically depends only on the seed, the slot that it is stored in and its place there:
+    `round_stochastically` in mamba_ops/ops/_common/rounding.py gives the formula, which torch and Triton follow.
+    FlashInfer has other random numbers, which depend on the slot that a row starts from.
 
     The reference keeps all rows padded to the longest and, given cu_seqlens, reads that length on the host.
     """
@@ -132,21 +133,7 @@ def _output(x: Tensor) -> Tensor:
 
 @selective_state_update.validate
 def _validate(call: Arguments) -> None:
-    floats = {
-        "ssm_state": call.ssm_state,
-        "x": call.x,
-        "dt": call.dt,
-        "A": call.A,
-        "B": call.B,
-        "C": call.C,
-        "D": call.D,
-        "z": call.z,
-        "dt_bias": call.dt_bias,
-    }
-    indices = {"slots": call.slots, "write_slots": call.write_slots, "cu_seqlens": call.cu_seqlens}
-    floating(**floats, out=call.output)
-    one_device(call.x.device, **floats, **indices, num_accepted_tokens=call.num_accepted_tokens, out=call.output)
-
+    check_tensors(call, "x", indices=["rounding_seed"])
     ranks = {3: "(slots, dim, dstate)", 4: "(slots, heads, dim, dstate)"}
     tensor_rank("ssm_state", call.ssm_state, ranks, hint="Mamba-1 has no heads dimension, Mamba-2 has one")
     if 0 in call.ssm_state.shape[1:]:
@@ -175,7 +162,6 @@ def _validate(call: Arguments) -> None:
     if heads and (groups == (0,) or heads[0] % groups[0]):
         raise bad_argument("B", got=f"{groups[0]} groups", expected=f"a divisor of the {heads[0]} heads")
 
-    one_device(call.x.device, rounding_seed=call.rounding_seed)
     if call.rounding_seed is not None:
         if call.rounding_seed.dtype != torch.int64:
             hint = "one number from torch.randint will do"
@@ -187,7 +173,7 @@ def _validate(call: Arguments) -> None:
     if call.philox_rounds < 0:
         raise bad_argument("philox_rounds", got=call.philox_rounds, expected="at least 1, or 0 for 10")
 
-    n = call.x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    n = row_count(call.x, call.cu_seqlens)
     states = 1
     if call.num_accepted_tokens is not None:
         index_tensor("num_accepted_tokens", call.num_accepted_tokens)

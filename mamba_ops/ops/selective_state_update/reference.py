@@ -33,10 +33,9 @@ def selective_state_update(call: Arguments) -> None:
         weight = weight.unsqueeze(0) if headless else weight
         return (weight if weight.dim() > 1 else weight.unsqueeze(1)).to(compute)
 
-    in_order = (
-        call.slots is None and call.write_slots is None and index is None
-    )  # row i has slot i, and every row has tokens
-    source, live, target, stored = update_ends(
+    # Row i has slot i, and every row has tokens.
+    in_order = call.slots is None and call.write_slots is None and index is None
+    source, is_active, target, stored = update_ends(
         call.slots,
         call.write_slots,
         call.null_slot,
@@ -64,7 +63,7 @@ def selective_state_update(call: Arguments) -> None:
 
     cache = call.ssm_state.unsqueeze(1) if headless else call.ssm_state
     # Rows in order are a view: a cache of the dtype that is computed in then advances where it is.
-    s = (cache[:n] if in_order else cache[torch.where(live, source, 0)]).to(compute)
+    s = (cache[:n] if in_order else cache[torch.where(is_active, source, 0)]).to(compute)
     sums = []
     for t in range(length):
         decay, written = torch.exp(a * d[:, t]), (b[:, t] * d[:, t]) * u[:, t].unsqueeze(-1)
@@ -86,7 +85,7 @@ def selective_state_update(call: Arguments) -> None:
     if call.z is not None:
         gate = rows(call.z)
         y = y * (gate / (1 + torch.exp(-gate)))
-    y = (y if in_order else torch.where(live.view(n, 1, 1, 1), y, 0)).to(call.output.dtype)
+    y = (y if in_order else torch.where(is_active.view(n, 1, 1, 1), y, 0)).to(call.output.dtype)
     if index is None:
         call.output.copy_(y.view(call.output.shape))
     else:

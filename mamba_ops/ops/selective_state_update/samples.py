@@ -1,13 +1,14 @@
-"""Calls of selective_state_update: samples, the patterns of a warm-up, and calls that are wrong."""
+"""Calls of selective_state_update: samples, call patterns and wrong calls."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from mamba_ops.ops._common.random_inputs import UPDATE_PATTERNS, RandomInputs
+from mamba_ops.ops._common.samples import SampleTensors, error_table
 from mamba_ops.ops.selective_state_update.op import selective_state_update
-from mamba_ops.registry import Sample
+from mamba_ops.registry import ErrorInput, Sample
 
 
 @selective_state_update.samples
@@ -21,13 +22,8 @@ def _samples(
     dstate: int = 16,
     groups: int = 2,
 ) -> Iterator[Sample]:
-    random = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=random).to(device, dtype)
-
-    def indices(*values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
+    make = SampleTensors(device, dtype)
+    normal, indices = make.normal, make.indices
 
     def sample(name: str, *lead: int, heads: int = heads, groups: int = groups, **changes: Any) -> Sample:
         """A call with tokens of shape `lead`, three by default; heads = 0 is Mamba-1."""
@@ -127,4 +123,56 @@ def _samples(
         num_accepted_tokens=indices(2, 1, 9, dtype=torch.int64),
         null_slot=0,
         out=normal(7, *channels),
+    )
+
+
+@selective_state_update.call_patterns(*UPDATE_PATTERNS, "one token mamba1")
+def _call(random: RandomInputs, pattern: str) -> Sample:
+    words, dstate = random.lay_out(pattern), random.size("dstate", 16)
+    heads, dim, groups = random.size("heads", 4), random.size("dim", 16), random.size("groups", 2)
+    inner, group, a = ((heads, dim), (groups,), (heads,)) if "mamba1" not in words else ((dim,), (), (dim, dstate))
+    options = random.update_arguments(words)
+    options |= {"D": random.weight(inner[0]), "dt_bias": random.weight(inner[0]), "dt_softplus": True}
+    x, dt = random.tokens(*inner), random.tokens(inner[0])
+    B, C = random.tokens(*group, dstate), random.tokens(*group, dstate)
+    return Sample(pattern, (random.cache(*inner, dstate), x, dt, random.weight(*a), B, C), options)
+
+
+_ERROR_INPUTS = error_table(
+    ("base", "ssm_state", lambda s: s[0, 0], r"got shape \(16, 16\), expected \(slots, dim, dstate\) or"),
+    ("base", "ssm_state", lambda s: s.int(), "got int32, expected float16"),
+    ("base", "ssm_state", lambda s: s[:, :3], r"x: got shape"),
+    ("no slots", "ssm_state", lambda s: s[:1], "got 1 slots, expected at least"),
+    ("base", "x", lambda x: x[0], r"got shape \(4, 16\), expected"),
+    ("base", "x", lambda x: x.bool(), "got bool, expected float16"),
+    ("base", "dt", lambda d: d[:, :2], "got shape"),
+    ("base", "dt", lambda d: d.long(), "got int64"),
+    ("base", "A", lambda a: a[:3], r"got shape \(3,\), expected \(4, 16, 16\) or \(4,\)"),
+    ("base", "B", lambda b: b[..., :8], "got shape"),
+    ("one group", "B", lambda b: b.repeat(1, 3, 1), r"C: got shape \(3, 1, 16\), expected \(3, 3, 16\); C is like B"),
+    ("base", "C", lambda c: c[:1], "got shape"),
+    ("base", "D", lambda d: d[:2], r"got shape \(2,\), expected \(4, 16\) or \(4,\)"),
+    ("base", "dt_bias", lambda d: d[:2], r"got shape \(2,\), expected \(4, 16\) or \(4,\)"),
+    ("gate", "z", lambda z: z[:1], "got shape"),
+    ("base", "slots", lambda s: s.double(), "got float64, expected int32 or int64"),
+    ("base", "slots", lambda s: s[:1], "got 1 rows, expected at least"),
+    ("write slots", "write_slots", lambda s: s[:1], "got 1 rows, expected at least"),
+    ("packed", "cu_seqlens", lambda c: c[None], r"got shape .* expected \(n \+ 1,\)"),
+    ("speculative", "num_accepted_tokens", lambda a: a[:1], r"got shape \(1,\)"),
+    ("speculative", "slots", lambda s: None, "got None"),
+    ("base", "out", lambda o: o[..., :1], "got shape"),
+    ("base", "philox_rounds", lambda _: -7, "got -7, expected at least 1, or 0 for 10"),
+    ("stochastic rounding", "rounding_seed", lambda s: s.repeat(2), r"got shape \(2,\), expected \(1,\) or"),
+    ("stochastic rounding", "ssm_state", lambda s: s.bfloat16(), "got bfloat16, expected float16; rounding_seed asks"),
+)
+
+
+@selective_state_update.error_inputs
+def _error_inputs(device: torch.device) -> Iterator[ErrorInput]:
+    yield from _ERROR_INPUTS
+    yield ErrorInput(
+        "base",
+        "rounding_seed",
+        lambda _: torch.zeros(1, dtype=torch.int32, device=device),
+        "rounding_seed: got int32, expected int64",
     )

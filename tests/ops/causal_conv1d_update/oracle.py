@@ -1,4 +1,4 @@
-"""The truth about causal_conv1d_update: one row, one token and one tap at a time, written from the formulas."""
+"""The oracle of causal_conv1d_update: one row, one token and one tap at a time, written from the formulas."""
 
 from itertools import pairwise
 

@@ -42,7 +42,7 @@ def chunk_gated_delta_rule(
     heads, v_dim, k_dim = *v.shape[-2:], q.shape[-1]
 
     def slot_of(table: Tensor | None, row: int) -> int | None:
-        """The slot of a row, None for nobody."""
+        """The slot of a row, None for padding."""
         if table is None:
             return row
         slot = int(table[row] if table.dim() == 1 else table[row, 0])

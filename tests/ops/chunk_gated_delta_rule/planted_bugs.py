@@ -1,6 +1,4 @@
-"""Bugs to plant in chunk_gated_delta_rule, and calls of it that are wrong."""
-
-from tests.ops.tables import BadInput
+"""Bugs to plant in chunk_gated_delta_rule."""
 
 BUGS = {
     "wrong group": ("head // (V_HEADS // K_HEADS)", "head % K_HEADS"),
@@ -33,54 +31,3 @@ SLOW_BUGS = {  # slow: interpreted matrix products
     "empty row's state not copied": ("stored &= slot_stride >= 0", "stored &= (slot_stride >= 0) & (count > 0)"),
     "empty row's state reset": ("source, count, write_slots", "source, count + 1, write_slots"),
 }
-
-BAD_INPUT: list[BadInput] = [
-    (
-        "base",
-        "v",
-        lambda v: v[0],
-        r"v: got shape \(75, 4, 24\), expected \(n, length, v_heads, v_dim\); packed tokens come",
-    ),
-    (
-        "packed, null rows",
-        "v",
-        lambda v: v[None],
-        r"v: got shape \(1, 153, 4, 24\), expected \(tokens, v_heads, v_dim\); with cu_seqlens",
-    ),
-    ("base", "v", lambda v: v.int(), "v: got int32, expected float16"),
-    ("base", "v", lambda v: v[..., :0], r"v: got shape \(3, 75, 4, 0\), expected only tokens of size 0"),
-    ("base", "q", lambda q: q[0], r"q: got shape \(75, 2, 16\), expected \(..., k_heads, k_dim\), with the tokens"),
-    ("base", "q", lambda q: q[..., :0], r"q: got shape \(3, 75, 2, 0\), expected only tokens of size 0"),
-    ("base", "q", lambda q: q.long(), "q: got int64, expected float16"),
-    ("base", "q", lambda q: q[:2], r"q: got shape \(2, 75, 2, 16\), expected \(3, 75, 2, 16\); tokens are those of v"),
-    ("base", "k", lambda k: k[..., :8], r"k: got shape \(3, 75, 2, 8\), expected \(3, 75, 2, 16\); k is like q"),
-    ("base", "v", lambda v: v[:, :, :3], "q: got 2 heads, expected a divisor of the 3 heads of v"),
-    ("base", "g", lambda g: g[..., :2], r"g: got shape \(3, 75, 2\), expected \(3, 75, 4\); one number a token"),
-    ("base", "g", lambda g: g.int(), "g: got int32, expected float16"),
-    ("base", "beta", lambda b: b[:, 1:], r"beta: got shape \(3, 74, 4\), expected \(3, 75, 4\); one number a token"),
-    ("packed, null rows", "cu_seqlens", lambda c: c[None], r"cu_seqlens: got shape \(1, 4\), expected \(n \+ 1,\)"),
-    ("packed, null rows", "cu_seqlens", lambda c: c.float(), "cu_seqlens: got float32, expected int32 or int64"),
-    (
-        "base",
-        "ssm_state",
-        lambda s: s[0],
-        r"ssm_state: got shape \(4, 24, 16\), expected \(4, 4, 24, 16\); \(slots, v_heads, v_dim, k_dim\)",
-    ),
-    ("base", "ssm_state", lambda s: s.mT, r"ssm_state: got shape \(9, 4, 16, 24\), expected \(9, 4, 24, 16\)"),
-    ("base", "ssm_state", lambda s: s.int(), "ssm_state: got int32, expected float16"),
-    ("base", "ssm_state", lambda s: None, "ssm_state: got none, expected a cache; has_initial_state says who reads it"),
-    (
-        "not normalised, no slots",
-        "ssm_state",
-        lambda s: s[:1],
-        "ssm_state: got 1 slots, expected at least 2; without slots, row i uses slot i",
-    ),
-    ("base", "slots", lambda s: s.float(), "slots: got float32, expected int32 or int64"),
-    ("base", "slots", lambda s: s[:2], "slots: got 2 rows, expected at least 3"),
-    ("base", "slots", lambda s: s.view(3, 1, 1), r"slots: got shape \(3, 1, 1\), expected \(rows,\) or"),
-    ("packed, write slots", "write_slots", lambda s: s[:1], "write_slots: got 1 rows, expected at least 3"),
-    ("base", "has_initial_state", lambda h: h.int(), "has_initial_state: got int32, expected bool"),
-    ("base", "has_initial_state", lambda h: h[:2], r"has_initial_state: got shape \(2,\), expected \(3,\)"),
-    ("base", "out", lambda o: o[..., :1], r"out: got shape \(3, 75, 4, 1\), expected \(3, 75, 4, 24\); out is like v"),
-    ("base", "out", lambda o: o.int(), "out: got int32, expected float16"),
-]

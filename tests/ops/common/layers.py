@@ -95,7 +95,7 @@ class GatedDeltaNetOracle(LayerOracle):
         return [q.reshape(K, Dk), k.reshape(K, Dk), v.reshape(V, Dv), z.reshape(V, Dv), b.reshape(V), a.reshape(V)]
 
     def read(self, hidden: Tensor) -> Tensor:
-        """In float64 token by token; in float32 in chunks, whose equations have rounding errors of their own."""
+        """In float64 token by token; in float32 in chunks: their equations have other rounding errors."""
         layer, weights = self.layer, self.weights
         parts = [self.convolved(h) for h in hidden.cpu().to(self.dtype)]
         q, k, v, z, b, a = (torch.stack(part) for part in zip(*parts, strict=True))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass
 class Row:
-    """One row of a plan that is somebody: its tokens, where its state is read, and where it goes after each token."""
+    """One row of a plan that is no padding: its tokens, where its state is read, and where it goes after each token."""
 
     tokens: range
     source: int
@@ -33,7 +33,7 @@ def rows_of(
     *,
     null_slot: int,
 ) -> list[Row]:
-    """The rows that are somebody and have tokens."""
+    """The rows that have tokens and are no padding."""
     if counts is None:
         return []
     decodes, _, prefills, _ = counts.tolist()

@@ -43,7 +43,7 @@ def gated_delta_rule_update(
     spread = v.shape[-2] // q.shape[-2]
 
     def slot_of(table: Tensor | None, row: int, column: int) -> int | None:
-        """A slot of a row, None for nobody or for a column that is not there."""
+        """A slot of a row, None for padding or for a column that is not there."""
         if table is None:
             return row if column == 0 else None
         entries = table[row].reshape(-1).tolist()

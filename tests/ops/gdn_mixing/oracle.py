@@ -74,7 +74,7 @@ def gdn_mixing(
                 gates[token] = gate.view(V, v_dim).to(gates.dtype)
             row.keep(states, number, s)
         window.end()
-    if gates is not None and plan[0] is not None:  # somebody's or nobody's, a row's tokens have a gate
+    if gates is not None and plan[0] is not None:  # tokens of padding rows have a gate, too
         for token in range(int(plan[0][1] + plan[0][3])):
             gates[token] = apart(projected_qkvz[token], projected_ba[token])[3].view(V, v_dim).to(gates.dtype)
     return output, convolution.state, states, gates  # type: ignore[return-value]

@@ -52,7 +52,7 @@ def mamba_chunk_scan(
     heads, dim, dstate = *x.shape[-2:], B.shape[-1]
 
     def slot_of(table: Tensor | None, row: int) -> int | None:
-        """The slot of a row, None for nobody."""
+        """The slot of a row, None for padding."""
         if table is None:
             return row
         slot = int(table[row] if table.dim() == 1 else table[row, 0])

@@ -47,7 +47,7 @@ def selective_scan(
     dim, dstate = A.shape
 
     def slot_of(table: Tensor | None, row: int, column: int = 0) -> int | None:
-        """The slot of a row, None for nobody."""
+        """The slot of a row, None for padding."""
         if table is None:
             return row
         slot = int(table[row] if table.dim() == 1 else table[row, column])

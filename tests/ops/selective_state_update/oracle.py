@@ -30,7 +30,7 @@ def selective_state_update(
 ) -> tuple[Tensor, Tensor]:
     """Return (output, state); the arguments stay as they are.
 
-    Everything is computed in `dtype`. In float64, the truth, the results are float64 too; else they are rounded once,
+    Everything is computed in `dtype`. In float64 the results are float64 too; else they are rounded once,
     to the dtypes of the output (`out`'s, or x's) and of the state, as a kernel's are. What the op does not write is
     what was there before; without `out` that is NaN. The state is rounded to the nearest, whatever the seed: how it is
     rounded stochastically has an oracle of its own, rounding.py.
@@ -43,7 +43,7 @@ def selective_state_update(
     speculative = num_accepted_tokens is not None
 
     def slot_of(table: Tensor | None, row: int, column: int) -> int | None:
-        """The slot in a table's row and column, None for nobody."""
+        """The slot in a table's row and column, None for padding."""
         if table is None:
             return row
         slot = int(table[row] if table.dim() == 1 else table[row, column])
