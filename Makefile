@@ -31,10 +31,11 @@ test: $(READY)  ## the tests, without the slow ones
 test-all: $(READY)  ## all tests
 	$(PYTEST)
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff, mypy and import-linter
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: $(READY)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix

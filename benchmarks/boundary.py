@@ -22,15 +22,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.idle_ops import bare_op, does_nothing, idle_backend, us_per_call
 from benchmarks.measure import command
 from mamba_ops import selective_state_update
-from mamba_ops.demo.boundary import bare_op, does_nothing, idle_backend, us_per_call
-from mamba_ops.demo.watch import device_name
+from mamba_ops.commands.watch import device_name
 from mamba_ops.registry import Namespace, Op, require_out
 
 
 def sixteen_arguments(
-    state: Tensor,
+    ssm_state: Tensor,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -61,7 +61,7 @@ def declared() -> Iterator[Op[...]]:
     """Within the block, there is an op of sixteen arguments, in a namespace of its own."""
     namespace = Namespace("mamba_ops_boundary")
     try:
-        op = namespace.op(mutates=("state", "out"))(sixteen_arguments)
+        op = namespace.op(mutates=("ssm_state", "out"))(sixteen_arguments)
         op.allocate_output(_output)
         yield op
     finally:

@@ -18,11 +18,11 @@ from rich.box import MARKDOWN
 from rich.console import Console
 
 from benchmarks.measure import command
-from mamba_ops.demo import Prefill, read_text
-from mamba_ops.demo.prefill import Job, measure_in_child
-from mamba_ops.demo.show import compile_ratio, prefill_table
-from mamba_ops.demo.watch import device_name
-from mamba_ops.targets import TargetError
+from mamba_ops.commands.demo.prefill import Job, Prefill, measure_in_child
+from mamba_ops.commands.demo.run import read_text
+from mamba_ops.commands.demo.show import compile_ratio, prefill_table
+from mamba_ops.commands.targets import TargetError
+from mamba_ops.commands.watch import device_name
 
 LENGTHS = (512, 513, 300, 1024, 64)  # chunks of 256 filled, begun, one and a bit, several, and less than one
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 import mamba_ops
 from benchmarks import measure
+from benchmarks.idle_ops import idle_backend
 from benchmarks.kernels import slot_tables
 from benchmarks.measure import AGREEMENT, Row, number, ratio
-from mamba_ops.demo.boundary import idle_backend
 from mamba_ops.registry import Op, Sample, noticing_swaps
 from tests.harness import SIZES, samples_for
 
@@ -77,9 +77,9 @@ class Case:
         def direct(slots: Tensor | None) -> object:
             if slots is None:
                 return bare(None, views())
-            somebody = torch.threshold(slots, -1, -1)
-            bare(somebody, views())
-            return self.out.masked_fill_((somebody < 0)[:, None, None], 0)
+            cleaned = torch.threshold(slots, -1, -1)
+            bare(cleaned, views())
+            return self.out.masked_fill_((cleaned < 0)[:, None, None], 0)
 
         self.ours, self.bare, self.direct = ours, bare, direct
 
@@ -111,16 +111,16 @@ def host_us(contestants: dict[str, Contestant], device: torch.device, calls: int
     """The host's time for one eager call, by turns; fewer calls than the device's queue holds, so none waits for it."""
     module, times = torch.get_device_module(device), defaultdict[str, list[float]](list)
     for _ in range(15):
-        for who, (context, call) in contestants.items():
+        for contestant, (context, call) in contestants.items():
             with context():
                 call()
                 module.synchronize()
                 start = time.perf_counter()
                 for _ in range(calls):
                     call()
-                times[who].append((time.perf_counter() - start) / calls)
+                times[contestant].append((time.perf_counter() - start) / calls)
                 module.synchronize()
-    return {f"{who}_host": 1e6 * statistics.median(found) for who, found in times.items()}
+    return {f"{contestant}_host": 1e6 * statistics.median(found) for contestant, found in times.items()}
 
 
 def measured(rows: int, kind: str, device: torch.device) -> Row:
@@ -134,22 +134,22 @@ def measured(rows: int, kind: str, device: torch.device) -> Row:
         "ours": ("flashinfer", case.ours),
         "triton": ("triton", case.ours),
     }
-    for who, (backend, call) in contestants.items():
+    for contestant, (backend, call) in contestants.items():
         with mamba_ops.use_backend(backend):
-            results[who] = case.result(call)
-    for who, (backend, call) in contestants.items():  # all results come first: timing advances the states
+            results[contestant] = case.result(call)
+    for contestant, (backend, call) in contestants.items():  # all results come first: timing advances the states
         with mamba_ops.use_backend(backend):
-            row |= {f"{who}_{what}": us for what, us in case.times(call).items()}
+            row |= {f"{contestant}_{what}": us for what, us in case.times(call).items()}
     calls: dict[str, Contestant] = {
-        who: (partial(mamba_ops.use_backend, backend), partial(call, case.tables[0]))
-        for who, (backend, call) in contestants.items()
+        contestant: (partial(mamba_ops.use_backend, backend), partial(call, case.tables[0]))
+        for contestant, (backend, call) in contestants.items()
     }
     calls["idle"] = partial(idle_backend, mamba_ops.selective_state_update), partial(case.ours, case.tables[0])
     calls["refusals"] = nullcontext, case.refusals
     row |= host_us(calls, device)
     row["boundary"] = row["idle_host"] + row["refusals_host"]
     row["ours_rest"] = row["ours_host"] - row["direct_host"] - row["boundary"]
-    row["same bits"] = all(torch.equal(results[who], results["ours"]) for who in ("bare", "direct"))
+    row["same bits"] = all(torch.equal(results[contestant], results["ours"]) for contestant in ("bare", "direct"))
     difference = (results["triton"] - results["ours"]).norm() / results["ours"].norm()
     row["difference"], row["agrees"] = float(difference), row["same bits"] and float(difference) < AGREEMENT
     print(", ".join(f"{name}: {cell(row)}" for name, cell in (DEVICE | HOST).items()), flush=True)
@@ -185,7 +185,7 @@ HOST: dict[str, Callable[[Row], str]] = {
 
 NOTES = [
     "bare: flashinfer.mamba.selective_state_update alone, on views made before the clock starts; slots as they are",
-    "direct: as a layer calls it for what our op promises: views made, slots below 0 made -1, rows of nobody zeroed",
+    "direct: as a layer calls it for what our op promises: views made, slots below 0 made -1, padding rows zeroed",
     "ours: our op on flashinfer; boundary: our op with nothing behind it, and its refusals, asked in every call",
     "the rest: ours - direct - boundary",
 ]

@@ -19,8 +19,8 @@ from torch._dynamo.utils import counters
 
 from benchmarks.decoder import Decoder
 from mamba_ops import causal_conv1d_update, record_selections, selective_state_update, use_backend
-from mamba_ops.demo.run import TOLERANCE
-from mamba_ops.demo.watch import CompilerWatch, device_name, watch_compiler
+from mamba_ops.commands.demo.run import TOLERANCE
+from mamba_ops.commands.watch import CompilerWatch, device_name, watch_compiler
 from mamba_ops.registry import Backend
 
 BASE, MARKER = "triton", "marker"
@@ -36,7 +36,7 @@ class Reading:
         asked: the backend that use_backend() named.
         ran: the backends whose eager results are these, by the numbers.
         launches: runs of an op that Python saw; replays are not among them.
-        recordings: CUDA graphs recorded meanwhile.
+        recordings: CUDA graphs recorded during it.
         difference: how far the results are from the eager ones on the backend asked for, relative to the largest.
     """
 

@@ -22,7 +22,7 @@ from benchmarks import measure
 from benchmarks.decoder import Decoder
 from benchmarks.measure import Row
 from mamba_ops import explain, record_selections, selective_state_update, use_backend
-from mamba_ops.demo.watch import watch_compiler
+from mamba_ops.commands.watch import watch_compiler
 from mamba_ops.registry import noticing_swaps
 
 BASE, OTHER = "triton", "flashinfer"
@@ -40,7 +40,7 @@ class Reading:
     Attributes:
         backend: its name.
         tokens_per_s: of all streams.
-        recordings: CUDA graphs recorded meanwhile.
+        recordings: CUDA graphs recorded during it.
         runs: runs of selective_state_update that Python saw; replays are not among them.
         difference: of the first step's logits from eager ones on that backend, relative to the largest.
     """

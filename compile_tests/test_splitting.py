@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 from mamba_ops import registry
-from mamba_ops.demo.watch import watch_compiler
+from mamba_ops.commands.watch import watch_compiler
 from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
 from mamba_ops.registry import mark_splitting, record_selections, splitting_ops, use_backend
 from mamba_ops.serving import Plan

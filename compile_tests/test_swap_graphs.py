@@ -17,7 +17,7 @@ import mamba_ops
 from compile_tests.test_ops import conv_step
 from compile_tests.test_swap import marked, step
 from mamba_ops import configure, record_selections, use_backend
-from mamba_ops.demo.watch import CompilerWatch, watch_compiler
+from mamba_ops.commands.watch import CompilerWatch, watch_compiler
 from mamba_ops.registry import Backend, NoBackendError, RegistryError, renew_caches
 from tests.conftest import ACCELERATOR
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mamba_ops.commands.targets import TargetError, quiet_transformers, tokenize, transformers_model
 from mamba_ops.compat.transformers import use_mamba_ops
-from mamba_ops.targets import TargetError, quiet_transformers, tokenize, transformers_model
 
 
 @torch.no_grad()  # the ops record no gradients, and parameters require them

@@ -1,11 +1,17 @@
 """Mamba-family kernels as torch.library ops: traced whole by torch.compile, several backends under one name."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+if Path(__file__).with_name("registry").is_file():
+    raise ImportError(
+        "mamba_ops/registry is a text file in this checkout, where git should have made a symbolic link to registry/; "
+        "run `git config core.symlinks true`, on Windows with developer mode on, and check mamba_ops/registry out again"
+    )
 
 from mamba_ops import backends as backends
 from mamba_ops import registry as registry
-from mamba_ops.compare import compare as compare
 from mamba_ops.config import BackendConfig as BackendConfig
 from mamba_ops.ops import causal_conv1d as causal_conv1d
 from mamba_ops.ops import causal_conv1d_update as causal_conv1d_update
@@ -24,10 +30,16 @@ from mamba_ops.registry import record_selections as record_selections
 from mamba_ops.registry import use_backend as use_backend
 from mamba_ops.warm_up import warm_up as warm_up
 
-if not TYPE_CHECKING:  # to type checkers no name that is not here exists
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mamba_ops.commands.compare.comparison import compare as compare
+else:  # to type checkers no name that is not here exists
 
     def __getattr__(name: str) -> object:
-        """Import `mamba_ops.audit` and `mamba_ops.testing`, which take a moment, when they are first asked for."""
+        """Import what takes a moment when it is first asked for: `compare`, and the modules `audit` and `testing`."""
+        if name == "compare":
+            return import_module("mamba_ops.commands.compare.comparison").compare
         if name in ("audit", "testing"):
             return import_module(f"mamba_ops.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,8 +9,8 @@ pytest.importorskip("typer", reason="the command needs mamba-ops[cli]")
 
 from typer.testing import CliRunner
 
-from mamba_ops import cli
 from mamba_ops.cold_start import transfer
+from mamba_ops.commands import cli
 from tests.harness import compiled_for_a_gpu
 
 CPU = torch.device("cpu")

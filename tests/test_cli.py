@@ -1,5 +1,6 @@
 """The command: what it prints, and that it answers wrong usage with a sentence and exit status 2."""
 
+import ast
 import os
 import re
 import subprocess
@@ -14,11 +15,13 @@ pytest.importorskip("typer", reason="the command needs mamba-ops[cli]")
 
 from typer.testing import CliRunner, Result
 
-from mamba_ops import causal_conv1d_update, demo, use_backend
-from mamba_ops.cli import app
-from mamba_ops.compare import Comparison, Row
-from mamba_ops.demo import show as demo_show
-from mamba_ops.demo.boundary import does_nothing
+import mamba_ops
+from benchmarks.idle_ops import does_nothing
+from mamba_ops import causal_conv1d_update, use_backend
+from mamba_ops.commands.cli import app
+from mamba_ops.commands.compare.comparison import Comparison, Row
+from mamba_ops.commands.demo import run as demo_run
+from mamba_ops.commands.demo import show as demo_show
 from mamba_ops.registry import Backend, backends, ops
 
 
@@ -33,7 +36,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_backends_are_listed_with_their_reasons():
     result = run("backends", "--device", "cpu")
     assert result.exit_code == 0
-    rows = [[cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in result.output.splitlines()]
+    rows = [re.split(" {2,}", line.strip()) for line in result.output.splitlines()]
     assert ["op", *(backend.name for backend in backends()), "runs on"] in rows
     cells = {row[0]: row[1:] for row in rows if row}
     names = [backend.name for backend in backends()]
@@ -45,20 +48,28 @@ def test_backends_are_listed_with_their_reasons():
     assert "Default order: " + ", ".join(f"{b.name} {b.priority}" for b in backends()) in result.output
 
 
+def test_the_table_of_backends_fits_80_columns():
+    lines = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["backends", "--device", "cpu"]).output.splitlines()
+    names = [backend.name for backend in backends()]
+    assert ["op", *names, "runs", "on"] in [line.split() for line in lines]
+    assert {line.split()[0] for line in lines if line.strip()} >= set(ops())
+    assert max(map(len, lines)) <= 80
+
+
 def test_backends_of_every_device_here_are_listed_unasked(device):
     output = run("backends").output
     assert f"On {device}" in output
     assert "On cpu" in output
 
 
-def test_why_a_backend_does_not_run_is_said(monkeypatch):
+def test_the_reason_why_a_backend_does_not_run_is_printed(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert "runs on cuda, xpu, not on cpu" in run("backends", "--device", "cpu").output
+    assert "triton: runs on cuda, xpu, not on cpu\n" in run("backends", "--device", "cpu").output
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "if asked for by name" in run("backends", "--device", "cpu").output
+    assert "triton: only if asked for by name (runs on " in run("backends", "--device", "cpu").output
 
 
-def test_what_to_install_is_said():
+def test_what_to_install_is_printed():
     absent = Backend("absent", devices=None, requires="not_installed", install="mamba-ops[absent]", priority=-50)
     try:
         absent.implements(causal_conv1d_update)(does_nothing(causal_conv1d_update.parameters))
@@ -70,13 +81,23 @@ def test_what_to_install_is_said():
 
 def test_an_op_is_shown_by_name():
     output = run("ops", "selective_state_update").output
-    assert "Advance the cached state of every row" in output
+    assert "Advance the cached ssm_state of every row" in output
     assert "Takes no float64 x" in output
     assert run("ops", "causal_conv1d", "--markdown").output.startswith("## `causal_conv1d`")
     assert "there is no op 'scan'; ops: causal_conv1d," in run("ops", "scan").output
 
 
-def test_who_chose_the_backend_is_said(monkeypatch):
+def test_the_code_generated_for_an_op_is_printed():
+    result = run("ops", "selective_state_update", "--source")
+    assert result.exit_code == 0
+    assert result.output == ops()["selective_state_update"].source_code()
+    functions = [node.name for node in ast.walk(ast.parse(result.output)) if isinstance(node, ast.FunctionDef)]
+    assert "__call__" in functions
+    assert "num_accepted_tokens=None" in result.output
+    assert "mamba-ops: --source needs the name of an op" in run("ops", "--source").output
+
+
+def test_what_chose_the_backend_is_printed(monkeypatch):
     with use_backend("torch"):
         assert "torch (use_backend)" in run("backends", "--device", "cpu").output
     monkeypatch.delenv("MAMBA_OPS_BACKEND", raising=False)
@@ -104,7 +125,7 @@ def test_the_demo_reads_a_text_and_its_verdict_is_the_exit_status(monkeypatch, t
         asked.update(options, text=read)
         return SimpleNamespace(problems=problems)
 
-    monkeypatch.setattr(demo, "run_demo", run_demo)
+    monkeypatch.setattr(demo_run, "run_demo", run_demo)
     monkeypatch.setattr(demo_show, "show", lambda report, console: console.print("the report"))
     options = ("--backend", "loop", "--layers", "3", "--device", "cpu", "--cap", "9", "--checkpoint", str(tmp_path))
     result = run("demo", "--text", str(text), *options)
@@ -149,7 +170,7 @@ def test_an_error_of_the_users_is_shown_with_its_traceback(command, tmp_path):
 
 def test_the_demo_without_transformers_names_the_extra():
     absent = "import sys; sys.modules['transformers'] = None; sys.argv[1:] = ['demo']"
-    done = python(f"{absent}; from mamba_ops.cli import main; main()")
+    done = python(f"{absent}; from mamba_ops.commands.cli import main; main()")
     assert done.returncode == 2
     expected = "mamba-ops: transformers is not installed, and this needs it; pip install 'mamba-ops[transformers]'"
     assert done.stderr.splitlines()[-1] == expected
@@ -189,15 +210,18 @@ def test_wrong_usage_is_answered_in_a_sentence(arguments, sentence):
 
 
 def test_a_wrong_environment_is_answered_in_a_sentence():
-    command = "import sys; sys.argv[1:] = ['backends']; from mamba_ops.cli import main; main()"
+    command = "import sys; sys.argv[1:] = ['backends']; from mamba_ops.commands.cli import main; main()"
     done = python(command, MAMBA_OPS_BACKEND="nope")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("mamba-ops: MAMBA_OPS_BACKEND: unknown backend 'nope'; valid: ")
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])
-def test_a_missing_extra_is_named(missing):
-    done = python(f"import sys; sys.modules['{missing}'] = None; import mamba_ops.cli")
+@pytest.mark.parametrize(
+    "start", ["import mamba_ops.commands.cli", "import runpy; runpy.run_module('mamba_ops', run_name='__main__')"]
+)
+def test_a_missing_extra_is_named(start, missing):
+    done = python(f"import sys; sys.modules['{missing}'] = None; {start}")
     assert done.returncode == 2
     assert done.stderr == f"mamba-ops needs {missing}, which is not installed; pip install 'mamba-ops[cli]'\n"
 
@@ -205,7 +229,16 @@ def test_a_missing_extra_is_named(missing):
 def test_the_version_is_printed():
     result = run("--version")
     assert result.exit_code == 0
-    assert result.output.startswith("mamba-ops")
+    assert re.fullmatch(r"mamba-ops \d+\.\d+\.\d+\n", result.output)
+    assert result.output.split()[1] == mamba_ops.__version__
+
+
+def test_the_package_runs_as_the_command():
+    command = [sys.executable, "-m", "mamba_ops", "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    assert done.returncode == 2
+    assert "Usage: mamba-ops [OPTIONS] COMMAND" in done.stderr
+    assert "No such command 'nothing'" in done.stderr
 
 
 @pytest.mark.slow

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mamba_ops import causal_conv1d_update, targets
-from mamba_ops.compare import Comparison, Row, compare
+import mamba_ops
+from mamba_ops import causal_conv1d_update
+from mamba_ops.commands import targets
+from mamba_ops.commands.compare.comparison import Comparison, Row, compare
+from mamba_ops.commands.targets import TargetError, load_target
 from mamba_ops.registry import Backend, UnknownNameError
-from mamba_ops.targets import TargetError, load_target
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "without_inductor")
 CPU = torch.device("cpu")
@@ -90,6 +92,10 @@ def other():
 # -- comparing --------------------------------------------------------------------------------------------------------
 
 
+def test_the_package_has_the_function() -> None:
+    assert mamba_ops.compare is compare
+
+
 def test_a_model_of_a_file(file: Path) -> None:
     comparison = compare(f"{file}:make", ["torch"])
     [row] = comparison.rows
@@ -125,7 +131,7 @@ def test_all_backends_of_the_device_unasked(file: Path, other: str) -> None:
     assert [row.backend for row in compare(f"{file}:make").rows] == ["torch", other]
 
 
-def test_a_backend_that_nobody_has(file: Path) -> None:
+def test_an_unknown_backend(file: Path) -> None:
     with pytest.raises(UnknownNameError, match="unknown backend 'nope'"):
         compare(f"{file}:make", ["torch", "nope"])
 
@@ -225,7 +231,7 @@ def test_layers_are_for_random_weights(file: Path) -> None:
         load_target(f"{file}:make", CPU, layers=2)
 
 
-def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(TargetError, match=r"pip install 'mamba-ops\[transformers\]'"):
         load_target("transformers:mamba2", CPU)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.idle_ops import does_nothing
 from mamba_ops import BackendConfig, causal_conv1d_update, configure, explain, selective_state_update, use_backend
-from mamba_ops.demo.boundary import does_nothing
 from mamba_ops.registry import (
     Backend,
     ConfigError,

@@ -18,15 +18,16 @@ from rich.console import Console
 
 from benchmarks import boundary as ladder
 from benchmarks import compile_time, swap, tokens
-from mamba_ops import causal_conv1d_update, demo, explain, selective_state_update, use_backend
-from mamba_ops.demo.boundary import bare_op, does_nothing, idle_backend, us_per_call
-from mamba_ops.demo.decode import decode
-from mamba_ops.demo.loop import loop_backend
-from mamba_ops.demo.prefill import Job, MeasurementError, Prefill, measure, measure_in_child
-from mamba_ops.demo.show import compile_ratio, prefill_table, show
-from mamba_ops.demo.watch import watch_compiler
+from benchmarks.idle_ops import bare_op, does_nothing, idle_backend, us_per_call
+from mamba_ops import causal_conv1d_update, explain, selective_state_update, use_backend
+from mamba_ops.commands.demo import run
+from mamba_ops.commands.demo.decode import decode
+from mamba_ops.commands.demo.loop import loop_backend
+from mamba_ops.commands.demo.prefill import Job, MeasurementError, Prefill, measure, measure_in_child
+from mamba_ops.commands.demo.show import compile_ratio, prefill_table, show
+from mamba_ops.commands.targets import TargetError, transformers_model
+from mamba_ops.commands.watch import watch_compiler
 from mamba_ops.registry import Backend, NoBackendError, UnknownNameError, ops
-from mamba_ops.targets import TargetError, transformers_model
 
 pytestmark = pytest.mark.xdist_group("demo")  # its times are taken side by side, not beside each other's
 
@@ -87,7 +88,7 @@ def test_a_child_is_stopped_when_its_time_is_over(device, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_child_refuses_is_said(tmp_path, device):
+def test_what_a_child_refuses_is_raised(tmp_path, device):
     with pytest.raises(TargetError, match="got nothing, expected mamba2, or a folder with a checkpoint"):
         measure_in_child(dataclasses.replace(small_job(device), model="nothing"), print, cache=tmp_path)
 
@@ -136,7 +137,7 @@ def test_a_swap_to_what_runs_anyway_is_refused(device, decoding):
         decode_with(default.upper(), device)
 
 
-def test_a_backend_that_nobody_has_is_refused(device):
+def test_an_unknown_backend_is_refused(device):
     with pytest.raises(UnknownNameError, match=r"unknown backend 'nope'; valid: .*loop, .*torch"):
         decode_with("nope", device)
 
@@ -164,10 +165,10 @@ def test_the_demo_leaves_nothing_behind(decoding):
 
 @pytest.fixture
 def report(decoding):
-    return demo.DemoReport("a model", "a machine", STOPPED, OURS, tuple(decoding[0]), decoding[1])
+    return run.DemoReport("a model", "a machine", STOPPED, OURS, tuple(decoding[0]), decoding[1])
 
 
-def shown(report: demo.DemoReport) -> str:
+def shown(report: run.DemoReport) -> str:
     console = Console(width=200)
     with console.capture() as capture:
         show(report, console)
@@ -213,19 +214,21 @@ def test_a_report_says_what_is_wrong_with_the_decoding(report, change, sentence)
 
 def test_a_text_that_is_too_short_is_refused():
     with pytest.raises(TargetError, match="got a text of 3 tokens, expected at least 1024"):
-        demo.run_demo(b"abc", layers=1)
+        run.run_demo(b"abc", layers=1)
 
 
 def test_the_default_text_is_the_readme(monkeypatch, tmp_path):
-    assert demo.read_text().startswith(b"# mamba-ops")
-    monkeypatch.setattr(demo.run, "__file__", str(tmp_path / "mamba_ops" / "demo" / "run.py"))  # as in site-packages
+    assert run.read_text().startswith(b"# mamba-ops")
+    monkeypatch.setattr(
+        run, "__file__", str(tmp_path / "mamba_ops" / "commands" / "demo" / "run.py")
+    )  # as in site-packages
     try:
         version("mamba-ops")
     except PackageNotFoundError:
         with pytest.raises(TargetError, match="name a file"):
-            demo.read_text()
+            run.read_text()
     else:
-        assert demo.read_text().startswith(b"# mamba-ops")
+        assert run.read_text().startswith(b"# mamba-ops")
 
 
 # -- its second backend, and its watch --------------------------------------------------------------------------------

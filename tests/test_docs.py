@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mamba_ops import ops_page
+from mamba_ops.commands import ops_page
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("transformers", reason="it runs models of Transformers")
 
 from examples.evaluate_checkpoint import evaluate, main
-from mamba_ops.targets import transformers_model
+from mamba_ops.commands.targets import transformers_model
 
 CPU = torch.device("cpu")
 

@@ -15,11 +15,11 @@ pytest.importorskip("typer")
 import typer
 from typer.testing import CliRunner
 
-from mamba_ops.audit.cli import audit_command
 from mamba_ops.audit.report import Report
+from mamba_ops.commands.audit.command import audit
 
 app = typer.Typer(add_completion=False)
-app.command("audit", context_settings={"ignore_unknown_options": True})(audit_command)  # as mamba_ops.cli has it
+app.command("audit", context_settings={"ignore_unknown_options": True})(audit)  # as mamba_ops.commands.cli does
 
 MODEL = """
 import torch
@@ -209,7 +209,7 @@ def test_ctrl_c_shows_what_is_known(tmp_path, device):
         device = next(kind for kind in ("cuda", "xpu") if not torch.get_device_module(kind).is_available())
     file, report = tmp_path / "endless.py", tmp_path / "report.json"
     file.write_text(SLOW.replace("y.sum() > 1000", "x is None"))
-    command = [sys.executable, "-c", "from mamba_ops.cli import main; main()", "audit", f"{file}:make"]
+    command = [sys.executable, "-c", "from mamba_ops.commands.cli import main; main()", "audit", f"{file}:make"]
     command += ["--device", device, "--json", str(report)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         for line in process.stderr:

@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 pytest.importorskip("typer")
 import torch
 
-from mamba_ops.audit.command import Options, run
 from mamba_ops.audit.report import Report
+from mamba_ops.commands.audit.target import Options, run
 
 pytestmark = [
     pytest.mark.slow,

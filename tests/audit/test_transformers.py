@@ -13,8 +13,8 @@ pytest.importorskip("typer", reason="the command needs mamba-ops[cli]")
 
 from transformers import MambaConfig
 
-from mamba_ops.audit.models import ModelNameError, build
 from mamba_ops.audit.report import Report
+from mamba_ops.commands.audit.models import ModelNameError, build
 
 MODELS = ("mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "qwen3_next")
 DEVICES = ["cpu", *(name for name in ("cuda", "xpu") if not torch.get_device_module(name).is_available())]
@@ -59,7 +59,7 @@ def test_an_unknown_model_is_a_sentence():
 def test_stock_models_are_audited_in_time(name: str, device: str, tmp_path: Path) -> None:
     """Processor time, which other work on the machine does not add to."""
     file = tmp_path / "report.json"
-    code = "from mamba_ops.cli import main; main()"
+    code = "from mamba_ops.commands.cli import main; main()"
     command = [sys.executable, "-c", code, "audit", f"transformers:{name}", "--device", device, "--json", str(file)]
     before = os.times()
     done = subprocess.run(command, capture_output=True, text=True)
@@ -87,7 +87,7 @@ def test_on_our_ops_the_slow_paths_are_gone(tmp_path: Path) -> None:
     from transformers.models.mamba2 import modeling_mamba2
     from typer.testing import CliRunner
 
-    from mamba_ops.cli import app
+    from mamba_ops.commands.cli import app
 
     before = dict(vars(modeling_mamba2))
     file = tmp_path / "stock.json"

@@ -1,4 +1,4 @@
-"""What a measurement says beside its times: what torch.compile did meanwhile, and what the machine is called."""
+"""What a measurement reports beside its times: how often torch.compile compiled, and the device's name."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 @dataclass
 class CompilerWatch:
-    """What torch.compile has done since somebody watches.
+    """What torch.compile has done since the watch began.
 
     Attributes:
         compiles: how often Dynamo compiled something.

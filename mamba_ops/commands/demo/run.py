@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from mamba_ops.demo.decode import Decoding, decode
-from mamba_ops.demo.prefill import Job, Prefill, Tell, measure_in_child
-from mamba_ops.demo.watch import device_name
-from mamba_ops.targets import PROMPTS, TargetError, quiet_transformers, tokenize, transformers_model
+from mamba_ops.commands.demo.decode import Decoding, decode
+from mamba_ops.commands.demo.prefill import Job, Prefill, Tell, measure_in_child
+from mamba_ops.commands.targets import PROMPTS, TargetError, quiet_transformers, tokenize, transformers_model
+from mamba_ops.commands.watch import device_name
 
 TOLERANCE = 1e-4  # of the largest logit; sums in another order change a logit by about 1e-6 of it
 PROMPT, WRITTEN = 300, 64  # tokens: what decoding goes on from, and how many it adds
@@ -38,7 +38,7 @@ class DemoReport:
 
     @property
     def problems(self) -> list[str]:
-        """A sentence for each thing that is not as it should be."""
+        """A sentence for each result that is not as expected."""
         found = []
         tolerance = TOLERANCE * self.ours.largest_logit
         if not self.ours.difference <= tolerance:  # NaN is wrong too
@@ -119,7 +119,7 @@ def describe(model: Any) -> str:
 
 def read_text(path: Path | None = None) -> bytes:
     """Return the bytes of a file, or else of this project's README: the checkout's or the installed package's."""
-    checkout = Path(__file__).parents[2]
+    checkout = Path(__file__).parents[3]
     if path is None and (checkout / "pyproject.toml").is_file():
         path = checkout / "README.md"
     if path is not None:

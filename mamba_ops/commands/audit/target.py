@@ -19,17 +19,17 @@ from typing import Any, NoReturn
 import torch
 
 from mamba_ops.audit.limit import at_most
-from mamba_ops.audit.models import SHAPES, ModelNameError, build
 from mamba_ops.audit.places import is_ours, is_theirs
 from mamba_ops.audit.report import Report
 from mamba_ops.audit.run import ModelError, audit, quiet_torch, watch
+from mamba_ops.commands.audit.models import SHAPES, ModelNameError, build
 
 TRANSFORMERS = "transformers:"
 
 
 @dataclasses.dataclass
 class Options:
-    """What was asked for; it travels to a child process as JSON."""
+    """The options of one audit; a child process gets them as JSON."""
 
     target: str
     device: str = "cpu"
@@ -43,8 +43,8 @@ class Options:
     limit: float | None = None
 
 
-class ToldError(Exception):
-    """The command ends with status 2, and the user knows why."""
+class ReportedError(Exception):
+    """The command ends with status 2, and the reason is printed already."""
 
 
 class UserError(Exception):
@@ -67,7 +67,7 @@ def read_shapes(text: str) -> list[list[int]]:
 
 
 def is_absent(device: str) -> bool:
-    """Whether a device would have to be traced without being there."""
+    """Return whether a device is not present, so that it has to be traced as absent."""
     kind = torch.device(device).type
     return kind != "cpu" and not torch.get_device_module(kind).is_available()
 
@@ -91,7 +91,7 @@ def run(options: Options, report: Report, tell: Callable[[str], None]) -> Report
 def run_here(options: Options, report: Report, tell: Callable[[str], None]) -> Report:
     """Audit a target in this process."""
     report.target = options.target
-    with _errors_of_theirs(), at_most(options.limit), contextlib.ExitStack() as stack:
+    with _user_errors(), at_most(options.limit), contextlib.ExitStack() as stack:
         tell("loading the model")
         model, calls = _load(options)
         (args, kwargs), *more = calls
@@ -134,7 +134,7 @@ def _load(options: Options) -> tuple[Any, list[tuple[tuple[Any, ...], dict[str, 
         return model.train(options.train), [((), kwargs)]
     if options.layers or options.full or options.ours:
         raise UserError(f"--layers, --full and --ours are for {TRANSFORMERS}NAME alone")
-    from mamba_ops.targets import load_target
+    from mamba_ops.commands.targets import load_target
 
     found = load_target(options.target, torch.device("cpu"))
     return found.model.train(options.train), [(call.args, dict(call.kwargs or {})) for call in found.calls]
@@ -147,8 +147,8 @@ def _on_our_ops(model: torch.nn.Module) -> contextlib.AbstractContextManager[obj
 
 
 @contextmanager
-def _errors_of_theirs() -> Iterator[None]:
-    from mamba_ops.targets import TargetError
+def _user_errors() -> Iterator[None]:
+    from mamba_ops.commands.targets import TargetError
 
     try:
         yield
@@ -159,7 +159,7 @@ def _errors_of_theirs() -> Iterator[None]:
 
 
 def show_cause(error: UserError) -> None:
-    """Print the user's own traceback: from their first frame to where it comes back to us, who watch their ops."""
+    """Print the user's own traceback: from the user's first frame to the audit's, which intercepts the ops."""
     if error.__cause__ is None:
         return
     shown = traceback.TracebackException.from_exception(error.__cause__)
@@ -170,11 +170,11 @@ def show_cause(error: UserError) -> None:
     sys.stderr.writelines(shown.format())
 
 
-# -- a device that is not there ---------------------------------------------------------------------------------------
+# -- a device that is not present --------------------------------------------------------------------------------------
 
 _BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from mamba_ops.audit.command import child; child(sys.argv[2], sys.argv[3])"
+    "from mamba_ops.commands.audit.target import child; child(sys.argv[2], sys.argv[3])"
 )
 
 
@@ -199,7 +199,7 @@ def _in_child(options: Options, report: Report) -> Report:
         if answer.exists():
             vars(report).update(vars(Report.from_json(answer.read_text(encoding="utf-8"))))
         if process.returncode == 2:
-            raise ToldError  # by the child
+            raise ReportedError  # by the child
         if not (answer.exists() or interrupted):
             raise UserError(f"the child process for {options.device} ended with status {process.returncode}")
     return report
@@ -235,14 +235,14 @@ def child(options_text: str, answer: str) -> NoReturn:
     Path(answer).write_text(report.to_json(), encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # an absent device's streams are never closed
+    os._exit(status)  # the streams of an absent device cannot be closed
 
 
-# -- a script of theirs -----------------------------------------------------------------------------------------------
+# -- a script of the user's -------------------------------------------------------------------------------------------
 
 
 def run_script(script: str, arguments: list[str], limit: float | None = None) -> tuple[Report, BaseException | None]:
-    """Run a script as Python would, and watch torch.compile meanwhile; return what ended it, too."""
+    """Run a script as Python would, watching torch.compile; also return the exception that ended it, if any."""
     path = Path(script)
     if not path.is_file():
         raise UserError(f"there is no file {script}")

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from mamba_ops import record_selections, use_backend
-from mamba_ops.demo.loop import loop_backend
-from mamba_ops.demo.prefill import Tell
-from mamba_ops.demo.watch import watch_compiler
+from mamba_ops.commands.demo.loop import loop_backend
+from mamba_ops.commands.demo.prefill import Tell
+from mamba_ops.commands.targets import TargetError, quiet_transformers
+from mamba_ops.commands.watch import watch_compiler
 from mamba_ops.registry import backends, ops
-from mamba_ops.targets import TargetError, quiet_transformers
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def decode(
 def _greedy(
     model: Any, step: Callable[..., Any], prompt: Tensor, count: int, swap_to: str | None
 ) -> tuple[tuple[int, ...], float]:
-    """Write `count` tokens, from the middle on with another backend, if one is named; also say how many a second."""
+    """Write `count` tokens, from the middle on with another backend, if one is named; return them and the tokens/s."""
     out = model(prompt, use_cache=True)
     written = [out.logits[:, -1:].argmax(-1)]
     synchronize = torch.get_device_module(prompt.device).synchronize
@@ -95,7 +95,7 @@ def _greedy(
 
 
 def _partner(name: str | None, step: Callable[[], object], device: torch.device) -> str:
-    """Return the backend to swap to, after one step on it: what it refuses is said before anything is compiled."""
+    """Return the backend to swap to, after one step on it: so its refusal comes before anything is compiled."""
     decoding = ("causal_conv1d_update", "selective_state_update")
     with record_selections() as record:
         step()

@@ -1,4 +1,4 @@
-"""The command `mamba-ops audit`."""
+"""The subcommand itself: its options, and how it ends."""
 
 import contextlib
 import sys
@@ -8,15 +8,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mamba_ops.audit import command
 from mamba_ops.audit.report import Report
 from mamba_ops.audit.show import show, show_changes
-from mamba_ops.options import Config, configured, fail
+from mamba_ops.commands.audit import target as auditing
+from mamba_ops.commands.options import Config, configured, fail
 
 FAIL_ON = ("break", "recompile", "fallback", "copy", "jit", "sync", "kernel", "capture")
 
 
-def audit_command(
+def audit(
     target: Annotated[
         str,
         typer.Argument(
@@ -66,23 +66,23 @@ def audit_command(
     failed: Exception | None = None
     report = Report(target, device, finished=False)
     try:
-        command.is_absent(device)
+        auditing.is_absent(device)
     except RuntimeError:
         fail(f"--device: got {device}, expected cpu, cuda or xpu")
-    # What the user's code prints is no part of the data.
+    # What the user's code prints must not end up in the data.
     printed = contextlib.redirect_stdout(sys.stderr) if stdout_is_json else contextlib.nullcontext()
     if script and (shapes or mode or train or copies or layers or full or ours or device != "cpu"):
         fail("--run goes with --backend, --json, --html, --fail-on, --compare, --limit: the script says the rest")
     try:
         if script:
             with printed, configured(backend, None):
-                report, ended = command.run_script(target, arguments or [], limit)
+                report, ended = auditing.run_script(target, arguments or [], limit)
         elif arguments:
             fail(f"got {' '.join(arguments)} after the target, expected that with --run alone")
         else:
-            sizes = command.read_shapes(shapes) if shapes else None
-            copies = copies or "copy" in wanted  # nothing fails on what nobody looked for
-            options = command.Options(target, device, sizes, mode, train, copies, layers, full, ours, limit)
+            sizes = auditing.read_shapes(shapes) if shapes else None
+            copies = copies or "copy" in wanted  # copies are counted only if they are looked for
+            options = auditing.Options(target, device, sizes, mode, train, copies, layers, full, ours, limit)
             status: Any = errors.status(f"{target} on {device}") if errors.is_terminal else contextlib.nullcontext()
             with printed, status as shown, configured(backend, device):
 
@@ -92,16 +92,16 @@ def audit_command(
                     else:
                         errors.print(f"{step} ...", markup=False)
 
-                command.run(options, report, tell)
-    except (command.UserError, command.ToldError) as error:
+                auditing.run(options, report, tell)
+    except (auditing.UserError, auditing.ReportedError) as error:
         failed = error
     except KeyboardInterrupt:
         report.finished = False
     report.sort()
     if failed is None or report.calls:  # else nothing is known
         _write(report, console, json_file, html_file, before)
-    if isinstance(failed, command.UserError):
-        command.show_cause(failed)
+    if isinstance(failed, auditing.UserError):
+        auditing.show_cause(failed)
         fail(failed)
     if failed is not None:
         raise typer.Exit(2)
@@ -109,9 +109,9 @@ def audit_command(
         errors.print(f"mamba-ops: {target} ended with status {ended.code}", markup=False, soft_wrap=True)
         raise typer.Exit(2)
     if ended is not None and not isinstance(ended, KeyboardInterrupt):
-        failure = command.UserError(f"{target} raised {type(ended).__name__}")
+        failure = auditing.UserError(f"{target} raised {type(ended).__name__}")
         failure.__cause__ = ended
-        command.show_cause(failure)
+        auditing.show_cause(failure)
         fail(failure)
     if not report.finished:
         raise typer.Exit(130)

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba_ops.demo.watch import watch_compiler
-from mamba_ops.targets import TargetError, quiet_transformers, transformers_model
+from mamba_ops.commands.targets import TargetError, quiet_transformers, transformers_model
+from mamba_ops.commands.watch import watch_compiler
 
 Tell = Callable[[str], None]
 
@@ -168,7 +168,10 @@ def child() -> None:
 
 # -- in the parent ----------------------------------------------------------------------------------------------------
 
-_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from mamba_ops.demo.prefill import child; child()"
+_CHILD = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from mamba_ops.commands.demo.prefill import child; child()"
+)
 
 
 def measure_in_child(job: Job, tell: Tell, *, cache: Path, cap: float | None = None) -> Prefill:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba_ops.commands.targets import Target, TargetError, as_target, load_target
+from mamba_ops.commands.watch import device_name, watch_compiler  # imports torch.compile, which takes seconds
 from mamba_ops.registry import NoBackendError, backends, record_selections, use_backend
 from mamba_ops.registry.snapshot import COMPOSED
-from mamba_ops.targets import Target, TargetError, as_target, load_target
 
 ROUNDS = 3  # of each timed pass over all calls; the best counts
 TOLERANCE = 1e-2  # of the largest output: backends round at different places, and bfloat16 has 8 bits
@@ -60,7 +61,7 @@ class Comparison:
 
     @property
     def problems(self) -> list[str]:
-        """A sentence for each thing that is not as it should be."""
+        """A sentence for each result that is not as expected."""
         tolerance = TOLERANCE * self.largest
         ran = [row for row in self.rows if row.refusal is None]
         if not ran:
@@ -90,7 +91,7 @@ def compare(
 ) -> Comparison:
     """Run a model on one backend after the other, eagerly and compiled once for all of them.
 
-    It resets torch.compile. A Mamba-2 model of Transformers runs on our ops meanwhile.
+    It resets torch.compile. During the comparison, a Mamba-2 model of Transformers runs on our ops.
 
     Args:
         target: what `mamba-ops compare` takes, or a model and its inputs: a tensor, a tuple, a dict, or a list of
@@ -104,17 +105,15 @@ def compare(
         TargetError: there is no such model, or it failed by itself.
         UnknownNameError: there is no such backend.
     """
-    from mamba_ops.demo.watch import device_name, watch_compiler  # brings torch.compile, which takes seconds
-
     device = torch.device(device)
     tell("loading the model")
     if isinstance(target, str):
         found = load_target(target, device, layers=layers)
     else:
         found = as_target(target, "the target", device)
-    names = _here(device) if backends is None else [name.lower() for name in backends]
+    names = _usable(device) if backends is None else [name.lower() for name in backends]
     for name in names:
-        with use_backend(name):  # raises for a name that nobody has, before anything runs
+        with use_backend(name):  # raises for an unknown name, before anything runs
             pass
     torch._dynamo.reset()
     compiled = torch.compile(found.model, dynamic=True)
@@ -149,8 +148,8 @@ def compare(
     return Comparison(tuple(rows), device_name(device), len(found.calls), graphs, largest)
 
 
-def _here(device: torch.device) -> list[str]:
-    """What can be compared: not "composed", which leaves the choice to the ops inside."""
+def _usable(device: torch.device) -> list[str]:
+    """Return what can be compared: not "composed", which leaves the choice to the ops inside."""
     usable = [backend.name for backend in backends() if backend.why_unusable(device.type) is None]
     return [name for name in usable if name != COMPOSED]
 

@@ -1,4 +1,4 @@
-"""The models that commands work on, found by what the user wrote: a factory of theirs, or a model of Transformers."""
+"""The models that subcommands work on, found by what the user names: their own factory, or a model of Transformers."""
 
 import copy
 import importlib
@@ -19,7 +19,7 @@ FORMS = "package.module:factory, file.py:factory, transformers:TYPE or transform
 
 
 class TargetError(ValueError):
-    """There is no such model; the message is a sentence for the user, the cause an error in code of theirs, if any."""
+    """There is no such model: the message is for the user, and the cause is the error in the user's code, if any."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def load_target(what: str, device: torch.device, *, layers: int | None = None) -
         layers: of a model with random weights.
 
     Raises:
-        TargetError: nothing there, or the factory raised or returned something else.
+        TargetError: nothing there, or the factory raised, or returned something else.
     """
     if what.startswith(TRANSFORMERS):
         model = transformers_model(what.removeprefix(TRANSFORMERS), device, layers=layers)
@@ -90,7 +90,7 @@ def _call(inputs: Any, what: str, device: torch.device) -> Call:
 
 
 def _shape_of(made: object) -> str:
-    """What a factory returned, in a few words."""
+    """Describe what a factory returned, in a few words."""
     if isinstance(made, tuple):
         return f"({', '.join(type(item).__name__ for item in made)})"
     return type(made).__name__

@@ -6,8 +6,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mamba_ops.demo.prefill import Prefill
-from mamba_ops.demo.run import DemoReport
+from mamba_ops.commands.demo.prefill import Prefill
+from mamba_ops.commands.demo.run import DemoReport
 
 
 def show(report: DemoReport, console: Console) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mamba_ops.targets import quiet_transformers
+from mamba_ops.commands.targets import quiet_transformers
 
 SHAPES = ((1, 32), (1, 33), (2, 80))
 _SMALL = {  # what makes a config small; a name that it does not have is left out

@@ -14,20 +14,22 @@ _ARGUMENT = re.compile(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)$")
 def page() -> str:
     """Return the page, in Markdown."""
     known = sorted((op for op in ops().values() if op.qualname.startswith("mamba_ops::")), key=lambda op: op.name)
-    who = [backend for backend in backends() if Path(__file__).parent in Path(backend.source).parents]  # no plug-in's
+    own = [
+        backend for backend in backends() if Path(__file__).parents[1] in Path(backend.source).parents
+    ]  # no plug-in's
     lines = [
         "# The ops",
         "",
         "Made by `mamba-ops ops --markdown > docs/ops.md`; a test compares it with the code. Arguments are those of",
         "the fronts, `mamba_ops.<name>`; at `torch.ops.mamba_ops.<name>` `out` is `output`, and must be given.",
         "",
-        *_overview(known, who),
+        *_overview(known, own),
         "",
     ]
-    return "\n".join([*lines, *(section(op, who) for op in known)])
+    return "\n".join([*lines, *(section(op, own) for op in known)])
 
 
-def section(op: Op[...], who: Iterable[Backend] | None = None) -> str:
+def section(op: Op[...], shown: Iterable[Backend] | None = None) -> str:
     """Return what the page says about one op: signature, contract, arguments, backends and their limits."""
     text, arguments, others = _parts(op.__doc__ or "")
     mutated = ", ".join(f"`{'out' if name == 'output' else name}`" for name in sorted(op.mutates))
@@ -53,18 +55,20 @@ def section(op: Op[...], who: Iterable[Backend] | None = None) -> str:
         "",
         " ".join(facts),
         "",
-        *_kernels(op, backends() if who is None else who),
+        *_kernels(op, backends() if shown is None else shown),
     ]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 
 
-def _overview(known: list[Op[...]], who: list[Backend]) -> Iterator[str]:
-    yield "| op | what | mutates besides `out` | splits graphs | " + " | ".join(backend.name for backend in who) + " |"
-    yield "|---" * (4 + len(who)) + "|"
+def _overview(known: list[Op[...]], shown: list[Backend]) -> Iterator[str]:
+    yield (
+        "| op | what | mutates besides `out` | splits graphs | " + " | ".join(backend.name for backend in shown) + " |"
+    )
+    yield "|---" * (4 + len(shown)) + "|"
     for op in known:
         summary = _parts(op.__doc__ or "")[0].partition("\n\n")[0].replace("\n", " ")
         mutated = ", ".join(f"`{name}`" for name in sorted(op.mutates - {"output"}))
-        kernels = ["x" if backend.name in op.kernels else "" for backend in who]
+        kernels = ["x" if backend.name in op.kernels else "" for backend in shown]
         cells = [f"[`{op.name}`](#{op.name})", summary, mutated, "yes" if op.splits_graph else "", *kernels]
         yield f"| {' | '.join(_cell(cell) for cell in cells)} |"
 
@@ -129,12 +133,16 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _kernels(op: Op[...], who: Iterable[Backend]) -> Iterator[str]:
+def _kernels(op: Op[...], shown: Iterable[Backend]) -> Iterator[str]:
     yield "| backend | runs on | limits |"
     yield "|---|---|---|"
-    for backend in who:
+    for backend in shown:
         if (kernel := op.kernels.get(backend.name)) is None:
             continue
         devices = "any device" if backend.devices is None else ", ".join(backend.devices)
-        limits = "what the backends of the ops inside have" if op.composed and backend.devices is None else "none"
-        yield f"| {backend.name} | {devices} | {_cell(' '.join((kernel.function.__doc__ or limits).split()))} |"
+        limits = kernel.unsupported and kernel.unsupported.__doc__
+        if limits is None and isinstance(kernel.implementation, str):  # the adapter's docstring then says it
+            limits = kernel.function.__doc__
+        if limits is None:
+            limits = "what the backends of the ops inside have" if op.composed and backend.devices is None else "none"
+        yield f"| {backend.name} | {devices} | {_cell(' '.join(limits.split()))} |"

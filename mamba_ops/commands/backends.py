@@ -1,0 +1,64 @@
+"""`mamba-ops backends`: which backend runs which op on this machine, and why the others do not."""
+
+import os
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from mamba_ops import registry
+from mamba_ops.commands.options import Config, Device, configured, devices, fail
+from mamba_ops.registry import Backend, Op, RegistryError, explain
+
+
+def backends(device: Device = None, backend: Config = None) -> None:
+    """Say which backend runs which op here, and why not the others."""
+    console = Console(highlight=False, markup=False)  # "[triton]" is an extra, not a style
+    with configured(backend, device):
+        try:
+            for where in [device] if device else devices():
+                _show(console, where)
+        except RegistryError as error:
+            fail(error)
+    order = registry.backends()
+    console.print("Default order: " + ", ".join(f"{known.name} {known.priority}" for known in order))
+    requested = os.environ.get("MAMBA_OPS_BACKEND")
+    console.print(f"MAMBA_OPS_BACKEND={requested} is in force" if requested else "MAMBA_OPS_BACKEND is not set")
+    if backend is not None:
+        console.print(f"--backend {backend} is in force")
+
+
+def _show(console: Console, device: torch.device) -> None:
+    """Print the table of one device, and below it the reason of each backend that does not run there by default."""
+    order = registry.backends()
+    reasons = {backend.name: _why_not(backend, device) for backend in order}
+    table = Table(title=f"On {device}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("op", no_wrap=True)
+    for heading in [*reasons, "runs on"]:
+        table.add_column(heading)
+    for op in registry.ops().values():
+        has_kernel = {name: name in op.kernels for name in reasons}
+        marks = [("no" if reason else "yes") if has_kernel[name] else "-" for name, reason in reasons.items()]
+        table.add_row(op.name, *marks, _choice(op, device))
+    console.print(table)
+    for name, reason in reasons.items():
+        if reason:
+            console.print(f"{name}: {reason}", soft_wrap=True)
+    console.print()
+
+
+def _why_not(backend: Backend, device: torch.device) -> str | None:
+    """Return why a backend does not run on a device by default, or None if it does."""
+    reason = backend.why_unusable(device.type)
+    if reason and backend.why_unusable(device.type, by_name=True) is None:
+        return f"only if asked for by name ({reason})"
+    return reason
+
+
+def _choice(op: Op[...], device: torch.device) -> str:
+    """Return the backend that the op's first sample runs on, and what asked for it, if anything did."""
+    sample = op.make_samples(device)[0]
+    explanation = explain(op, *sample.args, **sample.kwargs)
+    source = f" ({explanation.bound_by})" if explanation.bound_by else ""
+    return f"{explanation.backend or 'nothing'}{source}"
