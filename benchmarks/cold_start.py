@@ -108,8 +108,8 @@ def tables(results: dict[str, Any]) -> dict[str, Any]:
             row = {"case": part["role"], "prompts": len(first), "compiled": part["serve"]["compiled"]}
             row |= {"mean": 1e3 * mean(first), "p50": 1e3 * median(first), "p99": 1e3 * percentile(first, 99)}
             served.append(row | {"first": 1e3 * first[0], "following": 1e3 * median(more)})
-        for who, taken in part.get("turns", {}).items():
-            row = {"case": who, "tokens": len(taken), "median": 1e3 * median(taken)}
+        for contestant, taken in part.get("turns", {}).items():
+            row = {"case": contestant, "tokens": len(taken), "median": 1e3 * median(taken)}
             turns.append(row | {"p10": 1e3 * percentile(taken, 10), "p90": 1e3 * percentile(taken, 90)})
         compiles += [{**c, "case": c["how"]} for c in part.get("compile", ())]
     columns: dict[str, tuple[dict[str, Any], list[Row]]] = {
@@ -173,7 +173,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for role in options.roles:
             known["parts"].append(run(role, options, Path(folder)))
-            show(options, known)  # anew after each part, so that what is known is kept
+            show(options, known)  # after each part, so that an interruption keeps the others
 
 
 def show(options: argparse.Namespace, known: dict[str, Any]) -> None:

@@ -75,6 +75,6 @@ class Decoder(nn.Module):
         return functional.linear(self.norm(hidden), self.embedding.weight)
 
     def forget(self) -> None:
-        """Begin all streams anew."""
+        """Reset the state of every stream."""
         for cache in self.buffers():
             cache.zero_()

@@ -54,7 +54,7 @@ def prefill(lengths: tuple[int, ...], device: torch.device) -> Case:
     one = len(set(lengths)) == 1
     name = f"{rows} x {lengths[0]} tokens" if one else f"{rows} sequences, {sum(lengths)} tokens"
     moved = nbytes(*tensors.values(), out) + 2 * nbytes(cache[1:])
-    return Case("chunk_gated_delta_rule", name, tensors | {"qk_l2norm": True}, "state", cache, out, moved)
+    return Case("chunk_gated_delta_rule", name, tensors | {"qk_l2norm": True}, "ssm_state", cache, out, moved)
 
 
 def decode(rows: int, device: torch.device) -> Case:
@@ -70,7 +70,7 @@ def decode(rows: int, device: torch.device) -> Case:
     }
     moved = nbytes(*tensors.values(), out) + 2 * nbytes(cache[1:])
     name = f"{rows} row{'s' * (rows > 1)}"
-    return Case("gated_delta_rule_update", name, tensors | {"qk_l2norm": True}, "state", cache, out, moved)
+    return Case("gated_delta_rule_update", name, tensors | {"qk_l2norm": True}, "ssm_state", cache, out, moved)
 
 
 OPS: dict[str, tuple[Callable[[Any, torch.device], Case], tuple[Any, ...], tuple[Any, ...]]] = {
@@ -157,12 +157,14 @@ def main() -> int:
         notes.append(f"{op}, ours, {len(after)} sizes: {new}")
     passed = True
     for op, rows in groups.items():
-        ratios = [row["ours"] / row["us"] for row in rows if row["who"] == "fla" and "us" in row and "ours" in row]
+        ratios = [
+            row["ours"] / row["us"] for row in rows if row["contestant"] == "fla" and "us" in row and "ours" in row
+        ]
         if ratios:
             passed &= max(ratios) <= LIMIT
             verdict = "pass" if max(ratios) <= LIMIT else "FAIL"
             notes.append(f"{op}, ours / fla: {max(ratios):.2f} at worst, at most {LIMIT}: {verdict}")
-        passed &= all(row.get("steady") and row["error"] <= AGREEMENT for row in rows if row["who"] == "ours")
+        passed &= all(row.get("steady") and row["error"] <= AGREEMENT for row in rows if row["contestant"] == "ours")
     page = measure.page("Gated delta rule", facts, {op: (COLUMNS, rows) for op, rows in groups.items()}, notes)
     measure.report(options, page, {**facts, "rows": list(itertools.chain.from_iterable(groups.values()))})
     return 0 if passed else 1

@@ -148,8 +148,8 @@ def compare(case: Case) -> tuple[float | None, bool]:
     if len(results) == 1:
         return None, True
     pairs = list(zip(*results, strict=True))
-    difference = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
-    return difference, all(float((ours - theirs).norm()) <= AGREEMENT * float(theirs.norm()) for ours, theirs in pairs)
+    difference = max(float((ours - peers).abs().max()) for ours, peers in pairs)
+    return difference, all(float((ours - peers).norm()) <= AGREEMENT * float(peers.norm()) for ours, peers in pairs)
 
 
 def kernel_us(case: Case, call: Call) -> float:
@@ -189,10 +189,10 @@ def measured(case: Case, bandwidth: float | None) -> Row:
         row["max_difference"], row["agrees"] = compare(case)
         if bandwidth is not None:
             row["floor"] = 1e6 * case.bytes / bandwidth
-            for who, call in case.calls.items():
-                row[who] = kernel_us(case, call)
-                row[f"{who}_eager"] = eager_us(case, call)
-                row[f"{who}_host"] = host_us(case, call)
+            for contestant, call in case.calls.items():
+                row[contestant] = kernel_us(case, call)
+                row[f"{contestant}_eager"] = eager_us(case, call)
+                row[f"{contestant}_host"] = host_us(case, call)
     except Exception as error:
         traceback.print_exc()
         row["error"] = repr(error)
@@ -208,11 +208,11 @@ def variants(op: str, device: torch.device, peer: Peer | None) -> dict[str, list
     counts: dict[str, list[int]] = {}
     for rows in VARIANT_ROWS:
         case = build(rows, device, peer)
-        for who, call in case.calls.items():
+        for contestant, call in case.calls.items():
             with measure.compilations() as compiled:
                 call(case.state, case.tables[0], case.out)
-            counts.setdefault(who, []).append(len(compiled))
-    return {who: list(itertools.accumulate(new)) for who, new in counts.items()}
+            counts.setdefault(contestant, []).append(len(compiled))
+    return {contestant: list(itertools.accumulate(new)) for contestant, new in counts.items()}
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def page(facts: dict[str, Any], rows: list[Row]) -> str:
     if facts["copy_bandwidth"]:
         notes.append(measure.bandwidth_note(facts["copy_bandwidth"]))
     for op, counts in facts["variants"].items():
-        new = ", ".join(f"{who} +{after[-1] - after[1]}" for who, after in counts.items())
+        new = ", ".join(f"{contestant} +{after[-1] - after[1]}" for contestant, after in counts.items())
         notes.append(f"{op}, {len(VARIANT_ROWS)} batch sizes: variants after first two sizes: {new}")
     tables = {op: (COLUMNS, list(group)) for op, group in itertools.groupby(rows, lambda row: row["op"])}
     return measure.page("Kernels", facts, tables, notes)

@@ -70,7 +70,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 @contextmanager
 def compilations() -> Iterator[list[str]]:
-    """Collects what Triton compiles, or loads from its cache on disk, meanwhile."""
+    """Collects what Triton compiles, or loads from its cache on disk, within the block."""
     from triton import knobs
 
     compiled: list[str] = []

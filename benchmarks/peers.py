@@ -40,13 +40,13 @@ def _module(name: str) -> ModuleType:
 
 
 def present(known: Mapping[str, Callable[..., T]], **arguments: Any) -> dict[str, T]:
-    """What those of the known peers that are here make of the arguments; says who is not."""
+    """What those of the known peers that are installed make of the arguments; prints which are not."""
     arranged = {}
-    for who, arrange in known.items():
+    for contestant, arrange in known.items():
         try:
-            arranged[who] = arrange(**arguments)
+            arranged[contestant] = arrange(**arguments)
         except ImportError as error:
-            print(f"  no {who}: {error}", flush=True)
+            print(f"  no {contestant}: {error}", flush=True)
     return arranged
 
 
@@ -55,7 +55,7 @@ def present(known: Mapping[str, Callable[..., T]], **arguments: Any) -> dict[str
 
 @dataclass(frozen=True)
 class Peer:
-    """vLLM's two Triton kernels. It takes slot 0 for nobody, so callers use the slots from 1 on."""
+    """vLLM's two Triton kernels. Slot 0 is its null slot, so callers use the slots from 1 on."""
 
     name: str
     _selective_state_update: Callable[..., Any]
@@ -240,26 +240,26 @@ def cuda_conv_packed(
 
 
 def cuda_selective_scan(
-    u: Tensor,
-    delta: Tensor,
+    x: Tensor,
+    dt: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
     *,
     D: Tensor,
     z: Tensor,
-    delta_bias: Tensor,
-    delta_softplus: bool,
+    dt_bias: Tensor,
+    dt_softplus: bool,
     cu_seqlens: Tensor,
     slots: Tensor,
 ) -> Prefill:
     """mamba_ssm's kernel has a dense batch with a channel's tokens together, as it wants them, and no slots."""
     scan = _module("selective_scan_cuda").fwd
-    u, delta, z, B, C = (t.unflatten(0, (len(slots), -1)).transpose(1, 2).contiguous() for t in (u, delta, z, B, C))
+    x, dt, z, B, C = (t.unflatten(0, (len(slots), -1)).transpose(1, 2).contiguous() for t in (x, dt, z, B, C))
     B, C = B.unsqueeze(1), C.unsqueeze(1)
 
     def call(cache: Tensor) -> Any:
-        _, states, out = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        _, states, out = scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus)
         cache[1:].copy_(states[:, :, -1, 1::2])
         return out.transpose(1, 2).flatten(0, 1)
 
@@ -267,8 +267,8 @@ def cuda_selective_scan(
 
 
 def mamba_ssm_backend(
-    u: Tensor,
-    delta: Tensor,
+    x: Tensor,
+    dt: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
@@ -285,11 +285,11 @@ def mamba_ssm_backend(
         sys.path.insert(0, folder)
     importlib.import_module("mamba_ops_mamba_ssm.selective_scan")
     adapter = mamba_ops.selective_scan.kernels["mamba_ssm"].function
-    u, delta, B, C, z = (t.unsqueeze(0) for t in (u, delta, B, C, z))
-    out = torch.empty_like(u)
+    x, dt, B, C, z = (t.unsqueeze(0) for t in (x, dt, B, C, z))
+    out = torch.empty_like(x)
 
     def call(cache: Tensor) -> Any:
-        adapter(u, delta, A, B, C, z=z, ssm_state=cache, slots=slots, output=out, **weights)
+        adapter(x, dt, A, B, C, z=z, ssm_state=cache, slots=slots, output=out, **weights)
         return out[0]
 
     return call

@@ -35,7 +35,7 @@ Contestants = dict[str, tuple[Prefill, Prefill]]
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs. Sequence i uses slot i + 1 of the cache; slot 0 is nobody's."""
+    """One set of inputs. Sequence i uses slot i + 1 of the cache; slot 0 is null."""
 
     op: str
     name: str
@@ -50,7 +50,7 @@ class Case:
         op, options = getattr(mamba_ops, self.op), {**self.arguments, "out": self.out}
         return lambda cache: op(**options, **{self.cache_name: cache})
 
-    def true(self) -> tuple[Tensor, Tensor]:
+    def expected(self) -> tuple[Tensor, Tensor]:
         """The output and the cache after it: the reference's, in float64."""
 
         def wide(value: Any) -> Any:
@@ -147,12 +147,14 @@ def contestants(case: Case) -> Contestants:
     if case.cache.device.type != "cpu":
         known = peers.PREFILL[case.op]
         if case.arguments["has_initial_state"] is not None:
-            known = {who: arrange for who, arrange in known.items() if arrange is not peers.cuda_conv_packed}
+            known = {
+                contestant: arrange for contestant, arrange in known.items() if arrange is not peers.cuda_conv_packed
+            }
         calls |= peers.present(known, **case.arguments)
-    return {who: (call, call) for who, call in calls.items()}
+    return {contestant: (call, call) for contestant, call in calls.items()}
 
 
-def correct(case: Case, call: Prefill, true: tuple[Tensor, Tensor]) -> tuple[float, bool]:
+def correct(case: Case, call: Prefill, expected: tuple[Tensor, Tensor]) -> tuple[float, bool]:
     """The larger relative error of output and states, and whether all runs gave the same bits and left slot 0 alone."""
     first, steady = None, True
     for _ in range(RUNS):
@@ -162,20 +164,20 @@ def correct(case: Case, call: Prefill, true: tuple[Tensor, Tensor]) -> tuple[flo
         first = first or got
         steady &= all(map(torch.equal, got, first)) and torch.equal(cache[0], case.cache[0])
     assert first is not None
-    pairs = ((first[0], true[0]), (first[1][1:], true[1][1:]))
+    pairs = ((first[0], expected[0]), (first[1][1:], expected[1][1:]))
     return max(float((g.double() - t).norm() / t.norm()) for g, t in pairs), steady
 
 
 def measured(case: Case, contestants: Callable[[Case], Contestants], bandwidth: float | None) -> list[Row]:
     """A row for each contestant; times in microseconds. A failure is noted in it, so that the others still run."""
     print(f"{case.op}: {case.name}", flush=True)
-    calls, true = contestants(case), case.true()
+    calls, expected = contestants(case), case.expected()
     rows: list[Row] = []
-    for who, (checked, timed) in calls.items():
-        row: Row = {"op": case.op, "case": case.name, "who": who}
+    for contestant, (checked, timed) in calls.items():
+        row: Row = {"op": case.op, "case": case.name, "contestant": contestant}
         rows.append(row)
         try:
-            row["error"], row["steady"] = correct(case, checked, true)
+            row["error"], row["steady"] = correct(case, checked, expected)
             if bandwidth is not None:
                 row["us"] = measure.device_us(partial(timed, case.cache.clone()), case.cache.device)
                 row |= {"bytes": case.bytes, "floor": 1e6 * case.bytes / bandwidth}
@@ -212,7 +214,7 @@ def _error(row: Row) -> str:
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "case": lambda row: row["case"],
-    "kernels": lambda row: row["who"],
+    "kernels": lambda row: row["contestant"],
     "us": partial(number, key="us"),
     "ours/this": partial(ratio, key="ours", base="us"),
     "MB": partial(number, key="bytes", unit=1e6),
@@ -226,10 +228,14 @@ def criteria(rows: list[Row]) -> list[tuple[str, float, float]]:
     """What must hold: a sentence, the largest ratio of all cases and the most that it may be."""
     found = []
     for op, (limit, others) in LIMITS.items():
-        for who in others:
-            timed = [row for row in rows if (row["op"], row["who"]) == (op, who) and "us" in row and "ours" in row]
+        for contestant in others:
+            timed = [
+                row
+                for row in rows
+                if (row["op"], row["contestant"]) == (op, contestant) and "us" in row and "ours" in row
+            ]
             if timed:
-                found.append((f"{op}, ours / {who}", max(row["ours"] / row["us"] for row in timed), limit))
+                found.append((f"{op}, ours / {contestant}", max(row["ours"] / row["us"] for row in timed), limit))
     return found
 
 
@@ -259,7 +265,7 @@ def main() -> int:
         notes.append(f"{what}: {worst:.2f} at worst, at most {limit}: {'pass' if worst <= limit else 'FAIL'}")
     tables = {op: (COLUMNS, list(group)) for op, group in itertools.groupby(rows, lambda row: row["op"])}
     measure.report(options, measure.page("Prefill", facts, tables, notes), {**facts, "rows": rows})
-    right = all(row.get("steady") and row["error"] <= AGREEMENT for row in rows if row["who"] == "ours")
+    right = all(row.get("steady") and row["error"] <= AGREEMENT for row in rows if row["contestant"] == "ours")
     return 0 if right and all(worst <= limit for _, worst, limit in criteria(rows)) else 1
 
 

@@ -26,31 +26,31 @@ LIMITS = {"mamba_ssm": 1.4, "ours, channel-major": 1.1}  # for SINGLE's longest,
 
 
 def case_of(lengths: tuple[int, ...], device: torch.device) -> Case:
-    """Packed sequences from no state; u and z, and B and C, are views of one tensor each, as the projections are."""
+    """Packed sequences from no state; x and z, and B and C, are views of one tensor each, as the projections are."""
     dim, dstate, rank = (16, 16, 8) if device.type == "cpu" else (8192, 16, 256)
     tokens, random = sum(lengths), partial(measure.random, device=device)
-    u, z = random(tokens, 2 * dim).split(dim, dim=1)
+    x, z = random(tokens, 2 * dim).split(dim, dim=1)
     _, B, C = random(tokens, rank + 2 * dstate).split([rank, dstate, dstate], dim=1)
     out = random(tokens, dim)
     cache = torch.randn(1 + len(lengths), dim, dstate, device=device)
     tensors = {
-        "u": u,
-        "delta": random(tokens, dim),
+        "x": x,
+        "dt": random(tokens, dim),
         "A": -1 - 15 * torch.rand(dim, dstate, device=device),
         "B": B,
         "C": C,
         "D": torch.randn(dim, device=device),
         "z": z,
-        "delta_bias": torch.randn(dim, device=device) - 3,
+        "dt_bias": torch.randn(dim, device=device) - 3,
         **packed(lengths, device),
     }
     name = f"{tokens} tokens" if len(lengths) == 1 else f"{len(lengths)} sequences, {tokens} tokens"
     moved = nbytes(*tensors.values(), out, cache[1:])
-    return Case("selective_scan", name, tensors | {"delta_softplus": True}, "ssm_state", cache, out, moved)
+    return Case("selective_scan", name, tensors | {"dt_softplus": True}, "ssm_state", cache, out, moved)
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Built one by one, for the truth about one of them takes gigabytes."""
+    """Built one by one, as the expected result of one of them takes gigabytes."""
     for lengths in ((40,), (3, 20, 70)) if device.type == "cpu" else ((*((n,) for n in SINGLE), MIXED)):
         yield case_of(lengths, device)
 
@@ -61,7 +61,7 @@ def channel_major(case: Case) -> Prefill:
     def moved(tensor: Tensor) -> Tensor:
         return tensor.t().contiguous().t()
 
-    arguments = {n: moved(v) if n in ("u", "delta", "z", "B", "C") else v for n, v in case.arguments.items()}
+    arguments = {n: moved(v) if n in ("x", "dt", "z", "B", "C") else v for n, v in case.arguments.items()}
     return replace(case, arguments=arguments, out=moved(case.out)).ours()
 
 
@@ -73,17 +73,17 @@ def contestants(case: Case) -> Contestants:
     calls = {"ours": case.ours(), "ours, channel-major": channel_major(case)}
     if case.cache.device.type != "cpu" and len(case.arguments["slots"]) == 1:
         calls |= peers.present(peers.PREFILL[case.op], **case.arguments)
-    return {who: (call, call) for who, call in calls.items()}
+    return {contestant: (call, call) for contestant, call in calls.items()}
 
 
 def criteria(rows: list[Row]) -> list[tuple[str, float, float]]:
     """What must hold: a sentence, the largest ratio of all cases and the most that it may be."""
     found = []
-    for who, limit in LIMITS.items():
-        longest = [row for row in rows if (row["who"], row["case"]) == (who, f"{SINGLE[-1]} tokens")]
+    for contestant, limit in LIMITS.items():
+        longest = [row for row in rows if (row["contestant"], row["case"]) == (contestant, f"{SINGLE[-1]} tokens")]
         ratios = [row["ours"] / row["us"] for row in longest if "us" in row and "ours" in row]
         if ratios:
-            found.append((f"ours / {who}", max(ratios), limit))
+            found.append((f"ours / {contestant}", max(ratios), limit))
     return found
 
 
@@ -107,7 +107,7 @@ def main() -> int:
         notes.append(f"{what}: {worst:.2f} at worst, at most {limit}: {'pass' if worst <= limit else 'FAIL'}")
     page = measure.page("Selective scan", facts, {"selective_scan": (COLUMNS, rows)}, notes)
     measure.report(options, page, {**facts, "variants": after, "rows": rows})
-    right = all(row.get("steady") and row["error"] <= AGREEMENT for row in rows if row["who"].startswith("ours"))
+    right = all(row.get("steady") and row["error"] <= AGREEMENT for row in rows if row["contestant"].startswith("ours"))
     return 0 if right and all(worst <= limit for _, worst, limit in criteria(rows)) else 1
 
 

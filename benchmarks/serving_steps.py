@@ -159,13 +159,13 @@ def serve(requests: Ours, lengths: list[int], *, cap: float) -> dict[str, Any]:
 
 def by_turns(contestants: dict[str, Ours], device: torch.device, *, rounds: int = 200) -> dict[str, list[float]]:
     """Seconds for one token of one sequence, each contestant in turn: what disturbs the host disturbs them alike."""
-    taken: dict[str, list[float]] = {who: [] for who in contestants}
+    taken: dict[str, list[float]] = {contestant: [] for contestant in contestants}
     for requests in contestants.values():
         for computed, tokens in ((0, 128), (128, 1)):
             requests.step(computed, tokens)
     for _ in range(rounds):
-        for who, requests in contestants.items():
-            taken[who].append(seconds(lambda r=requests: r.step(128, 1), device))  # type: ignore[misc]
+        for contestant, requests in contestants.items():
+            taken[contestant].append(seconds(lambda r=requests: r.step(128, 1), device))  # type: ignore[misc]
     return taken
 
 

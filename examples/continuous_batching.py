@@ -26,7 +26,7 @@ from mamba_ops.registry import Backend, mark_splitting
 from mamba_ops.serving import PiecewiseRunner, Plan, StatePool
 
 VOCABULARY = 256
-NULL_SLOT = 0  # set aside, as engines do: what nobody wants may be written there
+NULL_SLOT = 0  # set aside, as engines do: padding rows have it
 SMALL = {"hidden": 128, "pairs": 2, "heads": 4, "head_dim": 64, "dstate": 64, "length": 160}
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ class Engine:
         """Advance the running requests. Without any, the step is empty.
 
         After an exception the requests of the step read all of their tokens again, because some of their caches may be
-        ahead of others; nobody else's were touched.
+        ahead of others; other requests' were not touched.
         """
         while self.waiting and self.pool.num_free:
             request = self.waiting.pop(0)

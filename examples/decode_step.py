@@ -69,7 +69,7 @@ def main() -> None:
     torch.manual_seed(0)
     mixer = Mixer(hidden=128, heads=4, dim=64, dstate=32, groups=1, width=4, slots=16).to(device)
     compiled = torch.compile(mixer, fullgraph=True, dynamic=True)
-    tables = ([3, 7, 0, 12], [3, 7, 12, 5, 9, 14], [7, 12, -1])  # requests come and go; -1 is padding, nobody's row
+    tables = ([3, 7, 0, 12], [3, 7, 12, 5, 9, 14], [7, 12, -1])  # requests come and go; -1 is a padding row
     batches = [(torch.randn(len(t), 128, device=device), torch.tensor(t, device=device)) for t in tables]
 
     sample = mamba_ops.selective_state_update.make_samples(device)[0]
