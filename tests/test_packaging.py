@@ -1,6 +1,7 @@
 """What a user gets: the wheel, built from the sdist, in an environment that has never seen the checkout."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import mamba_ops
 
 pytest.importorskip("build.env", reason="building the wheel needs the package `build`")
 pytestmark = pytest.mark.xdist_group("packaging")  # one process builds, once
@@ -29,16 +32,23 @@ def succeed(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
+BUILD = (sys.executable, "-m", "build", "--no-isolation")
+
+
+def copy_checkout(checkout: Path) -> Path:
+    """Copy what a build reads: what an earlier one left in the real checkout must not leak in."""
+    for name in ("mamba_ops", "registry"):
+        shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "mamba_ops_pytest.py"):
+        shutil.copy(ROOT / name, checkout)
+    return checkout
+
+
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sdist and the wheel built from it."""
     folder = tmp_path_factory.mktemp("dist")
-    checkout = folder / "checkout"  # a copy: what an earlier build left in the real one must not leak in
-    for name in ("mamba_ops", "registry"):
-        shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "mamba_ops_pytest.py"):
-        shutil.copy(ROOT / name, checkout)
-    succeed(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, checkout, cwd=folder)
+    succeed(*BUILD, "--outdir", folder, copy_checkout(folder / "checkout"), cwd=folder)
     return folder
 
 
@@ -85,7 +95,9 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel: Path):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert "mamba_ops/py.typed" in names
     assert "mamba_ops/registry/__init__.py" in names
+    assert any(re.fullmatch(r"mamba_ops/ops/_triton/configs/.+\.json", name) for name in names)
     assert names == everything()
+    assert wheel.name.split("-")[1] == mamba_ops.__version__
 
 
 def test_the_sdist_holds_real_files(dist: Path):
@@ -119,6 +131,31 @@ def test_the_wheel_has_no_module_called_registry(bin_of_clean_venv: Path, tmp_pa
     assert (
         "No module named 'registry'" in run(bin_of_clean_venv / "python", "-c", "import registry", cwd=tmp_path).stderr
     )
+
+
+@pytest.fixture
+def checkout_without_link(tmp_path: Path) -> Path:
+    """A checkout as git makes it where it makes no symbolic links, as on Windows: the link is a text file."""
+    checkout = copy_checkout(tmp_path / "checkout")
+    (checkout / "mamba_ops" / "registry").unlink()
+    (checkout / "mamba_ops" / "registry").write_text("../registry")
+    return checkout
+
+
+def test_a_checkout_without_the_link_says_what_to_do(checkout_without_link: Path):
+    done = run(sys.executable, "-c", "import mamba_ops", cwd=checkout_without_link)
+    assert done.returncode == 1
+    assert "ImportError: mamba_ops/registry is a text file in this checkout" in done.stderr
+    assert "run `git config core.symlinks true`" in done.stderr
+
+
+@pytest.mark.parametrize("what", ["--wheel", "--sdist"])
+def test_a_checkout_without_the_link_builds_nothing(checkout_without_link: Path, what: str, tmp_path: Path):
+    done = run(*BUILD, what, "--outdir", tmp_path / "dist", checkout_without_link, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "mamba_ops/registry is no folder here" in done.stdout + done.stderr
+    assert "run `git config core.symlinks true`" in done.stdout + done.stderr
+    assert not list(tmp_path.rglob("*.whl")) + list(tmp_path.rglob("*.tar.gz"))
 
 
 def test_the_registry_refuses_the_name_of_its_folder():
