@@ -5,10 +5,13 @@ import platform
 import shutil
 import sys
 import uuid
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mamba_ops.ops._triton import _triton
 
 MANIFEST = "mamba_ops_caches.json"
 _RUNTIMES = [name for name, value in vars(torch.version).items() if isinstance(value, str) and name.isalpha()]
@@ -88,11 +91,7 @@ def _caches() -> dict[str, Path]:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     places = {"inductor": Path(cache_dir())}
-    try:
-        from triton import knobs
-    except ModuleNotFoundError:
-        return places
-    return {"triton": Path(knobs.cache.dir), **places}
+    return {"triton": _triton.cache_dir(), **places} if find_spec("triton") else places
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from mamba_ops.cold_start.layers import Layer, before_calls_of, calls_of, layers_of, on_device, rehearsal_of
-from mamba_ops.cold_start.loading import Load, Loader, cores, hash_triton, seconds_by_kernel
+from mamba_ops.cold_start.loading import Load, Loader, cores, seconds_by_kernel
+from mamba_ops.ops._triton import _triton
 from mamba_ops.registry import Op, Selection, backends, generation, ops, record_selections, use_backend
 from mamba_ops.registry.backend import COMPOSED
 from mamba_ops.registry.errors import unknown
@@ -34,7 +35,7 @@ class Row(NamedTuple):
 
     Attributes:
         op: qualified name.
-        backend: who ran it.
+        backend: the backend that ran it.
         variant: the layer and what it did, or the op's sample.
         seconds: what its kernels took to compile, beside each other in processes, or to read from disk.
         cached: whether all its kernels were there: in this process, or on disk.
@@ -57,8 +58,8 @@ class WarmUp(list[Row]):
         peak_bytes: the most memory that it had at one time on the device, beyond what was there. It is free again:
             torch's allocator has it for what comes next, such as the first request.
         skipped: a sentence for each layer or sample that was left out.
-        configurations: a line for each op and its static sizes: how its Triton kernels are launched, and whose choice
-            that is.
+        configurations: a line for each op and its static sizes: how its Triton kernels are launched, and by which
+            table or rule.
     """
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
@@ -229,31 +230,32 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
 
     def first(number: int, variant: str, run: Callable[[], object]) -> None:
         ran.clear()
-        with loader.asking() if loader else nullcontext() as asked:
+        with loader.requesting() if loader else nullcontext() as request:
             run()
         rows[number, variant] = []
-        if asked is not None and asked.ended:
-            later[number, variant] = asked.loads
+        if request is not None and request.skipped:
+            later[number, variant] = request.loads
         else:
-            loads = asked.loads if asked else []
+            loads = request.loads if request else []
             rows[number, variant] += [_row(r, variant, loads, seen=loader is not None) for r in dict.fromkeys(ran)]
 
     def again(number: int, variant: str, run: Callable[[], object]) -> None:
         if (loads := later.get((number, variant))) is not None:
-            assert loader is not None  # for mypy: it ended a launch
+            assert loader is not None  # for mypy: it skipped a launch
             ran.clear()
-            with loader.seeing() as more:
+            with loader.collecting() as more:
                 run()
             rows[number, variant] += [_row(r, variant, [*loads, *more], seen=True) for r in dict.fromkeys(ran)]
 
-    hashing = threading.Thread(target=hash_triton) if device.type != "cpu" else None
+    compiles = _triton_compiles(device)
+    hashing = threading.Thread(target=_triton.hash_sources) if compiles and device.type != "cpu" else None
     with random_state, torch.no_grad(), allow_jit():
         if hashing is not None:
             hashing.start()
             for unit in units:
                 for _, run in _tried(unit, unit.before, report):
                     run()
-        loader = Loader(processes or cores(), hashing) if _triton_compiles(device) else None
+        loader = Loader(processes or cores(), hashing) if compiles and _triton.has_hooks() else None
         with record_selections() as ran, loader.active() if loader else nullcontext():
             call_all("calling each once", first)
             if loader is not None and later:
@@ -311,10 +313,10 @@ def _row(selection: Selection, variant: str, loads: list[Load], *, seen: bool) -
 
 
 def _triton_compiles(device: torch.device) -> bool:
-    """Whether Triton is here, and compiles for the device."""
+    """Whether Triton is installed and compiles for the device."""
     triton = next((backend for backend in backends() if backend.requires == "triton"), None)
     if triton is None or triton.why_unusable(device.type) is not None:
         return False
-    from triton import knobs
+    from mamba_ops.ops._triton.common import INTERPRETED
 
-    return not knobs.runtime.interpret
+    return not INTERPRETED

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
+from mamba_ops.ops._triton import _triton, op_of
 from mamba_ops.ops._triton.common import INTERPRETED
 
 Launches = dict[str, dict[str, Any]]
@@ -48,7 +48,7 @@ forced: dict[str, Launches] = {}
 """What tuning tries now, by op."""
 
 
-def by_table(**free: str) -> Callable[[Callable[..., Launches]], Callable[..., Launches]]:
+def tunable_launch(**free: str) -> Callable[[Callable[..., Launches]], Callable[..., Launches]]:
     """Let a table come before the rule that is decorated.
 
     The rule returns, from static sizes (numbers, bools and strings), the launches of all kernels in its file. What is
@@ -59,7 +59,7 @@ def by_table(**free: str) -> Callable[[Callable[..., Launches]], Callable[..., L
     """
 
     def decorate(rule: Callable[..., Launches]) -> Callable[..., Launches]:
-        op, names = rule.__module__.split(".")[-2], list(inspect.signature(rule).parameters)
+        op, names = op_of(rule.__module__), list(inspect.signature(rule).parameters)
 
         @functools.cache
         def choose(device: int, *values: Any) -> Launches:
@@ -110,8 +110,7 @@ def family(device: int) -> str:
     if INTERPRETED:
         return "interpreted"
     with torch.accelerator.device_index(device if device >= 0 else None):
-        target = triton.runtime.driver.active.get_current_target()
-    return f"{target.backend}-{target.arch}"
+        return _triton.device_family()
 
 
 def folders() -> list[Path]:
