@@ -21,7 +21,6 @@ DRIVER = "triton.runtime:driver.active"
 LOAD = "triton.runtime.jit:JITFunction._do_compile"
 TUNE = "triton.runtime.autotuner:Autotuner._bench"
 PRELOAD = "triton.runtime.jit:JITFunction.preload"
-BINDER = "triton.runtime.jit:JITFunction.create_binder"
 CACHES = "triton.runtime.jit:JITFunction.device_caches"
 BEFORE_LOAD = "triton:knobs.runtime.jit_cache_hook"
 LOADED = "triton:knobs.compilation.listener"
@@ -37,13 +36,16 @@ ON_DISK = (
 )
 TARGET = "triton.backends.compiler:GPUTarget"
 PRIVATE = (
-    *(DRIVER, LOAD, TUNE, PRELOAD, CACHES, BINDER),
+    *(DRIVER, LOAD, TUNE, PRELOAD, CACHES),
     *(BEFORE_LOAD, LOADED, COMPILED, CACHE_DIR, HASH, TARGET, *ON_DISK),
 )
 """`module:name` of each. Instances alone have `device_caches`."""
 
 LAUNCHERS = ["triton.backends.nvidia.driver"]
 """Drivers that make launchers without a GPU; of others that is not known."""
+
+
+_GONE = object()
 
 
 @cache
@@ -57,12 +59,12 @@ def named(module: str, name: str) -> Any:
 
 
 def _find(path: str, consequence: str) -> Any:
-    """Return what Triton has under a private name, or None, with a warning of what follows."""
+    """Return what Triton has under a private name; else warn of the consequence, once, and return _GONE."""
     try:
         return named(*path.split(":"))
     except (ImportError, AttributeError):
         _warn_once(path.partition(":")[2], consequence)
-        return None
+        return _GONE
 
 
 # -- devices and files ------------------------------------------------------------------------------------------------
@@ -70,7 +72,7 @@ def _find(path: str, consequence: str) -> Any:
 
 def device_family() -> str:
     """Return the name of the current device's family, which runs the same binaries (`cuda-90`, `hip-gfx942`)."""
-    if (driver := _find(DRIVER, "families of devices are named after what torch says of them")) is not None:
+    if (driver := _find(DRIVER, "devices are named after what torch says of them")) is not _GONE:
         target = driver.get_current_target()
         return f"{target.backend}-{target.arch}"
     if (device := torch.accelerator.current_accelerator(check_available=True)) is None:
@@ -83,22 +85,22 @@ def device_family() -> str:
 
 def cache_dir() -> Path:
     """Return the folder in which Triton keeps what it compiled."""
-    found = _find(CACHE_DIR, "its cache is taken to be where it is by default, or in TRITON_CACHE_DIR")
-    home = os.environ.get("TRITON_HOME", Path.home())
-    return Path(found or os.environ.get("TRITON_CACHE_DIR", Path(home, ".triton", "cache")))
+    if (found := _find(CACHE_DIR, "its cache is taken to be in TRITON_CACHE_DIR, or in ~/.triton")) is not _GONE:
+        return Path(found)
+    default = Path(os.environ.get("TRITON_HOME", Path.home()), ".triton", "cache")
+    return Path(os.environ.get("TRITON_CACHE_DIR", default))
 
 
 def hash_sources() -> None:
     """Hash Triton's own files, as every key of its cache needs; Triton remembers the hash."""
-    if (hash_files := _find(HASH, "its files are hashed at the first launch instead")) is not None:
+    if (hash_files := _find(HASH, "its files are hashed at the first launch instead")) is not _GONE:
         hash_files()
 
 
 def is_on_disk(function: Any, asked: Any) -> bool:
     """Whether Triton's cache has the variant of a kernel that `jit_cache_hook` was called for."""
-    consequence = "kernels are read from disk by other processes, as if they were to be compiled"
-    found = [_find(path, consequence) for path in (DRIVER, *ON_DISK)]
-    if any(name is None for name in found):
+    found = [_find(path, "a warm-up has kernels compiled that are on disk already") for path in (DRIVER, *ON_DISK)]
+    if _GONE in found:
         return False
     driver, ast_source, make_backend, get_cache_key, get_cache_manager, get_env = found
     backend = make_backend(driver.get_current_target())
@@ -143,7 +145,7 @@ def unloaded(functions: Iterable[Any]) -> Iterator[None]:
     for function in functions:
         try:
             before.append((function, function.device_caches))
-            function.device_caches = type(function.device_caches)(function.create_binder)
+            function.device_caches = type(function.device_caches)(function.device_caches.default_factory)
         except (AttributeError, TypeError):
             _warn_once("device_caches", "variants of a kernel that are loaded are not counted")
     try:
@@ -155,45 +157,31 @@ def unloaded(functions: Iterable[Any]) -> Iterator[None]:
 
 def call_before(path: str, hook: Callable[..., None], consequence: str) -> None:
     """Call `hook` with the arguments of a method of Triton's, before each call of it."""
-    if (method := _find(path, consequence)) is None:
+    if (method := _find(path, consequence)) is _GONE:
         return
 
     def hooked(*args: Any, **kwargs: Any) -> Any:
         hook(*args, **kwargs)
         return method(*args, **kwargs)
 
-    module, _, name = path.partition(":")
-    setattr(named(module, name.rpartition(".")[0]), method.__name__, hooked)
+    owner, _, last = path.rpartition(".")
+    setattr(named(*owner.split(":")), last, hooked)
 
 
 def has_hooks() -> bool:
     """Whether Triton says when it loads a kernel, and lets other processes compile it: what a warm-up needs."""
     consequence = "a warm-up compiles one kernel after the other, and does not say which"
-    needed = (BEFORE_LOAD, LOADED)
-    return all(_has(path, consequence) for path in needed) and None not in [
-        _find(path, consequence) for path in (DRIVER, PRELOAD, TARGET)
-    ]
-
-
-def _has(path: str, consequence: str) -> bool:
-    """Whether a name is there, be it None, as hooks are that nobody set."""
-    module, _, name = path.partition(":")
-    owner, _, last = name.rpartition(".")
-    if hasattr(_find(f"{module}:{owner}", consequence), last):
-        return True
-    _warn_once(name, consequence)
-    return False
+    return _GONE not in [_find(path, consequence) for path in (BEFORE_LOAD, LOADED, DRIVER, PRELOAD, TARGET)]
 
 
 @contextmanager
 def hook(path: str, function: Callable[..., Any], consequence: str) -> Iterator[None]:
     """Within the block, Triton calls `function` as its hook of this name, before one that is there already."""
-    if not _has(path, consequence):
+    if (before := _find(path, consequence)) is _GONE:
         yield
         return
-    module, _, name = path.partition(":")
-    owner, last = named(module, name.rpartition(".")[0]), name.rpartition(".")[2]
-    before = getattr(owner, last)
+    owner, _, last = path.rpartition(".")
+    owner = named(*owner.split(":"))
 
     def both(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs) or (before(*args, **kwargs) if before else None)
