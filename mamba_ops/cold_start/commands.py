@@ -11,7 +11,7 @@ from rich.table import Table
 from mamba_ops.options import failing
 
 Sizes = Annotated[list[str] | None, typer.Option("--size", metavar="NAME=N", help="A static size, as dstate=128.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, xpu, cuda:1", show_default="this machine's accelerator")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, xpu, cuda:1", show_default="the accelerator")]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -30,7 +30,7 @@ def warm_up_command(
         Path | None, typer.Option("--import", file_okay=False, help="Take the caches from there, beforehand.")
     ] = None,
 ) -> None:
-    """Compile and load every kernel that a model or an op can ask for; carry the caches to identical machines."""
+    """Compile and load every kernel that a model or an op may launch; copy the caches to identical machines."""
     console = Console(highlight=False, markup=False)
     with failing(ValueError):
         from mamba_ops.cold_start import arguments, transfer
@@ -59,9 +59,9 @@ def tune_command(
         from mamba_ops.cold_start import arguments, tuning
 
         where, pair = arguments.device_of((), device), _pair(dtype)
-        with arguments.shown(None) as tell:
+        with arguments.shown(None) as progress:
             dtypes = {"dtype": pair[0], "state_dtype": pair[1]}
-            found = tuning.tune(ops, where, out, sizes=_sizes(size), **dtypes, progress=tell)
+            found = tuning.tune(ops, where, out, sizes=_sizes(size), **dtypes, progress=progress)
     for tuned in found:
         sizes = ", ".join(f"{name} {value}" for name, value in tuned.sizes.items())
         console.print(

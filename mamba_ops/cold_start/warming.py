@@ -1,4 +1,4 @@
-"""Calls everything that a model or some ops may be called with, so that the first call of each is not a slow one."""
+"""Calls a model's layers, or ops, in every way in which they may be called, so that no later call is a slow one."""
 
 import gc
 import inspect
@@ -71,27 +71,27 @@ class WarmUp(list[Row]):
         self.configurations: list[str] = []
 
     def __str__(self) -> str:
-        told = f"{len(self)} variants of {len({row.op for row in self})} ops in {self.seconds:.2f} s"
-        told += f", {self.compiled} kernels compiled, {self.loaded} read from disk"
-        told += f", {self.peak_bytes / 2**20:.0f} MiB at most" if self.peak_bytes else ""
+        summary = f"{len(self)} variants of {len({row.op for row in self})} ops in {self.seconds:.2f} s"
+        summary += f", {self.compiled} kernels compiled, {self.loaded} read from disk"
+        summary += f", {self.peak_bytes / 2**20:.0f} MiB at most" if self.peak_bytes else ""
         if self.compiled and self.slowest:
             kernel, count, seconds = self.slowest[0]
-            told += f"; the slowest kernel is {kernel}, {count} variants in {seconds:.2f} s"
-        return "; ".join([told, *(f"skipped {reason}" for reason in self.skipped)])
+            summary += f"; the slowest kernel is {kernel}, {count} variants in {seconds:.2f} s"
+        return "; ".join([summary, *(f"skipped {reason}" for reason in self.skipped)])
 
 
 Calls = Iterable[tuple[str, Callable[[], object]]]
-"""What to call, each with its name; made one after the other, so that tensors live no longer than their call."""
+"""Calls and their names; made one by one, so that tensors live no longer than their call."""
 Progress = Callable[[str, int, int], None]
-"""Is told what is being done, how much of it is, and of how much."""
+"""Called with the step, how much of it is done, and of how much."""
 
 
 class _Unit(NamedTuple):
-    """A kind of layer, or an op with some sizes: what is warmed up once.
+    """A kind of layer, or an op with some sizes, which is warmed up once.
 
     Attributes:
-        before: calls that run none of the ops, and are made before those that do.
-        after: calls that are made again when all is done.
+        before: calls that run none of the ops, made first.
+        after: calls made once more at the end.
     """
 
     name: str
@@ -115,7 +115,7 @@ def warm_up(
     processes: int | None,
     progress: Progress,
 ) -> WarmUp:
-    """Do what `mamba_ops.warm_up` says."""
+    """Do what `mamba_ops.warm_up` documents."""
     begin, report = time.perf_counter(), WarmUp()
     units: list[_Unit] = []
     for backend in backends:
@@ -192,7 +192,7 @@ def _of_ops(
 
 
 class _DrawnOnDevice(TorchFunctionMode):
-    """Lets samples, which draw random numbers on the CPU to be the same everywhere, draw them where they are used."""
+    """Draws the random numbers of samples on the device, where tests draw them on the CPU, alike on all machines."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
                 loader.wait(progress)
                 call_all("calling what was compiled", again)
         prewarm()
-        gc.collect()  # all that was imported is due to be looked at: now, rather than in the first request
+        gc.collect()  # of all that was imported: now, rather than in the first request
         for unit in units:  # the first request finds the processor's caches as the tenth does
             for _, run in _tried(unit, unit.after, report):
                 run()
@@ -279,7 +279,7 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
 
 
 def _tried(unit: _Unit, calls: Callable[[], Calls], report: WarmUp) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Some of a unit's calls, on its backend; what cannot be called so, and raises, is left out with a sentence."""
+    """Yield some of a unit's calls, on its backend; a call that raises is skipped, with a sentence in the report."""
 
     def guarded(variant: str, run: Callable[[], object]) -> None:
         try:
@@ -301,9 +301,9 @@ def _tried(unit: _Unit, calls: Callable[[], Calls], report: WarmUp) -> Iterator[
 
 
 def _row(selection: Selection, variant: str, loads: list[Load], *, seen: bool) -> Row:
-    """The row of one op; what a composed op loaded is what the ops inside did.
+    """Return the row of one op; kernels of the ops inside a composed op count as its own.
 
-    `seen`: Triton was watched. Of a backend that compiles otherwise, or not at all, only the first call is a new one.
+    `seen`: Triton's loads were seen. Of other backends it is not known what they compile.
     """
     composed = selection.backend == COMPOSED.name
     own = [load for load in loads if load.op == selection.op or composed]
