@@ -282,7 +282,7 @@ def test_what_makes_no_sense_is_answered_before_anything_is_called(given, said):
         mamba_ops.warm_up(**{"model_or_ops": "selective_scan", "device": "cpu", **given})
 
 
-def test_names_that_nobody_registered_are_refused():
+def test_unknown_names_are_refused():
     with pytest.raises(RegistryError, match="unknown op 'no_such_op'"):
         mamba_ops.warm_up("no_such_op", device="cpu")
     with pytest.raises(RegistryError, match="unknown backend 'cutlass'"):

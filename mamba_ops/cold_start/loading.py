@@ -76,8 +76,8 @@ class Loader:
                 yield
             finally:
                 if self._worker is not None:
-                    self._worker.kill()
-                    self._worker.wait()
+                    with self._worker:  # closes its pipes, and waits
+                        self._worker.kill()
 
     @contextmanager
     def requesting(self) -> Iterator[Request]:

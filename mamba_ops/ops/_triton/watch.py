@@ -9,8 +9,8 @@ from mamba_ops.ops._triton import _triton
 def watch(announce: Callable[[str, str], None]) -> None:
     """Call `announce(kernel, cause)` before Triton compiles a kernel, or reads it from disk, and before it tunes one.
 
-    Calls of a loaded kernel do not come here. Triton's own hooks are left to others, who set them for a while and then
-    put back what was there before, which would remove this one. A Triton that cannot be watched is warned about.
+    A call of a loaded kernel costs nothing. Triton's own hooks are not used: a profiler that sets one for a while and
+    then restores what it found may remove another set in between. A Triton that cannot be watched is warned about.
     """
 
     def load(function: Any, key: str, *_: Any, **__: Any) -> None:
