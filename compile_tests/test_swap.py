@@ -12,7 +12,8 @@ from torch import Tensor
 
 import mamba_ops
 from compile_tests.conftest import MARK
-from compile_tests.test_ops import conv_step, graphs, ssm_step
+from compile_tests.steps import conv_step, ssm_step
+from compile_tests.test_ops import graphs
 from mamba_ops import BackendConfig, configure
 from mamba_ops.registry import (
     Backend,

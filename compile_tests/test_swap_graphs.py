@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import mamba_ops
-from compile_tests.test_ops import conv_step
+from compile_tests.steps import conv_step
 from compile_tests.test_swap import marked, step
 from mamba_ops import configure, record_selections, use_backend
 from mamba_ops.commands.watch import CompilerWatch, watch_compiler

@@ -93,7 +93,7 @@ def subset(name: str, parameters: Parameters, function: Callable[..., Any]) -> C
     defaults: dict[str, Any] = {}
     call = _passed(parameters) if takes_any else ", ".join(f"{p.name}={p.name}" for p in parameters if p.name in wanted)
     source = f"def call({_header(parameters, defaults)}):\n    return function({call})"
-    return _compiled(name, function.__name__, source, function=function, **defaults)
+    return _documented(_compiled(name, function.__name__, source, function=function, **defaults), function)
 
 
 def packed(
@@ -104,7 +104,12 @@ def packed(
     call = "".join(f"{p.name}, " for p in parameters)
     source = f"def call({_header(parameters, defaults)}):\n    return function(make(arguments, ({call})))"
     closure = {"function": function, "make": tuple.__new__, "arguments": arguments}
-    return _compiled(name, function.__name__, source, **closure, **defaults)
+    return _documented(_compiled(name, function.__name__, source, **closure, **defaults), function)
+
+
+def _documented(made: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    made.__doc__ = function.__doc__
+    return made
 
 
 def renamed_output(name: str, parameters: Parameters, function: Callable[..., Any]) -> Callable[..., Any]:

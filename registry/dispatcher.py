@@ -24,7 +24,8 @@ from mamba_ops.registry.snapshot import NO_REQUESTS, Request, Requests, Snapshot
 
 if TYPE_CHECKING:
     from mamba_ops.registry.backend import Backend
-    from mamba_ops.registry.op import Namespace, Op
+    from mamba_ops.registry.namespace import Namespace
+    from mamba_ops.registry.op import Op
 
 
 class Dispatcher:

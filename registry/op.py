@@ -1,11 +1,11 @@
-"""Declare a kernel once: `Namespace` makes torch.library ops out of documented functions, `Op` is what users call."""
+"""`Op`, which users call: a contract, its kernels and its facets."""
 
 import inspect
 import linecache
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,9 +15,12 @@ from mamba_ops.registry import _torch, codegen, errors, schema, selection, token
 from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
 from mamba_ops.registry.capture import capture_query
 from mamba_ops.registry.decision_cache import CachedDecision, DecisionCache, never_matches, redispatch_query
-from mamba_ops.registry.dispatcher import caller, device_of, dispatcher
+from mamba_ops.registry.dispatcher import device_of, dispatcher
 from mamba_ops.registry.samples import ErrorInput, Sample
 from mamba_ops.registry.snapshot import Requests
+
+if TYPE_CHECKING:
+    from mamba_ops.registry.namespace import Namespace
 
 P = ParamSpec("P")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,102 +44,6 @@ def ops() -> Mapping[str, "Op[...]"]:
     return found
 
 
-class Declare(Protocol):
-    """The decorator that `Namespace.op` returns; the signature of the function survives."""
-
-    @overload
-    def __call__(self, function: Callable[P, Tensor], /) -> "Op[P]": ...
-    @overload
-    def __call__(self, function: Callable[..., None], /) -> "Op[...]": ...
-
-
-class Namespace:
-    """A set of ops under one `torch.ops` namespace.
-
-    Args:
-        name: the `torch.ops` namespace. `<NAME>_BACKEND` is its environment variable, and the entry-point group
-            `<name>.backends` is where other packages add kernels to its ops.
-    """
-
-    source: str
-    """Where it was made, `file:line`."""
-    settings: dict[str, Callable[[str], Any]]
-    """Names that its environment variable may set beside ops, each with what reads the word behind the `=`."""
-
-    def __init__(self, name: str) -> None:
-        dispatcher.refuse_duplicate("namespace", name, dispatcher.namespaces)
-        self.name = name
-        self.source = caller()
-        self._library = torch.library.Library(name, "FRAGMENT")
-        self._sentences: list[str] = []
-        self.settings: dict[str, Callable[[str], Any]] = {}
-        self._define("refuse", "(Tensor(a!) output, int code) -> ()", self._refuse, lambda output, code: None)
-        dispatcher.namespaces[name] = self
-
-    def op(
-        self,
-        *,
-        mutates: Iterable[str] = ("out",),
-        splits_graph: bool = False,
-        reads_host: bool = False,
-        composed: bool = False,
-        reference: str | None = None,
-        arguments: type[tuple[Any, ...]] | None = None,
-        replaces: str | None = None,
-    ) -> Declare:
-        """Declare the decorated function as an op; the function is its contract, its schema and its reference.
-
-        The function has the front's signature and ends in `*, ..., out: Tensor | None = None) -> Tensor`; inside it,
-        `require_out(out)` is the tensor to write. (`*, output: Tensor) -> None`, the schema's own form, is taken too;
-        then type checkers see no signature.) Its parameters are Tensors, ints, floats and bools;
-        Tensors and floats may be optional.
-
-        A cache that callers may leave out is `*, cache: Tensor | None = None`, named in `mutates` (in the front's form
-        alone). No schema may have an optional mutated tensor, so at the op it is a Tensor: the front passes an empty
-        one for None, and the op hands its checks, refusals and kernels None for an empty one.
-
-        Args:
-            mutates: names of all parameters that the op writes, `out` among them.
-            splits_graph: engines may cut their graphs at this op.
-            reads_host: the op reads a tensor on the host and cannot be captured in a CUDA graph.
-            composed: the function calls other ops. Its backend is then called `composed`, and a backend asked for by a
-                bare name that has no kernel for this op acts on the ops inside.
-            reference: where the reference is, `package.module:function`, if it is not the body of the decorated one;
-                it is loaded at its first use, and takes what every kernel takes.
-            arguments: the NamedTuple of a call's arguments, for kernels and facets that take a call as one value; its
-                fields are the op's parameters. None: one is made.
-            replaces: a regular expression of the names that other libraries give to functions which this op stands
-                for; an audit then advises it.
-        """
-
-        def declare(function: Callable[..., Any]) -> Any:
-            flags: dict[str, Any] = {"splits_graph": splits_graph, "reads_host": reads_host, "composed": composed}
-            flags |= {"reference": reference, "arguments": arguments, "replaces": replaces}
-            front = type(function.__name__, (Op,), {"__doc__": function.__doc__, "__module__": function.__module__})
-            return front(self, function, frozenset("output" if m == "out" else m for m in mutates), **flags)
-
-        return declare
-
-    def remove(self) -> None:
-        """Take the namespace and its ops out of torch and of the registry again (for tests and reloading)."""
-        dispatcher.remove_namespace(self.name)
-        _torch.destroy(self._library)
-
-    def _define(self, name: str, schema: str, body: Any, fake: Any, *tags: torch.Tag) -> None:
-        self._library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-        self._library.impl(name, body, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{self.name}::{name}", fake, lib=self._library)
-
-    def _refuse(self, output: Tensor, code: int) -> None:
-        raise ValueError(self._sentences[code])
-
-    def _number(self, sentences: Iterable[str]) -> int:
-        """Store sentences that compiled calls raise by number; return the first one's number."""
-        first = len(self._sentences)
-        self._sentences.extend(sentences)
-        return first
-
-
 class Op(Generic[P]):
     """One op: its contract, its kernels, its samples. Calling it allocates what is missing and returns the output.
 
@@ -153,7 +60,7 @@ class Op(Generic[P]):
 
     def __init__(
         self,
-        namespace: Namespace,
+        namespace: "Namespace",
         function: Callable[..., Any],
         mutates: frozenset[str],
         *,
@@ -199,7 +106,7 @@ class Op(Generic[P]):
         dispatcher.ops[self.qualname] = self
         dispatcher.changed()
 
-    def _register(self, namespace: Namespace) -> None:
+    def _register(self, namespace: "Namespace") -> None:
         """Define op, body and fake in torch, and write the front."""
         caches = codegen.left_out(self.parameters, self.mutates)
         parameters = [

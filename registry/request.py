@@ -10,7 +10,7 @@ from mamba_ops.registry.dispatcher import dispatcher
 from mamba_ops.registry.snapshot import Names, Request
 
 if TYPE_CHECKING:
-    from mamba_ops.registry.op import Namespace
+    from mamba_ops.registry.namespace import Namespace
 
     class Requester(Protocol):
         """What `use_backend` and `configure` take beside names, such as a `mamba_ops.BackendConfig`."""

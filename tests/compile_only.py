@@ -59,7 +59,7 @@ def install(*, compiles: bool = True) -> None:
         compiles: whether kernels are compiled. Else Triton knows all variants that were asked for, and has none.
     """
     from mamba_ops import backends
-    from mamba_ops.cold_start import loading
+    from mamba_ops.ops._triton import _triton
 
     def note(src: Any, **_: Any) -> Nothing:
         if (listener := triton.knobs.compilation.listener) is not None:
@@ -69,7 +69,7 @@ def install(*, compiles: bool = True) -> None:
     times = triton.knobs.CompileTimes(ir_initialization=1, lowering_stages=[], store_results=0)
     if not compiles:
         triton.compiler.compile = note
-        loading._is_on_disk = lambda *_: True  # else another process compiled it
+        _triton.is_on_disk = lambda *_: True  # else another process compiled it
 
     triton.runtime.driver.set_active(Driver())
     run = JITFunction.run

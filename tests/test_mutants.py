@@ -6,6 +6,7 @@ Only bugs that stay inside their tensors: an interpreted kernel that leaves them
 import importlib
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -75,8 +76,12 @@ def composed_with(bug: Bug, op: Op[...]) -> Callable[..., None]:
 
 
 def source_of(op: Op[...]) -> str:
+    """The text of an op's Triton kernels, of a folder's files as if they were one; of a composed op, of its body."""
     if not op.composed:
-        return (Path(mamba_ops.__path__[0]) / "ops" / op.name / "triton.py").read_text()
+        folder = Path(mamba_ops.__path__[0]) / "ops" / op.name
+        files = sorted([*folder.glob("triton.py"), *folder.glob("triton/[a-z]*.py")])
+        own = re.compile(rf"^from mamba_ops\.ops\.{op.name}\.triton\.\w+ import (\([^)]*\)|.*)$", re.MULTILINE)
+        return "\n\n".join(own.sub("", path.read_text()) for path in files)
     composed = getattr(importlib.import_module(op.kernels["composed"].source.partition(":")[0]), op.name)
     return "\n\n".join(map(inspect.getsource, (mixing.batch_of, mixing._batch_of, composed)))
 

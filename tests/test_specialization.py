@@ -1,6 +1,7 @@
-"""What varies from call to call makes Triton compile nothing: read off the kernels' sources, and counted."""
+"""What varies from call to call makes Triton compile nothing, as is counted; no argument of a kernel is unused."""
 
 import importlib.util
+import inspect
 import sys
 
 import pytest
@@ -8,16 +9,17 @@ import torch
 
 from mamba_ops.cold_start.specialization import audit_sources, our_modules
 from mamba_ops.cold_start.variants import audit_specialization
+from mamba_ops.ops._triton import op_of
 from tests.harness import compiled_for_a_gpu
 
 KERNEL = """
 import torch
 import triton
 import triton.language as tl
+from mamba_ops.ops._triton.common import kernel
 
-@triton.autotune([triton.Config({{}})], key=[{key}])
-@triton.jit(do_not_specialize=[{numbers}], do_not_specialize_on_alignment=["x", "y"])
-def _kernel(x, y, scratch, tokens, stride, {extra}):
+{decorator}
+def _kernel(x, y, scratch, {tensors}tokens, stride, {extra}):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     {first}
     v = tl.load(x + i * stride, i < tokens, other=0.0)
@@ -26,32 +28,49 @@ def _kernel(x, y, scratch, tokens, stride, {extra}):
 
 def call(x, y):
     scratch = torch.empty_like(x)
-    _kernel[(triton.cdiv(x.shape[0], 16),)](x, y, scratch, x.shape[0], x.stride(0), {given})
+    _kernel[(triton.cdiv(x.shape[0], 16),)](x, y, scratch, {given_tensors}x.shape[0], x.stride(0), {given})
 """
+DECORATOR = "@kernel(first_number='tokens', static='scratch')"
 CLEAN = {
-    "key": "'BLOCK'",
-    "numbers": "'tokens', 'stride'",
+    "decorator": DECORATOR,
+    "tensors": "",
+    "given_tensors": "",
     "extra": "BLOCK: tl.constexpr",
     "first": "",
     "given": "BLOCK=16",
 }
 DEFECTS = {
-    "never read": (
-        "chunks",
-        {"numbers": "'tokens', 'stride', 'chunks'", "extra": "chunks, BLOCK: tl.constexpr", "given": "3, BLOCK=16"},
-    ),
+    "never read": ("chunks", {"extra": "chunks, BLOCK: tl.constexpr", "given": "3, BLOCK=16"}),
     "is overwritten before": ("tokens", {"first": "tokens = 16"}),
-    "is a constexpr and varies": (
-        "LENGTH",
+    "is tuned on a call": ("", {"decorator": f"@triton.autotune([triton.Config({{}})], key=['tokens'])\n{DECORATOR}"}),
+}
+COUNTED = {
+    "clean": ({}, 1),
+    "a constexpr that varies": (
         {"extra": "BLOCK: tl.constexpr, LENGTH: tl.constexpr", "given": "16, x.shape[0]", "first": "i += LENGTH"},
+        pytest.approx(5, abs=1),
     ),
-    "is an autotune key and varies": ("tokens", {"key": "'BLOCK', 'tokens'"}),
-    "is a number that Triton compiles for": ("stride", {"numbers": "'tokens'"}),
-    "is compiled for by its value or alignment": (
-        "bias",
-        {"extra": "bias, BLOCK: tl.constexpr", "given": "y[3:], BLOCK=16", "first": "i += tl.load(bias).to(tl.int32)"},
+    "a number that Triton compiles for": (
+        {
+            "decorator": "@triton.jit(do_not_specialize=['tokens'], do_not_specialize_on_alignment=['x', 'y'])",
+        },
+        3,
+    ),
+    "an address that is not static": (
+        {
+            "decorator": "@kernel(first_number='tokens', static='scratch bias')",
+            "tensors": "bias, ",
+            "given_tensors": "y[:1], ",
+            "first": "i += tl.load(bias).to(tl.int32)",
+        },
+        2,
+    ),
+    "the same under the default": (
+        {"tensors": "bias, ", "given_tensors": "y[:1], ", "first": "i += tl.load(bias).to(tl.int32)"},
+        1,
     ),
 }
+"""Changes of the kernel, and how many variants of it random calls ask for."""
 
 
 def written(folder, **changes):
@@ -65,6 +84,8 @@ def written(folder, **changes):
 
 
 def test_no_kernel_of_ours_has_a_defect():
+    functions = [f for m in our_modules() for f in vars(m).values() if inspect.isfunction(getattr(f, "fn", None))]
+    assert len(functions) > 30
     assert [str(finding) for finding in audit_sources(*our_modules())] == []
 
 
@@ -78,6 +99,12 @@ def test_a_kernel_with_each_defect_is_found(problem, tmp_path):
     (finding,) = audit_sources(written(tmp_path, **changes))
     assert (finding.kernel, finding.argument) == ("written_kernel._kernel", argument)
     assert problem in finding.problem
+
+
+@pytest.mark.parametrize("static", ["stride", "BLOCK", "no_such_tensor"])
+def test_static_arguments_are_tensors(static, tmp_path):
+    with pytest.raises(ValueError, match=f"_kernel: static: got {static}, expected tensors"):
+        written(tmp_path, decorator=f"@kernel(first_number='tokens', static='{static}')")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +134,7 @@ def test_random_calls_ask_for_two_variants_or_as_many_as_there_is_a_reason_for()
     sys.stdout.write(text)
     assert problems == []
     assert {v["kernel"] for v in variants} >= {
-        f"{m.__name__.rpartition('.')[2]}.{f}" for m in our_modules() for f in vars(m) if f in LAUNCHED
+        f"{op_of(m.__name__)}.{f}" for m in our_modules() for f in vars(m) if f in LAUNCHED
     }
     assert max(v["variants"] for v in variants) > 1  # alignment was varied
 
@@ -123,8 +150,6 @@ for path in sys.argv[1:]:
     spec = importlib.util.spec_from_file_location("written_kernel", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if hasattr(module._kernel, "fn"):
-        module._kernel = module._kernel.fn  # without its autotuner, which would run it
 
     def call():
         stride, begin = random.choice([1, 2, 3, 16]), random.choice([0, 0, 1])
@@ -138,24 +163,14 @@ print(json.dumps(found))
 """
 
 
-def test_what_the_sources_tell_is_what_triton_does(tmp_path):
+def test_variants_are_counted_and_numbers_and_addresses_that_vary_make_none(tmp_path):
     paths = {}
-    for name, changes in {
-        "clean": {},
-        "LENGTH": DEFECTS["is a constexpr and varies"][1],
-        "stride": DEFECTS["is a number that Triton compiles for"][1],
-        "bias": DEFECTS["is compiled for by its value or alignment"][1],
-    }.items():
-        paths[name] = tmp_path / name / "written_kernel.py"
+    for name, (changes, _) in COUNTED.items():
+        paths[name] = tmp_path / name.replace(" ", "_") / "written_kernel.py"
         paths[name].parent.mkdir()
         written(paths[name].parent, **changes)
     found = compiled_for_a_gpu(COUNT, *paths.values())
-    assert {name: found[str(path)] for name, path in paths.items()} == {
-        "clean": 1,
-        "LENGTH": pytest.approx(5, abs=1),
-        "stride": 3,
-        "bias": 2,
-    }
+    assert {name: found[str(path)] for name, path in paths.items()} == {n: count for n, (_, count) in COUNTED.items()}
 
 
 @pytest.mark.gpu

@@ -12,7 +12,8 @@ import mamba_ops
 from mamba_ops import layers
 from mamba_ops.cold_start import warming
 from mamba_ops.cold_start.layers import TOKENS
-from mamba_ops.registry import Backend, CompilationError, Namespace, RegistryError, Sample, compiling, require_out
+from mamba_ops.ops._triton import op_of
+from mamba_ops.registry import Backend, CompilationError, Namespace, RegistryError, Sample, jit, require_out
 from tests.harness import OPS, compiled_for_a_gpu, environment
 
 COVER = "from tests.warm_up_cover import cover\nprint(json.dumps(cover(sys.argv[1])))"
@@ -37,7 +38,7 @@ from mamba_ops.registry import CompilationError, ops
 
 torch.set_grad_enabled(False)
 said, raised = {}, []
-for name, op in ops().items():
+for name, op in sorted(ops().items(), key=lambda item: item[1].composed):
     for sample in op.make_samples("cpu"):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -59,7 +60,8 @@ print(json.dumps([said, raised]))
 def test_without_a_warm_up_no_jit_raises_for_each_kernel():
     said, raised = compiled_for_a_gpu(FORBIDDEN, compiles=False)
     assert set(raised) == {op.name for op in OPS}
-    kernels = {k.split(" would be compiled")[0].rpartition(".triton.")[2] for texts in said.values() for k in texts}
+    names = {k.split(" would be compiled")[0].rpartition(" ")[2] for texts in said.values() for k in texts}
+    kernels = {f"{op_of(module)}.{function}" for module, _, function in (name.rpartition(".") for name in names)}
     assert kernels == {
         "causal_conv1d._kernel",
         "causal_conv1d_update._kernel",
@@ -86,15 +88,14 @@ def test_without_a_warm_up_no_jit_raises_for_each_kernel():
 
 LAYOUTS = """
 import mamba_ops
-from mamba_ops.ops._triton import layout
+from mamba_ops.ops._triton import _triton, layout
 from mamba_ops.registry import ops
 
 loaded = {}
 for name, op in ops().items():
-    caches = layout._transpose.device_caches
-    layout._transpose.device_caches = type(caches)(layout._transpose.create_binder)
-    mamba_ops.warm_up(op, device="cpu")
-    loaded[name] = sum(len(kernels) for kernels, *_ in layout._transpose.device_caches.values())
+    with _triton.unloaded([layout._transpose]):
+        mamba_ops.warm_up(op, device="cpu")
+        loaded[name] = sum(variant.loaded for variant in _triton.variants(layout._transpose))
 print(json.dumps(loaded))
 """
 
@@ -108,9 +109,9 @@ def test_an_ops_warm_up_is_for_activations_in_any_layout_too():
 CACHE = """
 import os
 import torch, mamba_ops
-from mamba_ops.cold_start import loading
+from mamba_ops.ops._triton import _triton
 
-loading.LAUNCHERS.append(compile_only.__name__)
+_triton.LAUNCHERS.append(compile_only.__name__)
 compile_only.Driver.launcher_cls = compile_only.Launcher
 report = mamba_ops.warm_up("gated_delta_rule_update", device="cpu")
 cached = [row.cached for row in report]
@@ -163,7 +164,7 @@ def toy():
     @backend.implements(twice)
     def _(x, *, output):
         if x.dtype not in compiled:
-            compiling.announce("toy.kernel", f"x is {x.dtype}")
+            jit.announce("toy.kernel", f"x is {x.dtype}")
             compiled.add(x.dtype)
         calls.append(tuple(x.shape))
         torch.mul(x, 2, out=output)
@@ -215,7 +216,7 @@ def test_no_jit_may_warn_and_the_environment_may_ask_for_it(toy):
 
 
 def test_while_a_graph_is_captured_nothing_compiles_whatever_the_switch(toy, monkeypatch):
-    monkeypatch.setattr(compiling, "is_capturing", lambda: True)
+    monkeypatch.setattr(jit, "is_capturing", lambda: True)
     with pytest.raises(CompilationError, match="and a graph is being captured: x is"):
         toy.op(torch.ones(2))
     assert toy.calls == []
@@ -281,7 +282,7 @@ def test_what_makes_no_sense_is_answered_before_anything_is_called(given, said):
         mamba_ops.warm_up(**{"model_or_ops": "selective_scan", "device": "cpu", **given})
 
 
-def test_names_that_nobody_registered_are_refused():
+def test_unknown_names_are_refused():
     with pytest.raises(RegistryError, match="unknown op 'no_such_op'"):
         mamba_ops.warm_up("no_such_op", device="cpu")
     with pytest.raises(RegistryError, match="unknown backend 'cutlass'"):

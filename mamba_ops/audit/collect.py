@@ -5,6 +5,7 @@ guard for a recompile. The functions wrapped here are where those objects pass b
 """
 
 import contextlib
+import importlib.util
 import re
 import sys
 import time
@@ -21,6 +22,7 @@ from mamba_ops.audit import graph as graphs
 from mamba_ops.audit.places import Layers, in_text, is_theirs, running, theirs
 from mamba_ops.audit.remedies import RULES, classify_break, classify_guard, guard_subject, remedy
 from mamba_ops.audit.report import CallRow, Finding, Graph, Place, Report, function_name
+from mamba_ops.ops._triton import _triton
 
 
 class Collector:
@@ -297,21 +299,12 @@ def _hook_cudagraphs(stack: contextlib.ExitStack, tell: Callable[[str], None]) -
 
 def _hook_triton(stack: contextlib.ExitStack, tell: Callable[[str], None]) -> None:
     """Triton calls a hook after each compile; where there is no triton, nothing compiles."""
-    try:
-        import triton
-    except ImportError:
-        return
-    runtime = getattr(getattr(triton, "knobs", None), "runtime", None)
-    if runtime is None or not hasattr(runtime, "jit_post_compile_hook"):
-        return
-    before = runtime.jit_post_compile_hook
 
-    def compiled(*args: Any, **kwargs: Any) -> Any:
+    def compiled(*_: Any, **kwargs: Any) -> None:
         function = kwargs.get("fn")
         name = getattr(function, "name", None) or str(kwargs.get("repr", "a kernel"))
         if not name.rpartition(".")[2].startswith("triton_"):  # those are Inductor's own
             tell(name.rpartition(".")[2])
-        return before(*args, **kwargs) if before else None
 
-    runtime.jit_post_compile_hook = compiled
-    stack.callback(setattr, runtime, "jit_post_compile_hook", before)
+    if importlib.util.find_spec("triton") is not None:
+        stack.enter_context(_triton.hook(_triton.COMPILED, compiled, "the audit does not see what Triton compiles"))

@@ -1,6 +1,7 @@
 """Our own Triton kernels: one source for CUDA, ROCm and XPU; interpreted on the CPU if asked for by name."""
 
 import os
+from contextlib import suppress
 
 from mamba_ops.registry import Backend
 from mamba_ops.registry.jit import announce
@@ -11,10 +12,11 @@ def _interpreted_on() -> tuple[str, ...]:
 
 
 def _watch_compiler() -> None:
-    """Let Triton say when it is about to compile a kernel, to whoever forbids that."""
+    """Let `no_jit` know when Triton is about to compile a kernel; kernels run without this, too."""
     from mamba_ops.ops._triton.watch import watch
 
-    watch(announce)
+    with suppress(RuntimeWarning):  # where warnings are errors, one is not to disable the backend
+        watch(announce)
 
 
 triton = Backend(

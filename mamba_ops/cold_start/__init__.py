@@ -1,1 +1,1 @@
-"""What is slow once: compiling and loading kernels. Done before the first call, and seen to stay done."""
+"""Compiling and loading kernels before the first call, and showing that no later call does it."""

@@ -1,4 +1,4 @@
-"""What callers of the warm-up say, put right: where, in which dtypes, on which backends, and who watches."""
+"""The arguments of a warm-up, checked and completed: device, dtypes, backends, progress."""
 
 import importlib.util
 import sys
@@ -22,7 +22,7 @@ def device_of(
     """Return the device to warm up, with its number if it can have one.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: this machine has no such device.
     """
     try:
         found = None if device is None else torch.device(device)
@@ -33,7 +33,7 @@ def device_of(
     if found is None:
         found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if found.type != "cpu" and not torch.get_device_module(found).is_available():
-        raise ValueError(f"device: got {found}, which is not here")
+        raise ValueError(f"device: got {found}, which this machine does not have")
     if found.type != "cpu" and found.index is None:
         found = torch.device(found.type, torch.get_device_module(found).current_device())
     return found
@@ -45,7 +45,7 @@ def pairs_of(
     """Return the dtypes of activations, each with that of states.
 
     Raises:
-        ValueError: something else than dtypes and pairs of them.
+        ValueError: neither dtypes nor pairs of them.
     """
     pairs: list[tuple[torch.dtype | None, torch.dtype]] = []
     for given in dtypes or (None,):
@@ -58,10 +58,10 @@ def pairs_of(
 
 
 def known_ops(what: Any) -> Any:
-    """Return what is to be warmed up: a module, or a list of ops and names.
+    """Return what to warm up: a module, or a list of ops and names.
 
     Raises:
-        ValueError: something else.
+        ValueError: neither of them.
     """
     if isinstance(what, nn.Module):
         return what
@@ -73,7 +73,7 @@ def known_ops(what: Any) -> Any:
 
 
 def check_numbers(sizes: Mapping[str, int], processes: int | None) -> None:
-    """Raise ValueError for sizes, and numbers of processes, that are none."""
+    """Raise ValueError unless sizes, and the number of processes, are positive numbers."""
     for name, number in {**sizes, "processes": 1 if processes is None else processes}.items():
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"warm_up: {name}: got {number!r}, expected a positive number")
@@ -93,7 +93,7 @@ def known_backends(names: Sequence[str] | None) -> list[str | None]:
 
 @contextmanager
 def shown(progress: Progress | bool | None) -> Iterator[Progress]:
-    """Yield what is told of progress: the caller's function, a bar, or nobody."""
+    """Yield the function that progress is reported to: the caller's, one that draws bars, or one that does nothing."""
     if callable(progress):
         yield progress
     elif progress or (progress is None and sys.stderr.isatty() and importlib.util.find_spec("rich")):
@@ -103,11 +103,11 @@ def shown(progress: Progress | bool | None) -> Iterator[Progress]:
         with Bars(console=Console(stderr=True), transient=True) as bars:
             tasks: dict[str, int] = {}
 
-            def tell(step: str, done: int, total: int) -> None:
+            def draw(step: str, done: int, total: int) -> None:
                 if step not in tasks:
                     tasks[step] = bars.add_task(step)
                 bars.update(tasks[step], completed=done, total=total)  # type: ignore[arg-type]
 
-            yield tell
+            yield draw
     else:
         yield lambda step, done, total: None

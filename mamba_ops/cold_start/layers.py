@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
 from mamba_ops.serving import Plan
 
-TOKENS = 140  # that are read: rows of more than a chunk, of every kernel that has one size of chunks
+TOKENS = 140  # of a prefill: more than one chunk, for every kernel with a fixed chunk size
 SHORT = 5
 MANY = (*(2**k for k in range(13)), *(5 * 2**k + 1 for k in range(3, 10)))
-ROWS = tuple(2**k for k in range(3, 11))  # of plans: the pinned memory of each size is asked of the system
+ROWS = tuple(2**k for k in range(3, 11))  # of plans: pinned memory of each size comes from the system once
 SLOTS = 4
-_OF_NO_KERNEL = ("layer_idx", "training")
+_NOT_OF_KIND = ("layer_idx", "training")
 
 
 class Layer(NamedTuple):
@@ -32,8 +32,8 @@ class Layer(NamedTuple):
 def layers_of(model: nn.Module) -> list[Layer]:
     """Return one layer of every kind among those that run on the ops: `mamba_ops.layers`, and Transformers' when bound.
 
-    Layers are of one kind if they are of one class and agree in all numbers that they keep and in the shapes and dtypes
-    of their parameters, which are this rank's own.
+    Layers are of one kind if they have the same class, the same numbers as attributes, and parameters of the same
+    shapes and dtypes; under tensor parallelism these are this rank's own.
     """
     found: dict[tuple[Any, ...], Layer] = {}
     config = getattr(model, "config", None)
@@ -54,7 +54,7 @@ def _is_bound_mixer(module: nn.Module) -> bool:
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
     plain = (bool, int, float, str, tuple)
-    numbers = {n: v for n, v in vars(module).items() if isinstance(v, plain) and n not in _OF_NO_KERNEL}
+    numbers = {n: v for n, v in vars(module).items() if isinstance(v, plain) and n not in _NOT_OF_KIND}
     tensors = [(n, tuple(t.shape), t.dtype) for n, t in module.state_dict(keep_vars=True).items()]
     return (type(module), repr(sorted(numbers.items())), tuple(tensors))
 
@@ -73,7 +73,7 @@ def on_device(module: nn.Module, device: torch.device, dtype: torch.dtype | None
 
 
 def calls_of(layer: Layer, module: nn.Module, state_dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield everything that serving may do with a layer, each with its name."""
+    """Yield every call of a layer that serving may make, with its name."""
     if isinstance(module, Mamba | Mamba2 | GatedDeltaNet):
         yield from _calls_of_ours(module, state_dtype)
     else:
@@ -81,7 +81,7 @@ def calls_of(layer: Layer, module: nn.Module, state_dtype: torch.dtype) -> Itera
 
 
 def before_calls_of(module: nn.Module) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield what else is slow when it is first done on a GPU, and runs none of the ops."""
+    """Yield what else is slow the first time on a GPU, and runs none of the ops."""
     for name, linear in module.named_modules():
         if isinstance(linear, nn.Linear) and linear.weight.dtype in (torch.float16, torch.bfloat16, torch.float32):
             yield name, partial(_multiply, linear)
@@ -90,7 +90,7 @@ def before_calls_of(module: nn.Module) -> Iterator[tuple[str, Callable[[], objec
 
 
 def rehearsal_of(module: nn.Module, state_dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield what serving does with a layer of ours all the time: a plan, made and run."""
+    """Yield what serving does with a layer of ours in each step: make a plan and run it."""
     if not isinstance(module, Mamba | Mamba2 | GatedDeltaNet):
         return
     weight = module.out_proj.weight
@@ -104,7 +104,7 @@ def rehearsal_of(module: nn.Module, state_dtype: torch.dtype) -> Iterator[tuple[
 
 
 def _multiply(linear: nn.Linear) -> None:
-    """Libraries that multiply load another kernel when they first meet some sizes."""
+    """Multiply many sizes: libraries load another kernel for many of them."""
     tokens = torch.randn(max(MANY), linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
     for count in MANY:
         linear(tokens[:count])
@@ -129,7 +129,7 @@ def _calls_of_ours(
     slots = torch.tensor([2, 0], dtype=torch.int32, device=device)
     known = torch.tensor([True, False], device=device)
     lengths = {TOKENS: ""}
-    if isinstance(module, Mamba):  # its scan is another where no row can have more than a chunk
+    if isinstance(module, Mamba):  # its scan has other launches where no row can have more than a chunk
         lengths[SHORT] = ", short"
     for tokens, short in lengths.items():
         packed = torch.tensor([0, 1, tokens], dtype=torch.int32, device=device)
@@ -159,7 +159,7 @@ def _calls_of_ours(
 
 
 def _plans(tokens: int, device: torch.device) -> tuple[Plan, Plan]:
-    """A decode and two sequences that are read, one of them from a state; the second with two tokens to decode."""
+    """Return two plans of a decode and two prefills, one of them from a state; the second's decode has two tokens."""
     rows: dict[str, Any] = {"max_requests": 8, "device": device}
     plain = Plan.of([9, 0, 5], [1, tokens - 3, 3], [0, 1, 2], **rows)
     table = [[0, 1], [2, -1], [3, -1]]
@@ -167,7 +167,7 @@ def _plans(tokens: int, device: torch.device) -> tuple[Plan, Plan]:
 
 
 def _calls_of_transformers(layer: Layer, module: nn.Module) -> Iterator[tuple[str, Callable[[], object]]]:
-    """A mixer's own calls: it has its inputs first of all, and its cache is the model's."""
+    """Yield a Transformers mixer's own calls: it takes the hidden states first, and the model's cache."""
     first = next(m for m in module.modules() if isinstance(m, nn.Linear))
     size: Any = getattr(module, "hidden_size", first.in_features)
     device, dtype = first.weight.device, first.weight.dtype

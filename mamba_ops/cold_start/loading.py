@@ -1,12 +1,11 @@
-"""Compiles Triton kernels before they are launched, many at a time.
+"""Compiles Triton kernels before they are launched, several at a time.
 
-The calls are made with a hook that sees which variant a launch needs. What is on disk is read and launched. What is not
-is compiled by another process (see worker.py) in forks of itself, as Triton often holds Python's lock; its launch ends
-there, and so do those of new variants after it in that call, which would read what it did not write. Such a call is
-made again when all are on disk.
+The calls of a warm-up are made with a hook that sees which variant each launch needs. A variant on disk is read and
+launched. Any other is compiled by a worker process (see worker.py), and its launch is skipped. The launches of new
+variants after it in the same call are skipped too: they would read what the skipped one did not write. Such calls are
+made again when all variants are on disk.
 """
 
-import hashlib
 import json
 import os
 import subprocess
@@ -14,15 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from mamba_ops.ops._triton import _triton
 from mamba_ops.registry.jit import current_call
 
-LAUNCHERS = ["triton.backends.nvidia.driver"]
-"""Drivers whose launchers are made without a GPU; of others that is not known."""
+_UNSEEN = "a warm-up does not see what is compiled"
 
 
 @dataclass
@@ -33,34 +31,34 @@ class Load:
     op: str
     seconds: float = 0.0
     from_disk: bool | None = None
-    """None: nobody has it yet."""
+    """None: it is neither compiled nor read yet."""
     submitted: bool = False
-    """Whether the other process was told to compile it."""
+    """Whether the worker was told to compile it."""
 
 
 @dataclass
-class Asked:
-    """What a call asked for that nothing before it had, and whether a launch of it was ended."""
+class Request:
+    """The variants that a call was the first to need, and whether one of its launches was skipped."""
 
     loads: list[Load]
-    ended: bool = False
+    skipped: bool = False
 
 
 @dataclass
 class Loader:
-    """Asks for kernels and loads them.
+    """Finds the variants that calls need, and has them compiled.
 
     Attributes:
         processes: how many compile at a time.
-        hashing: `hash_triton` in a thread, if it is in one.
-        loads: the variants, in the order in which they were asked for, by kernel and Triton's key.
+        hashing: a thread that hashes Triton's own files, as every key of its cache needs.
+        loads: the variants, in the order in which they were needed, by kernel and Triton's key.
     """
 
     processes: int
     hashing: threading.Thread | None
     loads: dict[tuple[str, str], Load] = field(default_factory=dict)
-    _asks: bool = field(default=False, repr=False)
-    _ended: bool = field(default=False, repr=False)
+    _skips: bool = field(default=False, repr=False)
+    _skipped: bool = field(default=False, repr=False)
     _new: list[Load] = field(default_factory=list, repr=False)
     _now: tuple[Load, float] | None = field(default=None, repr=False)
     _jobs: list[Load] = field(default_factory=list, repr=False)
@@ -68,41 +66,39 @@ class Loader:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within the block, see what Triton does."""
-        from triton import knobs
-
-        with knobs.runtime.scope(), knobs.compilation.scope():
-            knobs.runtime.jit_cache_hook = self._before
-            knobs.compilation.listener = self._after
+        """Within the block, see what Triton loads."""
+        before = _triton.hook(_triton.BEFORE_LOAD, self._before, _UNSEEN)
+        with before, _triton.hook(_triton.LOADED, self._after, _UNSEEN):
             try:
-                if not _holds_anything(Path(knobs.cache.dir)):
+                folder = _triton.cache_dir()
+                if not folder.exists() or not any(folder.iterdir()):  # all of it is to be compiled: start at once
                     self._worker = self._start()
                 yield
             finally:
                 if self._worker is not None:
-                    self._worker.kill()
-                    self._worker.wait()
+                    with self._worker:  # closes its pipes, and waits
+                        self._worker.kill()
 
     @contextmanager
-    def asking(self) -> Iterator[Asked]:
-        """Within the block, what is not on disk begins to compile, and launches of it end before they begin."""
-        self._asks, self._ended = True, False
-        asked = Asked([])
+    def requesting(self) -> Iterator[Request]:
+        """Within the block, what is not on disk begins to compile, and its launches are skipped."""
+        self._skips, self._skipped = True, False
+        request = Request([])
         try:
-            with self.seeing() as asked.loads:
-                yield asked
+            with self.collecting() as request.loads:
+                yield request
         finally:
-            self._asks, asked.ended = False, self._ended
+            self._skips, request.skipped = False, self._skipped
 
     @contextmanager
-    def seeing(self) -> Iterator[list[Load]]:
-        """Within the block, collect the variants that were not asked for before."""
+    def collecting(self) -> Iterator[list[Load]]:
+        """Within the block, collect the variants that were not needed before."""
         new: list[Load] = []
         self._new = new
         yield new
 
     def wait(self, progress: Callable[[str, int, int], None]) -> None:
-        """Wait until all that was asked for is on disk; what could not be compiled there is when it is launched."""
+        """Wait until the worker is done; what it could not compile is compiled when it is launched."""
         if self._worker is None:
             return
         assert self._worker.stdin is not None  # for mypy: both are pipes
@@ -118,7 +114,7 @@ class Loader:
             progress("compiling", done, len(self._jobs))
 
     def _before(self, *_: object, key: str, fn: Any, compile: Any, **__: object) -> bool:
-        """Triton's hook: it has no such variant in this process; True ends the launch."""
+        """Triton's hook before it loads a variant; True skips the launch."""
         if self.hashing is not None:
             self.hashing.join()
         name = f"{fn.module}.{fn.name}"
@@ -126,14 +122,14 @@ class Loader:
             call = current_call()
             load = self.loads[name, key] = Load(name, call[0].qualname if call else "")
             self._new.append(load)
-            if self._asks and not _is_on_disk(fn.jit_function, compile):
+            if self._skips and not _triton.is_on_disk(fn.jit_function, compile):
                 self._submit(load, fn, compile["specialization_data"])
-        self._ended |= load.submitted
+        self._skipped |= load.submitted
         self._now = (load, time.perf_counter())
-        return self._asks and self._ended
+        return self._skips and self._skipped
 
     def _after(self, *_: object, cache_hit: bool, **__: object) -> None:
-        """Triton's listener: a variant is there."""
+        """Triton's listener: a variant is loaded."""
         if self._now is not None:
             load, begin = self._now
             if load.from_disk is None:
@@ -147,16 +143,13 @@ class Loader:
         try:
             self._worker.stdin.write(json.dumps([len(self._jobs), fn.module, fn.name, data]) + "\n")
             self._worker.stdin.flush()
-        except BrokenPipeError:  # it could not start; then this process compiles
+        except BrokenPipeError:  # the worker could not start: this process compiles
             return
         self._jobs.append(load)
 
     def _start(self) -> "subprocess.Popen[str]":
-        from triton import knobs
-        from triton.runtime import driver
-
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
-        environment = {**os.environ, "TRITON_CACHE_DIR": knobs.cache.dir, "PYTHONPATH": paths}
+        environment = {**os.environ, "TRITON_CACHE_DIR": str(_triton.cache_dir()), "PYTHONPATH": paths}
         worker = subprocess.Popen(
             [sys.executable, "-m", "mamba_ops.cold_start.worker"],
             env=environment,
@@ -166,58 +159,16 @@ class Loader:
             text=True,
         )
         assert worker.stdin is not None  # for mypy: it is a pipe
-        target = driver.active.get_current_target()  # it may take a C compiler; the worker imports torch meanwhile
-        launcher, utils = (getattr(driver.active, name, None) for name in ("launcher_cls", "utils"))
-        if launcher is None or launcher.__module__ not in LAUNCHERS:
-            launcher = utils = None
-        first = {
-            "target": vars(target),
-            "launcher": launcher and _name(launcher),
-            "utils": utils and _name(type(utils)),
-            "processes": self.processes,
-        }
+        # This may take a C compiler; the worker imports torch at the same time.
+        first = {"target": _triton.describe_target(), "processes": self.processes}
         worker.stdin.write(json.dumps(first) + "\n")
         worker.stdin.flush()
         return worker
 
 
-def hash_triton() -> None:
-    """Import Triton, if it is here, and hash its own files, as every key of its cache needs: others can go on."""
-    with suppress(Exception):  # who needs Triton meets its error
-        from triton.runtime.cache import triton_key
-
-        triton_key()
-
-
 def cores() -> int:
-    """How many processes may run at a time."""
+    """Return how many processes may run at a time."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _holds_anything(folder: Path) -> bool:
-    return folder.exists() and any(folder.iterdir())
-
-
-def _name(kind: type[Any]) -> tuple[str, str]:
-    """Return by what name another process finds a type."""
-    return kind.__module__, kind.__qualname__
-
-
-def _is_on_disk(function: Any, asked: Any) -> bool:
-    """Whether Triton's cache has a variant: what its compiler looks at first."""
-    from triton.compiler.compiler import ASTSource, get_cache_key, make_backend
-    from triton.runtime import driver
-    from triton.runtime.cache import get_cache_manager
-    from triton.runtime.jit import get_cache_invalidating_env_vars
-
-    backend = make_backend(driver.active.get_current_target())
-    options = json.loads(asked["specialization_data"])["options"]
-    options = backend.parse_options({n: tuple(v) if isinstance(v, list) else v for n, v in options.items()})
-    source = ASTSource(function, asked["signature"], asked["constants"], asked["configs"][0])
-    key = get_cache_key(source, backend, options, env_vars=get_cache_invalidating_env_vars())
-    name = f"{source.name[:150]}.json"
-    group = get_cache_manager(hashlib.sha256(key.encode()).hexdigest()).get_group(name)
-    return bool(group) and name in group
 
 
 def seconds_by_kernel(loads: list[Load]) -> list[tuple[str, int, float]]:

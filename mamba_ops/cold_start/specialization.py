@@ -1,49 +1,45 @@
-"""What makes Triton compile a kernel again, read off its source: arguments that nobody reads, and numbers and addresses
-that change from call to call and that Triton would compile for.
+"""Defects of Triton kernels that their sources show: arguments that are never read, and tuning on a call.
 
-Triton compiles a kernel anew for every value of a `constexpr`; for a number that is 1, a multiple of 16 or neither; for
-an address that is a multiple of 16, or not. So all that varies must be an argument that it does not look at.
+An argument that is never read still costs the launch time, and may make Triton compile the kernel again. What makes
+Triton compile again is not read off the sources: `kernel` in `mamba_ops.ops._triton.common` leaves it nothing that
+varies, and `variants` counts.
 """
 
 import ast
 import importlib
 import inspect
-import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import sys
+import textwrap
+from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
+from mamba_ops.ops._triton import op_of
 from mamba_ops.registry import ops
-
-Function = ast.FunctionDef
-_VARIES = re.compile(
-    r"(^|_)(batch|(n|num|max)?_?(tokens?|rows|requests|sequences|seqs|slots|chunks)|length|lengths|seqlens?|stride)($|_)"
-)
-"""Names of what varies from call to call."""
-_TILE = re.compile(r"^BLOCK|_BLOCK$|^PER_|_PER_")
 
 
 class Finding(NamedTuple):
-    """A defect: an argument of a kernel that can make it compile again, or does nothing else."""
+    """A defect of a kernel.
+
+    Attributes:
+        kernel: `op.function`, or of a shared module `module.function`.
+        argument: the argument that it is about, or the empty string.
+        problem: what is wrong, and what to do.
+    """
 
     kernel: str
-    """`module.function`, in Triton's words the kernel's own name."""
     argument: str
     problem: str
 
     def __str__(self) -> str:
-        return f"{self.kernel}: {self.argument} {self.problem}"
+        return f"{self.kernel}: {self.argument} {self.problem}" if self.argument else f"{self.kernel}: {self.problem}"
 
 
 def audit_sources(*modules: ModuleType) -> list[Finding]:
-    """Return the defects of all Triton kernels in these modules, read off their sources.
+    """Return the defects of all Triton functions in these modules. Nothing is compiled or run, and no GPU is needed.
 
-    An argument is a defect if it is never read, or is overwritten before it is read; if it has the name of something
-    that varies (tokens, rows, slots, a stride) and is a constexpr or an autotune key; and if it is a number that Triton
-    compiles for because it is 1 or a multiple of 16, or an address because it is one. Memory that the launcher itself
-    allocates does not vary, nor do the arguments that a module names in `STAY`: parameters. Nothing is compiled or run,
-    and no GPU is needed.
+    An argument is a defect if it is never read, or is overwritten before it is read. A kernel that Triton tunes is one
+    too: it is timed on a call, and each rank may choose otherwise.
     """
     return [finding for module in modules for finding in _audit(module)]
 
@@ -52,147 +48,40 @@ def our_modules() -> list[ModuleType]:
     """Import and return the modules that hold the Triton kernels of all ops, and what these share."""
     paths = [op.kernels["triton"].source for op in ops().values() if "triton" in op.kernels]
     names = {path.partition(":")[0] for path in paths if path.startswith("mamba_ops.")}
-    return [importlib.import_module(name) for name in sorted({"mamba_ops.ops._triton.layout", *names})]
+    for name in names | {"mamba_ops.ops._triton.layout"}:
+        importlib.import_module(name)
+    own = (*names, "mamba_ops.ops._triton")
+    return [m for n, m in sorted(sys.modules.items()) if any(n == name or n.startswith(f"{name}.") for name in own)]
+
+
+def kernel_name(module: str, function: str) -> str:
+    """Return the short name of a kernel: `op.function`, or of a shared module `module.function`."""
+    return f"{op_of(module)}.{function}"
 
 
 def _audit(module: ModuleType) -> Iterator[Finding]:
-    path = inspect.getsourcefile(module)
-    tree = ast.parse(Path(path or "").read_text(encoding="utf-8"))
-    functions = [node for node in ast.walk(tree) if isinstance(node, Function)]
-    compiled = {function.name: function for function in functions if _decorator(function, "jit") is not None}
-    launches = _launches(functions)
-    for function in compiled.values():
-        name = f"{module.__name__}.{function.name}"
-        names = [a.arg for a in _arguments(function)]
-        read = _read(function)
-        for argument in names:
-            if argument not in read:
-                stored = any(isinstance(n, ast.Name) and n.id == argument for n in ast.walk(function))
-                problem = "is overwritten before it is read" if stored else "is never read"
-                yield Finding(name, argument, f"{problem}: leave it out")
-        if function.name in launches or _keyword(function, "do_not_specialize", module):
-            own = launches.get(function.name, _Launch(frozenset(), frozenset()))
-            yield from (Finding(name, a, p) for a, p in _specialized(function, module, own))
+    from triton.runtime import Autotuner
 
-
-def _specialized(function: Function, module: ModuleType, launch: "_Launch") -> Iterator[tuple[str, str]]:
-    """The arguments of a launched kernel that it is compiled anew for, though they vary."""
-    free = _keyword(function, "do_not_specialize", module)
-    unaligned = _keyword(function, "do_not_specialize_on_alignment", module)
-    keys = _keyword(function, "key", module, decorator="autotune")
-    for number, argument in enumerate(_arguments(function)):
-        name = argument.arg
-        if name in keys and _varies(name):
-            yield name, "is an autotune key and varies from call to call: tune for static sizes alone"
-        if argument.annotation is not None and "constexpr" in ast.unparse(argument.annotation):
-            if _varies(name):
-                yield name, "is a constexpr and varies from call to call: make it an argument, in do_not_specialize"
-        elif {name, number} & free or name in launch.allocated or name in getattr(module, "STAY", ()):
+    for name, found in vars(module).items():
+        kernel, function = kernel_name(module.__name__, name), found
+        while hasattr(function, "fn"):  # to what was decorated
+            function = function.fn
+        if function is found or not inspect.isfunction(function) or function.__module__ != module.__name__:
             continue
-        elif name in launch.numbers:
-            yield name, "is a number that Triton compiles for (1, multiples of 16): name it in do_not_specialize"
-        elif not {name, number} & unaligned:
-            advice = "name a number in do_not_specialize, an address in do_not_specialize_on_alignment"
-            yield name, f"is compiled for by its value or alignment: {advice}"
+        if isinstance(found, Autotuner):
+            yield Finding(kernel, "", "is tuned on a call: choose its launch with tunable_launch instead")
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+        assert isinstance(tree, ast.FunctionDef)
+        read = _read(tree)
+        for argument in inspect.signature(function).parameters:
+            if argument not in read:
+                stored = any(isinstance(n, ast.Name) and n.id == argument for n in ast.walk(tree))
+                problem = "is overwritten before it is read" if stored else "is never read"
+                yield Finding(kernel, argument, f"{problem}: leave it out")
 
 
-def _varies(name: str) -> bool:
-    return not _TILE.search(name) and _VARIES.search(name.lower()) is not None
-
-
-# -- decorators and launches ------------------------------------------------------------------------------------------
-
-
-def _decorator(function: Function, name: str) -> ast.expr | None:
-    """The decorator `name`, `triton.name`, or a call of either."""
-    for decorator in function.decorator_list:
-        called = decorator.func if isinstance(decorator, ast.Call) else decorator
-        if ast.unparse(called).rpartition(".")[2] == name:
-            return decorator
-    return None
-
-
-def _keyword(function: Function, name: str, module: ModuleType, decorator: str = "jit") -> set[str | int]:
-    """The value of a decorator's keyword, names of arguments or their numbers, computed among the module's names."""
-    found = _decorator(function, decorator)
-    for keyword in found.keywords if isinstance(found, ast.Call) else ():
-        if keyword.arg == name:
-            return set(eval(compile(ast.Expression(keyword.value), module.__name__, "eval"), vars(module)))
-    return set()
-
-
-class _Launch(NamedTuple):
-    allocated: frozenset[str]
-    """Arguments that the launcher allocates: they begin at multiples of 16 bytes at every call."""
-    numbers: frozenset[str]
-    """Arguments that are surely numbers: constants, sizes and strides."""
-
-
-def _launches(functions: list[Function]) -> dict[str, _Launch]:
-    """Every `kernel[grid](...)` in the functions, by the kernel's name."""
-    kernels = {function.name: function for function in functions}
-    found: dict[str, _Launch] = {}
-    for launcher in functions:
-        made = _assigned(launcher)
-        for call in ast.walk(launcher):
-            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript)):
-                continue
-            if not (isinstance(called := call.func.value, ast.Name) and called.id in kernels):
-                continue
-            names = [a.arg for a in _arguments(kernels[called.id])]
-            starred = [isinstance(a, ast.Starred) for a in call.args]
-            placed = call.args[: starred.index(True)] if any(starred) else call.args  # past a star places are unknown
-            given = [*zip(names, placed, strict=False), *((k.arg, k.value) for k in call.keywords if k.arg)]
-            before = found.get(called.id, _Launch(frozenset(), frozenset()))
-            found[called.id] = _Launch(
-                before.allocated | {n for n, value in given if _all(value, made, _allocates)},
-                before.numbers | {n for n, value in given if _all(value, made, _is_number)},
-            )
-    return found
-
-
-def _assigned(launcher: Function) -> dict[str, list[ast.expr]]:
-    """Every plain value that a launcher gives to a name, None apart."""
-    values: dict[str, list[ast.expr]] = {}
-    for node in ast.walk(launcher):
-        if isinstance(node, ast.Assign):
-            for target in node.targets:
-                if isinstance(target, ast.Name) and not _is_none(node.value):
-                    values.setdefault(target.id, []).append(node.value)
-    return values
-
-
-def _all(value: ast.expr, made: dict[str, list[ast.expr]], holds: Callable[[ast.expr], bool]) -> bool:
-    """Whether something holds of a value, or of all values that a name is given."""
-    values = made.get(value.id, []) if isinstance(value, ast.Name) else [value]
-    return bool(values) and all(map(holds, values))
-
-
-def _is_none(value: ast.expr) -> bool:
-    return isinstance(value, ast.Constant) and value.value is None
-
-
-def _allocates(value: ast.expr) -> bool:
-    return isinstance(value, ast.Call) and "empty" in ast.unparse(value.func).rpartition(".")[2]
-
-
-def _is_number(value: ast.expr) -> bool:
-    if isinstance(value, ast.IfExp):
-        return all(_is_none(v) or _is_number(v) for v in (value.body, value.orelse))
-    if isinstance(value, ast.Constant):
-        return isinstance(value.value, int)
-    return re.search(r"\.(stride\([^()]*\)|shape\[[^][]*\]|numel\(\))$", ast.unparse(value)) is not None
-
-
-# -- what is read -----------------------------------------------------------------------------------------------------
-
-
-def _arguments(function: Function) -> list[ast.arg]:
-    return [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
-
-
-def _read(function: Function) -> set[str]:
-    """The names whose value at the function's beginning is read somewhere."""
+def _read(function: ast.FunctionDef) -> set[str]:
+    """The names whose value at the beginning of the function is read somewhere."""
     read: set[str] = set()
 
     def loads(node: ast.AST | None, lost: set[str]) -> None:

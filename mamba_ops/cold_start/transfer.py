@@ -1,28 +1,31 @@
-"""Carries the caches of compiled kernels, Triton's and Inductor's, to identical machines."""
+"""Copies the caches of compiled kernels, Triton's and Inductor's, to identical machines."""
 
 import json
 import platform
 import shutil
 import sys
 import uuid
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mamba_ops.ops._triton import _triton
 
 MANIFEST = "mamba_ops_caches.json"
 _RUNTIMES = [name for name, value in vars(torch.version).items() if isinstance(value, str) and name.isalpha()]
 
 
 class CachesError(ValueError):
-    """The caches of another machine, or none; the message is a sentence."""
+    """There are no caches, or those of another machine; the message is a sentence."""
 
 
 def export(folder: Path, device: torch.device) -> int:
-    """Copy this machine's caches to a folder, with what they were made on and with; return how many files.
+    """Copy this machine's caches to a folder, with the machine's facts; return the number of files.
 
     Raises:
-        CachesError: there are no caches, or the folder has others already.
+        CachesError: there are no caches, or the folder has another machine's.
     """
     found = {name: path for name, path in _caches().items() if any(p.is_file() for p in path.rglob("*"))}
     if not found:
@@ -38,10 +41,10 @@ def export(folder: Path, device: torch.device) -> int:
 
 
 def bring(folder: Path, device: torch.device) -> int:
-    """Copy exported caches to where this machine has its own; return how many files were new.
+    """Copy exported caches to this machine's; return the number of new files.
 
     Raises:
-        CachesError: they were made for another GPU, driver or version, or are none.
+        CachesError: they were made for another GPU, driver or version, or there are none.
     """
     if not (folder / MANIFEST).is_file():
         raise CachesError(f"there is no {MANIFEST} in {folder}, expected a folder that --export made")
@@ -78,21 +81,17 @@ def facts_of(device: torch.device) -> dict[str, str]:
 
 
 def _driver() -> str | None:
-    """The version of the GPU's driver, as its kernel module says."""
+    """Return the version of the GPU's driver, from its kernel module."""
     paths = (Path(f"/sys/module/{module}/version") for module in ("nvidia", "amdgpu", "xe"))
     return next((path.read_text(encoding="utf-8").strip() for path in paths if path.is_file()), None)
 
 
 def _caches() -> dict[str, Path]:
-    """Where Triton and Inductor keep what they compiled."""
+    """Return the folders of Triton's and Inductor's caches."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     places = {"inductor": Path(cache_dir())}
-    try:
-        from triton import knobs
-    except ModuleNotFoundError:
-        return places
-    return {"triton": Path(knobs.cache.dir), **places}
+    return {"triton": _triton.cache_dir(), **places} if find_spec("triton") else places
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def _difference(made: dict[str, Any], here: dict[str, Any]) -> str:
 
 
 def _copy(source: Path, target: Path) -> int:
-    """Copy what is not there yet; each file appears whole or not at all."""
+    """Copy files that are not there yet; each appears whole or not at all."""
     count = 0
     for path in sorted(p for p in source.rglob("*") if p.is_file() and "lock" not in p.name):
         place = target / path.relative_to(source)

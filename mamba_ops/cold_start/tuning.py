@@ -1,4 +1,4 @@
-"""Makes a table of launch configurations by timing, on the machine at hand, once and not on a call."""
+"""Makes a table of launch configurations by timing, once, on this machine, and never on a call."""
 
 import json
 import math
@@ -15,13 +15,13 @@ from mamba_ops.registry import Sample, ops, use_backend
 from mamba_ops.registry.errors import unknown
 from mamba_ops.registry.jit import allow_jit
 
-WORTH = 0.98  # of the time: what saves less is noise
+WORTH = 0.98  # of the time: a smaller saving is noise
 LARGEST = {"num_warps": 8, "num_stages": 4}
 READS, UPDATES = ((1, 4096), (16, 512)), ((64, 1), (256, 1))  # rows, and tokens of each
 
 
 class Tuned(NamedTuple):
-    """What tuning found for one op and one set of static sizes: microseconds of its workloads before and after."""
+    """The result for one op and one set of static sizes: microseconds of its workloads before and after."""
 
     op: str
     sizes: Mapping[str, Any]
@@ -43,16 +43,16 @@ def tune(
 ) -> list[Tuned]:
     """Time the kernels of some ops with other blocks, warps and stages, and keep the fastest in a table.
 
-    The table is `<family>.json` in the folder; what it has for these sizes already is not timed again, so a run that
-    was stopped goes on where it was. Each trial runs on copies of what the op mutates.
+    The table is `<family>.json` in the folder. Entries that it has for these sizes are not timed again, so a run that
+    was stopped can be continued. Each trial runs on copies of what the op mutates.
 
     Args:
         names: the ops.
         device: where to run; the table is for all devices of its family.
-        folder: where the table is, for MAMBA_OPS_CONFIG_DIR.
+        folder: the table's folder, for MAMBA_OPS_CONFIG_DIR.
         sizes: static sizes, by the names that the ops' call patterns ask for.
         dtype, state_dtype: of activations and states.
-        progress: is told what is being done, how much of it is, and of how much.
+        progress: called with the step, how much of it is done, and of how much.
         clock: returns the milliseconds of a call; None: Triton's own benchmark.
 
     Raises:
@@ -93,7 +93,7 @@ def tune(
 def _workloads(
     name: str, device: torch.device, sizes: Mapping[str, int], dtype: torch.dtype, state_dtype: torch.dtype
 ) -> Iterator[Sample]:
-    """What serving does most: long prompts and many, or the next token of many sequences."""
+    """Yield what serving does most: one long prompt and many shorter ones, or the next token of many sequences."""
     op, prefill = ops()[name], "packed cached"
     reads = prefill in op.patterns
     for rows, length in READS if reads else UPDATES:
@@ -127,14 +127,14 @@ def _tune(
     launch_config: Any,
     progress: Callable[[str, int, int], None],
 ) -> Tuned:
-    """Change one number after the other, and keep what makes the workloads faster, as long as something does."""
+    """Change one number after the other, and keep each change that makes the workloads faster."""
 
     def cost(launches: dict[str, dict[str, int]]) -> float:
         launch_config.force(name, launches)
         try:
             # The geometric mean: each workload counts as much as the others.
             return math.exp(sum(math.log(1e3 * clock(_run(name, sample))) for sample in samples) / len(samples))
-        except Exception as error:  # it needs more than the device has, or Triton cannot compile it
+        except Exception as error:  # too much shared memory, or Triton cannot compile it
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             return math.inf

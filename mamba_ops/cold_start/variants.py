@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mamba_ops.cold_start.specialization import Finding, audit_sources, our_modules
+from mamba_ops.cold_start.specialization import Finding, audit_sources, kernel_name, our_modules
 from mamba_ops.ops._common.random_inputs import RandomInputs
+from mamba_ops.ops._triton import _triton
 from mamba_ops.registry import ops, use_backend
 
 CALLS = 30
@@ -30,7 +31,7 @@ class Variants(NamedTuple):
     variants: int
     allowed: int
     reason: str
-    """Why there may be more than two: from `MORE_VARIANTS`, beside the kernel."""
+    """Why more than two are allowed: from `MORE_VARIANTS`, beside the kernel."""
 
     def __str__(self) -> str:
         text = f"{self.op}, {self.pattern}: {self.kernel}: {self.variants} variants in {CALLS} calls"
@@ -39,7 +40,7 @@ class Variants(NamedTuple):
 
 @dataclass(frozen=True)
 class Specialization:
-    """What the audit found: defects in the sources, and how many variants random calls asked for."""
+    """The result of the audit: defects in the sources, and how many variants random calls asked for."""
 
     findings: list[Finding]
     variants: list[Variants]
@@ -79,7 +80,7 @@ def audit_specialization(device: torch.device | str, *, compiles: bool = False) 
             asked = variants_of(modules, (partial(op, *s.args, **s.kwargs) for s in samples), compiles=compiles)
             for (module, function), keys in sorted(asked.items()):
                 allowed, reason = more[module].get(function, (ALLOWED, ""))
-                kernel = f"{module.rpartition('.')[2]}.{function}"
+                kernel = kernel_name(module, function)
                 rows.append(Variants(op.name, pattern, kernel, len(keys), allowed, reason))
     return Specialization(audit_sources(*modules), rows)
 
@@ -91,8 +92,7 @@ def variants_of(
 
     By module and function, the keys under which Triton keeps what it compiles.
     """
-    from triton import knobs
-    from triton.runtime.jit import JITFunction
+    import triton
 
     asked: dict[tuple[str, str], set[str]] = {}
 
@@ -100,24 +100,17 @@ def variants_of(
         asked.setdefault((fn.module, fn.name), set()).add(key)
         return not compiles
 
-    kernels = [f for m in modules for f in vars(m).values() if isinstance(f, JITFunction)]
-    before = [(kernel, kernel.device_caches) for kernel in kernels]
-    with knobs.runtime.scope(), use_backend("triton"), torch.inference_mode():
-        knobs.runtime.jit_cache_hook = note
-        for kernel, caches in before:
-            kernel.device_caches = type(caches)(kernel.create_binder)
-        try:
-            for call in calls:
-                call()
-        finally:
-            for kernel, caches in before:
-                kernel.device_caches = caches
+    kernels = [f for m in modules for f in vars(m).values() if isinstance(f, triton.JITFunction)]
+    counting = _triton.hook(_triton.BEFORE_LOAD, note, "the variants that calls ask for are not counted")
+    with counting, _triton.unloaded(kernels), use_backend("triton"), torch.inference_mode():
+        for call in calls:
+            call()
     return asked
 
 
 def _random_inputs(device: torch.device) -> Iterator[RandomInputs]:
     rng = random.Random(0)
-    special = [(1, 1), (16, 16), (1, 64), (64, 1), (17, 33), (2, 128)]  # what Triton has an eye for, among others
+    special = [(1, 1), (16, 16), (1, 64), (64, 1), (17, 33), (2, 128)]  # 1 and multiples of 16, and others
     for number in range(CALLS):
         rows, length = special[number] if number < len(special) else (rng.randint(1, 40), rng.randint(1, 150))
         yield RandomInputs(device, rows, length, rng)

@@ -1,4 +1,4 @@
-"""Calls everything that a model or some ops may be called with, so that the first call of each is not a slow one."""
+"""Calls a model's layers, or ops, in every way in which they may be called, so that no later call is a slow one."""
 
 import gc
 import inspect
@@ -16,7 +16,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from mamba_ops.cold_start.layers import Layer, before_calls_of, calls_of, layers_of, on_device, rehearsal_of
-from mamba_ops.cold_start.loading import Load, Loader, cores, hash_triton, seconds_by_kernel
+from mamba_ops.cold_start.loading import Load, Loader, cores, seconds_by_kernel
+from mamba_ops.ops._triton import _triton
 from mamba_ops.registry import Op, Selection, backends, generation, ops, record_selections, use_backend
 from mamba_ops.registry.backend import COMPOSED
 from mamba_ops.registry.errors import unknown
@@ -34,7 +35,7 @@ class Row(NamedTuple):
 
     Attributes:
         op: qualified name.
-        backend: who ran it.
+        backend: the backend that ran it.
         variant: the layer and what it did, or the op's sample.
         seconds: what its kernels took to compile, beside each other in processes, or to read from disk.
         cached: whether all its kernels were there: in this process, or on disk.
@@ -57,8 +58,8 @@ class WarmUp(list[Row]):
         peak_bytes: the most memory that it had at one time on the device, beyond what was there. It is free again:
             torch's allocator has it for what comes next, such as the first request.
         skipped: a sentence for each layer or sample that was left out.
-        configurations: a line for each op and its static sizes: how its Triton kernels are launched, and whose choice
-            that is.
+        configurations: a line for each op and its static sizes: how its Triton kernels are launched, and by which
+            table or rule.
     """
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
@@ -70,27 +71,27 @@ class WarmUp(list[Row]):
         self.configurations: list[str] = []
 
     def __str__(self) -> str:
-        told = f"{len(self)} variants of {len({row.op for row in self})} ops in {self.seconds:.2f} s"
-        told += f", {self.compiled} kernels compiled, {self.loaded} read from disk"
-        told += f", {self.peak_bytes / 2**20:.0f} MiB at most" if self.peak_bytes else ""
+        summary = f"{len(self)} variants of {len({row.op for row in self})} ops in {self.seconds:.2f} s"
+        summary += f", {self.compiled} kernels compiled, {self.loaded} read from disk"
+        summary += f", {self.peak_bytes / 2**20:.0f} MiB at most" if self.peak_bytes else ""
         if self.compiled and self.slowest:
             kernel, count, seconds = self.slowest[0]
-            told += f"; the slowest kernel is {kernel}, {count} variants in {seconds:.2f} s"
-        return "; ".join([told, *(f"skipped {reason}" for reason in self.skipped)])
+            summary += f"; the slowest kernel is {kernel}, {count} variants in {seconds:.2f} s"
+        return "; ".join([summary, *(f"skipped {reason}" for reason in self.skipped)])
 
 
 Calls = Iterable[tuple[str, Callable[[], object]]]
-"""What to call, each with its name; made one after the other, so that tensors live no longer than their call."""
+"""Calls and their names; made one by one, so that tensors live no longer than their call."""
 Progress = Callable[[str, int, int], None]
-"""Is told what is being done, how much of it is, and of how much."""
+"""Called with the step, how much of it is done, and of how much."""
 
 
 class _Unit(NamedTuple):
-    """A kind of layer, or an op with some sizes: what is warmed up once.
+    """A kind of layer, or an op with some sizes, which is warmed up once.
 
     Attributes:
-        before: calls that run none of the ops, and are made before those that do.
-        after: calls that are made again when all is done.
+        before: calls that run none of the ops, made first.
+        after: calls made once more at the end.
     """
 
     name: str
@@ -114,7 +115,7 @@ def warm_up(
     processes: int | None,
     progress: Progress,
 ) -> WarmUp:
-    """Do what `mamba_ops.warm_up` says."""
+    """Do what `mamba_ops.warm_up` documents."""
     begin, report = time.perf_counter(), WarmUp()
     units: list[_Unit] = []
     for backend in backends:
@@ -191,7 +192,7 @@ def _of_ops(
 
 
 class _DrawnOnDevice(TorchFunctionMode):
-    """Lets samples, which draw random numbers on the CPU to be the same everywhere, draw them where they are used."""
+    """Draws the random numbers of samples on the device, where tests draw them on the CPU, alike on all machines."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -229,38 +230,39 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
 
     def first(number: int, variant: str, run: Callable[[], object]) -> None:
         ran.clear()
-        with loader.asking() if loader else nullcontext() as asked:
+        with loader.requesting() if loader else nullcontext() as request:
             run()
         rows[number, variant] = []
-        if asked is not None and asked.ended:
-            later[number, variant] = asked.loads
+        if request is not None and request.skipped:
+            later[number, variant] = request.loads
         else:
-            loads = asked.loads if asked else []
+            loads = request.loads if request else []
             rows[number, variant] += [_row(r, variant, loads, seen=loader is not None) for r in dict.fromkeys(ran)]
 
     def again(number: int, variant: str, run: Callable[[], object]) -> None:
         if (loads := later.get((number, variant))) is not None:
-            assert loader is not None  # for mypy: it ended a launch
+            assert loader is not None  # for mypy: it skipped a launch
             ran.clear()
-            with loader.seeing() as more:
+            with loader.collecting() as more:
                 run()
             rows[number, variant] += [_row(r, variant, [*loads, *more], seen=True) for r in dict.fromkeys(ran)]
 
-    hashing = threading.Thread(target=hash_triton) if device.type != "cpu" else None
+    compiles = _triton_compiles(device)
+    hashing = threading.Thread(target=_triton.hash_sources) if compiles and device.type != "cpu" else None
     with random_state, torch.no_grad(), allow_jit():
         if hashing is not None:
             hashing.start()
             for unit in units:
                 for _, run in _tried(unit, unit.before, report):
                     run()
-        loader = Loader(processes or cores(), hashing) if _triton_compiles(device) else None
+        loader = Loader(processes or cores(), hashing) if compiles and _triton.has_hooks() else None
         with record_selections() as ran, loader.active() if loader else nullcontext():
             call_all("calling each once", first)
             if loader is not None and later:
                 loader.wait(progress)
                 call_all("calling what was compiled", again)
         prewarm()
-        gc.collect()  # all that was imported is due to be looked at: now, rather than in the first request
+        gc.collect()  # of all that was imported: now, rather than in the first request
         for unit in units:  # the first request finds the processor's caches as the tenth does
             for _, run in _tried(unit, unit.after, report):
                 run()
@@ -277,7 +279,7 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
 
 
 def _tried(unit: _Unit, calls: Callable[[], Calls], report: WarmUp) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Some of a unit's calls, on its backend; what cannot be called so, and raises, is left out with a sentence."""
+    """Yield some of a unit's calls, on its backend; a call that raises is skipped, with a sentence in the report."""
 
     def guarded(variant: str, run: Callable[[], object]) -> None:
         try:
@@ -299,9 +301,9 @@ def _tried(unit: _Unit, calls: Callable[[], Calls], report: WarmUp) -> Iterator[
 
 
 def _row(selection: Selection, variant: str, loads: list[Load], *, seen: bool) -> Row:
-    """The row of one op; what a composed op loaded is what the ops inside did.
+    """Return the row of one op; kernels of the ops inside a composed op count as its own.
 
-    `seen`: Triton was watched. Of a backend that compiles otherwise, or not at all, only the first call is a new one.
+    `seen`: Triton's loads were seen. Of other backends it is not known what they compile.
     """
     composed = selection.backend == COMPOSED.name
     own = [load for load in loads if load.op == selection.op or composed]
@@ -311,10 +313,10 @@ def _row(selection: Selection, variant: str, loads: list[Load], *, seen: bool) -
 
 
 def _triton_compiles(device: torch.device) -> bool:
-    """Whether Triton is here, and compiles for the device."""
+    """Whether Triton is installed and compiles for the device."""
     triton = next((backend for backend in backends() if backend.requires == "triton"), None)
     if triton is None or triton.why_unusable(device.type) is not None:
         return False
-    from triton import knobs
+    from mamba_ops.ops._triton.common import INTERPRETED
 
-    return not knobs.runtime.interpret
+    return not INTERPRETED

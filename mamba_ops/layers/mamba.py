@@ -138,7 +138,7 @@ class Mamba(Mixer):
         x, z = self._project(hidden_states, conv_state, ssm_state)
         x = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state=conv_state, **rows)
         delta, B, C = self._steps(x)
-        rows = rows | {"D": self.D, "z": z, "delta_bias": self.dt_proj.bias, "ssm_state": ssm_state}
+        rows = rows | {"D": self.D, "z": z, "dt_bias": self.dt_proj.bias, "ssm_state": ssm_state}
         return self._output(selective_scan(x, delta, self._A(), B, C, dt_softplus=True, **rows))
 
     def _mix(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:

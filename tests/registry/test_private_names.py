@@ -1,4 +1,4 @@
-"""Without a private name of torch's, everything still works: import, eager and compiled calls, swaps. Slower will do."""
+"""Without a private name of torch's everything still works, if slower: import, eager and compiled calls, swaps."""
 
 import subprocess
 import sys
@@ -24,7 +24,8 @@ if attribute == "_dynamo_marked_constant":  # Dynamo has another mark, which its
         lambda fn: setattr(fn, "_other_mark", True) or fn
     ).__code__
 import torch
-import torch._dynamo, torch._functorch.aot_autograd, torch._inductor.compile_fx, torch._dynamo.backends.cudagraphs  # torch's own uses of the name are bound
+import torch._dynamo, torch._functorch.aot_autograd, torch._inductor.compile_fx
+import torch._dynamo.backends.cudagraphs  # torch's own uses of the name are bound
 
 if attribute == "OpOverload._op":  # torch itself lives by it; it is hidden from this package
     found = torch._ops.OpOverload.__getattribute__

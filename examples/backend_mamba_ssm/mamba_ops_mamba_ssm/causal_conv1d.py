@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops import causal_conv1d, causal_conv1d_update
-from mamba_ops.ops._common.slots import row_slots, store_rows
+from mamba_ops.ops import slots as slot_tables
 from mamba_ops.registry import Backend
 
 backend = Backend(
@@ -89,7 +89,7 @@ def _causal_conv1d(
     rows, _, dim = x.shape
     history = weight.shape[1] - 1
     weight, bias = _weights(weight, bias)
-    slot, somebody = (table[:, 0] for table in row_slots(slots, rows, null_slot, x.device))
+    slot, somebody = (table[:, 0] for table in slot_tables.row_slots(slots, rows, null_slot, x.device))
     initial = last = None
     if conv_state is not None:
         last = x.new_empty(rows, history, dim).transpose(1, 2)
@@ -103,7 +103,7 @@ def _causal_conv1d(
     if slots is not None:
         output.masked_fill_(~somebody.view(-1, 1, 1), 0)
     if conv_state is not None and last is not None:
-        store_rows(conv_state[:, :, :history], slot, last, somebody)
+        slot_tables.store_rows(conv_state[:, :, :history], slot, last, somebody)
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops import selective_scan
-from mamba_ops.ops._common.slots import row_slots, store_rows
+from mamba_ops.ops import slots as slot_tables
 from mamba_ops.registry import Backend
 
 mamba_ssm = Backend("mamba_ssm", devices=("cuda",), requires="selective_scan_cuda", install="mamba-ssm", priority=15)
@@ -89,12 +89,14 @@ def _selective_scan(
         delta_softplus,
     )
     output.copy_((gated[0] if gated else out).movedim(-1, 1))
-    source, somebody = (table[:, 0] for table in row_slots(slots, u.shape[0], null_slot, u.device))
+    source, somebody = (table[:, 0] for table in slot_tables.row_slots(slots, u.shape[0], null_slot, u.device))
     if slots is not None:
         output.masked_fill_(~somebody.view(-1, 1, 1), 0)
     if ssm_state is not None:
         target, stored = source, somebody
         if write_slots is not None:
-            target, stored = (table[:, 0] for table in row_slots(write_slots, u.shape[0], null_slot, u.device))
+            target, stored = (
+                table[:, 0] for table in slot_tables.row_slots(write_slots, u.shape[0], null_slot, u.device)
+            )
         # A chunk's products and states alternate; the last chunk's states are the row's.
-        store_rows(ssm_state, target, states[:, :, -1, 1::2], stored & somebody)
+        slot_tables.store_rows(ssm_state, target, states[:, :, -1, 1::2], stored & somebody)

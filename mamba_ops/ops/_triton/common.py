@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +11,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED: bool = triton.knobs.runtime.interpret  # Triton reads it as it decorates, so it does not change
+
+def kernel(*, first_number: str, static: str = "") -> Callable[[Callable[..., Any]], Any]:
+    """Make a Triton kernel that is compiled for none of the numbers and addresses that vary from call to call.
+
+    Triton itself compiles a kernel again for a number that is 1 or a multiple of 16, and for an address that is a
+    multiple of 16. Here it does so for the addresses named in `static` only, and for every `constexpr`.
+
+    Args:
+        first_number: the first parameter that is a number: tensors come before it, constexprs after all numbers.
+        static: tensors at alike addresses in every call, which Triton may compile for: parameters, and memory that
+            the launcher allocates.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        parameters = inspect.signature(function).parameters.values()
+        names = [p.name for p in parameters if p.annotation is not tl.constexpr]
+        numbers = names[names.index(first_number) :]
+        if unknown := set(static.split()) - set(names) | set(static.split()) & set(numbers):
+            raise ValueError(f"{function.__name__}: static: got {', '.join(sorted(unknown))}, expected tensors")
+        unaligned = [name for name in names if name not in static.split()]
+        return triton.jit(function, do_not_specialize=numbers, do_not_specialize_on_alignment=unaligned)
+
+    return decorate
 
 
 @triton.jit
@@ -26,11 +50,14 @@ def softplus(v):
     return tl.maximum(v, 0.0) + 2.0 * (r + r * q * series)
 
 
+INTERPRETED = not isinstance(softplus, triton.JITFunction)
+"""Whether Triton runs kernels on the CPU, in Python."""
+
+
 @triton.jit
-def chunk_at(chunk, cu_seqlens, rows, length, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    # Of the chunk with this number, counted through all rows: its row (`rows` if there is no such chunk), its tokens
-    # from low to high, and whether it is the row's first and its last one. Chunks end at multiples of CHUNK from a
-    # row's first token.
+def chunk_bounds(chunk, cu_seqlens, rows, length, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    # Of the chunk with this number, counted over all batch rows: its row (`rows` if there is no such chunk), the range
+    # of its tokens, and whether it is the row's first and last one. A row's chunks begin every CHUNK tokens.
     if cu_seqlens is not None:
         row = 0
         first = 0
@@ -60,8 +87,8 @@ def chunk_at(chunk, cu_seqlens, rows, length, CHUNK: tl.constexpr, BLOCK_ROWS: t
 
 
 @triton.jit
-def chunks_of(row, cu_seqlens, length, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    # The number of a row's first chunk, how many it has, its first token, and how many of those.
+def row_chunks(row, cu_seqlens, length, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    # A row's first chunk and number of chunks, its first token and number of tokens.
     if cu_seqlens is not None:
         first = 0
         for start in range(0, row, BLOCK_ROWS):
@@ -78,34 +105,35 @@ def chunks_of(row, cu_seqlens, length, CHUNK: tl.constexpr, BLOCK_ROWS: tl.const
 
 
 @triton.jit
-def slot_of(row, slots, slots_stride, null_slot):
-    # Where the state of a row is, -1 if the row is nobody's. Stride -1, see `optional`: row i has state i.
+def load_slot(row, slots, slots_stride, null_slot):
+    # The slot of a row's state, -1 for a padding row. Without slots (stride -1, see `or_placeholder`) row i has slot i.
     row = row.to(tl.int64)
-    given = slots_stride >= 0
-    slot = tl.load(slots + row * slots_stride, given, other=0).to(tl.int64)
-    nobody = given & ((slot < 0) | (slot == null_slot))
-    return tl.where(nobody, -1, tl.where(given, slot, row))
+    has_slots = slots_stride >= 0
+    slot = tl.load(slots + row * slots_stride, has_slots, other=0).to(tl.int64)
+    is_padding = has_slots & ((slot < 0) | (slot == null_slot))
+    return tl.where(is_padding, -1, tl.where(has_slots, slot, row))
 
 
 @triton.jit
-def last_slot(row, source, count, write_slots, write_stride, null_slot):
-    # Where the last state of a row of `count` tokens goes, and whether it does; without tokens it moves if it has to.
+def final_slot(row, source, count, write_slots, write_stride, null_slot):
+    # The slot for the state after a row's `count` tokens, and whether to store it there. A row without tokens keeps its
+    # state, which is stored where it is to go to another slot.
     target = source
-    moves = count > 0
+    stored = count > 0
     if write_slots is not None:
         target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
-        moves = (moves | (target != source)) & (target >= 0) & (target != null_slot)
-    return target, moves
+        stored = (stored | (target != source)) & (target >= 0) & (target != null_slot)
+    return target, stored
 
 
 @triton.jit
-def is_set(row, flags, flags_stride):
-    # Whether a row's flag is set; stride -1: nobody's is.
+def load_flag(row, flags, flags_stride):
+    # Whether a row's flag is set; without flags (stride -1) none is.
     return tl.load(flags + row.to(tl.int64) * flags_stride, flags_stride >= 0, other=0) != 0
 
 
 @triton.jit
-def advanced(pointer, offset, ALIGNED: tl.constexpr):
+def offset_ptr(pointer, offset, ALIGNED: tl.constexpr):
     pointer += offset
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -113,48 +141,48 @@ def advanced(pointer, offset, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def along(pointer, channels, stride):
-    # pointers to some channels; stride None: they are neighbours, and the first one is at a multiple of 16 bytes
+def channel_ptrs(pointer, channels, stride):
+    # Pointers to channels. Stride None: they are contiguous, and the first one is at a multiple of 16 bytes.
     if stride is None:
-        return advanced(pointer, channels, True)
+        return offset_ptr(pointer, channels, True)
     else:
         return pointer + channels.to(tl.int64) * stride
 
 
 @triton.jit
-def tile(pointer, i, i_stride, j, ALIGNED: tl.constexpr):
-    # pointers to the entries j of rows i; where ALIGNED, rows start at multiples of 16 bytes
+def tile_ptrs(pointer, i, i_stride, j, ALIGNED: tl.constexpr):
+    # Pointers to entries j of rows i. ALIGNED: rows start at multiples of 16 bytes.
     pointers = pointer + i.to(tl.int64)[:, None] * i_stride + j[None, :]
     if ALIGNED:
         pointers = tl.multiple_of(pointers, (1, 16))
     return pointers
 
 
-def optional(tensor: Tensor | None, like: Tensor, dtype: tl.dtype) -> tuple[Any, int]:
-    """What a kernel is given for a tensor that callers may leave out: it, and the stride of its first dimension.
+def or_placeholder(tensor: Tensor | None, like: Tensor, dtype: tl.dtype) -> tuple[Any, int]:
+    """Return what a kernel gets for a tensor that callers may leave out: it, and the stride of its first dimension.
 
-    None would be another variant of the kernel, to compile and to load. Instead there is then the address of `like`,
-    which is never read, as that of numbers of `dtype`, the usual one: the stride -1 says so.
+    None would be another variant of the kernel, to compile and to load. Instead it gets the address of `like`, as if of
+    numbers of the usual `dtype`, and the stride -1, which tells it to read nothing there.
     """
     return (triton.reinterpret(like, dtype), -1) if tensor is None else (tensor, tensor.stride(0))
 
 
 def cdiv(numerator: int, denominator: int) -> int:
-    """How many blocks cover so many; `triton.cdiv` is meant for kernels and takes microseconds."""
+    """Return the quotient, rounded up; `triton.cdiv` is meant for kernels and takes microseconds."""
     return -(-numerator // denominator)
 
 
-_HERE = contextlib.nullcontext()
+_NO_SWITCH = contextlib.nullcontext()
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """The context in which a launch goes to the tensor's device; where there is but one, that is any."""
-    if tensor.get_device() < 0 or not _several(tensor.device.type):
-        return _HERE
+    """Return the context in which a launch goes to the tensor's device; with one device there is nothing to switch."""
+    if tensor.get_device() < 0 or not _has_several(tensor.device.type):
+        return _NO_SWITCH
     context: contextlib.AbstractContextManager[object] = torch.get_device_module(tensor.device).device(tensor.device)
     return context
 
 
 @functools.cache
-def _several(device_type: str) -> bool:
+def _has_several(device_type: str) -> bool:
     return bool(torch.get_device_module(device_type).device_count() > 1)

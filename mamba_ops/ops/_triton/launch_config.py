@@ -1,9 +1,9 @@
-"""Launch configurations: blocks, warps and stages of every kernel, from a table made on such a device, else by a rule.
+"""Launch configurations: blocks, warps and stages of every kernel, from a table for the device, else by a rule.
 
-A table is `<family>.json`, in the folder that MAMBA_OPS_CONFIG_DIR names or in `configs/` here; for one set of static
-sizes the former comes first. It has what was measured; a kernel's rule, a formula in its file, has the rest, and all of
-an unknown device. Nothing is timed on a call, and the choice is made once for a device and static sizes, so it is the
-same on every rank and in every run.
+A table is `<family>.json`, in the folder that MAMBA_OPS_CONFIG_DIR names or in `configs/` here; the former comes first.
+It has the static sizes that were measured. For all others, and for unknown devices, there is the rule, a formula beside
+the kernels. Nothing is timed on a call, and the choice is made once for a device and static sizes, so it is the same on
+every rank and in every run.
 """
 
 import functools
@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
+from mamba_ops.ops._triton import _triton, op_of
 from mamba_ops.ops._triton.common import INTERPRETED
 
 Launches = dict[str, dict[str, Any]]
-"""Of each kernel that an op launches, by its name: constexprs that are free to choose, warps and stages."""
+"""Kernel name to its launch configuration: constexprs that are free to choose, warps and stages."""
 TABLES = Path(__file__).parent / "configs"
 
 
 class Choice(NamedTuple):
-    """What was chosen for an op's static sizes on a device family."""
+    """The launches chosen for an op's static sizes on a device family."""
 
     op: str
     family: str
@@ -43,23 +43,23 @@ class Choice(NamedTuple):
 
 
 chosen: list[Choice] = []
-"""All that was chosen in this process."""
+"""All choices of this process."""
 forced: dict[str, Launches] = {}
-"""What tuning tries now, by op."""
+"""Launches that tuning tries now, by op: they come before tables and rules."""
 
 
-def by_table(**free: str) -> Callable[[Callable[..., Launches]], Callable[..., Launches]]:
-    """Let a table come before the rule that is decorated.
+def tunable_launch(**free: str) -> Callable[[Callable[..., Launches]], Callable[..., Launches]]:
+    """Make a rule's launches tunable: a table's come first.
 
-    The rule returns, from static sizes (numbers, bools and strings), the launches of all kernels in its file. What is
-    made of it takes the device's index (-1 for the CPU) as its first argument, and remembers its answers.
+    The rule takes static sizes (numbers, bools and strings) and returns the launches of all of an op's kernels. The
+    decorated function takes the device's index (-1 for the CPU) before them, and remembers its results.
 
     Args:
-        free: of each kernel what a table may say otherwise: what makes it fast or slow, and never wrong.
+        free: for each kernel the names that a table may set: they make it fast or slow, and never wrong.
     """
 
     def decorate(rule: Callable[..., Launches]) -> Callable[..., Launches]:
-        op, names = rule.__module__.split(".")[-2], list(inspect.signature(rule).parameters)
+        op, names = op_of(rule.__module__), list(inspect.signature(rule).parameters)
 
         @functools.cache
         def choose(device: int, *values: Any) -> Launches:
@@ -82,15 +82,15 @@ def by_table(**free: str) -> Callable[[Callable[..., Launches]], Callable[..., L
 
 
 tunable: dict[str, dict[str, list[str]]] = {}
-"""Of each op whose kernels are loaded, and each of these, what a table may say."""
+"""Op to kernel to the names that a table may set; this and the next two have the ops whose launchers are imported."""
 rules: dict[str, Callable[..., Launches]] = {}
-"""Of each op whose kernels are loaded, what is launched where no table says otherwise."""
+"""Op to the rule as it was written."""
 choosers: dict[str, Any] = {}
-"""Of each op whose kernels are loaded, the function that chooses, from a device's index and static sizes."""
+"""Op to the decorated rule."""
 
 
 def force(op: str, launches: Launches | None) -> None:
-    """Let an op be launched so, whatever its table says, until it is called with None: for tuning."""
+    """Launch an op like this, whatever its table says, until a call with None; for tuning."""
     if launches is None:
         forced.pop(op, None)
     else:
@@ -99,7 +99,7 @@ def force(op: str, launches: Launches | None) -> None:
 
 
 def forget(op: str) -> None:
-    """Choose anew at the op's next call: its table may be another one."""
+    """Choose again at the op's next call, as its table may have changed."""
     choosers[op].cache_clear()
     _table.cache_clear()
 
@@ -110,12 +110,11 @@ def family(device: int) -> str:
     if INTERPRETED:
         return "interpreted"
     with torch.accelerator.device_index(device if device >= 0 else None):
-        target = triton.runtime.driver.active.get_current_target()
-    return f"{target.backend}-{target.arch}"
+        return _triton.device_family()
 
 
 def folders() -> list[Path]:
-    """Return where tables are, the first one first."""
+    """Return the folders that have tables, in the order in which they are looked at."""
     own = os.environ.get("MAMBA_OPS_CONFIG_DIR")
     return [*([Path(own)] if own else []), TABLES]
 
@@ -148,7 +147,7 @@ def _entry(op: str, family: str, sizes: Mapping[str, Any]) -> tuple[Launches | N
 
 
 def _check(path: str, op: str, kernel: str, changes: Mapping[str, Any], free: Mapping[str, list[str]]) -> None:
-    """Raise ValueError if a table says what it may not."""
+    """Raise ValueError if a table sets something that it may not."""
     if kernel not in free:
         raise ValueError(f"{path}: {op}: got kernel {kernel!r}, expected one of {', '.join(sorted(free))}")
     for name, value in changes.items():

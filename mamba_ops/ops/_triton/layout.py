@@ -1,25 +1,23 @@
-"""Tensors as kernels read them: dense within a token, or within an entry of their first dimension.
+"""Tensors in the layouts that kernels read: dense within a token, or within an entry of their first dimension.
 
-An activation whose channels lie apart and whose tokens lie together, as mamba_ssm's layers have theirs, is copied in
-tiles, read and written in whole lines: torch's own copy of it takes several times as long.
+A channel-major activation (tokens contiguous, as in mamba_ssm's layers) is copied in tiles, which reads and writes
+whole cache lines: torch's own copy of it takes several times as long.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.ops._triton.common import cdiv, on_device_of
+from mamba_ops.ops._triton.common import cdiv, kernel, on_device_of
 
-NARROW = 16  # channels: such a tensor is small beside others, and torch's own copy takes the host less time
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of numbers as they are copied: fewer variants than dtypes
-_NUMBERS = ["tokens", "channels", "source_row", "source_channel", "target_row", "target_token"]
+NARROW = 16  # channels, at most: such a tensor is small, and torch's own copy takes the host less time
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # dtypes that are copied as: fewer variants than dtypes
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=[*_NUMBERS, "source", "target"])
+@kernel(first_number="tokens")
 def _transpose(
-    source,  # neighbouring tokens
-    target,  # neighbouring channels
+    source,  # tokens contiguous
+    target,  # channels contiguous
     tokens,  # of a row
     channels,
     source_row: tl.int64,

@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import advanced, along, cdiv, is_set, on_device_of, optional, slot_of
-from mamba_ops.ops._triton.launch_config import Launches, by_table
+from mamba_ops.ops._triton.common import (
+    cdiv,
+    channel_ptrs,
+    kernel,
+    load_flag,
+    load_slot,
+    offset_ptr,
+    on_device_of,
+    or_placeholder,
+)
+from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_channel, write_back
 
 if TYPE_CHECKING:
@@ -19,38 +28,13 @@ if TYPE_CHECKING:
 _CHANNELS = 128  # that a warp owns: 8 bytes of bfloat16 a thread
 
 
-@triton.jit(
-    do_not_specialize=[
-        "sequences",
-        "length",
-        "null_slot",
-        "slots_stride",
-        "initial_stride",
-        "x_row",
-        "x_token",
-        "state_slot",
-        "state_column",
-        "state_channel",
-        "output_row",
-        "output_token",
-    ],
-    do_not_specialize_on_alignment=[
-        "x_ptr",
-        "weight_ptr",
-        "bias_ptr",
-        "cu_seqlens_ptr",
-        "state_ptr",
-        "slots_ptr",
-        "initial_ptr",
-        "output_ptr",
-    ],
-)
+@kernel(first_number="sequences")
 def _kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,  # None: no bias
     cu_seqlens_ptr,  # None: every sequence has `length` tokens
-    state_ptr,  # this and the next two: see `optional`
+    state_ptr,  # this and the next two: see `or_placeholder`
     slots_ptr,
     initial_ptr,
     output_ptr,
@@ -115,27 +99,27 @@ def _kernel(
     x_ptr += first * x_row
     output_ptr += first * output_row + begin * output_token
 
-    carried = is_set(row, initial_ptr, initial_stride)
-    slot = slot_of(row, slots_ptr, slots_stride, null_slot)
+    carried = load_flag(row, initial_ptr, initial_stride)
+    slot = load_slot(row, slots_ptr, slots_stride, null_slot)
     if slot < 0:
         for t in tl.static_range(BLOCK_T):
-            live = inside & (begin + t < tokens)
-            tl.store(advanced(output_ptr + t * output_token, channels, ALIGNED), 0.0, mask=live)
+            valid = inside & (begin + t < tokens)
+            tl.store(offset_ptr(output_ptr + t * output_token, channels, ALIGNED), 0.0, mask=valid)
         return
 
     window: tl.tuple = ()
     for k in tl.static_range(HISTORY + BLOCK_T):
         token = begin + (k - HISTORY)
-        live = inside & (token >= 0) & (token < tokens)
-        of_token = advanced(x_ptr + token * x_token, channels, ALIGNED)
-        window += (tl.load(of_token, mask=live, other=0.0).to(tl.float32),)
+        valid = inside & (token >= 0) & (token < tokens)
+        of_token = offset_ptr(x_ptr + token * x_token, channels, ALIGNED)
+        window += (tl.load(of_token, mask=valid, other=0.0).to(tl.float32),)
 
     # Only a sequence's first tile looks back into the cache; of both, the cache and x, one is zero.
     state_ptr += slot * state_slot
     looks_back = (tile == 0) & (state_slot >= 0) & carried
     past: tl.tuple = ()
     for k in tl.static_range(HISTORY):
-        column = along(state_ptr + k * state_column, channels, state_channel)
+        column = channel_ptrs(state_ptr + k * state_column, channels, state_channel)
         past += (window[k] + tl.load(column, mask=inside & looks_back, other=0.0).to(tl.float32),)
     window = past + window[HISTORY:]
 
@@ -145,8 +129,8 @@ def _kernel(
             acc += window[t + k] * taps[k]
         if SILU:
             acc *= tl.sigmoid(acc)
-        live = inside & (begin + t < tokens)
-        tl.store(advanced(output_ptr + t * output_token, channels, ALIGNED), acc, mask=live)
+        valid = inside & (begin + t < tokens)
+        tl.store(offset_ptr(output_ptr + t * output_token, channels, ALIGNED), acc, mask=valid)
 
     # The program of the first tile also stores what the sequence leaves in the cache, read from x even where it is
     # another tile's, so that no program writes what another one reads.
@@ -154,15 +138,15 @@ def _kernel(
         kept: tl.tuple = ()
         for k in tl.static_range(HISTORY):
             place = tokens + k  # in the window at the first token, then on through all inputs
-            source = along(state_ptr + place * state_column, channels, state_channel)
+            source = channel_ptrs(state_ptr + place * state_column, channels, state_channel)
             old = tl.load(source, mask=inside & looks_back & (place < HISTORY), other=0.0).to(tl.float32)
-            later = advanced(x_ptr + (place - HISTORY) * x_token, channels, ALIGNED)
+            later = offset_ptr(x_ptr + (place - HISTORY) * x_token, channels, ALIGNED)
             new = tl.load(later, mask=inside & (place >= HISTORY), other=0.0).to(tl.float32)
             kept += (tl.where(place < HISTORY, old, new),)
         # The thread that stores a column need not be the one that loaded it: all loads first.
         tl.debug_barrier()
         for k in tl.static_range(HISTORY):
-            tl.store(along(state_ptr + k * state_column, channels, state_channel), kept[k], mask=inside)
+            tl.store(channel_ptrs(state_ptr + k * state_column, channels, state_channel), kept[k], mask=inside)
 
 
 def causal_conv1d(call: "Arguments") -> None:
@@ -172,15 +156,12 @@ def causal_conv1d(call: "Arguments") -> None:
     a slower variant runs. An `x` whose channels are not contiguous is copied first, as are parameters and cu_seqlens;
     such an output is written through a copy.
     """
-    x = call.x
-    slots = call.slots
-    has_initial_state = call.has_initial_state
     flat = call.cu_seqlens is not None
-    sequences = x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
-    if sequences == 0 or x.numel() == 0:
+    sequences = call.x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    if sequences == 0 or call.x.numel() == 0:
         return
     dim, width = call.weight.shape
-    x, written = by_channel(x, flat), by_channel(call.output, flat)
+    x, written = by_channel(call.x, flat), by_channel(call.output, flat)
     x_row, x_token = x.stride(0), x.stride(-2)
     state_slot, state_channel, state_column = (-1, 1, 0) if call.conv_state is None else call.conv_state.stride()
     output_row, output_token = written.stride(0), written.stride(-2)
@@ -193,8 +174,8 @@ def causal_conv1d(call: "Arguments") -> None:
         starts |= call.conv_state.data_ptr() | (state_slot | state_column) * call.conv_state.element_size()
     aligned = state_channel == 1 and starts % 16 == 0
 
-    slots, slots_stride = optional(slots, x, tl.int32)
-    has_initial_state, initial_stride = optional(has_initial_state, x, tl.int1)
+    slots, slots_stride = or_placeholder(call.slots, x, tl.int32)
+    has_initial_state, initial_stride = or_placeholder(call.has_initial_state, x, tl.int1)
 
     launch = _launches(x.get_device(), dim, width)["_kernel"]
     if call.cu_seqlens is None:
@@ -231,7 +212,7 @@ def causal_conv1d(call: "Arguments") -> None:
     write_back(written, call.output, flat)
 
 
-@by_table(_kernel="BLOCK num_warps")
+@tunable_launch(_kernel="BLOCK num_warps")
 def _launches(dim: int, width: int) -> Launches:
     """A tile has no fewer tokens than a window looks back."""
     block = min(256, triton.next_power_of_2(dim))

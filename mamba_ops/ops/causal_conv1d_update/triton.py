@@ -6,48 +6,22 @@ registers while it walks over the tokens, and writes the cache back itself, so n
 
 from typing import TYPE_CHECKING
 
-import triton
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import along, cdiv, on_device_of, optional, slot_of
-from mamba_ops.ops._triton.launch_config import Launches, by_table
+from mamba_ops.ops._triton.common import cdiv, channel_ptrs, kernel, load_slot, on_device_of, or_placeholder
+from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 
 if TYPE_CHECKING:
     from mamba_ops.ops.causal_conv1d_update.op import Arguments
 
 
-@triton.jit(
-    do_not_specialize=[
-        "length",
-        "null_slot",
-        "slots_stride",
-        "x_row",
-        "x_token",
-        "x_channel",
-        "state_slot",
-        "state_column",
-        "state_channel",
-        "output_row",
-        "output_token",
-        "output_channel",
-    ],
-    do_not_specialize_on_alignment=[
-        "x_ptr",
-        "state_ptr",
-        "weight_ptr",
-        "bias_ptr",
-        "slots_ptr",
-        "cu_seqlens_ptr",
-        "accepted_ptr",
-        "output_ptr",
-    ],
-)
+@kernel(first_number="length")
 def _kernel(
     x_ptr,
     state_ptr,
     weight_ptr,
     bias_ptr,  # None: no bias
-    slots_ptr,  # see `optional`
+    slots_ptr,  # see `or_placeholder`
     cu_seqlens_ptr,  # None: every row has `length` tokens
     accepted_ptr,  # None: windows start at column 0
     output_ptr,
@@ -56,7 +30,7 @@ def _kernel(
     slots_stride: tl.int64,
     x_row: tl.int64,
     x_token: tl.int64,
-    x_channel,  # None, and the other two with it: see along
+    x_channel,  # None, and the other two with it: see channel_ptrs
     state_slot: tl.int64,
     state_column: tl.int64,
     state_channel,
@@ -92,10 +66,10 @@ def _kernel(
     x_ptr += first * x_row
     output_ptr += first * output_row
 
-    slot = slot_of(row, slots_ptr, slots_stride, null_slot)
+    slot = load_slot(row, slots_ptr, slots_stride, null_slot)
     if slot < 0:
         for _ in range(tokens):
-            tl.store(along(output_ptr, channels, output_channel), 0.0, mask=inside)
+            tl.store(channel_ptrs(output_ptr, channels, output_channel), 0.0, mask=inside)
             output_ptr += output_token
         return
     state_ptr += slot * state_slot
@@ -106,28 +80,28 @@ def _kernel(
 
     window: tl.tuple = ()
     for _ in tl.static_range(HISTORY):
-        window += (tl.load(along(source_ptr, channels, state_channel), mask=inside).to(tl.float32),)
+        window += (tl.load(channel_ptrs(source_ptr, channels, state_channel), mask=inside).to(tl.float32),)
         source_ptr += state_column
 
     # The thread that stores a column need not be the one that loaded it: the whole window first.
     tl.debug_barrier()
     if accepted_ptr is not None:
         for k in tl.static_range(1, HISTORY):
-            tl.store(along(state_ptr, channels, state_channel), window[k], mask=inside)
+            tl.store(channel_ptrs(state_ptr, channels, state_channel), window[k], mask=inside)
             state_ptr += state_column
 
     column = HISTORY - 1
     for _ in range(tokens):
-        newest = tl.load(along(x_ptr, channels, x_channel), mask=inside).to(tl.float32)
+        newest = tl.load(channel_ptrs(x_ptr, channels, x_channel), mask=inside).to(tl.float32)
         window += (newest,)
         acc = bias
         for k in tl.static_range(WIDTH):
             acc += window[k] * taps[k]
         if SILU:
             acc *= tl.sigmoid(acc)
-        tl.store(along(output_ptr, channels, output_channel), acc, mask=inside)
+        tl.store(channel_ptrs(output_ptr, channels, output_channel), acc, mask=inside)
         if accepted_ptr is not None:
-            tl.store(along(state_ptr, channels, state_channel), newest, mask=inside & (column < STATE_LEN))
+            tl.store(channel_ptrs(state_ptr, channels, state_channel), newest, mask=inside & (column < STATE_LEN))
             state_ptr += state_column
             column += 1
         window = window[1:]
@@ -136,7 +110,7 @@ def _kernel(
 
     if accepted_ptr is None:
         for k in tl.static_range(HISTORY):
-            tl.store(along(state_ptr, channels, state_channel), window[k], mask=inside)
+            tl.store(channel_ptrs(state_ptr, channels, state_channel), window[k], mask=inside)
             state_ptr += state_column
 
 
@@ -146,7 +120,6 @@ def causal_conv1d_update(call: "Arguments") -> None:
     Fast where the channels of `x`, `conv_state` and `output` are contiguous and start at multiples of 16 bytes; any
     other strides take a slower variant. The other arguments but `slots` are copied first if they are not contiguous.
     """
-    slots = call.slots
     rows = call.x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     if rows == 0 or call.x.numel() == 0:
         return
@@ -161,7 +134,7 @@ def causal_conv1d_update(call: "Arguments") -> None:
         | (output_row | output_token) * call.output.element_size()
     )
     aligned = x_channel == state_channel == output_channel == 1 and starts % 16 == 0
-    slots, slots_stride = optional(slots, call.x, tl.int32)
+    slots, slots_stride = or_placeholder(call.slots, call.x, tl.int32)
     launch = _launches(call.x.get_device(), dim, width)["_kernel"]
     with on_device_of(call.x):
         _kernel[rows, cdiv(dim, launch["BLOCK"])](
@@ -193,7 +166,7 @@ def causal_conv1d_update(call: "Arguments") -> None:
         )
 
 
-@by_table(_kernel="BLOCK num_warps")
+@tunable_launch(_kernel="BLOCK num_warps")
 def _launches(dim: int, width: int) -> Launches:
     """Two channels a thread."""
     return {"_kernel": {"BLOCK": 256, "num_warps": 4}}

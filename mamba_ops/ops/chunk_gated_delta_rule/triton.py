@@ -14,18 +14,19 @@ import triton.language as tl
 
 from mamba_ops.ops._triton.common import (
     INTERPRETED,
-    advanced,
     cdiv,
-    chunk_at,
-    chunks_of,
-    is_set,
-    last_slot,
+    chunk_bounds,
+    final_slot,
+    kernel,
+    load_flag,
+    load_slot,
+    offset_ptr,
     on_device_of,
-    optional,
-    slot_of,
-    tile,
+    or_placeholder,
+    row_chunks,
+    tile_ptrs,
 )
-from mamba_ops.ops._triton.launch_config import Launches, by_table
+from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
 
 if TYPE_CHECKING:
@@ -34,15 +35,10 @@ if TYPE_CHECKING:
 CHUNK = 64
 _PART: tl.constexpr = tl.constexpr(16)  # of a chunk: systems of so many tokens are solved token by token
 
-# What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
-_NUMBERS = """length rows null_slot slots_stride write_stride initial_stride q_stride k_stride v_stride g_stride
-    beta_stride output_stride slot_stride head_stride value_stride key_stride scale""".split()
-_POINTERS = """q k v g beta cu_seqlens ssm_state slots write_slots has_initial_state output""".split()
-
 
 @triton.jit
 def _factor(x, L2NORM: tl.constexpr):
-    # what every row is to be multiplied with, so that it has length 1
+    # The factor that gives a row length 1.
     factor = tl.full([x.shape[0]], 1.0, tl.float32)
     if L2NORM:
         x = x.to(tl.float32)
@@ -77,7 +73,7 @@ def _inverse(system, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
     return whole - tl.dot(n, whole, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS + _POINTERS)
+@kernel(first_number="scale", static="factors solved weights")
 def _solve(
     q,
     k,
@@ -87,7 +83,7 @@ def _solve(
     slots,
     factors,  # out: (chunks, v_heads, 4, CHUNK), of keys that read, of queries, of keys that write; the chunk's decay
     solved,  # out: (chunks, v_heads, CHUNK, CHUNK), the inverse of the chunk's system, times beta
-    weights,  # out: (chunks, v_heads, CHUNK, CHUNK), how much queries read of what each token writes
+    weights,  # out: (chunks, v_heads, CHUNK, CHUNK), how strength queries read of what each token writes
     scale,
     q_stride,  # this and the next three: from token to token
     k_stride,
@@ -111,19 +107,19 @@ def _solve(
     chunk = program // V_HEADS
     head = program % V_HEADS
     k_head = head // (V_HEADS // K_HEADS)
-    row, low, high, _, _ = chunk_at(chunk, cu_seqlens, rows, length, CHUNK, BLOCK_ROWS)
+    row, low, high, _, _ = chunk_bounds(chunk, cu_seqlens, rows, length, CHUNK, BLOCK_ROWS)
     if row >= rows:
         return
-    if slot_of(row, slots, slots_stride, null_slot) < 0:
+    if load_slot(row, slots, slots_stride, null_slot) < 0:
         return
     key = tl.arange(0, BLOCK_K)
     i = tl.arange(0, CHUNK)
     t = low + i
     there = (t < high)[:, None] & (key < K_DIM)[None, :]
     operand = solved.dtype.element_ty
-    keys = tl.load(tile(k + k_head * K_DIM, t, k_stride, key, ALIGNED), there, other=0.0)
-    queries = tl.load(tile(q + k_head * K_DIM, t, q_stride, key, ALIGNED), there, other=0.0)
-    much = tl.load(beta + head + t.to(tl.int64) * beta_stride, t < high, other=0.0).to(tl.float32)
+    keys = tl.load(tile_ptrs(k + k_head * K_DIM, t, k_stride, key, ALIGNED), there, other=0.0)
+    queries = tl.load(tile_ptrs(q + k_head * K_DIM, t, q_stride, key, ALIGNED), there, other=0.0)
+    strength = tl.load(beta + head + t.to(tl.int64) * beta_stride, t < high, other=0.0).to(tl.float32)
     decay = tl.load(g + head + t.to(tl.int64) * g_stride, t < high, other=0.0).to(tl.float32)
 
     of_key = _factor(keys, L2NORM)
@@ -143,12 +139,12 @@ def _solve(
     place = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
     weight = tl.dot(queries.to(operand), turned, input_precision="ieee") * between * of_query[:, None]
     tl.store(weights + place, weight)
-    system = tl.dot(keys.to(operand), turned, input_precision="ieee") * between * (of_key * much)[:, None]
+    system = tl.dot(keys.to(operand), turned, input_precision="ieee") * between * (of_key * strength)[:, None]
     system = tl.where(i[:, None] > i[None, :], system, 0.0)
-    tl.store(solved + place, _inverse(system, CHUNK, PRECISION) * much[None, :])
+    tl.store(solved + place, _inverse(system, CHUNK, PRECISION) * strength[None, :])
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS + _POINTERS)
+@kernel(first_number="q_stride", static="factors solved weights")
 def _scan(
     q,
     k,
@@ -197,12 +193,12 @@ def _scan(
     in_state = (value < V_DIM)[:, None] & in_key
 
     output += head * V_DIM
-    first, chunks, begin, count = chunks_of(row, cu_seqlens, length, CHUNK, BLOCK_ROWS)
-    source = slot_of(row, slots, slots_stride, null_slot)
+    first, chunks, begin, count = row_chunks(row, cu_seqlens, length, CHUNK, BLOCK_ROWS)
+    source = load_slot(row, slots, slots_stride, null_slot)
     if source < 0:
         for number in range(chunks):
             t = begin + number * CHUNK + i
-            place = tile(output, t, output_stride, value, ALIGNED)
+            place = tile_ptrs(output, t, output_stride, value, ALIGNED)
             tl.store(place, tl.zeros([CHUNK, BLOCK], tl.float32), (t < begin + count)[:, None] & in_value)
         return
     if ALIGNED:
@@ -210,8 +206,8 @@ def _scan(
     else:
         of_state = value.to(tl.int64)[:, None] * value_stride + key.to(tl.int64)[None, :] * key_stride
         of_state += head.to(tl.int64) * head_stride
-    carried = in_state & is_set(row, has_initial_state, initial_stride)
-    s = tl.load(advanced(ssm_state, source * slot_stride, ALIGNED) + of_state, carried, other=0.0).to(tl.float32)
+    carried = in_state & load_flag(row, has_initial_state, initial_stride)
+    s = tl.load(offset_ptr(ssm_state, source * slot_stride, ALIGNED) + of_state, carried, other=0.0).to(tl.float32)
 
     operand = solved.dtype.element_ty
     q += head // (V_HEADS // K_HEADS) * K_DIM
@@ -225,31 +221,31 @@ def _scan(
     for number in range(chunks):
         t = begin + number * CHUNK + i
         there = (t < begin + count)[:, None]
-        keys = tl.load(tile(k, t, k_stride, key, ALIGNED), there & in_key, other=0.0).to(operand)
-        queries = tl.load(tile(q, t, q_stride, key, ALIGNED), there & in_key, other=0.0).to(operand)
-        values = tl.load(tile(v, t, v_stride, value, ALIGNED), there & in_value, other=0.0)
+        keys = tl.load(tile_ptrs(k, t, k_stride, key, ALIGNED), there & in_key, other=0.0).to(operand)
+        queries = tl.load(tile_ptrs(q, t, q_stride, key, ALIGNED), there & in_key, other=0.0).to(operand)
+        values = tl.load(tile_ptrs(v, t, v_stride, value, ALIGNED), there & in_value, other=0.0)
         inverse = tl.load(solved + square)
         weight = tl.load(weights + square)
 
-        asking = tl.load(factors + CHUNK + i)  # this and the decay early: nobody waits for them then
+        query_factor = tl.load(factors + CHUNK + i)  # this and the decay early, so that they are there in time
         decay = tl.load(factors + 3 * CHUNK)
 
         known = s.to(operand)
         new = tl.trans(values).to(tl.float32)
         new -= tl.dot(known, tl.trans(keys), input_precision="ieee") * tl.load(factors + i)[None, :]
-        y = tl.dot(known, tl.trans(queries), input_precision="ieee") * asking[None, :]
+        y = tl.dot(known, tl.trans(queries), input_precision="ieee") * query_factor[None, :]
         new = tl.dot(new.to(operand), tl.trans(inverse), input_precision="ieee")
         kept = (new * tl.load(factors + 2 * CHUNK + i)[None, :]).to(operand)
         s = tl.dot(kept, keys, s * decay, input_precision="ieee")
         y = tl.dot(new.to(operand), tl.trans(weight), y, input_precision="ieee")
-        tl.store(tile(output, t, output_stride, value, ALIGNED), tl.trans(y), there & in_value)
+        tl.store(tile_ptrs(output, t, output_stride, value, ALIGNED), tl.trans(y), there & in_value)
         factors += V_HEADS * 4 * CHUNK
         solved += V_HEADS * CHUNK * CHUNK
         weights += V_HEADS * CHUNK * CHUNK
 
-    target, stored = last_slot(row, source, count, write_slots, write_stride, null_slot)
+    target, stored = final_slot(row, source, count, write_slots, write_stride, null_slot)
     stored &= slot_stride >= 0
-    tl.store(advanced(ssm_state, target * slot_stride, ALIGNED) + of_state, s, in_state & stored)
+    tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + of_state, s, in_state & stored)
 
 
 def chunk_gated_delta_rule(call: "Arguments") -> None:
@@ -261,30 +257,20 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
     not is written through a copy. Where a token of q, k, v or output or a slot of the state does not start at a
     multiple of 16 bytes, or a slot is not dense, reads are narrow and slow.
     """
-    q = call.q
-    k = call.k
-    v = call.v
-    g = call.g
-    beta = call.beta
-    cu_seqlens = call.cu_seqlens
-    ssm_state = call.ssm_state
-    slots = call.slots
-    write_slots = call.write_slots
-    has_initial_state = call.has_initial_state
-    batched = cu_seqlens is None
-    rows = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    length = v.shape[1] if batched else None
-    (k_heads, k_dim), (v_heads, v_dim) = q.shape[-2:], v.shape[-2:]
-    tokens = v.numel() // (v_heads * v_dim)
-    moves = write_slots is not None and ssm_state is not None
+    flat = call.cu_seqlens is not None
+    rows = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    length = None if flat else call.v.shape[1]
+    (k_heads, k_dim), (v_heads, v_dim) = call.q.shape[-2:], call.v.shape[-2:]
+    tokens = call.v.numel() // (v_heads * v_dim)
+    moves = call.write_slots is not None and call.ssm_state is not None
     if rows == 0 or (tokens == 0 and not moves):
         return
     chunks = tokens // CHUNK + rows if length is None else rows * cdiv(length, CHUNK)
 
-    result = by_token(call.output, not batched)
-    q, k, v, g, beta = (by_token(t, not batched) for t in (q, k, v, g, beta))
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    slots, write_slots = (None if t is None else dense(t) for t in (slots, write_slots))
+    written = by_token(call.output, flat)
+    q, k, v, g, beta = (by_token(t, flat) for t in (call.q, call.k, call.v, call.g, call.beta))
+    cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
+    slots, write_slots = (None if t is None else dense(t) for t in (call.slots, call.write_slots))
     operand = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
         operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
@@ -293,20 +279,21 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
     solved = torch.empty((chunks, v_heads, CHUNK, CHUNK), dtype=operand, device=v.device)
     weights = torch.empty_like(solved)
     places = 0
-    for tensor in (q, k, v, result):
+    for tensor in (q, k, v, written):
         places |= tensor.data_ptr() | tensor.stride(0) * tensor.itemsize | tensor.shape[-1] * tensor.itemsize
-    slots, slots_stride = optional(slots, v, tl.int32)
-    has_initial_state, initial_stride = optional(None if ssm_state is None else has_initial_state, v, tl.int1)
+    slots, slots_stride = or_placeholder(slots, v, tl.int32)
+    has_initial_state, initial_stride = or_placeholder(
+        None if call.ssm_state is None else call.has_initial_state, v, tl.int1
+    )
     write_stride = None if write_slots is None else write_slots.stride(0)
-    slot_stride, *strides = (-1, 0, 0, 0) if ssm_state is None else ssm_state.stride()
-    if ssm_state is not None:
-        places |= ssm_state.data_ptr() | slot_stride * ssm_state.itemsize
-    aligned = places % 16 == 0 and (ssm_state is None or is_dense(ssm_state))
+    slot_stride, *strides = (-1, 0, 0, 0) if call.ssm_state is None else call.ssm_state.stride()
+    if call.ssm_state is not None:
+        places |= call.ssm_state.data_ptr() | slot_stride * call.ssm_state.itemsize
+    aligned = places % 16 == 0 and (call.ssm_state is None or is_dense(call.ssm_state))
     head_stride, value_stride, key_stride = (None, None, None) if aligned else strides
-    ssm_state, _ = optional(ssm_state, v, tl.float32)
+    ssm_state, _ = or_placeholder(call.ssm_state, v, tl.float32)
 
-    sizes = {"K_HEADS": k_heads, "V_HEADS": v_heads, "K_DIM": k_dim, "ALIGNED": aligned}
-    sizes["CHUNK"] = CHUNK
+    sizes = {"K_HEADS": k_heads, "V_HEADS": v_heads, "K_DIM": k_dim, "ALIGNED": aligned, "CHUNK": CHUNK}
     launches = _launches(v.get_device(), k_dim, v_dim, str(operand).removeprefix("torch."))
     solve, scan = launches["_solve"], launches["_scan"]
     with on_device_of(v):
@@ -343,14 +330,14 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
             slots,
             write_slots,
             has_initial_state,
-            result,
+            written,
             factors,
             solved,
             weights,
             q.stride(0),
             k.stride(0),
             v.stride(0),
-            result.stride(0),
+            written.stride(0),
             slots_stride,
             write_stride,
             initial_stride,
@@ -364,10 +351,10 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
             V_DIM=v_dim,
             **scan,
         )
-    write_back(result, call.output, not batched)
+    write_back(written, call.output, flat)
 
 
-@by_table(_solve="num_warps num_stages", _scan="BLOCK num_warps num_stages")
+@tunable_launch(_solve="num_warps num_stages", _scan="BLOCK num_warps num_stages")
 def _launches(k_dim: int, v_dim: int, operand: str) -> Launches:
     """What is multiplied in which precision, too; a block of v has a matrix product's shortest side at least."""
     block_k, block_v = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))

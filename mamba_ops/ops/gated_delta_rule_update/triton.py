@@ -10,35 +10,29 @@ import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import (
-    advanced,
     cdiv,
+    kernel,
+    load_slot,
+    offset_ptr,
     on_device_of,
-    optional,
-    slot_of,
+    or_placeholder,
     softplus,
 )
-from mamba_ops.ops._triton.launch_config import Launches, by_table
+from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
 
 if TYPE_CHECKING:
     from mamba_ops.ops.gated_delta_rule_update.op import Arguments
 
-# What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
-_NUMBERS = """slot_stride head_stride value_stride key_stride q_stride k_stride v_stride gate_stride much_stride
-    output_stride slots_stride slots_columns write_stride write_columns length null_slot scale""".split()
-_POINTERS = (
-    """ssm_state q k v gate much A_log dt_bias output slots write_slots cu_seqlens num_accepted_tokens""".split()
-)
 
-
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS + _POINTERS)
+@kernel(first_number="scale")
 def _kernel(
     ssm_state,
     q,
     k,
     v,
     gate,  # g; with RAW a
-    much,  # beta; with RAW b
+    strength,  # beta; with RAW b
     A_log,
     dt_bias,
     output,
@@ -55,7 +49,7 @@ def _kernel(
     k_stride,
     v_stride,
     gate_stride,
-    much_stride,
+    strength_stride,
     output_stride,
     slots_stride,
     slots_columns,
@@ -105,24 +99,24 @@ def _kernel(
     if num_accepted_tokens is not None:
         accepted = tl.load(num_accepted_tokens + row).to(tl.int32)
         slots += tl.minimum(tl.maximum(accepted, 1), slots_columns) - 1
-    source = slot_of(row, slots, slots_stride, null_slot)
+    source = load_slot(row, slots, slots_stride, null_slot)
     if source < 0:
         for t in range(tokens):
             tl.store(output + (first + t) * output_stride + of_v, tl.zeros([BLOCK], tl.float32), in_value)
         return
 
-    s = tl.load(advanced(ssm_state, source * slot_stride, ALIGNED) + of_state, in_state, other=0.0).to(tl.float32)
+    s = tl.load(offset_ptr(ssm_state, source * slot_stride, ALIGNED) + of_state, in_state, other=0.0).to(tl.float32)
     if RAW:
         rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
         bias = tl.load(dt_bias + head).to(tl.float32)
 
     for t in range(tokens):
         token = first + t
-        query = tl.load(advanced(q, token * q_stride, ALIGNED) + of_k, in_key, other=0.0).to(tl.float32)
-        keys = tl.load(advanced(k, token * k_stride, ALIGNED) + of_k, in_key, other=0.0).to(tl.float32)
+        query = tl.load(offset_ptr(q, token * q_stride, ALIGNED) + of_k, in_key, other=0.0).to(tl.float32)
+        keys = tl.load(offset_ptr(k, token * k_stride, ALIGNED) + of_k, in_key, other=0.0).to(tl.float32)
         values = tl.load(v + token * v_stride + of_v, in_value, other=0.0).to(tl.float32)
         g = tl.load(gate + token * gate_stride + head).to(tl.float32)
-        beta = tl.load(much + token * much_stride + head).to(tl.float32)
+        beta = tl.load(strength + token * strength_stride + head).to(tl.float32)
         if RAW:
             g = rate * softplus(g + bias)
             beta = tl.sigmoid(beta)
@@ -131,23 +125,23 @@ def _kernel(
             keys /= tl.sqrt(tl.sum(keys * keys, axis=0) + 1e-6)
 
         s *= tl.exp(g)
-        wrong = values - tl.sum(s * keys[None, :], axis=1)
-        s += (beta * wrong)[:, None] * keys[None, :]
+        delta = values - tl.sum(s * keys[None, :], axis=1)
+        s += (beta * delta)[:, None] * keys[None, :]
         if num_accepted_tokens is not None:
             if t < write_columns:
                 target = tl.load(write_slots + row * write_stride + t).to(tl.int64)
                 if (target >= 0) & (target != null_slot):
-                    tl.store(advanced(ssm_state, target * slot_stride, ALIGNED) + of_state, s, in_state)
+                    tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + of_state, s, in_state)
         y = tl.sum(s * (query * scale)[None, :], axis=1)
         tl.store(output + token * output_stride + of_v, y, in_value)
 
     if num_accepted_tokens is None:
         if write_slots is None:
-            tl.store(advanced(ssm_state, source * slot_stride, ALIGNED) + of_state, s, in_state)
+            tl.store(offset_ptr(ssm_state, source * slot_stride, ALIGNED) + of_state, s, in_state)
         else:
             target = tl.load(write_slots + row * write_stride).to(tl.int64)
             if (target >= 0) & (target != null_slot):
-                tl.store(advanced(ssm_state, target * slot_stride, ALIGNED) + of_state, s, in_state)
+                tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + of_state, s, in_state)
 
 
 def gated_delta_rule_update(call: "Arguments") -> None:
@@ -157,38 +151,31 @@ def gated_delta_rule_update(call: "Arguments") -> None:
     not is written through a copy. Where the state is not dense within a slot, or a slot of it or a token of q or k
     does not start at a multiple of 16 bytes, the state is read and written element by element, which is slower.
     """
-    q = call.q
-    k = call.k
-    v = call.v
-    A_log = call.A_log
-    dt_bias = call.dt_bias
-    slots = call.slots
-    write_slots = call.write_slots
-    cu_seqlens = call.cu_seqlens
-    num_accepted_tokens = call.num_accepted_tokens
-    gate, much = (call.a, call.b) if call.g is None else (call.g, call.beta)
+    gate, strength = (call.a, call.b) if call.g is None else (call.g, call.beta)
     if (
         call.output.numel() == 0
-        or (cu_seqlens is not None and cu_seqlens.shape[0] == 1)
+        or (call.cu_seqlens is not None and call.cu_seqlens.shape[0] == 1)
         or gate is None
-        or much is None
+        or strength is None
     ):
         return
-    flat = v.dim() < call.ssm_state.dim()
-    rows = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    (_, v_heads, v_dim, k_dim), k_heads = call.ssm_state.shape, q.shape[-2]
+    flat = call.v.dim() < call.ssm_state.dim()
+    rows = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    (_, v_heads, v_dim, k_dim), k_heads = call.ssm_state.shape, call.q.shape[-2]
 
     written = by_token(call.output, flat)
-    q, k, v, gate, much = (by_token(t, flat) for t in (q, k, v, gate, much))
-    A_log, dt_bias, cu_seqlens = (None if t is None else t.contiguous() for t in (A_log, dt_bias, cu_seqlens))
-    slots, write_slots = (None if t is None else dense(t) for t in (slots, write_slots))
+    q, k, v, gate, strength = (by_token(t, flat) for t in (call.q, call.k, call.v, gate, strength))
+    A_log, dt_bias, cu_seqlens, num_accepted_tokens = (
+        None if t is None else t.contiguous()
+        for t in (call.A_log, call.dt_bias, call.cu_seqlens, call.num_accepted_tokens)
+    )
+    slots, write_slots = (None if t is None else dense(t) for t in (call.slots, call.write_slots))
     slots_columns = write_columns = None
     if num_accepted_tokens is not None and slots is not None:
-        num_accepted_tokens = num_accepted_tokens.contiguous()
         write_slots = slots if write_slots is None else write_slots
         slots_columns, write_columns = ((*table.shape, 1)[1] for table in (slots, write_slots))
 
-    slots, slots_stride = optional(slots, v, tl.int32)
+    slots, slots_stride = or_placeholder(slots, v, tl.int32)
     slot_stride, *strides = call.ssm_state.stride()
     places = call.ssm_state.data_ptr() | q.data_ptr() | k.data_ptr()
     places |= slot_stride * call.ssm_state.itemsize | q.stride(0) * q.itemsize | k.stride(0) * k.itemsize
@@ -203,7 +190,7 @@ def gated_delta_rule_update(call: "Arguments") -> None:
             k,
             v,
             gate,
-            much,
+            strength,
             A_log,
             dt_bias,
             written,
@@ -220,7 +207,7 @@ def gated_delta_rule_update(call: "Arguments") -> None:
             k.stride(0),
             v.stride(0),
             gate.stride(0),
-            much.stride(0),
+            strength.stride(0),
             written.stride(0),
             slots_stride,
             slots_columns,
@@ -240,7 +227,7 @@ def gated_delta_rule_update(call: "Arguments") -> None:
     write_back(written, call.output, flat)
 
 
-@by_table(_kernel="BLOCK num_warps")
+@tunable_launch(_kernel="BLOCK num_warps")
 def _launches(v_dim: int, k_dim: int, itemsize: int) -> Launches:
     """A program is one warp and has 2 KB of the state.
 

@@ -11,29 +11,24 @@ import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import (
-    advanced,
     cdiv,
+    kernel,
+    load_slot,
+    offset_ptr,
     on_device_of,
-    optional,
-    slot_of,
+    or_placeholder,
     softplus,
 )
-from mamba_ops.ops._triton.launch_config import Launches, by_table
+from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
 
 if TYPE_CHECKING:
     from mamba_ops.ops.selective_state_update.op import Arguments
 
-# What varies from call to call: Triton would compile anew for some values. The launcher's ALIGNED says what is needed.
-_NUMBERS = """slot_stride head_stride dim_stride dstate_stride x_stride dt_stride B_stride C_stride z_stride
-    output_stride slots_stride slots_columns write_stride write_columns length null_slot""".split()
-_POINTERS = "ssm_state x dt B C z output slots write_slots cu_seqlens num_accepted_tokens rounding_seed".split()
-STAY = ("A", "D", "dt_bias")  # parameters: they stay where they are, so Triton may look at their addresses
-
 
 @triton.jit
 def _weight(values, head, channel, in_dim, DIM: tl.constexpr, PER_CHANNEL: tl.constexpr):
-    # a head's number, or its channels' numbers
+    # A head's number, or its channels' numbers.
     if PER_CHANNEL:
         weight = tl.load(values + head * DIM + channel, in_dim, other=0.0)
     else:
@@ -43,7 +38,7 @@ def _weight(values, head, channel, in_dim, DIM: tl.constexpr, PER_CHANNEL: tl.co
 
 @triton.jit
 def _rounded(s, r):
-    # s as float16, rounded by the random words r: mamba_ops/ops/rounding.py says how
+    # s as float16, rounded by the random words r as in mamba_ops/ops/_common/rounding.py.
     bits = s.to(tl.uint32, bitcast=True)
     exponent = (bits >> 23) & 0xFF
     exponent = tl.maximum(exponent, 113)  # below 2^-14 neighbours are as far apart as there
@@ -57,7 +52,7 @@ def _rounded(s, r):
 
 @triton.jit
 def _rounded_by_hardware(s, r):
-    # the same for normal numbers: the instruction adds 13 random bits a number, and takes two numbers
+    # The same for normal numbers: the instruction adds 13 random bits a number, and takes two numbers.
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 low, high;
@@ -77,7 +72,7 @@ def _rounded_by_hardware(s, r):
 
 @triton.jit
 def _stored(s, rounding_seed, slot, channel, WIDTH: tl.constexpr, ROUNDS: tl.constexpr, HARDWARE: tl.constexpr):
-    # what is stored of a state: four entries in a row share one call of the generator
+    # What is stored of a state. Four entries in a row share one call of the generator.
     if rounding_seed is not None:
         quad = tl.arange(0, WIDTH // 4)
         zero = tl.zeros([1, WIDTH // 4], tl.uint32)
@@ -98,7 +93,7 @@ def _stored(s, rounding_seed, slot, channel, WIDTH: tl.constexpr, ROUNDS: tl.con
     return s
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS + _POINTERS)
+@kernel(first_number="slot_stride", static="A D dt_bias")
 def _kernel(
     ssm_state,
     x,
@@ -179,13 +174,13 @@ def _kernel(
     if num_accepted_tokens is not None:
         accepted = tl.load(num_accepted_tokens + row).to(tl.int32)
         slots += tl.minimum(tl.maximum(accepted, 1), slots_columns) - 1
-    source = slot_of(row, slots, slots_stride, null_slot)
+    source = load_slot(row, slots, slots_stride, null_slot)
     if source < 0:
         for t in range(tokens):
             tl.store(output + (first + t) * output_stride + of_x, tl.zeros([BLOCK], tl.float32), in_dim)
         return
 
-    s = tl.load(advanced(ssm_state, source * slot_stride, ALIGNED) + of_state, in_state, other=0.0).to(tl.float32)
+    s = tl.load(offset_ptr(ssm_state, source * slot_stride, ALIGNED) + of_state, in_state, other=0.0).to(tl.float32)
     if A_IS_FULL:
         a = tl.load(A + of_x[:, None] * DSTATE + entry[None, :], in_state, other=0.0).to(tl.float32)
     else:
@@ -198,8 +193,8 @@ def _kernel(
     for t in range(tokens):
         token = first + t
         u = tl.load(x + token * x_stride + of_x, in_dim, other=0.0).to(tl.float32)
-        b = tl.load(advanced(B, token * B_stride, ALIGNED) + of_group, in_dstate, other=0.0).to(tl.float32)
-        c = tl.load(advanced(C, token * C_stride, ALIGNED) + of_group, in_dstate, other=0.0).to(tl.float32)
+        b = tl.load(offset_ptr(B, token * B_stride, ALIGNED) + of_group, in_dstate, other=0.0).to(tl.float32)
+        c = tl.load(offset_ptr(C, token * C_stride, ALIGNED) + of_group, in_dstate, other=0.0).to(tl.float32)
         d = _weight(dt + token * dt_stride, head, channel, in_dim, DIM, DT_PER_CHANNEL)
         if dt_bias is not None:
             d += bias
@@ -214,7 +209,7 @@ def _kernel(
                 target = tl.load(write_slots + row * write_stride + t).to(tl.int64)
                 if (target >= 0) & (target != null_slot):
                     new = _stored(s, rounding_seed, target, of_x, WIDTH, ROUNDS, HARDWARE)
-                    tl.store(advanced(ssm_state, target * slot_stride, ALIGNED) + of_state, new, in_state)
+                    tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + of_state, new, in_state)
 
         y = tl.sum(s * c[None, :], axis=1)
         if D is not None:
@@ -227,12 +222,12 @@ def _kernel(
     if num_accepted_tokens is None:
         if write_slots is None:
             new = _stored(s, rounding_seed, source, of_x, WIDTH, ROUNDS, HARDWARE)
-            tl.store(advanced(ssm_state, source * slot_stride, ALIGNED) + of_state, new, in_state)
+            tl.store(offset_ptr(ssm_state, source * slot_stride, ALIGNED) + of_state, new, in_state)
         else:
             target = tl.load(write_slots + row * write_stride).to(tl.int64)
             if (target >= 0) & (target != null_slot):
                 new = _stored(s, rounding_seed, target, of_x, WIDTH, ROUNDS, HARDWARE)
-                tl.store(advanced(ssm_state, target * slot_stride, ALIGNED) + of_state, new, in_state)
+                tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + of_state, new, in_state)
 
 
 @functools.cache
@@ -250,44 +245,32 @@ def selective_state_update(call: "Arguments") -> None:
     not is written through a copy. Where the state is not dense within a slot, or a slot of it or a token of B or C
     does not start at a multiple of 16 bytes, the state is read and written element by element, which is slower.
     """
-    x = call.x
-    dt = call.dt
-    A = call.A
-    B = call.B
-    C = call.C
-    D = call.D
-    z = call.z
-    dt_bias = call.dt_bias
-    slots = call.slots
-    write_slots = call.write_slots
-    cu_seqlens = call.cu_seqlens
-    num_accepted_tokens = call.num_accepted_tokens
     philox_rounds = call.philox_rounds or 10
-    round_by_hardware = call.rounding_seed is not None and _rounds_by_hardware(x.device)
-    if call.output.numel() == 0 or (cu_seqlens is not None and cu_seqlens.shape[0] == 1):
+    round_by_hardware = call.rounding_seed is not None and _rounds_by_hardware(call.x.device)
+    if call.output.numel() == 0 or (call.cu_seqlens is not None and call.cu_seqlens.shape[0] == 1):
         return
-    flat, headless = x.dim() < call.ssm_state.dim(), call.ssm_state.dim() == 3
-    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    flat, headless = call.x.dim() < call.ssm_state.dim(), call.ssm_state.dim() == 3
+    rows = call.x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     dim, dstate = call.ssm_state.shape[-2:]
-    heads, groups = (1, 1) if headless else (call.ssm_state.shape[1], B.shape[-2])
-    dt_per_channel = dt.dim() == x.dim()
+    heads, groups = (1, 1) if headless else (call.ssm_state.shape[1], call.B.shape[-2])
+    dt_per_channel = call.dt.dim() == call.x.dim()
 
     written = by_token(call.output, flat)
-    x, dt, B, C = by_token(x, flat), by_token(dt, flat), by_token(B, flat), by_token(C, flat)
-    z = None if z is None else by_token(z, flat)
-    A = A.contiguous()
-    D = None if D is None else D.contiguous()
-    dt_bias = None if dt_bias is None else dt_bias.contiguous()
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    slots = None if slots is None else dense(slots)
-    write_slots = None if write_slots is None else dense(write_slots)
+    x, dt, B, C = by_token(call.x, flat), by_token(call.dt, flat), by_token(call.B, flat), by_token(call.C, flat)
+    z = None if call.z is None else by_token(call.z, flat)
+    A = call.A.contiguous()
+    D = None if call.D is None else call.D.contiguous()
+    dt_bias = None if call.dt_bias is None else call.dt_bias.contiguous()
+    cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
+    num_accepted_tokens = None if call.num_accepted_tokens is None else call.num_accepted_tokens.contiguous()
+    slots = None if call.slots is None else dense(call.slots)
+    write_slots = None if call.write_slots is None else dense(call.write_slots)
     slots_columns = write_columns = None
     if num_accepted_tokens is not None and slots is not None:
-        num_accepted_tokens = num_accepted_tokens.contiguous()
         write_slots = slots if write_slots is None else write_slots
         slots_columns, write_columns = ((*table.shape, 1)[1] for table in (slots, write_slots))
 
-    slots, slots_stride = optional(slots, x, tl.int32)
+    slots, slots_stride = or_placeholder(slots, x, tl.int32)
     slot_stride, *strides = call.ssm_state.stride()
     places = call.ssm_state.data_ptr() | B.data_ptr() | C.data_ptr()
     places |= slot_stride * call.ssm_state.itemsize | B.stride(0) * B.itemsize | C.stride(0) * C.itemsize
@@ -349,7 +332,7 @@ def selective_state_update(call: "Arguments") -> None:
     write_back(written, call.output, flat)
 
 
-@by_table(_kernel="BLOCK num_warps")
+@tunable_launch(_kernel="BLOCK num_warps")
 def _launches(dim: int, dstate: int, full_A: bool) -> Launches:
     """A thread has 32 entries of the state, or 16 and as many of a full A.
 

@@ -3,22 +3,22 @@
 BUGS = {
     "wrong group": ("head // (V_HEADS // K_HEADS)", "head % K_HEADS"),
     "not normalised": ("    if L2NORM:", "    if False:"),
-    "system without beta": ("(of_key * much)[:, None]", "of_key[:, None]"),
-    "inverse without beta": ("* much[None, :]", "* 1.0"),
+    "system without beta": ("(of_key * strength)[:, None]", "of_key[:, None]"),
+    "inverse without beta": ("* strength[None, :]", "* 1.0"),
     "what is between tokens not decayed": ("total[:, None] - total[None, :]", "0.0 * total[:, None]"),
     "last token of a part not solved": ("for j in range(_PART - 1):", "for j in range(_PART - 2):"),
     "state not decayed over a chunk": ("s * decay", "s"),
     "tokens not decayed to the chunk's end": ("tl.exp(left)", "1.0"),
     "what is known written again": ("new -= tl.dot(", "new -= 0.0 * tl.dot("),
     "token does not read itself": ("i[:, None] >= i[None, :]", "i[:, None] > i[None, :]"),
-    "initial state not read": ("is_set(row, has_initial_state, initial_stride)", "(slot_stride < -1)"),
+    "initial state not read": ("load_flag(row, has_initial_state, initial_stride)", "(slot_stride < -1)"),
 }
 
 SLOW_BUGS = {  # slow: interpreted matrix products
     "parts below the diagonal dropped": ("n = tl.dot(whole, rest,", "n = 0.0 * tl.dot(whole, rest,"),
-    "state before a chunk read as it is at its end": ("asking[None, :]", "1.0"),
+    "state before a chunk read as it is at its end": ("query_factor[None, :]", "1.0"),
     "state read by rows that have none": (
-        "is_set(row, has_initial_state, initial_stride)",
+        "load_flag(row, has_initial_state, initial_stride)",
         "(slot_stride >= 0)",
     ),
     "second chunk read as the first": ("solved += V_HEADS * CHUNK * CHUNK", "solved += 0"),

@@ -17,18 +17,18 @@ BUGS = {
     "not decayed": ("        s *= tl.exp(g)", "        s *= 1.0"),
     "decay with the wrong sign": ("s *= tl.exp(g)", "s *= tl.exp(-g)"),
     "decayed after the write": (
-        "        s *= tl.exp(g)\n        wrong = values - tl.sum(s * keys[None, :], axis=1)",
-        "        wrong = values - tl.sum(s * keys[None, :], axis=1)\n        s *= tl.exp(g)",
+        "        s *= tl.exp(g)\n        delta = values - tl.sum(s * keys[None, :], axis=1)",
+        "        delta = values - tl.sum(s * keys[None, :], axis=1)\n        s *= tl.exp(g)",
     ),
-    "what is there not taken off": ("wrong = values - tl.sum(s * keys[None, :], axis=1)", "wrong = values"),
-    "beta dropped": ("(beta * wrong)", "wrong"),
+    "what is there not taken off": ("delta = values - tl.sum(s * keys[None, :], axis=1)", "delta = values"),
+    "beta dropped": ("(beta * delta)", "delta"),
     "beta on the value only": (
-        "wrong = values - tl.sum(s * keys[None, :], axis=1)\n        s += (beta * wrong)",
-        "wrong = beta * values - tl.sum(s * keys[None, :], axis=1)\n        s += wrong",
+        "delta = values - tl.sum(s * keys[None, :], axis=1)\n        s += (beta * delta)",
+        "delta = beta * values - tl.sum(s * keys[None, :], axis=1)\n        s += delta",
     ),
     "output from the old state": (
         "y = tl.sum(s * (query",
-        "y = tl.sum((s - (beta * wrong)[:, None] * keys[None, :]) * (query",
+        "y = tl.sum((s - (beta * delta)[:, None] * keys[None, :]) * (query",
     ),
     "state rounded between tokens": (
         "        y = tl.sum(",

@@ -11,7 +11,7 @@ BUGS = {
 }
 
 SLOW_BUGS = {  # slow: interpreted matrix products
-    "initial state not read": ("past |= is_set(", "past |= 0 * is_set("),
+    "initial state not read": ("past |= load_flag(", "past |= 0 * load_flag("),
     "chunks do not end at absolute positions": ("before = tl.load", "before = 0 * tl.load"),
     "null rows not zeroed": ("tl.zeros([BLOCK_TOKENS, BLOCK_DIM], tl.float32), written", "1.0, written"),
     "bias dropped": ("d += tl.load(dt_bias", "d += 0.0 * tl.load(dt_bias"),
@@ -22,8 +22,8 @@ SLOW_BUGS = {  # slow: interpreted matrix products
         "        if 0:\n            tl.store(",
     ),
     "null slot ignored": (
-        "source = slot_of(row, slots, slots_stride, null_slot)",
-        "source = slot_of(row, slots, slots_stride, -1)",
+        "source = load_slot(row, slots, slots_stride, null_slot)",
+        "source = load_slot(row, slots, slots_stride, -1)",
     ),
     "null destination written": ("write_stride, null_slot)", "write_stride, -1)"),
     "write slots ignored": ("count, write_slots, write_stride", "count, None, write_stride"),

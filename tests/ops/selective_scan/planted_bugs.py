@@ -9,11 +9,11 @@ BUGS = {
     "half the decay": ("tl.exp2(rates[number] * step[None, :])", "tl.exp2(0.5 * rates[number] * step[None, :])"),
     "natural exponential": ("tl.exp2(rates[number] * step[None, :])", "tl.exp(rates[number] * step[None, :])"),
     "initial state not read": (
-        "elif is_set(row, has_initial_state, initial_stride):",
+        "elif load_flag(row, has_initial_state, initial_stride):",
         "elif slot_stride < -1:",
     ),
     "state read by rows that have none": (
-        "elif is_set(row, has_initial_state, initial_stride):",
+        "elif load_flag(row, has_initial_state, initial_stride):",
         "elif slot_stride >= 0:",
     ),
     "null rows not zeroed": ("tl.zeros([BLOCK], tl.float32), in_dim", "1.0, in_dim"),

@@ -1,0 +1,238 @@
+"""Every private or unstable name of Triton that this package uses, each behind a function that works without it.
+
+`PRIVATE` lists the names. A name that has gone is warned about once, when it is first needed. Triton is imported inside
+functions, so that what can do without it may import this module.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache, reduce
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+DRIVER = "triton.runtime:driver.active"
+LOAD = "triton.runtime.jit:JITFunction._do_compile"
+TUNE = "triton.runtime.autotuner:Autotuner._bench"
+PRELOAD = "triton.runtime.jit:JITFunction.preload"
+CACHES = "triton.runtime.jit:JITFunction.device_caches"
+BEFORE_LOAD = "triton:knobs.runtime.jit_cache_hook"
+LOADED = "triton:knobs.compilation.listener"
+COMPILED = "triton:knobs.runtime.jit_post_compile_hook"
+CACHE_DIR = "triton:knobs.cache.dir"
+HASH = "triton.runtime.cache:triton_key"
+ON_DISK = (
+    "triton.compiler.compiler:ASTSource",
+    "triton.compiler.compiler:make_backend",
+    "triton.runtime.cache:get_cache_key",
+    "triton.runtime.cache:get_cache_manager",
+    "triton.runtime.jit:get_cache_invalidating_env_vars",
+)
+TARGET = "triton.backends.compiler:GPUTarget"
+PRIVATE = (
+    *(DRIVER, LOAD, TUNE, PRELOAD, CACHES),
+    *(BEFORE_LOAD, LOADED, COMPILED, CACHE_DIR, HASH, TARGET, *ON_DISK),
+)
+"""`module:name` of each. Instances alone have `device_caches`."""
+
+LAUNCHERS = ["triton.backends.nvidia.driver"]
+"""Drivers that make launchers without a GPU; of others that is not known."""
+
+
+_GONE = object()
+
+
+@cache
+def _warn_once(name: str, consequence: str) -> None:
+    warnings.warn(f"this Triton has no {name}: {consequence}", RuntimeWarning, stacklevel=3)
+
+
+def named(module: str, name: str) -> Any:
+    """Return what a module has under a dotted name."""
+    return reduce(getattr, name.split("."), importlib.import_module(module))
+
+
+def _find(path: str, consequence: str) -> Any:
+    """Return what Triton has under a private name; else warn of the consequence, once, and return _GONE."""
+    try:
+        return named(*path.split(":"))
+    except (ImportError, AttributeError):
+        _warn_once(path.partition(":")[2], consequence)
+        return _GONE
+
+
+# -- devices and files ------------------------------------------------------------------------------------------------
+
+
+def device_family() -> str:
+    """Return the name of the current device's family, which runs the same binaries (`cuda-90`, `hip-gfx942`)."""
+    if (driver := _find(DRIVER, "devices are named after what torch says of them")) is not _GONE:
+        target = driver.get_current_target()
+        return f"{target.backend}-{target.arch}"
+    if (device := torch.accelerator.current_accelerator(check_available=True)) is None:
+        return "cpu"
+    properties = torch.get_device_module(device).get_device_properties()
+    if hasattr(properties, "gcnArchName"):
+        return f"hip-{properties.gcnArchName.partition(':')[0]}"
+    return f"{device.type}-{getattr(properties, 'major', '')}{getattr(properties, 'minor', '')}"
+
+
+def cache_dir() -> Path:
+    """Return the folder in which Triton keeps what it compiled."""
+    if (found := _find(CACHE_DIR, "its cache is taken to be in TRITON_CACHE_DIR, or in ~/.triton")) is not _GONE:
+        return Path(found)
+    default = Path(os.environ.get("TRITON_HOME", Path.home()), ".triton", "cache")
+    return Path(os.environ.get("TRITON_CACHE_DIR", default))
+
+
+def hash_sources() -> None:
+    """Hash Triton's own files, as every key of its cache needs; Triton remembers the hash."""
+    if (hash_files := _find(HASH, "its files are hashed at the first launch instead")) is not _GONE:
+        hash_files()
+
+
+def is_on_disk(function: Any, asked: Any) -> bool:
+    """Whether Triton's cache has the variant of a kernel that `jit_cache_hook` was called for."""
+    found = [_find(path, "a warm-up has kernels compiled that are on disk already") for path in (DRIVER, *ON_DISK)]
+    if _GONE in found:
+        return False
+    driver, ast_source, make_backend, get_cache_key, get_cache_manager, get_env = found
+    backend = make_backend(driver.get_current_target())
+    options = json.loads(asked["specialization_data"])["options"]
+    options = backend.parse_options({n: tuple(v) if isinstance(v, list) else v for n, v in options.items()})
+    source = ast_source(function, asked["signature"], asked["constants"], asked["configs"][0])
+    key = get_cache_key(source, backend, options, env_vars=get_env())
+    name = f"{source.name[:150]}.json"
+    group = get_cache_manager(hashlib.sha256(key.encode()).hexdigest()).get_group(name)
+    return bool(group) and name in group
+
+
+# -- what is loaded, and what happens ---------------------------------------------------------------------------------
+
+
+class Variant(NamedTuple):
+    """A variant of a kernel that was asked for: what Triton compiles for of every argument, and of other options."""
+
+    key: str
+    arguments: tuple[tuple[str, Any], ...]
+    options: str
+    loaded: bool
+
+
+def variants(function: Any) -> list[Variant]:
+    """Return the variants of a kernel that were asked for in this process, of all devices."""
+    try:
+        return [
+            Variant(key, tuple(arguments), options, key in loaded)
+            for loaded, keys, *_ in function.device_caches.values()
+            for (arguments, options), key in keys.items()
+        ]
+    except (AttributeError, TypeError, ValueError):
+        _warn_once("device_caches", "the variants of a kernel that are loaded are not known")
+        return []
+
+
+@contextmanager
+def unloaded(functions: Iterable[Any]) -> Iterator[None]:
+    """Within the block, kernels are as if none of their variants were loaded."""
+    before = []
+    for function in functions:
+        try:
+            before.append((function, function.device_caches))
+            function.device_caches = type(function.device_caches)(function.device_caches.default_factory)
+        except (AttributeError, TypeError):
+            _warn_once("device_caches", "variants of a kernel that are loaded are not counted")
+    try:
+        yield
+    finally:
+        for function, caches in reversed(before):
+            function.device_caches = caches
+
+
+def call_before(path: str, hook: Callable[..., None], consequence: str) -> None:
+    """Call `hook` with the arguments of a method of Triton's, before each call of it."""
+    if (method := _find(path, consequence)) is _GONE:
+        return
+
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        hook(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    owner, _, last = path.rpartition(".")
+    setattr(named(*owner.split(":")), last, hooked)
+
+
+def has_hooks() -> bool:
+    """Whether Triton says when it loads a kernel, and lets other processes compile it: what a warm-up needs."""
+    consequence = "a warm-up compiles one kernel after the other, and does not say which"
+    return _GONE not in [_find(path, consequence) for path in (BEFORE_LOAD, LOADED, DRIVER, PRELOAD, TARGET)]
+
+
+@contextmanager
+def hook(path: str, function: Callable[..., Any], consequence: str) -> Iterator[None]:
+    """Within the block, Triton calls `function` as its hook of this name, before one that is there already."""
+    if (before := _find(path, consequence)) is _GONE:
+        yield
+        return
+    owner, _, last = path.rpartition(".")
+    owner = named(*owner.split(":"))
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) or (before(*args, **kwargs) if before else None)
+
+    setattr(owner, last, both)
+    try:
+        yield
+    finally:
+        setattr(owner, last, before)
+
+
+# -- compiling in other processes -------------------------------------------------------------------------------------
+
+
+def describe_target() -> dict[str, Any]:
+    """Return what another process compiles for, in plain values: `compile_for` takes them there."""
+    driver = named(*DRIVER.split(":"))
+    launcher, utils = (getattr(driver, name, None) for name in ("launcher_cls", "utils"))
+    if launcher is None or launcher.__module__ not in LAUNCHERS:
+        launcher = utils = None
+    return {
+        "target": vars(driver.get_current_target()),
+        "launcher": launcher and (launcher.__module__, launcher.__qualname__),
+        "utils": utils and (type(utils).__module__, type(utils).__qualname__),
+    }
+
+
+class _Target:
+    """Stands for Triton's driver: knows the target, and makes launchers, but has no device."""
+
+    def __init__(self, target: dict[str, Any], launcher: tuple[str, str] | None, utils: tuple[str, str] | None) -> None:
+        self.target = named(*TARGET.split(":"))(**target)
+        self.launcher_cls = named(*launcher) if launcher else None
+        self.utils = named(*utils)() if utils else None
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
+def compile_for(target: dict[str, Any]) -> None:
+    """Let this process, which needs no GPU, compile for what `describe_target` said."""
+    from triton.runtime import driver
+
+    driver.set_active(_Target(**target))
+
+
+def compile_variant(function: Any, specialization_data: str) -> None:
+    """Compile a variant of a kernel to Triton's cache on disk, and its launcher where Triton writes one in C."""
+    kernel = function.preload(specialization_data)
+    if (launcher := named(*DRIVER.split(":")).launcher_cls) is not None:
+        launcher(kernel.src, kernel.metadata)

@@ -1,0 +1,3 @@
+"""The Triton kernels of mamba_chunk_scan, and how they are launched."""
+
+from mamba_ops.ops.mamba_chunk_scan.triton.launch import mamba_chunk_scan as mamba_chunk_scan

@@ -1,0 +1,3 @@
+"""The Triton kernels of selective_scan, and how they are launched."""
+
+from mamba_ops.ops.selective_scan.triton.launch import selective_scan as selective_scan

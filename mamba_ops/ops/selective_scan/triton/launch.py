@@ -1,0 +1,182 @@
+"""How the kernels of the selective scan are launched."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_placeholder
+from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
+from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
+from mamba_ops.ops.selective_scan.triton.kernels import _ends, _outputs, _starts
+
+if TYPE_CHECKING:
+    from mamba_ops.ops.selective_scan.op import Arguments
+
+CHUNK = 64  # tokens, counted from a row's first one
+
+
+def selective_scan(call: "Arguments") -> None:
+    """Write `output` and the last states; shapes and meaning are the op's, and are not checked again.
+
+    Every token of an activation must be dense: others are copied first, as are parameters and index tensors that are
+    not, and an output that is not is written through a copy. States that are not dense within a slot are another
+    variant.
+    """
+    flat = call.cu_seqlens is not None
+    rows = call.x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    length = None if flat else call.x.shape[1]
+    if rows == 0:
+        return
+    written = by_token(call.output, flat)
+    x, dt, B, C = by_token(call.x, flat), by_token(call.dt, flat), by_token(call.B, flat), by_token(call.C, flat)
+    z = None if call.z is None else by_token(call.z, flat)
+    (dim, dstate), tokens, groups = call.A.shape, x.shape[0], B.shape[1] if B.dim() == 3 else 1
+    if call.chunk_ends is not None:
+        chunks = call.chunk_ends.shape[0]
+    elif length is not None:
+        chunks = rows * cdiv(length, CHUNK)
+    else:
+        chunks = tokens // CHUNK + rows
+    several = call.chunk_ends is not None or chunks > rows  # a row may have more than one
+    moves = call.write_slots is not None and call.ssm_state is not None and (length is None or length == 0)
+
+    D, dt_bias, cu_seqlens = (None if t is None else t.contiguous() for t in (call.D, call.dt_bias, call.cu_seqlens))
+    first_block, last_block, initial_block, chunk_ends, last_chunk = (
+        None if t is None else t.contiguous()
+        for t in (call.first_block, call.last_block, call.initial_block, call.chunk_ends, call.last_chunk)
+    )
+    slots, slots_stride = or_placeholder(None if call.slots is None else dense(call.slots), x, tl.int32)
+    has_initial_state, write_slots = call.has_initial_state, call.write_slots
+    if call.ssm_state is None:  # no state to start from, none to store
+        has_initial_state = write_slots = None
+    write_slots = None if write_slots is None else dense(write_slots)
+    write_stride = None if write_slots is None else write_slots.stride(0)
+    has_initial_state, initial_stride = or_placeholder(has_initial_state, x, tl.int1)
+    slot_stride, dim_stride, dstate_stride = (-1, 0, 0) if call.ssm_state is None else call.ssm_state.stride()
+    is_plain = call.ssm_state is None or is_dense(call.ssm_state)
+    ssm_state, _ = or_placeholder(call.ssm_state, x, tl.float32)
+
+    launches = _launches(x.get_device(), dim, dstate)
+    ends, starts, outputs = (launches[kernel] for kernel in ("_ends", "_starts", "_outputs"))
+    words = outputs["WIDTH"] % 4 == 0 and _in_words(B) and _in_words(C)
+    sizes = {"DIM": dim, "DSTATE": dstate, "CHUNK": CHUNK, "BLOCK_ROWS": 128}
+    sizes_of_tokens = {**sizes, "GROUPS": groups, "SOFTPLUS": call.dt_softplus, "WORDS": words}
+    states = sums = None
+    with on_device_of(x):
+        if several and tokens:
+            states = torch.empty(chunks, dstate, dim, dtype=torch.float32, device=x.device)
+            sums = torch.empty(chunks, dim, dtype=torch.float32, device=x.device)
+            _ends[(chunks * groups * cdiv(dim // groups, ends["BLOCK"]),)](
+                x,
+                dt,
+                call.A,
+                B,
+                dt_bias,
+                slots,
+                cu_seqlens,
+                initial_block,
+                chunk_ends,
+                last_chunk,
+                states,
+                sums,
+                rows,
+                length,
+                call.null_slot,
+                1,
+                *call.A.stride(),
+                slots_stride,
+                x.stride(0),
+                dt.stride(0),
+                B.stride(0),
+                **sizes_of_tokens,
+                **ends,
+            )
+        if (several and tokens) or moves:
+            _starts[(rows * cdiv(dim, starts["BLOCK"]) * dstate,)](
+                call.A,
+                ssm_state,
+                slots,
+                write_slots,
+                has_initial_state,
+                cu_seqlens,
+                first_block,
+                initial_block,
+                chunk_ends,
+                last_chunk,
+                states,
+                sums,
+                length,
+                call.null_slot,
+                *call.A.stride(),
+                slots_stride,
+                write_stride,
+                initial_stride,
+                slot_stride,
+                dim_stride,
+                dstate_stride,
+                call.block_size or None,
+                **sizes,
+                **starts,
+            )
+        if tokens == 0 or chunks == 0:
+            return
+        _outputs[(chunks * groups * cdiv(dim // groups, outputs["BLOCK"]),)](
+            x,
+            dt,
+            call.A,
+            B,
+            C,
+            D,
+            z,
+            dt_bias,
+            written,
+            ssm_state,
+            slots,
+            write_slots,
+            has_initial_state,
+            cu_seqlens,
+            last_block,
+            initial_block,
+            chunk_ends,
+            last_chunk,
+            or_placeholder(states, x, tl.float32)[0],
+            rows,
+            length,
+            call.null_slot,
+            1,
+            *call.A.stride(),
+            slots_stride,
+            write_stride,
+            initial_stride,
+            slot_stride,
+            None if is_plain else dim_stride,
+            None if is_plain else dstate_stride,
+            x.stride(0),
+            dt.stride(0),
+            None if z is None else z.stride(0),
+            written.stride(0),
+            B.stride(0),
+            C.stride(0),
+            **sizes_of_tokens,
+            **outputs,
+        )
+    write_back(written, call.output, flat)
+
+
+def _in_words(tensor: Tensor) -> bool:
+    """Whether the B or C of every token and group is made of whole words of four numbers of 2 bytes."""
+    return tensor.itemsize == 2 and tensor.data_ptr() % 8 == 0 and (tensor.stride(0) | tensor.shape[-1]) % 4 == 0
+
+
+@tunable_launch(_ends="BLOCK num_warps", _starts="BLOCK num_warps", _outputs="BLOCK num_warps")
+def _launches(dim: int, dstate: int) -> Launches:
+    """A thread has a channel; interpreted, few operations on large tensors take less time than many."""
+    padded = triton.next_power_of_2(dstate)
+    width = min(padded, 16) if not INTERPRETED or padded <= 4 else 1
+    parts = padded // width
+    block = 32 if INTERPRETED else max(min(64 // parts, 32), 8)
+    tokens = {"BLOCK": block, "PARTS": parts, "WIDTH": width, "num_warps": 1}
+    return {"_ends": tokens, "_starts": {"BLOCK": 128, "num_warps": 1}, "_outputs": tokens}
