@@ -1,13 +1,16 @@
 """The backend let loose on CPU tensors, with the stand-in in the vendor's place, or with its import not yet tried."""
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 
 import pytest
 
-from mamba_ops.backends.flashinfer import mamba, vendor
+from mamba_ops.registry.dispatcher import dispatcher
 from tests.on_flashinfer import stand_in
 from tests.on_flashinfer.calls import Calls
 
+mamba = import_module("mamba_ops.ops.selective_state_update.flashinfer")
+vendor = import_module("mamba_ops.backends.flashinfer")
 flashinfer = vendor.flashinfer
 
 
@@ -28,9 +31,11 @@ def calls(monkeypatch: pytest.MonkeyPatch, capability: Callable[[int, int], None
     monkeypatch.setattr(flashinfer, "devices", ("cpu",))
     monkeypatch.setattr(flashinfer, "_import_problem", lambda: None)
     mamba._kernel.cache_clear()  # it is bound once
+    dispatcher.changed()
     with stand_in.installed() as seen:
         yield seen
     mamba._kernel.cache_clear()
+    dispatcher.changed()
 
 
 @pytest.fixture

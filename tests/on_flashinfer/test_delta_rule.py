@@ -66,7 +66,7 @@ def test_rows_that_are_nobody_run_in_slot_0(
         "slots": torch.tensor([-1, 0, 3]),
         "write_slots": None if write_slots is None else torch.tensor(write_slots),
     }
-    dense: dict[str, Any] = {"state": lambda s: s.contiguous(), "state_dtype": state_dtype, "null_slot": 0}
+    dense: dict[str, Any] = {"ssm_state": lambda s: s.contiguous(), "state_dtype": state_dtype, "null_slot": 0}
     sample = sample_of(gated_delta_rule_update, name, **dense, **tables)
     judge(gated_delta_rule_update, sample, with_scratch)
 
@@ -85,20 +85,20 @@ REFUSED_UPDATES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"a": lambda a: a.float()}, "takes a in q's bfloat16, and it is float32"),
     ({"b": lambda b: b.float()}, "takes b in q's bfloat16, and it is float32"),
-    ({"state": lambda s: s.half()}, "takes a float32 or bfloat16 state, and it is float16"),
+    ({"ssm_state": lambda s: s.half()}, "takes a float32 or bfloat16 state, and it is float16"),
     ({"slots": None, "write_slots": torch.tensor([6, 4, 7])}, "takes write_slots together with slots"),
     (
-        {"state": lambda s: s.bfloat16()},
+        {"ssm_state": lambda s: s.bfloat16()},
         (
             "runs rows that are nobody in slot 0 where the state is bfloat16 or there are write slots, and null_slot "
             "is -1; keep slot 0 free and say null_slot=0"
         ),
     ),
     (
-        {"state": lambda s: s.mT.contiguous().mT},
+        {"ssm_state": lambda s: s.mT.contiguous().mT},
         "takes a state whose slots are each dense, and its strides are (65536, 16384, 1, 128)",
     ),
-    ({"state": shifted}, "takes a state whose slots start at multiples of 32 bytes, and not all of them do"),
+    ({"ssm_state": shifted}, "takes a state whose slots start at multiples of 32 bytes, and not all of them do"),
     (
         {"out": lambda _: torch.zeros(3, 128, 4).bfloat16().mT},
         "takes an out that is contiguous and starts at a multiple of 32 bytes",

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from mamba_ops.backends.flashinfer.vendor import flashinfer
 from torch import Tensor
 
 from mamba_ops import selective_state_update, use_backend
+from mamba_ops.backends import flashinfer
 from mamba_ops.registry import Sample
 from tests.harness import front_on, judge, refusal
 from tests.on_flashinfer.calls import Calls, refused, sample_of, samples_of, shifted
@@ -134,7 +134,7 @@ def double(tensor: Tensor) -> Tensor:
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("base", {"x": double}, "computes in float32, and x is float64"),
-    ("base", {"state": double}, "computes in float32, and state is float64"),
+    ("base", {"ssm_state": double}, "computes in float32, and ssm_state is float64"),
     ("base", {"B": lambda B: B.float()}, "takes B in x's bfloat16, and it is float32"),
     ("base", {"C": lambda C: C.half()}, "takes C in x's bfloat16, and it is float16"),
     ("gate", {"z": lambda z: z.float()}, "takes z in x's bfloat16, and it is float32"),
@@ -145,7 +145,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "base",
-        {"state": lambda s: s[:2], "slots": [0, -1, 1]},
+        {"ssm_state": lambda s: s[:2], "slots": [0, -1, 1]},
         "takes no more rows than state has slots, and there are 3 rows and 2 slots",
     ),
     (
@@ -153,8 +153,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"groups": 1, "heads": 3},
         "takes 1, 2, 4, 8, 16, 32 or 64 heads a group for this call, and there are 3",
     ),
-    ("base", {"state": shifted}, "takes a state whose slots start at multiples of 16 bytes, and not all of them do"),
-    ("base", {"state": apart}, "takes a state whose slots start at multiples of 16 bytes, and not all of them do"),
+    (
+        "base",
+        {"ssm_state": shifted},
+        "takes a state whose slots start at multiples of 16 bytes, and not all of them do",
+    ),
+    ("base", {"ssm_state": apart}, "takes a state whose slots start at multiples of 16 bytes, and not all of them do"),
     *(
         (name, {key: change}, f"takes tokens of {key} that start at multiples of 16 bytes, and not all of them do")
         for name, key in (("base", "x"), ("base", "B"), ("base", "C"), ("gate", "z"))
@@ -247,8 +251,8 @@ def test_algorithms(
     sentence: str | None,
 ) -> None:
     capability(*numbers)
-    monkeypatch.setattr(flashinfer, "take_settings", lambda settings: None)  # a configuration would refuse some
-    monkeypatch.setitem(flashinfer.settings, "algorithm", algorithm)
+    # a configuration would refuse some
+    monkeypatch.setattr(type(flashinfer), "settings", property(lambda _: {"algorithm": algorithm}))
     sample = sample_of(selective_state_update, name)
     if sentence is None:
         judge(selective_state_update, sample, front_on(selective_state_update, "flashinfer"))

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamba_ops.registry.dispatcher import dispatcher
+
 _HEAD = """gdn_attention(Tensor(a!) core_attn_out, Tensor(b!) z, Tensor projected_states_qkvz,
  Tensor projected_states_ba, int num_k_heads, int num_v_heads, int head_k_dim, int head_v_dim, Tensor(c!) conv_state,
  Tensor(d!) ssm_state, Tensor conv_weights, Tensor? conv_bias, str activation, Tensor A_log, Tensor dt_bias,
@@ -44,10 +46,12 @@ def installed(form: str) -> Iterator[list[dict[str, Any]]]:
 
     library.impl("gdn_attention", run, "CPU")
     calls.clear()
+    dispatcher.changed()  # what was decided with another form of the package, or without it, holds no longer
     try:
         yield calls
     finally:
         library._destroy()
+        dispatcher.changed()
 
 
 def _is(tensor: Tensor, dtype: torch.dtype, *shape: int, dense: bool = True) -> None:

@@ -11,8 +11,8 @@ mamba_ssm = Backend("mamba_ssm", devices=("cuda",), requires="selective_scan_cud
 
 
 def _why_not(
-    u: Tensor,
-    delta: Tensor,
+    x: Tensor,
+    dt: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
@@ -28,15 +28,15 @@ def _why_not(
         return "starts every row from zero, and has_initial_state is given"
     if block_size > 0:
         return "keeps no states of a prefix cache"
-    if u.dtype == torch.float64:
-        return "computes in float32, and u is float64"
-    for name, tensor in (("delta", delta), ("B", B), ("C", C), ("z", z), ("out", output)):
-        if tensor is not None and tensor.dtype != u.dtype:
-            mine, other = (str(t.dtype).removeprefix("torch.") for t in (u, tensor))
+    if x.dtype == torch.float64:
+        return "computes in float32, and x is float64"
+    for name, tensor in (("delta", dt), ("B", B), ("C", C), ("z", z), ("out", output)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            mine, other = (str(t.dtype).removeprefix("torch.") for t in (x, tensor))
             return f"takes {name} in u's {mine}, and it is {other}"
     if A.shape[1] > 256:
         return f"takes a dstate of at most 256, and A has {A.shape[1]}"
-    return "takes at least one token, and there is none" if u.numel() == 0 else None
+    return "takes at least one token, and there is none" if x.numel() == 0 else None
 
 
 def _by_channel(tokens: Tensor) -> Tensor:
@@ -51,16 +51,16 @@ def _grouped(tokens: Tensor) -> Tensor:
 
 @mamba_ssm.implements(selective_scan, unsupported=_why_not)
 def _selective_scan(
-    u: Tensor,
-    delta: Tensor,
+    x: Tensor,
+    dt: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
     *,
     D: Tensor | None = None,
     z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
     cu_seqlens: Tensor | None = None,
     ssm_state: Tensor | None = None,
     slots: Tensor | None = None,
@@ -78,25 +78,25 @@ def _selective_scan(
     import selective_scan_cuda
 
     out, states, *gated = selective_scan_cuda.fwd(
-        _by_channel(u),
-        _by_channel(delta),
+        _by_channel(x),
+        _by_channel(dt),
         A.float().contiguous(),
         _grouped(B),
         _grouped(C),
         None if D is None else D.float().contiguous(),
         None if z is None else _by_channel(z),
-        None if delta_bias is None else delta_bias.float().contiguous(),
-        delta_softplus,
+        None if dt_bias is None else dt_bias.float().contiguous(),
+        dt_softplus,
     )
     output.copy_((gated[0] if gated else out).movedim(-1, 1))
-    source, somebody = (table[:, 0] for table in slot_tables.row_slots(slots, u.shape[0], null_slot, u.device))
+    source, is_active = (table[:, 0] for table in slot_tables.row_slots(slots, x.shape[0], null_slot, x.device))
     if slots is not None:
-        output.masked_fill_(~somebody.view(-1, 1, 1), 0)
+        output.masked_fill_(~is_active.view(-1, 1, 1), 0)
     if ssm_state is not None:
-        target, stored = source, somebody
+        target, stored = source, is_active
         if write_slots is not None:
             target, stored = (
-                table[:, 0] for table in slot_tables.row_slots(write_slots, u.shape[0], null_slot, u.device)
+                table[:, 0] for table in slot_tables.row_slots(write_slots, x.shape[0], null_slot, x.device)
             )
         # A chunk's products and states alternate; the last chunk's states are the row's.
-        slot_tables.store_rows(ssm_state, target, states[:, :, -1, 1::2], stored & somebody)
+        slot_tables.store_rows(ssm_state, target, states[:, :, -1, 1::2], stored & is_active)
