@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from compile_tests.test_layers import new_layer_on
-from compile_tests.test_ops import STEPS
+from compile_tests.test_ops import DAILY_STEPS, step
 from compile_tests.test_plans import caches_of, random_plans
 from mamba_ops import absent
 from mamba_ops.audit import Report, audit
@@ -41,9 +41,9 @@ class Subject(NamedTuple):
 
 def subjects(device: torch.device | str) -> Iterator[Subject]:
     """Yield every op, and every layer with and without a plan, with calls of several sizes."""
-    for case in STEPS:
-        op, step = case.values
-        yield Subject(op.name, _front(op), [(s.args, dict(s.kwargs)) for s in map(step, ROWS)], op)
+    for op, pattern in DAILY_STEPS.items():
+        samples = [step(op, pattern, rows) for rows in ROWS]
+        yield Subject(op.name, _front(op), [(s.args, dict(s.kwargs)) for s in samples], op)
     for name in KINDS:
         layer = new_layer_on(name, device)
         calls: list[Call] = [((torch.randn(n, 37, HIDDEN),), {}) for n in ROWS]

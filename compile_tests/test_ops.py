@@ -135,6 +135,9 @@ STEPS = [
     for number, pattern in enumerate(pattern for pattern in op.patterns if is_whole(op, pattern))
 ]
 
+DAILY_STEPS: dict[Op[...], str] = {case.values[0]: case.values[1] for case in reversed(STEPS)}
+"""Each op's first such pattern."""
+
 
 def test_every_op_has_a_pattern_with_all_that_it_mutates() -> None:
     assert list(dict.fromkeys(p.values[0] for p in STEPS)) == OPS
