@@ -65,7 +65,7 @@ def test_the_selective_scan(installed: Path, sizes: dict[str, str]) -> None:
     sentences = {
         "takes no packed rows",
         "starts every row from zero, and has_initial_state is given",
-        *(() if float32 else (f"takes out in u's {sizes['dtype']}, and it is float32",)),
+        *(() if float32 else (f"takes out in x's {sizes['dtype']}, and it is float32",)),
     }
     assert {sentence for sentence in said.values() if sentence != "right"} <= sentences
 
@@ -111,8 +111,8 @@ why(*update, r(2, 16), r(4, 16, 3), w, slots=torch.tensor([0, 1]), num_accepted_
 
 def test_it_refuses_in_a_sentence(installed: Path) -> None:
     assert succeed(REFUSED, installed, STAND_INS).splitlines() == [
-        "computes in float32, and u is float64",
-        "takes delta in u's float32, and it is float16",
+        "computes in float32, and x is float64",
+        "takes dt in x's float32, and it is float16",
         "takes a dstate of at most 256, and A has 300",
         "takes at least one token, and there is none",
         "takes a width of at most 4, and weight has 5",

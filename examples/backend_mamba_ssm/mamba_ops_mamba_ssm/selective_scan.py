@@ -30,10 +30,10 @@ def _why_not(
         return "keeps no states of a prefix cache"
     if x.dtype == torch.float64:
         return "computes in float32, and x is float64"
-    for name, tensor in (("delta", dt), ("B", B), ("C", C), ("z", z), ("out", output)):
+    for name, tensor in (("dt", dt), ("B", B), ("C", C), ("z", z), ("out", output)):
         if tensor is not None and tensor.dtype != x.dtype:
             mine, other = (str(t.dtype).removeprefix("torch.") for t in (x, tensor))
-            return f"takes {name} in u's {mine}, and it is {other}"
+            return f"takes {name} in x's {mine}, and it is {other}"
     if A.shape[1] > 256:
         return f"takes a dstate of at most 256, and A has {A.shape[1]}"
     return "takes at least one token, and there is none" if x.numel() == 0 else None
