@@ -116,7 +116,7 @@ class Backend:
         self.source = caller()
         self._import_problem = cache(self._try_import)
         self._unwarned: str | None = None  # why a package that is installed cannot be imported, until it is warned of
-        dispatcher.refuse_duplicate("backend", name, dispatcher.backends)
+        errors.refuse_duplicate("backend", name, dispatcher.backends.get(name))
         dispatcher.backends[name] = self
         dispatcher.changed()
 
@@ -167,8 +167,7 @@ class Backend:
         """
 
         def register(adapter: Any) -> Any:
-            if (first := op.kernels.get(self.name)) is not None:
-                raise errors.duplicate("kernel", f"{self.name} for {op.qualname}", first.source)
+            errors.refuse_duplicate("kernel", f"{self.name} for {op.qualname}", op.kernels.get(self.name))
             if stray := sorted(set(layouts or {}) - op.mutates):
                 problem = f"layouts names {', '.join(stray)}, which the op does not mutate"
                 raise errors.declaration(f"{self.name} for {op.qualname}", problem)

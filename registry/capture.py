@@ -59,7 +59,10 @@ def capture_query(device: torch.device) -> Callable[[], bool]:
 def refuse_swap(what: str) -> None:
     """Raise if this thread captures a graph."""
     if is_capturing():
-        raise errors.swap_while_capturing(what)
+        raise errors.RegistryError(
+            f"{what} was called, or its block left, while this thread captures a graph, which would hold kernels of "
+            "two selections; swap around the capture"
+        )
 
 
 def is_capturing() -> bool:
@@ -124,7 +127,12 @@ def warn_of_swap(snapshot: "Snapshot") -> None:
         other = taker if taker != seen.backend else "the same with other settings"
         if other is not None and (taker != seen.backend or settings_of(op, snapshot) != seen.settings):
             del _captured[op]
-            warnings.warn(errors.captured(op.qualname, seen.backend, other), RuntimeWarning, stacklevel=4)
+            sentence = (
+                f"{op.qualname} was captured in a graph while it ran on {seen.backend}: replays go on running "
+                f"{seen.backend}, and the backend asked for is {other} now. Capture again after the swap, or let "
+                'torch.compile(mode="reduce-overhead") capture, which records anew after a swap'
+            )
+            warnings.warn(sentence, RuntimeWarning, stacklevel=4)
 
 
 def settings_of(op: "Op[...]", snapshot: "Snapshot") -> Settings:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mamba_ops.registry import capture, errors
+from mamba_ops.registry import capture
 from mamba_ops.registry.decision_cache import DecisionCache
 from mamba_ops.registry.snapshot import NO_REQUESTS, Request, Requests, Snapshot
 
@@ -179,11 +179,6 @@ class Dispatcher:
                         problem = f"backend plug-in {entry.name} ({entry.value}) could not be loaded: {error!r}"
                         warnings.warn(problem, RuntimeWarning, stacklevel=3)
                 self._complete.add(name)
-
-    def refuse_duplicate(self, kind: str, name: str, known: Mapping[str, Any]) -> None:
-        """Raise if a name is taken, pointing at the first registration."""
-        if (first := known.get(name)) is not None:
-            raise errors.duplicate(kind, name, first.source)
 
 
 def caller() -> str:

@@ -76,7 +76,7 @@ class Op(Generic[P]):
         self.source = errors.source_of(function)
         self.mutates = mutates
         self.splits_graph, self.reads_host, self.composed = splits_graph, reads_host, composed
-        dispatcher.refuse_duplicate("op", self.qualname, dispatcher.ops)
+        errors.refuse_duplicate("op", self.qualname, dispatcher.ops.get(self.qualname))
         self.parameters = schema.parameters_of(self.qualname, function, mutates)
         self._names = [p.name for p in self.parameters]
         self._tensors = [p.name for p in self.parameters if codegen.is_tensor(p)]
@@ -320,7 +320,12 @@ class Op(Generic[P]):
         if selection_token is not None:
             named = token.named_by(selection_token)
             if named is None and _torch.inductor_records(device_of(arguments)):
-                raise errors.recording_in_event_loop(self.qualname)
+                raise errors.RegistryError(
+                    f"{self.qualname}: got a recording by torch.compile (a CUDA graph) in a thread whose asyncio tasks "
+                    "select backends, expected one selection for the thread, as a replay runs no Python that could "
+                    "tell tasks apart; enter use_backend around the event loop, run the call in a thread, or compile "
+                    "without CUDA graphs"
+                )
             snapshot = named or snapshot
         with dispatcher.override(snapshot):
             kernel, arguments = self._choose(arguments, DecisionCache(snapshot, is_foreign=selection_token is not None))
@@ -363,7 +368,12 @@ class Op(Generic[P]):
                 raise ValueError(self._gradient_sentence(p.name))
 
     def _gradient_sentence(self, name: str) -> str:
-        return errors.requires_grad(self.qualname, "out" if name == "output" else name)
+        name = "out" if name == "output" else name
+        return (
+            f"{self.qualname}: {name}: got a tensor that requires grad while grad mode is on, expected none: this op "
+            "does not record gradients yet; call it under torch.no_grad() or torch.inference_mode(), or detach the "
+            "tensor (parameters count)"
+        )
 
     def _fake(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the op returns nothing. Only refuse meta tensors among real ones, which would run nothing."""
@@ -371,7 +381,8 @@ class Op(Generic[P]):
         if len({t.is_meta for t in tensors.values()}) > 1:
             expected = next(iter(tensors.values())).device
             name = next(n for n, t in tensors.items() if t.is_meta != (expected.type == "meta"))
-            raise errors.two_worlds(self.qualname, name, tensors[name].device, expected)
+            got = f"got a tensor on {tensors[name].device}, expected {expected}"
+            raise ValueError(f"{self.qualname}: {name}: {got}; move all arguments to one device")
 
     def _facet(self, function: F, parameters: list[inspect.Parameter] | None = None) -> Callable[..., Any]:
         parameters = self.parameters if parameters is None else parameters

@@ -50,7 +50,14 @@ def problems(request: Request) -> list[errors.RegistryError]:
             found.append(errors.RegistryError(f"no backend is named for {place}"))
         found += [errors.unknown("backend", name, backends) for name in names if name not in backends]
         known = [name for name in names if name in backends]
-        found += [errors.no_kernel(n, op.qualname, op.kernels) for op in where for n in known if n not in op.kernels]
+        found += [
+            errors.RegistryError(
+                f"backend {name!r} has no kernel for {op.qualname}; it can run on: {', '.join(sorted(op.kernels))}"
+            )
+            for op in where
+            for name in known
+            if name not in op.kernels
+        ]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             found.append(errors.RegistryError(f"{', '.join(twice)} is named twice for {place or 'all ops'}"))
     return found

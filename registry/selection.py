@@ -195,10 +195,16 @@ def _recorded(op: "Op[...]", kernel: "Kernel") -> Callable[..., None]:
 
 
 def _refused(op: "Op[...]", reasons: Mapping[str, str], snapshot: Snapshot) -> errors.NoBackendError:
-    requested = snapshot.order(op).requested
-    if requested is not None and len(requested[0]) > 1:
-        return errors.no_taker(op.qualname, reasons, asked=requested[0], bound_by=requested[1])
-    return errors.no_backend(op.qualname, reasons, bound_by=requested[1] if requested else None)
+    """Return the error that lists each backend's reason."""
+    names, by = snapshot.order(op).requested or ((), "")
+    says = "the backend asked for refuses this call" if len(names) == 1 else "no backend accepts this call"
+    width = max(map(len, reasons), default=0)
+    lines = [f"{op.qualname}: {says}", *(f"  {name:<{width}}  {reason}" for name, reason in reasons.items())]
+    if len(names) == 1:
+        lines.append(f"(asked for by {by}; a backend asked for by name never falls back)")
+    elif names:
+        lines.append(f"(asked for by {by}: {', '.join(names)}, and no others)")
+    return errors.NoBackendError("\n".join(lines), reasons)
 
 
 def _warn_once(op: "Op[...]", name: str, reason: str, taker: "Kernel") -> None:

@@ -104,4 +104,6 @@ def _request_of(config: "Requester", by: str, what: str = "use_backend") -> Requ
 def _refuse_while_tracing(what: str) -> None:
     # Marked as constant, it runs while Dynamo traces and its error is the user's; an error raised in traced code would
     # only break the graph.
-    raise errors.swap_while_tracing(what)
+    raise errors.RegistryError(
+        f"{what}() was called inside a region that torch.compile traces; call it around the compiled function"
+    )
