@@ -18,8 +18,7 @@ from rich.table import Table
 from compile_tests.test_layers import new_layer_on
 from compile_tests.test_ops import DAILY_STEPS, step
 from compile_tests.test_plans import caches_of, random_plans
-from mamba_ops import absent
-from mamba_ops.audit import Report, audit
+from mamba_ops.audit import Report, absent, audit
 from mamba_ops.registry import Op, splitting_ops
 from tests.layers import HIDDEN, KINDS
 from tests.test_layers_plan import HIDDEN as PLAN_HIDDEN

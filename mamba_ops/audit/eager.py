@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mamba_ops import absent
+from mamba_ops.audit import absent
 from mamba_ops.audit.graph import op_name
 from mamba_ops.audit.places import running
 from mamba_ops.registry import Explanation, Op, backends, explain, ops, record_selections

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from mamba_ops import absent
+from mamba_ops.audit import absent
 from mamba_ops.audit import graph as graphs
 from mamba_ops.audit.eager import add_hidden_syncs, hear_fallbacks, run_eagerly
 from mamba_ops.audit.limit import TimeIsUp, at_most
