@@ -88,7 +88,7 @@ def verdicts(report: Report, *, copies: bool) -> dict[str, str]:
     breaks = report.failing(["break"])
     again = [finding for finding in report.failing(["recompile"]) if finding.cause != "size-one"]
     copied = report.failing(["copy"])
-    cuts = dict.fromkeys(str(piece.splitting) for graph in first for piece in graph.pieces if piece.splitting)
+    cuts = dict.fromkeys(str(segment.splitting) for graph in first for segment in graph.segments if segment.splitting)
     return {
         "one graph": "yes" if len(first) == 1 and not breaks else f"NO: {len(first)} graphs",
         "recompiles": "none" if not again else f"NO: {again[0].op}",
