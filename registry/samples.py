@@ -1,4 +1,4 @@
-"""Samples of calls, and how far a kernel may be from the truth."""
+"""Samples of calls, right and wrong."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -71,33 +71,3 @@ def _copy(value: Any, copies: dict[int, Tensor]) -> Any:
         flat = torch.empty(0, dtype=value.dtype, device=value.device).set_(storage)
         whole = copies[id(value)] = flat.clone().as_strided(value.shape, value.stride(), value.storage_offset())
     return whole
-
-
-def error_budget(truth: Tensor, low: Tensor, stored: torch.dtype) -> Tensor:
-    """Return how far, element by element, a kernel may be from the truth.
-
-    Twice the largest error that the oracle itself makes when it computes in the kernel's precision, plus one rounding
-    of the stored dtype: the budget comes from the data, no tolerance is set by hand.
-
-    Args:
-        truth: the oracle's result in float64.
-        low: the oracle's result computed in float32 and rounded as the kernel's is.
-        stored: dtype of the kernel's result.
-    """
-    finite = torch.isfinite(truth)
-    slip = (low.double() - truth)[finite].abs().max() if finite.any() else torch.zeros((), dtype=torch.float64)
-    return 2 * slip + torch.finfo(stored).eps * truth.abs() + torch.finfo(stored).tiny
-
-
-def assert_within_budget(actual: Tensor, truth: Tensor, low: Tensor, what: str = "result") -> None:
-    """Raise AssertionError, with the worst element, if a kernel's result is outside `error_budget`."""
-    error = (actual.double() - truth).abs()
-    budget = error_budget(truth, low, actual.dtype)
-    wrong = ~(error <= budget)  # NaN is wrong too
-    if wrong.any():
-        worst = int((error - budget).nan_to_num(torch.inf).argmax())
-        raise AssertionError(
-            f"{what}: {int(wrong.sum())} of {wrong.numel()} elements outside the budget; worst at flat index {worst}: "
-            f"got {actual.flatten()[worst].item():.6g}, truth {truth.flatten()[worst].item():.6g}, "
-            f"budget {budget.flatten()[worst].item():.3g}"
-        )

@@ -17,8 +17,9 @@ import torch
 import mamba_ops
 from mamba_ops.ops._common import mixing
 from mamba_ops.registry import Backend, Op
+from mamba_ops.testing.judge import front_on
 from tests.conftest import ACCELERATOR
-from tests.harness import OPS, front_on, judge
+from tests.harness import OPS, judge
 from tests.ops.tables import tables_of
 
 pytest.importorskip("triton", reason="the kernels that bugs are planted in are Triton's")

@@ -23,7 +23,7 @@ _NOT_USER_CODE = (
     _AUDIT,
     str(_PACKAGE / "registry") + os.sep,
     str((_PACKAGE / "registry").resolve()) + os.sep,  # a link, in a checkout
-    *(str(_PACKAGE / name) for name in ("commands", "testing.py")),
+    *(str(_PACKAGE / name) for name in ("commands", "testing")),
     str(_PACKAGE / "ops" / "_triton" / "watch.py"),  # stands between every launch and Triton
 )
 _STANDARD = str(Path(sysconfig.get_paths()["stdlib"]))

@@ -4,7 +4,8 @@ import pytest
 
 from mamba_ops import mamba2_mixing, use_backend
 from mamba_ops.registry import NoBackendError
-from tests.harness import front_on, judge
+from mamba_ops.testing.judge import front_on
+from tests.harness import judge
 from tests.on_flashinfer.calls import Calls
 
 SAMPLES = {sample.name: sample for sample in mamba2_mixing.make_samples("cpu", head_dim=128, dstate=64)}
