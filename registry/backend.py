@@ -168,7 +168,7 @@ class Backend:
                 raise errors.declaration(f"{self.name} for {op.qualname}", problem)
 
             def fit(given: Any) -> Any:
-                return op.adapted(given, op.parameters) if callable(given) else given
+                return op.adapted(given, op.before_the_call) if callable(given) else given
 
             kept = {name: fit(layout) for name, layout in (layouts or {}).items()}
             kernel = Kernel(self, adapter, op, fit(unsupported), fit(unsupported_layout), kept)

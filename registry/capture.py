@@ -69,7 +69,10 @@ def _device_modules() -> list[Any]:
 
 def is_capturing() -> bool:
     """Return whether this thread's current stream captures, on any device that is in use."""
-    return any(module.is_initialized() and _query_of(module)() for module in _device_modules())
+    for module in _device_modules():  # a loop, as every swap asks twice
+        if module.is_initialized() and _query_of(module)():
+            return True
+    return False
 
 
 def refuse_swap(what: str) -> None:

@@ -23,14 +23,31 @@ def call({header}):
 
 _FRONT = """\
 def __call__(self, {header}):
-    {allocations}
+    {recording}
+    {allocation}
     if is_compiling_():
+        {traced_caches}
         if is_grad_enabled_():
             {refusals}
         overload_({passed}, selection=token_({first}.device))
-    else:
-        dispatch_({passed})
+        return {result}
+    cache_ = decisions_.get(active_())
+    if cache_ is not None and not is_watched_():
+        must_redispatch_, same_tensors_, numbers_, kernel_, _ = cache_.last
+        if (not must_redispatch_() and numbers_ == {numbers} and same_tensors_({compared})):
+            kernel_({passed})
+            return {result}
+    {caches}
+    dispatch_({passed})
     return {result}
+"""
+
+_FUNCTIONAL_FRONT = """\
+def __call__(self, {header}):
+    if is_compiling_():
+        return overload_({passed}, token_({first}.device))
+    {recording}
+    return dispatch_({passed})
 """
 
 _BODY = """\
@@ -52,7 +69,9 @@ def run({header}, selection=None):
         _, _, _, kernel_, is_capturing_ = known_
         if is_capturing_():
             kernel_ = decide_captured_(values_, selection)
+    {allocation}
     kernel_({passed})
+    return {result}
 """
 
 
@@ -102,10 +121,21 @@ def adapted(
 
 
 def fronts(
-    op: str, parameters: Parameters, mutated: list[str], caches: list[str], first_code: int, **closure: Any
+    op: str,
+    parameters: Parameters,
+    mutated: list[str],
+    caches: list[str],
+    first_code: int,
+    trained: Collection[str] = (),
+    result: str = "",
+    **closure: Any,
 ) -> tuple[FunctionType, FunctionType]:
     """Write the op's `__call__`: allocate what is missing, hand the rest to the dispatcher; and the same that hands it
     to the op's body.
+
+    An eager call like the latest one goes to the kernel at once: what torch's dispatcher would do for it is known. It
+    takes the dispatcher where something there may follow it: the comparison tells dispatch modes, subclasses and
+    transforms apart, `is_watched` knows the rest.
 
     While tracing it also passes the selection token and, where an input requires grad, leaves a call in the graph that
     raises when the graph runs. It reads nothing else, because Dynamo would guard on it.
@@ -116,36 +146,67 @@ def fronts(
         mutated: names of the mutated parameters.
         caches: those of them that may be left out.
         first_code: number of the sentence that refuses a gradient of the first parameter; the others follow.
+        trained: those of the parameters that the op's `forward` takes, which runs instead of the op where gradients are
+            asked for and no other tensor is given; none if it does not record gradients.
+        result: what takes the output out of that which `forward` returns.
         closure: the values of the template's names that end in `_`, and `body`, which the second calls for `dispatch_`.
     """
     shown = [p.replace(name="out", default=None) if p.name == "output" else p for p in parameters]
     names = [p.name for p in shown]
     first = next(p.name for p in parameters if p.annotation is Tensor)
-    missing = {}
-    if "out" in names:
-        missing["out"] = f"facets_['allocate_output']({_passed([p for p in parameters if p.name != 'output'])})"
-    missing |= dict.fromkeys(caches, f"{first}.new_empty(0)")
     victim = "out" if "out" in names else mutated[0]
+    allocated = f"facets_['allocate_output']({_passed([p for p in parameters if p.name != 'output'])})"
+    empties = [f"if {cache} is None: {cache} = {first}.new_empty(0)" for cache in caches]
     refusals = [
         f"if {_is_given(p)}{p.name}.requires_grad: refuse_({victim}, {first_code + number})"
         for number, p in enumerate(shown)
         if is_tensor(p)
     ]
     body = closure.pop("body")
-    source = _FRONT.format(
-        header=_header(shown, closure),
-        allocations="\n    ".join(f"if {name} is None: {name} = {value}" for name, value in missing.items()),
-        refusals="\n            ".join(refusals),
-        passed=_passed(parameters, output="out"),
-        first=first,
-        result="out" if "out" in names else None,
-    )
-    front = _compiled(op, "front", source, closure)
-    inside = _compiled(op, "inside", source, {**closure, "dispatch": body})
+    options: dict[str, Any] = {
+        "header": _header(shown, closure),
+        "allocation": f"if out is None: out = {allocated}" if "out" in names else "",
+        "traced_caches": "\n        ".join(empties),
+        "caches": "\n    ".join(empties),
+        "refusals": "\n            ".join(refusals),
+        "passed": _passed(parameters, output="out"),
+        "numbers": _numbers(parameters),
+        "compared": _compared(shown),
+        "first": first,
+        "result": "out" if "out" in names else None,
+    }
+    others = [f"{p.name} is None" for p in shown if is_tensor(p) and p.name not in trained]
+    handed_on = ", ".join(f"{p.name}={p.name}" for p in shown if p.name in trained)
+    conditions = " and ".join([_asks_for_gradients(p for p in shown if p.name in trained), *others])
+    recording = f"if ({conditions}):\n        return forward_({handed_on}){result}" if trained else ""
+    front = _compiled(op, "front", _FRONT.format(recording=recording, **options), closure)
+    inside = _compiled(op, "inside", _FRONT.format(recording="", **options), {**closure, "dispatch": body})
     return cast(FunctionType, front), cast(FunctionType, inside)
 
 
-def body(op: str, parameters: Parameters, caches: list[str], **closure: Any) -> Callable[..., None]:
+def functional_front(op: str, inputs: Parameters, **closure: Any) -> FunctionType:
+    """Write the `__call__` of an op that returns new tensors: hand the call to the dispatcher, while tracing with the
+    selection token; or to `record`, where an eager call asks for gradients.
+
+    Args:
+        op: qualified name of the op.
+        inputs: the op's own parameters, without the tensors that it returns.
+        closure: the values of the template's names that end in `_`; `record` is None for an op that records none.
+    """
+    passed = _passed(inputs)
+    records = closure["record"] is not None
+    source = _FUNCTIONAL_FRONT.format(
+        header=_header(inputs, closure),
+        passed=passed,
+        first=next(p.name for p in inputs if p.annotation is Tensor),
+        recording=f"if ({_asks_for_gradients(inputs)}):\n        return record_({passed})" if records else "",
+    )
+    return cast(FunctionType, _compiled(op, "front", source, closure))
+
+
+def body(
+    op: str, parameters: Parameters, caches: list[str], returned: Collection[str] = (), **closure: Any
+) -> Callable[..., Any]:
     """Write the op's implementation: recognise the call, then run its kernel.
 
     A call is known by shape, dtype and device of every tensor and by every number, so a known call was checked before
@@ -158,25 +219,44 @@ def body(op: str, parameters: Parameters, caches: list[str], **closure: Any) -> 
         op: qualified name of the op.
         parameters: the op's own; `selection` follows them: it is there for the keys of captured graphs.
         caches: those of them that are empty where the caller left them out; from here on they are None.
+        returned: those of them that are no arguments of the op: they are allocated and returned.
         closure: the values of the template's names that end in `_`; among them `no_<name>` for each optional tensor,
             which stands for None in the comparison.
     """
-    tensors = [p for p in parameters if is_tensor(p)]
+    passed, parameters = _passed(parameters), [p for p in parameters if p.name not in returned]
     facts = "({0}.size(), {0}.dtype, {0}.get_device(), {0}.is_inference())"
     source = _BODY.format(
         header=_header(parameters, closure),
         caches="\n    ".join(f"{cache} = {cache} if {cache}.numel() else None" for cache in caches),
-        numbers=_tuple(p for p in parameters if not is_tensor(p)),
-        compared=", ".join(
-            f"no_{p.name}_ if {p.name} is None else {p.name}" if is_optional(p) else p.name for p in tensors
-        ),
+        numbers=_numbers(parameters),
+        compared=_compared(parameters),
         values=_tuple(parameters),
         key=", ".join(
-            (f"None if {p.name} is None else " if is_optional(p) else "") + facts.format(p.name) for p in tensors
+            (f"None if {p.name} is None else " if is_optional(p) else "") + facts.format(p.name)
+            for p in parameters
+            if is_tensor(p)
         ),
-        passed=_passed(parameters),
+        allocation=f"{', '.join(returned)}, = facets_['allocate_output']({_passed(parameters)})" if returned else "",
+        passed=passed,
+        result=", ".join(returned) or None,
     )
     return _compiled(op, "body", source, closure)
+
+
+def _numbers(parameters: Parameters) -> str:
+    return _tuple(p for p in parameters if not is_tensor(p))
+
+
+def _compared(parameters: Parameters) -> str:
+    """Write a call's tensors as they are compared with the latest call's."""
+    tensors = [p for p in parameters if is_tensor(p)]
+    return ", ".join(f"no_{p.name}_ if {p.name} is None else {p.name}" if is_optional(p) else p.name for p in tensors)
+
+
+def _asks_for_gradients(parameters: Iterable[inspect.Parameter]) -> str:
+    """Write whether a call is to be differentiated: by autograd, or by a transform of torch.func."""
+    require = " or ".join(f"{_is_given(p)}{p.name}.requires_grad" for p in parameters if is_tensor(p))
+    return f"is_grad_enabled_() and ({require} or not is_compiling_() and is_transformed_())"
 
 
 def _compiled(op: str, role: str, source: str, closure: dict[str, Any]) -> Callable[..., Any]:

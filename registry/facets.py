@@ -27,6 +27,7 @@ class Facets:
     qualname: str
     parameters: list[inspect.Parameter]
     arguments: type[tuple[Any, ...]]
+    returns: tuple[str, ...]
 
     def __init__(self) -> None:
         self.facets: dict[str, Callable[..., Any]] = {"allocate_output": self._no_output}
@@ -40,11 +41,14 @@ class Facets:
         They may read shapes, dtypes, devices and numbers, never strides or values: a verdict is remembered for calls
         that agree in the former.
         """
-        return self._store("validate", function, self.parameters)
+        return self._store("validate", function, self.before_the_call)
 
     def allocate_output(self, function: F) -> F:
-        """Register what `out` is: names any of the inputs, returns a new tensor, and never raises on bad input."""
-        return self._store("allocate_output", function, [p for p in self.parameters if p.name != "output"])
+        """Register what `out` is: names any of the inputs, returns a new tensor, and never raises on bad input. For an
+        op that `returns` tensors: a tuple of them all.
+        """
+        written = {"output", *self.returns}
+        return self._store("allocate_output", function, [p for p in self.parameters if p.name not in written])
 
     def default_arguments(self, function: F) -> F:
         """Register what the settings in force give to arguments that the caller left out: it names any of the op's
@@ -80,10 +84,9 @@ class Facets:
             except ValueError as error:
                 raise errors.in_call_of(self.qualname, error) from None
 
-    def allocate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return a new, uninitialised output for these inputs."""
-        output: Tensor = self.facets["allocate_output"](*args, **kwargs)
-        return output
+    def allocate(self, *args: Any, **kwargs: Any) -> Any:
+        """Return a new, uninitialised output for these inputs; a tuple for an op that `returns` tensors."""
+        return self.facets["allocate_output"](*args, **kwargs)
 
     def fill(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return a call's arguments with what the settings in force give to those left out."""
@@ -112,6 +115,11 @@ class Facets:
             raise errors.declaration(self.qualname, f"has no call pattern {pattern!r}; it has {known}")
         call: Sample = self.facets["call_patterns"](random, pattern)
         return call
+
+    @property
+    def before_the_call(self) -> list[inspect.Parameter]:
+        """The parameters as checks and refusals get them: what the op returns is not there yet, and None."""
+        return [p.replace(default=None) if p.name in self.returns else p for p in self.parameters]
 
     # -- how they are stored ------------------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
 from mamba_ops.registry.capture import capture_query, note
 from mamba_ops.registry.decision_cache import CachedDecision, DecisionCache, never_matches, redispatch_query
 from mamba_ops.registry.dispatcher import device_of, dispatcher
-from mamba_ops.registry.facets import Facets
 from mamba_ops.registry.snapshot import Requests
+from mamba_ops.registry.training import Trainable
 
 if TYPE_CHECKING:
     from mamba_ops.registry.namespace import Namespace
@@ -43,7 +43,7 @@ def ops() -> Mapping[str, "Op[...]"]:
     return found
 
 
-class Op(Facets, Generic[P]):
+class Op(Trainable, Generic[P]):
     """One op: its contract, its kernels, its samples. Calling it allocates what is missing and returns the output.
 
     Attributes:
@@ -51,6 +51,7 @@ class Op(Facets, Generic[P]):
         parameters: what checks and kernels get: the schema's parameters (`output` for `out`), without `selection`; a
             cache that may be left out is optional here.
         mutates: names of the parameters that it writes.
+        returns: names of those of them that it allocates itself and returns; none for an op that writes into `output`.
         kernels: backend name to kernel; the reference is the kernel of the backend `torch`, or `composed`.
         splits_graph, reads_host, composed: see `Namespace.op`.
         overload: the `torch.ops` overload, for those who want no front.
@@ -66,20 +67,22 @@ class Op(Facets, Generic[P]):
         splits_graph: bool,
         reads_host: bool,
         composed: bool,
-        reference: str | None = None,
+        reference: Callable[..., Any] | str | None = None,
         arguments: type[tuple[Any, ...]] | None = None,
         replaces: str | None = None,
+        returns: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.name = self.__name__ = function.__name__
         self.namespace, self.qualname = namespace.name, f"{namespace.name}::{self.name}"
         self.source = errors.source_of(function)
-        self.mutates = mutates
+        self.mutates, self.returns = mutates, returns
         self.splits_graph, self.reads_host, self.composed = splits_graph, reads_host, composed
         errors.refuse_duplicate("op", self.qualname, dispatcher.ops.get(self.qualname))
         self.parameters = schema.parameters_of(self.qualname, function, mutates)
         self._names = [p.name for p in self.parameters]
-        self._tensors = [p.name for p in self.parameters if codegen.is_tensor(p)]
+        self._called = [p for p in self.parameters if p.name not in returns]  # what torch's dispatcher hands to the op
+        self._tensors = [p.name for p in self._called if codegen.is_tensor(p)]
         self.reference, self.replaces = function, replaces
         self.arguments = arguments or namedtuple("Arguments", self._names)
         if getattr(self.arguments, "_fields", ()) != tuple(self._names):
@@ -90,7 +93,7 @@ class Op(Facets, Generic[P]):
         self._decisions: dict[Requests, DecisionCache] = {}  # by the requests of a context; empty after a swap
         self._all_decisions: dict[Any, DecisionCache] = {}  # by snapshot: a swap back finds them
         self._nothing = {  # what stands for None where calls are compared: one each, for a tensor met twice is no match
-            p.name: torch.empty(0, dtype=torch.complex64) for p in self.parameters if codegen.is_optional(p)
+            p.name: torch.empty(0, dtype=torch.complex64) for p in self._called if codegen.is_optional(p)
         }
         self._register(namespace)
         own = COMPOSED if composed else REFERENCE
@@ -102,49 +105,62 @@ class Op(Facets, Generic[P]):
     def _register(self, namespace: "Namespace") -> None:
         """Define op, body and fake in torch, and write the front."""
         caches = codegen.left_out(self.parameters, self.mutates)
-        parameters = [
-            *(schema.as_in_schema(p, p.name in caches) for p in self.parameters),
-            inspect.Parameter("selection", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None),
-        ]
-
-        def stub() -> None: ...
-
-        stub.__signature__ = inspect.Signature(parameters, return_annotation=None)  # type: ignore[attr-defined]
-        body = codegen.body(
+        self._body = codegen.body(
             self.qualname,
             self.parameters,
             caches,
-            decisions=self._decisions,
-            active=dispatcher.active.get,
+            self.returns,
             resolve=partial(token.resolve, self),
             never_matches=never_matches,
             decide=self._decide,
             decide_captured=self._decide_captured,
             refuse_gradient=self._refuse_gradient,
-            is_grad_enabled=torch.is_grad_enabled,
             is_inference_mode_enabled=torch.is_inference_mode_enabled,
-            **{f"no_{name}": tensor for name, tensor in self._nothing.items()},
+            **self._cells(),
         )
-        self.schema = torch.library.infer_schema(stub, mutates_args=tuple(self.mutates))
-        namespace._define(self.name, self.schema, body, self._fake, *[torch.Tag.cudagraph_unsafe] * self.reads_host)
+        self.schema = schema.infer(self.parameters, caches, self.mutates, self.returns)
+        tags = [torch.Tag.cudagraph_unsafe] * self.reads_host
+        namespace._define(self.name, self.schema, self._body, self._fake, *tags)
         self.overload = getattr(getattr(torch.ops, namespace.name), self.name).default
-        call, inside = codegen.fronts(
-            self.qualname,
-            self.parameters,
-            sorted(self.mutates),
-            caches,
-            namespace._number(self._gradient_sentence(p.name) for p in self.parameters),
-            overload=self.overload,
-            dispatch=_torch.dispatch_of(self.overload),
-            body=body,
-            facets=self.facets,
-            is_compiling=torch.compiler.is_dynamo_compiling,
-            token=token.token,
-            is_grad_enabled=torch.is_grad_enabled,
-            refuse=getattr(torch.ops, namespace.name).refuse.default,
-        )
+        self._write_front()
+
+    def _cells(self) -> dict[str, Any]:
+        """Return what fronts and bodies have in common."""
+        return {
+            "facets": self.facets,
+            "decisions": self._decisions,
+            "active": dispatcher.active.get,
+            "is_grad_enabled": torch.is_grad_enabled,
+            **{f"no_{name}": tensor for name, tensor in self._nothing.items()},
+        }
+
+    def _write_front(self) -> None:
+        """Write what users call; again when the op learns to record gradients."""
+        cells = self._cells() | {"overload": self.overload, "dispatch": _torch.dispatch_of(self.overload)}
+        cells |= {"is_compiling": torch.compiler.is_dynamo_compiling, "token": token.token}
+        cells["is_transformed"] = _torch.is_transformed
+        inside: Callable[..., Any] = self._body
+        if self.returns:
+            call = codegen.functional_front(self.qualname, self._called, record=self.record, **cells)
+        else:
+            forward, namespace = self.forward_op, dispatcher.namespaces[self.namespace]
+            call, function = codegen.fronts(
+                self.qualname,
+                self.parameters,
+                sorted(self.mutates),
+                codegen.left_out(self.parameters, self.mutates),
+                namespace._number(self._gradient_sentence(p.name) for p in self.parameters),
+                [] if forward is None else [p.name for p in forward._called],
+                "[0]" if forward is not None and len(forward.returns) > 1 else "",
+                body=self._body,
+                is_watched=_torch.is_watched,
+                refuse=getattr(torch.ops, self.namespace).refuse.default,
+                forward=forward,
+                **cells,
+            )
+            inside = function.__get__(self)
         type(self).__call__ = call  # type: ignore[method-assign]
-        self.call_undispatched: Callable[..., Tensor] = inside.__get__(self)
+        self.call_undispatched = inside
         self.__signature__ = inspect.signature(call.__get__(self))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -169,6 +185,8 @@ class Op(Facets, Generic[P]):
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
+        if self.returns:
+            return arguments | dict(zip(self.returns, self.allocate(**arguments), strict=True))
         if "output" in self.mutates:
             out = arguments.pop("out")
             arguments["output"] = self.allocate(**arguments) if out is None else out
@@ -189,7 +207,7 @@ class Op(Facets, Generic[P]):
 
     def _decide(self, cache: DecisionCache, key: Any, values: tuple[Any, ...]) -> CachedDecision:
         """Check a call that was not seen before, choose its kernel and remember both; the second time, how it looks."""
-        arguments = dict(zip(self._names, values, strict=True))
+        arguments = self._named(values)
         if (known := cache.known.get(key)) is None:
             kernel, _ = self._choose(arguments, cache)
             known = CachedDecision(numbers=key[0], kernel=kernel, is_capturing=capture_query(device_of(arguments)))
@@ -208,7 +226,7 @@ class Op(Facets, Generic[P]):
         A recording of Inductor's is kept under the selection that its token names. So that is the one which chooses,
         even if another thread has swapped since.
         """
-        arguments = dict(zip(self._names, values, strict=True))
+        arguments = self._named(values)
         snapshot = dispatcher.current()
         if selection_token is not None:
             named = token.named_by(selection_token)
@@ -251,22 +269,30 @@ class Op(Facets, Generic[P]):
 
     def _refuse_gradient(self, values: tuple[Any, ...]) -> None:
         """Raise if one of a call's tensors requires grad; called in grad mode."""
-        for name, value in zip(self._names, values, strict=True):
+        for name, value in self._named(values).items():
             if isinstance(value, Tensor) and value.requires_grad:
                 raise ValueError(self._gradient_sentence(name))
 
+    def _named(self, values: tuple[Any, ...]) -> dict[str, Any]:
+        return {p.name: value for p, value in zip(self._called, values, strict=True)}
+
     def _gradient_sentence(self, name: str) -> str:
+        shown = "out" if name == "output" and not self.returns else name
         return (
-            f"{self.qualname}: {'out' if name == 'output' else name}: got a tensor that requires grad while grad mode "
-            "is on, expected none: this op does not record gradients yet; call it under torch.no_grad() or "
+            f"{self.qualname}: {shown}: got a tensor that requires grad while grad mode is on, expected none: "
+            f"{self._gradient_entry() or 'this op does not record gradients'}; else call it under torch.no_grad() or "
             "torch.inference_mode(), or detach the tensor (parameters count)"
         )
 
-    def _fake(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the op returns nothing. Only refuse meta tensors among real ones, which would run nothing."""
+    def _fake(self, *args: Any, **kwargs: Any) -> Any:
+        """Allocate what the op returns. Refuse meta tensors among real ones, which would run nothing."""
         tensors = {n: v for n, v in (*zip(self._names, args, strict=False), *kwargs.items()) if isinstance(v, Tensor)}
         if len({t.is_meta for t in tensors.values()}) > 1:
             expected = next(iter(tensors.values())).device
             name = next(n for n, t in tensors.items() if t.is_meta != (expected.type == "meta"))
             got = f"got a tensor on {tensors[name].device}, expected {expected}"
             raise ValueError(f"{self.qualname}: {name}: {got}; move all arguments to one device")
+        if not self.returns:
+            return None
+        results = self.allocate(*args[: len(self._called)])
+        return results if len(results) > 1 else results[0]

@@ -60,10 +60,13 @@ class Requests:
 
     def __init__(self, requests: tuple[Request, ...]) -> None:
         self.requests = requests
+        self._plus: dict[Request, Requests] = {}
 
     def plus(self, request: Request) -> "Requests":
         """Return these with one more inside."""
-        return requests_of((request, *self.requests))
+        if (found := self._plus.get(request)) is None:
+            found = self._plus[request] = requests_of((request, *self.requests))
+        return found
 
     def minus(self, request: Request) -> "Requests":
         """Return these without a request, the innermost of its kind: blocks may be left in another order."""
@@ -94,12 +97,14 @@ class Snapshot:
         active: the requests of `use_backend` that it was made of.
         requests: those and the one of `configure`, the innermost first.
         generation: its number; no two snapshots share one.
+        token_size: size of its selection token; None until there is one.
     """
 
     def __init__(self, dispatcher: "Dispatcher", active: Requests, configured: Request | None, generation: int) -> None:
         self._dispatcher = dispatcher
         self.active, self.generation = active, generation
         self.requests = (*active.requests, *([] if configured is None else [configured]))
+        self.token_size: int | None = None
         self._orders: dict[Op[...], Order] = {}
 
     def order(self, op: "Op[...]") -> Order:

@@ -19,20 +19,27 @@ class _Swap(ContextDecorator):
 
     def __init__(self, request: Request) -> None:
         self._request = request
+        self._entered: list[tuple[Requests, Requests]] = []  # what was active before, and what then
 
     def __enter__(self) -> None:
         capture.refuse_swap("use_backend()")
-        self._activate(dispatcher.active.get().plus(self._request))
+        outer = dispatcher.active.get()
+        inner = outer.plus(self._request)
+        self._entered.append((outer, inner))
+        self._activate(inner)
 
     def __exit__(self, *_: object) -> None:
-        self._activate(dispatcher.active.get().minus(self._request))
+        outer, inner = self._entered.pop()
+        active = dispatcher.active.get()
+        self._activate(outer if active is inner else active.minus(self._request))
         capture.refuse_swap("use_backend()")  # the block was left all the same; what is being captured is not usable
 
     def _activate(self, active: Requests) -> None:
         dispatcher.active.set(active)
         snapshot = dispatcher.snapshot(active)
         token.follow(snapshot)
-        capture.warn_of_swap(snapshot, stacklevel=4)
+        if dispatcher.captured:
+            capture.warn_of_swap(snapshot, stacklevel=4)
 
 
 def use_backend(backend: "str | Requester | None" = None, /, **named: str) -> _Swap:

@@ -49,10 +49,12 @@ class _Mirror(threading.local):
 
 
 def _size_of(snapshot: "Snapshot") -> int:
-    if (size := _sizes.get(snapshot.fingerprint)) is None:
-        size = _sizes[snapshot.fingerprint] = next(_next_size)
-    _named[size] = snapshot
-    return size
+    if snapshot.token_size is None:  # kept there, as a fingerprint takes microseconds to compare
+        if (size := _sizes.get(snapshot.fingerprint)) is None:
+            size = _sizes[snapshot.fingerprint] = next(_next_size)
+        snapshot.token_size = size
+    _named[snapshot.token_size] = snapshot
+    return snapshot.token_size
 
 
 def _new_token(size: int, device: str) -> Tensor:

@@ -21,7 +21,11 @@ from mamba_ops.testing import judge as testing
 from mamba_ops.testing.judge import Front, oracle_results, refusal, with_output
 from mamba_ops.testing.op_checks import backends_on
 
-OPS = sorted((op for op in registry.ops().values() if op.qualname.startswith("mamba_ops::")), key=lambda op: op.name)
+OPS = sorted(
+    (op for op in registry.ops().values() if op.qualname.startswith("mamba_ops::") and not op.returns),
+    key=lambda op: op.name,
+)
+"""All ops but the companions with which they record gradients, which tests/training is about."""
 OPERANDS = ("x", "B", "C", "q", "k", "v", "projected", "projected_qkvz")
 """What matrix units are given, or a mixing op hands from one op to the next, has the dtype of these arguments."""
 
