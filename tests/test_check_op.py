@@ -162,6 +162,14 @@ def test_a_check_that_did_not_run_says_what_it_needs(declare: Declare) -> None:
     assert f"   0 {ERRORS} (" in str(done)
 
 
+def test_a_backend_may_refuse_the_call_patterns(declare: Declare, other: Backend) -> None:
+    """Then they run on the reference."""
+    op = declare()
+    other.implements(op, kernel(right), unsupported=lambda x: "takes 3 rows" if x.shape[0] != 3 else None)
+    done = check_op(op, oracle, backends=["other"])
+    assert done.counts[SIZES] == done.counts[COPIES] == 1
+
+
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 
