@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import pkgutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from mamba_ops.registry import codegen, errors
 from mamba_ops.registry.dispatcher import caller, dispatcher
-from mamba_ops.registry.layouts import Layout
 from mamba_ops.registry.snapshot import COMPOSED as COMPOSED_NAME
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mamba_ops.registry.op import Op
 
 Refusal = Callable[..., str | None]
+Layout = str | Callable[..., str | None]
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,12 @@ class Kernel:
     @cached_property
     def function(self) -> Callable[..., None]:
         """The adapter, of the op's own signature; it is loaded at the first use."""
-        found = _loaded(self.implementation)
-        what = f"{self.backend.name} for {self.op.qualname} ({errors.source_of(found)})"
-        if self.op.takes_a_call(found):
-            return codegen.packed(self.op.qualname, self.op.parameters, self.op.arguments, found)
+        named = self.implementation
+        found = pkgutil.resolve_name(named) if isinstance(named, str) else named
+        if codegen.takes_a_call(self.op.parameters, found):
+            return codegen.adapted(self.op.qualname, self.op.parameters, self.op.arguments, found)
         if problem := _difference(self.op.parameters, found):
+            what = f"{self.backend.name} for {self.op.qualname} ({errors.source_of(found)})"
             raise errors.declaration(what, problem)
         return found
 
@@ -56,14 +58,6 @@ class Kernel:
     def source(self) -> str:
         """Where it is, for messages."""
         return self.implementation if isinstance(self.implementation, str) else errors.source_of(self.implementation)
-
-    def why_not(self, arguments: Mapping[str, Any]) -> str | None:
-        """Return why the kernel does not take these arguments, whatever their strides, or None."""
-        return None if self.unsupported is None else self.unsupported(**arguments)
-
-    def why_not_now(self, arguments: Mapping[str, Any]) -> str | None:
-        """Return what the per-call refusal says."""
-        return None if self.unsupported_layout is None else self.unsupported_layout(**arguments)
 
 
 class Backend:
@@ -116,7 +110,7 @@ class Backend:
         self.source = caller()
         self._import_problem = cache(self._try_import)
         self._unwarned: str | None = None  # why a package that is installed cannot be imported, until it is warned of
-        dispatcher.refuse_duplicate("backend", name, dispatcher.backends)
+        errors.refuse_duplicate("backend", name, dispatcher.backends.get(name))
         dispatcher.backends[name] = self
         dispatcher.changed()
 
@@ -136,7 +130,8 @@ class Backend:
     @property
     def settings(self) -> Mapping[str, str]:
         """Setting to its value in this context; adapters and refusals read it."""
-        return dispatcher.current().backend_settings(self)
+        given = dispatcher.current().settings
+        return {n: str(given.get(f"{self.name}_{n}", values[0])) for n, values in self.choices.items()}
 
     def implements(
         self,
@@ -146,7 +141,7 @@ class Backend:
         *,
         unsupported: Refusal | None = None,
         unsupported_layout: Refusal | None = None,
-        layouts: Mapping[str, str | Callable[..., str | None]] | None = None,
+        layouts: Mapping[str, Layout] | None = None,
     ) -> Any:
         """Register this backend's kernel for `op`; without an implementation, as a decorator.
 
@@ -167,14 +162,16 @@ class Backend:
         """
 
         def register(adapter: Any) -> Any:
-            if (first := op.kernels.get(self.name)) is not None:
-                raise errors.duplicate("kernel", f"{self.name} for {op.qualname}", first.source)
+            errors.refuse_duplicate("kernel", f"{self.name} for {op.qualname}", op.kernels.get(self.name))
             if stray := sorted(set(layouts or {}) - op.mutates):
                 problem = f"layouts names {', '.join(stray)}, which the op does not mutate"
                 raise errors.declaration(f"{self.name} for {op.qualname}", problem)
-            static, now = (None if f is None else op._facet(f) for f in (unsupported, unsupported_layout))
-            kept = {name: op._facet(v) if callable(v) else v for name, v in (layouts or {}).items()}
-            kernel = Kernel(self, adapter, op, static, now, kept)
+
+            def fit(given: Any) -> Any:
+                return op.adapted(given, op.parameters) if callable(given) else given
+
+            kept = {name: fit(layout) for name, layout in (layouts or {}).items()}
+            kernel = Kernel(self, adapter, op, fit(unsupported), fit(unsupported_layout), kept)
             if callable(adapter):
                 kernel.function  # noqa: B018  its signature is held against the op's
             op.kernels[self.name] = kernel
@@ -182,6 +179,10 @@ class Backend:
             return adapter
 
         return register if implementation is None else register(implementation)
+
+    def is_for(self, device_type: str) -> bool:
+        """Return whether its kernels are made for a device type; `why_unusable` says whether they run there."""
+        return self.devices is None or device_type in self.devices
 
     def why_unusable(self, device_type: str, *, by_name: bool = False) -> str | None:
         """Return why no kernel of this backend runs on a device type here, or None."""
@@ -222,14 +223,6 @@ class Backend:
             f"pip install '{self.install}' has what it needs"
         )
         return self._unwarned
-
-
-def _loaded(implementation: Callable[..., None] | str) -> Callable[..., None]:
-    if not isinstance(implementation, str):
-        return implementation
-    module, _, name = implementation.partition(":")
-    function: Callable[..., None] = getattr(importlib.import_module(module), name)
-    return function
 
 
 def _difference(parameters: list[inspect.Parameter], adapter: Callable[..., Any]) -> str | None:

@@ -1,6 +1,7 @@
 """What an op remembers of the calls it has seen, so that a repeated call is neither checked nor decided again."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -39,6 +40,10 @@ class CachedDecision(NamedTuple):
     is_capturing: Callable[[], bool] = bool
 
 
+_EMPTY = CachedDecision()
+
+
+@dataclass(slots=True, eq=False)
 class DecisionCache:
     """What an op has decided under one snapshot.
 
@@ -50,13 +55,11 @@ class DecisionCache:
         known: all calls, by what they are recognised by.
     """
 
-    __slots__ = ("is_foreign", "known", "last", "snapshot", "token_size")
-
-    def __init__(self, snapshot: "Snapshot", *, is_foreign: bool = False) -> None:
-        self.snapshot, self.is_foreign = snapshot, is_foreign
-        self.token_size = -1
-        self.last = CachedDecision()
-        self.known: dict[Any, CachedDecision] = {}
+    snapshot: "Snapshot"
+    is_foreign: bool = False
+    token_size: int = -1
+    last: CachedDecision = _EMPTY
+    known: dict[Any, CachedDecision] = field(default_factory=dict)
 
     def learn(self, key: Any, decision: CachedDecision) -> None:
         """Add a call; past the limit, begin again."""
@@ -66,8 +69,8 @@ class DecisionCache:
 
 
 def redispatch_query(tensors: list[Tensor], is_capturing: Callable[[], bool]) -> Callable[[], bool]:
-    """Return whether a call with these tensors must be looked at anew: in grad mode if one of them requires grad, and
-    always while a graph is captured.
+    """Return what tells whether a call with these tensors must be looked at again: in grad mode if one of them requires
+    grad, and always while a graph is captured.
     """
     if not any(t.requires_grad for t in tensors):
         return is_capturing

@@ -77,7 +77,8 @@ def announce(kernel: str, cause: str) -> None:
         mode, by = _environment()
     if mode in ("", "0"):
         return
-    sentence = errors.compiles(_call(), kernel, cause, by)
+    op, remedy = _call() or ("no op of the registry", "call it once beforehand")
+    sentence = f"{op}: kernel {kernel} would be compiled or loaded now, and {by}: {cause}; beforehand: {remedy}"
     if mode == "warn":
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     else:

@@ -6,7 +6,7 @@ from typing import Any, Protocol, overload
 import torch
 from torch import Tensor
 
-from mamba_ops.registry import _torch
+from mamba_ops.registry import _torch, errors
 from mamba_ops.registry.dispatcher import caller, dispatcher
 from mamba_ops.registry.op import Op, P
 
@@ -34,7 +34,7 @@ class Namespace:
     """Names that its environment variable may set beside ops, each with what reads the word behind the `=`."""
 
     def __init__(self, name: str) -> None:
-        dispatcher.refuse_duplicate("namespace", name, dispatcher.namespaces)
+        errors.refuse_duplicate("namespace", name, dispatcher.namespaces.get(name))
         self.name = name
         self.source = caller()
         self._library = torch.library.Library(name, "FRAGMENT")

@@ -3,9 +3,9 @@
 import inspect
 import linecache
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 from torch import Tensor
@@ -13,17 +13,16 @@ from typing_extensions import ParamSpec
 
 from mamba_ops.registry import _torch, codegen, errors, schema, selection, token
 from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
-from mamba_ops.registry.capture import capture_query
+from mamba_ops.registry.capture import capture_query, note
 from mamba_ops.registry.decision_cache import CachedDecision, DecisionCache, never_matches, redispatch_query
 from mamba_ops.registry.dispatcher import device_of, dispatcher
-from mamba_ops.registry.samples import ErrorInput, Sample
+from mamba_ops.registry.facets import Facets
 from mamba_ops.registry.snapshot import Requests
 
 if TYPE_CHECKING:
     from mamba_ops.registry.namespace import Namespace
 
 P = ParamSpec("P")
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def require_out(out: Tensor | None) -> Tensor:
@@ -44,7 +43,7 @@ def ops() -> Mapping[str, "Op[...]"]:
     return found
 
 
-class Op(Generic[P]):
+class Op(Facets, Generic[P]):
     """One op: its contract, its kernels, its samples. Calling it allocates what is missing and returns the output.
 
     Attributes:
@@ -71,12 +70,13 @@ class Op(Generic[P]):
         arguments: type[tuple[Any, ...]] | None = None,
         replaces: str | None = None,
     ) -> None:
+        super().__init__()
         self.name = self.__name__ = function.__name__
         self.namespace, self.qualname = namespace.name, f"{namespace.name}::{self.name}"
         self.source = errors.source_of(function)
         self.mutates = mutates
         self.splits_graph, self.reads_host, self.composed = splits_graph, reads_host, composed
-        dispatcher.refuse_duplicate("op", self.qualname, dispatcher.ops)
+        errors.refuse_duplicate("op", self.qualname, dispatcher.ops.get(self.qualname))
         self.parameters = schema.parameters_of(self.qualname, function, mutates)
         self._names = [p.name for p in self.parameters]
         self._tensors = [p.name for p in self.parameters if codegen.is_tensor(p)]
@@ -87,13 +87,6 @@ class Op(Generic[P]):
             problem = f"arguments has the fields {got}, expected {', '.join(self._names)}"
             raise errors.declaration(f"{self.qualname} ({self.source})", problem)
         self.kernels: dict[str, Kernel] = {}
-        self._checks: Callable[..., None] | None = None
-        self._outputs: list[Callable[..., Tensor]] = [self._no_outputs]  # of one, which the front looks up
-        self._samples: Callable[..., Iterable[Sample]] | None = None
-        self._fills: Callable[..., dict[str, Any]] | None = None
-        self.patterns: tuple[str, ...] = ()
-        self._call_pattern: Callable[[Any, str], Sample] | None = None
-        self._error_inputs: Callable[..., Iterable[ErrorInput]] | None = None
         self._decisions: dict[Requests, DecisionCache] = {}  # by the requests of a context; empty after a swap
         self._all_decisions: dict[Any, DecisionCache] = {}  # by snapshot: a swap back finds them
         self._nothing = {  # what stands for None where calls are compared: one each, for a tensor met twice is no match
@@ -101,8 +94,8 @@ class Op(Generic[P]):
         }
         self._register(namespace)
         own = COMPOSED if composed else REFERENCE
-        body = reference or codegen.renamed_output(self.qualname, self.parameters, function)
-        self.kernels[own.name] = Kernel(own, body, self)
+        implementation = reference or codegen.adapted(self.qualname, self.parameters, self.arguments, function)
+        self.kernels[own.name] = Kernel(own, implementation, self)
         dispatcher.ops[self.qualname] = self
         dispatcher.changed()
 
@@ -122,7 +115,7 @@ class Op(Generic[P]):
             self.parameters,
             caches,
             decisions=self._decisions,
-            active=dispatcher._active.get,
+            active=dispatcher.active.get,
             resolve=partial(token.resolve, self),
             never_matches=never_matches,
             decide=self._decide,
@@ -144,7 +137,7 @@ class Op(Generic[P]):
             overload=self.overload,
             dispatch=_torch.dispatch_of(self.overload),
             body=body,
-            outputs=self._outputs,
+            facets=self.facets,
             is_compiling=torch.compiler.is_dynamo_compiling,
             token=token.token,
             is_grad_enabled=torch.is_grad_enabled,
@@ -169,112 +162,17 @@ class Op(Generic[P]):
     def __reduce__(self) -> str:
         return self.name  # copied and pickled as what it is: a global of the module that declares it
 
-    # -- facets -------------------------------------------------------------------------------------------------------
-
-    def validate(self, function: F) -> F:
-        """Register the checks: they name any of the op's parameters and raise ValueError before anything is written.
-
-        They may read shapes, dtypes, devices and numbers, never strides or values: a verdict is remembered for calls
-        that agree in the former.
-        """
-        self._checks = self._facet(function)
-        return function
-
-    def allocate_output(self, function: F) -> F:
-        """Register what `out` is: names any of the inputs, returns a new tensor, and never raises on bad input."""
-        self._outputs[0] = self._facet(function, [p for p in self.parameters if p.name != "output"])
-        return function
-
-    def samples(self, function: F) -> F:
-        """Register the samples: called with a device and static sizes by keyword, yields `Sample`s."""
-        self._samples = function
-        return function
-
-    def call_patterns(self, *names: str) -> Callable[[F], F]:
-        """Register the ways in which the op is called, by name: called with random inputs (which have a number of rows
-        and tokens) and one of the names, the decorated function returns a `Sample`. Warm-up, tuning and the tests of
-        sizes make such calls.
-        """
-
-        def register(function: F) -> F:
-            self.patterns, self._call_pattern = names, function
-            return function
-
-        return register
-
-    def make_call(self, random: Any, pattern: str) -> Sample:
-        """Return a call of one of the op's patterns."""
-        if self._call_pattern is None or pattern not in self.patterns:
-            known = ", ".join(self.patterns) or "none; add them with @op.call_patterns"
-            raise errors.declaration(self.qualname, f"has no call pattern {pattern!r}; it has {known}")
-        return self._call_pattern(random, pattern)
-
-    def error_inputs(self, function: F) -> F:
-        """Register wrong calls: called with a device, yields an `ErrorInput` for each."""
-        self._error_inputs = function
-        return function
-
-    def make_error_inputs(self, device: torch.device | str) -> list[ErrorInput]:
-        """Return the op's wrong calls on a device; none if it has none."""
-        return [] if self._error_inputs is None else list(self._error_inputs(torch.device(device)))
-
-    def default_arguments(self, function: F) -> F:
-        """Register what the settings in force give to arguments that the caller left out: it names any of the op's
-        parameters and returns the arguments to replace, by name (keyword-only ones), most often none.
-
-        Whether it returns any may depend on the settings and on what checks may read; then it is asked in every call.
-        """
-        self._fills = self._facet(function)
-        dispatcher.changed()
-        return function
-
-    @property
-    def has_default_arguments(self) -> bool:
-        """Whether settings give something to arguments that were left out."""
-        return self._fills is not None
-
-    def make_samples(self, device: torch.device | str, **sizes: Any) -> list[Sample]:
-        """Return the op's samples on a device; `sizes` are the static sizes and dtypes that its samples know."""
-        return list(self.sampler(torch.device(device), **sizes))
-
-    @property
-    def sampler(self) -> Callable[..., Iterable[Sample]]:
-        """The function that yields the op's samples, of a device and static sizes."""
-        if self._samples is None:
-            raise errors.declaration(self.qualname, "has no samples; add them with @op.samples")
-        return self._samples
-
-    def allocate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return a new, uninitialised output for these inputs."""
-        return self._outputs[0](*args, **kwargs)
-
-    def _no_outputs(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise errors.declaration(
-            self.qualname, "was called without `out` and has no @op.allocate_output to allocate it"
-        )
+    # -- calls --------------------------------------------------------------------------------------------------------
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return a front call's arguments as checks and kernels get them, with defaults and the output filled in."""
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
-        if "output" in self.mutates and (out := arguments.pop("out")) is None:
-            arguments["output"] = self.allocate(**arguments)
-        elif "output" in self.mutates:
-            arguments["output"] = out
+        if "output" in self.mutates:
+            out = arguments.pop("out")
+            arguments["output"] = self.allocate(**arguments) if out is None else out
         return arguments
-
-    def fill(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a call's arguments with what the settings in force give to those left out."""
-        return {**arguments, **(self._fills(**arguments) if self._fills else {})}
-
-    def check(self, arguments: Mapping[str, Any]) -> None:
-        """Raise the ValueError that a call with these arguments would raise, if any."""
-        if self._checks is not None:
-            try:
-                self._checks(**arguments)
-            except ValueError as error:
-                raise errors.in_call_of(self.qualname, error) from None
 
     def check_supported(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Raise what a call with these arguments would raise because the backend asked for by name refuses it.
@@ -287,16 +185,11 @@ class Op(Generic[P]):
             self.check(arguments)
             selection.require(self, arguments)
 
-    def takes_a_call(self, function: Callable[..., Any]) -> bool:
-        """Return whether a function takes a call as one value: its one parameter is none of the op's."""
-        found = list(inspect.signature(function).parameters.values())
-        return len(found) == 1 and "VAR_" not in found[0].kind.name and found[0].name not in self._names
-
     # -- called by generated code -------------------------------------------------------------------------------------
 
     def _decide(self, cache: DecisionCache, key: Any, values: tuple[Any, ...]) -> CachedDecision:
         """Check a call that was not seen before, choose its kernel and remember both; the second time, how it looks."""
-        arguments = self._named(values)
+        arguments = dict(zip(self._names, values, strict=True))
         if (known := cache.known.get(key)) is None:
             kernel, _ = self._choose(arguments, cache)
             known = CachedDecision(numbers=key[0], kernel=kernel, is_capturing=capture_query(device_of(arguments)))
@@ -315,55 +208,59 @@ class Op(Generic[P]):
         A recording of Inductor's is kept under the selection that its token names. So that is the one which chooses,
         even if another thread has swapped since.
         """
-        arguments = self._named(values)
+        arguments = dict(zip(self._names, values, strict=True))
         snapshot = dispatcher.current()
         if selection_token is not None:
             named = token.named_by(selection_token)
             if named is None and _torch.inductor_records(device_of(arguments)):
-                raise errors.recording_in_event_loop(self.qualname)
+                raise errors.RegistryError(
+                    f"{self.qualname}: got a recording by torch.compile (a CUDA graph) in a thread whose asyncio tasks "
+                    "select backends, expected one selection for the thread, as a replay runs no Python that could "
+                    "tell tasks apart; enter use_backend around the event loop, run the call in a thread, or compile "
+                    "without CUDA graphs"
+                )
             snapshot = named or snapshot
         with dispatcher.override(snapshot):
-            kernel, arguments = self._choose(arguments, DecisionCache(snapshot, is_foreign=selection_token is not None))
-            selection.note_capture(self, arguments, has_token=selection_token is not None)
+            has_token = selection_token is not None
+            kernel, arguments = self._choose(arguments, DecisionCache(snapshot, is_foreign=has_token))
+            taker, refused = selection.first_taker(self, arguments, snapshot)
+            if taker is not None:
+                note(self, taker.backend.name, refused, device_of(arguments), has_token=has_token)
         return kernel
 
     def _choose(self, called: dict[str, Any], cache: DecisionCache) -> tuple[Callable[..., None], dict[str, Any]]:
         """Check a call; return what runs it, and its arguments with what the settings give to those left out."""
         with dispatcher.override(cache.snapshot):
-            arguments = self.fill(called) if self._fills else called
+            arguments = self.fill(called)
             self.check(arguments)
             kernel = selection.choose(self, arguments, cache)
-        given = {} if arguments is called else {n: v for n, v in arguments.items() if v is not called[n]}
+        given = {name: value for name, value in arguments.items() if value is not called[name]}
         return (self._filling(kernel, given) if given else kernel), arguments
 
     def _filling(self, kernel: Callable[..., None], first: dict[str, Any]) -> Callable[..., None]:
-        """Return a function that runs the kernel with what the settings give, anew in every call.
+        """Return a function that runs the kernel with what the settings give, asked for in every call.
 
         `first` was given for the call that is decided on, and is that call's: what a graph captures is drawn once.
         """
-        fills, positional = self._fills, [p.name for p in self.parameters if p.kind is not p.KEYWORD_ONLY]
-        assert fills is not None
-        ready = [first]
+        fills, ready = self.facets["default_arguments"], iter([first])
 
         def run(*args: Any, **kwargs: Any) -> None:
-            try:
-                given = ready.pop()
-            except IndexError:
-                given = fills(**dict(zip(positional, args, strict=True)), **kwargs)
-            kernel(*args, **(kwargs | given))
+            kernel(*args, **kwargs | (next(ready, None) or fills(*args, **kwargs)))
 
         return run
 
-    def _named(self, values: tuple[Any, ...]) -> dict[str, Any]:
-        return dict(zip(self._names, values, strict=True))
-
     def _refuse_gradient(self, values: tuple[Any, ...]) -> None:
-        for p, value in zip(self.parameters, values, strict=True):
+        """Raise if one of a call's tensors requires grad; called in grad mode."""
+        for name, value in zip(self._names, values, strict=True):
             if isinstance(value, Tensor) and value.requires_grad:
-                raise ValueError(self._gradient_sentence(p.name))
+                raise ValueError(self._gradient_sentence(name))
 
     def _gradient_sentence(self, name: str) -> str:
-        return errors.requires_grad(self.qualname, "out" if name == "output" else name)
+        return (
+            f"{self.qualname}: {'out' if name == 'output' else name}: got a tensor that requires grad while grad mode "
+            "is on, expected none: this op does not record gradients yet; call it under torch.no_grad() or "
+            "torch.inference_mode(), or detach the tensor (parameters count)"
+        )
 
     def _fake(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the op returns nothing. Only refuse meta tensors among real ones, which would run nothing."""
@@ -371,14 +268,5 @@ class Op(Generic[P]):
         if len({t.is_meta for t in tensors.values()}) > 1:
             expected = next(iter(tensors.values())).device
             name = next(n for n, t in tensors.items() if t.is_meta != (expected.type == "meta"))
-            raise errors.two_worlds(self.qualname, name, tensors[name].device, expected)
-
-    def _facet(self, function: F, parameters: list[inspect.Parameter] | None = None) -> Callable[..., Any]:
-        parameters = self.parameters if parameters is None else parameters
-        if self.takes_a_call(function):
-            return codegen.packed(self.qualname, parameters, self.arguments, function)
-        named = [p.name for p in inspect.signature(function).parameters.values() if "VAR_" not in p.kind.name]
-        if stray := set(named) - {p.name for p in parameters}:
-            problem = f"{function.__name__} names {', '.join(sorted(stray))}, which the op does not have"
-            raise errors.declaration(f"{self.qualname} ({errors.source_of(function)})", problem)
-        return codegen.subset(self.qualname, parameters, function)
+            got = f"got a tensor on {tensors[name].device}, expected {expected}"
+            raise ValueError(f"{self.qualname}: {name}: {got}; move all arguments to one device")

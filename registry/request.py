@@ -1,9 +1,9 @@
 """How requests are written: backends by name, in an order for each op, and settings."""
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mamba_ops.registry import errors
 from mamba_ops.registry.dispatcher import dispatcher
@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 
         def request(self, by: str) -> Request:
             """Return what is asked for, said to be asked for by `by`."""
-
-
-Reader = Callable[[str], Hashable]
-"""What reads the word behind a setting's `=`."""
 
 
 def make(
@@ -49,8 +45,10 @@ def problems(request: Request) -> list[errors.RegistryError]:
         if place and not names:
             found.append(errors.RegistryError(f"no backend is named for {place}"))
         found += [errors.unknown("backend", name, backends) for name in names if name not in backends]
-        known = [name for name in names if name in backends]
-        found += [errors.no_kernel(n, op.qualname, op.kernels) for op in where for n in known if n not in op.kernels]
+        for op, name in ((op, name) for op in where for name in names if name in backends and name not in op.kernels):
+            runs_on = ", ".join(sorted(op.kernels))
+            problem = f"backend {name!r} has no kernel for {op.qualname}; it can run on: {runs_on}"
+            found.append(errors.RegistryError(problem))
         if twice := sorted({name for name in names if names.count(name) > 1}):
             found.append(errors.RegistryError(f"{', '.join(twice)} is named twice for {place or 'all ops'}"))
     return found
@@ -66,44 +64,47 @@ def lowered(names: Sequence[str]) -> Names:
     return tuple(name.strip().lower() for name in names)
 
 
-Entries = dict[str, str]
-
-
-def entries_of(text: str) -> tuple[Names, Entries]:
-    """Split `flashinfer:triton,op=torch,setting=value` into the order without a name, and the rest by name.
-
-    Raises:
-        RegistryError: more than one order without a name, or a name twice.
-    """
-    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
-    bare = [entry for entry in entries if "=" not in entry]
-    if len(bare) > 1:
-        raise errors.RegistryError(
-            f"got the bare names {', '.join(bare)}, expected at most one; an order is written {':'.join(bare)}"
-        )
-    named: Entries = {}
-    for key, _, value in (entry.partition("=") for entry in entries if "=" in entry):
-        if (key := key.strip()) in named:
-            raise errors.RegistryError(f"got {key} twice")
-        named[key] = value.strip()
-    return order_of(bare[0]) if bare else (), named
-
-
 def order_of(text: str) -> Names:
     """Split `flashinfer:triton`."""
     return tuple(name for name in text.split(":") if name.strip())
 
 
-def unknown_entry(key: str, settings: Iterable[str]) -> errors.UnknownNameError:
-    """Answer a name before a `=` that is neither an op's nor a setting's."""
-    settings, names = list(settings), [op.name for op in dispatcher.ops.values()]
-    return errors.unknown("op or setting" if settings else "op", key, [*names, *settings])
+def parse(text: str, namespace: "Namespace") -> tuple[dict[str, Names], dict[str, Any], list[errors.RegistryError]]:
+    """Read `flashinfer:triton,op=torch,setting=value`.
+
+    Returns:
+        The orders by op, the one without a name under `""`; the settings that the namespace's ops and the backends
+        have; and an error for each entry that is none of these, or comes twice.
+    """
+    readers = _setting_readers(namespace)
+    orders: dict[str, Names] = {}
+    settings: dict[str, Any] = {}
+    found: list[errors.RegistryError] = []
+    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
+    bare = [entry for entry in entries if "=" not in entry]
+    if len(bare) > 1:
+        problem = f"got the bare names {', '.join(bare)}, expected at most one; an order is written {':'.join(bare)}"
+        return orders, settings, [errors.RegistryError(problem)]
+    for key, word in [(key.strip(), word.strip()) for key, _, word in (e.partition("=") for e in entries if "=" in e)]:
+        try:
+            if key in orders or key.lower() in settings:
+                raise errors.RegistryError(f"got {key} twice")
+            if key.lower() in readers:
+                settings[key.lower()] = readers[key.lower()](word)
+            elif known_op(key) is None:
+                kind = "op or setting" if readers else "op"
+                raise errors.unknown(kind, key, [*(op.name for op in dispatcher.ops.values()), *readers])
+            else:
+                orders[key] = order_of(word)
+        except errors.RegistryError as error:
+            found.append(error)
+    return orders | ({"": order_of(bare[0])} if bare else {}), settings, found
 
 
-def setting_readers(namespace: "Namespace") -> dict[str, Reader]:
+def _setting_readers(namespace: "Namespace") -> dict[str, Callable[[str], Any]]:
     """Return the settings that a namespace's ops and the backends have, each with what reads it from a string."""
     dispatcher.load_entry_points()
-    readers: dict[str, Reader] = dict(namespace.settings)
+    readers = dict(namespace.settings)
     for backend in dispatcher.backends.values():
         for name, values in backend.choices.items():
             readers[f"{backend.name}_{name}"] = partial(_choice, f"{backend.name}_{name}", values)
@@ -120,13 +121,9 @@ def from_environment(namespace: "Namespace") -> Request:
     """Return what `<NAMESPACE>_BACKEND` asks for."""
     variable = f"{namespace.name.upper()}_BACKEND"
     try:
-        everywhere, named = entries_of(os.environ.get(variable, ""))
-        readers = setting_readers(namespace)
-        for key in named:
-            if key.lower() not in readers and known_op(key) is None:
-                raise unknown_entry(key, readers if readers else ())
-        settings = {key.lower(): readers[key.lower()](value) for key, value in named.items() if key.lower() in readers}
-        orders = {key: order_of(value) for key, value in named.items() if key.lower() not in readers}
-        return make(variable, everywhere, orders, settings)
+        orders, settings, wrong = parse(os.environ.get(variable, ""), namespace)
+        for error in wrong:
+            raise error
+        return make(variable, orders.pop("", ()), orders, settings)
     except errors.RegistryError as error:
         raise type(error)(f"{variable}: {error}") from None

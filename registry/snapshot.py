@@ -1,12 +1,12 @@
 """What is selected at one time, and the requests that it is made of."""
 
 from collections.abc import Hashable, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from mamba_ops.registry.backend import Backend, Kernel
+    from mamba_ops.registry.backend import Kernel
     from mamba_ops.registry.dispatcher import Dispatcher
     from mamba_ops.registry.op import Op
 
@@ -53,32 +53,26 @@ class Request(NamedTuple):
 
 
 class Requests:
-    """The requests of nested `use_backend` blocks, the innermost first. Equal ones are one object, quick to look up."""
+    """The requests of nested `use_backend` blocks, the innermost first.
 
-    _known: dict[tuple[Request, ...], "Requests"] = {}  # noqa: RUF012  it is meant to be shared
+    `requests_of` makes one object for equal ones, so that a look-up compares no names.
+    """
 
     def __init__(self, requests: tuple[Request, ...]) -> None:
         self.requests = requests
-        self._inner: dict[Request, Requests] = {}
-
-    @classmethod
-    def of(cls, requests: tuple[Request, ...]) -> "Requests":
-        """Return the one object of these requests."""
-        return cls._known.setdefault(requests, cls(requests))
 
     def plus(self, request: Request) -> "Requests":
         """Return these with one more inside."""
-        if (found := self._inner.get(request)) is None:
-            found = self._inner[request] = self.of((request, *self.requests))
-        return found
+        return requests_of((request, *self.requests))
 
     def minus(self, request: Request) -> "Requests":
         """Return these without a request, the innermost of its kind: blocks may be left in another order."""
         at = self.requests.index(request) if request in self.requests else len(self.requests)
-        return self.of((*self.requests[:at], *self.requests[at + 1 :]))
+        return requests_of((*self.requests[:at], *self.requests[at + 1 :]))
 
 
-NO_REQUESTS = Requests.of(())
+requests_of = cache(Requests)
+NO_REQUESTS = requests_of(())
 
 
 class Order(NamedTuple):
@@ -86,7 +80,7 @@ class Order(NamedTuple):
 
     Attributes:
         kernels: the kernels.
-        requested: the backends that were asked for by name, and by whom; None: it is the default order.
+        requested: the backends that were asked for by name, and what asked; None in the default order.
     """
 
     kernels: "tuple[Kernel, ...]"
@@ -94,7 +88,7 @@ class Order(NamedTuple):
 
 
 class Snapshot:
-    """What is selected at one time.
+    """What is selected at one time; it never changes.
 
     Attributes:
         active: the requests of `use_backend` that it was made of.
@@ -102,35 +96,23 @@ class Snapshot:
         generation: its number; no two snapshots share one.
     """
 
-    def __init__(
-        self, dispatcher: "Dispatcher", active: Requests, requests: tuple[Request, ...], generation: int
-    ) -> None:
+    def __init__(self, dispatcher: "Dispatcher", active: Requests, configured: Request | None, generation: int) -> None:
         self._dispatcher = dispatcher
-        self.active, self.requests, self.generation = active, requests, generation
+        self.active, self.generation = active, generation
+        self.requests = (*active.requests, *([] if configured is None else [configured]))
         self._orders: dict[Op[...], Order] = {}
 
     def order(self, op: "Op[...]") -> Order:
         """Return the kernels that a call may go to, in order."""
         if (found := self._orders.get(op)) is None:
-            if (requested := self.requested(op)) is None:
+            requests = (*self.requests, self._dispatcher.environment(op.namespace))
+            requested = next(((names, r.by) for r in requests if (names := r.of(op)) is not None), None)
+            if requested is None:
                 kernels = sorted(op.kernels.values(), key=lambda k: (-k.backend.priority, k.backend.name))
             else:
                 kernels = [op.kernels[name] for name in requested[0] if name in op.kernels]
             found = self._orders[op] = Order(tuple(kernels), requested)
         return found
-
-    def requested(self, op: "Op[...]") -> tuple[Names, str] | None:
-        """Return the backends that are asked for by name, for this op, and who asks."""
-        for request in (*self.requests, self._dispatcher.environment(op.namespace)):
-            if (names := request.of(op)) is not None:
-                return names, request.by
-        return None
-
-    @cached_property
-    def names_backends(self) -> bool:
-        """Whether backends are asked for by name, for any op."""
-        requests = (*self.requests, *map(self._dispatcher.environment, list(self._dispatcher.namespaces)))
-        return any(request.everywhere or request.ops for request in requests)
 
     @cached_property
     def explicit_settings(self) -> Mapping[str, Hashable] | None:
@@ -144,10 +126,6 @@ class Snapshot:
             return self.explicit_settings
         named = (self._dispatcher.environment(n).settings or () for n in list(self._dispatcher.namespaces))
         return dict(item for items in named for item in items)
-
-    def backend_settings(self, backend: "Backend") -> Mapping[str, str]:
-        """Return a backend's settings; those that nothing is said about have their defaults."""
-        return {n: str(self.settings.get(f"{backend.name}_{n}", v[0])) for n, v in backend.choices.items()}
 
     @cached_property
     def fingerprint(self) -> Hashable:

@@ -1,12 +1,12 @@
 """Swaps: another kernel runs from now on, for a block or for the process, and nothing is recompiled."""
 
-from collections.abc import Hashable
-from contextlib import AbstractContextManager, ContextDecorator
-from typing import TYPE_CHECKING, Any
+from contextlib import ContextDecorator
+from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
-from mamba_ops.registry import _torch, capture, errors, request
+from mamba_ops.registry import _torch, capture, errors, request, token
 from mamba_ops.registry.dispatcher import dispatcher
 from mamba_ops.registry.snapshot import Request, Requests
 
@@ -14,32 +14,25 @@ if TYPE_CHECKING:
     from mamba_ops.registry.request import Requester
 
 
-class _Swap(ContextDecorator, AbstractContextManager[None]):
+class _Swap(ContextDecorator):
     """What `use_backend` returns: a block, or a decorator."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._entered: list[tuple[Requests, Requests]] = []
-
-    def _recreate_cm(self) -> "_Swap":
-        return _Swap(self._request)
 
     def __enter__(self) -> None:
         capture.refuse_swap("use_backend()")
-        outer = dispatcher.active
-        inner = outer.plus(self._request)
-        self._entered.append((outer, inner))
-        dispatcher.activate(inner)
+        self._activate(dispatcher.active.get().plus(self._request))
 
     def __exit__(self, *_: object) -> None:
-        outer, inner = self._entered.pop()
-        active = dispatcher.active
-        dispatcher.activate(outer if active is inner else active.minus(self._request))
+        self._activate(dispatcher.active.get().minus(self._request))
         capture.refuse_swap("use_backend()")  # the block was left all the same; what is being captured is not usable
 
-
-_parsed: dict[Hashable, Request] = {}  # requests by the words of the call; forgotten when a name is registered
-dispatcher.listeners.append(_parsed.clear)
+    def _activate(self, active: Requests) -> None:
+        dispatcher.active.set(active)
+        snapshot = dispatcher.snapshot(active)
+        token.follow(snapshot)
+        capture.warn_of_swap(snapshot, stacklevel=4)
 
 
 def use_backend(backend: "str | Requester | None" = None, /, **named: str) -> _Swap:
@@ -61,18 +54,10 @@ def use_backend(backend: "str | Requester | None" = None, /, **named: str) -> _S
     """
     if torch.compiler.is_dynamo_compiling():  # true in traced code alone, whatever other threads do
         _refuse_while_tracing("use_backend")
-    if backend is not None and not isinstance(backend, str):
-        requested = _request_of(backend, "use_backend")
-        more = request.make("use_backend", (), _orders(named))
-        return _Swap(requested._replace(ops=tuple({**dict(requested.ops), **dict(more.ops)}.items())))
-    words = backend, *named.items()
-    if (found := _parsed.get(words)) is None:
-        found = _parsed[words] = request.make("use_backend", request.order_of(backend or ""), _orders(named))
-    return _Swap(found)
-
-
-def _orders(named: dict[str, str]) -> dict[str, Any]:
-    return {op: request.order_of(names) for op, names in named.items()}
+    if backend is None or isinstance(backend, str):
+        return _Swap(_request_in_words(backend or "", **named))
+    requested, more = _request_of(backend, "use_backend"), _request_in_words("", **named)
+    return _Swap(requested._replace(ops=tuple(dict(requested.ops + more.ops).items())))
 
 
 def configure(config: "Requester | None") -> None:
@@ -88,9 +73,21 @@ def configure(config: "Requester | None") -> None:
     """
     if torch.compiler.is_dynamo_compiling():
         _refuse_while_tracing("configure")
-    asked = None if config is None else _request_of(config, type(config).__name__, "configure")
+    requested = None if config is None else _request_of(config, type(config).__name__, "configure")
     capture.refuse_swap("configure()")
-    dispatcher.configure(asked)
+    with dispatcher.lock:
+        dispatcher.configured = requested
+        dispatcher.reselect()
+    capture.warn_of_swap(dispatcher.current(), stacklevel=3)
+
+
+@cache
+def _request_in_words(backend: str, **named: str) -> Request:
+    orders = {op: request.order_of(names) for op, names in named.items()}
+    return request.make("use_backend", request.order_of(backend), orders)
+
+
+dispatcher.listeners.append(_request_in_words.cache_clear)  # which names are known may have changed
 
 
 def _request_of(config: "Requester", by: str, what: str = "use_backend") -> Request:
@@ -104,4 +101,6 @@ def _request_of(config: "Requester", by: str, what: str = "use_backend") -> Requ
 def _refuse_while_tracing(what: str) -> None:
     # Marked as constant, it runs while Dynamo traces and its error is the user's; an error raised in traced code would
     # only break the graph.
-    raise errors.swap_while_tracing(what)
+    raise errors.RegistryError(
+        f"{what}() was called inside a region that torch.compile traces; call it around the compiled function"
+    )

@@ -287,7 +287,7 @@ def _tensors() -> tuple[Tensor, Tensor]:
 def instances() -> Iterator[errors.RegistryError]:
     """One of each class of errors."""
     made = {
-        errors.NoBackendError: lambda: errors.no_backend("a::b", {"torch": "why not"}, bound_by="use_backend"),
+        errors.NoBackendError: lambda: errors.NoBackendError("a sentence", {"torch": "why not"}),
         errors.ConfigError: lambda: errors.ConfigError(["one", "two"]),
     }
     for cls in vars(errors).values():
