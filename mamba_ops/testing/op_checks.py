@@ -119,14 +119,14 @@ def check_op(
     if not samples:
         raise ValueError(f"check_op: {op.qualname} yields no samples on {device}, expected one at least")
     done = Checked(op.qualname, device, _backends(op, device, backends))
-    takers = {sample.name: _check_calls(done, op, sample, oracle) for sample in samples}
+    takers = [_check_calls(done, op, sample, oracle) for sample in samples]
     for name in done.backends:
-        if not any(name in found for found in takers.values()):
+        if not any(name in found for found in takers):
             reason = next(iter(done.refused[name].values()))
             hint = "pass sizes that it takes, or name other backends"
             raise ValueError(f"check_op: {name} refuses all samples of {op.qualname}: {reason}; {hint}")
-    for sample in samples:
-        if found := takers[sample.name]:
+    for sample, found in zip(samples, takers, strict=True):
+        if found:
             with done.running(COMPILED, f"{', '.join(found)}, sample {sample.name!r}"):
                 compiled.assert_compiled_equals_eager(op, judge.with_nan_output(op, sample), found)
     _check_patterns(done, op, samples, {n: v for n, v in sizes.items() if isinstance(v, int)})
@@ -214,14 +214,22 @@ def _assert_close(op: Op[...], got: Sample, expected: Sample) -> None:
 
 
 def _check_patterns(done: Checked, op: Op[...], samples: Sequence[Sample], sizes: Mapping[str, int]) -> None:
-    backend, device = done.backends[0], done.device
     for pattern in op.patterns:
+        batches = (*compiled.BATCHES, 1, 0)
+        backend = _taker(done, op, [compiled.pattern_call(op, pattern, n, done.device, sizes) for n in batches])
         with done.running(SIZES, f"{backend}, call pattern {pattern!r}"), use_backend(backend):
-            compiled.assert_one_graph_for_all_sizes(op, pattern, device, sizes=sizes)
-    calls = [compiled.pattern_call(op, pattern, compiled.BATCHES[0], device, sizes) for pattern in op.patterns]
-    for call in calls or [sample for sample in samples if judge.refusal(op, backend, sample) is None][:1]:
+            compiled.assert_one_graph_for_all_sizes(op, pattern, done.device, sizes=sizes)
+    calls = [compiled.pattern_call(op, pattern, compiled.BATCHES[0], done.device, sizes) for pattern in op.patterns]
+    for call in calls or samples[:1]:
+        backend = _taker(done, op, [call])
         with done.running(COPIES, f"{backend}, call {call.name!r}"), use_backend(backend), compiled.counting_graphs():
             compiled.assert_no_copies(op, torch.compile(compiled.plain_call(op), fullgraph=True), call)
+
+
+def _taker(done: Checked, op: Op[...], calls: Sequence[Sample]) -> str:
+    """Return the first backend that takes all of these calls, or the reference's: graphs are the same on all."""
+    takes = (name for name in done.backends if all(judge.refusal(op, name, call) is None for call in calls))
+    return next(takes, "torch")
 
 
 # -- wrong calls ------------------------------------------------------------------------------------------------------
