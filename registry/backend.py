@@ -24,22 +24,13 @@ Layout = str | Callable[..., str | None]
 
 @dataclass(frozen=True)
 class Kernel:
-    """One backend's function for one op.
-
-    Attributes:
-        backend: what runs it.
-        implementation: the adapter, or where it is (`package.module:function`).
-        op: the op that it is for.
-        unsupported: refusal that depends on shapes, dtypes, numbers and on what is None; its verdict is remembered.
-        unsupported_layout: refusal that reads strides, alignment or the like; asked before every call.
-        layouts: cache name to the layout that the kernel keeps there, where that is not the op's own.
-    """
+    """One backend's function for one op; `Backend.implements` says what each part is."""
 
     backend: "Backend"
     implementation: Callable[..., None] | str
     op: "Op[...]"
-    unsupported: Refusal | None = None
-    unsupported_layout: Refusal | None = None
+    unsupported: Refusal | None = None  # its verdict is remembered
+    unsupported_layout: Refusal | None = None  # asked before every call
     layouts: Mapping[str, Layout] = field(default_factory=dict, hash=False)
 
     @cached_property
@@ -56,7 +47,7 @@ class Kernel:
 
     @property
     def source(self) -> str:
-        """Where it is, for messages."""
+        """Where the adapter is."""
         return self.implementation if isinstance(self.implementation, str) else errors.source_of(self.implementation)
 
 

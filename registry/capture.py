@@ -25,19 +25,12 @@ Settings = frozenset[tuple[str, Hashable]]
 
 
 class Captured(NamedTuple):
-    """What an op ran on when it was captured.
-
-    Attributes:
-        backend: its name.
-        refused: backends that were asked before it and did not take the call.
-        settings: those in force that its kernels may read.
-        device: the type of the device.
-    """
+    """What an op ran on when it was captured."""
 
     backend: str
-    refused: frozenset[str]
-    settings: Settings
-    device: str
+    refused: frozenset[str]  # backends that were asked before it and did not take the call
+    settings: Settings  # those in force that the op's kernels may read
+    device: str  # its type
 
 
 _own = threading.local()  # .depth: how many `noticing_swaps` the thread is in

@@ -111,10 +111,8 @@ def fronts(
     raises when the graph runs. It reads nothing else, because Dynamo would guard on it.
 
     Args:
-        op: qualified name of the op.
-        parameters: the op's own.
-        mutated: names of the mutated parameters.
-        caches: those of them that may be left out.
+        op, parameters: qualified name and parameters of the op.
+        mutated, caches: names of the mutated parameters, and of those among them that may be left out.
         first_code: number of the sentence that refuses a gradient of the first parameter; the others follow.
         closure: the values of the template's names that end in `_`, and `body`, which the second calls for `dispatch_`.
     """
@@ -154,10 +152,11 @@ def body(op: str, parameters: Parameters, caches: list[str], **closure: Any) -> 
     require grad), which is made at the second call of its kind; any other by a look-up. What is known does not settle
     a call in grad mode if a tensor requires grad, nor one that is being captured, which the op has to remember.
 
+    `selection` is there for the keys of captured graphs.
+
     Args:
-        op: qualified name of the op.
-        parameters: the op's own; `selection` follows them: it is there for the keys of captured graphs.
-        caches: those of them that are empty where the caller left them out; from here on they are None.
+        op, parameters: qualified name and parameters of the op.
+        caches: names of those that are empty where the caller left them out; from here on they are None.
         closure: the values of the template's names that end in `_`; among them `no_<name>` for each optional tensor,
             which stands for None in the comparison.
     """

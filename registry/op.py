@@ -14,15 +14,16 @@ from typing_extensions import ParamSpec
 from mamba_ops.registry import _torch, codegen, errors, schema, selection, token
 from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
 from mamba_ops.registry.capture import capture_query, note
-from mamba_ops.registry.decision_cache import CachedDecision, DecisionCache, never_matches, redispatch_query
 from mamba_ops.registry.dispatcher import device_of, dispatcher
 from mamba_ops.registry.facets import Facets
-from mamba_ops.registry.snapshot import Requests
+from mamba_ops.registry.snapshot import CachedDecision, DecisionCache, Requests, never_matches, redispatch_query
 
 if TYPE_CHECKING:
     from mamba_ops.registry.namespace import Namespace
 
 P = ParamSpec("P")
+
+_LIMIT = 4096  # calls that an op remembers per snapshot before it begins again: endless shapes must cost no memory
 
 
 def require_out(out: Tensor | None) -> Tensor:
@@ -52,39 +53,36 @@ class Op(Facets, Generic[P]):
             cache that may be left out is optional here.
         mutates: names of the parameters that it writes.
         kernels: backend name to kernel; the reference is the kernel of the backend `torch`, or `composed`.
-        splits_graph, reads_host, composed: see `Namespace.op`.
+        splits_graph, reads_host, composed, replaces: see `Namespace.op`.
         overload: the `torch.ops` overload, for those who want no front.
         call_undispatched: the op as composed ops call it, which went through torch's dispatcher themselves.
     """
+
+    splits_graph: bool
+    reads_host: bool
+    composed: bool
+    replaces: str | None
 
     def __init__(
         self,
         namespace: "Namespace",
         function: Callable[..., Any],
         mutates: frozenset[str],
-        *,
-        splits_graph: bool,
-        reads_host: bool,
-        composed: bool,
-        reference: str | None = None,
-        arguments: type[tuple[Any, ...]] | None = None,
-        replaces: str | None = None,
+        reference: str | None,
+        arguments: type[tuple[Any, ...]] | None,
+        **flags: Any,
     ) -> None:
         super().__init__()
+        vars(self).update(flags)
         self.name = self.__name__ = function.__name__
         self.namespace, self.qualname = namespace.name, f"{namespace.name}::{self.name}"
-        self.source = errors.source_of(function)
-        self.mutates = mutates
-        self.splits_graph, self.reads_host, self.composed = splits_graph, reads_host, composed
         errors.refuse_duplicate("op", self.qualname, dispatcher.ops.get(self.qualname))
+        self.source, self.reference, self.mutates = errors.source_of(function), function, mutates
         self.parameters = schema.parameters_of(self.qualname, function, mutates)
         self._names = [p.name for p in self.parameters]
-        self._tensors = [p.name for p in self.parameters if codegen.is_tensor(p)]
-        self.reference, self.replaces = function, replaces
         self.arguments = arguments or namedtuple("Arguments", self._names)
-        if getattr(self.arguments, "_fields", ()) != tuple(self._names):
-            got = ", ".join(getattr(self.arguments, "_fields", ()))
-            problem = f"arguments has the fields {got}, expected {', '.join(self._names)}"
+        if (fields := getattr(self.arguments, "_fields", ())) != tuple(self._names):
+            problem = f"arguments has the fields {', '.join(fields)}, expected {', '.join(self._names)}"
             raise errors.declaration(f"{self.qualname} ({self.source})", problem)
         self.kernels: dict[str, Kernel] = {}
         self._decisions: dict[Requests, DecisionCache] = {}  # by the requests of a context; empty after a swap
@@ -93,7 +91,7 @@ class Op(Facets, Generic[P]):
             p.name: torch.empty(0, dtype=torch.complex64) for p in self.parameters if codegen.is_optional(p)
         }
         self._register(namespace)
-        own = COMPOSED if composed else REFERENCE
+        own = COMPOSED if self.composed else REFERENCE
         implementation = reference or codegen.adapted(self.qualname, self.parameters, self.arguments, function)
         self.kernels[own.name] = Kernel(own, implementation, self)
         dispatcher.ops[self.qualname] = self
@@ -194,12 +192,15 @@ class Op(Facets, Generic[P]):
             kernel, _ = self._choose(arguments, cache)
             known = CachedDecision(numbers=key[0], kernel=kernel, is_capturing=capture_query(device_of(arguments)))
         else:
-            tensors = [self._nothing[n] if arguments[n] is None else arguments[n] for n in self._tensors]
+            given = {**arguments, **{n: tensor for n, tensor in self._nothing.items() if arguments[n] is None}}
+            tensors = [value for value in given.values() if isinstance(value, Tensor)]
             known = known._replace(
                 must_redispatch=redispatch_query(tensors, known.is_capturing),
                 same_tensors=_torch.same_tensors(tensors),
             )
-        cache.learn(key, known)
+        if len(cache.known) >= _LIMIT:
+            cache.known.clear()
+        cache.known[key] = known
         return known
 
     def _decide_captured(self, values: tuple[Any, ...], selection_token: Tensor | None) -> Callable[..., None]:

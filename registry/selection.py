@@ -12,8 +12,8 @@ from mamba_ops.registry.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from mamba_ops.registry.backend import Kernel
-    from mamba_ops.registry.decision_cache import DecisionCache
     from mamba_ops.registry.op import Op
+    from mamba_ops.registry.snapshot import DecisionCache
 
 
 class Selection(NamedTuple):
@@ -25,19 +25,12 @@ class Selection(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend a call would run on, and why not on the others.
+    """Which backend a call would run on, and why not on the others."""
 
-    Attributes:
-        op: qualified name.
-        backend: the backend that would run, or None if no backend takes the call.
-        bound_by: what asked for it by name ("use_backend", an environment variable), or None for the default order.
-        reasons: backend name to the sentence why it would not run.
-    """
-
-    op: str
-    backend: str | None
-    bound_by: str | None
-    reasons: Mapping[str, str]
+    op: str  # its qualified name
+    backend: str | None  # that would run; None: no backend takes the call
+    bound_by: str | None  # what asked for it by name (use_backend, an environment variable); None: the default order
+    reasons: Mapping[str, str]  # backend to the sentence why it would not run
 
     def __str__(self) -> str:
         rows = [(self.backend, f"runs ({self.bound_by or 'default order'})")] if self.backend else []
@@ -69,9 +62,6 @@ def has_explicit_backend(*ops: "Op[...]") -> bool:
     """Return whether backends are asked for by name for any of these ops: only then may `check_supported` raise."""
     snapshot = dispatcher.current()
     return any(snapshot.order(op).requested is not None for op in ops)
-
-
-# -- one decision -----------------------------------------------------------------------------------------------------
 
 
 def _candidates(
@@ -213,13 +203,9 @@ def _warn_once(op: "Op[...]", name: str, reason: str, taker: "Kernel") -> None:
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
 
 
-# -- what users ask --------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def record_selections() -> Iterator[list[Selection]]:
-    """Within the block, append one `Selection(op, backend)` for every run of an op in the process, in compiled graphs
-    too.
+    """Within the block, append a `Selection(op, backend)` for every run of an op in the process, compiled or not.
 
     A replayed CUDA graph runs no Python, so its ops are seen when it is recorded and not when it is replayed.
     """

@@ -20,16 +20,10 @@ _marked: dict[str, bool] = {}  # what users said about an op, by qualified name
 
 
 class Subgraph(NamedTuple):
-    """One part of a split graph.
-
-    Attributes:
-        name: of the submodule.
-        ops: the splitting ops in it, in order, as `namespace::name`; none in a piece to be compiled and captured.
-        module: the submodule.
-    """
+    """One part of a split graph: a submodule, and its name."""
 
     name: str
-    ops: tuple[str, ...]
+    ops: tuple[str, ...]  # splitting ops in it, in order, as `namespace::name`; none in a piece to compile and capture
     module: "GraphModule"
 
 
