@@ -181,7 +181,9 @@ class Op(Facets, Generic[P]):
         if selection.has_explicit_backend(self):
             arguments = self.fill(self.bind(args, kwargs))
             self.check(arguments)
-            selection.require(self, arguments)
+            taker, reasons = selection.first_taker(self, arguments, snapshot := dispatcher.current())
+            if taker is None:
+                raise selection.refused(self, reasons, snapshot)
 
     # -- called by generated code -------------------------------------------------------------------------------------
 

@@ -128,7 +128,7 @@ def make(
 ) -> Request:
     """Return the request for these names, in any case; raise the first of `problems`."""
     orders = {known_op(op) or op: lowered(names) for op, names in (named or {}).items()}
-    request = Request.make(by, lowered(everywhere), orders, settings or None)
+    request = Request(by, lowered(everywhere), tuple(orders.items()), tuple(settings.items()) if settings else None)
     for problem in problems(request):
         raise problem
     return request

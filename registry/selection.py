@@ -97,14 +97,6 @@ def first_taker(
     return None, reasons
 
 
-def require(op: "Op[...]", arguments: Mapping[str, Any]) -> None:
-    """Raise with every backend's reason unless one takes these very arguments."""
-    snapshot = dispatcher.current()
-    taker, reasons = first_taker(op, arguments, snapshot)
-    if taker is None:
-        raise _refused(op, reasons, snapshot)
-
-
 def choose(op: "Op[...]", arguments: Mapping[str, Any], cache: "DecisionCache") -> Callable[..., None]:
     """Return the function that runs calls like this one, or raise with every backend's reason."""
     dispatcher.load_entry_points()
@@ -120,7 +112,7 @@ def choose(op: "Op[...]", arguments: Mapping[str, Any], cache: "DecisionCache") 
         if kernel.unsupported_layout is None and not disputed:
             break
     if not takers:
-        raise _refused(op, reasons, snapshot)
+        raise refused(op, reasons, snapshot)
     for name, reason in reasons.items():
         if snapshot.order(op).requested is not None or dispatcher.backends[name].is_for(device):
             _warn_once(op, name, reason, takers[0])
@@ -159,7 +151,7 @@ def _with_layout_checks(
                 layouts.remember(kernel, arguments)
                 return function(*args, **kwargs)
             found[kernel.backend.name] = reason
-        raise _refused(op, found, snapshot)
+        raise refused(op, found, snapshot)
 
     return run
 
@@ -177,7 +169,7 @@ def _recorded(kernel: "Kernel") -> Callable[..., None]:
     return run
 
 
-def _refused(op: "Op[...]", reasons: Mapping[str, str], snapshot: Snapshot) -> errors.NoBackendError:
+def refused(op: "Op[...]", reasons: Mapping[str, str], snapshot: Snapshot) -> errors.NoBackendError:
     """Return the error that lists each backend's reason."""
     names, by = snapshot.order(op).requested or ((), "")
     says = "the backend asked for refuses this call" if len(names) == 1 else "no backend accepts this call"

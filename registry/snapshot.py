@@ -3,7 +3,6 @@
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,17 +26,6 @@ class Request(NamedTuple):
     everywhere: Names = ()  # the order for ops that are not named: of these backends, those that have a kernel for it
     ops: tuple[tuple[str, Names], ...] = ()  # names of ops, each with its order
     settings: tuple[tuple[str, Hashable], ...] | None = None  # names and values; None: nothing is said about them
-
-    @classmethod
-    def make(
-        cls,
-        by: str,
-        everywhere: Names = (),
-        ops: Mapping[str, Names] = MappingProxyType({}),
-        settings: Mapping[str, Hashable] | None = None,
-    ) -> "Request":
-        """Return a request made of mappings."""
-        return cls(by, everywhere, tuple(ops.items()), None if settings is None else tuple(settings.items()))
 
     def of(self, op: "Op[...]") -> Names | None:
         """Return the backends that are asked for, for this op, or None."""
