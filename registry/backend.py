@@ -50,6 +50,14 @@ class Kernel:
         """Where the adapter is."""
         return self.implementation if isinstance(self.implementation, str) else errors.source_of(self.implementation)
 
+    def why_not(self, arguments: Mapping[str, Any]) -> str | None:
+        """Return why the kernel takes no calls like this one, whatever their strides, or None."""
+        return None if self.unsupported is None else self.unsupported(**arguments)
+
+    def why_not_now(self, arguments: Mapping[str, Any]) -> str | None:
+        """Return why a kernel that takes calls like this one does not take these very arguments, or None."""
+        return None if self.unsupported_layout is None else self.unsupported_layout(**arguments)
+
 
 class Backend:
     """What can run ops.

@@ -186,7 +186,7 @@ def _compiled(op: str, role: str, source: str, closure: dict[str, Any]) -> Calla
     cells = {f"{name}_": value for name, value in closure.items()}
     name = source.removeprefix("def ").partition("(")[0]
     lines = [f"def make({', '.join(cells)}):", *textwrap.indent(source, "    ").splitlines(), f"    return {name}"]
-    code = "".join(f"{part}\n" for line in lines if line.strip() for part in _wrapped(line))
+    code = "\n".join(_wrapped(line) for line in lines if line.strip()) + "\n"
     filename = f"<{op}: {role}>"
     linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)  # for tracebacks
     scope: dict[str, Any] = {}  # no __name__: Dynamo would look the globals up in a module of that name
@@ -194,10 +194,10 @@ def _compiled(op: str, role: str, source: str, closure: dict[str, Any]) -> Calla
     return cast(Callable[..., Any], scope["make"](*cells.values()))
 
 
-def _wrapped(line: str) -> list[str]:
+def _wrapped(line: str, width: int = 110) -> str:
     """Break a long line at spaces; those of the templates that get long are in parentheses from early on."""
     indent = " " * (len(line) - len(line.lstrip()) + 8)
-    return textwrap.wrap(line, 110, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return line if len(line) <= width else textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False)
 
 
 def _header(parameters: Iterable[inspect.Parameter], closure: dict[str, Any]) -> str:

@@ -73,16 +73,11 @@ def _candidates(
     device = device_of(arguments).type
     kernels, requested = snapshot.order(op)
     for kernel in kernels:
-        reason = kernel.backend.why_unusable(device, by_name=requested is not None)
-        if reason is None and kernel.unsupported is not None:
-            reason = kernel.unsupported(**arguments)
-        yield kernel, reason
+        yield kernel, kernel.backend.why_unusable(device, by_name=requested is not None) or kernel.why_not(arguments)
 
 
 def _why_not_now(kernel: "Kernel", arguments: Mapping[str, Any]) -> str | None:
-    """Return why a kernel that takes calls like this one does not take these very arguments, or None."""
-    reason = kernel.unsupported_layout(**arguments) if kernel.unsupported_layout is not None else None
-    return reason or layouts.why_not(kernel, arguments)
+    return kernel.why_not_now(arguments) or layouts.why_not(kernel, arguments)
 
 
 def first_taker(
