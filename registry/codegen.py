@@ -132,7 +132,7 @@ def fronts(
     body = closure.pop("body")
     source = _FRONT.format(
         header=_header(shown, closure),
-        allocations="\n    ".join(f"if {name} is None: {name} = {value}" for name, value in missing.items()),
+        allocations="\n    ".join(f"if {name} is None:\n        {name} = {value}" for name, value in missing.items()),
         refusals="\n            ".join(refusals),
         passed=_passed(parameters, output="out"),
         first=first,

@@ -50,8 +50,6 @@ class Dispatcher:
             release = self.lock.release
             os.register_at_fork(before=self.lock.acquire, after_in_parent=release, after_in_child=release)
 
-    # -- what is selected ---------------------------------------------------------------------------------------------
-
     def current(self) -> Snapshot:
         """Return what is selected in this context."""
         return self.snapshot(self.active.get())
@@ -92,8 +90,6 @@ class Dispatcher:
             if named is None:
                 op._decisions[snapshot.active] = cache
             return cache
-
-    # -- changes ------------------------------------------------------------------------------------------------------
 
     def changed(self) -> None:
         """Forget all decisions: what is registered has changed, or which caches are new."""

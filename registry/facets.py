@@ -32,8 +32,6 @@ class Facets:
         self.facets: dict[str, Callable[..., Any]] = {"allocate_output": self._no_output}
         self.patterns: tuple[str, ...] = ()
 
-    # -- decorators ---------------------------------------------------------------------------------------------------
-
     def validate(self, function: F) -> F:
         """Register the checks: they name any of the op's parameters and raise ValueError before anything is written.
 
@@ -69,8 +67,6 @@ class Facets:
         """
         self.patterns = names
         return lambda function: self._store("call_patterns", function)
-
-    # -- what is made with them ---------------------------------------------------------------------------------------
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Raise the ValueError that a call with these arguments would raise, if any."""
@@ -112,8 +108,6 @@ class Facets:
             raise errors.declaration(self.qualname, f"has no call pattern {pattern!r}; it has {known}")
         call: Sample = self.facets["call_patterns"](random, pattern)
         return call
-
-    # -- how they are stored ------------------------------------------------------------------------------------------
 
     def adapted(self, function: Callable[..., Any], parameters: Sequence[inspect.Parameter]) -> Callable[..., Any]:
         """Return a function of these parameters for one that names some of them, or takes one `op.arguments` of all."""

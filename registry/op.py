@@ -160,8 +160,6 @@ class Op(Facets, Generic[P]):
     def __reduce__(self) -> str:
         return self.name  # copied and pickled as what it is: a global of the module that declares it
 
-    # -- calls --------------------------------------------------------------------------------------------------------
-
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return a front call's arguments as checks and kernels get them, with defaults and the output filled in."""
         bound = self.__signature__.bind(*args, **kwargs)
@@ -184,8 +182,6 @@ class Op(Facets, Generic[P]):
             taker, reasons = selection.first_taker(self, arguments, snapshot := dispatcher.current())
             if taker is None:
                 raise selection.refused(self, reasons, snapshot)
-
-    # -- called by generated code -------------------------------------------------------------------------------------
 
     def _decide(self, cache: DecisionCache, key: Any, values: tuple[Any, ...]) -> CachedDecision:
         """Check a call that was not seen before, choose its kernel and remember both; the second time, how it looks."""

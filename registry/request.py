@@ -117,9 +117,6 @@ def _refuse_while_tracing(what: str) -> None:
     )
 
 
-# -- how requests are written ------------------------------------------------------------------------------------------
-
-
 def make(
     by: str,
     everywhere: Sequence[str] = (),

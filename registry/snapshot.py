@@ -115,9 +115,6 @@ class Snapshot:
         return tuple(named), kernels, explicit, self._dispatcher.renewals
 
 
-# -- what an op remembers, so that a repeated call is neither checked nor decided again -------------------------------
-
-
 def never_matches(*tensors: Tensor) -> bool:
     """Stands for a comparison that is not made yet: most calls of sizes of their own come once."""
     return False
