@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # torch.fx costs milliseconds, which only those who split pay
 
     from mamba_ops.registry.op import Op
 
+_ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+
 _marked: dict[str, bool] = {}  # what users said about an op, by qualified name
 
 
@@ -127,14 +129,16 @@ def _take_sizes_apart(graph: "Graph") -> None:
             sizes = tuple(graph.call_function(torch.ops.aten.sym_size.int, (tensor, d)) for d in range(value.dim()))
         for size, number in zip(sizes, value.shape, strict=True):
             size.meta["example_value"] = number
+
+        def other(argument: "Node", node: "Node" = node, sizes: Any = sizes) -> Any:
+            return sizes if argument is node else argument
+
         for user in list(node.users):
             if user.target is operator.getitem and isinstance(user.args[1], int):
                 user.replace_all_uses_with(sizes[user.args[1]])
                 graph.erase_node(user)
             else:
-                user.args, user.kwargs = map_arg(
-                    (user.args, user.kwargs), lambda n, node=node, sizes=sizes: sizes if n is node else n
-                )
+                user.args, user.kwargs = map_arg(user.args, other), map_arg(user.kwargs, other)
         for unused in [node, *(size for size in sizes if not size.users)]:
             graph.erase_node(unused)
 
@@ -171,8 +175,8 @@ def _may_stand_before(nodes: "list[Node]", others: "list[Node]") -> bool:
     """Whether nodes only allocate, and compute how much, from nothing that the others make."""
 
     def allocates(node: "Node") -> bool:
-        name = _torch.schema_name(node.target).partition("::")[2] or getattr(node.target, "__name__", node.target)
-        return name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+        name = _torch.schema_name(node.target).partition("::")[2]
+        return (name or getattr(node.target, "__name__", str(node.target))) in _ALLOCATIONS
 
     return (
         any(map(allocates, nodes))
