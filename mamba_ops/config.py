@@ -144,8 +144,8 @@ class BackendConfig:
 
     def request(self, by: str) -> Request:
         """Return what `use_backend` and `configure` put in force."""
-        named = {place: names for place, names in self.order.items() if place != EVERY}
-        return Request.make(by, self.order.get(EVERY, ()), named, self._settings())
+        named = tuple((place, names) for place, names in self.order.items() if place != EVERY)
+        return Request(by, self.order.get(EVERY, ()), named, tuple(self._settings().items()))
 
     def _settings(self) -> dict[str, Hashable]:
         own = {"stochastic_rounding": self.stochastic_rounding, "philox_rounds": self.philox_rounds}

@@ -25,6 +25,8 @@ from mamba_ops.registry.namespace import Namespace as Namespace
 from mamba_ops.registry.op import Op as Op
 from mamba_ops.registry.op import ops as ops
 from mamba_ops.registry.op import require_out as require_out
+from mamba_ops.registry.request import configure as configure
+from mamba_ops.registry.request import use_backend as use_backend
 from mamba_ops.registry.samples import ErrorInput as ErrorInput
 from mamba_ops.registry.samples import Sample as Sample
 from mamba_ops.registry.selection import Explanation as Explanation
@@ -40,5 +42,3 @@ from mamba_ops.registry.splitting import mark_splitting as mark_splitting
 from mamba_ops.registry.splitting import partition_at_splitting_ops as partition_at_splitting_ops
 from mamba_ops.registry.splitting import split_graph as split_graph
 from mamba_ops.registry.splitting import splitting_ops as splitting_ops
-from mamba_ops.registry.swap import configure as configure
-from mamba_ops.registry.swap import use_backend as use_backend

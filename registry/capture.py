@@ -4,10 +4,10 @@ Inductor's own recordings are keyed by the selection token (token.py). A graph t
 on replaying the kernels that it holds. So the dispatcher remembers that an op was captured, and on what.
 """
 
-import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,22 +25,15 @@ Settings = frozenset[tuple[str, Hashable]]
 
 
 class Captured(NamedTuple):
-    """What an op ran on when it was captured.
-
-    Attributes:
-        backend: its name.
-        refused: backends that were asked before it and did not take the call.
-        settings: those in force that its kernels may read.
-        device: the type of the device.
-    """
+    """What an op ran on when it was captured."""
 
     backend: str
-    refused: frozenset[str]
-    settings: Settings
-    device: str
+    refused: frozenset[str]  # backends that were asked before it and did not take the call
+    settings: Settings  # those in force that the op's kernels may read
+    device: str  # its type
 
 
-_own = threading.local()  # .depth: how many `noticing_swaps` the thread is in
+_notices: ContextVar[bool] = ContextVar("noticing_swaps", default=False)
 
 
 def capture_query(device: torch.device) -> Callable[[], bool]:
@@ -87,16 +80,16 @@ def refuse_swap(what: str) -> None:
 @contextmanager
 def noticing_swaps() -> Iterator[None]:
     """Within the block, this thread's captures belong to code that compares `generation()`, so no swap warns."""
-    _own.depth = getattr(_own, "depth", 0) + 1
+    token = _notices.set(True)
     try:
         yield
     finally:
-        _own.depth -= 1
+        _notices.reset(token)
 
 
 def note(op: "Op[...]", backend: str, refused: Iterable[str], device: torch.device, *, has_token: bool) -> None:
     """Remember that a call of the op is being captured, unless the code that captures notices swaps."""
-    if not getattr(_own, "depth", 0) and not (has_token and _torch.inductor_records(device)):
+    if not _notices.get() and not (has_token and _torch.inductor_records(device)):
         settings = _settings_of(op, dispatcher.current())
         dispatcher.captured[op] = Captured(backend, frozenset(refused), settings, device.type)
 

@@ -141,10 +141,8 @@ def fronts(
     raises when the graph runs. It reads nothing else, because Dynamo would guard on it.
 
     Args:
-        op: qualified name of the op.
-        parameters: the op's own.
-        mutated: names of the mutated parameters.
-        caches: those of them that may be left out.
+        op, parameters: qualified name and parameters of the op.
+        mutated, caches: names of the mutated parameters, and of those among them that may be left out.
         first_code: number of the sentence that refuses a gradient of the first parameter; the others follow.
         trained: those of the parameters that the op's `forward` takes, which runs instead of the op where gradients are
             asked for and no other tensor is given; none if it does not record gradients.
@@ -215,10 +213,11 @@ def body(
     require grad), which is made at the second call of its kind; any other by a look-up. What is known does not settle
     a call in grad mode if a tensor requires grad, nor one that is being captured, which the op has to remember.
 
+    `selection` is there for the keys of captured graphs.
+
     Args:
-        op: qualified name of the op.
-        parameters: the op's own; `selection` follows them: it is there for the keys of captured graphs.
-        caches: those of them that are empty where the caller left them out; from here on they are None.
+        op, parameters: qualified name and parameters of the op.
+        caches: names of those that are empty where the caller left them out; from here on they are None.
         returned: those of them that are no arguments of the op: they are allocated and returned.
         closure: the values of the template's names that end in `_`; among them `no_<name>` for each optional tensor,
             which stands for None in the comparison.
@@ -267,7 +266,7 @@ def _compiled(op: str, role: str, source: str, closure: dict[str, Any]) -> Calla
     cells = {f"{name}_": value for name, value in closure.items()}
     name = source.removeprefix("def ").partition("(")[0]
     lines = [f"def make({', '.join(cells)}):", *textwrap.indent(source, "    ").splitlines(), f"    return {name}"]
-    code = "".join(f"{part}\n" for line in lines if line.strip() for part in _wrapped(line))
+    code = "\n".join(_wrapped(line) for line in lines if line.strip()) + "\n"
     filename = f"<{op}: {role}>"
     linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)  # for tracebacks
     scope: dict[str, Any] = {}  # no __name__: Dynamo would look the globals up in a module of that name
@@ -275,10 +274,10 @@ def _compiled(op: str, role: str, source: str, closure: dict[str, Any]) -> Calla
     return cast(Callable[..., Any], scope["make"](*cells.values()))
 
 
-def _wrapped(line: str) -> list[str]:
+def _wrapped(line: str, width: int = 110) -> str:
     """Break a long line at spaces; those of the templates that get long are in parentheses from early on."""
     indent = " " * (len(line) - len(line.lstrip()) + 8)
-    return textwrap.wrap(line, 110, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return line if len(line) <= width else textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False)
 
 
 def _header(parameters: Iterable[inspect.Parameter], closure: dict[str, Any]) -> str:

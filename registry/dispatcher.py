@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mamba_ops.registry.decision_cache import DecisionCache
-from mamba_ops.registry.snapshot import NO_REQUESTS, Request, Requests, Snapshot
+from mamba_ops.registry.snapshot import NO_REQUESTS, DecisionCache, Request, Requests, Snapshot
 
 if TYPE_CHECKING:
     from mamba_ops.registry.backend import Backend
@@ -30,30 +29,19 @@ if TYPE_CHECKING:
 
 
 class Dispatcher:
-    """What is registered, and what is selected.
-
-    Attributes:
-        lock: for all changes. A child process that is forked has it free.
-        namespaces, ops, backends: what is registered, by name; ops by qualified name, in the order of declaration.
-        active: the requests of `use_backend` in this context.
-        configured: what `configure` asks for.
-        captured: the ops in graphs that callers captured, each with what it ran on.
-        recorders: the lists to which `record_selections` now appends.
-        renewals: how often caches were renewed.
-        listeners: called, with the lock held, when something else may be selected than before.
-    """
+    """What is registered, and what is selected."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = threading.RLock()  # for all changes; a child process that is forked has it free
         self.namespaces: dict[str, Namespace] = {}
-        self.ops: dict[str, Op[...]] = {}
+        self.ops: dict[str, Op[...]] = {}  # by qualified name, in the order of declaration
         self.backends: dict[str, Backend] = {}
-        self.active: ContextVar[Requests] = ContextVar("active requests", default=NO_REQUESTS)
-        self.configured: Request | None = None
-        self.captured: dict[Op[...], Captured] = {}
-        self.recorders: tuple[list[Selection], ...] = ()
-        self.renewals = 0
-        self.listeners: list[Callable[[], None]] = []
+        self.active: ContextVar[Requests] = ContextVar("requests of use_backend in a context", default=NO_REQUESTS)
+        self.configured: Request | None = None  # what `configure` asks for
+        self.captured: dict[Op[...], Captured] = {}  # ops in graphs that callers captured, and what they ran on
+        self.recorders: tuple[list[Selection], ...] = ()  # the lists to which `record_selections` now appends
+        self.renewals = 0  # how often caches were renewed
+        self.listeners: list[Callable[[], None]] = []  # called, with the lock held, when the selection may have changed
         self._environments: dict[str, Request] = {}
         self._snapshots: dict[tuple[Requests, Request | None], Snapshot] = {}
         self._generations = itertools.count(1)
@@ -61,8 +49,6 @@ class Dispatcher:
         if hasattr(os, "register_at_fork"):
             release = self.lock.release
             os.register_at_fork(before=self.lock.acquire, after_in_parent=release, after_in_child=release)
-
-    # -- what is selected ---------------------------------------------------------------------------------------------
 
     def current(self) -> Snapshot:
         """Return what is selected in this context."""
@@ -104,8 +90,6 @@ class Dispatcher:
             if named is None:
                 op._decisions[snapshot.active] = cache
             return cache
-
-    # -- changes ------------------------------------------------------------------------------------------------------
 
     def changed(self) -> None:
         """Forget all decisions: what is registered has changed, or which caches are new."""

@@ -33,8 +33,6 @@ class Facets:
         self.facets: dict[str, Callable[..., Any]] = {"allocate_output": self._no_output}
         self.patterns: tuple[str, ...] = ()
 
-    # -- decorators ---------------------------------------------------------------------------------------------------
-
     def validate(self, function: F) -> F:
         """Register the checks: they name any of the op's parameters and raise ValueError before anything is written.
 
@@ -73,8 +71,6 @@ class Facets:
         """
         self.patterns = names
         return lambda function: self._store("call_patterns", function)
-
-    # -- what is made with them ---------------------------------------------------------------------------------------
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Raise the ValueError that a call with these arguments would raise, if any."""
@@ -120,8 +116,6 @@ class Facets:
     def before_the_call(self) -> list[inspect.Parameter]:
         """The parameters as checks and refusals get them: what the op returns is not there yet, and None."""
         return [p.replace(default=None) if p.name in self.returns else p for p in self.parameters]
-
-    # -- how they are stored ------------------------------------------------------------------------------------------
 
     def adapted(self, function: Callable[..., Any], parameters: Sequence[inspect.Parameter]) -> Callable[..., Any]:
         """Return a function of these parameters for one that names some of them, or takes one `op.arguments` of all."""

@@ -14,15 +14,16 @@ from typing_extensions import ParamSpec
 from mamba_ops.registry import _torch, codegen, errors, schema, selection, token
 from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
 from mamba_ops.registry.capture import capture_query, note
-from mamba_ops.registry.decision_cache import CachedDecision, DecisionCache, never_matches, redispatch_query
 from mamba_ops.registry.dispatcher import device_of, dispatcher
-from mamba_ops.registry.snapshot import Requests
+from mamba_ops.registry.snapshot import CachedDecision, DecisionCache, Requests, never_matches, redispatch_query
 from mamba_ops.registry.training import Trainable
 
 if TYPE_CHECKING:
     from mamba_ops.registry.namespace import Namespace
 
 P = ParamSpec("P")
+
+_LIMIT = 4096  # calls that an op remembers per snapshot before it begins again: endless shapes must cost no memory
 
 
 def require_out(out: Tensor | None) -> Tensor:
@@ -53,41 +54,38 @@ class Op(Trainable, Generic[P]):
         mutates: names of the parameters that it writes.
         returns: names of those of them that it allocates itself and returns; none for an op that writes into `output`.
         kernels: backend name to kernel; the reference is the kernel of the backend `torch`, or `composed`.
-        splits_graph, reads_host, composed: see `Namespace.op`.
+        splits_graph, reads_host, composed, replaces: see `Namespace.op`.
         overload: the `torch.ops` overload, for those who want no front.
         call_undispatched: the op as composed ops call it, which went through torch's dispatcher themselves.
     """
+
+    splits_graph: bool
+    reads_host: bool
+    composed: bool
+    replaces: str | None
 
     def __init__(
         self,
         namespace: "Namespace",
         function: Callable[..., Any],
         mutates: frozenset[str],
-        *,
-        splits_graph: bool,
-        reads_host: bool,
-        composed: bool,
-        reference: Callable[..., Any] | str | None = None,
-        arguments: type[tuple[Any, ...]] | None = None,
-        replaces: str | None = None,
-        returns: tuple[str, ...] = (),
+        reference: Callable[..., Any] | str | None,
+        arguments: type[tuple[Any, ...]] | None,
+        **flags: Any,
     ) -> None:
         super().__init__()
+        vars(self).update(flags)
         self.name = self.__name__ = function.__name__
         self.namespace, self.qualname = namespace.name, f"{namespace.name}::{self.name}"
-        self.source = errors.source_of(function)
-        self.mutates, self.returns = mutates, returns
-        self.splits_graph, self.reads_host, self.composed = splits_graph, reads_host, composed
         errors.refuse_duplicate("op", self.qualname, dispatcher.ops.get(self.qualname))
+        self.source, self.reference, self.mutates = errors.source_of(function), function, mutates
         self.parameters = schema.parameters_of(self.qualname, function, mutates)
         self._names = [p.name for p in self.parameters]
-        self._called = [p for p in self.parameters if p.name not in returns]  # what torch's dispatcher hands to the op
+        self._called = [p for p in self.parameters if p.name not in self.returns]  # what torch's dispatcher hands to it
         self._tensors = [p.name for p in self._called if codegen.is_tensor(p)]
-        self.reference, self.replaces = function, replaces
         self.arguments = arguments or namedtuple("Arguments", self._names)
-        if getattr(self.arguments, "_fields", ()) != tuple(self._names):
-            got = ", ".join(getattr(self.arguments, "_fields", ()))
-            problem = f"arguments has the fields {got}, expected {', '.join(self._names)}"
+        if (fields := getattr(self.arguments, "_fields", ())) != tuple(self._names):
+            problem = f"arguments has the fields {', '.join(fields)}, expected {', '.join(self._names)}"
             raise errors.declaration(f"{self.qualname} ({self.source})", problem)
         self.kernels: dict[str, Kernel] = {}
         self._decisions: dict[Requests, DecisionCache] = {}  # by the requests of a context; empty after a swap
@@ -96,7 +94,7 @@ class Op(Trainable, Generic[P]):
             p.name: torch.empty(0, dtype=torch.complex64) for p in self._called if codegen.is_optional(p)
         }
         self._register(namespace)
-        own = COMPOSED if composed else REFERENCE
+        own = COMPOSED if self.composed else REFERENCE
         implementation = reference or codegen.adapted(self.qualname, self.parameters, self.arguments, function)
         self.kernels[own.name] = Kernel(own, implementation, self)
         dispatcher.ops[self.qualname] = self
@@ -178,8 +176,6 @@ class Op(Trainable, Generic[P]):
     def __reduce__(self) -> str:
         return self.name  # copied and pickled as what it is: a global of the module that declares it
 
-    # -- calls --------------------------------------------------------------------------------------------------------
-
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return a front call's arguments as checks and kernels get them, with defaults and the output filled in."""
         bound = self.__signature__.bind(*args, **kwargs)
@@ -201,9 +197,9 @@ class Op(Trainable, Generic[P]):
         if selection.has_explicit_backend(self):
             arguments = self.fill(self.bind(args, kwargs))
             self.check(arguments)
-            selection.require(self, arguments)
-
-    # -- called by generated code -------------------------------------------------------------------------------------
+            taker, reasons = selection.first_taker(self, arguments, snapshot := dispatcher.current())
+            if taker is None:
+                raise selection.refused(self, reasons, snapshot)
 
     def _decide(self, cache: DecisionCache, key: Any, values: tuple[Any, ...]) -> CachedDecision:
         """Check a call that was not seen before, choose its kernel and remember both; the second time, how it looks."""
@@ -212,12 +208,15 @@ class Op(Trainable, Generic[P]):
             kernel, _ = self._choose(arguments, cache)
             known = CachedDecision(numbers=key[0], kernel=kernel, is_capturing=capture_query(device_of(arguments)))
         else:
-            tensors = [self._nothing[n] if arguments[n] is None else arguments[n] for n in self._tensors]
+            given = {**arguments, **{n: tensor for n, tensor in self._nothing.items() if arguments[n] is None}}
+            tensors = [value for value in given.values() if isinstance(value, Tensor)]
             known = known._replace(
                 must_redispatch=redispatch_query(tensors, known.is_capturing),
                 same_tensors=_torch.same_tensors(tensors),
             )
-        cache.learn(key, known)
+        if len(cache.known) >= _LIMIT:
+            cache.known.clear()
+        cache.known[key] = known
         return known
 
     def _decide_captured(self, values: tuple[Any, ...], selection_token: Tensor | None) -> Callable[..., None]:

@@ -12,8 +12,8 @@ from mamba_ops.registry.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from mamba_ops.registry.backend import Kernel
-    from mamba_ops.registry.decision_cache import DecisionCache
     from mamba_ops.registry.op import Op
+    from mamba_ops.registry.snapshot import DecisionCache
 
 
 class Selection(NamedTuple):
@@ -25,19 +25,12 @@ class Selection(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend a call would run on, and why not on the others.
+    """Which backend a call would run on, and why not on the others."""
 
-    Attributes:
-        op: qualified name.
-        backend: the backend that would run, or None if no backend takes the call.
-        bound_by: what asked for it by name ("use_backend", an environment variable), or None for the default order.
-        reasons: backend name to the sentence why it would not run.
-    """
-
-    op: str
-    backend: str | None
-    bound_by: str | None
-    reasons: Mapping[str, str]
+    op: str  # its qualified name
+    backend: str | None  # that would run; None: no backend takes the call
+    bound_by: str | None  # what asked for it by name (use_backend, an environment variable); None: the default order
+    reasons: Mapping[str, str]  # backend to the sentence why it would not run
 
     def __str__(self) -> str:
         rows = [(self.backend, f"runs ({self.bound_by or 'default order'})")] if self.backend else []
@@ -71,9 +64,6 @@ def has_explicit_backend(*ops: "Op[...]") -> bool:
     return any(snapshot.order(op).requested is not None for op in ops)
 
 
-# -- one decision -----------------------------------------------------------------------------------------------------
-
-
 def _candidates(
     op: "Op[...]", arguments: Mapping[str, Any], snapshot: Snapshot
 ) -> Iterator[tuple["Kernel", str | None]]:
@@ -83,16 +73,11 @@ def _candidates(
     device = device_of(arguments).type
     kernels, requested = snapshot.order(op)
     for kernel in kernels:
-        reason = kernel.backend.why_unusable(device, by_name=requested is not None)
-        if reason is None and kernel.unsupported is not None:
-            reason = kernel.unsupported(**arguments)
-        yield kernel, reason
+        yield kernel, kernel.backend.why_unusable(device, by_name=requested is not None) or kernel.why_not(arguments)
 
 
 def _why_not_now(kernel: "Kernel", arguments: Mapping[str, Any]) -> str | None:
-    """Return why a kernel that takes calls like this one does not take these very arguments, or None."""
-    reason = kernel.unsupported_layout(**arguments) if kernel.unsupported_layout is not None else None
-    return reason or layouts.why_not(kernel, arguments)
+    return kernel.why_not_now(arguments) or layouts.why_not(kernel, arguments)
 
 
 def first_taker(
@@ -105,14 +90,6 @@ def first_taker(
             return kernel, reasons
         reasons[kernel.backend.name] = reason
     return None, reasons
-
-
-def require(op: "Op[...]", arguments: Mapping[str, Any]) -> None:
-    """Raise with every backend's reason unless one takes these very arguments."""
-    snapshot = dispatcher.current()
-    taker, reasons = first_taker(op, arguments, snapshot)
-    if taker is None:
-        raise _refused(op, reasons, snapshot)
 
 
 def choose(op: "Op[...]", arguments: Mapping[str, Any], cache: "DecisionCache") -> Callable[..., None]:
@@ -130,7 +107,7 @@ def choose(op: "Op[...]", arguments: Mapping[str, Any], cache: "DecisionCache") 
         if kernel.unsupported_layout is None and not disputed:
             break
     if not takers:
-        raise _refused(op, reasons, snapshot)
+        raise refused(op, reasons, snapshot)
     for name, reason in reasons.items():
         if snapshot.order(op).requested is not None or dispatcher.backends[name].is_for(device):
             _warn_once(op, name, reason, takers[0])
@@ -169,7 +146,7 @@ def _with_layout_checks(
                 layouts.remember(kernel, arguments)
                 return function(*args, **kwargs)
             found[kernel.backend.name] = reason
-        raise _refused(op, found, snapshot)
+        raise refused(op, found, snapshot)
 
     return run
 
@@ -187,7 +164,7 @@ def _recorded(kernel: "Kernel") -> Callable[..., None]:
     return run
 
 
-def _refused(op: "Op[...]", reasons: Mapping[str, str], snapshot: Snapshot) -> errors.NoBackendError:
+def refused(op: "Op[...]", reasons: Mapping[str, str], snapshot: Snapshot) -> errors.NoBackendError:
     """Return the error that lists each backend's reason."""
     names, by = snapshot.order(op).requested or ((), "")
     says = "the backend asked for refuses this call" if len(names) == 1 else "no backend accepts this call"
@@ -213,13 +190,9 @@ def _warn_once(op: "Op[...]", name: str, reason: str, taker: "Kernel") -> None:
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
 
 
-# -- what users ask --------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def record_selections() -> Iterator[list[Selection]]:
-    """Within the block, append one `Selection(op, backend)` for every run of an op in the process, in compiled graphs
-    too.
+    """Within the block, append a `Selection(op, backend)` for every run of an op in the process, compiled or not.
 
     A replayed CUDA graph runs no Python, so its ops are seen when it is recorded and not when it is replayed.
     """

@@ -23,9 +23,8 @@ from mamba_ops.registry import _torch
 from mamba_ops.registry.dispatcher import dispatcher
 
 if TYPE_CHECKING:
-    from mamba_ops.registry.decision_cache import DecisionCache
     from mamba_ops.registry.op import Op
-    from mamba_ops.registry.snapshot import Snapshot
+    from mamba_ops.registry.snapshot import DecisionCache, Snapshot
 
 _FIRST = 1_000_003  # the first token's size: large and odd, so that no real size shares its symbol in a graph
 
