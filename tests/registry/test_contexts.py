@@ -246,7 +246,8 @@ def test_entering_and_leaving_a_block_costs_at_most_three_calls(marked: Op[...])
         rounds = []
         for _ in range(15):
             with use_backend("one"):
-                rounds.append((calls(100), swaps(100)))
+                call = calls(100)
+            rounds.append((call, swaps(100)))
     call, with_block = (min(times) for times in zip(*rounds, strict=True))  # others are on the machine too
     assert with_block - call <= 3 * call
 
