@@ -102,7 +102,8 @@ def refusal(op: Op[...], backend: str, sample: Sample) -> str | None:
     """Return why a backend does not take a call, or None. For a composed op: why an op inside it does not."""
     if not op.composed:
         arguments, kernel = op.bind(sample.args, sample.kwargs), op.kernels[backend]
-        return kernel.why_not(arguments) or kernel.why_not_now(arguments)
+        refusals = [refuse for refuse in (kernel.unsupported, kernel.unsupported_layout) if refuse is not None]
+        return next(filter(None, (refuse(**arguments) for refuse in refusals)), None)
     call = with_output(op, sample).clone()
     try:
         front_on(op, backend)(*call.args, **call.kwargs)
