@@ -23,6 +23,7 @@ from mamba_ops.ops import mamba_chunk_scan as mamba_chunk_scan
 from mamba_ops.ops import mamba_mixing as mamba_mixing
 from mamba_ops.ops import selective_scan as selective_scan
 from mamba_ops.ops import selective_state_update as selective_state_update
+from mamba_ops.registry import checking as checking
 from mamba_ops.registry import configure as configure
 from mamba_ops.registry import explain as explain
 from mamba_ops.registry import no_jit as no_jit

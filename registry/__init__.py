@@ -40,5 +40,6 @@ from mamba_ops.registry.splitting import mark_splitting as mark_splitting
 from mamba_ops.registry.splitting import partition_at_splitting_ops as partition_at_splitting_ops
 from mamba_ops.registry.splitting import split_graph as split_graph
 from mamba_ops.registry.splitting import splitting_ops as splitting_ops
+from mamba_ops.registry.swap import checking as checking
 from mamba_ops.registry.swap import configure as configure
 from mamba_ops.registry.swap import use_backend as use_backend

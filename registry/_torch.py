@@ -5,7 +5,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -37,8 +37,9 @@ def _warn_once(name: str, consequence: str) -> None:
     warnings.warn(f"this torch has no {name}: {consequence}", RuntimeWarning, stacklevel=3)
 
 
-def same_tensors(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Return a function that tells whether other tensors have these sizes, dtypes, devices and gradient needs.
+def same_tensors(tensors: Sequence[Tensor], strided: Collection[int] = ()) -> Callable[..., bool]:
+    """Return a function that tells whether other tensors have these sizes, dtypes, devices and gradient needs, and
+    those with the numbers `strided` these strides.
 
     `TensorGuards`, with which Dynamo guards, compares them in C++. It also tells inference tensors apart.
     """
@@ -46,18 +47,18 @@ def same_tensors(tensors: Sequence[Tensor]) -> Callable[..., bool]:
         from torch._C._dynamo.guards import TensorGuards
     except ImportError:
         _warn_once("TensorGuards", "calls are compared in Python, which takes microseconds")
-        known = [_facts(t) for t in tensors]
-        return lambda *others: [_facts(t) for t in others] == known
+        known = _facts(tensors, strided)
+        return lambda *others: _facts(others, strided) == known
     sizes: Any = [list(t.shape) for t in tensors]
-    any_strides: Any = [[None] * t.dim() for t in tensors]
-    check: Callable[..., bool] = TensorGuards(
-        *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=any_strides
-    ).check
+    strides: Any = [list(t.stride()) if i in strided else [None] * t.dim() for i, t in enumerate(tensors)]
+    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     return check
 
 
-def _facts(t: Tensor) -> tuple[Any, ...]:
-    return t.size(), t.dtype, t.device, t.requires_grad, t.is_inference(), torch.is_inference_mode_enabled()
+def _facts(tensors: Sequence[Tensor], strided: Collection[int]) -> list[tuple[Any, ...]]:
+    mode = torch.is_inference_mode_enabled()
+    facts = [(t.size(), t.dtype, t.device, t.layout, t.requires_grad, t.is_inference(), mode) for t in tensors]
+    return facts + [t.stride() for i, t in enumerate(tensors) if i in strided]
 
 
 def dispatch_of(overload: Any) -> Callable[..., None]:

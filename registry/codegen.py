@@ -178,24 +178,28 @@ def fronts(
     return cast(FunctionType, front), cast(FunctionType, inside)
 
 
-def body(name: str, parameters: Parameters, caches: list[str], **closure: Any) -> Callable[..., None]:
+def body(
+    name: str, parameters: Parameters, caches: list[str], mutated: Collection[str], **closure: Any
+) -> Callable[..., None]:
     """Write the op's implementation: recognise the call, then run its kernel.
 
-    A call is known by shape, dtype and device of every tensor and by every number, so a known call was checked before
-    and its kernel is known: checks cost nothing on a repeated call. The latest call is recognised in one C++ comparison
-    (the one that Dynamo guards with; it tells inference tensors and mode apart, so the key does too, and tensors that
-    require grad), which is made at the second call of its kind; any other by a look-up. What is known does not settle
-    a call in grad mode if a tensor requires grad, nor one that is being captured, for the op has to remember that it
-    was.
+    A call is known by shape, dtype and device of every tensor, by the strides of those that are written, by which
+    input `output` is (if any), and by every number. So a known call was checked before and its kernel is known: checks
+    cost nothing on a repeated call. The latest call is recognised in one C++ comparison (the one that Dynamo guards
+    with; it tells inference tensors and mode apart, so the key does too, and tensors that require grad), which is made
+    at the second call of its kind; any other by a look-up. What is known does not settle a call in grad mode if a
+    tensor requires grad, nor one that is being captured, for the op has to remember that it was.
 
     Args:
         name: qualified name of the op.
         parameters: the op's own; `selection` follows them: it is there for the keys of captured graphs.
         caches: those of them that are empty where the caller left them out; from here on they are None.
+        mutated: those of them that the op writes.
         closure: `decisions` (a `DecisionCache` for each context's requests), `active` (returns those), `resolve` (finds
             the cache of a call with a selection token, or the first), `never_matches` (what a call seen once is
             compared by), `decide`, `decide_captured`, `refuse_gradient`, `is_grad_enabled`,
-            `is_inference_mode_enabled`, `no_<name>` for each optional tensor (which stands for None in the comparison).
+            `is_inference_mode_enabled`, `strided` (the layout that has strides), `no_<name>` for each optional tensor
+            (which stands for None in the comparison).
     """
     tensors = [p for p in parameters if is_tensor(p)]
     compared = ", ".join(
@@ -208,9 +212,13 @@ def body(name: str, parameters: Parameters, caches: list[str], **closure: Any) -
     )
     key = ", ".join(
         (f"None if {p.name} is None else " if is_optional(p) else "")
-        + f"({p.name}.size(), {p.name}.dtype, {p.name}.get_device(), {p.name}.is_inference())"
+        + f"({p.name}.size(), {p.name}.dtype, {p.name}.get_device(), {p.name}.is_inference()"
+        + (f", {p.name}.layout is strided_ and {p.name}.stride())" if p.name in mutated else ")")
         for p in tensors
     )
+    if "output" in mutated:  # a tensor met twice is no match for the comparison, so here the two are told apart
+        others = [p.name for p in tensors if p.name != "output"]
+        key += ", " + "".join(f"{i} if output is {other} else " for i, other in enumerate(others)) + "None"
     values = "(" + "".join(f"{p.name}, " for p in parameters) + ")"
     defaults: dict[str, Any] = {}
     lines = [

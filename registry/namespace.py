@@ -53,6 +53,7 @@ class Namespace:
         reference: str | None = None,
         arguments: type[tuple[Any, ...]] | None = None,
         replaces: str | None = None,
+        out_may_be: str | None = None,
     ) -> Declare:
         """Declare the decorated function as an op; the function is its contract, its schema and its reference.
 
@@ -77,11 +78,13 @@ class Namespace:
                 fields are the op's parameters. None: one is made.
             replaces: a regular expression of the names that other libraries give to functions which this op stands
                 for; an audit then advises it.
+            out_may_be: the input that `out` may be, the very same tensor; every kernel then reads what it needs of it
+                before it writes. Apart from that no call has a tensor that the op writes share memory with another.
         """
 
         def declare(function: Callable[..., Any]) -> Any:
             flags: dict[str, Any] = {"splits_graph": splits_graph, "reads_host": reads_host, "composed": composed}
-            flags |= {"reference": reference, "arguments": arguments, "replaces": replaces}
+            flags |= {"reference": reference, "arguments": arguments, "replaces": replaces, "out_may_be": out_may_be}
             front = type(function.__name__, (Op,), {"__doc__": function.__doc__, "__module__": function.__module__})
             return front(self, function, frozenset("output" if m == "out" else m for m in mutates), **flags)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import ParamSpec
 
-from mamba_ops.registry import _torch, codegen, errors, schema, selection, token
+from mamba_ops.registry import _torch, codegen, errors, memory, schema, selection, token
 from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
 from mamba_ops.registry.capture import capture_query
 from mamba_ops.registry.decision_cache import CachedDecision, DecisionCache, never_matches, redispatch_query
@@ -53,7 +53,7 @@ class Op(Generic[P]):
             cache that may be left out is optional here.
         mutates: names of the parameters that it writes.
         kernels: backend name to kernel; the reference is the kernel of the backend `torch`, or `composed`.
-        splits_graph, reads_host, composed: see `Namespace.op`.
+        splits_graph, reads_host, composed, out_may_be: see `Namespace.op`.
         overload: the `torch.ops` overload, for those who want no front.
         call_undispatched: the op as composed ops call it, which went through torch's dispatcher themselves.
     """
@@ -70,6 +70,7 @@ class Op(Generic[P]):
         reference: str | None = None,
         arguments: type[tuple[Any, ...]] | None = None,
         replaces: str | None = None,
+        out_may_be: str | None = None,
     ) -> None:
         self.name = self.__name__ = function.__name__
         self.namespace, self.qualname = namespace.name, f"{namespace.name}::{self.name}"
@@ -80,7 +81,8 @@ class Op(Generic[P]):
         self.parameters = schema.parameters_of(self.qualname, function, mutates)
         self._names = [p.name for p in self.parameters]
         self._tensors = [p.name for p in self.parameters if codegen.is_tensor(p)]
-        self.reference, self.replaces = function, replaces
+        self._written = [i for i, n in enumerate(self._tensors) if n in mutates]
+        self.reference, self.replaces, self.out_may_be = function, replaces, out_may_be
         self.arguments = arguments or namedtuple("Arguments", self._names)
         if getattr(self.arguments, "_fields", ()) != tuple(self._names):
             got = ", ".join(getattr(self.arguments, "_fields", ()))
@@ -88,6 +90,7 @@ class Op(Generic[P]):
             raise errors.declaration(f"{self.qualname} ({self.source})", problem)
         self.kernels: dict[str, Kernel] = {}
         self._checks: Callable[..., None] | None = None
+        self._value_checks: Callable[..., None] | None = None
         self._outputs: list[Callable[..., Tensor]] = [self._no_outputs]  # of one, which the front looks up
         self._samples: Callable[..., Iterable[Sample]] | None = None
         self._fills: Callable[..., dict[str, Any]] | None = None
@@ -121,6 +124,7 @@ class Op(Generic[P]):
             self.qualname,
             self.parameters,
             caches,
+            self.mutates,
             decisions=self._decisions,
             active=dispatcher._active.get,
             resolve=partial(token.resolve, self),
@@ -130,10 +134,12 @@ class Op(Generic[P]):
             refuse_gradient=self._refuse_gradient,
             is_grad_enabled=torch.is_grad_enabled,
             is_inference_mode_enabled=torch.is_inference_mode_enabled,
+            strided=torch.strided,
             **{f"no_{name}": tensor for name, tensor in self._nothing.items()},
         )
         self.schema = torch.library.infer_schema(stub, mutates_args=tuple(self.mutates))
         namespace._define(self.name, self.schema, body, self._fake, *[torch.Tag.cudagraph_unsafe] * self.reads_host)
+        namespace._library.impl(self.name, self._run_negated, "Negative")
         self.overload = getattr(getattr(torch.ops, namespace.name), self.name).default
         call, inside = codegen.fronts(
             self.qualname,
@@ -178,6 +184,16 @@ class Op(Generic[P]):
         that agree in the former.
         """
         self._checks = self._facet(function)
+        return function
+
+    def validate_values(self, function: F) -> F:
+        """Register the checks that read values: they name any of the op's parameters and raise ValueError.
+
+        They run before the kernel in every call on a CPU, and elsewhere where `checking()` says so, as they wait for
+        the device.
+        """
+        self._value_checks = self._facet(function)
+        dispatcher.changed()
         return function
 
     def allocate_output(self, function: F) -> F:
@@ -270,11 +286,16 @@ class Op(Generic[P]):
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Raise the ValueError that a call with these arguments would raise, if any."""
-        if self._checks is not None:
-            try:
+        try:
+            if self._checks is not None:
                 self._checks(**arguments)
-            except ValueError as error:
-                raise errors.in_call_of(self.qualname, error) from None
+            self._check_memory(arguments)
+        except ValueError as error:
+            raise errors.in_call_of(self.qualname, error) from None
+
+    def _check_memory(self, arguments: Mapping[str, Any]) -> None:
+        tensors = {name: t for name in self._tensors if (t := arguments.get(name)) is not None}
+        memory.check(tensors, self.mutates, self.out_may_be)
 
     def check_supported(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Raise what a call with these arguments would raise because the backend asked for by name refuses it.
@@ -304,7 +325,7 @@ class Op(Generic[P]):
             tensors = [self._nothing[n] if arguments[n] is None else arguments[n] for n in self._tensors]
             known = known._replace(
                 must_redispatch=redispatch_query(tensors, known.is_capturing),
-                same_tensors=_torch.same_tensors(tensors),
+                same_tensors=_torch.same_tensors(tensors, self._written),
             )
         cache.learn(key, known)
         return known
@@ -323,18 +344,44 @@ class Op(Generic[P]):
                 raise errors.recording_in_event_loop(self.qualname)
             snapshot = named or snapshot
         with dispatcher.override(snapshot):
-            kernel, arguments = self._choose(arguments, DecisionCache(snapshot, is_foreign=selection_token is not None))
+            cache = DecisionCache(snapshot, is_foreign=selection_token is not None)
+            kernel, arguments = self._choose(arguments, cache, is_captured=True)
             selection.note_capture(self, arguments, has_token=selection_token is not None)
         return kernel
 
-    def _choose(self, called: dict[str, Any], cache: DecisionCache) -> tuple[Callable[..., None], dict[str, Any]]:
-        """Check a call; return what runs it, and its arguments with what the settings give to those left out."""
+    def _choose(
+        self, called: dict[str, Any], cache: DecisionCache, *, is_captured: bool = False
+    ) -> tuple[Callable[..., None], dict[str, Any]]:
+        """Check a call; return what runs it, and its arguments with what the settings give to those left out.
+
+        What runs it checks values first, where they are on a CPU or the selection says so; never during a capture,
+        which must not wait for the device.
+        """
         with dispatcher.override(cache.snapshot):
             arguments = self.fill(called) if self._fills else called
             self.check(arguments)
             kernel = selection.choose(self, arguments, cache)
+        if not is_captured and (device_of(arguments).type == "cpu" or cache.snapshot.checks_values(self)):
+            kernel = self._checking(kernel)
         given = {} if arguments is called else {n: v for n, v in arguments.items() if v is not called[n]}
         return (self._filling(kernel, given) if given else kernel), arguments
+
+    def _checking(self, kernel: Callable[..., None]) -> Callable[..., None]:
+        """Return a function that checks each call's values, and where its tensors lie, before it runs the kernel."""
+        positional = [p.name for p in self.parameters if p.kind is not p.KEYWORD_ONLY]
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            try:
+                if not memory.are_apart(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)):
+                    self._check_memory(dict(zip(positional, args, strict=True)) | kwargs)
+                if self._value_checks is not None:
+                    self._value_checks(*args, **kwargs)
+            except ValueError as error:
+                raise errors.in_call_of(self.qualname, error) from None
+            kernel(*args, **kwargs)
+
+        run.__wrapped__ = kernel  # type: ignore[attr-defined]
+        return run
 
     def _filling(self, kernel: Callable[..., None], first: dict[str, Any]) -> Callable[..., None]:
         """Return a function that runs the kernel with what the settings give, anew in every call.
@@ -364,6 +411,14 @@ class Op(Generic[P]):
 
     def _gradient_sentence(self, name: str) -> str:
         return errors.requires_grad(self.qualname, "out" if name == "output" else name)
+
+    def _run_negated(self, *args: Any, **kwargs: Any) -> None:
+        """Run a call that has views which negate their memory: kernels read memory as it is, so they get copies."""
+        for name, tensor in (*zip(self._names, args, strict=False), *kwargs.items()):
+            if name in self.mutates and tensor.is_neg():
+                raise errors.in_call_of(self.qualname, memory.negated("out" if name == "output" else name))
+        plain = [a.resolve_neg() if isinstance(a, Tensor) else a for a in args]
+        self.overload(*plain, **{n: a.resolve_neg() if isinstance(a, Tensor) else a for n, a in kwargs.items()})
 
     def _fake(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the op returns nothing. Only refuse meta tensors among real ones, which would run nothing."""

@@ -24,12 +24,14 @@ class Request(NamedTuple):
         everywhere: the order for every op that is not named: of these backends, those that have a kernel for it.
         ops: op name and the backends to try, in order. A call that the last one refuses is refused.
         settings: name and value; None where nothing is said about any of them.
+        checks_values: whether calls on any device are checked for wrong values.
     """
 
     by: str
     everywhere: Names = ()
     ops: tuple[tuple[str, Names], ...] = ()
     settings: tuple[tuple[str, Hashable], ...] | None = None
+    checks_values: bool = False
 
     @classmethod
     def make(
@@ -126,6 +128,10 @@ class Snapshot:
                 return names, request.by
         return None
 
+    def checks_values(self, op: "Op[...]") -> bool:
+        """Whether an op's calls on any device are checked for wrong values."""
+        return any(r.checks_values for r in (*self.requests, self._dispatcher.environment(op.namespace)))
+
     @cached_property
     def names_backends(self) -> bool:
         """Whether backends are asked for by name, for any op."""
@@ -159,4 +165,5 @@ class Snapshot:
         named = [(op.qualname, next((n for r in self.requests if (n := r.of(op)) is not None), None)) for op in ops]
         kernels = frozenset((op.qualname, k, k.backend.priority) for op in ops for k in op.kernels.values())
         explicit = None if self.explicit_settings is None else frozenset(self.explicit_settings.items())
-        return tuple(named), kernels, explicit, self._dispatcher.renewals
+        checks = any(request.checks_values for request in self.requests)
+        return tuple(named), kernels, explicit, checks, self._dispatcher.renewals

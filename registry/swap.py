@@ -71,6 +71,24 @@ def use_backend(backend: "str | Requester | None" = None, /, **named: str) -> _S
     return _Swap(found)
 
 
+def checking() -> _Swap:
+    """Within the block, check the values of all calls, on any device: slots, lengths and other indices.
+
+    A wrong one is then the ValueError that it is on a CPU; without, a row of it counts as padding there. Each call
+    waits for the device, so this is for finding mistakes. `<NAMESPACE>_CHECK=1` in the environment says it for the
+    whole process. It is as local as `use_backend`, and calls that a graph captures are not checked.
+
+    Raises:
+        RegistryError: inside a traced region, or while this thread captures a graph (also when the block is left).
+    """
+    if torch.compiler.is_dynamo_compiling():
+        _refuse_while_tracing("checking")
+    return _Swap(_CHECKING)
+
+
+_CHECKING = Request("checking", checks_values=True)
+
+
 def _orders(named: dict[str, str]) -> dict[str, Any]:
     return {op: request.order_of(names) for op, names in named.items()}
 
