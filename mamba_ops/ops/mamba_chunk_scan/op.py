@@ -113,7 +113,7 @@ def mamba_chunk_scan(
         chunk_states: (chunks, heads, dim, dstate), any float dtype; mutated. Row c becomes the state after chunk c,
             where chunks are numbered through all rows in order. Entries beyond the last chunk stay. At least
             tokens // chunk_size + n chunks (tokens: n * length without cu_seqlens), with num_computed_tokens n more.
-        out: like x, any float dtype; mutated.
+        out: like x, any float dtype, in other memory; mutated.
 
     For every row and head, in float32 at least, from the row's initial state s on:
 

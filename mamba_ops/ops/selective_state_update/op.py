@@ -107,7 +107,7 @@ def selective_state_update(
         rounding_seed: one int64, () or (1,): a state of float16, which it must be, is rounded stochastically at each
             store, in any of the forms above. None: to the nearest.
         philox_rounds: rounds of the generator for that. 0: 10.
-        out: like x, any float dtype; mutated.
+        out: like x, any float dtype, in other memory; mutated.
 
     For every row, head and channel, in float32 at least, from the row's state s on:
 
