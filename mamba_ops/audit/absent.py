@@ -21,14 +21,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._ops import OperatorBase, OpOverload, OpOverloadPacket
-from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+
+from mamba_ops.audit import _torch
 
 _T = TypeVar("_T")
 
@@ -94,9 +92,7 @@ class Tracer:
 
     def __init__(self, fn: Callable[..., Any], *, device: str = "xpu", dynamic: bool | None = None) -> None:
         install(device)
-        torch._dynamo.reset()
-        torch._dynamo.utils.clear_compilation_metrics()
-        torch._dynamo.utils.set_compilation_metrics_limit(10_000)  # torch keeps 64 frames; a large model has more
+        torch.compiler.reset()
         self.trace = Trace(device)
         self.fn = fake(fn, device)
         self._compiled = torch.compile(self.fn, backend=self._backend, dynamic=dynamic)
@@ -105,44 +101,30 @@ class Tracer:
         """Return what the function returns, with fake tensors; None if the call stopped early."""
         args, kwargs = fake((args, kwargs), self.trace.device)
         # AOTAutograd computes with small constants on their own device; this one cannot.
-        no_constants = mock.patch("torch.fx.experimental.proxy_tensor.CONSTANT_NUMEL_LIMIT", -1)
+        no_constants = _torch.patched("torch.fx.experimental.proxy_tensor:CONSTANT_NUMEL_LIMIT", -1)
         self.trace.stopped = None
+        _torch.forget_compiles()
         try:
             with torch.no_grad(), _fake_mode(), no_constants:
                 return self._compiled(*args, **kwargs)
-        except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException) as error:
+        except _torch.needs_values_errors() as error:
             self.trace.stopped = f"{error.func} needs values, which a fake tensor does not have"
         finally:
             self._collect()
 
     def _backend(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        from torch._dynamo.backends.common import aot_autograd
-        from torch._functorch._aot_autograd.utils import make_boxed_func
-
         graph = Graph(_ops(module), [])
-
-        def record(lowered: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
-            graph.aot_ops.extend(_ops(lowered))
-            return make_boxed_func(lowered.forward)
-
-        compiled = aot_autograd(fw_compiler=record)(module, inputs)
+        compiled: Callable[..., Any] = _torch.lower(module, inputs, lambda lowered: graph.aot_ops.extend(_ops(lowered)))
         self.trace.graphs.append(graph)  # not before: AOTAutograd may send Dynamo back for another attempt
         return compiled
 
     def _collect(self) -> None:
-        # Dynamo either compiles up to a break or gives the whole frame up, and keeps two books of that.
-        breaks = [Break(_place(broken.user_stack), broken.reason) for broken in torch._dynamo.utils.graph_break_reasons]
-        for frame in torch._dynamo.utils.get_compilation_metrics():
-            if frame.fail_reason:
-                file, line = frame.fail_user_frame_filename, frame.fail_user_frame_lineno
-                breaks.append(Break(f"{file}:{line}" if file else "unknown", frame.fail_reason))
-            elif frame.recompile_reason:
-                self.trace.recompiles.append(f"{frame.co_name}: {frame.recompile_reason}")
-        torch._dynamo.utils.graph_break_reasons.clear()
-        torch._dynamo.utils.clear_compilation_metrics()
+        breaks, recompiles = _torch.compiles()
+        self.trace.recompiles += [f"{again.function}: {again.guard}" for again in recompiles]
         for broken in breaks:
-            if broken.where not in {known.where for known in self.trace.breaks}:
-                self.trace.breaks.append(broken)
+            where = _location(broken.stack)
+            if where not in {known.where for known in self.trace.breaks}:
+                self.trace.breaks.append(Break(where, broken.reason))
 
 
 def _ops(module: torch.fx.GraphModule) -> list[str]:
@@ -150,13 +132,14 @@ def _ops(module: torch.fx.GraphModule) -> list[str]:
 
 
 def _name(node: torch.fx.Node) -> str:
-    is_op = isinstance(node.target, (OperatorBase, OpOverloadPacket))
-    name = str(node.target) if is_op else node._pretty_print_target(node.target)
-    wrapped = [str(arg) for arg in node.args if isinstance(arg, OpOverload)]
+    name = str(node.target) if isinstance(node.target, _torch.OPERATORS) else _torch.node_name(node)
+    wrapped = [str(arg) for arg in node.args if isinstance(arg, _torch.OpOverload)]
     return f"{name}({wrapped[0]})" if wrapped else name  # auto_functionalized_v2(the op)
 
 
-def _place(stack: Sequence[traceback.FrameSummary]) -> str:
+def _location(stack: Sequence[traceback.FrameSummary]) -> str:
+    if not stack:
+        return "unknown"
     outside_torch = [frame for frame in stack if not Path(frame.filename).is_relative_to(_TORCH)]
     innermost = (outside_torch or stack)[-1]
     return f"{innermost.filename}:{innermost.lineno}"
@@ -173,10 +156,10 @@ def fake(value: _T, device: str) -> _T:
 
 
 @functools.cache
-def _fake_mode() -> FakeTensorMode:
+def _fake_mode() -> Any:
     # Beside a present device it would start the absent one.
-    fake_tensor.init_gpu_context = lambda device: None  # type: ignore[assignment]
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    _torch.set_value("torch._subclasses.fake_tensor:init_gpu_context", lambda device: None)
+    return _torch.require("torch._subclasses.fake_tensor:FakeTensorMode")(allow_non_fake_inputs=True)
 
 
 class _DeepCopyFakes(TorchFunctionMode):
@@ -184,6 +167,7 @@ class _DeepCopyFakes(TorchFunctionMode):
 
     def __init__(self, device: str) -> None:
         super().__init__()
+        self.fake_tensor = _torch.require("torch._subclasses.fake_tensor:FakeTensor")
         self.device = torch.device(device)
         self.storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
@@ -195,15 +179,16 @@ class _DeepCopyFakes(TorchFunctionMode):
             return False
         return func(*args, **(kwargs or {}))
 
-    def fake(self, tensor: Tensor) -> Tensor:
-        if isinstance(tensor, FakeTensor):
+    def fake(self, tensor: Tensor) -> Any:
+        if isinstance(tensor, self.fake_tensor):
             return tensor
         real = tensor.untyped_storage()
-        # The real one is kept, so that its address names no other storage meanwhile.
-        _, storage = self.storages.setdefault(real._cdata, (real, torch.UntypedStorage(real.nbytes(), device="meta")))
+        # The real one is kept, so that its key stays its own.
+        new = real, torch.UntypedStorage(real.nbytes(), device="meta")
+        _, storage = self.storages.setdefault(_torch.storage_key(real), new)
         meta = torch.empty(0, dtype=tensor.dtype, device="meta")
         meta.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
-        result = FakeTensor(_fake_mode(), meta, self.device)
+        result = self.fake_tensor(_fake_mode(), meta, self.device)
         vars(result).update(vars(tensor))
         return result
 
@@ -220,6 +205,10 @@ def install(device_type: str, *, compiler: bool = True) -> str:
             a symbol that torch does not promise to keep.
 
     Returns "compiled" or "borrowed".
+
+    Raises:
+        ValueError: it is another device.
+        RuntimeError: the device is present, or this torch cannot be given a guard, or has no fake tensors.
     """
     if device_type not in ("cuda", "xpu"):
         raise ValueError(f"device: got {device_type!r}, expected 'cuda' or 'xpu'")
@@ -227,11 +216,13 @@ def install(device_type: str, *, compiler: bool = True) -> str:
         return _installed[device_type]
     if torch.get_device_module(device_type).is_available():
         raise RuntimeError(f"{device_type} is present on this machine: audit it as usual")
+    for name in ("FakeTensor", "FakeTensorMode"):
+        _torch.require(f"torch._subclasses.fake_tensor:{name}")
     how = "compiled" if compiler and _compile_guard(device_type) else "borrowed"
     if how == "borrowed":
         _borrow_guard(device_type)
-    # torch asks whether any accelerator is there; a present one must not make it put constants on the absent one.
-    FakeTensorMode.avoid_device_init = True  # type: ignore[assignment, method-assign]
+    # torch checks for any accelerator; a present one must not make it put constants on the absent device.
+    _torch.set_value("torch._subclasses.fake_tensor:FakeTensorMode.avoid_device_init", True)
     if device_type == "xpu":
         _use_math_attention()
     return _installed.setdefault(device_type, how)

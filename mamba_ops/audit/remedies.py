@@ -154,7 +154,7 @@ RULES = {
 _TYPES = [  # torch's name for a break, what its context says, the cause
     (r"Tensor\.item\(\)", r"", "item"),
     (r"Data dependent operator", r"_local_scalar_dense|item", "item"),
-    (r"Data.dependent branching|data-dependent jump|Data-dependent assertion", r"", "branch"),
+    (r"Data.dependent branching|data-dependent jump|Data-dependent assertion|^generic_jump", r"", "branch"),
     (r"Data dependent operator|Could not guard on data-dependent", r"", "branch"),
     (r"Dynamic shape operator", r"", "dynamic-shape"),
     (r"compiler\.disable|disabled function", r"", "disable"),

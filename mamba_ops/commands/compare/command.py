@@ -22,7 +22,7 @@ def compare(
 ) -> None:
     """Run a model of yours on one backend after the other: time, largest difference, refusals, recompiles."""
     with failing(TargetError, RegistryError):
-        from mamba_ops.commands.compare import comparison  # imports torch.compile, which takes seconds
+        from mamba_ops.commands.compare import comparison  # --help does without it
 
         console = Console(highlight=False, markup=False)  # a refusal may hold brackets
         names = [name.strip() for name in backends.split(",") if name.strip()] if backends else None

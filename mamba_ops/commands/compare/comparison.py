@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba_ops.audit import _torch
 from mamba_ops.commands.targets import Target, TargetError, as_target, load_target
-from mamba_ops.commands.watch import device_name, watch_compiler  # imports torch.compile, which takes seconds
+from mamba_ops.commands.watch import device_name, watch_compiler
 from mamba_ops.registry import NoBackendError, backends, record_selections, use_backend
 from mamba_ops.registry.snapshot import COMPOSED
 
@@ -115,7 +116,7 @@ def compare(
     for name in names:
         with use_backend(name):  # raises for an unknown name, before anything runs
             pass
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(found.model, dynamic=True)
     rows: list[Row] = []
     expected: list[list[Tensor]] = []
@@ -168,8 +169,7 @@ def _outputs(target: Target, model: Callable[..., Any]) -> list[list[Tensor]]:
     buffers = {name: buffer.clone() for name, buffer in target.model.named_buffers()}
     results = []
     for call in target.calls:
-        leaves = torch.utils._pytree.tree_leaves(call.on(model))
-        results.append([leaf.double() for leaf in leaves if isinstance(leaf, Tensor)])
+        results.append([tensor.double() for tensor in _torch.tensors_in(call.on(model))])
     for name, buffer in target.model.named_buffers():
         buffer.copy_(buffers[name])
     return results

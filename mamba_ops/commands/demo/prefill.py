@@ -114,7 +114,7 @@ def measure(job: Job, progress: Progress, report: Callable[[Prefill], None]) -> 
 
         progress("setting torch.compile up")  # once in a process, and no model's fault
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-        torch._dynamo.reset()
+        torch.compiler.reset()
         compiled = torch.compile(model, dynamic=job.dynamic)
         watch = stack.enter_context(watch_compiler())
         report(measured)
