@@ -23,7 +23,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class ModelError(RuntimeError):
-    """The model itself failed, without the compiler; the cause is the user's own error."""
+    """The model failed without the compiler; the cause is the error in user code."""
 
 
 def audit(
@@ -41,7 +41,7 @@ def audit(
     report: Report | None = None,
     **kwargs: Any,
 ) -> Report:
-    """Compile a function or a module, call it, and return what stood in the way.
+    """Compile a function or a module, call it, and return a report of graph breaks, recompiles and slow paths.
 
     It resets torch.compile. The model is not changed: it is called with copies of its arguments, and its buffers are
     put back. A device that is not present is traced in this process, which cannot be undone: `mamba-ops audit` uses a
@@ -54,13 +54,13 @@ def audit(
         fn, args, kwargs: what is called.
         shapes: the leading sizes to call it with, such as `[(1, 128), (4, 512)]`. Each tensor argument that begins as
             the first one does is cut, or repeated, to them. None: as it is.
-        device: where to; None: where the first tensor is.
+        device: the device to run on; None: that of the first tensor.
         train: whether the backward pass is compiled too.
         calls: further calls, each a tuple of arguments.
         dynamic: as for torch.compile. None shows the recompiles that a user sees.
         mode: as for torch.compile; Inductor runs, where the device is present.
         copies: whether to look for copies in what Inductor makes: one more compile, which may take minutes.
-        more_calls: the same, each as positional and keyword arguments.
+        more_calls: further calls, each as positional and keyword arguments.
         progress: called with each step that begins.
         report: filled in as things become known, so that an interrupted audit has something to show. None: a new one.
 
@@ -266,13 +266,13 @@ def _compile(
 
 
 def _try_without(fn: Any, made: Arguments) -> None:
-    """Make a call without the compiler that failed with it: what fails there too is the model's own affair."""
+    """Make a call without the compiler that failed with it: where that fails too, it is not the compiler's fault."""
     args, kwargs = _copied(made)
     try:
         with _unchanged(fn):
             fn(*args, **kwargs)
     except Exception as error:
-        error.__context__ = None  # how it failed with the compiler
+        error.__context__ = None  # the error with the compiler
         raise ModelError(
             f"the model raised {type(error).__name__} without the compiler, called with {describe(made)}"
         ) from error
@@ -285,7 +285,7 @@ def _backward(out: Any) -> None:
 
 
 def _failed(collector: "Collector", error: Exception) -> None:
-    """The eager call went well, so it is the compiler that failed: that is a finding."""
+    """Add a failure of the compiler as a finding: the eager call has not failed."""
     from mamba_ops.audit.source_locations import locations_in_text, user_frames
 
     stack = user_frames(getattr(error, "real_stack", None) or ()) or locations_in_text(str(error))
@@ -330,7 +330,7 @@ def _trace_absent(
                         _try_without(fn, made)
                     if not any(finding.breaks for finding in report.findings):
                         _failed(collector, error)
-                    else:  # what Python runs between two graphs has no values to run on
+                    else:  # Python between two graphs may need values
                         _stop(collector, error)
             if tracer.trace.stopped:
                 collector.add("needs-values", "fake tensor", tracer.trace.stopped, (), needs_device=True)
