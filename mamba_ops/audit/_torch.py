@@ -47,7 +47,7 @@ PRIVATE = {
     CUDA_GRAPHS: Private("reasons why no CUDA graph is recorded are not seen", _INDUCTOR),
     COPIES: Private("copies for mutated inputs are not looked for"),
     HAS_TRITON: Private("launches of Triton kernels may be missing from graphs for absent devices"),
-    "torch._dynamo.exc:Unsupported": Private("graph breaks are told apart by their messages alone"),
+    "torch._dynamo.exc:Unsupported": Private("graph breaks are classified by their messages alone"),
     "torch._dynamo.config:recompile_limit": Private("it is taken to be 8"),
     "torch._dynamo.utils:counters": Private("graphs are not counted by the commands"),
     "torch._dynamo.utils:graph_break_reasons": Private("graph breaks of absent devices are not listed"),
@@ -64,7 +64,7 @@ PRIVATE = {
     "torch._ops:OpOverload._schema": Private("ops are not compared with their schemas"),
     "torch.fx:Node._pretty_print_target": Private("functions in traces have no module names"),
     "torch.fx.experimental.proxy_tensor:CONSTANT_NUMEL_LIMIT": Private("small constants may stop traces"),
-    "torch.storage:UntypedStorage._cdata": Private("memory is told apart by its address"),
+    "torch.storage:UntypedStorage._cdata": Private("memory is identified by its address"),
     "torch.utils._python_dispatch:TorchDispatchMode": Private("waits and writes inside ops are not seen"),
     "torch.utils._pytree:tree_leaves": Private("tensors are found in tuples, lists and dicts alone"),
     "torch.utils._pytree:tree_map_only": Private("tensors are replaced in tuples, lists and dicts alone"),
@@ -80,7 +80,7 @@ _missing: dict[str, str] = {}
 
 
 class MissingNameError(RuntimeError):
-    """There is no way around a private name that this torch does not have."""
+    """This torch does not have a private name that has no fallback."""
 
 
 def losses() -> list[str]:
@@ -128,7 +128,7 @@ def require(name: str) -> Any:
     return found
 
 
-# -- what is replaced -------------------------------------------------------------------------------------------------
+# -- replacing --------------------------------------------------------------------------------------------------------
 
 
 def replace(stack: contextlib.ExitStack, name: str, around: Callable[..., Any]) -> bool:
@@ -199,7 +199,7 @@ def let_devices_be_entered(stack: contextlib.ExitStack, device: torch.device) ->
                 stack.enter_context(mock.patch.object(cls, name, staticmethod(lambda index: 0)))
 
 
-# -- what Dynamo knows ------------------------------------------------------------------------------------------------
+# -- records of Dynamo's ----------------------------------------------------------------------------------------------
 
 
 class _NeverRaisedError(Exception):
@@ -229,7 +229,7 @@ def traced_stack() -> Sequence[Any]:
 
 
 def lowering_facts() -> Any:
-    """Return what AOTAutograd knows of the graph compiled last, which inputs it writes to among it; or None."""
+    """Return AOTAutograd's metadata of the graph compiled last, such as the inputs it writes to; or None."""
     get = find("torch._guards:TracingContext.try_get")
     return getattr(get() if get is not None else None, "fw_metadata", None)
 
@@ -323,7 +323,7 @@ def on_compile(note: Callable[[str, str], None]) -> Iterator[bool]:
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """Return the tensors in nested tuples, lists, dicts, and what else torch has been taught."""
+    """Return the tensors in nested tuples, lists, dicts, and other containers registered with torch."""
     leaves = find("torch.utils._pytree:tree_leaves") or _leaves
     return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
 
@@ -362,7 +362,7 @@ def schema(op: Any) -> Any:
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """Return a number that storages of the same memory have in common, as long as one of them is kept."""
+    """Return a number that identifies a storage's memory while one of its storages is alive."""
     key = _attribute(storage, "torch.storage:UntypedStorage._cdata")
     return int(key) if key is not None else storage.data_ptr() or id(storage)
 

@@ -1,8 +1,8 @@
-"""Trace code for a device that this machine does not have: how many graphs, which ops in them, why each one ended.
+"""Traces code for a device that this machine does not have: the graphs, the ops in them, and why each graph ended.
 
-Fake tensors alone do not get that far: indexing, `copy_` and `.to` ask c10 for the device's guard, and an absent device
+Fake tensors alone are not enough: indexing, `copy_` and `.to` ask c10 for the device's guard, and an absent device
 has none. `install` gives it one that does nothing. This cannot be undone, so `run` does the work in a child process.
-Dynamo and AOTAutograd are within reach, under `no_grad`; Inductor, gradients, streams and values are not.
+Dynamo and AOTAutograd can be traced so, under `no_grad`; Inductor, gradients, streams and values cannot.
 """
 
 import copy
@@ -57,7 +57,7 @@ class Trace:
 
     Args:
         graphs: in the order of compilation; a recompile adds its own.
-        breaks: each place once.
+        breaks: each location once.
         recompiles: for each recompile, the function's name and the guard that failed.
         stopped: None, or why the last call ended early: between two graphs Python asked for values, and a fake tensor
             has none. What comes after was not seen.
@@ -71,7 +71,7 @@ class Trace:
 
 
 class ChildError(RuntimeError):
-    """The child process of `run` failed; the message holds what it said."""
+    """The child process of `run` failed; the message ends in its output."""
 
 
 def trace(fn: Callable[..., Any], *args: Any, device: str = "xpu", dynamic: bool | None = None, **kwargs: Any) -> Trace:
@@ -82,12 +82,11 @@ def trace(fn: Callable[..., Any], *args: Any, device: str = "xpu", dynamic: bool
 
 
 class Tracer:
-    """Call it like the function or module that it was given; `trace` tells what became of the calls so far.
+    """Called like a function or module, traces the call; `trace` holds the result of the calls so far.
 
-    The function (its copy is `fn`) and its arguments are copied by `fake`, so that their tensors are on `device`. What
-    must stay on the host, or be the same tensor in several calls, is passed as `fake` returned it. Tensors that a
-    function closes over are not replaced. A new tracer resets Dynamo, so that it counts from nothing: use one at a
-    time.
+    The function (its copy is `fn`) and its arguments are copied by `fake`, so that their tensors are on `device`. Pass
+    the result of `fake` for a tensor that must stay on the host, or be the same tensor in several calls. Tensors that a
+    function closes over are not replaced. A new tracer resets Dynamo and its counts: use one at a time.
     """
 
     def __init__(self, fn: Callable[..., Any], *, device: str = "xpu", dynamic: bool | None = None) -> None:
@@ -146,10 +145,10 @@ def _location(stack: Sequence[traceback.FrameSummary]) -> str:
 
 
 def fake(value: _T, device: str) -> _T:
-    """Return a deep copy of `value` with a fake tensor on `device` for every real one, and none that wants gradients.
+    """Return a deep copy of `value` with a fake tensor on `device`, without gradients, for every real one.
 
     Shapes, strides, dtypes, shared storage, and marks such as `mark_dynamic`'s are kept; parameters stay parameters.
-    No memory is copied. Tensors that are fake already are passed on as they are.
+    No memory is copied. Fake tensors are kept as they are.
     """
     with torch.no_grad(), _DeepCopyFakes(device):
         return copy.deepcopy(value)
@@ -157,7 +156,7 @@ def fake(value: _T, device: str) -> _T:
 
 @functools.cache
 def _fake_mode() -> Any:
-    # Beside a present device it would start the absent one.
+    # Where another accelerator is present, torch would initialise the absent one.
     _torch.set_value("torch._subclasses.fake_tensor:init_gpu_context", lambda device: None)
     return _torch.require("torch._subclasses.fake_tensor:FakeTensorMode")(allow_non_fake_inputs=True)
 
@@ -249,7 +248,7 @@ def _compile_guard(device_type: str) -> bool:
                 subprocess.run(command, input=source.encode(), check=True, capture_output=True)
                 built.replace(library)  # in one step: other processes may be looking for it
         ctypes.CDLL(str(library))  # registers the guard
-    except (OSError, RuntimeError, subprocess.CalledProcessError):  # RuntimeError: there is no home
+    except (OSError, RuntimeError, subprocess.CalledProcessError):  # RuntimeError: there is no home folder
         return False
     return True
 
@@ -262,14 +261,14 @@ def _borrow_guard(device_type: str) -> None:
             f"torch {torch.__version__} has no symbol {_GUARD_TABLE}, so {device_type} can only be traced "
             "where a C++ compiler builds its guard: install g++"
         ) from error
-    if not (table[_INDEX["cpu"]] and table[_INDEX["meta"]]):  # registered in every build, if this is their table
+    if not (table[_INDEX["cpu"]] and table[_INDEX["meta"]]):  # both are registered in every build
         raise RuntimeError(f"{_GUARD_TABLE} in torch {torch.__version__} is not the table of device guards any more")
     table[_INDEX[device_type]] = table[_INDEX["meta"]]
 
 
 @functools.cache
 def _use_math_attention() -> torch.library.Library:
-    """Make xpu's attention the math op: which fused kernel it would be is the device's to say, and it is not here."""
+    """Make xpu's attention the math op: the device chooses among fused kernels, and it is not present."""
 
     def attention(q: Any, k: Any, v: Any, mask: Any = None, p: float = 0.0, causal: bool = False, **kwargs: Any) -> Any:
         return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, mask, p, causal, **kwargs)[0]
@@ -277,7 +276,7 @@ def _use_math_attention() -> torch.library.Library:
     library = torch.library.Library("aten", "IMPL")
     for key in ("XPU", "AutogradXPU"):
         library.impl("scaled_dot_product_attention", attention, key)
-    return library  # which would undo this when collected
+    return library  # kept: a library that is collected takes its kernels away
 
 
 _BOOTSTRAP = (

@@ -1,4 +1,4 @@
-"""Listens to torch.compile while a model runs, and keeps what happens as findings.
+"""Records what torch.compile does while a model runs, as findings.
 
 Torch's public records (`torch._dynamo.explain`, the counters) hold no stack for a break that costs a whole frame and no
 guard for a recompile. So the functions of torch that are given these objects are wrapped; where a torch does not have
@@ -75,7 +75,7 @@ class Collector:
 
     @contextlib.contextmanager
     def one_call(self, shapes: str) -> Iterator[CallRow]:
-        """Count what happens inside as one call of the model."""
+        """Within the block, count what torch.compile does as one call of the model."""
         self.call += 1
         row = CallRow(shapes, jit=self._early)
         self._early = 0

@@ -21,7 +21,7 @@ FORMS = "package.module:factory, file.py:factory, transformers:TYPE or transform
 
 
 class TargetError(ValueError):
-    """There is no such model: the message is for the user, and the cause is the error in the user's code, if any."""
+    """A model cannot be found or made; the cause is the error in user code, if there is one."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a measurement reports beside its times: how often torch.compile compiled, and the device's name."""
+"""Facts that measurements report beside times: how often torch.compile compiled, and the device's name."""
 
 import os
 import platform

@@ -250,13 +250,13 @@ REFUSED = [
     (
         "null_slot",
         lambda slot: -1,
-        "runs rows that are nobody in a spare slot, and null_slot is -1; use a slot of the caches",
+        "runs padding rows in a spare slot, and null_slot is -1; use a slot of the caches",
     ),
-    ("null_slot", lambda slot: 9, "runs rows that are nobody in a spare slot, and null_slot is 9 of 9 slots"),
+    ("null_slot", lambda slot: 9, "runs padding rows in a spare slot, and null_slot is 9 of 9 slots"),
     (
         "conv_state",
         lambda state: state.contiguous(),
-        "takes a conv_state whose channels lie together, a view (slots, state_len, dim) transposed",
+        "takes a conv_state with adjacent channels, a view (slots, state_len, dim) transposed",
     ),
     (
         "ssm_state",

@@ -24,7 +24,7 @@ def compare(
     with failing(TargetError, RegistryError):
         from mamba_ops.commands.compare import comparison  # --help does without it
 
-        console = Console(highlight=False, markup=False)  # a refusal may hold brackets
+        console = Console(highlight=False, markup=False)  # refusals may contain brackets
         names = [name.strip() for name in backends.split(",") if name.strip()] if backends else None
         with configured(backend, device), Steps(console) as progress:
             found = comparison.compare(target, names, device=device or devices()[0], layers=layers, progress=progress)

@@ -1,4 +1,4 @@
-"""Intel's SYCL kernel for a whole gated delta net layer's mixing, out of vllm_xpu_kernels."""
+"""Adapter of Intel's SYCL kernel for the mixing of a gated delta net layer, from vllm_xpu_kernels."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -52,19 +52,20 @@ def unsupported(call: "Arguments") -> str | None:
     if width > 5:
         return f"takes a convolution of width 5 at most, and conv_weight has {width}"
     if call.conv_state.shape[2] != width - 1:
-        # Speculative decodes have a window in the slot of every column here, and one long window in column 0 elsewhere.
+        # In speculative decoding it keeps a window in the slot of every column; other backends keep one long window in
+        # column 0.
         return f"keeps {width - 1} inputs in every slot, and conv_state has a state_len of {call.conv_state.shape[2]}"
     if call.counts is not None and call.null_slot < 0:
-        return f"runs rows that are nobody in a spare slot, and null_slot is {call.null_slot}; use a slot of the caches"
+        return f"runs padding rows in a spare slot, and null_slot is {call.null_slot}; use a slot of the caches"
     if call.counts is not None and call.null_slot >= call.conv_state.shape[0]:
         slots = call.conv_state.shape[0]
-        return f"runs rows that are nobody in a spare slot, and null_slot is {call.null_slot} of {slots} slots"
+        return f"runs padding rows in a spare slot, and null_slot is {call.null_slot} of {slots} slots"
     return None
 
 
 def unsupported_layout(call: "Arguments") -> str | None:
     if not call.conv_state[:1].transpose(1, 2).is_contiguous():
-        return "takes a conv_state whose channels lie together, a view (slots, state_len, dim) transposed"
+        return "takes a conv_state with adjacent channels, a view (slots, state_len, dim) transposed"
     if not call.ssm_state[:1].is_contiguous():
         return "takes an ssm_state whose slots are each contiguous"
     if call.counts is not None and call.slots is not None and call.num_accepted_tokens is not None:
@@ -76,18 +77,18 @@ def unsupported_layout(call: "Arguments") -> str | None:
 
 
 class _Rows(NamedTuple):
-    """Rows of one kind as the vendor wants to be told of them."""
+    """Rows of one kind, in the form that the vendor's op takes."""
 
     ends: Tensor
     slots: Tensor
-    nobody: Tensor
+    is_padding: Tensor
 
 
 def _rows(ends: Tensor, slots: Tensor, source: Tensor, null_slot: int) -> _Rows:
-    """Send rows that are nobody, or empty, to the null slot: the vendor's recurrence looks at no slot, and stores."""
-    nobody = (source < 0) | (source == null_slot)
-    spare = (nobody | (ends[1:] == ends[:-1])).view(-1, *[1] * (slots.dim() - 1)) | (slots < 0)
-    return _Rows(_indices(ends), _indices(torch.where(spare, null_slot, slots)), nobody)
+    """Map padding rows and empty rows to the null slot: the vendor's recurrence stores even to negative slots."""
+    is_padding = (source < 0) | (source == null_slot)
+    spare = (is_padding | (ends[1:] == ends[:-1])).view(-1, *[1] * (slots.dim() - 1)) | (slots < 0)
+    return _Rows(_indices(ends), _indices(torch.where(spare, null_slot, slots)), is_padding)
 
 
 def _indices(tensor: Tensor) -> Tensor:
@@ -101,9 +102,9 @@ def window(num_accepted_tokens: Tensor | None) -> str | None:
 def gdn_mixing(call: "Arguments") -> None:
     """Takes float16 and bfloat16, a head_k_dim of 32, 64, 128 or 256, conv_state of width - 1, and a null_slot >= 0.
 
-    The null slot is scratch: rows that are nobody, and empty ones, are run there. Speculative decodes keep the window
-    of the convolution after token t in the slot of column t, so a request cannot change over to another backend, and
-    all of them have as many tokens as slots has columns. dt_bias is rounded to the projections' dtype.
+    The null slot is scratch: padding rows and empty rows run there. Speculative decodes keep the window of the
+    convolution after token t in the slot of column t, so a request cannot move to another backend, and all of them have
+    as many tokens as slots has columns. dt_bias is rounded to the projections' dtype.
     """
     plan = PlanTensors.of(call)
     total = batch_of("mamba_ops::gdn_mixing", plan, call.projected_qkvz.shape[0], call.null_slot).tokens
@@ -117,14 +118,15 @@ def gdn_mixing(call: "Arguments") -> None:
         or call.prefill_cu_seqlens is None
         or call.slots is None
     ):
-        return  # mypy: with tokens there is a whole plan
+        return  # for mypy: with tokens the plan is complete
     assert call.has_initial_state is not None
     decodes, decode_tokens, prefills, _ = call.counts.tolist()
     table = call.slots.unsqueeze(1) if call.slots.dim() == 1 else call.slots
     dtype, device = call.projected_qkvz.dtype, call.projected_qkvz.device
     speculative = call.num_accepted_tokens is not None and decodes > 0
 
-    # Rows that are not speculative: the prefills, behind the decodes unless those are. None in the vendor's list: none.
+    # Rows that are not speculative: the prefills, and the decodes before them unless these are speculative. Without
+    # such rows the vendor's arguments for them are None.
     first, rows = decodes if speculative else 0, decodes + prefills
     ends = (call.prefill_cu_seqlens if speculative else call.cu_seqlens)[: rows - first + 1]
     plain = _rows(ends, table[first:rows, 0], table[first:rows, 0], call.null_slot)
@@ -140,7 +142,7 @@ def gdn_mixing(call: "Arguments") -> None:
         "non_spec_query_start_loc": None if some is None else some.ends,
         "non_spec_state_indices_tensor": None if some is None else some.slots,
     }
-    nobody = plain.nobody
+    is_padding = plain.is_padding
     if "num_spec_decodes" in (_arguments() or ()):
         vendor |= dict.fromkeys(
             ("non_spec_token_indx", "spec_query_start_loc", "spec_token_indx", "spec_state_indices_tensor")
@@ -160,10 +162,10 @@ def gdn_mixing(call: "Arguments") -> None:
             "spec_state_indices_tensor": guessing.slots,
             "num_accepted_tokens": _indices(accepted),
         }
-        nobody = torch.cat([guessing.nobody, nobody])
+        is_padding = torch.cat([guessing.is_padding, is_padding])
 
     def fit(tensor: Tensor | None) -> Tensor:
-        """What the vendor may write: the tensor itself, if it is dense and of its dtype."""
+        """Return an output for the vendor's op: the tensor itself, if it is contiguous and of the right dtype."""
         if tensor is not None and tensor.dtype == dtype and tensor.is_contiguous():
             return tensor
         return torch.empty(call.output.shape, dtype=dtype, device=device)
@@ -190,11 +192,11 @@ def gdn_mixing(call: "Arguments") -> None:
         reorder_input=not call.interleaved,
         **vendor,
     )
-    # Whose a token is, without waiting for the device.
+    # The row of each token, without waiting for the device.
     row = torch.searchsorted(
         call.cu_seqlens[1 : rows + 1], torch.arange(total, device=device, dtype=call.cu_seqlens.dtype), right=True
     )
-    core[:total].masked_fill_(nobody[row].view(-1, 1, 1), 0)
+    core[:total].masked_fill_(is_padding[row].view(-1, 1, 1), 0)
     if core is not call.output:
         call.output[:total].copy_(core[:total])
     if call.z is not None and gate is not call.z:
