@@ -22,7 +22,7 @@ from benchmarks.measure import Row, command, facts, page, report
 from benchmarks.peers import versions
 from benchmarks.serving_steps import LENGTHS
 
-ROLES = {  # and the folder of caches that each begins with; one that comes again is full
+ROLES = {  # and its folder of caches at the start; a folder that was used before is full
     "empty": "ours",
     "full": "ours",
     "again": "ours",
@@ -177,7 +177,7 @@ def main() -> None:
 
 
 def show(options: argparse.Namespace, known: dict[str, Any]) -> None:
-    """Write the page of what was measured by now; it is printed when all was."""
+    """Write the page of the measurements so far; it is printed after the last one."""
     text = page(
         "Cold start",
         known,

@@ -291,7 +291,7 @@ def test_delta_rule_keeps_packed_sequences_apart(device: torch.device, name: str
     expected, state = call(**arguments, output_final_state=True)
     torch.testing.assert_close(out.view_as(expected), expected)
     torch.testing.assert_close(last, state)
-    with pytest.raises(ValueError, match=f"^{name}: q: got a batch of 2, expected 1: cu_seqlens says"):
+    with pytest.raises(ValueError, match=f"^{name}: q: got a batch of 2, expected 1: with cu_seqlens"):
         call(**arguments, cu_seqlens=ends)
 
 

@@ -1,9 +1,13 @@
 """Copies the caches of compiled kernels, Triton's and Inductor's, to identical machines."""
 
+import getpass
 import json
+import os
 import platform
+import re
 import shutil
 import sys
+import tempfile
 import uuid
 from importlib.util import find_spec
 from pathlib import Path
@@ -88,10 +92,19 @@ def _driver() -> str | None:
 
 def _caches() -> dict[str, Path]:
     """Return the folders of Triton's and Inductor's caches."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    folders = {"inductor": _inductor_cache()}
+    return {"triton": _triton.cache_dir(), **folders} if find_spec("triton") else folders
 
-    places = {"inductor": Path(cache_dir())}
-    return {"triton": _triton.cache_dir(), **places} if find_spec("triton") else places
+
+def _inductor_cache() -> Path:
+    """Return the folder of Inductor's cache; where this torch has no function for that, the usual one."""
+    try:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+    except ImportError:
+        user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+        usual = Path(tempfile.gettempdir(), f"torchinductor_{user}")
+        return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or usual)
+    return Path(cache_dir())
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

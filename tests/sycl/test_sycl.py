@@ -256,7 +256,7 @@ REFUSED = [
     (
         "conv_state",
         lambda state: state.contiguous(),
-        "takes a conv_state whose channels lie together, a view (slots, state_len, dim) transposed",
+        "takes a conv_state with adjacent channels, a view (slots, state_len, dim) transposed",
     ),
     (
         "ssm_state",
