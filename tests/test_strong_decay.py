@@ -76,6 +76,21 @@ def delta_rule(op: Op[...], logs: Tensor, dtype: torch.dtype) -> Sample:
     return Sample(op.name, (q, k, v, logs, beta), {"ssm_state": state, "qk_l2norm": True, **initial(len(logs))})
 
 
+def state_space(op: Op[...], logs: Tensor, dtype: torch.dtype, A: float = -1.0) -> Sample:
+    """A call of mamba_chunk_scan, for logs (rows, LENGTH, heads).
+
+    Tokens are the smaller, the larger their steps, so that none is all that counts. With A = -inf steps are 0 or 1.
+    """
+    make, lead = SampleTensors(DEVICE, dtype), logs.shape[:2]
+    dt = (-logs).clamp(max=1e30) if math.isfinite(A) else (logs < -1).to(torch.float32)
+    x = make.normal(*lead, HEADS, SIZE, dtype=torch.float32)
+    x = (x / dt.clamp(min=1).unsqueeze(-1)).to(dtype)
+    rates = torch.full((HEADS,), A, device=DEVICE)
+    state = make.normal(len(logs), HEADS, SIZE, SIZE, dtype=torch.float32)
+    B, C = make.normal(*lead, GROUPS, SIZE), make.normal(*lead, GROUPS, SIZE)
+    return Sample(op.name, (x, dt, rates, B, C, 64), {"ssm_state": state, **initial(len(logs))})
+
+
 def initial(rows: int) -> dict[str, Tensor]:
     """Every second row goes on from a state."""
     return {"has_initial_state": torch.arange(rows, device=DEVICE) % 2 == 0}
@@ -84,8 +99,9 @@ def initial(rows: int) -> dict[str, Tensor]:
 CALLS: dict[str, Callable[..., Sample]] = {
     "chunk_gated_delta_rule": delta_rule,
     "gated_delta_rule_update": delta_rule,
+    "mamba_chunk_scan": state_space,
 }
-CHUNKED = ("chunk_gated_delta_rule",)
+CHUNKED = ("chunk_gated_delta_rule", "mamba_chunk_scan")
 
 
 def by_heads(logs: Tensor) -> Tensor:
@@ -141,6 +157,12 @@ def test_it_is_the_recurrence(op: Op[...], backend: str, kind: str) -> None:
     assert_near(op, backend, CALLS[op.name](op, by_heads(logs()), torch.float32), allowed)
 
 
+@pytest.mark.parametrize(("op", "backend"), pairs([name for name, call in CALLS.items() if call is state_space]))
+def test_a_step_of_zero_decays_nothing(op: Op[...], backend: str) -> None:
+    """At A = -inf too, where every other step forgets all."""
+    assert_near(op, backend, state_space(op, by_heads(several_extremes()), torch.float32, A=-math.inf), 1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("op", "backend"), pairs(CHUNKED))
 def test_packed_rows_are_within_the_budget(op: Op[...], backend: str, dtype: torch.dtype) -> None:
@@ -163,7 +185,8 @@ def test_packed_rows_are_within_the_budget(op: Op[...], backend: str, dtype: tor
 @pytest.mark.parametrize(("op", "backend"), pairs(CHUNKED))
 def test_nan_is_no_decay_of_zero(op: Op[...], backend: str) -> None:
     sample = CALLS[op.name](op, by_heads(weak(HEADS)), torch.float32)
-    sample.args[3].view(-1)[-1] = math.nan  # of the last head's last token
+    decays = sample.args[3] if op.name == "chunk_gated_delta_rule" else sample.args[2]
+    decays.view(-1)[-1] = math.nan  # of the last token, or of all: one head's
     out = front_on(op, backend)(*sample.args, **sample.kwargs)
     assert out[0, -1, -1].isnan().all()
     assert sample.kwargs["ssm_state"][0, -1].isnan().all()
