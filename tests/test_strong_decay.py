@@ -77,18 +77,22 @@ def delta_rule(op: Op[...], logs: Tensor, dtype: torch.dtype) -> Sample:
 
 
 def state_space(op: Op[...], logs: Tensor, dtype: torch.dtype, A: float = -1.0) -> Sample:
-    """A call of mamba_chunk_scan, for logs (rows, LENGTH, heads).
+    """A call of an op with A and dt, for logs (rows, LENGTH, heads); a head is a channel to Mamba-1's.
 
     Tokens are the smaller, the larger their steps, so that none is all that counts. With A = -inf steps are 0 or 1.
     """
     make, lead = SampleTensors(DEVICE, dtype), logs.shape[:2]
     dt = (-logs).clamp(max=1e30) if math.isfinite(A) else (logs < -1).to(torch.float32)
-    x = make.normal(*lead, HEADS, SIZE, dtype=torch.float32)
-    x = (x / dt.clamp(min=1).unsqueeze(-1)).to(dtype)
-    rates = torch.full((HEADS,), A, device=DEVICE)
-    state = make.normal(len(logs), HEADS, SIZE, SIZE, dtype=torch.float32)
+    of_head = () if op.name == "selective_scan" else (SIZE,)
+    x = make.normal(*lead, HEADS, *of_head, dtype=torch.float32)
+    x = (x / dt.clamp(min=1).view(*dt.shape, *[1] * len(of_head))).to(dtype)
+    rates = torch.full((HEADS,) if of_head else (HEADS, SIZE), A, device=DEVICE)
+    state = make.normal(len(logs), HEADS, *of_head, SIZE, dtype=torch.float32)
     B, C = make.normal(*lead, GROUPS, SIZE), make.normal(*lead, GROUPS, SIZE)
-    return Sample(op.name, (x, dt, rates, B, C, 64), {"ssm_state": state, **initial(len(logs))})
+    if op.name == "selective_state_update":
+        return Sample(op.name, (state, x, dt, rates, B, C))
+    chunk_size = (64,) if op.name == "mamba_chunk_scan" else ()
+    return Sample(op.name, (x, dt, rates, B, C, *chunk_size), {"ssm_state": state, **initial(len(logs))})
 
 
 def initial(rows: int) -> dict[str, Tensor]:
@@ -100,6 +104,8 @@ CALLS: dict[str, Callable[..., Sample]] = {
     "chunk_gated_delta_rule": delta_rule,
     "gated_delta_rule_update": delta_rule,
     "mamba_chunk_scan": state_space,
+    "selective_scan": state_space,
+    "selective_state_update": state_space,
 }
 CHUNKED = ("chunk_gated_delta_rule", "mamba_chunk_scan")
 
@@ -161,6 +167,21 @@ def test_it_is_the_recurrence(op: Op[...], backend: str, kind: str) -> None:
 def test_a_step_of_zero_decays_nothing(op: Op[...], backend: str) -> None:
     """At A = -inf too, where every other step forgets all."""
     assert_near(op, backend, state_space(op, by_heads(several_extremes()), torch.float32, A=-math.inf), 1e-5)
+
+
+@pytest.mark.parametrize(("op", "backend"), pairs(["gated_delta_rule_update"]))
+def test_a_gate_of_zero_decays_nothing_at_any_rate(op: Op[...], backend: str) -> None:
+    """From a, b, A_log and dt_bias, too."""
+    sample = delta_rule(op, torch.zeros(1, 3, HEADS, device=DEVICE), torch.float32)
+    if why := refusal(op, backend, sample):
+        pytest.skip(why)
+    a, b, bias = (torch.zeros_like(t) for t in (sample.kwargs["g"], sample.kwargs["beta"], sample.kwargs["g"][0, 0]))
+    raw = {"a": a - 1e4, "b": b, "A_log": bias + math.inf, "dt_bias": bias, "qk_l2norm": True}
+    runs = [sample.clone(), sample.clone()]
+    given = front_on(op, backend)(*runs[0].args, **runs[0].kwargs | {"beta": b + 0.5})
+    made = front_on(op, backend)(*runs[1].args, **raw)
+    torch.testing.assert_close(made, given)
+    torch.testing.assert_close(runs[1].args[0], runs[0].args[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
