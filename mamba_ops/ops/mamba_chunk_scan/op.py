@@ -89,7 +89,7 @@ def mamba_chunk_scan(
     Args:
         x: (..., heads, dim).
         dt: (..., heads), the step sizes.
-        A: (heads,); negative.
+        A: (heads,); negative. At -inf a step of 0 decays nothing, and any other all.
         B, C: (..., groups, dstate), with heads a multiple of groups.
         chunk_size: tokens of a chunk, at most; any positive number. Results depend on it by rounding alone.
         D: skip weight, (heads,) or (heads, dim).

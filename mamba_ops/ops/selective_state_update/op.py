@@ -87,6 +87,7 @@ def selective_state_update(
         x: (..., heads, dim), or (..., dim) for Mamba-1.
         dt: (..., heads, dim), or (..., heads): one step size for a whole head. Mamba-1: (..., dim).
         A: (heads, dim, dstate), or (heads,); negative. Mamba-1: (dim, dstate).
+            At -inf a step of 0 decays nothing, and any other all.
         B, C: (..., groups, dstate), with heads a multiple of groups. Mamba-1: (..., dstate).
         D: skip weight, (heads, dim) or (heads,). Mamba-1: (dim,).
         z: gate, like x.
