@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from mamba_ops.ops._common import checking as checking
 from mamba_ops.ops._common import slots as slots
 from mamba_ops.ops.causal_conv1d import causal_conv1d as causal_conv1d
 from mamba_ops.ops.causal_conv1d_update import causal_conv1d_update as causal_conv1d_update
