@@ -54,7 +54,7 @@ class Op(Facets, Generic[P]):
         mutates: names of the parameters that it writes.
         kernels: backend name to kernel; the reference is the kernel of the backend `torch`, or `composed`.
         splits_graph, reads_host, composed, replaces: see `Namespace.op`.
-        overload: the `torch.ops` overload, for those who want no front.
+        overload: the `torch.ops` overload, for a call without the front.
         call_undispatched: the op as composed ops call it, which went through torch's dispatcher themselves.
     """
 
