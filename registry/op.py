@@ -55,7 +55,7 @@ class Op(Trainable, Generic[P]):
         returns: names of those of them that it allocates itself and returns; none for an op that writes into `output`.
         kernels: backend name to kernel; the reference is the kernel of the backend `torch`, or `composed`.
         splits_graph, reads_host, composed, replaces, out_may_be: see `Namespace.op`.
-        overload: the `torch.ops` overload, for those who want no front.
+        overload: the `torch.ops` overload, for a call without the front.
         call_undispatched: the op as composed ops call it, which went through torch's dispatcher themselves.
     """
 

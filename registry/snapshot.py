@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mamba_ops.registry.op import Op
 
 COMPOSED = "composed"
-"""Name of the backend whose kernels call other ops."""
+"""Name of the backend of composed ops."""
 
 Names = tuple[str, ...]
 
