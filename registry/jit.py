@@ -1,6 +1,6 @@
 """Whether kernels may be compiled now: `no_jit()` forbids it, and so does a graph that is being captured.
 
-A backend that compiles a kernel at its first call tells `announce` beforehand. Calls of loaded kernels ask nothing here.
+A backend that compiles a kernel at its first call tells `announce` beforehand. Calls of loaded kernels ask nothing.
 """
 
 import os

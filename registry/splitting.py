@@ -33,7 +33,7 @@ class SplitGraph(NamedTuple):
     """A graph that calls its pieces, one after the other, and the pieces in that order."""
 
     module: "GraphModule"
-    pieces: list[Subgraph]
+    subgraphs: list[Subgraph]
 
 
 def splitting_ops() -> list[str]:

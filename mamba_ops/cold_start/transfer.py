@@ -22,7 +22,7 @@ _RUNTIMES = [name for name, value in vars(torch.version).items() if isinstance(v
 
 
 class CachesError(ValueError):
-    """There are no caches, or those of another machine; the message is a sentence."""
+    """There are no caches, or they are another machine's."""
 
 
 def export(folder: Path, device: torch.device) -> int:
@@ -132,7 +132,7 @@ def _copy(source: Path, target: Path) -> int:
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
         part = place.with_name(f"{place.name}.{uuid.uuid4().hex}.part")
-        if path.name.startswith("__grp__"):  # Triton's lists of files name them by whole paths
+        if path.name.startswith("__grp__"):  # Triton lists files by absolute paths
             listed = json.loads(path.read_text(encoding="utf-8"))
             listed["child_paths"] = {n: str(place.parent / Path(p).name) for n, p in listed["child_paths"].items()}
             part.write_text(json.dumps(listed), encoding="utf-8")

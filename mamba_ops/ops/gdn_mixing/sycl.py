@@ -68,7 +68,7 @@ def unsupported_layout(call: "Arguments") -> str | None:
     if not call.conv_state[:1].transpose(1, 2).is_contiguous():
         return "takes a conv_state with adjacent channels, a view (slots, state_len, dim) transposed"
     if not call.ssm_state[:1].is_contiguous():
-        return "takes an ssm_state whose slots are each contiguous"
+        return "takes an ssm_state with contiguous slots"
     if call.counts is not None and call.slots is not None and call.num_accepted_tokens is not None:
         columns = 1 if call.slots.dim() == 1 else call.slots.shape[1]
         decodes, tokens = call.counts[:2].tolist()
