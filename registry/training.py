@@ -37,19 +37,22 @@ under the selection of the forward, unless `use_backend` surrounds it.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from mamba_ops.registry import codegen, errors
 from mamba_ops.registry.dispatcher import dispatcher
 from mamba_ops.registry.gradients import Declaration, Formula
+from mamba_ops.registry.samples import Sample
 
 if TYPE_CHECKING:
     from mamba_ops.registry.op import Op
 
 F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R", bound=Callable[..., Any] | str)
 
 
 class Trainable:
@@ -117,19 +120,49 @@ class Trainable:
 
         return register
 
-    def backward(self, reference: F, *, arguments: type[tuple[Any, ...]] | None = None) -> F:
+    def backward(self, reference: R, arguments: type[tuple[Any, ...]] | None = None) -> R:
         """Register the reference of the backward op, which writes every gradient; this makes the companions.
 
-        It takes the op's parameters by name, or one value of `backward_op.arguments`.
+        Args:
+            reference: a function of the op's parameters, or of one value of `backward_op.arguments`; or where it is,
+                `package.module:function`.
+            arguments: the NamedTuple of a call's arguments; None: one is made.
         """
         if (declared := self._training) is None:
-            raise errors.declaration(f"{self.qualname} ({errors.source_of(reference)})", "declare @op.training first")
+            raise errors.declaration(f"{self.qualname}: backward", "declare @op.training first")
         self.backward_op = self._declare_backward(declared, reference, arguments)
         self.forward_op = self._declare_forward(declared, "forward", declared.optional)
         if declared.optional is not None:
             self.forward_states_op = self._declare_forward(declared, "forward_states", None)
         self._write_front()
         return reference
+
+    def training_samples(self, function: F) -> F:
+        """Register the samples of the forward companions, as `Op.samples` does; the backward's are made of them."""
+        for op in (self.forward_op, self.forward_states_op):
+            if op is not None:
+                op.samples(function)
+        forward, backward = self.forward_states_op or self.forward_op, self.backward_op
+        assert forward is not None
+        assert backward is not None
+
+        @backward.samples
+        @torch.no_grad()
+        def _samples(device: torch.device, **sizes: Any) -> Iterator[Sample]:
+            for number, sample in enumerate(forward.make_samples(device, **sizes)):
+                results = forward(*sample.args)
+                named = dict(zip(forward.returns, results if isinstance(results, tuple) else (results,), strict=True))
+                named |= zip((p.name for p in forward._called), sample.args, strict=True)
+                generator, arguments = torch.Generator().manual_seed(number), []
+                for p in backward._called:
+                    if (result := named.get(p.name.removeprefix("grad_"))) is not None and p.name not in named:
+                        grad = torch.randn(result.shape, generator=generator).to(result)
+                        arguments.append(None if codegen.is_optional(p) and number % 2 else grad)
+                    else:
+                        arguments.append(named[p.name])
+                yield Sample(sample.name, tuple(arguments))
+
+        return function
 
     def flops(self, function: Callable[..., tuple[int, int]]) -> Callable[..., tuple[int, int]]:
         """Register how many floating-point operations a call makes, for `torch.utils.flop_counter`.
@@ -185,7 +218,7 @@ class Trainable:
         return op
 
     def _declare_backward(
-        self, declared: Declaration, reference: Callable[..., None], arguments: type[tuple[Any, ...]] | None
+        self, declared: Declaration, reference: Callable[..., None] | str, arguments: type[tuple[Any, ...]] | None
     ) -> "Op[...]":
         def tensor(name: str, kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD, optional: bool = False) -> Any:
             return inspect.Parameter(name, kind, annotation=Tensor | None if optional else Tensor)
@@ -202,7 +235,7 @@ class Trainable:
             *(tensor(name, inspect.Parameter.KEYWORD_ONLY) for name in gradients),
         ]
         what = f"The gradients of `{self.name}`; an empty tensor for an input that is None."
-        function = _with_signature(f"{self.name}_backward", what, reference, parameters, {})
+        function = _with_signature(f"{self.name}_backward", what, declared.forward, parameters, {})
         op = self._new_op(function, gradients, declared, reference=reference, arguments=arguments)
 
         @op.allocate_output
