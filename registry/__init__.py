@@ -42,3 +42,4 @@ from mamba_ops.registry.splitting import split_graph as split_graph
 from mamba_ops.registry.splitting import splitting_ops as splitting_ops
 from mamba_ops.registry.swap import configure as configure
 from mamba_ops.registry.swap import use_backend as use_backend
+from mamba_ops.registry.training import flop_formulas as flop_formulas

@@ -118,6 +118,15 @@ mamba_chunk_scan.backward(
 )
 
 
+@mamba_chunk_scan.flops
+def _flops(x: torch.Size, B: torch.Size, chunk_size: int) -> tuple[int, int]:
+    """Of the matrix products of chunks of this size, in which half of all pairs of tokens count."""
+    tokens, (heads, dim), (groups, dstate) = math.prod(x[:-2]), x[-2:], B[-2:]
+    pairs, read = tokens * chunk_size // 2, tokens * heads * dim * dstate
+    forward = 2 * (pairs * (groups * dstate + heads * dim) + 2 * read)
+    return forward, 2 * (pairs * (3 * groups * dstate + 2 * heads * dim) + 5 * read)
+
+
 @mamba_chunk_scan.training_samples
 def _samples(device: torch.device, **sizes: Any) -> Iterator[Sample]:
     return training_samples(mamba_chunk_scan, "ssm_state", device, **sizes)
