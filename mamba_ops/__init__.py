@@ -11,6 +11,7 @@ if Path(__file__).with_name("registry").is_file():
     )
 
 from mamba_ops import backends as backends
+from mamba_ops import functional as functional
 from mamba_ops import registry as registry
 from mamba_ops.config import BackendConfig as BackendConfig
 from mamba_ops.ops import *  # noqa: F403  the ops, each under its name

@@ -43,3 +43,4 @@ from mamba_ops.registry.splitting import mark_splitting as mark_splitting
 from mamba_ops.registry.splitting import partition_at_splitting_ops as partition_at_splitting_ops
 from mamba_ops.registry.splitting import split_graph as split_graph
 from mamba_ops.registry.splitting import splitting_ops as splitting_ops
+from mamba_ops.registry.training import flop_formulas as flop_formulas

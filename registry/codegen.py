@@ -248,9 +248,10 @@ def body(
         compared=_compared(parameters),
         values=_tuple(parameters),
         key=", ".join(keys),
-        allocation=f"{', '.join(returned)}, = facets_['allocate_output']({_passed(parameters)})" if returned else "",
+        # Without spaces around `=`, where a long line would be broken outside parentheses.
+        allocation=f"({', '.join(returned)},)=facets_['allocate_output']({_passed(parameters)})" if returned else "",
         passed=passed,
-        result=", ".join(returned) or None,
+        result=f"({', '.join(returned)})" if returned else None,
     )
     return _compiled(op, "body", source, closure)
 

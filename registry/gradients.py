@@ -34,8 +34,7 @@ class Declaration(NamedTuple):
 class Formula:
     """How one forward op is differentiated; what autograd, AOTAutograd and torch.func share."""
 
-    def __init__(self, name: str, forward: "Op[...]", backward: "Op[...] | None", declared: Declaration) -> None:
-        assert backward is not None
+    def __init__(self, name: str, forward: "Op[...]", backward: "Op[...]", declared: Declaration) -> None:
         self.name, self.forward, self.declared = name, forward, declared
         self.overload, self.backward = forward.overload, backward.overload
         self.tensors = [codegen.is_tensor(p) for p in forward._called]

@@ -37,20 +37,23 @@ under the selection of the forward, unless `use_backend` surrounds it.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from mamba_ops.registry import codegen, errors
 from mamba_ops.registry.dispatcher import dispatcher
 from mamba_ops.registry.facets import Facets
 from mamba_ops.registry.gradients import Declaration, Formula
+from mamba_ops.registry.samples import Sample
 
 if TYPE_CHECKING:
     from mamba_ops.registry.op import Op
 
 F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R", bound=Callable[..., Any] | str)
 
 
 class Trainable(Facets):
@@ -59,16 +62,18 @@ class Trainable(Facets):
     Attributes:
         forward_op, forward_states_op, backward_op: its companions; None without them.
         record: of an op that is such a forward: records an eager call; None for others.
+        flop_formula: of a companion: its floating-point operations, of the shapes of its arguments.
     """
 
     name: str
     namespace: str
     _write_front: Callable[[], None]
 
-    forward_op: "Op[...] | None" = None
-    forward_states_op: "Op[...] | None" = None
-    backward_op: "Op[...] | None" = None
+    forward_op: "Op[...]" = None  # type: ignore[assignment]  # typed for the callers of those that have them
+    forward_states_op: "Op[...]" = None  # type: ignore[assignment]
+    backward_op: "Op[...]" = None  # type: ignore[assignment]
     record: Callable[..., Any] | None = None
+    flop_formula: Callable[..., int] | None = None
     _training: Declaration | None = None
 
     def training(
@@ -115,13 +120,16 @@ class Trainable(Facets):
 
         return register
 
-    def backward(self, reference: F, *, arguments: type[tuple[Any, ...]] | None = None) -> F:
+    def backward(self, reference: R, arguments: type[tuple[Any, ...]] | None = None) -> R:
         """Register the reference of the backward op, which writes every gradient; this makes the companions.
 
-        It takes the op's parameters by name, or one value of `backward_op.arguments`.
+        Args:
+            reference: a function of the op's parameters, or of one value of `backward_op.arguments`; or where it is,
+                `package.module:function`.
+            arguments: the NamedTuple of a call's arguments; None: one is made.
         """
         if (declared := self._training) is None:
-            raise errors.declaration(f"{self.qualname} ({errors.source_of(reference)})", "declare @op.training first")
+            raise errors.declaration(f"{self.qualname}: backward", "declare @op.training first")
         self.backward_op = self._declare_backward(declared, reference, arguments)
         self.forward_op = self._declare_forward(declared, "forward", declared.optional)
         if declared.optional is not None:
@@ -129,28 +137,43 @@ class Trainable(Facets):
         self._write_front()
         return reference
 
+    def training_samples(self, function: F) -> F:
+        """Register the samples of the forward companions, as `Op.samples` does; the backward's are made of them."""
+        for op in (self.forward_op, self.forward_states_op):
+            if op is not None:
+                op.samples(function)
+        forward, backward = self.forward_states_op or self.forward_op, self.backward_op
+
+        @backward.samples
+        @torch.no_grad()
+        def _samples(device: torch.device, **sizes: Any) -> Iterator[Sample]:
+            for number, sample in enumerate(forward.make_samples(device, **sizes)):
+                results = forward(*sample.args)
+                named = dict(zip(forward.returns, results if isinstance(results, tuple) else (results,), strict=True))
+                named |= zip((p.name for p in forward._called), sample.args, strict=True)
+                generator, arguments = torch.Generator().manual_seed(number), []
+                for p in backward._called:
+                    if (result := named.get(p.name.removeprefix("grad_"))) is not None and p.name not in named:
+                        grad = torch.randn(result.shape, generator=generator).to(result)
+                        arguments.append(None if codegen.is_optional(p) and number % 2 else grad)
+                    else:
+                        arguments.append(named[p.name])
+                yield Sample(sample.name, tuple(arguments))
+
+        return function
+
     def flops(self, function: Callable[..., tuple[int, int]]) -> Callable[..., tuple[int, int]]:
-        """Register how many floating-point operations a call makes, for `torch.utils.flop_counter`.
+        """Register how many floating-point operations a call makes, for `flop_formulas`.
 
         The function names any of the forward's inputs, gets shapes for tensors, and returns the operations of the
         forward and of the backward.
         """
-        from torch.utils.flop_counter import register_flop_formula
-
-        assert self.forward_op is not None
-        assert self.backward_op is not None
-        count = self.adapted(function, self.forward_op._called)
-        names = [p.name for p in self.forward_op._called]
+        assert self._training is not None
+        count = self.adapted(function, self._training.inputs)
+        names = [p.name for p in self._training.inputs]
         for number, op in enumerate((self.forward_op, self.forward_states_op, self.backward_op)):
             if op is not None:
-                first, backward = [p.name for p in op._called].index(names[0]), number == 2
-
-                def formula(
-                    *shapes: Any, out_shape: Any = None, first: int = first, backward: bool = backward, **_: Any
-                ) -> int:
-                    return int(count(*shapes[first : first + len(names)])[backward])
-
-                register_flop_formula(op.overload.overloadpacket)(formula)
+                op.flop_formula = _flop_formula(count, [p.name for p in op._called], names, number // 2)
         return function
 
     def _gradient_entry(self) -> str:
@@ -183,7 +206,7 @@ class Trainable(Facets):
         return op
 
     def _declare_backward(
-        self, declared: Declaration, reference: Callable[..., None], arguments: type[tuple[Any, ...]] | None
+        self, declared: Declaration, reference: Callable[..., None] | str, arguments: type[tuple[Any, ...]] | None
     ) -> "Op[...]":
         def tensor(name: str, kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD, optional: bool = False) -> Any:
             return inspect.Parameter(name, kind, annotation=Tensor | None if optional else Tensor)
@@ -200,7 +223,7 @@ class Trainable(Facets):
             *(tensor(name, inspect.Parameter.KEYWORD_ONLY) for name in gradients),
         ]
         what = f"The gradients of `{self.name}`; an empty tensor for an input that is None."
-        function = _with_signature(f"{self.name}_backward", what, reference, parameters, {})
+        function = _with_signature(f"{self.name}_backward", what, declared.forward, parameters, {})
         op = self._new_op(function, gradients, declared, reference=reference, arguments=arguments)
 
         @op.allocate_output
@@ -238,6 +261,27 @@ class Trainable(Facets):
         op: Op[...] = declare(function)
         self._check_calls_of(op, declared)
         return op
+
+
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Return the formulas of all ops that have one, as `torch.utils.flop_counter.FlopCounterMode(custom_mapping=...)`
+    takes them. They are not registered there by themselves: importing that module imports Triton.
+    """
+    return {
+        op.overload.overloadpacket: op.flop_formula for op in dispatcher.ops.values() if op.flop_formula is not None
+    }
+
+
+def _flop_formula(
+    count: Callable[..., tuple[int, int]], called: list[str], names: list[str], direction: int
+) -> Callable[..., int]:
+    """Return the formula of a companion that is called with these arguments, of one that takes the forward's."""
+
+    def formula(*shapes: Any, **_: Any) -> int:
+        given = dict(zip(called, shapes, strict=False))
+        return int(count(*(given[name] for name in names))[direction])
+
+    return formula
 
 
 def _nothing_more() -> None:

@@ -1,13 +1,18 @@
 """The gradients of causal_conv1d: its companions for training, and their plain-torch backward."""
 
-from typing import NamedTuple
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mamba_ops.backends import triton
 from mamba_ops.ops._common.checking import floating, one_device, shape_is
 from mamba_ops.ops._common.chunk_layout import row_count
+from mamba_ops.ops._common.samples import training_samples
 from mamba_ops.ops.causal_conv1d.op import causal_conv1d
+from mamba_ops.registry import Sample
 
 
 class BackwardArguments(NamedTuple):
@@ -66,7 +71,8 @@ def _forward(
     state, known = final_states, None
     if initial_states is not None:
         state = initial_states.clone() if final_states is None else final_states.copy_(initial_states)
-        known = torch.ones(state.shape[0], dtype=torch.bool, device=state.device)
+        if state.numel() > 0:
+            known = torch.ones(state.shape[0], dtype=torch.bool, device=state.device)
     causal_conv1d.call_undispatched(
         x, weight, bias, cu_seqlens=cu_seqlens, conv_state=state, has_initial_state=known, silu=silu, out=output
     )
@@ -140,3 +146,25 @@ def _backward(call: BackwardArguments) -> None:
             kept = final.gather(1, (entry - lengths).clamp(min=0).unsqueeze(2).expand_as(past))
             grad_past += torch.where((entry >= lengths).unsqueeze(2), kept, 0)
         call.grad_initial_states.copy_(grad_past.transpose(1, 2))
+
+
+@causal_conv1d.flops
+def _flops(x: torch.Size, weight: torch.Size) -> tuple[int, int]:
+    """Multiply-adds count as two; the backward computes the inputs of silu again, and two correlations."""
+    forward = 2 * math.prod(x) * weight[1]
+    return forward, 3 * forward
+
+
+@causal_conv1d.training_samples
+def _samples(device: torch.device, **sizes: Any) -> Iterator[Sample]:
+    return training_samples(causal_conv1d, "conv_state", device, **sizes)
+
+
+def _unsupported(x: Tensor, grad_output: Tensor) -> str | None:
+    """Takes no float64 x."""
+    return "computes in float32, and x is float64" if torch.float64 in (x.dtype, grad_output.dtype) else None
+
+
+triton.implements(
+    causal_conv1d.backward_op, "mamba_ops.ops.causal_conv1d.triton:causal_conv1d_backward", unsupported=_unsupported
+)
