@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import ParamSpec
 
-from mamba_ops.registry import _torch, codegen, errors, memory, schema, selection, token
+from mamba_ops.registry import _torch, codegen, errors, memory, schema, selection, token, wrappers
 from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
 from mamba_ops.registry.capture import capture_query
 from mamba_ops.registry.decision_cache import CachedDecision, DecisionCache, never_matches, redispatch_query
@@ -139,7 +139,7 @@ class Op(Generic[P]):
         )
         self.schema = torch.library.infer_schema(stub, mutates_args=tuple(self.mutates))
         namespace._define(self.name, self.schema, body, self._fake, *[torch.Tag.cudagraph_unsafe] * self.reads_host)
-        namespace._library.impl(self.name, self._run_negated, "Negative")
+        namespace._library.impl(self.name, partial(wrappers.run_negated, self), "Negative")
         self.overload = getattr(getattr(torch.ops, namespace.name), self.name).default
         call, inside = codegen.fronts(
             self.qualname,
@@ -362,44 +362,9 @@ class Op(Generic[P]):
             self.check(arguments)
             kernel = selection.choose(self, arguments, cache)
         if not is_captured and (device_of(arguments).type == "cpu" or cache.snapshot.checks_values(self)):
-            kernel = self._checking(kernel)
+            kernel = wrappers.checking(self, kernel)
         given = {} if arguments is called else {n: v for n, v in arguments.items() if v is not called[n]}
-        return (self._filling(kernel, given) if given else kernel), arguments
-
-    def _checking(self, kernel: Callable[..., None]) -> Callable[..., None]:
-        """Return a function that checks each call's values, and where its tensors lie, before it runs the kernel."""
-        positional = [p.name for p in self.parameters if p.kind is not p.KEYWORD_ONLY]
-
-        def run(*args: Any, **kwargs: Any) -> None:
-            try:
-                if not memory.are_apart(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)):
-                    self._check_memory(dict(zip(positional, args, strict=True)) | kwargs)
-                if self._value_checks is not None:
-                    self._value_checks(*args, **kwargs)
-            except ValueError as error:
-                raise errors.in_call_of(self.qualname, error) from None
-            kernel(*args, **kwargs)
-
-        run.__wrapped__ = kernel  # type: ignore[attr-defined]
-        return run
-
-    def _filling(self, kernel: Callable[..., None], first: dict[str, Any]) -> Callable[..., None]:
-        """Return a function that runs the kernel with what the settings give, anew in every call.
-
-        `first` was given for the call that is decided on, and is that call's: what a graph captures is drawn once.
-        """
-        fills, positional = self._fills, [p.name for p in self.parameters if p.kind is not p.KEYWORD_ONLY]
-        assert fills is not None
-        ready = [first]
-
-        def run(*args: Any, **kwargs: Any) -> None:
-            try:
-                given = ready.pop()
-            except IndexError:
-                given = fills(**dict(zip(positional, args, strict=True)), **kwargs)
-            kernel(*args, **(kwargs | given))
-
-        return run
+        return (wrappers.filling(self, kernel, given) if given else kernel), arguments
 
     def _named(self, values: tuple[Any, ...]) -> dict[str, Any]:
         return dict(zip(self._names, values, strict=True))
@@ -411,14 +376,6 @@ class Op(Generic[P]):
 
     def _gradient_sentence(self, name: str) -> str:
         return errors.requires_grad(self.qualname, "out" if name == "output" else name)
-
-    def _run_negated(self, *args: Any, **kwargs: Any) -> None:
-        """Run a call that has views which negate their memory: kernels read memory as it is, so they get copies."""
-        for name, tensor in (*zip(self._names, args, strict=False), *kwargs.items()):
-            if name in self.mutates and tensor.is_neg():
-                raise errors.in_call_of(self.qualname, memory.negated("out" if name == "output" else name))
-        plain = [a.resolve_neg() if isinstance(a, Tensor) else a for a in args]
-        self.overload(*plain, **{n: a.resolve_neg() if isinstance(a, Tensor) else a for n, a in kwargs.items()})
 
     def _fake(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the op returns nothing. Only refuse meta tensors among real ones, which would run nothing."""

@@ -119,7 +119,7 @@ def _choice(name: str, values: Sequence[str], word: str) -> str:
 def from_environment(namespace: "Namespace") -> Request:
     """Return what `<NAMESPACE>_BACKEND` and `<NAMESPACE>_CHECK` ask for."""
     variable = f"{namespace.name.upper()}_BACKEND"
-    checks = os.environ.get(f"{namespace.name.upper()}_CHECK") == "1"
+    check = f"{namespace.name.upper()}_CHECK"
     try:
         everywhere, named = entries_of(os.environ.get(variable, ""))
         readers = setting_readers(namespace)
@@ -128,6 +128,6 @@ def from_environment(namespace: "Namespace") -> Request:
                 raise unknown_entry(key, readers if readers else ())
         settings = {key.lower(): readers[key.lower()](value) for key, value in named.items() if key.lower() in readers}
         orders = {key: order_of(value) for key, value in named.items() if key.lower() not in readers}
-        return make(variable, everywhere, orders, settings)._replace(checks_values=checks)
+        return make(variable, everywhere, orders, settings)._replace(checks_values=os.environ.get(check) == "1")
     except errors.RegistryError as error:
         raise type(error)(f"{variable}: {error}") from None

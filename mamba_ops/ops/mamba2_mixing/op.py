@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mamba_ops.ops._common.checking import check_tensors, shape_is, tensor_rank
 from mamba_ops.ops._common.mixing import PlanTensors, check_caches, check_plan
+from mamba_ops.ops._common.values import check_mixing
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
 
@@ -131,3 +132,8 @@ def _validate(call: Arguments) -> None:
     caches = (call.conv_state, call.ssm_state, call.conv_weight, call.conv_bias)
     check_caches(plan, *caches, dim, (call.heads, call.head_dim, call.dstate))
     shape_is("out", call.output, (call.projected.shape[0], call.heads, call.head_dim))
+
+
+@mamba2_mixing.validate_values
+def _validate_values(call: Arguments) -> None:
+    check_mixing("mamba_ops::mamba2_mixing", call, call.projected)

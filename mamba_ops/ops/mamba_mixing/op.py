@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mamba_ops.ops._common.checking import check_tensors, shape_is, short, tensor_rank
 from mamba_ops.ops._common.mixing import PlanTensors, check_caches, check_plan
+from mamba_ops.ops._common.values import check_mixing
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
 
@@ -137,3 +138,8 @@ def _validate(call: Arguments) -> None:
     check_plan(call.projected.device, plan)
     check_caches(plan, call.conv_state, call.ssm_state, call.conv_weight, call.conv_bias, inner, (inner, dstate))
     shape_is("out", call.output, (call.projected.shape[0], inner))
+
+
+@mamba_mixing.validate_values
+def _validate_values(call: Arguments) -> None:
+    check_mixing("mamba_ops::mamba_mixing", call, call.projected)
