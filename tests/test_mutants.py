@@ -45,7 +45,7 @@ def test_every_bug_can_be_planted(op: Op[...]) -> None:
     """Those that are slow to catch, too."""
     tables, source = tables_of(op), source_of(op)
     for bug in ({**tables.BUGS, **getattr(tables, "SLOW_BUGS", {})}).values():
-        _changed(source, bug)
+        changed(source, bug)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def planted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Op
 
 def triton_with(bug: Bug, op: Op[...], folder: Path) -> Callable[..., None]:
     """The Triton kernel with a bug."""
-    kernel: Callable[..., None] = getattr(_load(folder / f"mutant_{op.name}.py", _changed(source_of(op), bug)), op.name)
+    kernel: Callable[..., None] = getattr(load(folder / f"mutant_{op.name}.py", changed(source_of(op), bug)), op.name)
     return kernel
 
 
@@ -70,7 +70,7 @@ def composed_with(bug: Bug, op: Op[...]) -> Callable[..., None]:
     scope = vars(mixing) | vars(importlib.import_module(op.kernels["composed"].source.partition(":")[0]))
     del scope[op.name], scope["batch_of"], scope["_batch_of"]
     scope["_latest"] = None  # what is kept of a plan is another's
-    exec(compile(_changed(source_of(op), bug), f"mutant_{op.name}.py", "exec"), scope)
+    exec(compile(changed(source_of(op), bug), f"mutant_{op.name}.py", "exec"), scope)
     kernel: Callable[..., None] = scope[op.name]
     return kernel
 
@@ -86,7 +86,7 @@ def source_of(op: Op[...]) -> str:
     return "\n\n".join(map(inspect.getsource, (mixing.batch_of, mixing._batch_of, composed)))
 
 
-def _changed(source: str, bug: Bug) -> str:
+def changed(source: str, bug: Bug) -> str:
     right, wrong = bug
     assert right in source, f"{right!r} is no longer in the kernel; plant the bug elsewhere"
     return source.replace(right, wrong)
@@ -103,7 +103,7 @@ def test_planted_bug_is_caught(planted: tuple[Op[...], str]) -> None:
     pytest.fail("no sample caught it")
 
 
-def _load(path: Path, source: str) -> ModuleType:
+def load(path: Path, source: str) -> ModuleType:
     path.write_text(source)  # Triton reads the source of its kernels from a file
     # The last but one part of a kernel's module is its op; this one must not replace the real op's launches.
     spec = importlib.util.spec_from_file_location(f"mutants.{path.stem}.triton", path)

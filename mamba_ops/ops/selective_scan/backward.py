@@ -12,26 +12,10 @@ PIECE = 16  # tokens that are read one after the other, of all pieces at once
 
 
 class BackwardArguments(NamedTuple):
-    """What the gradients are computed from: those of both results, and the inputs of the forward pass."""
+    """A call of the backward pass: gradients of both results, the inputs of the forward pass, and what is written."""
 
     grad_output: Tensor
     grad_final_states: Tensor | None
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None = None
-    z: Tensor | None = None
-    dt_bias: Tensor | None = None
-    initial_states: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    dt_softplus: bool = False
-
-
-class Gradients(NamedTuple):
-    """The gradients of the inputs, each in its input's shape and dtype; None for an input that is not there."""
-
     x: Tensor
     dt: Tensor
     A: Tensor
@@ -41,13 +25,24 @@ class Gradients(NamedTuple):
     z: Tensor | None
     dt_bias: Tensor | None
     initial_states: Tensor | None
+    cu_seqlens: Tensor | None
+    dt_softplus: bool
+    grad_x: Tensor
+    grad_dt: Tensor
+    grad_A: Tensor
+    grad_B: Tensor
+    grad_C: Tensor
+    grad_D: Tensor
+    grad_z: Tensor
+    grad_dt_bias: Tensor
+    grad_initial_states: Tensor
 
 
-def selective_scan_backward(call: BackwardArguments) -> Gradients:
-    """Return the gradients of `(output, final states)` with respect to every input of the selective scan.
+def selective_scan_backward(call: BackwardArguments) -> None:
+    """Write the gradients of every input of the selective scan; those of an input that is None are not touched.
 
-    Computed in float32 at least, and rounded once. Tokens past the last row have zero gradients; a row without tokens
-    hands the gradient of its final state on to its initial state.
+    They are computed in float32 at least, and rounded once. Tokens past the last row have zero gradients; a row without
+    tokens hands the gradient of its final state on to its initial state.
 
     With dp the gradient of what is gated, dS the gradient of the state after a token, and kept = exp(A d) s the part of
     that state which comes from the state before, s:
@@ -66,7 +61,11 @@ def selective_scan_backward(call: BackwardArguments) -> Gradients:
     if call.grad_final_states is not None:
         state_gradient = call.grad_final_states.to(compute)
     if call.x.numel() == 0:
-        return _without_tokens(call, state_gradient)
+        for gradient in call[BackwardArguments._fields.index("grad_x") : -1]:
+            gradient.zero_()
+        if call.initial_states is not None:
+            call.grad_initial_states.copy_(state_gradient)
+        return
     layout = chunk_layout(call.x, PIECE, 1, call.cu_seqlens, None)
 
     def gather(tokens: Tensor) -> Tensor:
@@ -78,11 +77,10 @@ def selective_scan_backward(call: BackwardArguments) -> Gradients:
         tokens = gather(tokens)
         return (tokens.unsqueeze(2) if tokens.dim() == 3 else tokens).unsqueeze(3)
 
-    def scatter(values: Tensor, like: Tensor) -> Tensor:
+    def scatter(values: Tensor, gradient: Tensor) -> None:
         """The reverse of gathering; zero where there is a token of no row."""
-        gradient = like.new_zeros(like.shape)
-        layout.store(gradient, values.transpose(0, 1).reshape(*layout.token.shape, *like.shape[lead:]))
-        return gradient
+        gradient.zero_()
+        layout.store(gradient, values.transpose(0, 1).reshape(*layout.token.shape, *gradient.shape[lead:]))
 
     x, raw, b, c = gather(call.x), gather(call.dt), of_channels(call.B), of_channels(call.C)
     if call.dt_bias is not None:
@@ -158,23 +156,15 @@ def selective_scan_backward(call: BackwardArguments) -> Gradients:
     if call.D is not None:
         read = read + call.D.to(compute) * x
         grad_x = grad_x + call.D.to(compute) * grad_gated
-    return Gradients(
-        x=scatter(grad_x, call.x),
-        dt=scatter(grad_d, call.dt),
-        A=grad_A.sum(0).to(call.A.dtype),
-        B=scatter(grad_B, call.B),
-        C=scatter(grad_C, call.C),
-        D=None if call.D is None else (grad_gated * x).sum((0, 1)).to(call.D.dtype),
-        z=None if call.z is None else scatter(grad_output * read * (sigmoid * (1 + gate * (1 - sigmoid))), call.z),
-        dt_bias=None if call.dt_bias is None else grad_d.sum((0, 1)).to(call.dt_bias.dtype),
-        initial_states=None if call.initial_states is None else state_gradient.to(call.initial_states.dtype),
-    )
-
-
-def _without_tokens(call: BackwardArguments, state_gradient: Tensor) -> Gradients:
-    """The gradients where there is no token: those of final states are those of initial states, others are zero."""
-    gradients = {name: getattr(call, name) for name in Gradients._fields}
-    zeros = {name: None if t is None else torch.zeros_like(t) for name, t in gradients.items()}
+        call.grad_D.copy_((grad_gated * x).sum((0, 1)))
+    if call.z is not None:
+        scatter(grad_output * read * (sigmoid * (1 + gate * (1 - sigmoid))), call.grad_z)
+    if call.dt_bias is not None:
+        call.grad_dt_bias.copy_(grad_d.sum((0, 1)))
     if call.initial_states is not None:
-        zeros["initial_states"] = state_gradient.to(call.initial_states.dtype)
-    return Gradients(**zeros)
+        call.grad_initial_states.copy_(state_gradient)
+    scatter(grad_x, call.grad_x)
+    scatter(grad_d, call.grad_dt)
+    call.grad_A.copy_(grad_A.sum(0))
+    scatter(grad_B, call.grad_B)
+    scatter(grad_C, call.grad_C)

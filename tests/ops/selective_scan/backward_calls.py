@@ -54,7 +54,7 @@ def calls(dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[di
     none: dict[str, Any] = dict.fromkeys(OPTIONAL)
     bare = call(1, 16, groups=None, dt_softplus=False, **none, **at)
     yield {**bare, "dt": bare["dt"].abs()}
-    yield call(8, 1, dstate=4, **at)
+    yield call(5, 1, groups=None, dstate=4, **at)
     large = call(2, 19, groups=None, dstate=5, **at)
     factors = torch.tensor([1.0, -5.0, 20.0, 300.0], device=device).repeat(5)[:19].unsqueeze(1)
     large["dt"], large["z"] = ((large[name].abs() * factors).to(dtype) for name in ("dt", "z"))

@@ -1,23 +1,24 @@
 """The backward pass of selective_scan: gradients, determinism, packing; and that these tests catch bugs."""
 
+import importlib
 import inspect
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mamba_ops.ops.selective_scan import backward
-from mamba_ops.ops.selective_scan.backward import BackwardArguments
-from tests.ops.common.backward import assert_equal, assert_gradcheck, judge
+from mamba_ops.ops.selective_scan import backward, selective_scan
+from tests.conftest import ACCELERATOR
+from tests.ops.common.backward import Backward, assert_equal, assert_gradcheck, front_of, judge
 from tests.ops.selective_scan.backward_calls import OPTIONAL, call, calls, packed, row_of
 from tests.ops.selective_scan.backward_oracle import selective_scan as oracle
+from tests.test_mutants import changed, load, source_of
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def reference(arguments: Any) -> Any:
-    return backward.selective_scan_backward(BackwardArguments(**arguments))
+reference = front_of(backward.selective_scan_backward, backward.BackwardArguments)
 
 
 @pytest.mark.parametrize("left_out", [None, *OPTIONAL])
@@ -33,8 +34,16 @@ def test_gradcheck_packed() -> None:
     assert_gradcheck(reference, oracle, call(20, dim=2, dstate=1, groups=None, **packed(2, 2, 19)))
 
 
-def judge_all(run: Callable[[Any], Any], dtype: torch.dtype) -> None:
-    for arguments in calls(dtype):
+@pytest.fixture
+def kernel() -> Backward:
+    """The Triton kernels."""
+    pytest.importorskip("triton")
+    module = importlib.import_module("mamba_ops.ops.selective_scan.triton.backward")
+    return front_of(module.selective_scan_backward, backward.BackwardArguments)
+
+
+def judge_all(run: Backward, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    for arguments in calls(dtype, device):
         judge(run, oracle, arguments)
 
 
@@ -43,25 +52,25 @@ def test_reference(dtype: torch.dtype) -> None:
     judge_all(reference, dtype)
 
 
-def check_rows(run: Callable[[Any], Any]) -> None:
+def check_rows(run: Backward, device: torch.device | str = "cpu") -> None:
     """Rows alone, and twice, have the same gradients bit for bit; tokens of no row have none."""
-    arguments = call(83, dim=34, groups=2, **packed(37, 37, 40, 77))
+    arguments = call(83, dim=34, groups=2, dstate=2, device=device, **packed(70, 70, 73, 77, device=device))
     together = run(arguments)
     assert_equal(together, run(arguments))
     last = int(arguments["cu_seqlens"][-1])
     for name in ("x", "dt", "B", "C", "z"):
-        gradient = getattr(together, name)
+        gradient = together[name]
         assert gradient[:last].count_nonzero() > 0
         assert gradient[last:].count_nonzero() == 0
     for row in range(4):
         low, high = (int(end) for end in arguments["cu_seqlens"][row : row + 2])
         alone = run(row_of(arguments, row))
         for name in ("x", "dt", "B", "C", "z"):
-            assert torch.equal(getattr(together, name)[low:high], getattr(alone, name)), (row, name)
-        assert torch.equal(together.initial_states[row], alone.initial_states[0])
+            assert torch.equal(together[name][low:high], alone[name]), (row, name)
+        assert torch.equal(together["initial_states"][row], alone["initial_states"][0])
 
 
-def check_halves(run: Callable[[Any], Any]) -> None:
+def check_halves(run: Backward) -> None:
     """The gradient of the second half's initial state, given to the first half, makes the gradients of the whole."""
     whole = {**call(2, 27), "grad_output": call(2, 27)["x"].flip(1)}
     at = 11
@@ -69,14 +78,14 @@ def check_halves(run: Callable[[Any], Any]) -> None:
     _, between = oracle(**{n: t[:, :at] if n in tokens else t for n, t in whole.items() if not n.startswith("grad_")})
     second = run({**{n: t[:, at:] if n in tokens else t for n, t in whole.items()}, "initial_states": between})
     first = {n: t[:, :at] if n in tokens else t for n, t in whole.items()}
-    first = run({**first, "grad_final_states": second.initial_states})
+    first = run({**first, "grad_final_states": second["initial_states"]})
     together = run(whole)
     for name in ("x", "dt", "B", "C", "z"):
-        halves = torch.cat([getattr(first, name), getattr(second, name)], 1)
-        torch.testing.assert_close(halves, getattr(together, name))
+        halves = torch.cat([first[name], second[name]], 1)
+        torch.testing.assert_close(halves, together[name])
     for name in ("A", "D", "dt_bias"):
-        torch.testing.assert_close(getattr(first, name) + getattr(second, name), getattr(together, name))
-    torch.testing.assert_close(first.initial_states, together.initial_states)
+        torch.testing.assert_close(first[name] + second[name], together[name])
+    torch.testing.assert_close(first["initial_states"], together["initial_states"])
 
 
 def test_rows_of_the_reference() -> None:
@@ -87,12 +96,39 @@ def test_halves_of_the_reference() -> None:
     check_halves(reference)
 
 
-def test_no_tokens() -> None:
-    for arguments in (call(2, 0), call(0, **packed(0, 0))):
-        gradients = reference(arguments)
-        assert torch.equal(gradients.initial_states, arguments["grad_final_states"])
-        assert gradients.A.count_nonzero() == 0
-        assert gradients.B.shape == arguments["B"].shape
+def check_no_tokens(run: Backward, device: torch.device | str = "cpu") -> None:
+    for arguments in (call(2, 0, device=device), call(0, device=device, **packed(0, 0, device=device))):
+        gradients = run(arguments)
+        assert torch.equal(gradients["initial_states"], arguments["grad_final_states"])
+        assert gradients["A"].count_nonzero() == 0
+
+
+def test_no_tokens_of_the_reference() -> None:
+    check_no_tokens(reference)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel(kernel: Backward, device: torch.device, dtype: torch.dtype) -> None:
+    """On a CPU, interpreted, two calls alone: groups of two blocks of channels, and a row of two chunks."""
+    if ACCELERATOR is not None:
+        judge_all(kernel, dtype, device)
+        return
+    judge(kernel, oracle, call(1, 11, dim=68, dtype=dtype))
+    judge(kernel, oracle, call(75, dim=3, dstate=2, groups=None, z=None, dtype=dtype, **packed(67, 67, 70)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_on_all_calls(kernel: Backward, device: torch.device, dtype: torch.dtype) -> None:
+    judge_all(kernel, dtype, device)
+
+
+def test_rows_of_the_kernel(kernel: Backward, device: torch.device) -> None:
+    check_rows(kernel, device)
+
+
+def test_no_tokens_of_the_kernel(kernel: Backward, device: torch.device) -> None:
+    check_no_tokens(kernel, device)
 
 
 BUGS = {
@@ -119,6 +155,39 @@ def test_planted_bug_is_caught(bug: str) -> None:
     assert right in source
     scope: dict[str, Any] = {"__name__": backward.__name__}
     exec(compile(source.replace(right, wrong), "mutant.py", "exec"), scope)
-    run = scope["selective_scan_backward"]
+    mutant = front_of(scope["selective_scan_backward"], backward.BackwardArguments)
     with pytest.raises(AssertionError, match="outside the budget"):
-        judge_all(lambda arguments: run(BackwardArguments(**arguments)), torch.float32)
+        judge_all(mutant, torch.float32)
+
+
+KERNEL_BUGS = {
+    "chunks not joined": ("carried = carried * tl.exp2(rate * total) + added", "carried = added"),
+    "final gradient dropped": ("        if grad_final_states is not None:", "        if False:"),
+    "groups mixed": ("group = program // BLOCKS % GROUPS", "group = program // BLOCKS % GROUPS * 0"),
+    "softplus not differentiated": ("grad_step *= _sigmoid(raw)", "pass"),
+    "tokens of no row": ("grad_step = tl.where(there, grad_step, 0.0)", "pass"),
+    "tiles not joined": ("tl.store(adjoints + entry * DIM, grad_s, in_dim)", "pass"),
+    "tiles begin as the chunk": (
+        "s += tl.load(states + tile * (DSTATE * DIM) + entry * DIM, later, other=0.0)",
+        "pass",
+    ),
+    "the last tile's A": ("earlier + grad_rate", "grad_rate"),
+    "one block of channels": ("for _ in range(BLOCKS):", "for _ in range(1):"),
+    "halves mixed": ("is_one = (tl.arange(0, 2) == 0)", "is_one = (tl.arange(0, 2) == 1)"),
+    "C of the state before": ("_across(pulled[t] * s, BLOCK)", "_across(pulled[t] * kept[t], BLOCK)"),
+}
+
+
+@pytest.mark.parametrize(
+    "bug", [pytest.param(bug, marks=pytest.mark.slow if number > 3 else ()) for number, bug in enumerate(KERNEL_BUGS)]
+)
+def test_bug_planted_in_the_kernel_is_caught(bug: str, device: torch.device, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    module = load(tmp_path / "mutant_selective_scan.py", changed(source_of(selective_scan), KERNEL_BUGS[bug]))
+    mutant = front_of(module.selective_scan_backward, backward.BackwardArguments)
+    for arguments in (call(1, 11, dim=68, device=device), call(1, 67, dim=3, groups=None, device=device)):
+        try:
+            judge(mutant, oracle, arguments)
+        except AssertionError:
+            return
+    pytest.fail("no call caught it")
