@@ -22,9 +22,9 @@ from mamba_ops.registry.errors import bad_argument as bad_argument
 from mamba_ops.registry.jit import no_jit as no_jit
 from mamba_ops.registry.layouts import renew_caches as renew_caches
 from mamba_ops.registry.namespace import Namespace as Namespace
+from mamba_ops.registry.namespace import require_out as require_out
 from mamba_ops.registry.op import Op as Op
 from mamba_ops.registry.op import ops as ops
-from mamba_ops.registry.op import require_out as require_out
 from mamba_ops.registry.samples import ErrorInput as ErrorInput
 from mamba_ops.registry.samples import Sample as Sample
 from mamba_ops.registry.selection import Explanation as Explanation

@@ -6,6 +6,7 @@
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,6 +30,9 @@ PRIVATE = (
     "torch._inductor.config:custom_should_partition_ops",
     "torch.multiprocessing.reductions:StorageWeakRef",
     "torch.library:Library._destroy",
+    "torch._C:_AutoDispatchBelowAutograd",
+    "torch._C._functorch:peek_interpreter_stack",
+    "torch.autograd.forward_ad:_current_level",
 )
 """`module:name` of each; `_dynamo_marked_constant` is a word in that module's source."""
 
@@ -139,6 +144,37 @@ def weak_storage(tensor: Tensor) -> Callable[[], bool]:
         return lambda: kept.nbytes() >= 0
     storage = StorageWeakRef(tensor.untyped_storage())
     return lambda: not storage.expired()
+
+
+def below_autograd() -> AbstractContextManager[object]:
+    """Return a context in which ops go past autograd, that is already recording them."""
+    guard = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
+    if guard is None:
+        _warn_once("_AutoDispatchBelowAutograd", "recording a gradient takes microseconds more")
+        return nullcontext()
+    context: AbstractContextManager[object] = guard()
+    return context
+
+
+def is_transformed() -> bool:
+    """Return whether a transform of torch.func (grad, vmap, jvp) or forward-mode differentiation is in force."""
+    return _has_transform() or _forward_level() >= 0
+
+
+def _has_transform() -> bool:
+    try:
+        return torch._C._functorch.peek_interpreter_stack() is not None
+    except AttributeError:
+        _warn_once("peek_interpreter_stack", "calls under torch.func are not told from others, and are refused by it")
+        return False
+
+
+def _forward_level() -> int:
+    try:
+        return forward_ad._current_level
+    except AttributeError:
+        _warn_once("forward_ad._current_level", "forward-mode differentiation is not noticed outside torch.func")
+        return -1
 
 
 def destroy(library: torch.library.Library) -> None:

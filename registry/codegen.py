@@ -128,6 +128,8 @@ def fronts(
     mutated: list[str],
     caches: list[str],
     first_code: int,
+    trained: Collection[str] = (),
+    saves: bool = False,
     **closure: Any,
 ) -> tuple[FunctionType, FunctionType]:
     """Write the op's `__call__`: allocate what is missing, hand the rest to the dispatcher; and the same that hands it
@@ -142,15 +144,27 @@ def fronts(
         mutated: names of the mutated parameters.
         caches: those of them that may be left out.
         first_code: number of the sentence that refuses a gradient of the first parameter; the others follow.
+        trained: those of the parameters that the op's `forward` takes, which runs instead of the op where gradients are
+            asked for and no other tensor is given; none if it does not record gradients.
+        saves: whether `forward` returns more than the output, for the backward.
         closure: `overload`, `dispatch`, `body`, `outputs` (a list of the one function that allocates), `is_compiling`,
-            `token`, `is_grad_enabled`, `refuse`.
+            `token`, `is_grad_enabled`, `refuse`, `is_transformed`, `forward`.
     """
     writes_output = any(p.name == "output" for p in parameters)
     shown = [p.replace(name="out", default=None) if p.name == "output" else p for p in parameters]
     inputs = [p for p in parameters if p.name != "output"]
     victim = "out" if writes_output else mutated[0]
     defaults: dict[str, Any] = {}
-    lines = [f"def __call__(self, {_header(shown, defaults)}):"]
+    header = [f"def __call__(self, {_header(shown, defaults)}):"]
+    lines, training = [], []
+    if trained:
+        others = [p.name for p in shown if is_tensor(p) and p.name not in trained]
+        handed_on = ", ".join(f"{p.name}={p.name}" for p in shown if p.name in trained)
+        training = [
+            f"    if {_asks_for_gradients(p for p in shown if p.name in trained)}:",
+            f"        if {' and '.join(f'{other} is None' for other in others)}:",
+            f"            return forward_({handed_on}){'[0]' if saves else ''}",
+        ]
     if writes_output:
         lines += ["    if out is None:", f"        out = outputs_[0]({_passed(inputs)})"]
     first = next(p.name for p in parameters if is_tensor(p) and not is_optional(p))
@@ -172,13 +186,52 @@ def fronts(
         f"        dispatch_({call})",
         "    return out" if writes_output else "    return None",
     ]
-    text, body = "\n".join(lines), closure.pop("body")
-    front = _compiled(name, "front", text, **_own(closure), **defaults)
-    inside = _compiled(name, "inside", text, **_own({**closure, "dispatch": body}), **defaults)
+    body = closure.pop("body")
+    front = _compiled(name, "front", "\n".join(header + training + lines), **_own(closure), **defaults)
+    inside = _compiled(name, "inside", "\n".join(header + lines), **_own({**closure, "dispatch": body}), **defaults)
     return cast(FunctionType, front), cast(FunctionType, inside)
 
 
-def body(name: str, parameters: Parameters, caches: list[str], **closure: Any) -> Callable[..., None]:
+def functional_front(name: str, inputs: Parameters, **closure: Any) -> FunctionType:
+    """Write the `__call__` of an op that returns new tensors: hand the call to the dispatcher, while tracing with the
+    selection token; or to `record`, where an eager call asks for gradients.
+
+    Args:
+        name: qualified name of the op.
+        inputs: the op's own parameters, without the tensors that it returns.
+        closure: `overload`, `dispatch`, `is_compiling`, `token`, `is_grad_enabled`, `is_transformed`, `record` (None
+            for an op that records no gradients).
+    """
+    first = next(p.name for p in inputs if is_tensor(p) and not is_optional(p))
+    defaults: dict[str, Any] = {}
+    passed = "".join(f"{p.name}, " for p in inputs)
+    lines = [
+        f"def __call__(self, {_header(inputs, defaults)}):",
+        "    if is_compiling_():",
+        f"        return overload_({passed}token_({first}.device))",
+    ]
+    if closure["record"] is not None:
+        lines += [f"    if {_asks_for_gradients(inputs)}:", f"        return record_({passed.rstrip(', ')})"]
+    lines += [f"    return dispatch_({passed.rstrip(', ')})"]
+    return cast(FunctionType, _compiled(name, "front", "\n".join(lines), **_own(closure), **defaults))
+
+
+def _asks_for_gradients(parameters: Iterable[inspect.Parameter]) -> str:
+    """Write whether a call is to be differentiated: by autograd, or by a transform of torch.func."""
+    return f"is_grad_enabled_() and ({_need_grad(parameters)} or not is_compiling_() and is_transformed_())"
+
+
+def _need_grad(parameters: Iterable[inspect.Parameter]) -> str:
+    return " or ".join(
+        f"{p.name} is not None and {p.name}.requires_grad" if is_optional(p) else f"{p.name}.requires_grad"
+        for p in parameters
+        if is_tensor(p)
+    )
+
+
+def body(
+    name: str, parameters: Parameters, caches: list[str], returned: Collection[str] = (), **closure: Any
+) -> Callable[..., Any]:
     """Write the op's implementation: recognise the call, then run its kernel.
 
     A call is known by shape, dtype and device of every tensor and by every number, so a known call was checked before
@@ -192,20 +245,20 @@ def body(name: str, parameters: Parameters, caches: list[str], **closure: Any) -
         name: qualified name of the op.
         parameters: the op's own; `selection` follows them: it is there for the keys of captured graphs.
         caches: those of them that are empty where the caller left them out; from here on they are None.
+        returned: those of them that are no arguments of the op: `outputs` allocates them, and they are returned.
         closure: `decisions` (a `DecisionCache` for each context's requests), `active` (returns those), `resolve` (finds
             the cache of a call with a selection token, or the first), `never_matches` (what a call seen once is
             compared by), `decide`, `decide_captured`, `refuse_gradient`, `is_grad_enabled`,
-            `is_inference_mode_enabled`, `no_<name>` for each optional tensor (which stands for None in the comparison).
+            `is_inference_mode_enabled`, `outputs` (a list of the one function that allocates), `no_<name>` for each
+            optional tensor (which stands for None in the comparison).
     """
+    kernel_call = _passed(parameters)
+    parameters = [p for p in parameters if p.name not in returned]
     tensors = [p for p in parameters if is_tensor(p)]
     compared = ", ".join(
         f"no_{p.name}_ if {p.name} is None else {p.name}" if is_optional(p) else p.name for p in tensors
     )
     numbers = "(" + "".join(f"{p.name}, " for p in parameters if not is_tensor(p)) + ")"
-    needs_grad = " or ".join(
-        f"{p.name} is not None and {p.name}.requires_grad" if is_optional(p) else f"{p.name}.requires_grad"
-        for p in tensors
-    )
     key = ", ".join(
         (f"None if {p.name} is None else " if is_optional(p) else "")
         + f"({p.name}.size(), {p.name}.dtype, {p.name}.get_device(), {p.name}.is_inference())"
@@ -221,7 +274,7 @@ def body(name: str, parameters: Parameters, caches: list[str], **closure: Any) -
         "        cache_ = resolve_(selection)",
         "    must_redispatch_, same_tensors_, numbers_, kernel_, is_capturing_ = cache_.last",
         f"    if must_redispatch_() or numbers_ != {numbers} or not same_tensors_({compared}):",
-        f"        if is_grad_enabled_() and ({needs_grad}):",
+        f"        if is_grad_enabled_() and ({_need_grad(tensors)}):",
         f"            refuse_gradient_({values})",
         f"        key_ = ({numbers}, is_inference_mode_enabled_(), {key})",
         "        known_ = cache_.known.get(key_)",
@@ -231,7 +284,9 @@ def body(name: str, parameters: Parameters, caches: list[str], **closure: Any) -
         "        _, _, _, kernel_, is_capturing_ = known_",
         "        if is_capturing_():",
         f"            kernel_ = decide_captured_({values}, selection)",
-        f"    kernel_({_passed(parameters)})",
+        *([f"    {', '.join(returned)}, = outputs_[0]({_passed(parameters)})"] if returned else ()),
+        f"    kernel_({kernel_call})",
+        *([f"    return {', '.join(returned)}"] if returned else ()),
     ]
     return _compiled(name, "body", "\n".join(lines), **_own(closure), **defaults)
 

@@ -72,12 +72,43 @@ def in_call_of(op: str, error: ValueError) -> ValueError:
     return ValueError(f"{op}: {error}")
 
 
-def requires_grad(op: str, argument: str) -> str:
-    """Say that the op does not record gradients; a sentence, because a compiled call raises it by number."""
+def requires_grad(op: str, argument: str, *, entry: str = "") -> str:
+    """Say that a call records no gradients; a sentence, because a compiled call raises it by number.
+
+    Args:
+        op: qualified name.
+        argument: the tensor that requires grad.
+        entry: when the op does record gradients, and what to call for more; "" if it never does.
+    """
     return (
-        f"{op}: {argument}: got a tensor that requires grad while grad mode is on, expected none: this op does not "
-        "record gradients yet; call it under torch.no_grad() or torch.inference_mode(), or detach the tensor "
-        "(parameters count)"
+        f"{op}: {argument}: got a tensor that requires grad while grad mode is on, expected none: "
+        f"{entry or 'this op does not record gradients'}; else call it under torch.no_grad() or "
+        "torch.inference_mode(), or detach the tensor (parameters count)"
+    )
+
+
+def no_jvp(op: str) -> NotImplementedError:
+    """Refuse forward-mode differentiation: a tangent would be lost without a word."""
+    return NotImplementedError(
+        f"{op}: got a call under forward-mode differentiation (torch.func.jvp, forward_ad), expected reverse mode: the "
+        "op has no formula for tangents; use torch.func.vjp, torch.func.grad or backward()"
+    )
+
+
+def no_second_derivative(op: str) -> RuntimeError:
+    """Refuse to differentiate a gradient."""
+    return RuntimeError(
+        f"{op}: its gradient was differentiated again, which it has no formula for; compute second derivatives through "
+        "a plain torch implementation, or detach the gradient"
+    )
+
+
+def not_batched(op: str, argument: str, batched: Iterable[str]) -> ValueError:
+    """Refuse a torch.func.vmap that can't be folded into the op's own batch."""
+    return ValueError(
+        f"{op}: {argument}: got a tensor that torch.func.vmap maps over, or an index of packed rows, expected only "
+        f"{', '.join(batched)} to be mapped over: the op folds the mapped dimension into its batch; loop over the "
+        "calls, or pass the batch to the op itself"
     )
 
 

@@ -6,9 +6,19 @@ from typing import Any, Protocol, overload
 import torch
 from torch import Tensor
 
-from mamba_ops.registry import _torch
+from mamba_ops.registry import _torch, errors
 from mamba_ops.registry.dispatcher import caller, dispatcher
 from mamba_ops.registry.op import Op, P
+
+
+def require_out(out: Tensor | None) -> Tensor:
+    """Return the output tensor that the registry handed to a declared function.
+
+    In the front `out` is optional; inside the op it is always there. This says so, to the reader and to mypy.
+    """
+    if out is None:
+        raise errors.RegistryError("the reference was called without `out`; call the op, or pass a tensor to write")
+    return out
 
 
 class Declare(Protocol):
@@ -50,9 +60,10 @@ class Namespace:
         splits_graph: bool = False,
         reads_host: bool = False,
         composed: bool = False,
-        reference: str | None = None,
+        reference: Callable[..., Any] | str | None = None,
         arguments: type[tuple[Any, ...]] | None = None,
         replaces: str | None = None,
+        returns: Iterable[str] = (),
     ) -> Declare:
         """Declare the decorated function as an op; the function is its contract, its schema and its reference.
 
@@ -77,11 +88,14 @@ class Namespace:
                 fields are the op's parameters. None: one is made.
             replaces: a regular expression of the names that other libraries give to functions which this op stands
                 for; an audit then advises it.
+            returns: names of the parameters that are no arguments of the op: its body allocates them with
+                `allocate_output`, hands them to the kernel and returns them. They are keyword-only Tensors and all that
+                the op mutates. For ops that are differentiated; `registry/training.py` declares them.
         """
 
         def declare(function: Callable[..., Any]) -> Any:
             flags: dict[str, Any] = {"splits_graph": splits_graph, "reads_host": reads_host, "composed": composed}
-            flags |= {"reference": reference, "arguments": arguments, "replaces": replaces}
+            flags |= {"reference": reference, "arguments": arguments, "replaces": replaces, "returns": tuple(returns)}
             front = type(function.__name__, (Op,), {"__doc__": function.__doc__, "__module__": function.__module__})
             return front(self, function, frozenset("output" if m == "out" else m for m in mutates), **flags)
 
@@ -96,6 +110,11 @@ class Namespace:
         self._library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         self._library.impl(name, body, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{self.name}::{name}", fake, lib=self._library)
+
+    def _differentiate(self, name: str, backward: Any, setup_context: Any) -> None:
+        """Give an op a formula for its gradients."""
+        qualname = f"{self.name}::{name}"
+        torch.library.register_autograd(qualname, backward, setup_context=setup_context, lib=self._library)
 
     def _refuse(self, output: Tensor, code: int) -> None:
         raise ValueError(self._sentences[code])

@@ -18,22 +18,13 @@ from mamba_ops.registry.decision_cache import CachedDecision, DecisionCache, nev
 from mamba_ops.registry.dispatcher import device_of, dispatcher
 from mamba_ops.registry.samples import ErrorInput, Sample
 from mamba_ops.registry.snapshot import Requests
+from mamba_ops.registry.training import Trainable
 
 if TYPE_CHECKING:
     from mamba_ops.registry.namespace import Namespace
 
 P = ParamSpec("P")
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-def require_out(out: Tensor | None) -> Tensor:
-    """Return the output tensor that the registry handed to a declared function.
-
-    In the front `out` is optional; inside the op it is always there. This says so, to the reader and to mypy.
-    """
-    if out is None:
-        raise errors.RegistryError("the reference was called without `out`; call the op, or pass a tensor to write")
-    return out
 
 
 def ops() -> Mapping[str, "Op[...]"]:
@@ -44,7 +35,7 @@ def ops() -> Mapping[str, "Op[...]"]:
     return found
 
 
-class Op(Generic[P]):
+class Op(Trainable, Generic[P]):
     """One op: its contract, its kernels, its samples. Calling it allocates what is missing and returns the output.
 
     Attributes:
@@ -52,6 +43,7 @@ class Op(Generic[P]):
         parameters: what checks and kernels get: the schema's parameters (`output` for `out`), without `selection`; a
             cache that may be left out is optional here.
         mutates: names of the parameters that it writes.
+        returns: names of those of them that it allocates itself and returns; none for an op that writes into `output`.
         kernels: backend name to kernel; the reference is the kernel of the backend `torch`, or `composed`.
         splits_graph, reads_host, composed: see `Namespace.op`.
         overload: the `torch.ops` overload, for those who want no front.
@@ -67,19 +59,21 @@ class Op(Generic[P]):
         splits_graph: bool,
         reads_host: bool,
         composed: bool,
-        reference: str | None = None,
+        reference: Callable[..., Any] | str | None = None,
         arguments: type[tuple[Any, ...]] | None = None,
         replaces: str | None = None,
+        returns: tuple[str, ...] = (),
     ) -> None:
         self.name = self.__name__ = function.__name__
         self.namespace, self.qualname = namespace.name, f"{namespace.name}::{self.name}"
         self.source = errors.source_of(function)
-        self.mutates = mutates
+        self.mutates, self.returns = mutates, returns
         self.splits_graph, self.reads_host, self.composed = splits_graph, reads_host, composed
         dispatcher.refuse_duplicate("op", self.qualname, dispatcher.ops)
         self.parameters = schema.parameters_of(self.qualname, function, mutates)
         self._names = [p.name for p in self.parameters]
-        self._tensors = [p.name for p in self.parameters if codegen.is_tensor(p)]
+        self._called = [p for p in self.parameters if p.name not in returns]  # what torch's dispatcher hands to the op
+        self._tensors = [p.name for p in self._called if codegen.is_tensor(p)]
         self.reference, self.replaces = function, replaces
         self.arguments = arguments or namedtuple("Arguments", self._names)
         if getattr(self.arguments, "_fields", ()) != tuple(self._names):
@@ -88,7 +82,7 @@ class Op(Generic[P]):
             raise errors.declaration(f"{self.qualname} ({self.source})", problem)
         self.kernels: dict[str, Kernel] = {}
         self._checks: Callable[..., None] | None = None
-        self._outputs: list[Callable[..., Tensor]] = [self._no_outputs]  # of one, which the front looks up
+        self._outputs: list[Callable[..., Any]] = [self._no_outputs]  # of one, which the front looks up
         self._samples: Callable[..., Iterable[Sample]] | None = None
         self._fills: Callable[..., dict[str, Any]] | None = None
         self.patterns: tuple[str, ...] = ()
@@ -97,7 +91,7 @@ class Op(Generic[P]):
         self._decisions: dict[Requests, DecisionCache] = {}  # by the requests of a context; empty after a swap
         self._all_decisions: dict[Any, DecisionCache] = {}  # by snapshot: a swap back finds them
         self._nothing = {  # what stands for None where calls are compared: one each, for a tensor met twice is no match
-            p.name: torch.empty(0, dtype=torch.complex64) for p in self.parameters if codegen.is_optional(p)
+            p.name: torch.empty(0, dtype=torch.complex64) for p in self._called if codegen.is_optional(p)
         }
         self._register(namespace)
         own = COMPOSED if composed else REFERENCE
@@ -109,18 +103,12 @@ class Op(Generic[P]):
     def _register(self, namespace: "Namespace") -> None:
         """Define op, body and fake in torch, and write the front."""
         caches = codegen.left_out(self.parameters, self.mutates)
-        parameters = [
-            *(schema.as_in_schema(p, p.name in caches) for p in self.parameters),
-            inspect.Parameter("selection", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None),
-        ]
-
-        def stub() -> None: ...
-
-        stub.__signature__ = inspect.Signature(parameters, return_annotation=None)  # type: ignore[attr-defined]
-        body = codegen.body(
+        self._body = codegen.body(
             self.qualname,
             self.parameters,
             caches,
+            self.returns,
+            outputs=self._outputs,
             decisions=self._decisions,
             active=dispatcher._active.get,
             resolve=partial(token.resolve, self),
@@ -132,26 +120,41 @@ class Op(Generic[P]):
             is_inference_mode_enabled=torch.is_inference_mode_enabled,
             **{f"no_{name}": tensor for name, tensor in self._nothing.items()},
         )
-        self.schema = torch.library.infer_schema(stub, mutates_args=tuple(self.mutates))
-        namespace._define(self.name, self.schema, body, self._fake, *[torch.Tag.cudagraph_unsafe] * self.reads_host)
+        self.schema = schema.infer(self.parameters, caches, self.mutates, self.returns)
+        tags = [torch.Tag.cudagraph_unsafe] * self.reads_host
+        namespace._define(self.name, self.schema, self._body, self._fake, *tags)
         self.overload = getattr(getattr(torch.ops, namespace.name), self.name).default
-        call, inside = codegen.fronts(
-            self.qualname,
-            self.parameters,
-            sorted(self.mutates),
-            caches,
-            namespace._number(self._gradient_sentence(p.name) for p in self.parameters),
-            overload=self.overload,
-            dispatch=_torch.dispatch_of(self.overload),
-            body=body,
-            outputs=self._outputs,
-            is_compiling=torch.compiler.is_dynamo_compiling,
-            token=token.token,
-            is_grad_enabled=torch.is_grad_enabled,
-            refuse=getattr(torch.ops, namespace.name).refuse.default,
-        )
+        self._write_front()
+
+    def _write_front(self) -> None:
+        """Write what users call; again when the op learns to record gradients."""
+        caches = codegen.left_out(self.parameters, self.mutates)
+        closure: dict[str, Any] = {"overload": self.overload, "dispatch": _torch.dispatch_of(self.overload)}
+        closure |= {"is_compiling": torch.compiler.is_dynamo_compiling, "token": token.token}
+        closure |= {"is_grad_enabled": torch.is_grad_enabled, "is_transformed": _torch.is_transformed}
+        inside: Callable[..., Any] = self._body
+        if self.returns:
+            call = codegen.functional_front(self.qualname, self._called, record=self.record, **closure)
+        else:
+            forward = self.forward_op
+            sentences = (self._gradient_sentence(p.name) for p in self.parameters)
+            call, function = codegen.fronts(
+                self.qualname,
+                self.parameters,
+                sorted(self.mutates),
+                caches,
+                dispatcher.namespaces[self.namespace]._number(sentences),
+                [] if forward is None else [p.name for p in forward._called],
+                forward is not None and len(forward.returns) > 1,
+                body=self._body,
+                outputs=self._outputs,
+                refuse=getattr(torch.ops, self.namespace).refuse.default,
+                forward=forward,
+                **closure,
+            )
+            inside = function.__get__(self)
         type(self).__call__ = call  # type: ignore[method-assign]
-        self.call_undispatched: Callable[..., Tensor] = inside.__get__(self)
+        self.call_undispatched = inside
         self.__signature__ = inspect.signature(call.__get__(self))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -181,8 +184,10 @@ class Op(Generic[P]):
         return function
 
     def allocate_output(self, function: F) -> F:
-        """Register what `out` is: names any of the inputs, returns a new tensor, and never raises on bad input."""
-        self._outputs[0] = self._facet(function, [p for p in self.parameters if p.name != "output"])
+        """Register what `out` is: names any of the inputs, returns a new tensor, and never raises on bad input. For an
+        op that `returns` tensors: a tuple of them all.
+        """
+        self._outputs[0] = self._facet(function, [p for p in self._called if p.name != "output"])
         return function
 
     def samples(self, function: F) -> F:
@@ -244,8 +249,8 @@ class Op(Generic[P]):
             raise errors.declaration(self.qualname, "has no samples; add them with @op.samples")
         return self._samples
 
-    def allocate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return a new, uninitialised output for these inputs."""
+    def allocate(self, *args: Any, **kwargs: Any) -> Any:
+        """Return a new, uninitialised output for these inputs; a tuple for an op that `returns` tensors."""
         return self._outputs[0](*args, **kwargs)
 
     def _no_outputs(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -258,6 +263,8 @@ class Op(Generic[P]):
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
+        if self.returns:
+            return arguments | dict(zip(self.returns, self.allocate(**arguments), strict=True))
         if "output" in self.mutates and (out := arguments.pop("out")) is None:
             arguments["output"] = self.allocate(**arguments)
         elif "output" in self.mutates:
@@ -355,26 +362,32 @@ class Op(Generic[P]):
         return run
 
     def _named(self, values: tuple[Any, ...]) -> dict[str, Any]:
-        return dict(zip(self._names, values, strict=True))
+        return {p.name: value for p, value in zip(self._called, values, strict=True)}
 
     def _refuse_gradient(self, values: tuple[Any, ...]) -> None:
-        for p, value in zip(self.parameters, values, strict=True):
+        for p, value in zip(self._called, values, strict=True):
             if isinstance(value, Tensor) and value.requires_grad:
                 raise ValueError(self._gradient_sentence(p.name))
 
     def _gradient_sentence(self, name: str) -> str:
-        return errors.requires_grad(self.qualname, "out" if name == "output" else name)
+        shown = "out" if name == "output" and not self.returns else name
+        return errors.requires_grad(self.qualname, shown, entry=self._gradient_entry())
 
-    def _fake(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the op returns nothing. Only refuse meta tensors among real ones, which would run nothing."""
+    def _fake(self, *args: Any, **kwargs: Any) -> Any:
+        """Allocate what the op returns. Refuse meta tensors among real ones, which would run nothing."""
         tensors = {n: v for n, v in (*zip(self._names, args, strict=False), *kwargs.items()) if isinstance(v, Tensor)}
         if len({t.is_meta for t in tensors.values()}) > 1:
             expected = next(iter(tensors.values())).device
             name = next(n for n, t in tensors.items() if t.is_meta != (expected.type == "meta"))
             raise errors.two_worlds(self.qualname, name, tensors[name].device, expected)
+        if not self.returns:
+            return None
+        results = self.allocate(*args[: len(self._called)])
+        return results if len(results) > 1 else results[0]
 
     def _facet(self, function: F, parameters: list[inspect.Parameter] | None = None) -> Callable[..., Any]:
-        parameters = self.parameters if parameters is None else parameters
+        if parameters is None:  # what the op returns is not there yet when a call is checked and decided
+            parameters = [p.replace(default=None) if p.name in self.returns else p for p in self.parameters]
         if self.takes_a_call(function):
             return codegen.packed(self.qualname, parameters, self.arguments, function)
         named = [p.name for p in inspect.signature(function).parameters.values() if "VAR_" not in p.kind.name]

@@ -2,9 +2,10 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mamba_ops.registry import codegen, errors
@@ -19,6 +20,27 @@ def as_in_schema(parameter: inspect.Parameter, is_cache: bool) -> inspect.Parame
     if isinstance(parameter.default, float) and not math.isfinite(parameter.default):
         return parameter.replace(default=parameter.empty)
     return parameter
+
+
+def infer(
+    parameters: list[inspect.Parameter], caches: Collection[str], mutates: frozenset[str], returns: Collection[str]
+) -> str:
+    """Return the schema of an op: its parameters, then the selection token. What it `returns` is no parameter there;
+    then all parameters are positional and without defaults, because autograd knows no other tensors.
+    """
+    token = inspect.Parameter("selection", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None)
+    found = [as_in_schema(p, p.name in caches) for p in parameters]
+    result: Any = None
+    if returns:
+        positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        found = [p.replace(kind=positional, default=p.empty) for p in found if p.name not in returns]
+        token, mutates = token.replace(kind=positional), frozenset()
+        result = tuple[(Tensor,) * len(returns)] if len(returns) > 1 else Tensor  # type: ignore[misc]
+
+    def stub() -> None: ...
+
+    stub.__signature__ = inspect.Signature([*found, token], return_annotation=result)  # type: ignore[attr-defined]
+    return torch.library.infer_schema(stub, mutates_args=tuple(mutates))
 
 
 def parameters_of(op: str, function: Callable[..., Any], mutates: frozenset[str]) -> list[inspect.Parameter]:

@@ -20,7 +20,11 @@ from mamba_ops import registry
 from mamba_ops.registry import Op, Sample, use_backend
 from mamba_ops.registry.samples import assert_within_budget
 
-OPS = sorted((op for op in registry.ops().values() if op.qualname.startswith("mamba_ops::")), key=lambda op: op.name)
+OPS = sorted(
+    (op for op in registry.ops().values() if op.qualname.startswith("mamba_ops::") and not op.returns),
+    key=lambda op: op.name,
+)
+"""All ops but the companions with which they record gradients, which tests/training is about."""
 OPERANDS = ("x", "B", "C", "q", "k", "v", "projected", "projected_qkvz")
 """What matrix units are given, or a mixing op hands from one op to the next, has the dtype of these arguments."""
 

@@ -13,7 +13,8 @@ _ARGUMENT = re.compile(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)$")
 
 def page() -> str:
     """Return the page, in Markdown."""
-    known = sorted((op for op in ops().values() if op.qualname.startswith("mamba_ops::")), key=lambda op: op.name)
+    known = [op for op in ops().values() if op.qualname.startswith("mamba_ops::") and not op.returns]
+    known.sort(key=lambda op: op.name)
     own = [
         backend for backend in backends() if Path(__file__).parents[1] in Path(backend.source).parents
     ]  # no plug-in's

@@ -4,4 +4,5 @@ Within a chunk the recurrence is a masked product of matrices; between chunks on
 """
 
 from mamba_ops.ops.mamba_chunk_scan import samples as samples
+from mamba_ops.ops.mamba_chunk_scan import training as training
 from mamba_ops.ops.mamba_chunk_scan.op import mamba_chunk_scan as mamba_chunk_scan

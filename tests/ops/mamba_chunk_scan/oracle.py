@@ -89,7 +89,7 @@ def mamba_chunk_scan(
                     y = torch.stack(y)
                 else:
                     a = torch.cumsum(A[h] * d, 0)
-                    weights = (k @ b.T) * torch.exp(a.unsqueeze(1) - a).tril() * d
+                    weights = (k @ b.T) * torch.exp((a.unsqueeze(1) - a).tril()).tril() * d
                     y = torch.exp(a).unsqueeze(1) * (k @ rounded(s).T) + rounded(weights.tril()) @ u
                     s = torch.exp(a[-1]) * s + u.T @ rounded(b * (torch.exp(a[-1] - a) * d).unsqueeze(1))
                 if D is not None:
@@ -122,5 +122,5 @@ def _chunk_ends(tokens: int, computed: int, chunk_size: int) -> list[int]:
 def _step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, smallest: float, largest: float) -> Tensor:
     d = dt if bias is None else dt + bias
     if softplus:
-        d = torch.where(d > 20, d, torch.log1p(torch.exp(d)))
+        d = torch.where(d > 20, d, torch.log1p(torch.exp(d.clamp(max=20))))  # autograd reads both branches
     return d.clamp(smallest, largest)

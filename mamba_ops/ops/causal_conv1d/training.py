@@ -1,0 +1,162 @@
+"""The gradients of causal_conv1d: its companions for training, and their plain-torch backward."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mamba_ops.backends import triton
+from mamba_ops.ops._common.checking import floating, one_device, shape_is
+from mamba_ops.ops._common.chunk_layout import row_count
+from mamba_ops.ops._common.samples import training_samples
+from mamba_ops.ops.causal_conv1d.op import causal_conv1d
+from mamba_ops.registry import Sample
+
+
+class BackwardArguments(NamedTuple):
+    """A call of causal_conv1d_backward: what its checks and its kernels get."""
+
+    grad_output: Tensor
+    grad_final_states: Tensor | None
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    initial_states: Tensor | None
+    cu_seqlens: Tensor | None
+    silu: bool
+    grad_x: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
+    grad_initial_states: Tensor
+
+
+def _output(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape) if cu_seqlens is None else x.new_zeros(x.shape)  # tokens that are in no sequence
+
+
+def _final_states(x: Tensor, weight: Tensor, initial_states: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """What no token reaches stays zero; channels lie together."""
+    dtype = x.dtype if initial_states is None else initial_states.dtype
+    shape = row_count(x, cu_seqlens), weight.shape[-1] - 1, x.shape[-1]
+    return x.new_zeros(shape, dtype=dtype).transpose(1, 2)
+
+
+def _validate(x: Tensor, weight: Tensor, initial_states: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    if initial_states is not None:
+        shape = row_count(x, cu_seqlens), x.shape[-1], weight.shape[1] - 1
+        floating(initial_states=initial_states)
+        shape_is("initial_states", initial_states, shape, hint="(sequences, dim, width - 1), oldest input first")
+        one_device(x.device, initial_states=initial_states)
+
+
+@causal_conv1d.training(
+    differentiable=("x", "weight", "bias", "initial_states"),
+    results={"output": _output, "final_states": _final_states},
+    batched=("x", "initial_states"),
+    validate=_validate,
+)
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    silu: bool = True,
+    *,
+    output: Tensor,
+    final_states: Tensor | None,
+) -> None:
+    state, known = final_states, None
+    if initial_states is not None:
+        state = initial_states.clone() if final_states is None else final_states.copy_(initial_states)
+        if state.numel() > 0:
+            known = torch.ones(state.shape[0], dtype=torch.bool, device=state.device)
+    causal_conv1d.call_undispatched(
+        x, weight, bias, cu_seqlens=cu_seqlens, conv_state=state, has_initial_state=known, silu=silu, out=output
+    )
+
+
+@causal_conv1d.backward
+def _backward(call: BackwardArguments) -> None:
+    """Recompute what stands before silu, then correlate its gradient with the taps, and with the inputs."""
+    x, (dim, width) = call.x, call.weight.shape
+    n, history = row_count(x, call.cu_seqlens), width - 1
+    compute = torch.promote_types(x.dtype, torch.float32)
+    tokens, grad = x.reshape(-1, dim).to(compute), call.grad_output.reshape(-1, dim).to(compute)
+    total, device = tokens.shape[0], x.device
+    if n == 0 or total == 0:
+        for gradient in (call.grad_x, call.grad_weight, call.grad_bias, call.grad_initial_states):
+            gradient.zero_()
+        if n and call.initial_states is not None and call.grad_final_states is not None:
+            call.grad_initial_states.copy_(call.grad_final_states)
+        return
+
+    # Of every token its sequence and its place there; of every sequence its beginning and length.
+    token = torch.arange(total, device=device)
+    if call.cu_seqlens is None:
+        starts = torch.arange(n, device=device) * x.shape[1]
+        ends = starts + x.shape[1]
+    else:
+        starts, ends = call.cu_seqlens[:-1].long(), call.cu_seqlens[1:].long()
+    row = torch.bucketize(token, ends.contiguous(), right=True).clamp(max=n - 1)
+    place, left = token - starts[row], ends[row] - token  # tokens before it, and from it on
+    inside = ((place >= 0) & (left > 0)).unsqueeze(1)
+    past = tokens.new_zeros(n, history, dim)
+    if call.initial_states is not None:
+        past = call.initial_states.transpose(1, 2).to(compute)
+
+    def back(steps: int) -> Tensor:
+        """The entry that many steps before each token."""
+        known = past[row, (history + place - steps).clamp(0, history - 1)]
+        return torch.where((place >= steps).unsqueeze(1), tokens[(token - steps).clamp(min=0)], known)
+
+    taps = call.weight.t().to(compute)
+    if call.silu:
+        before = torch.zeros_like(tokens) if call.bias is None else call.bias.to(compute).expand_as(tokens)
+        for tap in range(width):
+            before = before + taps[tap] * back(history - tap)
+        opened = torch.sigmoid(before)
+        grad = grad * (opened * (1 + before * (1 - opened)))
+    grad = torch.where(inside, grad, 0)
+
+    grad_x = torch.zeros_like(tokens)
+    for tap in range(width):
+        steps = history - tap
+        call.grad_weight[:, tap] = torch.where(inside, grad * back(steps), 0).sum(0)
+        later = grad[(token + steps).clamp(max=total - 1)]
+        grad_x += torch.where(left.unsqueeze(1) > steps, taps[tap] * later, 0)
+    if call.bias is not None:
+        call.grad_bias.copy_(grad.sum(0))
+
+    # Entry k of a final state is the window's at length + k, whether that is an old entry or a token.
+    final = None if call.grad_final_states is None else call.grad_final_states.transpose(1, 2).to(compute)
+    if final is not None:
+        grad_x += torch.where(left.unsqueeze(1) <= history, final[row, (history - left).clamp(0, history - 1)], 0)
+    call.grad_x.copy_(torch.where(inside, grad_x, 0).view(x.shape))
+    if call.initial_states is not None:
+        lengths, entry = (ends - starts).unsqueeze(1), torch.arange(history, device=device)
+        firsts = grad[(starts.unsqueeze(1) + entry).clamp(max=total - 1)]
+        firsts = torch.where((entry < lengths).unsqueeze(2), firsts, 0)
+        grad_past = torch.zeros_like(past)
+        for tap in range(history):
+            grad_past[:, tap:] += taps[tap] * firsts[:, : history - tap]
+        if final is not None:
+            kept = final.gather(1, (entry - lengths).clamp(min=0).unsqueeze(2).expand_as(past))
+            grad_past += torch.where((entry >= lengths).unsqueeze(2), kept, 0)
+        call.grad_initial_states.copy_(grad_past.transpose(1, 2))
+
+
+@causal_conv1d.training_samples
+def _samples(device: torch.device, **sizes: Any) -> Iterator[Sample]:
+    return training_samples(causal_conv1d, "conv_state", device, **sizes)
+
+
+def _unsupported(x: Tensor, grad_output: Tensor) -> str | None:
+    """Takes no float64 x."""
+    return "computes in float32, and x is float64" if torch.float64 in (x.dtype, grad_output.dtype) else None
+
+
+triton.implements(
+    causal_conv1d.backward_op, "mamba_ops.ops.causal_conv1d.triton:causal_conv1d_backward", unsupported=_unsupported
+)

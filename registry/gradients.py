@@ -1,0 +1,173 @@
+"""How a forward op and a backward op are joined: for traced calls, for eager ones, and for torch.func.
+
+Traced calls take `torch.library.register_autograd`, eager ones an autograd.Function over the same ops, which is three
+times as fast, and calls under torch.func another one, as it asks for.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mamba_ops.registry import _torch, codegen, errors
+from mamba_ops.registry.dispatcher import dispatcher
+
+if TYPE_CHECKING:
+    from mamba_ops.registry.op import Op
+
+
+class Declaration(NamedTuple):
+    """What `Op.training` was told."""
+
+    forward: Callable[..., None]
+    differentiable: tuple[str, ...]
+    results: Mapping[str, Callable[..., Tensor]]
+    saves: tuple[str, ...]
+    batched: tuple[str, ...]
+    validate: Callable[..., None] | None
+    inputs: list[inspect.Parameter]
+    optional: str | None  # the result that a call may not want
+
+
+class Formula:
+    """How one forward op is differentiated; what autograd, AOTAutograd and torch.func share."""
+
+    def __init__(self, name: str, forward: "Op[...]", backward: "Op[...] | None", declared: Declaration) -> None:
+        assert backward is not None
+        self.name, self.forward, self.declared = name, forward, declared
+        self.overload, self.backward = forward.overload, backward.overload
+        self.tensors = [codegen.is_tensor(p) for p in forward._called]
+        self.names = [p.name for p in forward._called]
+        self.gradients_of = [f"grad_{n}" for n in declared.results if n not in declared.saves]
+
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep the inputs, what the forward saved, and what was selected.
+
+        `inputs` may end in the selection token: in a graph it names the selection; in eager calls the snapshot does.
+        """
+        results = dict(zip(self.forward.returns, (output,) if isinstance(output, Tensor) else output, strict=True))
+        saved = [results[name] for name in self.declared.saves]
+        *values, token = inputs if len(inputs) > len(self.names) else (*inputs, None)
+        ctx.save_for_backward(
+            *(value for value, is_tensor in zip(values, self.tensors, strict=True) if is_tensor), *saved, token
+        )
+        ctx.numbers = [value for value, is_tensor in zip(values, self.tensors, strict=True) if not is_tensor]
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.snapshot, ctx.count = dispatcher.current(), len(inputs)
+
+    def gradients(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Run the backward op on what was kept; return a gradient, or None, for each input of the forward."""
+        *saved, token = ctx.saved_tensors
+        tensors, numbers = iter(saved), iter(ctx.numbers)
+        values = [next(tensors if is_tensor else numbers) for is_tensor in self.tensors]
+        given = dict(zip((f"grad_{name}" for name in self.forward.returns), grads, strict=True))
+        with torch.no_grad():
+            for name in self.gradients_of:
+                if given.get(name) is None and name != f"grad_{self.declared.optional}":
+                    result = self.forward.allocate(*values)[self.forward.returns.index(name.removeprefix("grad_"))]
+                    given[name] = torch.zeros_like(result)
+            snapshot = dispatcher.current() if dispatcher.active.requests else ctx.snapshot
+            with dispatcher.override(snapshot):
+                found = self.backward(*(given.get(name) for name in self.gradients_of), *values, *tensors, token)
+        found = (found,) if isinstance(found, Tensor) else found
+        if torch.is_grad_enabled():  # create_graph=True, or torch.func: whoever differentiates the gradient is told
+            sources = [t for t in (*grads, *saved) if t is not None]
+            found = _Once.apply(self.name, len(found), *found, *sources)  # type: ignore[no-untyped-call]
+        by_name = dict(zip(self.declared.differentiable, found, strict=True))
+        ordered = [None if value is None else by_name.get(name) for name, value in zip(self.names, values, strict=True)]
+        return (*ordered, *[None] * (ctx.count - len(ordered)))
+
+    def recorder(self) -> Callable[..., Any]:
+        """Return what runs an eager call of the forward op and records it."""
+        formula, dispatch = self, _torch.dispatch_of(self.overload)
+
+        class Recorded(torch.autograd.Function):
+            """For eager calls: with setup_context in the forward it is the fastest that torch has."""
+
+            @staticmethod
+            def forward(ctx: Any, *inputs: Any) -> Any:
+                with _torch.below_autograd():
+                    output = dispatch(*inputs)
+                formula.setup_context(ctx, inputs, output)
+                return output
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return formula.gradients(ctx, *grads)
+
+            @staticmethod
+            def jvp(ctx: Any, *tangents: Any) -> Any:
+                raise errors.no_jvp(formula.name)
+
+        class Transformed(torch.autograd.Function):
+            """For calls under torch.func."""
+
+            @staticmethod
+            def forward(*inputs: Any) -> Any:
+                return formula.overload(*inputs)
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+                formula.setup_context(ctx, inputs, output)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return formula.gradients(ctx, *grads)
+
+            @staticmethod
+            def jvp(ctx: Any, *tangents: Any) -> Any:
+                raise errors.no_jvp(formula.name)
+
+            @staticmethod
+            def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+                mapped = formula.folded(info.batch_size, in_dims, inputs)
+                output = Transformed.apply(*mapped)  # type: ignore[no-untyped-call]
+                if isinstance(output, Tensor):
+                    return output.unflatten(0, (info.batch_size, -1)), 0
+                return tuple(o.unflatten(0, (info.batch_size, -1)) for o in output), tuple(0 for _ in output)
+
+        def record(*inputs: Any) -> Any:
+            function = Transformed if _torch.is_transformed() else Recorded
+            return function.apply(*inputs)  # type: ignore[no-untyped-call]
+
+        return record
+
+    def folded(self, size: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> list[Any]:
+        """Return the inputs of a call under vmap with the mapped dimension folded into the batch, or refuse."""
+        folded = []
+        for name, dim, value in zip(self.names, in_dims, inputs, strict=True):
+            if not isinstance(value, Tensor):
+                folded.append(value)
+            elif name in self.declared.batched:
+                value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+                folded.append(value.flatten(0, 1))
+            elif dim is not None or name not in self.declared.differentiable:  # an index of packed rows
+                raise errors.not_batched(self.name, name, self.declared.batched)
+            else:
+                folded.append(value)
+        return folded
+
+
+class _Once(torch.autograd.Function):
+    """Hands gradients on, and raises where one of them is differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise errors.no_second_derivative(ctx.name)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise errors.no_jvp(ctx.name)

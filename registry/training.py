@@ -1,0 +1,293 @@
+"""Ops that record gradients: a functional forward op and a backward op, joined for autograd, torch.compile, torch.func.
+
+An op that writes into `out` and caches can't be differentiated by torch. It gets companions, declared by two facets:
+
+    @scan.training(
+        differentiable=("x", "weight", "initial_states"),
+        results={"output": new_output, "final_states": new_states},     # each names inputs and returns a new tensor
+        batched=("x", "initial_states"),
+    )
+    def _forward(
+        x: Tensor,
+        weight: Tensor,
+        initial_states: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        silu: bool = True,
+        *,
+        output: Tensor,
+        final_states: Tensor | None,
+    ) -> None:
+        scan.call_undispatched(...)     # writes output and, where it is there, final_states
+
+    @scan.backward
+    def _backward(call: Any) -> None:   # call.grad_output, .grad_final_states, .x, ..., .grad_x, .grad_weight, ...
+        call.grad_x.copy_(...)          # every gradient is written: empty tensors stand for inputs that are None
+
+That makes three ordinary ops, with backends (`triton.implements(scan.backward_op, ...)`), refusals and selections:
+
+- `scan.forward_op`, `<name>_forward`: the inputs to `output` (and to what `saves` names). Composed: the kernels of
+  `scan` run inside. `scan` itself calls it where gradients are asked for and no other tensor (cache, `out`) is given.
+- `scan.forward_states_op`, `<name>_forward_states`, where the forward function has one optional result: returns it too.
+- `scan.backward_op`, `<name>_backward`: the gradients of the results, of the optional one None where it has none, the
+  inputs and what was saved, to the gradients of `differentiable`, each of its input's shape and dtype.
+
+Inputs and what `saves` names are all that is kept for the backward, so that it may run on another backend. It runs
+under the selection of the forward, unless `use_backend` surrounds it.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from mamba_ops.registry import codegen, errors
+from mamba_ops.registry.dispatcher import dispatcher
+from mamba_ops.registry.gradients import Declaration, Formula
+from mamba_ops.registry.samples import Sample
+
+if TYPE_CHECKING:
+    from mamba_ops.registry.op import Op
+
+F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R", bound=Callable[..., Any] | str)
+
+
+class Trainable:
+    """The facets of an op that records gradients.
+
+    Attributes:
+        forward_op, forward_states_op, backward_op: its companions; None without them.
+        record: of an op that is such a forward: records an eager call; None for others.
+    """
+
+    name: str
+    qualname: str
+    namespace: str
+    parameters: list[inspect.Parameter]
+    _write_front: Callable[[], None]
+    _checks: Callable[..., None] | None
+
+    forward_op: "Op[...] | None" = None
+    forward_states_op: "Op[...] | None" = None
+    backward_op: "Op[...] | None" = None
+    record: Callable[..., Any] | None = None
+    _training: Declaration | None = None
+
+    def training(
+        self,
+        *,
+        differentiable: Sequence[str],
+        results: Mapping[str, Callable[..., Tensor]],
+        saves: Sequence[str] = (),
+        batched: Sequence[str] = (),
+        validate: Callable[..., None] | None = None,
+    ) -> Callable[[F], F]:
+        """Declare the decorated function as the forward of the op's companions: see this module.
+
+        Args:
+            differentiable: inputs that have gradients.
+            results: what the function writes, by name, each with what allocates it: a function that names any of the
+                inputs and never raises on bad input. The function's keyword-only parameters; one may be optional.
+            saves: those of the results that only the backward gets.
+            batched: inputs whose first dimension is the batch, into which torch.func.vmap is folded.
+            validate: checks what the op's own checks do not know, by names of inputs.
+        """
+
+        def register(function: F) -> F:
+            declared = inspect.signature(function).parameters.values()
+            inputs = [p for p in declared if p.name not in results]
+            optional = [p.name for p in declared if p.name in results and codegen.is_optional(p)]
+            written, known = [p.name for p in declared if p.name in results], {p.name for p in inputs}
+            what = f"{self.qualname}: training ({errors.source_of(function)})"
+            if stray := [*{*results} - {*written}, *{*differentiable, *batched} - known, *{*saves} - {*results}]:
+                raise errors.declaration(what, f"names {', '.join(sorted(stray))}, which the function does not have")
+            if len(optional) > 1:
+                raise errors.declaration(what, f"got the optional results {', '.join(optional)}, expected at most one")
+            self._training = Declaration(
+                function,
+                tuple(differentiable),
+                {name: results[name] for name in written},
+                tuple(saves),
+                tuple(batched),
+                validate,
+                inputs,
+                optional[0] if optional else None,
+            )
+            return function
+
+        return register
+
+    def backward(self, reference: R, arguments: type[tuple[Any, ...]] | None = None) -> R:
+        """Register the reference of the backward op, which writes every gradient; this makes the companions.
+
+        Args:
+            reference: a function of the op's parameters, or of one value of `backward_op.arguments`; or where it is,
+                `package.module:function`.
+            arguments: the NamedTuple of a call's arguments; None: one is made.
+        """
+        if (declared := self._training) is None:
+            raise errors.declaration(f"{self.qualname}: backward", "declare @op.training first")
+        self.backward_op = self._declare_backward(declared, reference, arguments)
+        self.forward_op = self._declare_forward(declared, "forward", declared.optional)
+        if declared.optional is not None:
+            self.forward_states_op = self._declare_forward(declared, "forward_states", None)
+        self._write_front()
+        return reference
+
+    def training_samples(self, function: F) -> F:
+        """Register the samples of the forward companions, as `Op.samples` does; the backward's are made of them."""
+        for op in (self.forward_op, self.forward_states_op):
+            if op is not None:
+                op.samples(function)
+        forward, backward = self.forward_states_op or self.forward_op, self.backward_op
+        assert forward is not None
+        assert backward is not None
+
+        @backward.samples
+        @torch.no_grad()
+        def _samples(device: torch.device, **sizes: Any) -> Iterator[Sample]:
+            for number, sample in enumerate(forward.make_samples(device, **sizes)):
+                results = forward(*sample.args)
+                named = dict(zip(forward.returns, results if isinstance(results, tuple) else (results,), strict=True))
+                named |= zip((p.name for p in forward._called), sample.args, strict=True)
+                generator, arguments = torch.Generator().manual_seed(number), []
+                for p in backward._called:
+                    if (result := named.get(p.name.removeprefix("grad_"))) is not None and p.name not in named:
+                        grad = torch.randn(result.shape, generator=generator).to(result)
+                        arguments.append(None if codegen.is_optional(p) and number % 2 else grad)
+                    else:
+                        arguments.append(named[p.name])
+                yield Sample(sample.name, tuple(arguments))
+
+        return function
+
+    def flops(self, function: Callable[..., tuple[int, int]]) -> Callable[..., tuple[int, int]]:
+        """Register how many floating-point operations a call makes, for `torch.utils.flop_counter`.
+
+        The function names any of the forward's inputs, gets shapes for tensors, and returns the operations of the
+        forward and of the backward.
+        """
+        from torch.utils.flop_counter import register_flop_formula
+
+        assert self.forward_op is not None
+        assert self.backward_op is not None
+        count = codegen.subset(self.qualname, self.forward_op._called, function)
+        names = [p.name for p in self.forward_op._called]
+        for number, op in enumerate((self.forward_op, self.forward_states_op, self.backward_op)):
+            if op is not None:
+                first, backward = [p.name for p in op._called].index(names[0]), number == 2
+
+                def formula(
+                    *shapes: Any, out_shape: Any = None, first: int = first, backward: bool = backward, **_: Any
+                ) -> int:
+                    return int(count(*shapes[first : first + len(names)])[backward])
+
+                register_flop_formula(op.overload.overloadpacket)(formula)
+        return function
+
+    def _gradient_entry(self) -> str:
+        """Return when the op records gradients and what to call then, or ""."""
+        if self._training is None or self.forward_op is None:
+            return ""
+        taken = ", ".join(p.name for p in self.forward_op._called if codegen.is_tensor(p))
+        return (
+            f"this op records gradients where no other tensors are given than {taken}; for gradients of states call "
+            f"{self.namespace}.functional.{self.name}"
+        )
+
+    def _declare_forward(self, declared: Declaration, suffix: str, without: str | None) -> "Op[...]":
+        results = {name: allocate for name, allocate in declared.results.items() if name != without}
+        written = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Tensor) for name in results]
+        what = f"The tensors {', '.join(results)} of `{self.name}`, computed by its kernels: see there."
+        fixed = {} if without is None else {without: None}
+        function = _with_signature(f"{self.name}_{suffix}", what, declared.forward, [*declared.inputs, *written], fixed)
+        op = self._new_op(function, tuple(results), declared, composed=True)
+        allocators = [codegen.subset(op.qualname, op._called, allocate) for allocate in results.values()]
+
+        @op.allocate_output
+        def _allocate(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+            return tuple(allocate(*args, **kwargs) for allocate in allocators)
+
+        formula = Formula(self.qualname, op, self.backward_op, declared)
+        dispatcher.namespaces[self.namespace]._differentiate(op.name, formula.gradients, formula.setup_context)
+        op.record = formula.recorder()
+        op._write_front()
+        return op
+
+    def _declare_backward(
+        self, declared: Declaration, reference: Callable[..., None] | str, arguments: type[tuple[Any, ...]] | None
+    ) -> "Op[...]":
+        def tensor(name: str, kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD, optional: bool = False) -> Any:
+            return inspect.Parameter(name, kind, annotation=Tensor | None if optional else Tensor)
+
+        gradients = tuple(f"grad_{name}" for name in declared.differentiable)
+        parameters = [
+            *(
+                tensor(f"grad_{n}", optional=n == declared.optional)
+                for n in declared.results
+                if n not in declared.saves
+            ),
+            *(p.replace(default=p.empty) for p in declared.inputs),
+            *(tensor(name) for name in declared.saves),
+            *(tensor(name, inspect.Parameter.KEYWORD_ONLY) for name in gradients),
+        ]
+        what = f"The gradients of `{self.name}`; an empty tensor for an input that is None."
+        function = _with_signature(f"{self.name}_backward", what, declared.forward, parameters, {})
+        op = self._new_op(function, gradients, declared, reference=reference, arguments=arguments)
+
+        @op.allocate_output
+        def _allocate(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+            given = dict(zip((p.name for p in op._called), args, strict=False)) | kwargs
+            like = next(value for value in given.values() if isinstance(value, Tensor))
+            inputs = (given[name] for name in declared.differentiable)
+            return tuple(like.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+
+        return op
+
+    def _check_calls_of(self, op: "Op[...]", declared: Declaration) -> None:
+        """Let a companion check what the op does, what the declaration does, and the shapes of gradients."""
+        names = {p.name for p in declared.inputs}
+        others = {p.name: None if p.default is p.empty else p.default for p in self.parameters if p.name not in names}
+        shared = names & {p.name for p in self.parameters}
+        own = codegen.subset(op.qualname, declared.inputs, declared.validate or _nothing_more)
+        results = {n: codegen.subset(op.qualname, declared.inputs, make) for n, make in declared.results.items()}
+
+        @op.validate
+        def _check(*args: Any, **_: Any) -> None:
+            arguments = dict(zip((p.name for p in op._called), args, strict=False))
+            inputs = {name: arguments[name] for name in names}
+            if self._checks is not None:
+                self._checks(**others, **{name: inputs[name] for name in shared})
+            own(**inputs)
+            for name, make in results.items():
+                if (got := arguments.get(f"grad_{name}")) is not None and got.shape != (shape := make(**inputs).shape):
+                    raise errors.bad_argument(f"grad_{name}", got=f"shape {tuple(got.shape)}", expected=tuple(shape))
+
+    def _new_op(
+        self, function: Callable[..., None], returns: tuple[str, ...], declared: Declaration, **options: Any
+    ) -> "Op[...]":
+        declare = dispatcher.namespaces[self.namespace].op(mutates=returns, returns=returns, **options)
+        op: Op[...] = declare(function)
+        self._check_calls_of(op, declared)
+        return op
+
+
+def _nothing_more() -> None:
+    """Check nothing."""
+
+
+def _with_signature(
+    name: str, doc: str, function: Callable[..., None], parameters: list[inspect.Parameter], fixed: Mapping[str, None]
+) -> Callable[..., None]:
+    """Return a function of this name and signature that calls another one."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> None:
+        function(*args, **kwargs, **fixed)
+
+    call.__name__, call.__doc__ = name, doc
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call

@@ -1,0 +1,90 @@
+"""What the gradients of a call are: autograd through the op's sequential oracle."""
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba_ops.registry import Op, Sample, use_backend
+from mamba_ops.registry.samples import assert_within_budget
+from tests.harness import OPERANDS, OPS, oracle_of
+
+TRAINED = [op for op in OPS if op.backward_op is not None]
+STATES = {"causal_conv1d": "conv_state"}
+"""Op to the name of its cache, where that is not `ssm_state`."""
+
+
+def named(op: Op[...], sample: Sample) -> dict[str, Any]:
+    """The arguments of a call of one of an op's companions, by name."""
+    return dict(zip((p.name for p in op._called), sample.args, strict=True))
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def oracle_forward(
+    op: Op[...], call: dict[str, Any], dtype: torch.dtype, operands: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The output and the final states of a call, by the op's sequential oracle; `call` has the forward's inputs."""
+    inputs = {name: value for name, value in call.items() if name != "initial_states"}
+    states = op.forward_states_op.allocate(**call)[op.forward_states_op.returns.index("final_states")]
+    start = call["initial_states"] if call["initial_states"] is not None else torch.zeros_like(states, dtype=dtype)
+    known = torch.ones(start.shape[0], dtype=torch.bool)
+    oracle, extra = oracle_of(op), {}
+    if dtype == torch.float32 and "operands" in inspect.signature(oracle).parameters:
+        extra["operands"] = operands
+    inputs |= {STATES.get(op.name, "ssm_state"): start, "has_initial_state": known}
+    output, final, *_ = oracle(**inputs, out=torch.zeros_like(call["x"]), dtype=dtype, **extra)
+    return output, torch.zeros_like(states) if final is None else final
+
+
+def expected(op: Op[...], call: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The gradients of a call of the backward op, computed in `dtype`; empty for inputs that are None."""
+    operands = functools.reduce(torch.promote_types, (call[n].dtype for n in OPERANDS if n in call))
+    call = {
+        n: v.detach().to("cpu", dtype if is_float(v) else v.dtype) if isinstance(v, Tensor) else v
+        for n, v in call.items()
+    }
+    leaves = {n: v.requires_grad_() for n, v in call.items() if is_float(v) and not n.startswith("grad_")}
+    inputs = {p.name: call[p.name] for p in op.forward_op._called}
+    output, final = oracle_forward(op, inputs, dtype, operands)
+    loss = (output * call["grad_output"]).sum()
+    if call["grad_final_states"] is not None:
+        loss = loss + (final * call["grad_final_states"]).sum()
+    loss = loss + 0 * sum(leaf.sum() for leaf in leaves.values())  # an input of no effect has a gradient too
+    grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    return {n: grads.get(n.removeprefix("grad_"), torch.empty(0, dtype=dtype)) for n in op.backward_op.returns}
+
+
+def gradients(op: Op[...], sample: Sample, backend: str) -> dict[str, Tensor]:
+    """What the backward op returns for a sample of it."""
+    with torch.no_grad(), use_backend(backend):
+        return dict(zip(op.backward_op.returns, op.backward_op(*sample.args), strict=True))
+
+
+def judge(op: Op[...], sample: Sample, backend: str) -> None:
+    """Raise AssertionError unless a backend's gradients are within the budget, and inputs are as before.
+
+    The budget is that of kernels, but the oracle's own error is the largest that it makes in any gradient of the call,
+    relative to that gradient: one of a few numbers, each a sum over all tokens, can be right by chance.
+    """
+    mine = sample.clone()
+    found = gradients(op, mine, backend)
+    for before, after in zip(sample.args, mine.args, strict=True):
+        if isinstance(before, Tensor):
+            assert torch.equal(before.nan_to_num(), after.nan_to_num())
+    call = named(op.backward_op, sample)
+    exact, low = (expected(op, call, dtype) for dtype in (torch.float64, torch.float32))
+    largest = {name: truth.abs().max() for name, truth in exact.items() if truth.numel() > 0}
+    slip = max(
+        (float((low[n].double() - exact[n]).abs().max() / size) for n, size in largest.items() if size), default=0
+    )
+    assert slip < 0.1, "the oracle in the kernels' precision is far from the truth"
+    for name, actual in found.items():
+        assert actual.shape == exact[name].shape
+        if actual.numel() > 0:
+            shifted = exact[name] + slip * largest[name]
+            assert_within_budget(actual.cpu(), exact[name], shifted, f"{op.name}, {sample.name}: {name}")
