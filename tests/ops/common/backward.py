@@ -1,12 +1,18 @@
 """How a backward pass is judged: the gradient of every input against autograd of the op's sequential oracle."""
 
-from collections.abc import Callable, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mamba_ops.registry.samples import assert_within_budget
+from tests.harness import OPERANDS
+from tests.test_mutants import changed
 
 Arguments = Mapping[str, Any]
 Oracle = Callable[..., tuple[Tensor, Tensor]]
@@ -44,11 +50,17 @@ def front_of(function: Callable[[Any], None], call: type[tuple[Any, ...]]) -> Ba
 
 
 def expected(oracle: Oracle, arguments: Arguments, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The gradients by autograd of the oracle in `dtype`; rounded to their inputs' dtypes, but for float64."""
+    """The gradients by autograd of the oracle in `dtype`; rounded to their inputs' dtypes, but for float64.
+
+    In float32 an oracle that knows how rounds what kernels round on their way (see OPERANDS).
+    """
     call = converted(arguments, dtype)
     names = differentiated(arguments)
     inputs = {name: call[name].clone().requires_grad_() for name in names}
     others = {name: value for name, value in call.items() if name not in (*names, *RESULTS)}
+    if dtype == torch.float32 and "operands" in inspect.signature(oracle).parameters:
+        given = (arguments[name].dtype for name in OPERANDS if name in arguments)
+        others["operands"] = functools.reduce(torch.promote_types, given)
     results = zip(oracle(**inputs, **others), (call[name] for name in RESULTS), strict=True)
     loss = sum((result * grad).sum() for result, grad in results if grad is not None)
     found = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True, materialize_grads=True)
@@ -87,8 +99,73 @@ def assert_gradcheck(backward: Backward, oracle: Oracle, arguments: Arguments) -
     assert torch.autograd.gradcheck(Joined.apply, inputs, nondet_tol=0.0)
 
 
-def assert_equal(gradients: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
-    """Raise AssertionError unless all gradients of two passes are equal bit for bit."""
-    assert set(gradients) == set(others)
-    for name, one in gradients.items():
-        assert torch.equal(one, others[name]), name
+def packed(*ends: int, dtype: torch.dtype = torch.int32, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The arguments that make rows of packed tokens: where these end, and how many there are."""
+    return {"cu_seqlens": torch.tensor((0, *ends), dtype=dtype, device=device), "rows": len(ends)}
+
+
+def check_rows(run: Backward, arguments: Arguments, tokens: Sequence[str]) -> None:
+    """Rows alone, and twice, have the same gradients bit for bit; tokens of no row have none.
+
+    `tokens` names the inputs of which packed rows have their own parts.
+    """
+    together, again = run(arguments), run(arguments)
+    for name, gradient in together.items():
+        assert torch.equal(gradient, again[name]), name
+    ends = arguments["cu_seqlens"].tolist()
+    for name in tokens:
+        assert together[name][: ends[-1]].count_nonzero() > 0
+        assert together[name].shape[0] > ends[-1]
+        assert together[name][ends[-1] :].count_nonzero() == 0
+    for row, (low, high) in enumerate(pairwise(ends)):
+        own = {name: arguments[name][low:high] for name in (*tokens, "grad_output")}
+        own |= {name: arguments[name][row : row + 1] for name in ("initial_states", "grad_final_states")}
+        alone = run({**arguments, **own, "cu_seqlens": arguments["cu_seqlens"].new_tensor([0, high - low])})
+        for name in tokens:
+            assert torch.equal(together[name][low:high], alone[name]), (row, name)
+        assert torch.equal(together["initial_states"][row], alone["initial_states"][0])
+
+
+def check_halves(run: Backward, oracle: Oracle, whole: Arguments, tokens: Sequence[str], at: int) -> None:
+    """Dense rows cut after `at` tokens: the gradient of the second half's initial state, given to the first half as
+    that of its final state, makes the gradients of the whole.
+    """
+    own = (*tokens, "grad_output")
+    first, second = (
+        {name: t[:, part] if name in own else t for name, t in whole.items()}
+        for part in (slice(None, at), slice(at, None))
+    )
+    _, between = oracle(**{name: value for name, value in first.items() if name not in RESULTS})
+    later = run({**second, "initial_states": between})
+    earlier = run({**first, "grad_final_states": later["initial_states"]})
+    for name, gradient in run(whole).items():
+        if name in tokens:
+            halves = torch.cat([earlier[name], later[name]], 1)
+        else:
+            halves = earlier[name] if name == "initial_states" else earlier[name] + later[name]
+        torch.testing.assert_close(halves, gradient, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def check_no_tokens(run: Backward, arguments: Arguments, tokens: Sequence[str]) -> None:
+    gradients = run(arguments)
+    assert arguments["grad_output"].numel() == 0
+    assert torch.equal(gradients["initial_states"], arguments["grad_final_states"])
+    for name in set(gradients) - {"initial_states", *tokens}:
+        assert gradients[name].count_nonzero() == 0
+
+
+def caught(run: Backward, oracle: Oracle, calls: Iterable[Arguments]) -> bool:
+    """Whether some call is outside the error budget: what a planted bug must do."""
+    for arguments in calls:
+        try:
+            judge(run, oracle, arguments)
+        except AssertionError:
+            return True
+    return False
+
+
+def mutant_of(module: ModuleType, bug: tuple[str, str]) -> dict[str, Any]:
+    """What is in a module of plain torch after one piece of its text became another."""
+    scope: dict[str, Any] = {"__name__": module.__name__}
+    exec(compile(changed(inspect.getsource(module), bug), "mutant.py", "exec"), scope)
+    return scope

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 
 from mamba_ops.ops._common.samples import SampleTensors
+from tests.ops.common.backward import packed
 
+TOKENS = ("x", "dt", "B", "C", "z")
 OPTIONAL = ("D", "z", "dt_bias", "initial_states", "grad_final_states")
 
 
@@ -42,11 +44,6 @@ def call(
     } | changes
 
 
-def packed(*ends: int, dtype: torch.dtype = torch.int32, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The changes that make rows of packed tokens, and the number of rows."""
-    return {"cu_seqlens": torch.tensor((0, *ends), dtype=dtype, device=device), "rows": len(ends)}
-
-
 def calls(dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
     """Calls of rows with no chunk, parts of one, one, and several."""
     at: dict[str, Any] = {"dtype": dtype, "device": device}
@@ -65,14 +62,3 @@ def calls(dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[di
     yield call(150, **packed(70, 70, 73, 145, device=device), **at)
     wide = packed(4, 6, 30, dtype=torch.int64, device=device)
     yield call(30, z=None, D=None, initial_states=None, dim=33, groups=None, **wide, **at)
-
-
-def row_of(arguments: dict[str, Any], row: int) -> dict[str, Any]:
-    """The call with this packed row alone."""
-    low, high = (int(end) for end in arguments["cu_seqlens"][row : row + 2])
-    tokens = {name: arguments[name][low:high] for name in ("x", "dt", "B", "C", "grad_output")}
-    tokens["z"] = None if arguments["z"] is None else arguments["z"][low:high]
-    names = ("initial_states", "grad_final_states")
-    states = {name: None if arguments[name] is None else arguments[name][row : row + 1] for name in names}
-    ends = arguments["cu_seqlens"].new_tensor([0, high - low])
-    return {**arguments, **tokens, **states, "cu_seqlens": ends}
