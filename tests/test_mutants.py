@@ -79,8 +79,8 @@ def source_of(op: Op[...]) -> str:
     """The text of an op's Triton kernels, of a folder's files as if they were one; of a composed op, of its body."""
     if not op.composed:
         folder = Path(mamba_ops.__path__[0]) / "ops" / op.name
-        files = sorted([*folder.glob("triton.py"), *folder.glob("triton/[a-z]*.py")])
-        own = re.compile(rf"^from mamba_ops\.ops\.{op.name}\.triton\.\w+ import (\([^)]*\)|.*)$", re.MULTILINE)
+        files = sorted([*folder.glob("triton.py"), *folder.glob("triton*/[a-z]*.py")])
+        own = re.compile(rf"^from mamba_ops\.ops\.{op.name}\.triton[\w.]* import (\([^)]*\)|.*)$", re.MULTILINE)
         return "\n\n".join(own.sub("", path.read_text()) for path in files)
     composed = getattr(importlib.import_module(op.kernels["composed"].source.partition(":")[0]), op.name)
     return "\n\n".join(map(inspect.getsource, (mixing.batch_of, mixing._batch_of, composed)))

@@ -1,12 +1,14 @@
 """The backward pass of chunk_gated_delta_rule: gradients, determinism, packing; and that these tests catch bugs."""
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mamba_ops.ops.chunk_gated_delta_rule import backward
-from tests.ops.chunk_gated_delta_rule.backward_calls import TOKENS, call, calls
+from mamba_ops.ops.chunk_gated_delta_rule import backward, chunk_gated_delta_rule
+from tests.ops.chunk_gated_delta_rule.backward_calls import TOKENS, call, calls, strong
 from tests.ops.chunk_gated_delta_rule.backward_oracle import chunk_gated_delta_rule as oracle
 from tests.ops.common.backward import (
     Backward,
@@ -20,10 +22,19 @@ from tests.ops.common.backward import (
     mutant_of,
     packed,
 )
+from tests.test_mutants import changed, load, source_of
 
 DTYPES = [torch.float32, torch.bfloat16]
 SMALL: dict[str, Any] = {"k_heads": 1, "v_heads": 2, "k_dim": 2, "v_dim": 2}
 reference = front_of(backward.chunk_gated_delta_rule_backward, backward.BackwardArguments)
+
+
+@pytest.fixture
+def kernel() -> Backward:
+    """The Triton kernels."""
+    pytest.importorskip("triton")
+    module = importlib.import_module("mamba_ops.ops.chunk_gated_delta_rule.triton_backward")
+    return front_of(module.chunk_gated_delta_rule_backward, backward.BackwardArguments)
 
 
 def judge_all(run: Backward, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
@@ -82,8 +93,31 @@ def test_halves_of_the_reference() -> None:
 
 
 @pytest.mark.parametrize("arguments", [call(2, 0), call(0, **packed(0, 0))], ids=["dense", "packed"])
-def test_no_tokens(arguments: dict[str, Any]) -> None:
+def test_no_tokens(kernel: Backward, arguments: dict[str, Any]) -> None:
     check_no_tokens(reference, arguments, TOKENS)
+    check_no_tokens(kernel, arguments, TOKENS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+def test_kernel(kernel: Backward, device: torch.device, dtype: torch.dtype) -> None:
+    judge_all(kernel, dtype, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernel_with_tiles_as_in_models(kernel: Backward, device: torch.device, dtype: torch.dtype) -> None:
+    """Products of 64 x 128 tiles: Triton 3.4 to 3.7.0 were seen to compile such a backward pass wrongly for Hopper."""
+    sizes: dict[str, Any] = {"k_dim": 128, "v_dim": 128, "dtype": dtype, "device": device}
+    judge(kernel, oracle, call(1, 150, **sizes))
+    judge(kernel, oracle, strong(1, 150, **sizes))
+
+
+def test_strong_decays_of_the_kernel(kernel: Backward, device: torch.device) -> None:
+    check_strong_decays(kernel, device)
+
+
+def test_rows_of_the_kernel(kernel: Backward, device: torch.device) -> None:
+    check_rows(kernel, rows_call(device), TOKENS)
 
 
 BUGS = {
@@ -106,3 +140,35 @@ def test_planted_bug_is_caught(bug: str) -> None:
     scope = mutant_of(backward, BUGS[bug])
     mutant = front_of(scope["chunk_gated_delta_rule_backward"], backward.BackwardArguments)
     assert caught(mutant, oracle, calls(torch.float32))
+
+
+KERNEL_BUGS = {
+    "chunks not joined": ("grad_s * whole", "grad_s * 0"),
+    "heads not summed": (
+        "range(k_head * PER_KEY, (k_head + 1) * PER_KEY)",
+        "range(k_head * PER_KEY, k_head * PER_KEY + 1)",
+    ),
+    "final gradient dropped": ("    if grad_final_states is not None:", "    if False:"),
+    "what is left after a chunk": ("(new * left[:, None]).to(operand), after", "(0 * new).to(operand), after"),
+    "keys of the system once": ("grad_system + tl.trans(grad_system)", "grad_system"),
+    "strength of the system dropped": ("grad_strength += tl.sum(by_strength, axis=1)", "pass"),
+    "decay of the chunk dropped": (
+        "grad_decay += tl.sum(crosses, axis=0)",
+        "grad_decay += 0 * tl.sum(crosses, axis=0)",
+    ),
+    "decays by tokens before": ("tl.cumsum(reads, 0, reverse=True)", "tl.cumsum(reads, 0)"),
+    "one block of values": ("for start in range(0, V_PADDED, BLOCK):", "for start in range(0, 16, BLOCK):"),
+    "norm not differentiated": ("return (grad - x *", "return (grad - 0 * x *"),
+    "weights not turned": ("tl.dot(tl.trans(weight), ", "tl.dot(weight, "),
+}
+
+
+@pytest.mark.parametrize(
+    "bug", [pytest.param(bug, marks=pytest.mark.slow if number > 3 else ()) for number, bug in enumerate(KERNEL_BUGS)]
+)
+def test_bug_planted_in_the_kernel_is_caught(bug: str, device: torch.device, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    text = changed(source_of(chunk_gated_delta_rule), KERNEL_BUGS[bug])
+    module = load(tmp_path / "mutant_chunk_gated_delta_rule.py", text)
+    mutant = front_of(module.chunk_gated_delta_rule_backward, backward.BackwardArguments)
+    assert caught(mutant, oracle, (call(1, 70, v_dim=36, device=device),))

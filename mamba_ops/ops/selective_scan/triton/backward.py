@@ -46,6 +46,14 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
         for gradient in gradients.values():
             gradient.zero_()
     written = {name: by_token(gradient, flat) for name, gradient in gradients.items()}
+    sums = {
+        "A": call.grad_A,
+        "D": call.grad_D,
+        "dt_bias": call.grad_dt_bias,
+        "initial_states": call.grad_initial_states,
+    }
+    sums = {name: gradient for name, gradient in sums.items() if getattr(call, name) is not None}
+    summed = {name: gradient.contiguous() for name, gradient in sums.items()}
     x, dt, B, C = (by_token(tensor, flat) for tensor in (call.x, call.dt, call.B, call.C))
     z = None if call.z is None else by_token(call.z, flat)
     grad_output, grad_z = by_token(call.grad_output, flat), written.get("z")
@@ -63,7 +71,7 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
     with on_device_of(x):
-        states, sums = scratch(chunks, TILES, dstate, dim), scratch(chunks, TILES, dim)
+        states, totals = scratch(chunks, TILES, dstate, dim), scratch(chunks, TILES, dim)
         adjoints, of_chunks = scratch(chunks, dstate, dim), scratch(chunks, dstate + 2, dim)
         arranged = scratch(chunks, TILES, groups, dstate, 2 * TILE)
         of_blocks = scratch(blocks, chunks, TILES, groups, dstate, 2 * TILE)
@@ -76,7 +84,7 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
         )
         _boundaries[(chunks * groups * cdiv(dim // groups, block),)](
             *(x, dt, call.A, B, C, z, dt_bias, grad_output, cu_seqlens),
-            *(states, sums, adjoints),
+            *(states, totals, adjoints),
             *(rows, length, 1, *call.A.stride(), *strides, B.stride(0), C.stride(0)),
             **sizes,
             **of_group,
@@ -86,10 +94,9 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
             WIDTH=width,
             num_warps=1,
         )
-        grad_initial = None if call.initial_states is None else call.grad_initial_states.contiguous()
         _carry[(rows * cdiv(dim, 128) * dstate * 2,)](
-            *(call.A, initial_states, grad_final_states, grad_initial, cu_seqlens),
-            *(states, sums, adjoints),
+            *(call.A, initial_states, grad_final_states, summed.get("initial_states"), cu_seqlens),
+            *(states, totals, adjoints),
             *(length, *call.A.stride()),
             **sizes,
             BLOCK=128,
@@ -107,7 +114,7 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
         )
         _gradients[(chunks * groups * blocks,)](
             *(x, dt, call.A, arranged, D, z, dt_bias, grad_output, cu_seqlens),
-            *(states, sums, adjoints),
+            *(states, totals, adjoints),
             *(written["x"], written["dt"], grad_z, of_chunks, of_blocks),
             *(rows, length, chunks, *call.A.stride(), *strides),
             *(written["x"].stride(0), written["dt"].stride(0), None if grad_z is None else grad_z.stride(0)),
@@ -119,7 +126,7 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
         )
         _sum_chunks[(cdiv(dim, 64) * (dstate + 2),)](
             of_chunks,
-            *(call.grad_A, None if D is None else call.grad_D, None if dt_bias is None else call.grad_dt_bias),
+            *(summed["A"], summed.get("D"), summed.get("dt_bias")),
             chunks,
             DIM=dim,
             DSTATE=dstate,
@@ -137,6 +144,8 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
         )
     for name, gradient in gradients.items():
         write_back(written[name], gradient, flat)
+    for name, gradient in sums.items():
+        write_back(summed[name], gradient, True)
 
 
 def _sizes(dstate: int) -> tuple[int, int, int]:
