@@ -45,6 +45,7 @@ from torch import Tensor
 
 from mamba_ops.registry import codegen, errors
 from mamba_ops.registry.dispatcher import dispatcher
+from mamba_ops.registry.facets import Facets
 from mamba_ops.registry.gradients import Declaration, Formula
 from mamba_ops.registry.samples import Sample
 
@@ -55,7 +56,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R", bound=Callable[..., Any] | str)
 
 
-class Trainable:
+class Trainable(Facets):
     """The facets of an op that records gradients.
 
     Attributes:
@@ -65,11 +66,8 @@ class Trainable:
     """
 
     name: str
-    qualname: str
     namespace: str
-    parameters: list[inspect.Parameter]
     _write_front: Callable[[], None]
-    _checks: Callable[..., None] | None
 
     forward_op: "Op[...]" = None  # type: ignore[assignment]  # typed for the callers of those that have them
     forward_states_op: "Op[...]" = None  # type: ignore[assignment]
@@ -171,7 +169,7 @@ class Trainable:
         forward and of the backward.
         """
         assert self._training is not None
-        count = codegen.subset(self.qualname, self._training.inputs, function)
+        count = self.adapted(function, self._training.inputs)
         names = [p.name for p in self._training.inputs]
         for number, op in enumerate((self.forward_op, self.forward_states_op, self.backward_op)):
             if op is not None:
@@ -195,7 +193,7 @@ class Trainable:
         fixed = {} if without is None else {without: None}
         function = _with_signature(f"{self.name}_{suffix}", what, declared.forward, [*declared.inputs, *written], fixed)
         op = self._new_op(function, tuple(results), declared, composed=True)
-        allocators = [codegen.subset(op.qualname, op._called, allocate) for allocate in results.values()]
+        allocators = [op.adapted(allocate, op._called) for allocate in results.values()]
 
         @op.allocate_output
         def _allocate(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -242,15 +240,15 @@ class Trainable:
         names = {p.name for p in declared.inputs}
         others = {p.name: None if p.default is p.empty else p.default for p in self.parameters if p.name not in names}
         shared = names & {p.name for p in self.parameters}
-        own = codegen.subset(op.qualname, declared.inputs, declared.validate or _nothing_more)
-        results = {n: codegen.subset(op.qualname, declared.inputs, make) for n, make in declared.results.items()}
+        own = op.adapted(declared.validate or _nothing_more, declared.inputs)
+        results = {n: op.adapted(make, declared.inputs) for n, make in declared.results.items()}
 
         @op.validate
         def _check(*args: Any, **_: Any) -> None:
             arguments = dict(zip((p.name for p in op._called), args, strict=False))
             inputs = {name: arguments[name] for name in names}
-            if self._checks is not None:
-                self._checks(**others, **{name: inputs[name] for name in shared})
+            if (checks := self.facets.get("validate")) is not None:
+                checks(**others, **{name: inputs[name] for name in shared})
             own(**inputs)
             for name, make in results.items():
                 if (got := arguments.get(f"grad_{name}")) is not None and got.shape != (shape := make(**inputs).shape):
