@@ -62,13 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
     prompts = [(text * (length // len(text) + 1))[:length] for length in options.lengths]
     job = Job("mamba2", prompts, str(options.device), True, options.layers, options.width, dynamic)
 
-    def tell(step: str) -> None:
+    def progress(step: str) -> None:
         print(f"{step} ...", file=sys.stderr, flush=True)
 
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-            ours = measure_in_child(job, tell, cache=Path(cache))
-            stock = measure_in_child(replace(job, ours=False), tell, cache=Path(cache), cap=options.cap)
+            ours = measure_in_child(job, progress, cache=Path(cache))
+            stock = measure_in_child(replace(job, ours=False), progress, cache=Path(cache), cap=options.cap)
     except TargetError as error:
         parser.error(str(error))
     facts = {

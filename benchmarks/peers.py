@@ -283,7 +283,7 @@ def mamba_ssm_backend(
     folder = str(Path(__file__).parent.parent / "examples" / "backend_mamba_ssm")
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    importlib.import_module("mamba_ops_mamba_ssm.selective_scan")
+    importlib.import_module("mamba_ops_mamba_ssm.backends")
     adapter = mamba_ops.selective_scan.kernels["mamba_ssm"].function
     x, dt, B, C, z = (t.unsqueeze(0) for t in (x, dt, B, C, z))
     out = torch.empty_like(x)

@@ -18,8 +18,7 @@ from rich.table import Table
 from compile_tests.test_layers import new_layer_on
 from compile_tests.test_ops import DAILY_STEPS, step
 from compile_tests.test_plans import caches_of, random_plans
-from mamba_ops import absent
-from mamba_ops.audit import Report, audit
+from mamba_ops.audit import Report, absent, audit
 from mamba_ops.registry import Op, splitting_ops
 from tests.layers import HIDDEN, KINDS
 from tests.test_layers_plan import HIDDEN as PLAN_HIDDEN
@@ -89,7 +88,7 @@ def verdicts(report: Report, *, copies: bool) -> dict[str, str]:
     breaks = report.failing(["break"])
     again = [finding for finding in report.failing(["recompile"]) if finding.cause != "size-one"]
     copied = report.failing(["copy"])
-    cuts = dict.fromkeys(str(piece.splitting) for graph in first for piece in graph.pieces if piece.splitting)
+    cuts = dict.fromkeys(str(segment.splitting) for graph in first for segment in graph.segments if segment.splitting)
     return {
         "one graph": "yes" if len(first) == 1 and not breaks else f"NO: {len(first)} graphs",
         "recompiles": "none" if not again else f"NO: {again[0].op}",

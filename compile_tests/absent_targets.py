@@ -8,7 +8,7 @@ from torch import Tensor
 
 import mamba_ops
 from compile_tests.test_ops import DAILY_STEPS, step
-from mamba_ops.absent import Tracer
+from mamba_ops.audit.absent import Tracer
 
 
 def step_of_each_op(*, device: str) -> dict[str, Any]:

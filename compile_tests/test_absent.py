@@ -2,7 +2,7 @@
 
 import pytest
 
-from mamba_ops import absent
+from mamba_ops.audit import absent
 from tests.conftest import ABSENT
 
 

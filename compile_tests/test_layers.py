@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
-from mamba_ops import absent
+from mamba_ops.audit import absent
 from mamba_ops.compat.transformers import use_mamba_ops
 from tests.conftest import ABSENT, ACCELERATOR
 from tests.layers import HIDDEN, KINDS

@@ -1,30 +1,18 @@
 """Every op under torch.compile: opcheck, eager = compiled, one graph, one graph for all sizes, no copy of a cache."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch._inductor.utils import run_and_get_code
 
 import mamba_ops
-from mamba_ops.ops._common.random_inputs import RandomInputs
 from mamba_ops.registry import Op, Sample, use_backend
+from mamba_ops.testing import compiled
+from mamba_ops.testing.judge import front_on, refusal, results, with_output
 from tests.conftest import ACCELERATOR
-from tests.harness import (
-    OPS,
-    SIZES,
-    backends_here,
-    cases,
-    front_on,
-    long_interpreted,
-    refusal,
-    results,
-    samples_for,
-    with_output,
-)
+from tests.harness import OPS, SIZES, backends_here, cases, long_interpreted, samples_for
 
 DEVICE = ACCELERATOR or torch.device("cpu")
 SAMPLES = [pytest.param(op, sample, id=f"{op.name}-{sample}") for op in OPS for sample in op.make_samples(DEVICE)]
@@ -49,41 +37,16 @@ def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def the_call(op: Op[...]) -> Callable[..., Tensor]:
-    """A function of its own for each test: Dynamo keeps what it compiled by code object."""
-
-    def call(*args: Any, **kwargs: Any) -> Tensor:
-        return op(*args, **kwargs)
-
-    return call
-
-
 @pytest.mark.parametrize(("op", "backend", "sample"), cases(DEVICE, slow=long_interpreted))
 def test_opcheck(op: Op[...], backend: str, sample: Sample) -> None:
-    arguments = op.bind(*(lambda s: (s.args, s.kwargs))(with_output(op, sample)))
-    arguments |= {name: torch.empty(0, device=DEVICE) for name in op.mutates if arguments[name] is None}
-    positional = [arguments.pop(p.name) for p in op.parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     with use_backend(backend):
-        torch.library.opcheck(op.overload, tuple(positional), arguments)
-
-
-def equals_eager(op: Op[...], sample: Sample, backends: Sequence[str]) -> None:
-    compiled = torch.compile(the_call(op), fullgraph=True)
-    sample = with_output(op, sample)
-    for backend in backends:
-        eager, other = sample.clone(), sample.clone()
-        with use_backend(backend):
-            op(*eager.args, **eager.kwargs)
-            compiled(*other.args, **other.kwargs)
-        for name, expected in results(op, eager).items():
-            assert torch.equal(results(op, other)[name], expected), f"{backend}: {name}"
-    assert graphs() == 1
+        compiled.opcheck(op, sample)
 
 
 @pytest.mark.parametrize(("op", "sample"), SAMPLES)
 def test_compiled_equals_eager_in_one_graph(op: Op[...], sample: Sample) -> None:
     """Bit for bit."""
-    equals_eager(op, sample, ["torch"])
+    compiled.assert_compiled_equals_eager(op, sample, ["torch"])
 
 
 @pytest.mark.parametrize(
@@ -92,7 +55,7 @@ def test_compiled_equals_eager_in_one_graph(op: Op[...], sample: Sample) -> None
 )
 def test_swaps_of_all_backends_keep_the_graph_and_the_bits(op: Op[...], sample: Sample) -> None:
     here = [n for n in backends_here(op, DEVICE) if (n, op.name) not in SIZES or refusal(op, n, sample) is None]
-    equals_eager(op, sample, [*here, "torch"])
+    compiled.assert_compiled_equals_eager(op, sample, [*here, "torch"])
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -112,15 +75,14 @@ def test_compiled_with_transposed_x_and_strided_output(op: Op[...]) -> None:
     strided = Sample("strided", args, {**sample.kwargs, "out": transposed(sample.kwargs["out"])})
     eager, other = sample.clone(), strided.clone()
     op(*eager.args, **eager.kwargs)
-    torch.compile(the_call(op), fullgraph=True)(*other.args, **other.kwargs)
+    torch.compile(compiled.plain_call(op), fullgraph=True)(*other.args, **other.kwargs)
     for name, expected in results(op, eager).items():
         assert torch.equal(results(op, other)[name], expected)
     assert graphs() == 1
 
 
 def step(op: Op[...], pattern: str, rows: int) -> Sample:
-    """A call in which no size that grows agrees with another one: with 13 rows, 27 tokens each and 41 slots."""
-    return op.make_call(RandomInputs(DEVICE, rows, 2 * rows + 1, slots=3 * rows + 2, dtype=torch.float32), pattern)
+    return compiled.pattern_call(op, pattern, rows, DEVICE)
 
 
 def is_whole(op: Op[...], pattern: str) -> bool:
@@ -149,22 +111,7 @@ SIZES_OF_A_GRAPH = [n for n in range(2, 65) if ACCELERATOR or n < 5 or {n - 1, n
 
 @pytest.mark.parametrize(("op", "pattern"), STEPS)
 def test_one_graph_for_all_sizes(op: Op[...], pattern: str) -> None:
-    """Batches 2 to 64 share a graph; 1 and 0 may have one each."""
-    compiled = torch.compile(the_call(op), fullgraph=True, dynamic=True)
-
-    def run(rows: int) -> None:
-        eager = step(op, pattern, rows)
-        other = eager.clone()
-        expected, got = op(*eager.args, **eager.kwargs), compiled(*other.args, **other.kwargs)
-        torch.testing.assert_close(got, expected, rtol=0, atol=0)
-
-    for rows in (13, *SIZES_OF_A_GRAPH):
-        run(rows)
-    assert graphs() == 1
-    run(1)
-    assert graphs() <= 2
-    run(0)
-    assert graphs() <= 3
+    compiled.assert_one_graph_for_all_sizes(op, pattern, DEVICE, (13, *SIZES_OF_A_GRAPH))
 
 
 def _whole(cache: Tensor) -> Tensor:
@@ -216,13 +163,7 @@ def test_no_copy_of_a_cache(op: Op[...], pattern: str, layout: Any, inside: str 
     def call(**arguments: Any) -> Tensor:
         return op(**{name: views[inside](a) if name in caches else a for name, a in arguments.items()})
 
-    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic)
-    with torch._inductor.config.patch(fx_graph_cache=False):  # code from the cache is not written again
-        _, [code] = run_and_get_code(compiled, **arguments)
-    called = code[code.index("def call(") :]
-    assert called.count(f"torch.ops.mamba_ops.{op.name}.default(") == 1
-    assert called.count(" = empty_strided") == 1, called
-    assert not any(word in called for word in ("copy_(", "clone(", "kernels.", "async_compile")), called
+    compiled.assert_no_copies(op, torch.compile(call, fullgraph=True, dynamic=dynamic), Sample(pattern, (), arguments))
 
 
 def test_a_layer_of_both_ops_is_one_graph() -> None:
@@ -235,13 +176,13 @@ def test_a_layer_of_both_ops_is_one_graph() -> None:
         u = x[:, :1].unsqueeze(1).expand(-1, heads, dim)
         return mamba_ops.selective_state_update(state, u, dt, A, B, C, slots=slots, dt_softplus=True).sin()
 
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    in_one = torch.compile(layer, fullgraph=True, dynamic=True)
     for rows in (13, 4, 9):
         steps = [
             step(op, "one token", rows) for op in (mamba_ops.causal_conv1d_update, mamba_ops.selective_state_update)
         ]
         runs = [[sample.clone() for sample in steps] for _ in range(2)]
-        outs = [f(*c.args, *s.args, slots=c.kwargs["slots"]) for f, (c, s) in zip((layer, compiled), runs, strict=True)]
+        outs = [f(*c.args, *s.args, slots=c.kwargs["slots"]) for f, (c, s) in zip((layer, in_one), runs, strict=True)]
         torch.testing.assert_close(*outs)
     assert graphs() == 1
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from mamba_ops import absent
+from mamba_ops.audit import absent
 from mamba_ops.registry import splitting_ops
 from mamba_ops.serving import Plan
 from tests.conftest import ABSENT, ACCELERATOR

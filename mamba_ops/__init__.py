@@ -11,18 +11,10 @@ if Path(__file__).with_name("registry").is_file():
     )
 
 from mamba_ops import backends as backends
+from mamba_ops import functional as functional
 from mamba_ops import registry as registry
 from mamba_ops.config import BackendConfig as BackendConfig
-from mamba_ops.ops import causal_conv1d as causal_conv1d
-from mamba_ops.ops import causal_conv1d_update as causal_conv1d_update
-from mamba_ops.ops import chunk_gated_delta_rule as chunk_gated_delta_rule
-from mamba_ops.ops import gated_delta_rule_update as gated_delta_rule_update
-from mamba_ops.ops import gdn_mixing as gdn_mixing
-from mamba_ops.ops import mamba2_mixing as mamba2_mixing
-from mamba_ops.ops import mamba_chunk_scan as mamba_chunk_scan
-from mamba_ops.ops import mamba_mixing as mamba_mixing
-from mamba_ops.ops import selective_scan as selective_scan
-from mamba_ops.ops import selective_state_update as selective_state_update
+from mamba_ops.ops import *  # noqa: F403  the ops, each under its name
 from mamba_ops.registry import configure as configure
 from mamba_ops.registry import explain as explain
 from mamba_ops.registry import no_jit as no_jit

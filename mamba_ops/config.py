@@ -10,15 +10,7 @@ import torch
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import Backend, backends
 from mamba_ops.registry.errors import ConfigError, RegistryError, unknown
-from mamba_ops.registry.request import (
-    entries_of,
-    known_op,
-    lowered,
-    order_of,
-    problems,
-    setting_readers,
-    unknown_entry,
-)
+from mamba_ops.registry.request import known_op, lowered, order_of, parse, problems
 from mamba_ops.registry.snapshot import Request
 
 Order = str | Sequence[str] | Mapping[str, str | Sequence[str]]
@@ -117,26 +109,9 @@ class BackendConfig:
         Raises:
             ConfigError: as the class, and for entries that are none of these.
         """
-        found: list[str] = []
-        values: dict[str, Any] = {}
-        order: dict[str, Any] = {}
-        try:
-            everywhere, named = entries_of(text)
-        except RegistryError as error:
-            raise ConfigError([str(error)]) from None
-        if everywhere:
-            order[EVERY] = everywhere
-        readers = setting_readers(mamba)
-        for key, word in named.items():
-            try:
-                if key.lower() in readers:
-                    values[key.lower()] = readers[key.lower()](word)
-                elif known_op(key) is None:
-                    raise unknown_entry(key, readers)
-                else:
-                    order[key] = order_of(word)
-            except RegistryError as error:
-                found.append(str(error))
+        orders, values, wrong = parse(text, mamba)
+        order = {name or EVERY: names for name, names in orders.items()}
+        found = [str(error) for error in wrong]
         try:
             config = cls(order, device=device, **values)
         except ConfigError as error:
@@ -169,8 +144,8 @@ class BackendConfig:
 
     def request(self, by: str) -> Request:
         """Return what `use_backend` and `configure` put in force."""
-        named = {place: names for place, names in self.order.items() if place != EVERY}
-        return Request.make(by, self.order.get(EVERY, ()), named, self._settings())
+        named = tuple((place, names) for place, names in self.order.items() if place != EVERY)
+        return Request(by, self.order.get(EVERY, ()), named, tuple(self._settings().items()))
 
     def _settings(self) -> dict[str, Hashable]:
         own = {"stochastic_rounding": self.stochastic_rounding, "philox_rounds": self.philox_rounds}

@@ -59,5 +59,5 @@ def warm_up(
     where, pairs = arguments.device_of(what, device), arguments.pairs_of(dtypes)
     arguments.check_numbers(sizes or {}, processes)
     names: Sequence[Any] = arguments.known_backends(backends)
-    with arguments.shown(progress) as tell:
-        return warming.warm_up(what, where, pairs, sizes or {}, names, processes, tell)
+    with arguments.shown(progress) as show:
+        return warming.warm_up(what, where, pairs, sizes or {}, names, processes, show)

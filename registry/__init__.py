@@ -22,9 +22,11 @@ from mamba_ops.registry.errors import bad_argument as bad_argument
 from mamba_ops.registry.jit import no_jit as no_jit
 from mamba_ops.registry.layouts import renew_caches as renew_caches
 from mamba_ops.registry.namespace import Namespace as Namespace
-from mamba_ops.registry.namespace import require_out as require_out
 from mamba_ops.registry.op import Op as Op
 from mamba_ops.registry.op import ops as ops
+from mamba_ops.registry.op import require_out as require_out
+from mamba_ops.registry.request import configure as configure
+from mamba_ops.registry.request import use_backend as use_backend
 from mamba_ops.registry.samples import ErrorInput as ErrorInput
 from mamba_ops.registry.samples import Sample as Sample
 from mamba_ops.registry.selection import Explanation as Explanation
@@ -40,5 +42,4 @@ from mamba_ops.registry.splitting import mark_splitting as mark_splitting
 from mamba_ops.registry.splitting import partition_at_splitting_ops as partition_at_splitting_ops
 from mamba_ops.registry.splitting import split_graph as split_graph
 from mamba_ops.registry.splitting import splitting_ops as splitting_ops
-from mamba_ops.registry.swap import configure as configure
-from mamba_ops.registry.swap import use_backend as use_backend
+from mamba_ops.registry.training import flop_formulas as flop_formulas

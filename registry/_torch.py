@@ -3,6 +3,7 @@
 `PRIVATE` lists the names. A name that has gone is warned about once, when it is first needed.
 """
 
+import pkgutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ PRIVATE = (
     "torch._C:_AutoDispatchBelowAutograd",
     "torch._C._functorch:peek_interpreter_stack",
     "torch.autograd.forward_ad:_current_level",
+    "torch._C._autograd:_profiler_enabled",
+    "torch._C:_is_torch_function_mode_enabled",
 )
 """`module:name` of each; `_dynamo_marked_constant` is a word in that module's source."""
 
@@ -42,22 +45,26 @@ def _warn_once(name: str, consequence: str) -> None:
     warnings.warn(f"this torch has no {name}: {consequence}", RuntimeWarning, stacklevel=3)
 
 
+def _find(name: str, consequence: str) -> Any:
+    """Return what one of the names stands for; None, after one warning of what follows, where it has gone."""
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        _warn_once(name, consequence)
+        return None
+
+
 def same_tensors(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """Return a function that tells whether other tensors have these sizes, dtypes, devices and gradient needs.
 
     `TensorGuards`, with which Dynamo guards, compares them in C++. It also tells inference tensors apart.
     """
-    try:
-        from torch._C._dynamo.guards import TensorGuards
-    except ImportError:
-        _warn_once("TensorGuards", "calls are compared in Python, which takes microseconds")
+    guards = _find("torch._C._dynamo.guards:TensorGuards", "calls are compared in Python, which takes microseconds")
+    if guards is None:
         known = [_facts(t) for t in tensors]
         return lambda *others: [_facts(t) for t in others] == known
-    sizes: Any = [list(t.shape) for t in tensors]
-    any_strides: Any = [[None] * t.dim() for t in tensors]
-    check: Callable[..., bool] = TensorGuards(
-        *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=any_strides
-    ).check
+    sizes, any_strides = [list(t.shape) for t in tensors], [[None] * t.dim() for t in tensors]
+    check: Callable[..., bool] = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=any_strides).check
     return check
 
 
@@ -75,12 +82,9 @@ def dispatch_of(overload: Any) -> Callable[..., None]:
 
 def mark_dynamic(tensor: Tensor) -> None:
     """Let Dynamo treat dimension 0 as a size that varies."""
-    try:
-        import torch._dynamo as dynamo
-
-        dynamo.mark_dynamic(tensor, 0)
-    except (ImportError, AttributeError):
-        _warn_once("torch._dynamo.mark_dynamic", "the first change of the selection recompiles a graph once")
+    mark = _find("torch._dynamo:mark_dynamic", "the first change of the selection recompiles a graph once")
+    if mark is not None:
+        mark(tensor, 0)
 
 
 def constant(function: F) -> F:
@@ -98,8 +102,7 @@ def constant(function: F) -> F:
 @cache
 def _dynamo_reads_the_mark() -> bool:
     spec = find_spec("torch")  # not `torch._dynamo`: finding that would import it
-    folders = (spec.submodule_search_locations if spec else None) or []
-    sources = [Path(folder) / "_dynamo" / "decorators.py" for folder in folders]
+    sources = [Path(f) / "_dynamo" / "decorators.py" for f in (spec and spec.submodule_search_locations) or []]
     return any(s.is_file() and "._dynamo_marked_constant" in s.read_text(encoding="utf-8") for s in sources)
 
 
@@ -136,14 +139,12 @@ def partition_at(names: list[str]) -> dict[str, Any]:
 
 def weak_storage(tensor: Tensor) -> Callable[[], bool]:
     """Return a function that tells whether a tensor's memory is still alive."""
-    try:
-        from torch.multiprocessing.reductions import StorageWeakRef
-    except ImportError:
-        _warn_once("StorageWeakRef", "caches in a backend's own layout are kept alive")
-        kept = tensor.untyped_storage()
-        return lambda: kept.nbytes() >= 0
-    storage = StorageWeakRef(tensor.untyped_storage())
-    return lambda: not storage.expired()
+    weak = _find("torch.multiprocessing.reductions:StorageWeakRef", "caches in a backend's own layout are kept alive")
+    storage = tensor.untyped_storage()
+    if weak is None:
+        return lambda: storage.nbytes() >= 0
+    reference = weak(storage)
+    return lambda: not reference.expired()
 
 
 def below_autograd() -> AbstractContextManager[object]:
@@ -154,6 +155,15 @@ def below_autograd() -> AbstractContextManager[object]:
         return nullcontext()
     context: AbstractContextManager[object] = guard()
     return context
+
+
+def is_watched() -> bool:
+    """Return whether a profiler or a TorchFunctionMode follows what torch's dispatcher calls."""
+    try:
+        return torch._C._autograd._profiler_enabled() or torch._C._is_torch_function_mode_enabled()
+    except AttributeError:
+        _warn_once("_profiler_enabled", "every call takes the dispatcher, which takes microseconds")
+        return True
 
 
 def is_transformed() -> bool:

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import pkgutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from mamba_ops.registry import codegen, errors
 from mamba_ops.registry.dispatcher import caller, dispatcher
-from mamba_ops.registry.layouts import Layout
 from mamba_ops.registry.snapshot import COMPOSED as COMPOSED_NAME
 
 if TYPE_CHECKING:
@@ -19,58 +19,48 @@ if TYPE_CHECKING:
     from mamba_ops.registry.op import Op
 
 Refusal = Callable[..., str | None]
+Layout = str | Callable[..., str | None]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One backend's function for one op.
-
-    Attributes:
-        backend: what runs it.
-        implementation: the adapter, or where it is (`package.module:function`).
-        op: the op that it is for.
-        unsupported: refusal that depends on shapes, dtypes, numbers and on what is None; its verdict is remembered.
-        unsupported_layout: refusal that reads strides, alignment or the like; asked before every call.
-        layouts: cache name to the layout that the kernel keeps there, where that is not the op's own.
-    """
+    """One backend's function for one op; `Backend.implements` says what each part is."""
 
     backend: "Backend"
     implementation: Callable[..., None] | str
     op: "Op[...]"
-    unsupported: Refusal | None = None
-    unsupported_layout: Refusal | None = None
+    unsupported: Refusal | None = None  # its verdict is remembered
+    unsupported_layout: Refusal | None = None  # asked before every call
     layouts: Mapping[str, Layout] = field(default_factory=dict, hash=False)
 
     @cached_property
     def function(self) -> Callable[..., None]:
         """The adapter, of the op's own signature; it is loaded at the first use."""
-        found = _loaded(self.implementation)
-        what = f"{self.backend.name} for {self.op.qualname} ({errors.source_of(found)})"
-        if self.op.takes_a_call(found):
-            return codegen.packed(self.op.qualname, self.op.parameters, self.op.arguments, found)
+        named = self.implementation
+        found = pkgutil.resolve_name(named) if isinstance(named, str) else named
+        if codegen.takes_a_call(self.op.parameters, found):
+            return codegen.adapted(self.op.qualname, self.op.parameters, self.op.arguments, found)
         if problem := _difference(self.op.parameters, found):
+            what = f"{self.backend.name} for {self.op.qualname} ({errors.source_of(found)})"
             raise errors.declaration(what, problem)
         return found
 
     @property
     def source(self) -> str:
-        """Where it is, for messages."""
+        """Where the adapter is."""
         return self.implementation if isinstance(self.implementation, str) else errors.source_of(self.implementation)
 
     def why_not(self, arguments: Mapping[str, Any]) -> str | None:
-        """Return why the kernel does not take these arguments, whatever their strides, or None."""
+        """Return why the kernel takes no calls like this one, whatever their strides, or None."""
         return None if self.unsupported is None else self.unsupported(**arguments)
 
     def why_not_now(self, arguments: Mapping[str, Any]) -> str | None:
-        """Return what the per-call refusal says."""
+        """Return why a kernel that takes calls like this one does not take these very arguments, or None."""
         return None if self.unsupported_layout is None else self.unsupported_layout(**arguments)
 
 
 class Backend:
     """What can run ops.
-
-    Attributes:
-        choices: setting to the values that it may have, the default first.
 
     Args:
         name: the vendor's word, lower case.
@@ -79,7 +69,7 @@ class Backend:
         install: what to install where it is missing or broken, for the message.
         usable: asked once, after that import; returns None, or why the package as installed will not do.
         settings: what else about its kernels can be chosen: each setting's name with the values that it may have, the
-            default first. A configuration calls it `<backend>_<setting>`.
+            default first, kept as `choices`. A configuration calls it `<backend>_<setting>`.
         why_not_setting: given a setting, a value and a device, returns None, or why that device can't have it.
         priority: place in the default order; the highest usable one runs.
         devices_by_name: device types, beyond `devices`, where it runs if asked for by name; a function, because it may
@@ -103,20 +93,16 @@ class Backend:
     ) -> None:
         if name != name.lower():
             raise errors.declaration(f"backend {name!r}", "names are lower case")
-        self.name = name
+        errors.refuse_duplicate("backend", name, dispatcher.backends.get(name))
+        self.name, self.source = name, caller()
         self.devices = None if devices is None else tuple(devices)
-        self.requires = requires
-        self.install = install or requires
-        self.usable = usable
+        self.devices_by_name = devices_by_name
+        self.requires, self.install, self.usable = requires, install or requires, usable
         self.choices = {name: tuple(values) for name, values in (settings or {}).items()}
         self.why_not_setting = why_not_setting
-        self._priority = priority
-        self.devices_by_name = devices_by_name
-        self._prepare = prepare
-        self.source = caller()
+        self._priority, self._prepare = priority, prepare
         self._import_problem = cache(self._try_import)
         self._unwarned: str | None = None  # why a package that is installed cannot be imported, until it is warned of
-        dispatcher.refuse_duplicate("backend", name, dispatcher.backends)
         dispatcher.backends[name] = self
         dispatcher.changed()
 
@@ -136,7 +122,8 @@ class Backend:
     @property
     def settings(self) -> Mapping[str, str]:
         """Setting to its value in this context; adapters and refusals read it."""
-        return dispatcher.current().backend_settings(self)
+        given = dispatcher.current().settings
+        return {n: str(given.get(f"{self.name}_{n}", values[0])) for n, values in self.choices.items()}
 
     def implements(
         self,
@@ -146,7 +133,7 @@ class Backend:
         *,
         unsupported: Refusal | None = None,
         unsupported_layout: Refusal | None = None,
-        layouts: Mapping[str, str | Callable[..., str | None]] | None = None,
+        layouts: Mapping[str, Layout] | None = None,
     ) -> Any:
         """Register this backend's kernel for `op`; without an implementation, as a decorator.
 
@@ -166,15 +153,17 @@ class Backend:
             DeclarationError: another signature than the op's (of a path: when it is loaded), or a second kernel.
         """
 
+        what = f"{self.name} for {op.qualname}"
+        if stray := sorted(set(layouts or {}) - op.mutates):
+            raise errors.declaration(what, f"layouts names {', '.join(stray)}, which the op does not mutate")
+
+        def fitted(given: Any) -> Any:
+            return op.adapted(given, op.before_the_call) if callable(given) else given
+
         def register(adapter: Any) -> Any:
-            if (first := op.kernels.get(self.name)) is not None:
-                raise errors.duplicate("kernel", f"{self.name} for {op.qualname}", first.source)
-            if stray := sorted(set(layouts or {}) - op.mutates):
-                problem = f"layouts names {', '.join(stray)}, which the op does not mutate"
-                raise errors.declaration(f"{self.name} for {op.qualname}", problem)
-            static, now = (None if f is None else op._facet(f) for f in (unsupported, unsupported_layout))
-            kept = {name: op._facet(v) if callable(v) else v for name, v in (layouts or {}).items()}
-            kernel = Kernel(self, adapter, op, static, now, kept)
+            errors.refuse_duplicate("kernel", what, op.kernels.get(self.name))
+            kept = {name: fitted(layout) for name, layout in (layouts or {}).items()}
+            kernel = Kernel(self, adapter, op, fitted(unsupported), fitted(unsupported_layout), kept)
             if callable(adapter):
                 kernel.function  # noqa: B018  its signature is held against the op's
             op.kernels[self.name] = kernel
@@ -183,15 +172,19 @@ class Backend:
 
         return register if implementation is None else register(implementation)
 
+    def is_for(self, device_type: str) -> bool:
+        """Return whether its kernels are made for a device type; `why_unusable` says whether they run there."""
+        return self.devices is None or device_type in self.devices
+
     def why_unusable(self, device_type: str, *, by_name: bool = False) -> str | None:
         """Return why no kernel of this backend runs on a device type here, or None."""
         devices = None if self.devices is None else (*self.devices, *(self.devices_by_name() if by_name else ()))
         if devices is not None and device_type not in devices:
             return f"runs on {', '.join(devices)}, not on {device_type}"
         problem = self._import_problem()
-        if self._unwarned is not None:  # once: a warning that is an error must not end every later call too
-            problem_now, self._unwarned = self._unwarned, None
-            warnings.warn(f"backend {self.name}: {problem_now}", RuntimeWarning, stacklevel=2)
+        unwarned, self._unwarned = self._unwarned, None
+        if unwarned is not None:  # once: a warning that is an error must not end every later call too
+            warnings.warn(f"backend {self.name}: {unwarned}", RuntimeWarning, stacklevel=2)
         return problem
 
     def remove(self) -> None:
@@ -209,34 +202,22 @@ class Backend:
             importlib.import_module(self.requires)
             if self._prepare is not None:
                 self._prepare()
-        except ModuleNotFoundError as error:
-            if error.name is not None and (self.requires + ".").startswith(error.name + "."):
-                return f"{self.requires} is not installed; pip install '{self.install}'"
-            problem: Exception = error
         except Exception as error:  # an installed package may fail in any way; the sentence carries it on
-            problem = error
-        else:
-            return None if self.usable is None else self.usable()
-        self._unwarned = (
-            f"{self.requires} is installed but cannot be imported: {type(problem).__name__}: {problem}; "
-            f"pip install '{self.install}' has what it needs"
-        )
-        return self._unwarned
-
-
-def _loaded(implementation: Callable[..., None] | str) -> Callable[..., None]:
-    if not isinstance(implementation, str):
-        return implementation
-    module, _, name = implementation.partition(":")
-    function: Callable[..., None] = getattr(importlib.import_module(module), name)
-    return function
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            if missing is not None and f"{self.requires}.".startswith(f"{missing}."):
+                return f"{self.requires} is not installed; pip install '{self.install}'"
+            self._unwarned = (
+                f"{self.requires} is installed but cannot be imported: {type(error).__name__}: {error}; "
+                f"pip install '{self.install}' has what it needs"
+            )
+            return self._unwarned
+        return None if self.usable is None else self.usable()
 
 
 def _difference(parameters: list[inspect.Parameter], adapter: Callable[..., Any]) -> str | None:
     """Return how an adapter's parameters differ from the op's in name, order, kind or default."""
-    got = list(inspect.signature(adapter).parameters.values())
-    want = [str(p.replace(annotation=p.empty)) + f" ({p.kind.description})" for p in parameters]
-    have = [str(p.replace(annotation=p.empty)) + f" ({p.kind.description})" for p in got]
+    got = inspect.signature(adapter).parameters.values()
+    want, have = ([f"{p.replace(annotation=p.empty)} ({p.kind.description})" for p in ps] for ps in (parameters, got))
     for w, h in zip(want, have, strict=False):
         if w != h:
             return f"got parameter {h}, expected {w}"

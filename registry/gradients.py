@@ -5,13 +5,13 @@ times as fast, and calls under torch.func another one, as it asks for.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mamba_ops.registry import _torch, codegen, errors
+from mamba_ops.registry import _torch, codegen
 from mamba_ops.registry.dispatcher import dispatcher
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ class Declaration(NamedTuple):
 class Formula:
     """How one forward op is differentiated; what autograd, AOTAutograd and torch.func share."""
 
-    def __init__(self, name: str, forward: "Op[...]", backward: "Op[...] | None", declared: Declaration) -> None:
-        assert backward is not None
+    def __init__(self, name: str, forward: "Op[...]", backward: "Op[...]", declared: Declaration) -> None:
         self.name, self.forward, self.declared = name, forward, declared
         self.overload, self.backward = forward.overload, backward.overload
         self.tensors = [codegen.is_tensor(p) for p in forward._called]
@@ -69,7 +68,7 @@ class Formula:
                 if given.get(name) is None and name != f"grad_{self.declared.optional}":
                     result = self.forward.allocate(*values)[self.forward.returns.index(name.removeprefix("grad_"))]
                     given[name] = torch.zeros_like(result)
-            snapshot = dispatcher.current() if dispatcher.active.requests else ctx.snapshot
+            snapshot = dispatcher.current() if dispatcher.active.get().requests else ctx.snapshot
             with dispatcher.override(snapshot):
                 found = self.backward(*(given.get(name) for name in self.gradients_of), *values, *tensors, token)
         found = (found,) if isinstance(found, Tensor) else found
@@ -100,7 +99,7 @@ class Formula:
 
             @staticmethod
             def jvp(ctx: Any, *tangents: Any) -> Any:
-                raise errors.no_jvp(formula.name)
+                raise no_jvp(formula.name)
 
         class Transformed(torch.autograd.Function):
             """For calls under torch.func."""
@@ -119,7 +118,7 @@ class Formula:
 
             @staticmethod
             def jvp(ctx: Any, *tangents: Any) -> Any:
-                raise errors.no_jvp(formula.name)
+                raise no_jvp(formula.name)
 
             @staticmethod
             def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
@@ -145,7 +144,7 @@ class Formula:
                 value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
                 folded.append(value.flatten(0, 1))
             elif dim is not None or name not in self.declared.differentiable:  # an index of packed rows
-                raise errors.not_batched(self.name, name, self.declared.batched)
+                raise not_batched(self.name, name, self.declared.batched)
             else:
                 folded.append(value)
         return folded
@@ -166,8 +165,28 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise errors.no_second_derivative(ctx.name)
+        raise RuntimeError(
+            f"{ctx.name}: its gradient was differentiated again, which it has no formula for; compute second "
+            "derivatives through a plain torch implementation, or detach the gradient"
+        )
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise errors.no_jvp(ctx.name)
+        raise no_jvp(ctx.name)
+
+
+def no_jvp(op: str) -> NotImplementedError:
+    """Refuse forward-mode differentiation: a tangent would be lost without a word."""
+    return NotImplementedError(
+        f"{op}: got a call under forward-mode differentiation (torch.func.jvp, forward_ad), expected reverse mode: the "
+        "op has no formula for tangents; use torch.func.vjp, torch.func.grad or backward()"
+    )
+
+
+def not_batched(op: str, argument: str, batched: Iterable[str]) -> ValueError:
+    """Refuse a torch.func.vmap that can't be folded into the op's own batch."""
+    return ValueError(
+        f"{op}: {argument}: got a tensor that torch.func.vmap maps over, or an index of packed rows, expected only "
+        f"{', '.join(batched)} to be mapped over: the op folds the mapped dimension into its batch; loop over the "
+        "calls, or pass the batch to the op itself"
+    )

@@ -4,22 +4,20 @@ Backends whose kernels are compiled when they are first called tell `announce` b
 loaded looks at nothing here.
 """
 
-import inspect
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from mamba_ops.registry import errors
 from mamba_ops.registry.capture import is_capturing
-from mamba_ops.registry.dispatcher import dispatcher
+from mamba_ops.registry.dispatcher import device_of, dispatcher
 
 if TYPE_CHECKING:
     from mamba_ops.registry.op import Op
@@ -54,12 +52,11 @@ def allow_jit() -> Iterator[None]:
 
 @contextmanager
 def _in_mode(mode: str) -> Iterator[None]:
-    before = _mode.get()
-    _mode.set(mode)
+    token = _mode.set(mode)
     try:
         yield
     finally:
-        _mode.set(before)
+        _mode.reset(token)
 
 
 def announce(kernel: str, cause: str) -> None:
@@ -77,11 +74,17 @@ def announce(kernel: str, cause: str) -> None:
         mode, by = _environment()
     if mode in ("", "0"):
         return
-    sentence = errors.compiles(_call(), kernel, cause, by)
-    if mode == "warn":
-        warnings.warn(sentence, RuntimeWarning, stacklevel=2)
-    else:
+    name, remedy = "no op of the registry", "call it once"
+    if (call := current_call()) is not None:
+        op, backend, device = call
+        name, short = op.qualname, op.qualname.replace("::", ".")
+        package = __name__.partition(".")[0]
+        remedy = f"{package}.warm_up({short}, device={str(device)!r}, backends=[{backend!r}])"
+        remedy += " with this call's sizes and dtypes"
+    sentence = f"{name}: kernel {kernel} would be compiled or loaded now, and {by}: {cause}; beforehand: {remedy}"
+    if mode != "warn":
         raise errors.CompilationError(sentence)
+    warnings.warn(sentence, RuntimeWarning, stacklevel=2)
 
 
 def _environment() -> tuple[str, str]:
@@ -93,76 +96,14 @@ def _environment() -> tuple[str, str]:
     return "", ""
 
 
-def current_call() -> "tuple[Op[...], str, Mapping[str, Any]] | None":
-    """Return the innermost call of an op that this thread is in: the op, the backend, and the kernel's arguments."""
-    loaded = ((op, k) for op in dispatcher.ops.values() for k in op.kernels.values() if "function" in vars(k))
-    adapters = {kernel.function.__code__: (op, kernel) for op, kernel in loaded}
+def current_call() -> "tuple[Op[...], str, torch.device] | None":
+    """Return the innermost call of an op that this thread is in: the op, the backend, and the device."""
+    loaded = [(op, k) for op in dispatcher.ops.values() for k in op.kernels.values() if "function" in vars(k)]
+    adapters = {id(kernel.function.__code__): (op, kernel) for op, kernel in loaded}  # codes of two may be equal
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if (found := adapters.get(frame.f_code)) is not None:
+        if (found := adapters.get(id(frame.f_code))) is not None:
             op, kernel = found
-            return op, kernel.backend.name, {p.name: frame.f_locals.get(p.name) for p in op.parameters}
+            return op, kernel.backend.name, device_of(frame.f_locals)
         frame = frame.f_back
     return None
-
-
-def _call() -> tuple[str, str] | None:
-    """The op that is being called, and the warm-up call that would have covered it."""
-    if (call := current_call()) is None:
-        return None
-    op, backend, arguments = call
-    device = next(str(a.device) for a in arguments.values() if isinstance(a, Tensor))
-    sizes, dtypes = static_sizes(op, arguments)
-    pair = ", ".join(f"torch.{str(d).removeprefix('torch.')}" for d in (dtypes.get("dtype"), dtypes.get("state_dtype")))
-    given = f", dtypes=[({pair})]" if len(dtypes) > 1 and "None" not in pair else ""
-    given += f", sizes={sizes}" if sizes else ""
-    package = __name__.partition(".")[0]
-    return (
-        op.qualname,
-        f"{package}.warm_up({op.qualname.replace('::', '.')}, device={device!r}{given}, backends=[{backend!r}])",
-    )
-
-
-def static_sizes(op: "Op[...]", arguments: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, torch.dtype]]:
-    """Return the sizes and dtypes with which an op's samples would be like a call: what samples are functions of.
-
-    Found by asking for samples twice as large in one size, and seeing what grows.
-    """
-    sizes: dict[str, int] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    if (before := _base(op)) is None:
-        return sizes, dtypes
-    more = _dims(arguments, "output") - _dims(before, "output")  # a packed call has one dimension less than a batch
-    for name, p in inspect.signature(op.sampler).parameters.items():
-        other: Any = torch.float64 if isinstance(p.default, torch.dtype) else None
-        if isinstance(p.default, int):
-            other = 2 * p.default
-        if other is None or (after := _base(op, **{name: other})) is None:
-            continue
-        for argument, value in arguments.items():
-            old, new = before.get(argument), after.get(argument)
-            if isinstance(other, torch.dtype):
-                if isinstance(value, Tensor) and isinstance(new, Tensor) and new.dtype == other:
-                    dtypes.setdefault(name, value.dtype)
-            elif isinstance(value, Tensor) and isinstance(old, Tensor) and isinstance(new, Tensor):
-                same = value.dim() - old.dim() in (0, more)
-                for axis in range(-1, -1 - min(value.dim(), old.dim()) * same, -1):
-                    if (old.shape[axis], new.shape[axis]) == (p.default, other):
-                        sizes.setdefault(name, value.shape[axis])
-            elif isinstance(value, int) and (old, new) == (p.default, other):
-                sizes.setdefault(name, value)
-    sizes.pop("length", None)
-    return sizes, dtypes
-
-
-def _dims(arguments: Mapping[str, Any], name: str) -> int:
-    return arguments[name].dim() if isinstance(arguments.get(name), Tensor) else 0
-
-
-def _base(op: "Op[...]", **sizes: Any) -> dict[str, Any] | None:
-    """The arguments of the op's first sample, if it has samples and some of these sizes."""
-    try:
-        sample = next(iter(op.sampler(torch.device("meta"), **sizes)))
-        return op.bind(sample.args, sample.kwargs)
-    except Exception:  # a hint is not worth an error in an op's samples
-        return None

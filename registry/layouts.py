@@ -5,27 +5,25 @@ an op remembers which kernel wrote a cache, and gives no kernel a cache that is 
 whose caches all backends agree, the usual case, pay nothing for this.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mamba_ops.registry import _torch
-from mamba_ops.registry.dispatcher import dispatcher
+from mamba_ops.registry.dispatcher import device_of, dispatcher
 
 if TYPE_CHECKING:
     from mamba_ops.registry.backend import Kernel
     from mamba_ops.registry.op import Op
-
-Layout = str | Callable[..., str | None] | None
 
 _OWN = "the op's own layout"
 
 
 class _Written(NamedTuple):
     is_alive: Callable[[], bool]
-    layout: str | None
+    layout: str
     backend: str
 
 
@@ -45,31 +43,27 @@ def renew_caches(*caches: Tensor) -> None:
         dispatcher.changed()
 
 
-def disputed(op: "Op[...]", device_type: str) -> frozenset[str]:
+def disputed(op: "Op[...]", device_type: str) -> list[str]:
     """Return the names of the caches of which some kernel on such a device keeps a layout of its own."""
-    return frozenset(
-        name
-        for kernel in op.kernels.values()
-        if kernel.layouts and (kernel.backend.devices is None or device_type in kernel.backend.devices)
-        for name in kernel.layouts
-    )
+    kernels = [kernel for kernel in op.kernels.values() if kernel.backend.is_for(device_type)]
+    return sorted({name for kernel in kernels for name in kernel.layouts})
 
 
-def why_not(kernel: "Kernel", names: frozenset[str], arguments: Mapping[str, Any]) -> str | None:
-    """Return in which other layout one of the caches is, or None."""
-    for cache, name, mine in _caches(kernel, names, arguments):
+def why_not(kernel: "Kernel", arguments: Mapping[str, Any]) -> str | None:
+    """Return in which other layout than the kernel's one of the caches is, or None."""
+    for name, cache, layout in _caches(kernel, arguments):
         before = _written.get(cache.data_ptr())
-        if before is not None and before.is_alive() and before.layout != mine:
+        if before is not None and before.is_alive() and before.layout != layout:
             return (
-                f"keeps {name} in {mine or _OWN}, and {before.backend} wrote this one in {before.layout or _OWN}; "
+                f"keeps {name} in {layout}, and {before.backend} wrote this one in {before.layout}; "
                 "give it new caches, or these after mamba_ops.registry.renew_caches()"
             )
     return None
 
 
-def remember(kernel: "Kernel", names: frozenset[str], arguments: Mapping[str, Any]) -> None:
+def remember(kernel: "Kernel", arguments: Mapping[str, Any]) -> None:
     """Note that the kernel writes these caches."""
-    for cache, _, layout in _caches(kernel, names, arguments):
+    for _, cache, layout in _caches(kernel, arguments):
         before = _written.get(cache.data_ptr())
         if before is None or not before.is_alive() or before.backend != kernel.backend.name:
             with dispatcher.lock:
@@ -78,9 +72,9 @@ def remember(kernel: "Kernel", names: frozenset[str], arguments: Mapping[str, An
                 _written[cache.data_ptr()] = _Written(_torch.weak_storage(cache), layout, kernel.backend.name)
 
 
-def _caches(
-    kernel: "Kernel", names: frozenset[str], arguments: Mapping[str, Any]
-) -> list[tuple[Tensor, str, str | None]]:
-    """Return the caches that a call has, their names, and the layouts in which the kernel keeps them."""
-    layouts = ((n, kernel.layouts.get(n)) for n in sorted(names) if arguments[n] is not None and arguments[n].numel())
-    return [(arguments[n], n, layout(**arguments) if callable(layout) else layout) for n, layout in layouts]
+def _caches(kernel: "Kernel", arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, str]]:
+    """Yield the disputed caches that a call has, each with its name and the layout in which the kernel keeps it."""
+    for name in disputed(kernel.op, device_of(arguments).type):
+        cache, layout = arguments[name], kernel.layouts.get(name)
+        if cache is not None and cache.numel():
+            yield name, cache, (layout(**arguments) if callable(layout) else layout) or _OWN

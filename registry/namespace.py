@@ -11,16 +11,6 @@ from mamba_ops.registry.dispatcher import caller, dispatcher
 from mamba_ops.registry.op import Op, P
 
 
-def require_out(out: Tensor | None) -> Tensor:
-    """Return the output tensor that the registry handed to a declared function.
-
-    In the front `out` is optional; inside the op it is always there. This says so, to the reader and to mypy.
-    """
-    if out is None:
-        raise errors.RegistryError("the reference was called without `out`; call the op, or pass a tensor to write")
-    return out
-
-
 class Declare(Protocol):
     """The decorator that `Namespace.op` returns; the signature of the function survives."""
 
@@ -36,20 +26,17 @@ class Namespace:
     Args:
         name: the `torch.ops` namespace. `<NAME>_BACKEND` is its environment variable, and the entry-point group
             `<name>.backends` is where other packages add kernels to its ops.
+
+    Attributes:
+        settings: names that the variable may set beside ops, each with what reads the word behind the `=`.
     """
 
-    source: str
-    """Where it was made, `file:line`."""
-    settings: dict[str, Callable[[str], Any]]
-    """Names that its environment variable may set beside ops, each with what reads the word behind the `=`."""
-
     def __init__(self, name: str) -> None:
-        dispatcher.refuse_duplicate("namespace", name, dispatcher.namespaces)
-        self.name = name
-        self.source = caller()
-        self._library = torch.library.Library(name, "FRAGMENT")
-        self._sentences: list[str] = []
+        errors.refuse_duplicate("namespace", name, dispatcher.namespaces.get(name))
+        self.name, self.source = name, caller()
         self.settings: dict[str, Callable[[str], Any]] = {}
+        self._library = torch.library.Library(name, "FRAGMENT")
+        self._sentences: list[str] = []  # which compiled calls raise, by number
         self._define("refuse", "(Tensor(a!) output, int code) -> ()", self._refuse, lambda output, code: None)
         dispatcher.namespaces[name] = self
 
@@ -69,12 +56,10 @@ class Namespace:
 
         The function has the front's signature and ends in `*, ..., out: Tensor | None = None) -> Tensor`; inside it,
         `require_out(out)` is the tensor to write. (`*, output: Tensor) -> None`, the schema's own form, is taken too;
-        then type checkers see no signature.) Its parameters are Tensors, ints, floats and bools;
-        Tensors and floats may be optional.
-
-        A cache that callers may leave out is `*, cache: Tensor | None = None`, named in `mutates` (in the front's form
-        alone). No schema may have an optional mutated tensor, so at the op it is a Tensor: the front passes an empty
-        one for None, and the op hands its checks, refusals and kernels None for an empty one.
+        then type checkers see no signature.) Its parameters are Tensors, ints, floats and bools; Tensors and floats
+        may be optional. A cache that callers may leave out is `*, cache: Tensor | None = None`, named in `mutates`:
+        checks, refusals and kernels get None then, and the schema, which may have no optional mutated tensor, an
+        empty one.
 
         Args:
             mutates: names of all parameters that the op writes, `out` among them.
@@ -94,10 +79,11 @@ class Namespace:
         """
 
         def declare(function: Callable[..., Any]) -> Any:
-            flags: dict[str, Any] = {"splits_graph": splits_graph, "reads_host": reads_host, "composed": composed}
-            flags |= {"reference": reference, "arguments": arguments, "replaces": replaces, "returns": tuple(returns)}
             front = type(function.__name__, (Op,), {"__doc__": function.__doc__, "__module__": function.__module__})
-            return front(self, function, frozenset("output" if m == "out" else m for m in mutates), **flags)
+            written = frozenset("output" if name == "out" else name for name in mutates)
+            flags: dict[str, Any] = {"splits_graph": splits_graph, "reads_host": reads_host, "composed": composed}
+            flags |= {"returns": tuple(returns)}
+            return front(self, function, written, reference, arguments, **flags, replaces=replaces)
 
         return declare
 
@@ -120,7 +106,7 @@ class Namespace:
         raise ValueError(self._sentences[code])
 
     def _number(self, sentences: Iterable[str]) -> int:
-        """Store sentences that compiled calls raise by number; return the first one's number."""
+        """Store sentences; return the first one's number."""
         first = len(self._sentences)
         self._sentences.extend(sentences)
         return first

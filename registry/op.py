@@ -3,9 +3,9 @@
 import inspect
 import linecache
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 from torch import Tensor
@@ -13,18 +13,27 @@ from typing_extensions import ParamSpec
 
 from mamba_ops.registry import _torch, codegen, errors, schema, selection, token
 from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
-from mamba_ops.registry.capture import capture_query
-from mamba_ops.registry.decision_cache import CachedDecision, DecisionCache, never_matches, redispatch_query
+from mamba_ops.registry.capture import capture_query, note
 from mamba_ops.registry.dispatcher import device_of, dispatcher
-from mamba_ops.registry.samples import ErrorInput, Sample
-from mamba_ops.registry.snapshot import Requests
+from mamba_ops.registry.snapshot import CachedDecision, DecisionCache, Requests, never_matches, redispatch_query
 from mamba_ops.registry.training import Trainable
 
 if TYPE_CHECKING:
     from mamba_ops.registry.namespace import Namespace
 
 P = ParamSpec("P")
-F = TypeVar("F", bound=Callable[..., Any])
+
+_LIMIT = 4096  # calls that an op remembers per snapshot before it begins again: endless shapes must cost no memory
+
+
+def require_out(out: Tensor | None) -> Tensor:
+    """Return the output tensor that the registry handed to a declared function.
+
+    In the front `out` is optional; inside the op it is always there. This says so, to the reader and to mypy.
+    """
+    if out is None:
+        raise errors.RegistryError("the reference was called without `out`; call the op, or pass a tensor to write")
+    return out
 
 
 def ops() -> Mapping[str, "Op[...]"]:
@@ -45,58 +54,49 @@ class Op(Trainable, Generic[P]):
         mutates: names of the parameters that it writes.
         returns: names of those of them that it allocates itself and returns; none for an op that writes into `output`.
         kernels: backend name to kernel; the reference is the kernel of the backend `torch`, or `composed`.
-        splits_graph, reads_host, composed: see `Namespace.op`.
+        splits_graph, reads_host, composed, replaces: see `Namespace.op`.
         overload: the `torch.ops` overload, for those who want no front.
         call_undispatched: the op as composed ops call it, which went through torch's dispatcher themselves.
     """
+
+    splits_graph: bool
+    reads_host: bool
+    composed: bool
+    replaces: str | None
 
     def __init__(
         self,
         namespace: "Namespace",
         function: Callable[..., Any],
         mutates: frozenset[str],
-        *,
-        splits_graph: bool,
-        reads_host: bool,
-        composed: bool,
-        reference: Callable[..., Any] | str | None = None,
-        arguments: type[tuple[Any, ...]] | None = None,
-        replaces: str | None = None,
-        returns: tuple[str, ...] = (),
+        reference: Callable[..., Any] | str | None,
+        arguments: type[tuple[Any, ...]] | None,
+        **flags: Any,
     ) -> None:
+        super().__init__()
+        vars(self).update(flags)
         self.name = self.__name__ = function.__name__
         self.namespace, self.qualname = namespace.name, f"{namespace.name}::{self.name}"
-        self.source = errors.source_of(function)
-        self.mutates, self.returns = mutates, returns
-        self.splits_graph, self.reads_host, self.composed = splits_graph, reads_host, composed
-        dispatcher.refuse_duplicate("op", self.qualname, dispatcher.ops)
+        errors.refuse_duplicate("op", self.qualname, dispatcher.ops.get(self.qualname))
+        self.source, self.reference, self.mutates = errors.source_of(function), function, mutates
         self.parameters = schema.parameters_of(self.qualname, function, mutates)
         self._names = [p.name for p in self.parameters]
-        self._called = [p for p in self.parameters if p.name not in returns]  # what torch's dispatcher hands to the op
+        self._called = [p for p in self.parameters if p.name not in self.returns]  # what torch's dispatcher hands to it
         self._tensors = [p.name for p in self._called if codegen.is_tensor(p)]
-        self.reference, self.replaces = function, replaces
         self.arguments = arguments or namedtuple("Arguments", self._names)
-        if getattr(self.arguments, "_fields", ()) != tuple(self._names):
-            got = ", ".join(getattr(self.arguments, "_fields", ()))
-            problem = f"arguments has the fields {got}, expected {', '.join(self._names)}"
+        if (fields := getattr(self.arguments, "_fields", ())) != tuple(self._names):
+            problem = f"arguments has the fields {', '.join(fields)}, expected {', '.join(self._names)}"
             raise errors.declaration(f"{self.qualname} ({self.source})", problem)
         self.kernels: dict[str, Kernel] = {}
-        self._checks: Callable[..., None] | None = None
-        self._outputs: list[Callable[..., Any]] = [self._no_outputs]  # of one, which the front looks up
-        self._samples: Callable[..., Iterable[Sample]] | None = None
-        self._fills: Callable[..., dict[str, Any]] | None = None
-        self.patterns: tuple[str, ...] = ()
-        self._call_pattern: Callable[[Any, str], Sample] | None = None
-        self._error_inputs: Callable[..., Iterable[ErrorInput]] | None = None
         self._decisions: dict[Requests, DecisionCache] = {}  # by the requests of a context; empty after a swap
         self._all_decisions: dict[Any, DecisionCache] = {}  # by snapshot: a swap back finds them
         self._nothing = {  # what stands for None where calls are compared: one each, for a tensor met twice is no match
             p.name: torch.empty(0, dtype=torch.complex64) for p in self._called if codegen.is_optional(p)
         }
         self._register(namespace)
-        own = COMPOSED if composed else REFERENCE
-        body = reference or codegen.renamed_output(self.qualname, self.parameters, function)
-        self.kernels[own.name] = Kernel(own, body, self)
+        own = COMPOSED if self.composed else REFERENCE
+        implementation = reference or codegen.adapted(self.qualname, self.parameters, self.arguments, function)
+        self.kernels[own.name] = Kernel(own, implementation, self)
         dispatcher.ops[self.qualname] = self
         dispatcher.changed()
 
@@ -108,17 +108,13 @@ class Op(Trainable, Generic[P]):
             self.parameters,
             caches,
             self.returns,
-            outputs=self._outputs,
-            decisions=self._decisions,
-            active=dispatcher._active.get,
             resolve=partial(token.resolve, self),
             never_matches=never_matches,
             decide=self._decide,
             decide_captured=self._decide_captured,
             refuse_gradient=self._refuse_gradient,
-            is_grad_enabled=torch.is_grad_enabled,
             is_inference_mode_enabled=torch.is_inference_mode_enabled,
-            **{f"no_{name}": tensor for name, tensor in self._nothing.items()},
+            **self._cells(),
         )
         self.schema = schema.infer(self.parameters, caches, self.mutates, self.returns)
         tags = [torch.Tag.cudagraph_unsafe] * self.reads_host
@@ -126,31 +122,39 @@ class Op(Trainable, Generic[P]):
         self.overload = getattr(getattr(torch.ops, namespace.name), self.name).default
         self._write_front()
 
+    def _cells(self) -> dict[str, Any]:
+        """Return what fronts and bodies have in common."""
+        return {
+            "facets": self.facets,
+            "decisions": self._decisions,
+            "active": dispatcher.active.get,
+            "is_grad_enabled": torch.is_grad_enabled,
+            **{f"no_{name}": tensor for name, tensor in self._nothing.items()},
+        }
+
     def _write_front(self) -> None:
         """Write what users call; again when the op learns to record gradients."""
-        caches = codegen.left_out(self.parameters, self.mutates)
-        closure: dict[str, Any] = {"overload": self.overload, "dispatch": _torch.dispatch_of(self.overload)}
-        closure |= {"is_compiling": torch.compiler.is_dynamo_compiling, "token": token.token}
-        closure |= {"is_grad_enabled": torch.is_grad_enabled, "is_transformed": _torch.is_transformed}
+        cells = self._cells() | {"overload": self.overload, "dispatch": _torch.dispatch_of(self.overload)}
+        cells |= {"is_compiling": torch.compiler.is_dynamo_compiling, "token": token.token}
+        cells["is_transformed"] = _torch.is_transformed
         inside: Callable[..., Any] = self._body
         if self.returns:
-            call = codegen.functional_front(self.qualname, self._called, record=self.record, **closure)
+            call = codegen.functional_front(self.qualname, self._called, record=self.record, **cells)
         else:
-            forward = self.forward_op
-            sentences = (self._gradient_sentence(p.name) for p in self.parameters)
+            forward, namespace = self.forward_op, dispatcher.namespaces[self.namespace]
             call, function = codegen.fronts(
                 self.qualname,
                 self.parameters,
                 sorted(self.mutates),
-                caches,
-                dispatcher.namespaces[self.namespace]._number(sentences),
+                codegen.left_out(self.parameters, self.mutates),
+                namespace._number(self._gradient_sentence(p.name) for p in self.parameters),
                 [] if forward is None else [p.name for p in forward._called],
-                forward is not None and len(forward.returns) > 1,
+                "[0]" if forward is not None and len(forward.returns) > 1 else "",
                 body=self._body,
-                outputs=self._outputs,
+                is_watched=_torch.is_watched,
                 refuse=getattr(torch.ops, self.namespace).refuse.default,
                 forward=forward,
-                **closure,
+                **cells,
             )
             inside = function.__get__(self)
         type(self).__call__ = call  # type: ignore[method-assign]
@@ -172,92 +176,6 @@ class Op(Trainable, Generic[P]):
     def __reduce__(self) -> str:
         return self.name  # copied and pickled as what it is: a global of the module that declares it
 
-    # -- facets -------------------------------------------------------------------------------------------------------
-
-    def validate(self, function: F) -> F:
-        """Register the checks: they name any of the op's parameters and raise ValueError before anything is written.
-
-        They may read shapes, dtypes, devices and numbers, never strides or values: a verdict is remembered for calls
-        that agree in the former.
-        """
-        self._checks = self._facet(function)
-        return function
-
-    def allocate_output(self, function: F) -> F:
-        """Register what `out` is: names any of the inputs, returns a new tensor, and never raises on bad input. For an
-        op that `returns` tensors: a tuple of them all.
-        """
-        self._outputs[0] = self._facet(function, [p for p in self._called if p.name != "output"])
-        return function
-
-    def samples(self, function: F) -> F:
-        """Register the samples: called with a device and static sizes by keyword, yields `Sample`s."""
-        self._samples = function
-        return function
-
-    def call_patterns(self, *names: str) -> Callable[[F], F]:
-        """Register the ways in which the op is called, by name: called with random inputs (which have a number of rows
-        and tokens) and one of the names, the decorated function returns a `Sample`. Warm-up, tuning and the tests of
-        sizes make such calls.
-        """
-
-        def register(function: F) -> F:
-            self.patterns, self._call_pattern = names, function
-            return function
-
-        return register
-
-    def make_call(self, random: Any, pattern: str) -> Sample:
-        """Return a call of one of the op's patterns."""
-        if self._call_pattern is None or pattern not in self.patterns:
-            known = ", ".join(self.patterns) or "none; add them with @op.call_patterns"
-            raise errors.declaration(self.qualname, f"has no call pattern {pattern!r}; it has {known}")
-        return self._call_pattern(random, pattern)
-
-    def error_inputs(self, function: F) -> F:
-        """Register wrong calls: called with a device, yields an `ErrorInput` for each."""
-        self._error_inputs = function
-        return function
-
-    def make_error_inputs(self, device: torch.device | str) -> list[ErrorInput]:
-        """Return the op's wrong calls on a device; none if it has none."""
-        return [] if self._error_inputs is None else list(self._error_inputs(torch.device(device)))
-
-    def default_arguments(self, function: F) -> F:
-        """Register what the settings in force give to arguments that the caller left out: it names any of the op's
-        parameters and returns the arguments to replace, by name (keyword-only ones), most often none.
-
-        Whether it returns any may depend on the settings and on what checks may read; then it is asked in every call.
-        """
-        self._fills = self._facet(function)
-        dispatcher.changed()
-        return function
-
-    @property
-    def has_default_arguments(self) -> bool:
-        """Whether settings give something to arguments that were left out."""
-        return self._fills is not None
-
-    def make_samples(self, device: torch.device | str, **sizes: Any) -> list[Sample]:
-        """Return the op's samples on a device; `sizes` are the static sizes and dtypes that its samples know."""
-        return list(self.sampler(torch.device(device), **sizes))
-
-    @property
-    def sampler(self) -> Callable[..., Iterable[Sample]]:
-        """The function that yields the op's samples, of a device and static sizes."""
-        if self._samples is None:
-            raise errors.declaration(self.qualname, "has no samples; add them with @op.samples")
-        return self._samples
-
-    def allocate(self, *args: Any, **kwargs: Any) -> Any:
-        """Return a new, uninitialised output for these inputs; a tuple for an op that `returns` tensors."""
-        return self._outputs[0](*args, **kwargs)
-
-    def _no_outputs(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise errors.declaration(
-            self.qualname, "was called without `out` and has no @op.allocate_output to allocate it"
-        )
-
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return a front call's arguments as checks and kernels get them, with defaults and the output filled in."""
         bound = self.__signature__.bind(*args, **kwargs)
@@ -265,23 +183,10 @@ class Op(Trainable, Generic[P]):
         arguments = dict(bound.arguments)
         if self.returns:
             return arguments | dict(zip(self.returns, self.allocate(**arguments), strict=True))
-        if "output" in self.mutates and (out := arguments.pop("out")) is None:
-            arguments["output"] = self.allocate(**arguments)
-        elif "output" in self.mutates:
-            arguments["output"] = out
+        if "output" in self.mutates:
+            out = arguments.pop("out")
+            arguments["output"] = self.allocate(**arguments) if out is None else out
         return arguments
-
-    def fill(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a call's arguments with what the settings in force give to those left out."""
-        return {**arguments, **(self._fills(**arguments) if self._fills else {})}
-
-    def check(self, arguments: Mapping[str, Any]) -> None:
-        """Raise the ValueError that a call with these arguments would raise, if any."""
-        if self._checks is not None:
-            try:
-                self._checks(**arguments)
-            except ValueError as error:
-                raise errors.in_call_of(self.qualname, error) from None
 
     def check_supported(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Raise what a call with these arguments would raise because the backend asked for by name refuses it.
@@ -292,14 +197,9 @@ class Op(Trainable, Generic[P]):
         if selection.has_explicit_backend(self):
             arguments = self.fill(self.bind(args, kwargs))
             self.check(arguments)
-            selection.require(self, arguments)
-
-    def takes_a_call(self, function: Callable[..., Any]) -> bool:
-        """Return whether a function takes a call as one value: its one parameter is none of the op's."""
-        found = list(inspect.signature(function).parameters.values())
-        return len(found) == 1 and "VAR_" not in found[0].kind.name and found[0].name not in self._names
-
-    # -- called by generated code -------------------------------------------------------------------------------------
+            taker, reasons = selection.first_taker(self, arguments, snapshot := dispatcher.current())
+            if taker is None:
+                raise selection.refused(self, reasons, snapshot)
 
     def _decide(self, cache: DecisionCache, key: Any, values: tuple[Any, ...]) -> CachedDecision:
         """Check a call that was not seen before, choose its kernel and remember both; the second time, how it looks."""
@@ -308,12 +208,15 @@ class Op(Trainable, Generic[P]):
             kernel, _ = self._choose(arguments, cache)
             known = CachedDecision(numbers=key[0], kernel=kernel, is_capturing=capture_query(device_of(arguments)))
         else:
-            tensors = [self._nothing[n] if arguments[n] is None else arguments[n] for n in self._tensors]
+            given = {**arguments, **{n: tensor for n, tensor in self._nothing.items() if arguments[n] is None}}
+            tensors = [value for value in given.values() if isinstance(value, Tensor)]
             known = known._replace(
                 must_redispatch=redispatch_query(tensors, known.is_capturing),
                 same_tensors=_torch.same_tensors(tensors),
             )
-        cache.learn(key, known)
+        if len(cache.known) >= _LIMIT:
+            cache.known.clear()
+        cache.known[key] = known
         return known
 
     def _decide_captured(self, values: tuple[Any, ...], selection_token: Tensor | None) -> Callable[..., None]:
@@ -327,51 +230,58 @@ class Op(Trainable, Generic[P]):
         if selection_token is not None:
             named = token.named_by(selection_token)
             if named is None and _torch.inductor_records(device_of(arguments)):
-                raise errors.recording_in_event_loop(self.qualname)
+                raise errors.RegistryError(
+                    f"{self.qualname}: got a recording by torch.compile (a CUDA graph) in a thread whose asyncio tasks "
+                    "select backends, expected one selection for the thread, as a replay runs no Python that could "
+                    "tell tasks apart; enter use_backend around the event loop, run the call in a thread, or compile "
+                    "without CUDA graphs"
+                )
             snapshot = named or snapshot
         with dispatcher.override(snapshot):
-            kernel, arguments = self._choose(arguments, DecisionCache(snapshot, is_foreign=selection_token is not None))
-            selection.note_capture(self, arguments, has_token=selection_token is not None)
+            has_token = selection_token is not None
+            kernel, arguments = self._choose(arguments, DecisionCache(snapshot, is_foreign=has_token))
+            taker, refused = selection.first_taker(self, arguments, snapshot)
+            if taker is not None:
+                note(self, taker.backend.name, refused, device_of(arguments), has_token=has_token)
         return kernel
 
     def _choose(self, called: dict[str, Any], cache: DecisionCache) -> tuple[Callable[..., None], dict[str, Any]]:
         """Check a call; return what runs it, and its arguments with what the settings give to those left out."""
         with dispatcher.override(cache.snapshot):
-            arguments = self.fill(called) if self._fills else called
+            arguments = self.fill(called)
             self.check(arguments)
             kernel = selection.choose(self, arguments, cache)
-        given = {} if arguments is called else {n: v for n, v in arguments.items() if v is not called[n]}
+        given = {name: value for name, value in arguments.items() if value is not called[name]}
         return (self._filling(kernel, given) if given else kernel), arguments
 
     def _filling(self, kernel: Callable[..., None], first: dict[str, Any]) -> Callable[..., None]:
-        """Return a function that runs the kernel with what the settings give, anew in every call.
+        """Return a function that runs the kernel with what the settings give, asked for in every call.
 
         `first` was given for the call that is decided on, and is that call's: what a graph captures is drawn once.
         """
-        fills, positional = self._fills, [p.name for p in self.parameters if p.kind is not p.KEYWORD_ONLY]
-        assert fills is not None
-        ready = [first]
+        fills, ready = self.facets["default_arguments"], iter([first])
 
         def run(*args: Any, **kwargs: Any) -> None:
-            try:
-                given = ready.pop()
-            except IndexError:
-                given = fills(**dict(zip(positional, args, strict=True)), **kwargs)
-            kernel(*args, **(kwargs | given))
+            kernel(*args, **kwargs | (next(ready, None) or fills(*args, **kwargs)))
 
         return run
+
+    def _refuse_gradient(self, values: tuple[Any, ...]) -> None:
+        """Raise if one of a call's tensors requires grad; called in grad mode."""
+        for name, value in self._named(values).items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise ValueError(self._gradient_sentence(name))
 
     def _named(self, values: tuple[Any, ...]) -> dict[str, Any]:
         return {p.name: value for p, value in zip(self._called, values, strict=True)}
 
-    def _refuse_gradient(self, values: tuple[Any, ...]) -> None:
-        for p, value in zip(self._called, values, strict=True):
-            if isinstance(value, Tensor) and value.requires_grad:
-                raise ValueError(self._gradient_sentence(p.name))
-
     def _gradient_sentence(self, name: str) -> str:
         shown = "out" if name == "output" and not self.returns else name
-        return errors.requires_grad(self.qualname, shown, entry=self._gradient_entry())
+        return (
+            f"{self.qualname}: {shown}: got a tensor that requires grad while grad mode is on, expected none: "
+            f"{self._gradient_entry() or 'this op does not record gradients'}; else call it under torch.no_grad() or "
+            "torch.inference_mode(), or detach the tensor (parameters count)"
+        )
 
     def _fake(self, *args: Any, **kwargs: Any) -> Any:
         """Allocate what the op returns. Refuse meta tensors among real ones, which would run nothing."""
@@ -379,19 +289,9 @@ class Op(Trainable, Generic[P]):
         if len({t.is_meta for t in tensors.values()}) > 1:
             expected = next(iter(tensors.values())).device
             name = next(n for n, t in tensors.items() if t.is_meta != (expected.type == "meta"))
-            raise errors.two_worlds(self.qualname, name, tensors[name].device, expected)
+            got = f"got a tensor on {tensors[name].device}, expected {expected}"
+            raise ValueError(f"{self.qualname}: {name}: {got}; move all arguments to one device")
         if not self.returns:
             return None
         results = self.allocate(*args[: len(self._called)])
         return results if len(results) > 1 else results[0]
-
-    def _facet(self, function: F, parameters: list[inspect.Parameter] | None = None) -> Callable[..., Any]:
-        if parameters is None:  # what the op returns is not there yet when a call is checked and decided
-            parameters = [p.replace(default=None) if p.name in self.returns else p for p in self.parameters]
-        if self.takes_a_call(function):
-            return codegen.packed(self.qualname, parameters, self.arguments, function)
-        named = [p.name for p in inspect.signature(function).parameters.values() if "VAR_" not in p.kind.name]
-        if stray := set(named) - {p.name for p in parameters}:
-            problem = f"{function.__name__} names {', '.join(sorted(stray))}, which the op does not have"
-            raise errors.declaration(f"{self.qualname} ({errors.source_of(function)})", problem)
-        return codegen.subset(self.qualname, parameters, function)

@@ -1,4 +1,4 @@
-"""Samples of calls, and how far a kernel may be from the truth."""
+"""Samples of calls, right and wrong."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,14 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of an op, by its front's arguments.
+    """One call of an op, by its front's arguments; tensors in it may be views with padding around them."""
 
-    Attributes:
-        name: what is particular about it, in a word or two.
-        args, kwargs: the call; tensors in it may be views with padding around them.
-    """
-
-    name: str
+    name: str  # what is particular about it, in a word or two
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
@@ -27,77 +22,32 @@ class Sample:
     def clone(self) -> "Sample":
         """Return the same call on copies of its tensors; views keep their strides and the padding around them."""
         copies: dict[int, Tensor] = {}
-        return Sample(
-            self.name,
-            tuple(_copy(a, copies) for a in self.args),
-            {name: _copy(a, copies) for name, a in self.kwargs.items()},
-        )
+        return self._with(lambda tensor: _copy(tensor, copies))
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "Sample":
         """Return the same call with its floating tensors in another dtype, and all of them on another device."""
+        return self._with(lambda t: t.to(device or t.device, dtype if t.is_floating_point() else t.dtype))
 
-        def convert(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return value.to(device or value.device, dtype if value.is_floating_point() else value.dtype)
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Sample":
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else value
 
-        args = tuple(convert(a) for a in self.args)
-        return Sample(self.name, args, {name: convert(a) for name, a in self.kwargs.items()})
+        return Sample(self.name, tuple(map(changed, self.args)), {n: changed(v) for n, v in self.kwargs.items()})
 
 
 @dataclass(frozen=True)
 class ErrorInput:
-    """A wrong call of an op, made of a sample by changing one argument.
+    """A wrong call of an op, made of a sample by changing one argument."""
 
-    Attributes:
-        sample: name of the sample.
-        argument: the argument to change.
-        change: returns what to pass for it, given what the sample passes (the allocated output, for `out`).
-        error: how the message begins after the op's name, a regular expression.
-    """
-
-    sample: str
-    argument: str
-    change: Callable[[Any], Any]
-    error: str
+    sample: str  # its name
+    argument: str  # the one to change
+    change: Callable[[Any], Any]  # returns what to pass, given what the sample passes (for `out`, an allocated output)
+    error: str  # how the message begins after the op's name, a regular expression
 
 
-def _copy(value: Any, copies: dict[int, Tensor]) -> Any:
-    """Copy a tensor's whole storage once and take the same view of it."""
-    if not isinstance(value, Tensor):
-        return value
-    storage = value.untyped_storage()
-    if (whole := copies.get(id(value))) is None:
-        flat = torch.empty(0, dtype=value.dtype, device=value.device).set_(storage)
-        whole = copies[id(value)] = flat.clone().as_strided(value.shape, value.stride(), value.storage_offset())
-    return whole
-
-
-def error_budget(truth: Tensor, low: Tensor, stored: torch.dtype) -> Tensor:
-    """Return how far, element by element, a kernel may be from the truth.
-
-    Twice the largest error that the oracle itself makes when it computes in the kernel's precision, plus one rounding
-    of the stored dtype: the budget comes from the data, no tolerance is set by hand.
-
-    Args:
-        truth: the oracle's result in float64.
-        low: the oracle's result computed in float32 and rounded as the kernel's is.
-        stored: dtype of the kernel's result.
-    """
-    finite = torch.isfinite(truth)
-    slip = (low.double() - truth)[finite].abs().max() if finite.any() else torch.zeros((), dtype=torch.float64)
-    return 2 * slip + torch.finfo(stored).eps * truth.abs() + torch.finfo(stored).tiny
-
-
-def assert_within_budget(actual: Tensor, truth: Tensor, low: Tensor, what: str = "result") -> None:
-    """Raise AssertionError, with the worst element, if a kernel's result is outside `error_budget`."""
-    error = (actual.double() - truth).abs()
-    budget = error_budget(truth, low, actual.dtype)
-    wrong = ~(error <= budget)  # NaN is wrong too
-    if wrong.any():
-        worst = int((error - budget).nan_to_num(torch.inf).argmax())
-        raise AssertionError(
-            f"{what}: {int(wrong.sum())} of {wrong.numel()} elements outside the budget; worst at flat index {worst}: "
-            f"got {actual.flatten()[worst].item():.6g}, truth {truth.flatten()[worst].item():.6g}, "
-            f"budget {budget.flatten()[worst].item():.3g}"
-        )
+def _copy(tensor: Tensor, copies: dict[int, Tensor]) -> Tensor:
+    """Copy a tensor's whole storage, once, and take the same view of it."""
+    if id(tensor) not in copies:
+        flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+        copies[id(tensor)] = flat.clone().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return copies[id(tensor)]

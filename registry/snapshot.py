@@ -1,12 +1,15 @@
-"""What is selected at one time, and the requests that it is made of."""
+"""What is selected at one time, the requests that it is made of, and what an op has decided under it."""
 
-from collections.abc import Hashable, Mapping
-from functools import cached_property
-from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from mamba_ops.registry.backend import Backend, Kernel
+    from mamba_ops.registry.backend import Kernel
     from mamba_ops.registry.dispatcher import Dispatcher
     from mamba_ops.registry.op import Op
 
@@ -17,30 +20,12 @@ Names = tuple[str, ...]
 
 
 class Request(NamedTuple):
-    """What is asked for at one place.
+    """What is asked for at one place. A call that the last backend of an order refuses is refused."""
 
-    Attributes:
-        by: what asks, for messages.
-        everywhere: the order for every op that is not named: of these backends, those that have a kernel for it.
-        ops: op name and the backends to try, in order. A call that the last one refuses is refused.
-        settings: name and value; None where nothing is said about any of them.
-    """
-
-    by: str
-    everywhere: Names = ()
-    ops: tuple[tuple[str, Names], ...] = ()
-    settings: tuple[tuple[str, Hashable], ...] | None = None
-
-    @classmethod
-    def make(
-        cls,
-        by: str,
-        everywhere: Names = (),
-        ops: Mapping[str, Names] = MappingProxyType({}),
-        settings: Mapping[str, Hashable] | None = None,
-    ) -> "Request":
-        """Return a request made of mappings."""
-        return cls(by, everywhere, tuple(ops.items()), None if settings is None else tuple(settings.items()))
+    by: str  # what asks, for messages
+    everywhere: Names = ()  # the order for ops that are not named: of these backends, those that have a kernel for it
+    ops: tuple[tuple[str, Names], ...] = ()  # names of ops, each with its order
+    settings: tuple[tuple[str, Hashable], ...] | None = None  # names and values; None: nothing is said about them
 
     def of(self, op: "Op[...]") -> Names | None:
         """Return the backends that are asked for, for this op, or None."""
@@ -53,84 +38,60 @@ class Request(NamedTuple):
 
 
 class Requests:
-    """The requests of nested `use_backend` blocks, the innermost first. Equal ones are one object, quick to look up."""
+    """The requests of nested `use_backend` blocks, the innermost first.
 
-    _known: dict[tuple[Request, ...], "Requests"] = {}  # noqa: RUF012  it is meant to be shared
+    `requests_of` makes one object for equal ones, so that a look-up compares no names.
+    """
 
     def __init__(self, requests: tuple[Request, ...]) -> None:
         self.requests = requests
-        self._inner: dict[Request, Requests] = {}
-
-    @classmethod
-    def of(cls, requests: tuple[Request, ...]) -> "Requests":
-        """Return the one object of these requests."""
-        return cls._known.setdefault(requests, cls(requests))
+        self._plus: dict[Request, Requests] = {}
 
     def plus(self, request: Request) -> "Requests":
         """Return these with one more inside."""
-        if (found := self._inner.get(request)) is None:
-            found = self._inner[request] = self.of((request, *self.requests))
+        if (found := self._plus.get(request)) is None:
+            found = self._plus[request] = requests_of((request, *self.requests))
         return found
 
     def minus(self, request: Request) -> "Requests":
         """Return these without a request, the innermost of its kind: blocks may be left in another order."""
         at = self.requests.index(request) if request in self.requests else len(self.requests)
-        return self.of((*self.requests[:at], *self.requests[at + 1 :]))
+        return requests_of((*self.requests[:at], *self.requests[at + 1 :]))
 
 
-NO_REQUESTS = Requests.of(())
+requests_of = cache(Requests)
+NO_REQUESTS = requests_of(())
 
 
 class Order(NamedTuple):
-    """The kernels that a call of an op may go to, in order.
-
-    Attributes:
-        kernels: the kernels.
-        requested: the backends that were asked for by name, and by whom; None: it is the default order.
-    """
+    """The kernels that a call of an op may go to, in order."""
 
     kernels: "tuple[Kernel, ...]"
-    requested: tuple[Names, str] | None
+    requested: tuple[Names, str] | None  # backends asked for by name, and what asked; None in the default order
 
 
 class Snapshot:
-    """What is selected at one time.
+    """What is selected at one time; it never changes."""
 
-    Attributes:
-        active: the requests of `use_backend` that it was made of.
-        requests: those and the one of `configure`, the innermost first.
-        generation: its number; no two snapshots share one.
-    """
-
-    def __init__(
-        self, dispatcher: "Dispatcher", active: Requests, requests: tuple[Request, ...], generation: int
-    ) -> None:
+    def __init__(self, dispatcher: "Dispatcher", active: Requests, configured: Request | None, generation: int) -> None:
         self._dispatcher = dispatcher
-        self.active, self.requests, self.generation = active, requests, generation
+        self.active = active  # the requests of `use_backend` that it was made of
+        self.requests = (*active.requests, *([] if configured is None else [configured]))  # the innermost first
+        self.generation = generation  # no two snapshots share one
+        self.token_size: int | None = None  # of its selection token; None until there is one
         self._orders: dict[Op[...], Order] = {}
 
     def order(self, op: "Op[...]") -> Order:
         """Return the kernels that a call may go to, in order."""
         if (found := self._orders.get(op)) is None:
-            if (requested := self.requested(op)) is None:
+            requests = (*self.requests, self._dispatcher.environment(op.namespace))
+            requested = next(((names, r.by) for r in requests if (names := r.of(op)) is not None), None)
+            if requested is None:
                 kernels = sorted(op.kernels.values(), key=lambda k: (-k.backend.priority, k.backend.name))
             else:
                 kernels = [op.kernels[name] for name in requested[0] if name in op.kernels]
             found = self._orders[op] = Order(tuple(kernels), requested)
         return found
-
-    def requested(self, op: "Op[...]") -> tuple[Names, str] | None:
-        """Return the backends that are asked for by name, for this op, and who asks."""
-        for request in (*self.requests, self._dispatcher.environment(op.namespace)):
-            if (names := request.of(op)) is not None:
-                return names, request.by
-        return None
-
-    @cached_property
-    def names_backends(self) -> bool:
-        """Whether backends are asked for by name, for any op."""
-        requests = (*self.requests, *map(self._dispatcher.environment, list(self._dispatcher.namespaces)))
-        return any(request.everywhere or request.ops for request in requests)
 
     @cached_property
     def explicit_settings(self) -> Mapping[str, Hashable] | None:
@@ -145,10 +106,6 @@ class Snapshot:
         named = (self._dispatcher.environment(n).settings or () for n in list(self._dispatcher.namespaces))
         return dict(item for items in named for item in items)
 
-    def backend_settings(self, backend: "Backend") -> Mapping[str, str]:
-        """Return a backend's settings; those that nothing is said about have their defaults."""
-        return {n: str(self.settings.get(f"{backend.name}_{n}", v[0])) for n, v in backend.choices.items()}
-
     @cached_property
     def fingerprint(self) -> Hashable:
         """What two snapshots have in common if and only if every op has the same kernels in the same order.
@@ -160,3 +117,41 @@ class Snapshot:
         kernels = frozenset((op.qualname, k, k.backend.priority) for op in ops for k in op.kernels.values())
         explicit = None if self.explicit_settings is None else frozenset(self.explicit_settings.items())
         return tuple(named), kernels, explicit, self._dispatcher.renewals
+
+
+def never_matches(*tensors: Tensor) -> bool:
+    """Stands for a comparison that is not made yet: most calls of sizes of their own come once."""
+    return False
+
+
+class CachedDecision(NamedTuple):
+    """A call that was decided on."""
+
+    must_redispatch: Callable[[], bool] = bool  # asked in every call, so built in if it can: see `redispatch_query`
+    same_tensors: Callable[..., bool] = never_matches  # whether other tensors are like its own
+    numbers: tuple[Any, ...] = ()  # its arguments that are no tensors
+    kernel: Callable[..., Any] = never_matches  # what runs it
+    is_capturing: Callable[[], bool] = bool  # whether this thread's current stream captures a graph
+
+
+_EMPTY = CachedDecision()
+
+
+@dataclass(slots=True, eq=False)
+class DecisionCache:
+    """What an op has decided under one snapshot."""
+
+    snapshot: Snapshot
+    is_foreign: bool = False  # a selection token names the snapshot, which is not the context's
+    token_size: int = -1  # of the snapshot's selection token, once there is one
+    last: CachedDecision = _EMPTY  # the latest call
+    known: dict[Any, CachedDecision] = field(default_factory=dict)  # all calls, by what they are recognised by
+
+
+def redispatch_query(tensors: list[Tensor], is_capturing: Callable[[], bool]) -> Callable[[], bool]:
+    """Return what tells whether a known call is decided again: where a gradient may be asked for, and in a capture."""
+    if not any(t.requires_grad for t in tensors):
+        return is_capturing
+    if is_capturing is bool:
+        return torch.is_grad_enabled
+    return lambda: torch.is_grad_enabled() or is_capturing()

@@ -16,22 +16,16 @@ if TYPE_CHECKING:  # torch.fx costs milliseconds, which only those who split pay
 
     from mamba_ops.registry.op import Op
 
-_marked: dict[str, bool] = {}  # what users said about an op, by qualified name
+_ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
-_ALLOCATIONS = (torch.empty, torch.empty_like, torch.empty_strided, "new_empty", "new_empty_strided")
+_marked: dict[str, bool] = {}  # what users said about an op, by qualified name
 
 
 class Subgraph(NamedTuple):
-    """One part of a split graph.
-
-    Attributes:
-        name: of the submodule.
-        ops: the splitting ops in it, in order, as `namespace::name`; none in a piece to be compiled and captured.
-        module: the submodule.
-    """
+    """One part of a split graph: a submodule, and its name."""
 
     name: str
-    ops: tuple[str, ...]
+    ops: tuple[str, ...]  # splitting ops in it, in order, as `namespace::name`; none in a piece to compile and capture
     module: "GraphModule"
 
 
@@ -89,8 +83,8 @@ def split_graph(gm: "GraphModule") -> SplitGraph:
     """Cut a graph of Dynamo's at the splitting ops: pieces without them and pieces of nothing else take turns.
 
     Splitting ops in a row share a piece. Where nothing but the allocation of an op's output stands between two of them,
-    it moves to the piece before both, so that its memory is that piece's and they are in a row. A `torch.Size` never
-    goes from piece to piece, only its numbers do; nor does a tuple, its members do. `gm` itself stays as it is.
+    it moves to the piece before both, so that its memory is that piece's and they are in a row. From piece to piece go
+    the numbers of a `torch.Size` and the members of a tuple, never these themselves. `gm` stays as it is.
 
     Args:
         gm: as a backend of torch.compile gets it (or from `symbolic_trace`), before AOTAutograd, which would hide the
@@ -111,76 +105,64 @@ def split_graph(gm: "GraphModule") -> SplitGraph:
     whole.recompile()
     split = split_module(whole, whole, lambda node: place[node], keep_original_order=True)
     pieces = []
-    for i, (splits, nodes) in enumerate(groups):
-        ops = tuple(name for node in nodes if (name := _torch.schema_name(node.target)) in names) if splits else ()
-        pieces.append(Subgraph(f"submod_{i}", ops, split.get_submodule(f"submod_{i}")))  # type: ignore[arg-type]
+    for (name, module), (_, nodes) in zip(split.named_children(), groups, strict=True):
+        ops = tuple(op for node in nodes if (op := _torch.schema_name(node.target)) in names)
+        pieces.append(Subgraph(name, ops, module))  # type: ignore[arg-type]
     return SplitGraph(split, pieces)
 
 
 def _value(node: "Node") -> Any:
-    """Return what a node's result was while tracing, if anybody noted it."""
+    """Return what a node's result was while tracing, if that was noted."""
     return node.meta.get("example_value", node.meta.get("val"))
 
 
 def _take_sizes_apart(graph: "Graph") -> None:
-    """Replace `x.size()` by the sizes of its dimensions, each a node of its own."""
-    for node in list(graph.find_nodes(op="call_method", target="size")):
-        [tensor, *dim] = node.args
-        members = [u for u in node.users if u.target is operator.getitem and isinstance(u.args[1], int)]
-        value = _value(tensor)
-        if isinstance(value, Tensor):
-            dims = range(value.dim())
-        elif len(members) == len(node.users) and all(u.args[1] >= 0 for u in members):
-            dims = range(1 + max((u.args[1] for u in members), default=-1))
-        else:
-            continue  # nobody knows how many there are
-        if dim or node.kwargs:
-            continue
-        with graph.inserting_before(node):
-            sizes = tuple(graph.call_function(torch.ops.aten.sym_size.int, (tensor, d)) for d in dims)
-        for d, size in zip(dims, sizes, strict=True):
-            size.meta["example_value"] = value.shape[d] if isinstance(value, Tensor) else None
-        for user in members:
-            user.replace_all_uses_with(sizes[user.args[1]])
-            graph.erase_node(user)
-        _replace(node, sizes)
-        graph.erase_node(node)
-        for size in [size for size in sizes if not size.users]:
-            graph.erase_node(size)
-
-
-def _replace(node: "Node", by: "tuple[Node, ...]") -> None:
-    """Let all users of a node use a tuple of others."""
+    """Replace `x.size()` by a node for the size of each dimension, where Dynamo noted how many there are."""
     from torch.fx.node import map_arg
 
-    def other(argument: "Node") -> Any:
-        return by if argument is node else argument
+    for node in graph.find_nodes(op="call_method", target="size"):
+        tensor, *dim = node.args
+        value = _value(tensor)
+        if dim or node.kwargs or not isinstance(value, Tensor):
+            continue
+        with graph.inserting_before(node):
+            sizes = tuple(graph.call_function(torch.ops.aten.sym_size.int, (tensor, d)) for d in range(value.dim()))
+        for size, number in zip(sizes, value.shape, strict=True):
+            size.meta["example_value"] = number
 
-    for user in list(node.users):
-        user.args, user.kwargs = map_arg(user.args, other), map_arg(user.kwargs, other)
+        def other(argument: "Node", node: "Node" = node, sizes: Any = sizes) -> Any:
+            return sizes if argument is node else argument
+
+        for user in list(node.users):
+            if user.target is operator.getitem and isinstance(user.args[1], int):
+                user.replace_all_uses_with(sizes[user.args[1]])
+                graph.erase_node(user)
+            else:
+                user.args, user.kwargs = map_arg(user.args, other), map_arg(user.kwargs, other)
+        for unused in [node, *(size for size in sizes if not size.users)]:
+            graph.erase_node(unused)
 
 
 def _grouped(graph: "Graph", names: set[str]) -> "list[tuple[bool, list[Node]]]":
     """Return the pieces as groups of nodes, each with whether it is one of splitting ops."""
-    groups: list[tuple[bool, list[Node]]] = []
-    group_of: dict[Node, list[Node]] = {}
-
     runs: list[tuple[bool, list[Node]]] = []  # as they stand in the graph
+    run_of: dict[Node, list[Node]] = {}
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
         producer = node.args[0] if node.target is operator.getitem else None
-        if producer in group_of and isinstance(_value(producer), tuple | list):
-            group_of[node] = group_of[producer]
-            group_of[producer].append(node)
-            continue
-        splits = node.op == "call_function" and _torch.schema_name(node.target) in names
-        if not runs or runs[-1][0] != splits:
-            runs.append((splits, []))
-        runs[-1][1].append(node)
-        group_of[node] = runs[-1][1]
+        if producer in run_of and isinstance(_value(producer), tuple | list):
+            run = run_of[producer]  # a tuple is taken apart in the piece that made it
+        else:
+            splits = node.op == "call_function" and _torch.schema_name(node.target) in names
+            if not runs or runs[-1][0] != splits:
+                runs.append((splits, []))
+            run = runs[-1][1]
+        run.append(node)
+        run_of[node] = run
+    groups: list[tuple[bool, list[Node]]] = []
     for splits, nodes in runs:
-        if not splits and len(groups) > 1 and _only_allocates(nodes) and not _reads(nodes, groups[-1][1]):
+        if not splits and len(groups) > 1 and _may_stand_before(nodes, groups[-1][1]):
             groups[-2][1].extend(nodes)
         elif groups and groups[-1][0] == splits:
             groups[-1][1].extend(nodes)
@@ -189,15 +171,15 @@ def _grouped(graph: "Graph", names: set[str]) -> "list[tuple[bool, list[Node]]]"
     return groups
 
 
-def _only_allocates(nodes: "list[Node]") -> bool:
-    """Whether nodes do nothing but allocate, and compute how much."""
+def _may_stand_before(nodes: "list[Node]", others: "list[Node]") -> bool:
+    """Whether nodes only allocate, and compute how much, from nothing that the others make."""
 
     def allocates(node: "Node") -> bool:
         name = _torch.schema_name(node.target).partition("::")[2]
-        return node.target in _ALLOCATIONS or name in ("empty", "empty_like", "new_empty", "empty_strided")
+        return (name or getattr(node.target, "__name__", str(node.target))) in _ALLOCATIONS
 
-    return any(map(allocates, nodes)) and all(allocates(n) or isinstance(_value(n), int | torch.SymInt) for n in nodes)
-
-
-def _reads(nodes: "list[Node]", others: "list[Node]") -> bool:
-    return any(argument in others for node in nodes for argument in node.all_input_nodes)
+    return (
+        any(map(allocates, nodes))
+        and all(allocates(node) or isinstance(_value(node), int | torch.SymInt) for node in nodes)
+        and not any(argument in others for node in nodes for argument in node.all_input_nodes)
+    )

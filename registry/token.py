@@ -13,6 +13,7 @@ Kernels still run as selected in each task; only a recording under such a token 
 import itertools
 import sys
 import threading
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +23,8 @@ from mamba_ops.registry import _torch
 from mamba_ops.registry.dispatcher import dispatcher
 
 if TYPE_CHECKING:
-    from mamba_ops.registry.decision_cache import DecisionCache
     from mamba_ops.registry.op import Op
-    from mamba_ops.registry.snapshot import Snapshot
+    from mamba_ops.registry.snapshot import DecisionCache, Snapshot
 
 _FIRST = 1_000_003  # the first token's size: large and odd, so that no real size shares its symbol in a graph
 
@@ -32,7 +32,6 @@ _sizes: dict[Any, int] = {}  # fingerprint of a snapshot to the size of its toke
 _named: dict[int, "Snapshot"] = {}  # the latest snapshot with that size; tokens that name none are not in it
 _next_size = itertools.count(_FIRST, 2)
 _devices: list[str] = []  # those that have tokens, as attributes are called: cpu, cuda_0
-_made: dict[tuple[int, str], Tensor] = {}
 _threads: dict[int, dict[str, Any]] = {}  # thread to its tokens
 
 
@@ -45,30 +44,34 @@ class _Mirror(threading.local):
             for ident in [ident for ident in _threads if ident not in alive]:
                 del _threads[ident]
             _threads[threading.get_ident()] = vars(self)
-            _fill(vars(self), dispatcher.snapshot(dispatcher.active))
+            _fill(vars(self), dispatcher.current())
 
 
 def _size_of(snapshot: "Snapshot") -> int:
-    size = _sizes.get(snapshot.fingerprint)
-    if size is None:
-        size = _sizes[snapshot.fingerprint] = next(_next_size)
-    _named[size] = snapshot
-    return size
+    if snapshot.token_size is None:  # kept there, as a fingerprint takes microseconds to compare
+        if (size := _sizes.get(snapshot.fingerprint)) is None:
+            size = _sizes[snapshot.fingerprint] = next(_next_size)
+        snapshot.token_size = size
+    _named[snapshot.token_size] = snapshot
+    return snapshot.token_size
+
+
+def _new_token(size: int, device: str) -> Tensor:
+    token = torch.empty((size, 0), device=device.replace("_", ":"))
+    _torch.mark_dynamic(token)
+    return token
+
+
+_token_of_selection = cache(_new_token)
 
 
 def _fill(tokens: dict[str, Any], snapshot: "Snapshot | None") -> None:
     """Give a thread the tokens of a snapshot, or of none."""
     tokens["_snapshot"] = snapshot
     if _devices:
-        size = next(_next_size) if snapshot is None else _size_of(snapshot)
-        for name in _devices:
-            token = _made.get((size, name))
-            if token is None:
-                token = torch.empty((size, 0), device=name.replace("_", ":"))
-                _torch.mark_dynamic(token)
-                if snapshot is not None:
-                    _made[size, name] = token
-            tokens[name] = token
+        size, make = (next(_next_size), _new_token) if snapshot is None else (_size_of(snapshot), _token_of_selection)
+        for device in _devices:
+            tokens[device] = make(size, device)
 
 
 _mirror = _Mirror()
@@ -88,14 +91,17 @@ def renew() -> None:
                 _fill(tokens, dispatcher.snapshot(snapshot.active))
 
 
+dispatcher.listeners.append(renew)
+
+
 def follow(snapshot: "Snapshot") -> None:
     """Give this thread the tokens of what is selected in this context, after a swap in it."""
-    tokens = vars(_mirror)
+    tokens, named = vars(_mirror), None if _in_event_loop() else snapshot
     if not _devices:
-        tokens["_snapshot"] = None if _in_event_loop() else snapshot
-    elif tokens["_snapshot"] is not snapshot or _in_event_loop():
+        tokens["_snapshot"] = named
+    elif named is None or tokens["_snapshot"] is not named:
         with dispatcher.lock:
-            _fill(tokens, None if _in_event_loop() else snapshot)
+            _fill(tokens, named)
 
 
 def _in_event_loop() -> bool:
@@ -116,22 +122,16 @@ def resolve(op: "Op[...]", token: Tensor | None) -> "DecisionCache":
     """
     if token is None:
         return dispatcher.decisions(op)
-    mine, size, named = vars(_mirror), token.shape[0], named_by(token)
-    current = dispatcher.current()
+    mine, size, named, current = vars(_mirror), token.shape[0], named_by(token), dispatcher.current()
+    is_other = named is not None and named.fingerprint != current.fingerprint
     is_mine = any(isinstance(t, Tensor) and t.shape[0] == size for t in mine.values())
-    if (
-        named is not None
-        and not is_mine
-        and not dispatcher.active.requests
-        and named.fingerprint != current.fingerprint
-    ):
-        cache = dispatcher.decisions(op, named)
-    else:
-        cache = dispatcher.decisions(op)
-        if mine["_snapshot"] is not current and not _in_event_loop():
-            follow(current)
-        if named is None or named.fingerprint == current.fingerprint:
-            cache.token_size = size
+    if is_other and not is_mine and not dispatcher.active.get().requests:
+        return dispatcher.decisions(op, named)
+    cache = dispatcher.decisions(op)
+    if mine["_snapshot"] is not current and not _in_event_loop():
+        follow(current)
+    if not is_other:
+        cache.token_size = size
     return cache
 
 
@@ -153,7 +153,3 @@ def _name(device_type: str, index: int | None) -> str | None:
             for tokens in _threads.values():
                 _fill(tokens, tokens["_snapshot"])
     return name
-
-
-dispatcher.listeners.append(renew)
-dispatcher.follow = follow

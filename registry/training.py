@@ -45,6 +45,7 @@ from torch import Tensor
 
 from mamba_ops.registry import codegen, errors
 from mamba_ops.registry.dispatcher import dispatcher
+from mamba_ops.registry.facets import Facets
 from mamba_ops.registry.gradients import Declaration, Formula
 from mamba_ops.registry.samples import Sample
 
@@ -55,25 +56,24 @@ F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R", bound=Callable[..., Any] | str)
 
 
-class Trainable:
+class Trainable(Facets):
     """The facets of an op that records gradients.
 
     Attributes:
         forward_op, forward_states_op, backward_op: its companions; None without them.
         record: of an op that is such a forward: records an eager call; None for others.
+        flop_formula: of a companion: its floating-point operations, of the shapes of its arguments.
     """
 
     name: str
-    qualname: str
     namespace: str
-    parameters: list[inspect.Parameter]
     _write_front: Callable[[], None]
-    _checks: Callable[..., None] | None
 
-    forward_op: "Op[...] | None" = None
-    forward_states_op: "Op[...] | None" = None
-    backward_op: "Op[...] | None" = None
+    forward_op: "Op[...]" = None  # type: ignore[assignment]  # typed for the callers of those that have them
+    forward_states_op: "Op[...]" = None  # type: ignore[assignment]
+    backward_op: "Op[...]" = None  # type: ignore[assignment]
     record: Callable[..., Any] | None = None
+    flop_formula: Callable[..., int] | None = None
     _training: Declaration | None = None
 
     def training(
@@ -143,8 +143,6 @@ class Trainable:
             if op is not None:
                 op.samples(function)
         forward, backward = self.forward_states_op or self.forward_op, self.backward_op
-        assert forward is not None
-        assert backward is not None
 
         @backward.samples
         @torch.no_grad()
@@ -165,27 +163,17 @@ class Trainable:
         return function
 
     def flops(self, function: Callable[..., tuple[int, int]]) -> Callable[..., tuple[int, int]]:
-        """Register how many floating-point operations a call makes, for `torch.utils.flop_counter`.
+        """Register how many floating-point operations a call makes, for `flop_formulas`.
 
         The function names any of the forward's inputs, gets shapes for tensors, and returns the operations of the
         forward and of the backward.
         """
-        from torch.utils.flop_counter import register_flop_formula
-
-        assert self.forward_op is not None
-        assert self.backward_op is not None
-        count = codegen.subset(self.qualname, self.forward_op._called, function)
-        names = [p.name for p in self.forward_op._called]
+        assert self._training is not None
+        count = self.adapted(function, self._training.inputs)
+        names = [p.name for p in self._training.inputs]
         for number, op in enumerate((self.forward_op, self.forward_states_op, self.backward_op)):
             if op is not None:
-                first, backward = [p.name for p in op._called].index(names[0]), number == 2
-
-                def formula(
-                    *shapes: Any, out_shape: Any = None, first: int = first, backward: bool = backward, **_: Any
-                ) -> int:
-                    return int(count(*shapes[first : first + len(names)])[backward])
-
-                register_flop_formula(op.overload.overloadpacket)(formula)
+                op.flop_formula = _flop_formula(count, [p.name for p in op._called], names, number // 2)
         return function
 
     def _gradient_entry(self) -> str:
@@ -205,7 +193,7 @@ class Trainable:
         fixed = {} if without is None else {without: None}
         function = _with_signature(f"{self.name}_{suffix}", what, declared.forward, [*declared.inputs, *written], fixed)
         op = self._new_op(function, tuple(results), declared, composed=True)
-        allocators = [codegen.subset(op.qualname, op._called, allocate) for allocate in results.values()]
+        allocators = [op.adapted(allocate, op._called) for allocate in results.values()]
 
         @op.allocate_output
         def _allocate(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -252,15 +240,15 @@ class Trainable:
         names = {p.name for p in declared.inputs}
         others = {p.name: None if p.default is p.empty else p.default for p in self.parameters if p.name not in names}
         shared = names & {p.name for p in self.parameters}
-        own = codegen.subset(op.qualname, declared.inputs, declared.validate or _nothing_more)
-        results = {n: codegen.subset(op.qualname, declared.inputs, make) for n, make in declared.results.items()}
+        own = op.adapted(declared.validate or _nothing_more, declared.inputs)
+        results = {n: op.adapted(make, declared.inputs) for n, make in declared.results.items()}
 
         @op.validate
         def _check(*args: Any, **_: Any) -> None:
             arguments = dict(zip((p.name for p in op._called), args, strict=False))
             inputs = {name: arguments[name] for name in names}
-            if self._checks is not None:
-                self._checks(**others, **{name: inputs[name] for name in shared})
+            if (checks := self.facets.get("validate")) is not None:
+                checks(**others, **{name: inputs[name] for name in shared})
             own(**inputs)
             for name, make in results.items():
                 if (got := arguments.get(f"grad_{name}")) is not None and got.shape != (shape := make(**inputs).shape):
@@ -273,6 +261,27 @@ class Trainable:
         op: Op[...] = declare(function)
         self._check_calls_of(op, declared)
         return op
+
+
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Return the formulas of all ops that have one, as `torch.utils.flop_counter.FlopCounterMode(custom_mapping=...)`
+    takes them. They are not registered there by themselves: importing that module imports Triton.
+    """
+    return {
+        op.overload.overloadpacket: op.flop_formula for op in dispatcher.ops.values() if op.flop_formula is not None
+    }
+
+
+def _flop_formula(
+    count: Callable[..., tuple[int, int]], called: list[str], names: list[str], direction: int
+) -> Callable[..., int]:
+    """Return the formula of a companion that is called with these arguments, of one that takes the forward's."""
+
+    def formula(*shapes: Any, **_: Any) -> int:
+        given = dict(zip(called, shapes, strict=False))
+        return int(count(*(given[name] for name in names))[direction])
+
+    return formula
 
 
 def _nothing_more() -> None:

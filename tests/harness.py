@@ -1,4 +1,4 @@
-"""How a kernel is judged: every output and every mutated tensor against the oracle, everything else untouched."""
+"""What the tests of all ops share: the ops here, their backends and samples, and their oracles as the judge."""
 
 import functools
 import importlib
@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +16,10 @@ import torch
 from torch import Tensor
 
 from mamba_ops import registry
-from mamba_ops.registry import Op, Sample, use_backend
-from mamba_ops.registry.samples import assert_within_budget
+from mamba_ops.registry import Op, Sample
+from mamba_ops.testing import judge as testing
+from mamba_ops.testing.judge import Front, oracle_results, refusal, with_output
+from mamba_ops.testing.op_checks import backends_on
 
 OPS = sorted(
     (op for op in registry.ops().values() if op.qualname.startswith("mamba_ops::") and not op.returns),
@@ -27,8 +28,6 @@ OPS = sorted(
 """All ops but the companions with which they record gradients, which tests/training is about."""
 OPERANDS = ("x", "B", "C", "q", "k", "v", "projected", "projected_qkvz")
 """What matrix units are given, or a mixing op hands from one op to the next, has the dtype of these arguments."""
-
-Front = Callable[..., Any]
 
 SIZES: dict[tuple[str, str], dict[str, int]] = {
     ("flashinfer", "selective_state_update"): {"dim": 64, "dstate": 64},
@@ -46,12 +45,8 @@ def backends_here(op: Op[...], device: torch.device) -> list[str]:
 
     For a composed op those that run what is inside, whatever its samples.
     """
-    if op.composed:
-        inside = {name for inside in OPS if not inside.composed for name in backends_here(inside, device)}
-        return sorted(inside - {backend for backend, _ in SIZES})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a broken package is no backend here, and no failure of a test
-        return [n for n, kernel in op.kernels.items() if kernel.backend.why_unusable(device.type, by_name=True) is None]
+    limited = {backend for backend, _ in SIZES} if op.composed else ()
+    return [name for name in backends_on(op, device) if name not in limited]
 
 
 def truncates(op: Op[...], backend: str, device: torch.device) -> bool:
@@ -68,12 +63,6 @@ def samples_for(op: Op[...], backend: str, device: torch.device) -> list[Sample]
     if (backend, op.name) not in SIZES:
         return samples
     return [s for s in samples if (backend, s.name) not in FATAL and refusal(op, backend, s) is None]
-
-
-def refusal(op: Op[...], backend: str, sample: Sample) -> str | None:
-    """Why a backend does not take a call, or None."""
-    arguments, kernel = op.bind(sample.args, sample.kwargs), op.kernels[backend]
-    return kernel.why_not(arguments) or kernel.why_not_now(arguments)
 
 
 def cases(device: torch.device, slow: Callable[[Op[...], str, Sample], bool] = lambda *_: False) -> list[Any]:
@@ -108,77 +97,23 @@ def oracle_of(op: Op[...]) -> Front:
     return oracle
 
 
-def with_output(op: Op[...], sample: Sample) -> Sample:
-    """The same call with an output to write that is full of numbers, so that what nobody writes shows."""
-    if sample.kwargs.get("out") is not None:
-        return sample
-    out = op.allocate(**{k: v for k, v in op.bind(sample.args, sample.kwargs).items() if k != "output"})
-    generator = torch.Generator().manual_seed(1)
-    filled = torch.randn(out.shape, generator=generator).to(out)
-    return Sample(sample.name, sample.args, {**sample.kwargs, "out": filled})
-
-
-def results(op: Op[...], sample: Sample) -> dict[str, Tensor]:
-    """The tensors of a call that the op mutates, by the op's names, without caches that were left out."""
-    arguments = op.bind(sample.args, sample.kwargs)
-    return {name: arguments[name] for name in sorted(op.mutates) if arguments[name] is not None}
-
-
 def expected(op: Op[...], sample: Sample, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the oracle says that a call leaves in the tensors that the op mutates, computed in `dtype`.
+    """What the op's oracle says that a call leaves in the tensors that the op mutates, computed in `dtype`.
 
-    In float32 an oracle that knows how rounds what kernels round on their way (see OPERANDS). It runs on the CPU, where
-    one element costs no launch, and so the budget is the same on every machine.
+    In float32 an oracle that knows how rounds what kernels round on their way (see OPERANDS).
     """
-    oracle, extra = oracle_of(op), {}
+    oracle = oracle_of(op)
     if dtype == torch.float32 and "operands" in inspect.signature(oracle).parameters:
         bound = op.bind(sample.args, sample.kwargs)
-        extra["operands"] = functools.reduce(torch.promote_types, (bound[n].dtype for n in OPERANDS if n in bound))
-    call = sample.to(dtype, "cpu").clone()
-    names = ["output", *(p.name for p in op.parameters if p.name in op.mutates - {"output"})]
-    return dict(zip(names, oracle(*call.args, **call.kwargs, dtype=dtype, **extra), strict=True))
+        operands = functools.reduce(torch.promote_types, (bound[n].dtype for n in OPERANDS if n in bound))
+        oracle = functools.partial(oracle, operands=operands)
+    return oracle_results(op, oracle, sample, dtype)
 
 
 def judge(op: Op[...], sample: Sample, front: Front) -> None:
-    """Run `front` on a copy of a sample; raise AssertionError unless it did what the op's contract says, no more."""
+    """Run `front` on a copy of a sample; raise AssertionError unless it did what the op's oracle says, no more."""
     sample = with_output(op, sample)
-    mine = sample.clone()
-    front(*mine.args, **mine.kwargs)
-    for name, actual in results(op, mine).items():
-        truth, low = (expected(op, sample, dtype)[name] for dtype in (torch.float64, torch.float32))
-        assert_within_budget(actual.cpu(), truth, low, f"{op.name}, {sample.name}: {name}")
-    _assert_rest_untouched(op, sample, mine)
-
-
-def _assert_rest_untouched(op: Op[...], before: Sample, after: Sample) -> None:
-    """What the op does not mutate, and the padding around what it does, keeps its bits."""
-    old, new = (op.bind(s.args, s.kwargs) for s in (before, after))
-    for name, tensor in old.items():
-        if not isinstance(tensor, Tensor):
-            continue
-        was, now = (_storage(t) for t in (tensor, new[name]))
-        if name in op.mutates:
-            inside = torch.zeros(was.shape, dtype=torch.bool, device=was.device)
-            inside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
-            was, now = was[~inside], now[~inside]
-        assert torch.equal(was.view(torch.uint8), now.view(torch.uint8)), (
-            f"{op.name}, {before.name}: {name} was touched"
-        )
-
-
-def _storage(tensor: Tensor) -> Tensor:
-    """All of a tensor's storage, padding included, as one flat tensor."""
-    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
-
-
-def front_on(op: Op[...], backend: str) -> Front:
-    """The op's front, with every call on one backend."""
-
-    def front(*args: Any, **kwargs: Any) -> Any:
-        with use_backend(backend):
-            return op(*args, **kwargs)
-
-    return front
+    testing.judge(op, sample, front, functools.partial(expected, op, sample))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamba_ops import absent
+from mamba_ops.audit import absent
 from tests.conftest import ABSENT
 
 pytestmark = pytest.mark.xdist_group("absent")  # a child's findings serve several tests

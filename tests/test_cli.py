@@ -120,8 +120,8 @@ def test_the_demo_reads_a_text_and_its_verdict_is_the_exit_status(monkeypatch, t
     text.write_bytes(b"bytes")
     asked = {}
 
-    def run_demo(read, *, tell, **options):
-        tell("stock, eager")
+    def run_demo(read, *, progress, **options):
+        progress("stock, eager")
         asked.update(options, text=read)
         return SimpleNamespace(problems=problems)
 
@@ -143,7 +143,7 @@ ROW = Row("torch", None, 2.0, 1.0, 0.5, 0, {"torch": 4})
 def test_a_comparison_is_shown_and_its_verdict_is_the_exit_status(monkeypatch, largest, status):
     asked = []
 
-    def compare(target, names, *, tell, **options):
+    def compare(target, names, *, progress, **options):
         asked.append((target, names, options))
         rows = (ROW, Row("other", refusal="takes no [z]"))
         return Comparison(rows, "a machine", calls=3, graphs=1, largest=largest)

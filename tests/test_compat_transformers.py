@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mamba_ops.compat.transformers import use_mamba_ops
 from mamba_ops.layers import Mamba2
-from mamba_ops.registry.samples import assert_within_budget
+from mamba_ops.testing import assert_within_budget
 from tests.ops.common.layers import Mamba2Oracle
 
 modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")

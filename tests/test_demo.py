@@ -107,7 +107,7 @@ def test_a_child_that_fails_is_quoted(tmp_path):
 def decoding(device):
     model = transformers_model("mamba2", device, **SMALL)
     with compiling_without_inductor():
-        return decode(model, TEXT, 8, swap_to=None, tell=lambda step: None, device=device)
+        return decode(model, TEXT, 8, swap_to=None, progress=lambda step: None, device=device)
 
 
 def test_the_backend_changes_in_the_middle(decoding):
@@ -128,7 +128,7 @@ def test_one_graph_serves_both_compiled_runs_and_the_text_is_unchanged(decoding)
 
 def decode_with(backend: str, device: torch.device) -> None:
     model = transformers_model("mamba2", device, **SMALL)
-    decode(model, TEXT, 4, swap_to=backend, tell=lambda step: None, device=device)
+    decode(model, TEXT, 4, swap_to=backend, progress=lambda step: None, device=device)
 
 
 def test_a_swap_to_what_runs_anyway_is_refused(device, decoding):
@@ -366,7 +366,7 @@ def test_the_model_of_the_token_benchmark_is_what_it_says():
 def test_a_ratio_against_what_was_stopped_is_a_lower_bound(monkeypatch, tmp_path, capsys):
     jobs = []
 
-    def measure_in_child(job, tell, *, cache, cap=None):
+    def measure_in_child(job, progress, *, cache, cap=None):
         jobs.append((job.ours, len(job.prompts), job.layers, cap))
         return OURS if job.ours else STOPPED
 

@@ -11,33 +11,12 @@ import pytest
 import torch
 
 from mamba_ops.commands import ops_page
-
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-
-
-def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
-    """Yield the line that each block of a language begins on, and its text."""
-    text = page.read_text(encoding="utf-8")
-    for match in BLOCK.finditer(text):
-        if match[1] == language:
-            yield text.count("\n", 0, match.start(2)), match[2]
-
-
-def program(page: Path) -> str:
-    """Return the page's `python` blocks as one program in which every line keeps its number, for tracebacks.
-
-    A block marked `py` is a sketch and does not run; `output` is what the program prints on a CPU.
-    """
-    lines: list[str] = []
-    for line, text in blocks(page, "python"):
-        lines += [""] * (line - len(lines)) + text.splitlines()
-    return "\n".join(lines)
+from tests.pages import PAGES, ROOT, blocks, program, write_files
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if program(page)], ids=lambda page: page.name)
 def test_the_code_on_a_page_runs(page: Path, tmp_path: Path):
+    write_files(page, tmp_path)
     script = tmp_path / f"{page.stem}.py"
     script.write_text(program(page), encoding="utf-8")
     # A RuntimeWarning is one of ours; torch has its own, that depend on the machine.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mamba_ops import absent
+from mamba_ops.audit import absent
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.registry import use_backend
-from mamba_ops.registry.samples import assert_within_budget
+from mamba_ops.testing import assert_within_budget
 from tests.layers import HIDDEN, KINDS, new_layer
 from tests.layers import oracles as oracles_of
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
-from mamba_ops.registry.samples import assert_within_budget
+from mamba_ops.testing import assert_within_budget
 from tests.layers import KINDS, oracles, set_weights
 
 transformers = pytest.importorskip("transformers")

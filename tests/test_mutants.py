@@ -17,8 +17,9 @@ import torch
 import mamba_ops
 from mamba_ops.ops._common import mixing
 from mamba_ops.registry import Backend, Op
+from mamba_ops.testing.judge import front_on
 from tests.conftest import ACCELERATOR
-from tests.harness import OPS, front_on, judge
+from tests.harness import OPS, judge
 from tests.ops.tables import tables_of
 
 pytest.importorskip("triton", reason="the kernels that bugs are planted in are Triton's")
@@ -68,8 +69,8 @@ def triton_with(bug: Bug, op: Op[...], folder: Path) -> Callable[..., None]:
 def composed_with(bug: Bug, op: Op[...]) -> Callable[..., None]:
     """The body of a composed op, and what reads its plan, with a bug."""
     scope = vars(mixing) | vars(importlib.import_module(op.kernels["composed"].source.partition(":")[0]))
-    del scope[op.name], scope["batch_of"], scope["_batch_of"]
-    scope["_latest"] = None  # what is kept of a plan is another's
+    del scope[op.name], scope["batch_of"], scope["_batch_of"], scope["Rows"]
+    scope["_latest"] = None  # the latest batch was read without the bug
     exec(compile(changed(source_of(op), bug), f"mutant_{op.name}.py", "exec"), scope)
     kernel: Callable[..., None] = scope[op.name]
     return kernel
@@ -83,7 +84,7 @@ def source_of(op: Op[...]) -> str:
         own = re.compile(rf"^from mamba_ops\.ops\.{op.name}\.triton[\w.]* import (\([^)]*\)|.*)$", re.MULTILINE)
         return "\n\n".join(own.sub("", path.read_text()) for path in files)
     composed = getattr(importlib.import_module(op.kernels["composed"].source.partition(":")[0]), op.name)
-    return "\n\n".join(map(inspect.getsource, (mixing.batch_of, mixing._batch_of, composed)))
+    return "\n\n".join(map(inspect.getsource, (mixing.Rows, mixing.batch_of, mixing._batch_of, composed)))
 
 
 def changed(source: str, bug: Bug) -> str:

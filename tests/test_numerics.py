@@ -8,21 +8,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mamba_ops.registry import Op, Sample
+from mamba_ops.testing.judge import front_on, refusal, results, with_output
 from tests.conftest import ACCELERATOR
-from tests.harness import (
-    OPS,
-    SIZES,
-    backends_here,
-    cases,
-    expected,
-    front_on,
-    judge,
-    refusal,
-    results,
-    samples_for,
-    truncates,
-    with_output,
-)
+from tests.harness import OPS, SIZES, backends_here, cases, expected, judge, samples_for, truncates
 
 DEVICE = ACCELERATOR or torch.device("cpu")
 PAIRS = [pytest.param(op, backend, id=f"{op.name}-{backend}") for op in OPS for backend in backends_here(op, DEVICE)]

@@ -12,8 +12,9 @@ from torch import Tensor
 from mamba_ops import selective_state_update
 from mamba_ops.ops._common import rounding
 from mamba_ops.registry import Backend
+from mamba_ops.testing.judge import Front, front_on
 from tests.conftest import ACCELERATOR
-from tests.harness import Front, backends_here, front_on
+from tests.harness import backends_here
 from tests.ops.common import rounding as oracle
 from tests.ops.selective_state_update.planted_bugs import ROUNDING_BUGS
 

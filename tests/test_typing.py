@@ -21,6 +21,7 @@ reveal_type(mamba_ops.causal_conv1d_update(x, cache, weight, silu=False))  # rev
 out: Tensor | None = None
 mamba_ops.causal_conv1d_update(x, cache, weight, None, slots=None, out=out)
 mamba_ops.causal_conv1d_update(x, cache)  # error: call-arg
+mamba_ops.causal_conv1d_updates(x, cache, weight)  # error: attr-defined
 mamba_ops.causal_conv1d_update(x, cache, weight, output=x)  # error: call-arg
 mamba_ops.causal_conv1d_update(x, cache, "weight")  # error: arg-type
 mamba_ops.selective_state_update(cache, x, x, x, x, x, dt_softplus=1.5)  # error: arg-type

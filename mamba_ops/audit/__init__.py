@@ -1,6 +1,18 @@
 """Says why a model breaks under torch.compile, where, and what to change: `audit` for a model, `watch` for any code."""
 
-from mamba_ops.audit.report import Change, Finding, Graph, Piece, Place, Report, compare
+from mamba_ops.audit.report import Change, Finding, Graph, GraphSegment, Report, compare
 from mamba_ops.audit.run import ModelError, audit, watch
+from mamba_ops.audit.source_locations import SourceLocation
 
-__all__ = ["audit", "watch", "compare", "Change", "Finding", "Graph", "ModelError", "Piece", "Place", "Report"]
+__all__ = [
+    "audit",
+    "watch",
+    "compare",
+    "Change",
+    "Finding",
+    "Graph",
+    "GraphSegment",
+    "ModelError",
+    "Report",
+    "SourceLocation",
+]

@@ -19,9 +19,17 @@ import torch._dynamo
 from torch._dynamo import convert_frame, exc, guards, output_graph, symbolic_convert
 
 from mamba_ops.audit import graph as graphs
-from mamba_ops.audit.places import Layers, in_text, is_theirs, running, theirs
 from mamba_ops.audit.remedies import RULES, classify_break, classify_guard, guard_subject, remedy
-from mamba_ops.audit.report import CallRow, Finding, Graph, Place, Report, function_name
+from mamba_ops.audit.report import CallRow, Finding, Graph, Report
+from mamba_ops.audit.source_locations import (
+    Layers,
+    SourceLocation,
+    current_locations,
+    function_name,
+    is_user_code,
+    locations_in_text,
+    user_frames,
+)
 from mamba_ops.ops._triton import _triton
 
 
@@ -40,9 +48,9 @@ class Collector:
         cause: str,
         op: str,
         message: str,
-        stack: Sequence[Place],
+        stack: Sequence[SourceLocation],
         *,
-        fallback: Place | None = None,
+        fallback: SourceLocation | None = None,
         **more: Any,
     ) -> Finding:
         """Add a finding of a cause in `remedies.RULES`; where it is, is the innermost place of the stack."""
@@ -116,14 +124,14 @@ class Collector:
         in_loop = error.gb_type == "graph break in loop"
         gb_type = message.partition("\n")[0] if in_loop else str(error.gb_type or message.partition("\n")[0])
         message = message.partition("*** While handling this graph break")[0]
-        stack = theirs(error.real_stack or ())
-        if not stack and code is not None and not is_theirs(code.co_filename):
-            return  # the inside of torch or Triton, which Python runs after a break of theirs
+        stack = user_frames(error.real_stack or ())
+        if not stack and code is not None and not is_user_code(code.co_filename):
+            return  # code of torch or Triton, which runs after a break in user code
         source = stack[-1].source if stack else ""
         name = classify_break(gb_type, message, source)
         if name == "other-break":  # a break under a context manager has that for a class, and its own in the heading
             name = classify_break(message.partition("\n")[0], message, source)
-        fallback = Place.defined(code) if code else None
+        fallback = SourceLocation.defined(code) if code else None
         frame = _named(code) if code and skipped else None
         self.add(
             name, _subject(name, message, source), message, stack, fallback=fallback, breaks=True, skipped_frame=frame
@@ -139,7 +147,7 @@ class Collector:
             skipped = error.skip_frame or "Skipping the function" in reason or error.gb_type == "graph break in loop"
             self.unsupported(error, translator.f_code, skipped)
         else:
-            stack = theirs(getattr(error, "real_stack", None) or torch._guards.TracingContext.extract_stack())
+            stack = user_frames(getattr(error, "real_stack", None) or torch._guards.TracingContext.extract_stack())
             source = stack[-1].source if stack else ""
             cause = classify_break(reason.partition("\n")[0], reason, source)
             self.add(cause, _subject(cause, reason, source), reason, stack, breaks=True)
@@ -150,8 +158,9 @@ class Collector:
         compiled = original(output, module, *args, **kwargs)  # first: it may send Dynamo back for another attempt
         identity = torch._guards.CompileContext.current_compile_id()
         inside = self.layers.path((getattr(output, "local_scope", None) or {}).get("self"))
-        pieces = graphs.pieces(module, self.layers, inside)
-        self.report.graphs.append(Graph(max(self.call, 0), str(identity or "?"), sum(p.ops for p in pieces), pieces))
+        segments = graphs.segments(module, self.layers, inside)
+        ops = sum(segment.ops for segment in segments)
+        self.report.graphs.append(Graph(max(self.call, 0), str(identity or "?"), ops, segments))
         if 0 <= self.call < len(self.report.calls):
             self.report.calls[self.call].graphs += 1
         for cause, op, message, stack in found:
@@ -178,12 +187,12 @@ class Collector:
         if cause == "size" and key in self._grown:
             cause = "size-again"
         self._grown.add(key)
-        if not is_theirs(code.co_filename):
+        if not is_user_code(code.co_filename):
             return reasons
         if _count(entries) >= torch._dynamo.config.recompile_limit:
             cause = "limit"
             subject = _named(code)
-        definition = Place.defined(code)
+        definition = SourceLocation.defined(code)
         if not self.layers.of((definition,)):  # a decorator's wrapper, of which the model's own code knows nothing
             definition = self.layers.forward or definition
         stack = () if cause in ("size", "size-one") else _guard_stack(text, code)
@@ -195,7 +204,7 @@ class Collector:
         causes = {"capture-input": "mutated inputs", "capture-host": "cpu device|multiple devices"}
         cause = next((cause for cause, words in causes.items() if re.match(words, reason)), "capture-other")
         op = "the input" if cause == "capture-input" else reason
-        self.add(cause, op, f"no CUDA graph: {reason}", in_text(message))
+        self.add(cause, op, f"no CUDA graph: {reason}", locations_in_text(message))
 
     def _jit(self, name: str) -> None:
         call = max(self.call, 0)  # the one without the compiler has the first call's shapes
@@ -203,7 +212,8 @@ class Collector:
             self.report.calls[call].jit += 1
         else:
             self._early += 1
-        self.add("jit-later" if call else "jit-first", name, f"Triton compiled it in call {call + 1}", running())
+        cause = "jit-later" if call else "jit-first"
+        self.add(cause, name, f"Triton compiled it in call {call + 1}", current_locations())
 
     @contextlib.contextmanager
     def listen_to_triton(self) -> Iterator[None]:
@@ -238,15 +248,15 @@ def _size_now(guard: str, frame: Any) -> int | None:
     return None
 
 
-def _guard_stack(text: str, code: types.CodeType) -> tuple[Place, ...]:
+def _guard_stack(text: str, code: types.CodeType) -> tuple[SourceLocation, ...]:
     """Where the value that a guard is about was used: torch keeps that in the guard's comment, with the file's end."""
-    if stack := in_text(text):
+    if stack := locations_in_text(text):
         return stack
     for ending, line, name in re.findall(r"# .*# (\S+\.py):(\d+) in (\S+)", text):
         modules = (getattr(module, "__file__", None) or "" for module in list(sys.modules.values()))
         for file in (code.co_filename, *modules):
-            if file.endswith(ending) and is_theirs(file):
-                return (Place.of(file, int(line), function_name(name)),)
+            if file.endswith(ending) and is_user_code(file):
+                return (SourceLocation.of(file, int(line), function_name(name)),)
     return ()
 
 
@@ -280,7 +290,7 @@ def _subject(cause: str, message: str, source: str) -> str:
     return {"branch": "if"}.get(cause) or (called[1] if called else cause)
 
 
-def _hook_cudagraphs(stack: contextlib.ExitStack, tell: Callable[[str], None]) -> None:
+def _hook_cudagraphs(stack: contextlib.ExitStack, on_skip: Callable[[str], None]) -> None:
     if not torch.accelerator.is_available():
         return  # nothing records, and Inductor takes a second to load
     from torch._inductor import compile_fx, cudagraph_trees, cudagraph_utils, output_code
@@ -289,7 +299,7 @@ def _hook_cudagraphs(stack: contextlib.ExitStack, tell: Callable[[str], None]) -
     original = getattr(cudagraph_utils, name, None)
 
     def skip(message: str) -> None:
-        tell(message)
+        on_skip(message)
         original(message)  # type: ignore[misc]
 
     for module in (cudagraph_utils, compile_fx, cudagraph_trees, output_code):  # each has it under its own name
@@ -297,14 +307,14 @@ def _hook_cudagraphs(stack: contextlib.ExitStack, tell: Callable[[str], None]) -
             stack.enter_context(mock.patch.object(module, name, skip))
 
 
-def _hook_triton(stack: contextlib.ExitStack, tell: Callable[[str], None]) -> None:
+def _hook_triton(stack: contextlib.ExitStack, on_compile: Callable[[str], None]) -> None:
     """Triton calls a hook after each compile; where there is no triton, nothing compiles."""
 
     def compiled(*_: Any, **kwargs: Any) -> None:
         function = kwargs.get("fn")
         name = getattr(function, "name", None) or str(kwargs.get("repr", "a kernel"))
         if not name.rpartition(".")[2].startswith("triton_"):  # those are Inductor's own
-            tell(name.rpartition(".")[2])
+            on_compile(name.rpartition(".")[2])
 
     if importlib.util.find_spec("triton") is not None:
         stack.enter_context(_triton.hook(_triton.COMPILED, compiled, "the audit does not see what Triton compiles"))

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mamba_ops import absent
+from mamba_ops.audit import absent
 from mamba_ops.audit.graph import op_name
-from mamba_ops.audit.places import running
+from mamba_ops.audit.source_locations import current_locations
 from mamba_ops.registry import Explanation, Op, backends, explain, ops, record_selections
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if (cause := _SYNCS.get(str(func))) is not None:
-            self.syncs.append((cause, running()))
+            self.syncs.append((cause, current_locations()))
         if func.namespace in _BUILT_IN:
             return func(*args, **kwargs)
         if (ours := self.ours.get(op_name(func))) is not None:
@@ -81,25 +81,25 @@ class _Watch(TorchDispatchMode):
                 reason = choice.reasons.get(backend.name)
                 if reason and (backend.devices is None or device in backend.devices):
                     message = f"{backend.name} does not take it: {reason}; {choice.backend} runs"
-                    self.collector.add("refusal", op.name, message, running())
+                    self.collector.add("refusal", op.name, message, current_locations())
 
     def _checked(self, func: Any, args: Any, kwargs: Any) -> Any:
         schema = func._schema
         given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-        told = {a.name for a in schema.arguments if a.alias_info is not None}
-        silent = {name: value for name, value in given.items() if name not in told and isinstance(value, Tensor)}
+        declared = {a.name for a in schema.arguments if a.alias_info is not None}
+        silent = {name: value for name, value in given.items() if name not in declared and isinstance(value, Tensor)}
         before = {name: value.detach().clone() for name, value in silent.items()}
         result = func(*args, **kwargs)
         name = op_name(func)
         for argument, value in silent.items():
             if not _same(before[argument], value):
                 message = f"writes to {argument}, which its schema does not say"
-                self.collector.add("hidden-mutation", name, message, running())
+                self.collector.add("hidden-mutation", name, message, current_locations())
         memory = {value.untyped_storage()._cdata: argument for argument, value in silent.items() if value.numel()}
         for out in torch.utils._pytree.tree_leaves(result):
             if isinstance(out, Tensor) and out.numel() and (argument := memory.get(out.untyped_storage()._cdata)):
                 self.collector.add(
-                    "alias", name, f"returns memory of {argument}, which its schema does not say", running()
+                    "alias", name, f"returns memory of {argument}, which its schema does not say", current_locations()
                 )
         return result
 
@@ -118,11 +118,11 @@ def hear_fallbacks(collector: "Collector", *, compiled: bool) -> Iterator[None]:
     the second audit too.
     """
 
-    def tell(message: str) -> None:
+    def add_slow_path(message: str) -> None:
         if not (_SLOW.search(message) and _MISSING.search(message)):
             return
-        said = ("hub_kernels.py", "/utils/logging.py", "/logging/__init__.py")
-        stack = tuple(place for place in running() if not place.file.endswith(said))
+        loggers = ("hub_kernels.py", "/utils/logging.py", "/logging/__init__.py")
+        stack = tuple(location for location in current_locations() if not location.file.endswith(loggers))
         names = re.findall(r"`([\w./-]+)`", message)
         missing = re.search(r"`([\w.-]+)` is not installed|install `?([\w.-]+)`?", message)
         package = next((group for group in missing.groups() if group), "") if missing else ""
@@ -131,18 +131,18 @@ def hear_fallbacks(collector: "Collector", *, compiled: bool) -> Iterator[None]:
 
     def call_handlers(log: logging.Logger, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING:
-            tell(record.getMessage())
+            add_slow_path(record.getMessage())
         passed_on(log, record)
 
     def warn(message: Any, *args: Any, **kwargs: Any) -> None:
-        tell(str(message))
+        add_slow_path(str(message))
         warned(message, *args, **kwargs)
 
     passed_on, warned = logging.Logger.callHandlers, warnings.warn
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(logging.Logger, "callHandlers", call_handlers))
         if hasattr(logging.Logger, "warning_once"):
-            once = lambda self, message, *rest, **more: tell(str(message))  # noqa: E731
+            once = lambda self, message, *rest, **more: add_slow_path(str(message))  # noqa: E731
             stack.enter_context(mock.patch.object(logging.Logger, "warning_once", once))
         if not compiled:  # Dynamo knows this function, and no other in its place
             stack.enter_context(mock.patch.object(warnings, "warn", warn))
@@ -171,9 +171,9 @@ def run_eagerly(
         ran = [(selection.op.rpartition("::")[2], selection.backend) for selection in record]
     for name in dict(ran):
         counts = Counter(str(backend) for op, backend in ran if op == name)
-        said = [f"{backend} ({count})" for backend, count in counts.items()]
+        summary = [f"{backend} ({count})" for backend, count in counts.items()]
         reasons = {f"{n}: {why}" for choice in watch.choices.get(name, ()) for n, why in choice.reasons.items()}
-        collector.report.backends[name] = "; ".join([", ".join(said), *sorted(reasons)])
+        collector.report.backends[name] = "; ".join([", ".join(summary), *sorted(reasons)])
     syncs: list[tuple[str, tuple[Any, ...]]] = watch.syncs
     return syncs
 
@@ -186,7 +186,7 @@ def add_hidden_syncs(collector: "Collector", syncs: Sequence[tuple[str, tuple[An
         if finding.breaks and finding.cause in ("disable", "pybind", "skipped-function")
     }
     for cause, stack in syncs:
-        above = [i for i, place in enumerate(stack) if place in broken]
+        above = [i for i, location in enumerate(stack) if location in broken]
         if above and above[-1] < len(stack) - 1:
             source = stack[-1].source
             cause = "tolist" if ".tolist(" in source else "branch" if source.startswith(("if ", "while ")) else cause

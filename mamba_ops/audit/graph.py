@@ -1,4 +1,4 @@
-"""What stands in a graph: kernels that the compiler cannot place, the pieces between splitting ops, added copies."""
+"""Reads graphs: kernels that the compiler cannot place, the segments between splitting ops, copies that were added."""
 
 import re
 from collections import Counter
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-from mamba_ops.audit.places import Layers, in_text
-from mamba_ops.audit.report import Piece, Place
+from mamba_ops.audit.report import GraphSegment
+from mamba_ops.audit.source_locations import Layers, SourceLocation, locations_in_text
 from mamba_ops.registry import splitting_ops
 
-Found = tuple[str, str, str, tuple[Place, ...]]  # cause, op, message, stack
+Found = tuple[str, str, str, tuple[SourceLocation, ...]]  # cause, op, message, stack
 _INERT = ("placeholder", "output", "get_attr")
 _UNROLLED = 16  # so many of one op on one line of one module: a loop over tokens, chunks or experts
 
 
-def stack_of(node: fx.Node) -> tuple[Place, ...]:
-    """Return the user's places that a node was traced at; a node made by a pass has those of what it stands beside."""
+def stack_of(node: fx.Node) -> tuple[SourceLocation, ...]:
+    """Return the user code that a node was traced from; for a node that a pass made, that of a neighbour."""
     for other in (node, *node.users, *node.all_input_nodes):
-        if places := in_text(other.meta.get("stack_trace")):
-            return places
+        if locations := locations_in_text(other.meta.get("stack_trace")):
+            return locations
     return ()
 
 
@@ -47,11 +47,11 @@ def walk(module: fx.GraphModule) -> list[Found]:
 
 def _unrolled(module: fx.GraphModule) -> Iterator[Found]:
     """Return what the graph holds step by step, such as loops: of each function the line that stands there most."""
-    counts = Counter[tuple[tuple[Place, ...], str | None, str]]()
+    counts = Counter[tuple[tuple[SourceLocation, ...], str | None, str]]()
     for node in module.graph.nodes:
-        if node.op not in _INERT and (stack := in_text(node.meta.get("stack_trace"))):
+        if node.op not in _INERT and (stack := locations_in_text(node.meta.get("stack_trace"))):
             counts[stack, _numbered(node), str(node.target)] += 1
-    worst: dict[tuple[str, str], tuple[int, tuple[Place, ...]]] = {}
+    worst: dict[tuple[str, str], tuple[int, tuple[SourceLocation, ...]]] = {}
     for (stack, _, _), count in counts.items():
         key = stack[-1].file, stack[-1].function
         if count >= max(_UNROLLED, worst.get(key, (0,))[0] + 1):
@@ -93,7 +93,7 @@ def _triton_name(node: fx.Node) -> str:
     return str(getattr(kernel, "__name__", None) or getattr(getattr(kernel, "fn", None), "__name__", "a kernel"))
 
 
-def _function_name(stack: tuple[Place, ...]) -> str:
+def _function_name(stack: tuple[SourceLocation, ...]) -> str:
     source = stack[-1].source if stack else ""
     return source.partition(".apply")[0].split()[-1].split("(")[-1] if ".apply" in source else "autograd.Function"
 
@@ -110,7 +110,7 @@ def _to_host(node: fx.Node) -> str | None:
     return None
 
 
-def pieces(module: fx.GraphModule, layers: Layers, inside: str = "") -> list[Piece]:
+def segments(module: fx.GraphModule, layers: Layers, inside: str = "") -> list[GraphSegment]:
     """Return how splitting ops divide a graph: what lies between them can be captured.
 
     Args:
@@ -119,7 +119,7 @@ def pieces(module: fx.GraphModule, layers: Layers, inside: str = "") -> list[Pie
         inside: the module whose forward the graph is of.
     """
     names = set(splitting_ops())
-    divided: list[Piece] = []
+    divided: list[GraphSegment] = []
     for node in module.graph.nodes:
         if node.op in _INERT:
             continue
@@ -129,10 +129,10 @@ def pieces(module: fx.GraphModule, layers: Layers, inside: str = "") -> list[Pie
         shown = (path,) if path else where
         name = op_name(node.target)
         if name in names:
-            divided.append(Piece(1, name, shown))
+            divided.append(GraphSegment(1, name, shown))
             continue
         if not divided or divided[-1].splitting:
-            divided.append(Piece(0))
+            divided.append(GraphSegment(0))
         divided[-1].ops += 1
         divided[-1].layers = tuple(dict.fromkeys(divided[-1].layers + shown))
     return divided
@@ -158,7 +158,7 @@ def op_name(target: object) -> str:
     return ""
 
 
-def copies(module: fx.GraphModule) -> Iterator[tuple[str, int, tuple[Place, ...]]]:
+def copies(module: fx.GraphModule) -> Iterator[tuple[str, int, tuple[SourceLocation, ...]]]:
     """Return the clones in a graph after Inductor's passes that feed an op which mutates: op, bytes, stack."""
     for node in module.graph.nodes:
         if node.target is not torch.ops.aten.clone.default:

@@ -4,8 +4,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mamba_ops.audit.report import KINDS, Finding, Place, Report, compare, counted
+from mamba_ops.audit.report import KINDS, Finding, Report, compare, counted
 from mamba_ops.audit.show import caller, cells, describe, grouped, headings, short
+from mamba_ops.audit.source_locations import SourceLocation
 
 _AROUND = 3  # lines of source on each side
 _CELLS = 60  # of a strip, at most
@@ -58,15 +59,15 @@ def _shown(name: str, finding: Finding) -> dict[str, Any]:
     }
 
 
-def excerpt(place: Place) -> list[tuple[int, str, bool]]:
-    """Return the lines around a place, each with its number and whether it is the one."""
+def excerpt(location: SourceLocation) -> list[tuple[int, str, bool]]:
+    """Return the lines around a location, each with its number and whether it is the one."""
     try:
-        lines = Path(place.file).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = Path(location.file).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return [(place.line, place.source, True)] if place.source else []
-    first = max(place.line - _AROUND, 1)
-    shown = lines[first - 1 : place.line + _AROUND]
-    return [(number, text, number == place.line) for number, text in enumerate(shown, first)]
+        return [(location.line, location.source, True)] if location.source else []
+    first = max(location.line - _AROUND, 1)
+    shown = lines[first - 1 : location.line + _AROUND]
+    return [(number, text, number == location.line) for number, text in enumerate(shown, first)]
 
 
 def strips(report: Report) -> list[dict[str, Any]]:
@@ -74,19 +75,19 @@ def strips(report: Report) -> list[dict[str, Any]]:
     breaks = [(f"f{n}", finding) for n, finding in enumerate(report.findings, 1) if finding.breaks]
     rows: dict[str, list[dict[str, Any]]] = {}
     for number, graph in enumerate(graph for graph in report.graphs if graph.call == 0):
-        for at, piece in enumerate(graph.pieces):
-            kind = "split" if piece.splitting else "piece"
-            name = f"graph {number + 1}" + (f".{at + 1}" if len(graph.pieces) > 1 else "")
-            title = f"{name}: {piece.splitting or f'{piece.ops} ops in all'}"
+        for at, segment in enumerate(graph.segments):
+            kind = "split" if segment.splitting else "segment"
+            name = f"graph {number + 1}" + (f".{at + 1}" if len(graph.segments) > 1 else "")
+            title = f"{name}: {segment.splitting or f'{segment.ops} ops in all'}"
             colour = (number * 3 + at) % 5
             cell = {
                 "kind": kind,
-                "label": (piece.splitting or name).rpartition("::")[2],
+                "label": (segment.splitting or name).rpartition("::")[2],
                 "title": title,
                 "link": None,
                 "colour": colour,
             }
-            for layer in dict.fromkeys(_layer(name, report) for name in piece.layers) or [""]:
+            for layer in dict.fromkeys(_layer(name, report) for name in segment.layers) or [""]:
                 rows.setdefault(layer, []).append(cell)
     for link, finding in breaks:
         for layer in dict.fromkeys(_layer(name, report) for name in finding.layers) or [""]:

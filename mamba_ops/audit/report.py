@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import linecache
-import re
-import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-VERSION = 1  # of the JSON; raised when a name in it changes its meaning
+from mamba_ops.audit.source_locations import SourceLocation
+
+VERSION = 2  # of the JSON; raised when a name in it changes its meaning
 SEVERITIES = ("error", "warning", "note")
 KINDS = {
     "break": "graph breaks",
@@ -40,39 +39,6 @@ def counted(kind: str, count: int) -> str:
     return f"{count} {_ONE[kind] if count == 1 else KINDS[kind]}"
 
 
-def function_name(name: str) -> str:
-    """Return a function's own name for that of the part of it that Dynamo makes of what comes after a break."""
-    return re.sub(r"torch_dynamo_resume_in_(.+)_at_\d+", r"\1", name)
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """A line of code."""
-
-    file: str
-    line: int
-    function: str = ""
-    source: str = ""
-
-    @classmethod
-    def of(cls, file: str, line: int, function: str = "") -> "Place":
-        """Return the place with its source line, if that can be read."""
-        return cls(file, line, function, linecache.getline(file, line).strip())
-
-    @classmethod
-    def defined(cls, code: types.CodeType) -> "Place":
-        """Return the line of a function's `def`: its code begins at the first decorator."""
-        name = function_name(code.co_name)
-        last = max((line for _, _, line in code.co_lines() if line is not None), default=code.co_firstlineno)
-        for line in range(code.co_firstlineno, last + 1):
-            if linecache.getline(code.co_filename, line).lstrip().startswith(("def ", "async def ")):
-                return cls.of(code.co_filename, line, name)
-        return cls.of(code.co_filename, code.co_firstlineno, name)
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
-
-
 @dataclasses.dataclass
 class Finding:
     """One thing that costs speed, or stops `fullgraph=True`.
@@ -100,8 +66,8 @@ class Finding:
     op: str
     message: str
     remedy: str
-    where: Place | None = None
-    stack: tuple[Place, ...] = ()
+    where: SourceLocation | None = None
+    stack: tuple[SourceLocation, ...] = ()
     count: int = 1
     layers: tuple[str, ...] = ()
     breaks: bool = False
@@ -123,7 +89,7 @@ class Finding:
 
 
 @dataclasses.dataclass
-class Piece:
+class GraphSegment:
     """A part of a graph between splitting ops.
 
     Attributes:
@@ -145,13 +111,13 @@ class Graph:
         call: the number of the call that it was made in; 0 is the first.
         compile_id: torch's name for it; "0/1" is a second version of the first frame.
         ops: how many ops it has.
-        pieces: how splitting ops divide it.
+        segments: how splitting ops divide it.
     """
 
     call: int
     compile_id: str
     ops: int
-    pieces: list[Piece] = dataclasses.field(default_factory=list)
+    segments: list[GraphSegment] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -252,15 +218,19 @@ class Report:
         facts["findings"] = [_finding(finding) for finding in facts["findings"]]
         facts["calls"] = [CallRow(**row) for row in facts["calls"]]
         facts["graphs"] = [
-            Graph(**{**graph, "pieces": [Piece(**{**p, "layers": tuple(p["layers"])}) for p in graph["pieces"]]})
+            Graph(**{**graph, "segments": [_segment(segment) for segment in graph["segments"]]})
             for graph in facts["graphs"]
         ]
         return cls(**facts)
 
 
+def _segment(facts: Mapping[str, Any]) -> GraphSegment:
+    return GraphSegment(**{**facts, "layers": tuple(facts["layers"])})
+
+
 def _finding(facts: Mapping[str, Any]) -> Finding:
-    where = Place(**facts["where"]) if facts["where"] else None
-    stack = tuple(Place(**place) for place in facts["stack"])
+    where = SourceLocation(**facts["where"]) if facts["where"] else None
+    stack = tuple(SourceLocation(**location) for location in facts["stack"])
     return Finding(**{**facts, "where": where, "stack": stack, "layers": tuple(facts["layers"])})
 
 
@@ -276,10 +246,10 @@ class Change:
 
 def compare(now: Report, before: Report) -> list[Change]:
     """Return what got worse or better; lines may have moved, so a finding is known by its file and source line."""
-    mine, theirs = _by_source(now), _by_source(before)
+    found, found_before = _by_source(now), _by_source(before)
     changes = []
-    for key in dict.fromkeys([*mine, *theirs]):
-        old, new = theirs.get(key, []), mine.get(key, [])
+    for key in dict.fromkeys([*found, *found_before]):
+        old, new = found_before.get(key, []), found.get(key, [])
         counts = sum(f.count for f in old), sum(f.count for f in new)
         if counts[0] != counts[1]:
             what = "new" if not old else "gone" if not new else "more" if counts[1] > counts[0] else "fewer"

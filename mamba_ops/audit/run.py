@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from mamba_ops import absent
+from mamba_ops.audit import absent
 from mamba_ops.audit import graph as graphs
 from mamba_ops.audit.eager import add_hidden_syncs, hear_fallbacks, run_eagerly
 from mamba_ops.audit.limit import TimeIsUp, at_most
@@ -41,7 +41,7 @@ def audit(
     mode: str | None = None,
     copies: bool = False,
     more_calls: Sequence[Arguments] = (),
-    tell: Callable[[str], None] = lambda step: None,
+    progress: Callable[[str], None] = lambda step: None,
     report: Report | None = None,
     **kwargs: Any,
 ) -> Report:
@@ -62,7 +62,7 @@ def audit(
         mode: as for torch.compile; Inductor runs, where the device is present.
         copies: whether to look for copies in what Inductor makes, which takes longer; it has 180 s for that.
         more_calls: the same, each as positional and keyword arguments.
-        tell: called with each step that begins.
+        progress: called with each step that begins.
         report: filled in as things become known, so that an interrupted audit has something to show.
 
     Raises:
@@ -91,17 +91,17 @@ def audit(
         made = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to(where), made)
     with quiet_torch(), warnings.catch_warnings(), torch.set_grad_enabled(train):
         warnings.simplefilter("ignore")
-        tell("without the compiler")
+        progress("without the compiler")
         if is_absent:
             absent.install(where.type)
         syncs = _first(collector, fn, made[0], where.type if is_absent else None)
         if is_absent:
-            _trace_absent(collector, fn, made, where, dynamic, tell, runs_here=syncs is not None)
+            _trace_absent(collector, fn, made, where, dynamic, progress, runs_here=syncs is not None)
         else:
-            _compile(collector, fn, made, where, train, dynamic, mode, tell)
+            _compile(collector, fn, made, where, train, dynamic, mode, progress)
         add_hidden_syncs(collector, syncs or ())
         if copies:
-            tell("copies, through Inductor")
+            progress("copies, through Inductor")
             if is_absent:
                 report.notes.append("Copies were taken from code for the CPU; the device's own code may differ.")
             _find_copies(collector, fn, made[0], dynamic)
@@ -226,7 +226,7 @@ def _compile(
     train: bool,
     dynamic: bool | None,
     mode: str | None,
-    tell: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> None:
     torch._dynamo.reset()
     inductor = mode is not None or device.type != "cpu"
@@ -235,7 +235,7 @@ def _compile(
         compiled: Callable[..., Any] = torch.compile(fn, dynamic=dynamic, **options)
         for made in calls:
             shapes = describe(made)
-            tell(f"compiled, {shapes}")
+            progress(f"compiled, {shapes}")
             args, kwargs = _copied(made)
             with collector.one_call(shapes):
                 try:
@@ -270,9 +270,9 @@ def _backward(out: Any) -> None:
 
 def _failed(collector: "Collector", error: Exception) -> None:
     """The eager call went well, so it is the compiler that failed: that is a finding."""
-    from mamba_ops.audit.places import in_text, theirs
+    from mamba_ops.audit.source_locations import locations_in_text, user_frames
 
-    stack = theirs(getattr(error, "real_stack", None) or ()) or in_text(str(error))
+    stack = user_frames(getattr(error, "real_stack", None) or ()) or locations_in_text(str(error))
     collector.add("compiler-error", type(error).__name__, str(error), stack, breaks=True)
 
 
@@ -282,7 +282,7 @@ def _trace_absent(
     calls: Sequence[Arguments],
     device: torch.device,
     dynamic: bool | None,
-    tell: Callable[[str], None],
+    progress: Callable[[str], None],
     *,
     runs_here: bool,
 ) -> None:
@@ -305,7 +305,7 @@ def _trace_absent(
         collector.layers.name(tracer.fn)
         for made in calls:
             shapes = describe(made)
-            tell(f"traced, {shapes}")
+            progress(f"traced, {shapes}")
             with collector.one_call(shapes):
                 try:
                     tracer(*made[0], **made[1])

@@ -5,7 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mamba_ops.audit.report import KINDS, CallRow, Change, Finding, Graph, Place, Report, compare
+from mamba_ops.audit.report import KINDS, CallRow, Change, Finding, Graph, Report, compare
+from mamba_ops.audit.source_locations import SourceLocation
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,27 +35,27 @@ def grouped(layers: tuple[str, ...]) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    pieces: list[list[int]] = []
+    ranges: list[list[int]] = []
     for number in numbers:
-        if pieces and number == pieces[-1][1] + 1:
-            pieces[-1][1] = number
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
         else:
-            pieces.append([number, number])
-    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in pieces)
+            ranges.append([number, number])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in ranges)
 
 
-def caller(finding: Finding) -> list[Place]:
+def caller(finding: Finding) -> list[SourceLocation]:
     """Return the line outside installed packages that led into one, if there is one: that is the user's own."""
     if finding.where is None or "site-packages" not in finding.where.file:
         return []
-    return [place for place in finding.stack if "site-packages" not in place.file][-1:]
+    return [location for location in finding.stack if "site-packages" not in location.file][-1:]
 
 
-def short(place: Place) -> str:
-    """Return a place as its file is called from the current folder, if it is in there."""
+def short(location: SourceLocation) -> str:
+    """Return a location as its file is called from the current folder, if it is in there."""
     with contextlib.suppress(ValueError):
-        return f"{Path(place.file).relative_to(Path.cwd())}:{place.line}"
-    return str(place)
+        return f"{Path(location.file).relative_to(Path.cwd())}:{location.line}"
+    return str(location)
 
 
 def lines(finding: Finding) -> list[str]:
@@ -63,7 +64,7 @@ def lines(finding: Finding) -> list[str]:
     text = [f"{finding.severity}: {finding.kind}/{finding.cause}: {finding.op}{times}"]
     if finding.where:
         text += [f"{short(finding.where)} in {finding.where.function}", f"    {finding.where.source}"]
-        text += [f"called from {short(place)}: {place.source}" for place in caller(finding)]
+        text += [f"called from {short(location)}: {location.source}" for location in caller(finding)]
     text.append(finding.message)
     if finding.skipped_frame:
         text.append(f"All of {finding.skipped_frame} runs without the compiler because of this.")
@@ -76,7 +77,7 @@ def lines(finding: Finding) -> list[str]:
 
 def split_up(graph: Graph) -> str:
     """Return how splitting ops divide a graph, the same twice in a row as one: "7 ops | 3 x (mamba_mixing | 9 ops)"."""
-    parts = [piece.splitting or f"{piece.ops} ops" for piece in graph.pieces]
+    parts = [segment.splitting or f"{segment.ops} ops" for segment in graph.segments]
     runs: list[tuple[list[str], int]] = []
     while parts:
         pair = parts[:2]
@@ -122,7 +123,7 @@ def show(report: Report, console: "Console") -> None:
         for row in report.calls:
             table.add_row(Text(row.shapes), *cells(row)[: len(headings(report))])
         console.print(table)
-    splits = Counter(split_up(graph) for graph in report.graphs if any(piece.splitting for piece in graph.pieces))
+    splits = Counter(split_up(graph) for graph in report.graphs if any(segment.splitting for segment in graph.segments))
     for parts, count in splits.items():
         console.print(Text(f"{count} graph{'s' * (count > 1)}: {parts}"), soft_wrap=True)
     for op, ran in report.backends.items():

@@ -136,7 +136,7 @@ def _restore(name: str, module: Any) -> None:
 
 
 def _load_module(name: str) -> object:
-    with _beside_us():
+    with _current_folder_on_path():
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -148,7 +148,7 @@ def _load_module(name: str) -> object:
 
 
 @contextmanager
-def _beside_us() -> Iterator[None]:
+def _current_folder_on_path() -> Iterator[None]:
     """Within the block, modules are found in the current folder too, which a command's own path does not hold."""
     here = str(Path.cwd())
     sys.path.insert(0, here)

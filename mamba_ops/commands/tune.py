@@ -25,9 +25,9 @@ def tune(
 
         where = arguments.device_of((), device)
         activation, state = read_dtypes(dtype)
-        with arguments.shown(None) as tell:
+        with arguments.shown(None) as progress:
             found = tuning.tune(
-                ops, where, out, sizes=read_sizes(size), dtype=activation, state_dtype=state, progress=tell
+                ops, where, out, sizes=read_sizes(size), dtype=activation, state_dtype=state, progress=progress
             )
     for tuned in found:
         sizes = ", ".join(f"{name} {value}" for name, value in tuned.sizes.items())

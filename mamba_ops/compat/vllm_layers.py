@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.mixing import HasPlan
+from mamba_ops.ops._common.sequences import HasPlan
 from mamba_ops.registry import mark_splitting
 from mamba_ops.serving import current_context
 

@@ -17,7 +17,7 @@ from mamba_ops.ops import (
     gated_delta_rule_update,
     gdn_mixing,
 )
-from mamba_ops.ops._common.mixing import HasPlan
+from mamba_ops.ops._common.sequences import HasPlan
 from mamba_ops.ops.gated_delta_rule_update.reference import delta_rule_gates
 from mamba_ops.ops.gdn_mixing.reference import unpack
 

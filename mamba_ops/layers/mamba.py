@@ -11,7 +11,7 @@ from mamba_ops.layers.caches import require_a_pair
 from mamba_ops.layers.mixer import Mixer, require_silu
 from mamba_ops.layers.norms import RMSNorm, wide
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba_mixing, selective_scan, selective_state_update
-from mamba_ops.ops._common.mixing import HasPlan
+from mamba_ops.ops._common.sequences import HasPlan
 
 NORMS = (None, "weightless", "weighted")
 

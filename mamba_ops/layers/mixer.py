@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamba_ops.ops._common.mixing import HasPlan
+from mamba_ops.ops._common.sequences import HasPlan
 
 
 class Mixer(nn.Module):

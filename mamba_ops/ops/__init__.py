@@ -1,4 +1,6 @@
-"""The ops, one file each: contract, reference, checks, outputs, samples."""
+"""The ops, a folder each. Adding one adds its line here: it is public then, and all that runs over the ops finds it."""
+
+from typing import TYPE_CHECKING
 
 from mamba_ops.ops._common import checking as checking
 from mamba_ops.ops._common import slots as slots
@@ -12,3 +14,7 @@ from mamba_ops.ops.mamba_chunk_scan import mamba_chunk_scan as mamba_chunk_scan
 from mamba_ops.ops.mamba_mixing import mamba_mixing as mamba_mixing
 from mamba_ops.ops.selective_scan import selective_scan as selective_scan
 from mamba_ops.ops.selective_state_update import selective_state_update as selective_state_update
+from mamba_ops.registry import Op
+
+if not TYPE_CHECKING:  # a type checker goes by the imports, and takes computed names for none
+    __all__ = [name for name, value in globals().items() if isinstance(value, Op)]

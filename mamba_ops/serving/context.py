@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mamba_ops.ops._common.mixing import HasPlan
+from mamba_ops.ops._common.sequences import HasPlan
 
 
 @dataclass(frozen=True, eq=False)

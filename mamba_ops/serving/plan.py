@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mamba_ops.ops._common.mixing import PlanTensors
+from mamba_ops.ops._common.sequences import PlanTensors
 
 NOBODY = -1
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.mixing import PlanTensors
+from mamba_ops.ops._common.sequences import PlanTensors
 from mamba_ops.registry import generation
 from mamba_ops.serving.capture import Graphs, graphs_of
 from mamba_ops.serving.context import ForwardContext, forward_context

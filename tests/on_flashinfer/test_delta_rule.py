@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mamba_ops import chunk_gated_delta_rule, gated_delta_rule_update, registry, use_backend
 from mamba_ops.registry import Op
-from tests.harness import front_on, judge
+from mamba_ops.testing.judge import front_on
+from tests.harness import judge
 from tests.on_flashinfer import stand_in
 from tests.on_flashinfer.calls import Calls, refused, sample_of, samples_of, shifted
 

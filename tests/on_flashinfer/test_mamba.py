@@ -14,7 +14,8 @@ from torch import Tensor
 from mamba_ops import selective_state_update, use_backend
 from mamba_ops.backends import flashinfer
 from mamba_ops.registry import Sample
-from tests.harness import front_on, judge, refusal
+from mamba_ops.testing.judge import front_on, refusal
+from tests.harness import judge
 from tests.on_flashinfer.calls import Calls, refused, sample_of, samples_of, shifted
 
 WHOLE_HEAD = "takes one {0} for a whole head, and {0} has one for every channel"

@@ -4,13 +4,14 @@ import pytest
 
 from mamba_ops import mamba2_mixing, use_backend
 from mamba_ops.registry import NoBackendError
-from tests.harness import front_on, judge
+from mamba_ops.testing.judge import front_on
+from tests.harness import judge
 from tests.on_flashinfer.calls import Calls
 
 SAMPLES = {sample.name: sample for sample in mamba2_mixing.make_samples("cpu", head_dim=128, dstate=64)}
 
 
-@pytest.mark.parametrize(("name", "steps"), [("base", 1), ("prefills", 0), ("some are nobody", 1), ("speculative", 1)])
+@pytest.mark.parametrize(("name", "steps"), [("base", 1), ("prefills", 0), ("padding rows", 1), ("speculative", 1)])
 def test_decodes_run_on_it(calls: Calls, name: str, steps: int) -> None:
     """Also where a token of the projection, of which x, B and C are parts, starts at no multiple of 16 bytes."""
     judge(mamba2_mixing, SAMPLES[name], front_on(mamba2_mixing, "flashinfer"))

@@ -10,7 +10,7 @@ import torch
 
 from mamba_ops import chunk_gated_delta_rule, gated_delta_rule_update, registry, selective_state_update
 from mamba_ops.registry import Op
-from tests.harness import refusal
+from mamba_ops.testing.judge import refusal
 from tests.on_flashinfer import stand_in
 from tests.on_flashinfer.calls import Calls, refused, sample_of, samples_of
 

@@ -244,11 +244,12 @@ def test_entering_and_leaving_a_block_costs_at_most_three_calls(marked: Op[...])
             calls(50)
         swaps(50)
         rounds = []
-        for _ in range(9):
+        for _ in range(15):
             with use_backend("one"):
                 call = calls(100)
-            rounds.append((swaps(100) - call) / call)
-    assert sorted(rounds)[len(rounds) // 2] <= 3
+            rounds.append((call, swaps(100)))
+    call, with_block = (min(times) for times in zip(*rounds, strict=True))  # others are on the machine too
+    assert with_block - call <= 3 * call
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -287,7 +288,7 @@ def _tensors() -> tuple[Tensor, Tensor]:
 def instances() -> Iterator[errors.RegistryError]:
     """One of each class of errors."""
     made = {
-        errors.NoBackendError: lambda: errors.no_backend("a::b", {"torch": "why not"}, bound_by="use_backend"),
+        errors.NoBackendError: lambda: errors.NoBackendError("a sentence", {"torch": "why not"}),
         errors.ConfigError: lambda: errors.ConfigError(["one", "two"]),
     }
     for cls in vars(errors).values():

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,3 +214,13 @@ def test_without_outputs_out_must_be_given(toys: Namespace) -> None:
         nothing(torch.ones(1))
     with pytest.raises(RegistryError, match="called without `out`"):
         nothing.reference(torch.ones(1))
+
+
+def test_the_design_shows_a_front_as_it_is_generated() -> None:
+    op = registry.ops()["causal_conv1d_update"]
+    assert isinstance(op, Op)
+    front, _ = op.source_code().split("\n\n")
+    shown = (Path(__file__).parents[2] / "docs" / "design.md").read_text(encoding="utf-8")
+    assert re.sub(r"refuse_\(out, \d+\)", "refuse_(out, N)", front.rstrip()) in re.sub(
+        r"refuse_\(out, \d+\)", "refuse_(out, N)", shown
+    )

@@ -11,6 +11,7 @@ from mamba_ops.registry import _torch
 PROGRAM = """
 import importlib, pathlib, sys, warnings
 name = sys.argv[1]
+LIVED_BY = ("_op", "peek_interpreter_stack", "_current_level", "_profiler_enabled", "_is_torch_function_mode_enabled")
 module, _, attribute = name.partition(":")
 if attribute == "_dynamo_marked_constant":  # Dynamo has another mark, which its public function sets
     import torch._dynamo.decorators
@@ -27,17 +28,22 @@ import torch
 import torch._dynamo, torch._functorch.aot_autograd, torch._inductor.compile_fx
 import torch._dynamo.backends.cudagraphs  # torch's own uses of the name are bound
 
-if attribute == "OpOverload._op":  # torch itself lives by it; it is hidden from this package
-    found = torch._ops.OpOverload.__getattribute__
+*path, last = attribute.split(".")
+if last in LIVED_BY:  # torch itself lives by it; it is hidden from this package
+    holder = importlib.import_module(module)
+    for part in path:
+        holder = getattr(holder, part)
 
-    def hidden(self, name):
-        if name == "_op" and sys._getframe(1).f_code.co_filename.endswith("_torch.py"):
+    def hidden(self, name, found=type.__getattribute__(type(holder) if not path else holder, "__getattribute__")):
+        if name == last and sys._getframe(1).f_code.co_filename.endswith("_torch.py"):
             raise AttributeError(name)
         return found(self, name)
 
-    torch._ops.OpOverload.__getattribute__ = hidden
+    if path:
+        holder.__getattribute__ = hidden
+    else:
+        holder.__class__ = type("Hiding", (type(holder),), {"__getattribute__": hidden})
 elif attribute != "_dynamo_marked_constant":
-    *path, last = attribute.split(".")
     holder = importlib.import_module(module)
     for part in path:
         holder = getattr(holder, part)

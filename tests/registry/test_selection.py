@@ -156,7 +156,7 @@ class Settings:
         self.settings = settings
 
     def request(self, by: str) -> Request:
-        return Request.make(by, settings=self.settings)
+        return Request(by, settings=tuple(self.settings.items()))
 
 
 def test_backends_have_their_settings_before_they_are_asked(add: Op[...], backend: Any) -> None:

@@ -77,7 +77,7 @@ def on_sycl(*args: Any, **kwargs: Any) -> Tensor:
     return result
 
 
-PLAIN = ("base", "decodes", "prefills", "some are nobody", "padded")
+PLAIN = ("base", "decodes", "prefills", "padding rows", "padded")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -97,7 +97,7 @@ def test_both_layouts_with_and_without_a_gate(vendor: Calls, interleaved: bool, 
     assert vendor[0]["reorder_input"] is not interleaved
 
 
-@pytest.mark.parametrize("name", ["nobody at all", "no plan"])
+@pytest.mark.parametrize("name", ["no rows", "no plan"])
 def test_without_rows_the_vendor_is_not_called(vendor: Calls, name: str) -> None:
     judge(gdn_mixing, sample_of(name), on_sycl)
     assert vendor == []
@@ -127,7 +127,7 @@ def test_an_empty_row_that_would_begin_anew_keeps_its_slot(vendor: Calls) -> Non
 
 
 def test_what_nobody_left_in_the_spare_slot_reaches_no_output(vendor: Calls) -> None:
-    sample = sample_of("some are nobody")
+    sample = sample_of("padding rows")
     spoilt = sample.clone()
     for name in ("conv_state", "ssm_state"):
         bound(spoilt)[name][8] = torch.nan
@@ -250,9 +250,9 @@ REFUSED = [
     (
         "null_slot",
         lambda slot: -1,
-        "runs rows that are nobody in a spare slot, and null_slot is -1; use a slot of the caches",
+        "runs padding rows in a spare slot, and null_slot is -1; use a slot of the caches",
     ),
-    ("null_slot", lambda slot: 9, "runs rows that are nobody in a spare slot, and null_slot is 9 of 9 slots"),
+    ("null_slot", lambda slot: 9, "runs padding rows in a spare slot, and null_slot is 9 of 9 slots"),
     (
         "conv_state",
         lambda state: state.contiguous(),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.registry import Op, Sample, use_backend
-from mamba_ops.registry.samples import assert_within_budget
+from mamba_ops.testing.judge import assert_within_budget
 from tests.harness import OPERANDS, OPS, oracle_of
 
 TRAINED = [op for op in OPS if op.backward_op is not None]

@@ -1,1 +1,1 @@
-"""Backends for mamba-ops on the CUDA kernels of mamba_ssm and causal_conv1d; its modules are entry points."""
+"""Backends for mamba-ops on the CUDA kernels of mamba_ssm and causal_conv1d; `backends` is the entry point."""

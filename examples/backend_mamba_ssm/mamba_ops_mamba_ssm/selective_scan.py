@@ -1,42 +1,9 @@
-"""The backend `mamba_ssm`: Mamba-1's selective scan on `selective_scan_cuda.fwd`."""
+"""Mamba-1's selective scan on `selective_scan_cuda.fwd`; loaded when it first runs."""
 
-import torch
+import selective_scan_cuda
 from torch import Tensor
 
-from mamba_ops import selective_scan
 from mamba_ops.ops import slots as slot_tables
-from mamba_ops.registry import Backend
-
-mamba_ssm = Backend("mamba_ssm", devices=("cuda",), requires="selective_scan_cuda", install="mamba-ssm", priority=15)
-
-
-def _why_not(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    z: Tensor | None,
-    cu_seqlens: Tensor | None,
-    has_initial_state: Tensor | None,
-    block_size: int,
-    output: Tensor,
-) -> str | None:
-    if cu_seqlens is not None:
-        return "takes no packed rows"
-    if has_initial_state is not None:
-        return "starts every row from zero, and has_initial_state is given"
-    if block_size > 0:
-        return "keeps no states of a prefix cache"
-    if x.dtype == torch.float64:
-        return "computes in float32, and x is float64"
-    for name, tensor in (("dt", dt), ("B", B), ("C", C), ("z", z), ("out", output)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            mine, other = (str(t.dtype).removeprefix("torch.") for t in (x, tensor))
-            return f"takes {name} in x's {mine}, and it is {other}"
-    if A.shape[1] > 256:
-        return f"takes a dstate of at most 256, and A has {A.shape[1]}"
-    return "takes at least one token, and there is none" if x.numel() == 0 else None
 
 
 def _by_channel(tokens: Tensor) -> Tensor:
@@ -49,8 +16,7 @@ def _grouped(tokens: Tensor) -> Tensor:
     return _by_channel(tokens if tokens.dim() == 4 else tokens.unsqueeze(2))
 
 
-@mamba_ssm.implements(selective_scan, unsupported=_why_not)
-def _selective_scan(
+def selective_scan(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -75,8 +41,6 @@ def _selective_scan(
     last_chunk: Tensor | None = None,
     output: Tensor,
 ) -> None:
-    import selective_scan_cuda
-
     out, states, *gated = selective_scan_cuda.fwd(
         _by_channel(x),
         _by_channel(dt),

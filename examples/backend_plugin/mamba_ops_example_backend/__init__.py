@@ -1,4 +1,4 @@
-"""The backend `example`: one kernel, for the usual decode step of the convolution, in plain torch on the CPU."""
+"""The backend `example`: its record, what its one kernel refuses, and where that kernel is."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from mamba_ops.registry import Backend
 example = Backend("example", devices=("cpu",), priority=-5)  # below `torch`: it runs only if asked for by name
 
 
-def _why_not(
+def _unsupported(
     x: Tensor, conv_state: Tensor, cu_seqlens: Tensor | None, num_accepted_tokens: Tensor | None
 ) -> str | None:
     if cu_seqlens is not None or x.dim() != 2:
@@ -21,36 +21,8 @@ def _why_not(
     return None
 
 
-@example.implements(causal_conv1d_update, unsupported=_why_not)
-def _causal_conv1d_update(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    slots: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    num_accepted_tokens: Tensor | None = None,
-    silu: bool = True,
-    null_slot: int = -1,
-    output: Tensor,
-) -> None:
-    n, history = x.shape[0], weight.shape[1] - 1
-    rows = torch.arange(n)
-    slot = rows
-    if slots is not None:
-        slot = (slots if slots.dim() == 1 else slots[:, 0])[:n].long()
-        rows = ((slot >= 0) & (slot != null_slot)).nonzero().squeeze(1)  # those that are somebody's
-        slot = slot[rows]
-
-    old, new = conv_state[slot, :, :history], x[rows].unsqueeze(2)
-    window = torch.cat([old.float(), new.float()], dim=2)
-    result = (window * weight.float()).sum(2)
-    if bias is not None:
-        result += bias.float()
-    if silu:
-        result *= torch.sigmoid(result)
-
-    output.zero_()  # only now: it may be x
-    output[rows] = result.to(output.dtype)
-    conv_state[slot, :, :history] = torch.cat([old[:, :, 1:], new.to(conv_state.dtype)], dim=2)
+example.implements(
+    causal_conv1d_update,
+    "mamba_ops_example_backend.causal_conv1d_update:causal_conv1d_update",
+    unsupported=_unsupported,
+)

@@ -86,13 +86,13 @@ def audit(
             status: Any = errors.status(f"{target} on {device}") if errors.is_terminal else contextlib.nullcontext()
             with printed, status as shown, configured(backend, device):
 
-                def tell(step: str) -> None:
+                def progress(step: str) -> None:
                     if shown is not None:
                         shown.update(step)
                     else:
                         errors.print(f"{step} ...", markup=False)
 
-                auditing.run(options, report, tell)
+                auditing.run(options, report, progress)
     except (auditing.UserError, auditing.ReportedError) as error:
         failed = error
     except KeyboardInterrupt:

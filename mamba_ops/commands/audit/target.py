@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 import torch
 
 from mamba_ops.audit.limit import at_most
-from mamba_ops.audit.places import is_ours, is_theirs
 from mamba_ops.audit.report import Report
 from mamba_ops.audit.run import ModelError, audit, quiet_torch, watch
+from mamba_ops.audit.source_locations import is_audit_code, is_user_code
 from mamba_ops.commands.audit.models import SHAPES, ModelNameError, build
 
 TRANSFORMERS = "transformers:"
@@ -72,7 +72,7 @@ def is_absent(device: str) -> bool:
     return kind != "cpu" and not torch.get_device_module(kind).is_available()
 
 
-def run(options: Options, report: Report, tell: Callable[[str], None]) -> Report:
+def run(options: Options, report: Report, progress: Callable[[str], None]) -> Report:
     """Audit a target; `report` holds what is known if it is interrupted.
 
     Raises:
@@ -85,14 +85,14 @@ def run(options: Options, report: Report, tell: Callable[[str], None]) -> Report
                 "leave --train out, or take --device cpu"
             )
         return _in_child(options, report)
-    return run_here(options, report, tell)
+    return run_here(options, report, progress)
 
 
-def run_here(options: Options, report: Report, tell: Callable[[str], None]) -> Report:
+def run_here(options: Options, report: Report, progress: Callable[[str], None]) -> Report:
     """Audit a target in this process."""
     report.target = options.target
     with _user_errors(), at_most(options.limit), contextlib.ExitStack() as stack:
-        tell("loading the model")
+        progress("loading the model")
         model, calls = _load(options)
         (args, kwargs), *more = calls
         if options.ours:
@@ -113,7 +113,7 @@ def run_here(options: Options, report: Report, tell: Callable[[str], None]) -> R
             mode=options.mode,
             copies=options.copies,
             more_calls=more,
-            tell=tell,
+            progress=progress,
             report=report,
             **kwargs,
         )
@@ -122,7 +122,7 @@ def run_here(options: Options, report: Report, tell: Callable[[str], None]) -> R
     if here and any("triton" in ran for ran in report.backends.values()):
         from mamba_ops.cold_start.variants import audit_specialization
 
-        tell("asking Triton for variants of the kernels")
+        progress("asking Triton for variants of the kernels")
         kernels = audit_specialization(options.device)
         report.notes += [kernels.summary, *kernels.problems]
     return report
@@ -163,8 +163,8 @@ def show_cause(error: UserError) -> None:
     if error.__cause__ is None:
         return
     shown = traceback.TracebackException.from_exception(error.__cause__)
-    inside = itertools.dropwhile(lambda frame: not is_theirs(frame.filename), shown.stack)
-    frames = list(itertools.takewhile(lambda frame: not is_ours(frame.filename), inside))
+    inside = itertools.dropwhile(lambda frame: not is_user_code(frame.filename), shown.stack)
+    frames = list(itertools.takewhile(lambda frame: not is_audit_code(frame.filename), inside))
     if frames:
         shown.stack = traceback.StackSummary.from_list(frames)
     sys.stderr.writelines(shown.format())
@@ -212,7 +212,7 @@ def _has_descriptor() -> bool:
         return False
 
 
-def _say(step: str) -> None:
+def _print_step(step: str) -> None:
     sys.stderr.write(f"{step} ...\n")
     sys.stderr.flush()
 
@@ -223,7 +223,7 @@ def child(options_text: str, answer: str) -> NoReturn:
     report = Report(options.target, options.device, absent=True, finished=False)
     status = 0
     try:
-        run_here(options, report, _say)
+        run_here(options, report, _print_step)
     except UserError as error:
         report.finished = False
         show_cause(error)

@@ -26,8 +26,8 @@ def compare(
 
         console = Console(highlight=False, markup=False)  # a refusal may hold brackets
         names = [name.strip() for name in backends.split(",") if name.strip()] if backends else None
-        with configured(backend, device), Steps(console) as tell:
-            found = comparison.compare(target, names, device=device or devices()[0], layers=layers, tell=tell)
+        with configured(backend, device), Steps(console) as progress:
+            found = comparison.compare(target, names, device=device or devices()[0], layers=layers, progress=progress)
     table = Table(title=f"{target} on {found.device}", title_justify="left")
     for heading in ("backend", "eager ms", "compiled ms", "differs by", "recompiles", "ops ran on"):
         table.add_column(heading, justify="left" if heading in ("backend", "ops ran on") else "right")

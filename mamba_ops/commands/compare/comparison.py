@@ -87,7 +87,7 @@ def compare(
     *,
     device: torch.device | str = "cpu",
     layers: int | None = None,
-    tell: Callable[[str], None] = lambda step: None,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> Comparison:
     """Run a model on one backend after the other, eagerly and compiled once for all of them.
 
@@ -99,14 +99,14 @@ def compare(
         backends: names; the first is compared with. None: all that can run on the device.
         device: where.
         layers: of a model of Transformers with random weights.
-        tell: called with each step that begins.
+        progress: called with each step that begins.
 
     Raises:
         TargetError: there is no such model, or it failed by itself.
         UnknownNameError: there is no such backend.
     """
     device = torch.device(device)
-    tell("loading the model")
+    progress("loading the model")
     if isinstance(target, str):
         found = load_target(target, device, layers=layers)
     else:
@@ -127,11 +127,11 @@ def compare(
             before = watch.recompiles
             try:
                 with use_backend(name):
-                    tell(f"{name}, eager")
+                    progress(f"{name}, eager")
                     with record_selections() as record:
                         eager = _outputs(found, found.model)
                     eager_ms = _best_ms(found, found.model, device)
-                    tell(f"{name}, compiled")
+                    progress(f"{name}, compiled")
                     got = _outputs(found, compiled)
                     compiled_ms = _best_ms(found, compiled, device)
             except NoBackendError as error:

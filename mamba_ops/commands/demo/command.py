@@ -33,7 +33,7 @@ def demo(
         from mamba_ops.commands.demo.show import show
 
         console = Console(highlight=False)
-        with Steps(console) as tell:
+        with Steps(console) as progress:
             report = run.run_demo(
                 run.read_text(text),
                 checkpoint=checkpoint,
@@ -41,7 +41,7 @@ def demo(
                 swap_to=backend,
                 layers=layers,
                 cap=cap,
-                tell=tell,
+                progress=progress,
             )
     show(report, console)
     raise typer.Exit(1 if report.problems else 0)

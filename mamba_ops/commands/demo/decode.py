@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mamba_ops import record_selections, use_backend
 from mamba_ops.commands.demo.loop import loop_backend
-from mamba_ops.commands.demo.prefill import Tell
+from mamba_ops.commands.demo.prefill import Progress
 from mamba_ops.commands.targets import TargetError, quiet_transformers
 from mamba_ops.commands.watch import watch_compiler
 from mamba_ops.registry import backends, ops
@@ -39,7 +39,7 @@ class Decoding:
 
 
 def decode(
-    model: Any, prompt: list[int], count: int, *, swap_to: str | None, tell: Tell, device: torch.device
+    model: Any, prompt: list[int], count: int, *, swap_to: str | None, progress: Progress, device: torch.device
 ) -> tuple[list[Decoding], str]:
     """Continue a prompt by `count` tokens in each of the four ways; return them, and the backend swapped to.
 
@@ -58,7 +58,7 @@ def decode(
     with torch.no_grad(), quiet_transformers(), loop_backend(), watch_compiler() as watch:
 
         def run(name: str, step: Callable[..., Any], swap: str | None = None) -> None:
-            tell(f"decoding: {name}")
+            progress(f"decoding: {name}")
             with record_selections() as record:
                 written, speed = _greedy(model, step, tokens, count, swap)
             calls = Counter(selection.backend for selection in record)

@@ -23,7 +23,7 @@ from torch import Tensor
 from mamba_ops.commands.targets import TargetError, quiet_transformers, transformers_model
 from mamba_ops.commands.watch import watch_compiler
 
-Tell = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 class MeasurementError(RuntimeError):
@@ -89,7 +89,7 @@ class Prefill:
 # -- in the child -----------------------------------------------------------------------------------------------------
 
 
-def measure(job: Job, tell: Tell, report: Callable[[Prefill], None]) -> None:
+def measure(job: Job, progress: Progress, report: Callable[[Prefill], None]) -> None:
     """Read eagerly, then compiled; report what is known before the first compiled call, and after each prompt."""
     device = torch.device(job.device)
     prompts = [torch.tensor([tokens], device=device) for tokens in job.prompts]
@@ -97,7 +97,7 @@ def measure(job: Job, tell: Tell, report: Callable[[Prefill], None]) -> None:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(quiet_transformers())
-        tell("eager")
+        progress("eager")
         model = transformers_model(job.model, device, layers=job.layers, width=job.width)
         expected = [_logits(model, prompt) for prompt in prompts]
         if job.ours:
@@ -112,7 +112,7 @@ def measure(job: Job, tell: Tell, report: Callable[[Prefill], None]) -> None:
             largest_logit=max(float(e.abs().max()) for e in expected),
         )
 
-        tell("setting torch.compile up")  # once in a process, and no model's fault
+        progress("setting torch.compile up")  # once in a process, and no model's fault
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
         torch._dynamo.reset()
         compiled = torch.compile(model, dynamic=job.dynamic)
@@ -120,7 +120,7 @@ def measure(job: Job, tell: Tell, report: Callable[[Prefill], None]) -> None:
         report(measured)
         seconds_again = 0.0
         for i, prompt in enumerate(prompts):
-            tell(f"compiling for {prompt.shape[1]} tokens")
+            progress(f"compiling for {prompt.shape[1]} tokens")
             compiles = watch.compiles
             first, got = _timed(compiled, prompt)
             second, _ = _timed(compiled, prompt)
@@ -156,14 +156,14 @@ def child() -> None:
     """Do the job that stands on stdin, saying so in lines of JSON on stdout; what others print goes to stderr."""
     lines, sys.stdout = sys.stdout, sys.stderr
 
-    def say(kind: str, what: Any) -> None:
+    def write(kind: str, what: Any) -> None:
         print(json.dumps([kind, what]), file=lines, flush=True)
 
     job = Job(**json.load(sys.stdin))
     try:
-        measure(job, lambda step: say("step", step), lambda measured: say("measured", asdict(measured)))
+        measure(job, lambda step: write("step", step), lambda measured: write("measured", asdict(measured)))
     except TargetError as error:
-        say("refused", str(error))
+        write("refused", str(error))
 
 
 # -- in the parent ----------------------------------------------------------------------------------------------------
@@ -174,12 +174,12 @@ _CHILD = (
 )
 
 
-def measure_in_child(job: Job, tell: Tell, *, cache: Path, cap: float | None = None) -> Prefill:
+def measure_in_child(job: Job, progress: Progress, *, cache: Path, cap: float | None = None) -> Prefill:
     """Do a job in a process of its own, and stop it `cap` seconds after its first compiled call began.
 
     Args:
         job: what to measure.
-        tell: called with each step.
+        progress: called with each step.
         cache: folder for what is compiled.
         cap: seconds. None: however long it takes.
 
@@ -205,7 +205,7 @@ def measure_in_child(job: Job, tell: Tell, *, cache: Path, cap: float | None = N
         for line in process.stdout:
             kind, what = json.loads(line)
             if kind == "step":
-                tell(f"{job.name}, {what}")
+                progress(f"{job.name}, {what}")
             elif kind == "refused":
                 raise TargetError(what)
             else:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mamba_ops.commands.demo.decode import Decoding, decode
-from mamba_ops.commands.demo.prefill import Job, Prefill, Tell, measure_in_child
+from mamba_ops.commands.demo.prefill import Job, Prefill, Progress, measure_in_child
 from mamba_ops.commands.targets import PROMPTS, TargetError, quiet_transformers, tokenize, transformers_model
 from mamba_ops.commands.watch import device_name
 
@@ -66,7 +66,7 @@ def run_demo(
     layers: int | None = None,
     cap: float = 60.0,
     prompts: tuple[int, ...] = PROMPTS,
-    tell: Tell = lambda step: None,
+    progress: Progress = lambda step: None,
 ) -> DemoReport:
     """Read a text with Transformers' Mamba-2, stock and ours, and continue it with the backend swapped half way.
 
@@ -80,7 +80,7 @@ def run_demo(
         layers: of a model with random weights; 2 by default.
         cap: stock is stopped that many seconds after its first compiled call began.
         prompts: how many tokens to read, one length after the other.
-        tell: called with each step that begins.
+        progress: called with each step that begins.
 
     Raises:
         TargetError: no transformers, no such checkpoint, too short a text, or nothing to swap to.
@@ -89,7 +89,7 @@ def run_demo(
     """
     device = torch.device(device)
     what = str(checkpoint) if checkpoint else "mamba2"
-    tell("loading the model")
+    progress("loading the model")
     with quiet_transformers():
         model = transformers_model(what, device, layers=layers)
         tokens = tokenize(text, what)
@@ -97,13 +97,13 @@ def run_demo(
     if len(tokens) < max(prompts):
         raise TargetError(f"got a text of {len(tokens)} tokens, expected at least {max(prompts)}")
     decoding, other = decode(
-        model, tokens[: min(PROMPT, len(tokens))], WRITTEN, swap_to=swap_to, tell=tell, device=device
+        model, tokens[: min(PROMPT, len(tokens))], WRITTEN, swap_to=swap_to, progress=progress, device=device
     )
     del model
     job = Job(what, [tokens[:length] for length in prompts], str(device), ours=True, layers=layers)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        ours = measure_in_child(job, tell, cache=Path(folder))
-        stock = measure_in_child(replace(job, ours=False), tell, cache=Path(folder), cap=cap)
+        ours = measure_in_child(job, progress, cache=Path(folder))
+        stock = measure_in_child(replace(job, ours=False), progress, cache=Path(folder), cap=cap)
     return DemoReport(described, device_name(device), stock, ours, tuple(decoding), other)
 
 

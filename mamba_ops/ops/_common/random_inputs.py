@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.mixing import PlanTensors
+from mamba_ops.ops._common.sequences import PlanTensors
 
 SEQUENCE_PATTERNS = ("rows cached", "rows", "packed", "packed cached", "packed channel-major")
 """How ops that read whole sequences are called, for `RandomInputs.lay_out`."""

@@ -51,7 +51,6 @@ def training_samples(op: "Op[...]", state: str, device: torch.device, **sizes: A
         device, sizes: as for the op's samples.
     """
     forward = op.forward_states_op
-    assert forward is not None
     seen = set()
     for sample in op.make_samples(device, **sizes):
         bound = op.bind(sample.args, sample.kwargs)

@@ -1,5 +1,6 @@
 """The gradients of causal_conv1d: its companions for training, and their plain-torch backward."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -145,6 +146,13 @@ def _backward(call: BackwardArguments) -> None:
             kept = final.gather(1, (entry - lengths).clamp(min=0).unsqueeze(2).expand_as(past))
             grad_past += torch.where((entry >= lengths).unsqueeze(2), kept, 0)
         call.grad_initial_states.copy_(grad_past.transpose(1, 2))
+
+
+@causal_conv1d.flops
+def _flops(x: torch.Size, weight: torch.Size) -> tuple[int, int]:
+    """Multiply-adds count as two; the backward computes the inputs of silu again, and two correlations."""
+    forward = 2 * math.prod(x) * weight[1]
+    return forward, 3 * forward
 
 
 @causal_conv1d.training_samples

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from mamba_ops.backends import sycl
 from mamba_ops.ops._common.checking import check_tensors, shape_is, tensor_rank
-from mamba_ops.ops._common.mixing import PlanTensors, check_caches, check_plan
+from mamba_ops.ops._common.mixing import check_plan_and_caches
+from mamba_ops.ops._common.sequences import PlanTensors
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.gdn_mixing import sycl as on_sycl
 from mamba_ops.registry import bad_argument
@@ -93,7 +94,7 @@ def gdn_mixing(
         A_log: `(num_v_heads,)`.
         dt_bias: `(num_v_heads,)`.
         counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, num_computed_tokens, num_accepted_tokens: the
-            plan, see `mamba_ops.ops._common.mixing.PlanTensors` and `mamba_ops.serving.Plan`; all None: no plan.
+            plan, see `mamba_ops.serving.Plan` and `PlanTensors` there; all None: no plan.
         num_k_heads, num_v_heads, head_k_dim, head_v_dim: the layer's sizes on this rank.
         interleaved: whether the projections hold one head of k after the other, with its q, k, v, gate and its b, a (as
             Qwen3-Next's do), or all of q, then all of k, v, gate, and all of b, then a (as Qwen3.5's do).
@@ -132,10 +133,8 @@ def _validate(call: Arguments) -> None:
     check_tensors(call, "projected_qkvz", elsewhere=PlanTensors._fields)
     shape_is("A_log", call.A_log, (call.num_v_heads,))
     shape_is("dt_bias", call.dt_bias, (call.num_v_heads,))
-    plan = PlanTensors.of(call)
-    check_plan(call.projected_qkvz.device, plan)
-    caches = (call.conv_state, call.ssm_state, call.conv_weight, call.conv_bias)
-    check_caches(plan, *caches, 2 * keys + values, (call.num_v_heads, call.head_v_dim, call.head_k_dim))
+    state = (call.num_v_heads, call.head_v_dim, call.head_k_dim)
+    check_plan_and_caches(call, call.projected_qkvz.device, 2 * keys + values, state)
     shape_is("z", call.z, (tokens, call.num_v_heads, call.head_v_dim))
     shape_is("out", call.output, (tokens, call.num_v_heads, call.head_v_dim))
 

@@ -3,22 +3,14 @@
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.mixing import (
-    Call,
-    PlanTensors,
-    Rows,
-    batch_of,
-    by_head,
-    each_kind,
-    like_convolved,
-    require_window,
-)
+from mamba_ops.ops._common.mixing import Batch, batch_of, by_head, require_window
 from mamba_ops.ops.causal_conv1d import causal_conv1d
 from mamba_ops.ops.causal_conv1d_update import causal_conv1d_update
 from mamba_ops.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
 from mamba_ops.ops.gated_delta_rule_update import gated_delta_rule_update
 from mamba_ops.ops.gated_delta_rule_update.reference import delta_rule_gates
 from mamba_ops.ops.gdn_mixing.op import Arguments
+from mamba_ops.registry import has_explicit_backend
 
 
 def unpack(
@@ -50,32 +42,39 @@ def unpack(
 
 
 def gdn_mixing(call: Arguments) -> None:
-    plan = PlanTensors.of(call)
-    batch = batch_of("mamba_ops::gdn_mixing", plan, call.projected_qkvz.shape[0], call.null_slot)
-    require_window("mamba_ops::gdn_mixing", plan, call.conv_state, call.conv_weight)
+    batch = batch_of("mamba_ops::gdn_mixing", call, call.projected_qkvz.shape[0])
+    require_window("mamba_ops::gdn_mixing", call)
     sizes = (call.num_k_heads, call.num_v_heads, call.head_k_dim, call.head_v_dim)
     here = slice(0, batch.tokens)
     mixed, gate, b, a = unpack(call.projected_qkvz[here], call.projected_ba[here], *sizes, call.interleaved)
     by_key = (call.num_k_heads, call.head_k_dim)
     heads = by_key, by_key, (call.num_v_heads, call.head_v_dim)
 
-    def read(rows: Rows, convolve: Call, scan: Call) -> None:
-        convolved = convolve(
-            rows.of(mixed), call.conv_weight, call.conv_bias, conv_state=call.conv_state, **rows.options
-        )
-        q, k, v = by_head(like_convolved(rows.of(mixed)) if convolved is None else convolved, *heads)
-        g, beta = delta_rule_gates(rows.of(a), rows.of(b), call.A_log, call.dt_bias)
-        scan(q, k, v, g, beta, ssm_state=call.ssm_state, qk_l2norm=True, out=rows.of(call.output), **rows.options)
+    def mix(batch: Batch) -> None:
+        if (rows := batch.decodes) is not None:
+            q, k, v = by_head(rows.convolve(causal_conv1d_update, call, mixed), *heads)
+            rows.bind(gated_delta_rule_update)(
+                call.ssm_state,
+                q,
+                k,
+                v,
+                a=rows.of(a),
+                b=rows.of(b),
+                A_log=call.A_log,
+                dt_bias=call.dt_bias,
+                qk_l2norm=True,
+                out=rows.of(call.output),
+            )
+        if (rows := batch.prefills) is not None:
+            q, k, v = by_head(rows.convolve(causal_conv1d, call, mixed), *heads)
+            g, beta = delta_rule_gates(rows.of(a), rows.of(b), call.A_log, call.dt_bias)
+            rows.bind(chunk_gated_delta_rule)(
+                q, k, v, g, beta, ssm_state=call.ssm_state, qk_l2norm=True, out=rows.of(call.output)
+            )
 
-    def step(rows: Rows, convolve: Call, update: Call) -> None:
-        convolved = convolve(rows.of(mixed), call.conv_state, call.conv_weight, call.conv_bias, **rows.options)
-        q, k, v = by_head(like_convolved(rows.of(mixed)) if convolved is None else convolved, *heads)
-        gates = {"a": rows.of(a), "b": rows.of(b), "A_log": call.A_log, "dt_bias": call.dt_bias}
-        update(call.ssm_state, q, k, v, **gates, qk_l2norm=True, out=rows.of(call.output), **rows.options)
-
-    each_kind(
-        batch, step, (causal_conv1d_update, gated_delta_rule_update), read, (causal_conv1d, chunk_gated_delta_rule)
-    )
+    if has_explicit_backend(causal_conv1d_update, gated_delta_rule_update, causal_conv1d, chunk_gated_delta_rule):
+        mix(batch.check_only())
+    mix(batch)
     batch.clear_rest(call.output)
     if call.z is not None:
         call.z[here].copy_(gate)

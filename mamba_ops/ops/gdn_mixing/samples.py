@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mamba_ops.ops._common.mixing import SAMPLE_SLOTS, sample_plans
+from mamba_ops.ops._common.plan_samples import SAMPLE_SLOTS, sample_plans
 from mamba_ops.ops._common.random_inputs import RandomInputs
 from mamba_ops.ops._common.samples import SampleTensors, error_table
 from mamba_ops.ops.gdn_mixing.op import gdn_mixing

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.checking import short
-from mamba_ops.ops._common.mixing import PlanTensors, batch_of
+from mamba_ops.ops._common.mixing import batch_of
+from mamba_ops.ops._common.slots import is_padding
 
 if TYPE_CHECKING:
     from mamba_ops.ops.gdn_mixing.op import Arguments
@@ -55,10 +56,10 @@ def unsupported(call: "Arguments") -> str | None:
         # Speculative decodes have a window in the slot of every column here, and one long window in column 0 elsewhere.
         return f"keeps {width - 1} inputs in every slot, and conv_state has a state_len of {call.conv_state.shape[2]}"
     if call.counts is not None and call.null_slot < 0:
-        return f"runs rows that are nobody in a spare slot, and null_slot is {call.null_slot}; use a slot of the caches"
+        return f"runs padding rows in a spare slot, and null_slot is {call.null_slot}; use a slot of the caches"
     if call.counts is not None and call.null_slot >= call.conv_state.shape[0]:
         slots = call.conv_state.shape[0]
-        return f"runs rows that are nobody in a spare slot, and null_slot is {call.null_slot} of {slots} slots"
+        return f"runs padding rows in a spare slot, and null_slot is {call.null_slot} of {slots} slots"
     return None
 
 
@@ -76,18 +77,18 @@ def unsupported_layout(call: "Arguments") -> str | None:
 
 
 class _Rows(NamedTuple):
-    """Rows of one kind as the vendor wants to be told of them."""
+    """Rows of one kind, as the vendor's kernel takes them."""
 
     ends: Tensor
     slots: Tensor
-    nobody: Tensor
+    is_padding: Tensor
 
 
 def _rows(ends: Tensor, slots: Tensor, source: Tensor, null_slot: int) -> _Rows:
-    """Send rows that are nobody, or empty, to the null slot: the vendor's recurrence looks at no slot, and stores."""
-    nobody = (source < 0) | (source == null_slot)
-    spare = (nobody | (ends[1:] == ends[:-1])).view(-1, *[1] * (slots.dim() - 1)) | (slots < 0)
-    return _Rows(_indices(ends), _indices(torch.where(spare, null_slot, slots)), nobody)
+    """Give padding rows and empty rows the null slot: the vendor's recurrence stores a state for every row."""
+    padding = is_padding(source, null_slot)
+    spare = (padding | (ends[1:] == ends[:-1])).view(-1, *[1] * (slots.dim() - 1)) | (slots < 0)
+    return _Rows(_indices(ends), _indices(torch.where(spare, null_slot, slots)), padding)
 
 
 def _indices(tensor: Tensor) -> Tensor:
@@ -101,12 +102,11 @@ def window(num_accepted_tokens: Tensor | None) -> str | None:
 def gdn_mixing(call: "Arguments") -> None:
     """Takes float16 and bfloat16, a head_k_dim of 32, 64, 128 or 256, conv_state of width - 1, and a null_slot >= 0.
 
-    The null slot is scratch: rows that are nobody, and empty ones, are run there. Speculative decodes keep the window
-    of the convolution after token t in the slot of column t, so a request cannot change over to another backend, and
-    all of them have as many tokens as slots has columns. dt_bias is rounded to the projections' dtype.
+    The null slot is scratch: padding rows and empty rows are run there. Speculative decodes keep the window of the
+    convolution after token t in the slot of column t, so a request cannot move to another backend, and all of them have
+    as many tokens as slots has columns. dt_bias is rounded to the projections' dtype.
     """
-    plan = PlanTensors.of(call)
-    total = batch_of("mamba_ops::gdn_mixing", plan, call.projected_qkvz.shape[0], call.null_slot).tokens
+    total = batch_of("mamba_ops::gdn_mixing", call, call.projected_qkvz.shape[0]).tokens
     call.output[total:].zero_()
     if call.z is not None:
         call.z[total:].zero_()
@@ -140,7 +140,7 @@ def gdn_mixing(call: "Arguments") -> None:
         "non_spec_query_start_loc": None if some is None else some.ends,
         "non_spec_state_indices_tensor": None if some is None else some.slots,
     }
-    nobody = plain.nobody
+    padding = plain.is_padding
     if "num_spec_decodes" in (_arguments() or ()):
         vendor |= dict.fromkeys(
             ("non_spec_token_indx", "spec_query_start_loc", "spec_token_indx", "spec_state_indices_tensor")
@@ -160,7 +160,7 @@ def gdn_mixing(call: "Arguments") -> None:
             "spec_state_indices_tensor": guessing.slots,
             "num_accepted_tokens": _indices(accepted),
         }
-        nobody = torch.cat([guessing.nobody, nobody])
+        padding = torch.cat([guessing.is_padding, padding])
 
     def fit(tensor: Tensor | None) -> Tensor:
         """What the vendor may write: the tensor itself, if it is dense and of its dtype."""
@@ -190,11 +190,11 @@ def gdn_mixing(call: "Arguments") -> None:
         reorder_input=not call.interleaved,
         **vendor,
     )
-    # Whose a token is, without waiting for the device.
+    # The row of each token, without waiting for the device.
     row = torch.searchsorted(
         call.cu_seqlens[1 : rows + 1], torch.arange(total, device=device, dtype=call.cu_seqlens.dtype), right=True
     )
-    core[:total].masked_fill_(nobody[row].view(-1, 1, 1), 0)
+    core[:total].masked_fill_(padding[row].view(-1, 1, 1), 0)
     if core is not call.output:
         call.output[:total].copy_(core[:total])
     if call.z is not None and gate is not call.z:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mamba_ops.ops._common.checking import check_tensors, shape_is, tensor_rank
-from mamba_ops.ops._common.mixing import PlanTensors, check_caches, check_plan
+from mamba_ops.ops._common.mixing import check_plan_and_caches
+from mamba_ops.ops._common.sequences import PlanTensors
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
 
@@ -93,7 +94,7 @@ def mamba2_mixing(
         D: `(heads,)`.
         dt_bias: `(heads,)`.
         counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, num_computed_tokens, num_accepted_tokens: the
-            plan, see `mamba_ops.ops._common.mixing.PlanTensors` and `mamba_ops.serving.Plan`; all None: no plan.
+            plan, see `mamba_ops.serving.Plan` and `PlanTensors` there; all None: no plan.
         heads, head_dim, dstate, groups: the layer's sizes on this rank.
         chunk_size: tokens of a chunk in prefills, at most; chunks end at multiples of it from a request's first token.
         dt_min, dt_max: limits of the step sizes after their softplus.
@@ -126,8 +127,5 @@ def _validate(call: Arguments) -> None:
     check_tensors(call, "projected", elsewhere=PlanTensors._fields)
     for name in ("A", "D", "dt_bias"):
         shape_is(name, getattr(call, name), (call.heads,))
-    plan = PlanTensors.of(call)
-    check_plan(call.projected.device, plan)
-    caches = (call.conv_state, call.ssm_state, call.conv_weight, call.conv_bias)
-    check_caches(plan, *caches, dim, (call.heads, call.head_dim, call.dstate))
+    check_plan_and_caches(call, call.projected.device, dim, (call.heads, call.head_dim, call.dstate))
     shape_is("out", call.output, (call.projected.shape[0], call.heads, call.head_dim))

@@ -15,8 +15,8 @@ def mamba_chunk_scan_backward(call: BackwardArguments) -> None:
     """
     heads, dim, dstate = *call.x.shape[-2:], call.B.shape[-1]
     n, compute = row_count(call.x, call.cu_seqlens), torch.promote_types(call.x.dtype, torch.float32)
-    for gradient in call[BackwardArguments._fields.index("grad_x") :]:
-        gradient.zero_()  # of tokens that are in no row, and of inputs that have no token
+    for name in BackwardArguments._fields[BackwardArguments._fields.index("grad_x") :]:
+        getattr(call, name).zero_()  # of tokens that are in no row, and of inputs that have no token
     final, initial = (None if t is None else t.to(compute) for t in (call.grad_final_states, call.initial_states))
     if n == 0:
         return
@@ -136,7 +136,8 @@ def _earlier(values: Tensor) -> Tensor:
 
 def _by_group(by_head: Tensor, groups: int) -> Tensor:
     """The sums over the heads of each group."""
-    return by_head.unflatten(1, (groups, -1)).sum(2)
+    count, heads, size, entries = by_head.shape
+    return by_head.view(count, groups, heads // groups, size, entries).sum(2)
 
 
 def _store(layout: ChunkLayout, target: Tensor, values: Tensor) -> None:

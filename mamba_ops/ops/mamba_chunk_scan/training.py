@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mamba_ops.backends import triton
 from mamba_ops.ops._common.checking import floating, one_device, shape_is
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._common.samples import training_samples
@@ -117,6 +118,29 @@ mamba_chunk_scan.backward(
 )
 
 
+@mamba_chunk_scan.flops
+def _flops(x: torch.Size, B: torch.Size, chunk_size: int) -> tuple[int, int]:
+    """Of the matrix products of chunks of this size, in which half of all pairs of tokens count."""
+    tokens, (heads, dim), (groups, dstate) = math.prod(x[:-2]), x[-2:], B[-2:]
+    pairs, read = tokens * chunk_size // 2, tokens * heads * dim * dstate
+    forward = 2 * (pairs * (groups * dstate + heads * dim) + 2 * read)
+    return forward, 2 * (pairs * (3 * groups * dstate + 2 * heads * dim) + 5 * read)
+
+
 @mamba_chunk_scan.training_samples
 def _samples(device: torch.device, **sizes: Any) -> Iterator[Sample]:
     return training_samples(mamba_chunk_scan, "ssm_state", device, **sizes)
+
+
+def _unsupported(grad_output: Tensor, x: Tensor, B: Tensor) -> str | None:
+    """Takes no float64 x or grad_output, a dim of at most 128 and a dstate of at most 256."""
+    if x.shape[-1] > 128 or B.shape[-1] > 256:
+        return f"takes a dim of at most 128 and a dstate of at most 256, not {x.shape[-1]} and {B.shape[-1]}"
+    return "computes in float32, and x is float64" if torch.float64 in (x.dtype, grad_output.dtype) else None
+
+
+triton.implements(
+    mamba_chunk_scan.backward_op,
+    "mamba_ops.ops.mamba_chunk_scan.triton:mamba_chunk_scan_backward",
+    unsupported=_unsupported,
+)

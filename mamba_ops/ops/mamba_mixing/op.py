@@ -5,7 +5,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mamba_ops.ops._common.checking import check_tensors, shape_is, short, tensor_rank
-from mamba_ops.ops._common.mixing import PlanTensors, check_caches, check_plan
+from mamba_ops.ops._common.mixing import check_plan_and_caches
+from mamba_ops.ops._common.sequences import PlanTensors
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
 
@@ -94,7 +95,7 @@ def mamba_mixing(
         dt_norm_weight, B_norm_weight, C_norm_weight: `(dt_rank,)` and twice `(dstate,)`: weights of RMS norms over dt
             before its projection, B and C, as Jamba has (Falcon-Mamba: ones). None: there is no such norm.
         counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, num_computed_tokens, num_accepted_tokens: the
-            plan, see `mamba_ops.ops._common.mixing.PlanTensors` and `mamba_ops.serving.Plan`; all None: no plan.
+            plan, see `mamba_ops.serving.Plan` and `PlanTensors` there; all None: no plan.
         norm_eps: added to the norms' mean squares.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.
         out: `(tokens, inner)`. Mutated. Zero for padding tokens; all zero without a plan or rows.
@@ -133,7 +134,5 @@ def _validate(call: Arguments) -> None:
     shape_is("dt_norm_weight", call.dt_norm_weight, (rank,))
     for name in ("B_norm_weight", "C_norm_weight"):
         shape_is(name, getattr(call, name), (dstate,))
-    plan = PlanTensors.of(call)
-    check_plan(call.projected.device, plan)
-    check_caches(plan, call.conv_state, call.ssm_state, call.conv_weight, call.conv_bias, inner, (inner, dstate))
+    check_plan_and_caches(call, call.projected.device, inner, (inner, dstate))
     shape_is("out", call.output, (call.projected.shape[0], inner))

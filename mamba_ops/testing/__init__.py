@@ -1,4 +1,4 @@
-"""For tests of models: `assert_one_graph`, and the pytest fixture `graph_audit`, which is the same.
+"""For tests: `check_op` holds an op to its contract, `assert_one_graph` (the pytest fixture `graph_audit`) a model.
 
 pytest finds the fixture by itself where mamba-ops is installed; elsewhere `pytest_plugins = ["mamba_ops.testing"]` in
 conftest.py brings it.
@@ -8,10 +8,16 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mamba_ops.ops._common.random_inputs import RandomInputs as RandomInputs
+from mamba_ops.testing.judge import assert_within_budget as assert_within_budget
+from mamba_ops.testing.judge import error_budget as error_budget
+from mamba_ops.testing.op_checks import Checked as Checked
+from mamba_ops.testing.op_checks import check_op as check_op
+
 if TYPE_CHECKING:
     from mamba_ops.audit import Report
 
-with contextlib.suppress(ModuleNotFoundError):  # without pytest there is nobody to ask for it
+with contextlib.suppress(ModuleNotFoundError):  # without pytest no test asks for the fixture
     import pytest
 
     @pytest.fixture

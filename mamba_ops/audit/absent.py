@@ -226,7 +226,7 @@ def install(device_type: str, *, compiler: bool = True) -> str:
     if device_type in _installed:
         return _installed[device_type]
     if torch.get_device_module(device_type).is_available():
-        raise RuntimeError(f"{device_type} is present on this machine: trace there as usual, without mamba_ops.absent")
+        raise RuntimeError(f"{device_type} is present on this machine: audit it as usual")
     how = "compiled" if compiler and _compile_guard(device_type) else "borrowed"
     if how == "borrowed":
         _borrow_guard(device_type)
@@ -289,7 +289,9 @@ def _use_math_attention() -> torch.library.Library:
     return library  # which would undo this when collected
 
 
-_BOOTSTRAP = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from mamba_ops import absent; absent._child()"
+_BOOTSTRAP = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from mamba_ops.audit import absent; absent._child()"
+)
 
 
 def run(target: str, *args: Any, device: str = "xpu", timeout: float = 600.0, **kwargs: Any) -> Any:

@@ -1,0 +1,83 @@
+"""Ops as functions of tensors: states go in and come out as values, and all of them have gradients.
+
+No cache, no slot and no `out`: nothing is written that was passed in. For training in segments, where a state goes from
+one call to the next, and for losses that read the last state. Where states do not matter, the ops themselves record
+gradients: `mamba_ops.causal_conv1d(x, weight)`.
+"""
+
+import math
+from typing import Any, cast
+
+from torch import Tensor
+
+from mamba_ops import ops
+from mamba_ops.registry import Op
+
+
+def _call(op: Op[...], *inputs: Any) -> tuple[Tensor, Tensor]:
+    """Return the output and the final states, without what is saved for the backward."""
+    output, final_states, *_ = cast(tuple[Tensor, ...], op.forward_states_op(*inputs))
+    return output, final_states
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    initial_states: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    silu: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Convolve each sequence with its own past; return the outputs and the sequences' last inputs.
+
+    Differentiable: x, weight, bias and initial_states.
+
+    Args:
+        x, weight, bias, cu_seqlens, silu: as for `mamba_ops.causal_conv1d`. Outputs of tokens in no sequence are zero.
+        initial_states: (n, dim, width - 1), what came before each sequence, oldest first. None: zeros.
+
+    Returns:
+        The outputs, like x, and the final states, like initial_states (without it in the dtype of x).
+
+    Raises:
+        ValueError: an argument does not fit the others.
+    """
+    return _call(ops.causal_conv1d, x, weight, bias, initial_states, cu_seqlens, silu)
+
+
+def mamba_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_min: float = 0.0,
+    dt_max: float = math.inf,
+    initial_states: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the Mamba-2 recurrence over every row's tokens; return their outputs and the rows' last states.
+
+    Differentiable: x, dt, A, B, C, D, z, dt_bias and initial_states.
+
+    Args:
+        x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus, dt_min, dt_max, cu_seqlens: as for
+            `mamba_ops.mamba_chunk_scan`. Outputs of tokens in no row are zero.
+        initial_states: (n, heads, dim, dstate), the rows' states before their first token. None: zeros.
+
+    Returns:
+        The outputs, like x, and the final states, like initial_states (without it in float32 at least). A row without
+        tokens keeps its initial state.
+
+    Raises:
+        ValueError: an argument does not fit the others.
+    """
+    weights = D, z, dt_bias, initial_states, cu_seqlens
+    return _call(ops.mamba_chunk_scan, x, dt, A, B, C, chunk_size, *weights, dt_softplus, dt_min, dt_max)

@@ -1,0 +1,155 @@
+"""How the three kernels of mamba_chunk_scan_backward are launched."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+
+from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of
+from mamba_ops.ops._triton.layout import by_token
+from mamba_ops.ops.mamba_chunk_scan.triton.backward import _carry, _chunks, _step_sizes
+
+if TYPE_CHECKING:
+    from mamba_ops.ops.mamba_chunk_scan.training import BackwardArguments
+
+_HEADS_PER_SPLIT = 16  # heads that a program of `_chunks` walks over: fewer are more programs, and more sums
+
+
+def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
+    """Write the gradients; shapes and meaning are the op's, and are not checked again.
+
+    Chunks are as long as registers allow, whatever `chunk_size` is: results depend on it by rounding alone. Matrix
+    products are of the common dtype of x, B and C, and sum in float32; so are the states and their gradients, as they
+    go from one launch to the next. Tokens are read as the forward's kernels read them.
+    """
+    flat = call.cu_seqlens is not None
+    rows = call.x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    if flat or rows == 0:
+        for gradient in (call.grad_x, call.grad_dt, call.grad_B, call.grad_C, call.grad_z):
+            gradient.zero_()  # of tokens that are in no row
+    if rows == 0:
+        for gradient in (call.grad_A, call.grad_D, call.grad_dt_bias):
+            gradient.zero_()
+        return
+    heads, dim, groups, dstate = *call.x.shape[-2:], *call.B.shape[-2:]
+    x, dt, B, C, grad = (by_token(t, flat) for t in (call.x, call.dt, call.B, call.C, call.grad_output))
+    z = None if call.z is None else by_token(call.z, flat)
+    A = call.A.contiguous()
+    D, dt_bias, cu_seqlens, initial, final = (
+        None if t is None else t.contiguous()
+        for t in (call.D, call.dt_bias, call.cu_seqlens, call.initial_states, call.grad_final_states)
+    )
+    operand = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
+    if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
+        operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+    tokens, length = x.shape[0], None if flat else call.x.shape[1]
+    block_dim, block_state = (max(triton.next_power_of_2(size), 16) for size in (dim, dstate))
+    chunk = 64 if operand.itemsize < 4 and block_dim * block_state <= 64 * 128 else 32
+    chunks = tokens // chunk + rows if length is None else rows * cdiv(length, chunk)  # at most
+    per_group = heads // groups
+    splits = next(n for n in range(cdiv(per_group, _HEADS_PER_SPLIT), per_group + 1) if per_group % n == 0)
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return x.new_empty(shape, dtype=dtype)
+
+    steps = scratch(3, heads, tokens)
+    starts, ends = scratch(2, chunks, heads, dim, dstate, dtype=operand)
+    shares = x.new_zeros(2, chunks, heads, dtype=torch.float32)
+    of_D = x.new_zeros((chunks, *(() if D is None else D.shape)), dtype=torch.float32)
+    of_B, of_C = x.new_zeros(2, splits, tokens, groups, dstate, dtype=torch.float32)
+    aligned = all(
+        t is None or (t.data_ptr() | t.stride(0) * t.itemsize | t.shape[-1] * t.itemsize) % 16 == 0
+        for t in (x, B, C, z, grad)
+    )
+    strides = [None if t is None else t.stride(0) for t in (x, dt, B, C, grad, z)]
+    shape: dict[str, Any] = {"HEADS": heads, "DIM": dim, "GROUPS": groups, "DSTATE": dstate}
+    shape |= {"CHUNK": chunk, "ALIGNED": aligned, "BLOCK_ROWS": 128}
+    block_heads = max(1024 // chunk, 1)
+    with on_device_of(x):
+        _step_sizes[(chunks, cdiv(heads, block_heads))](
+            dt,
+            A,
+            dt_bias,
+            cu_seqlens,
+            steps,
+            strides[1],
+            length,
+            rows,
+            tokens,
+            call.dt_min,
+            call.dt_max,
+            HEADS=heads,
+            CHUNK=chunk,
+            SOFTPLUS=call.dt_softplus,
+            BLOCK_ROWS=128,
+            BLOCK_HEADS=block_heads,
+            num_warps=4,
+        )
+        carry_dim, carry_state = min(block_dim, 64), min(block_state, 64 if operand.itemsize < 4 else 32)
+        _carry[(rows * heads * cdiv(dim, carry_dim) * cdiv(dstate, carry_state), 2)](
+            x,
+            B,
+            C,
+            grad,
+            z,
+            initial,
+            final,
+            cu_seqlens,
+            steps,
+            starts,
+            ends,
+            None if initial is None else call.grad_initial_states,
+            strides[0],
+            *strides[2:],
+            length,
+            tokens,
+            **shape,
+            BLOCK_DIM=carry_dim,
+            BLOCK_STATE=carry_state,
+            num_warps=4,
+            num_stages=3,
+        )
+        _chunks[(chunks * groups * splits,)](
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            z,
+            dt_bias,
+            grad,
+            cu_seqlens,
+            steps,
+            starts,
+            ends,
+            call.grad_x,
+            call.grad_dt,
+            call.grad_z,
+            shares,
+            of_D,
+            of_B,
+            of_C,
+            *strides,
+            length,
+            rows,
+            tokens,
+            chunks,
+            call.dt_min,
+            call.dt_max,
+            **shape,
+            SOFTPLUS=call.dt_softplus,
+            D_PER_CHANNEL=D is not None and D.dim() == 2,
+            SPLITS=splits,
+            BLOCK_DIM=block_dim,
+            BLOCK_STATE=block_state,
+            num_warps=8,
+            num_stages=1,
+        )
+    call.grad_B.copy_(of_B.sum(0).view(call.grad_B.shape))
+    call.grad_C.copy_(of_C.sum(0).view(call.grad_C.shape))
+    call.grad_A.copy_(shares[0].sum(0))
+    if D is not None:
+        call.grad_D.copy_(of_D.sum(0))
+    if dt_bias is not None:
+        call.grad_dt_bias.copy_(shares[1].sum(0))
