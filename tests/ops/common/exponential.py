@@ -21,3 +21,22 @@ def sums_between(g: Tensor) -> Tensor:
     for i in range(1, len(g)):
         rows.append(torch.cat([rows[-1][:i] + g[i], rows[-1][i:]]))
     return torch.stack(rows)
+
+
+class _Exp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        result = exp(x)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (result,) = ctx.saved_tensors
+        return gradient * result
+
+
+def differentiable_exp(x: Tensor) -> Tensor:
+    """`exp`, with the gradient that an exponential has."""
+    result: Tensor = _Exp.apply(x)
+    return result
