@@ -11,8 +11,9 @@ from torch import Tensor
 import mamba_ops
 from mamba_ops.registry import Op, Sample
 from mamba_ops.registry.memory import may_overlap, overlaps_itself
+from mamba_ops.testing.judge import front_on, with_output
 from tests.conftest import ACCELERATOR
-from tests.harness import OPS, backends_here, cases, front_on, with_output
+from tests.harness import OPS, backends_here, cases
 from tests.test_bad_input import assert_untouched, changed
 
 pytestmark = pytest.mark.usefixtures("no_grad")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba_ops.registry.samples import assert_within_budget
+from mamba_ops.testing.judge import assert_within_budget
 from tests.harness import OPERANDS
 from tests.test_mutants import changed
 
