@@ -143,7 +143,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             SPLITS=splits,
             BLOCK_DIM=block_dim,
             BLOCK_STATE=block_state,
-            num_warps=8,
+            num_warps=16,
             num_stages=1,
         )
     call.grad_B.copy_(of_B.sum(0).view(call.grad_B.shape))
