@@ -76,7 +76,7 @@ def chunk_gated_delta_rule(
     Args:
         q, k: (..., k_heads, k_dim).
         v: (..., v_heads, v_dim), with v_heads a multiple of k_heads.
-        g: (..., v_heads), the log of the decay; at most 0.
+        g: (..., v_heads), the log of the decay; at most 0, and -inf for a token that forgets all.
         beta: (..., v_heads), 0 to 1, or to 2 where eigenvalues may be negative.
         scale: of q. None: k_dim ** -0.5.
         cu_seqlens: int32 or int64, (n + 1,): row i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1. Tokens past

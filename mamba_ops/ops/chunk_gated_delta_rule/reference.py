@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import chunk_layout, row_count
+from mamba_ops.ops._common.decay import log_decay_between
 from mamba_ops.ops._common.slots import initial_states, row_ends, store_rows
 from mamba_ops.ops.chunk_gated_delta_rule.op import Arguments
 from mamba_ops.ops.gated_delta_rule_update.reference import EPS
@@ -62,20 +63,17 @@ def chunk_gated_delta_rule(call: Arguments) -> None:
         queries, keys = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS) for x in (queries, keys))
     queries = queries * (k_dim**-0.5 if call.scale is None else call.scale)
     per_key = v_heads // call.q.shape[-2]
-    total = gather(call.g).cumsum(2).unsqueeze(3)
-    between = total - total.transpose(2, 3)  # the decay from one token to another; above the diagonal it may overflow
-    before = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=call.v.device).tril()
-    between = torch.exp(torch.where(before, between, -torch.inf))
+    decay = gather(call.g)
+    between, since = torch.exp(log_decay_between(decay)), torch.exp(decay.cumsum(2)).unsqueeze(3)
 
     products = (keys @ keys.transpose(2, 3)).repeat_interleave(per_key, 1)
     weights = (queries @ keys.transpose(2, 3)).repeat_interleave(per_key, 1) * between
     queries, keys = (x.repeat_interleave(per_key, 1) for x in (queries, keys))
     system = (strength * products * between).tril(-1)
-    sides = torch.cat([strength * values, strength * torch.exp(total) * keys], dim=3)
+    sides = torch.cat([strength * values, strength * since * keys], dim=3)
     # What a chunk writes if the state before it is zero, and what to subtract for each state before it.
     alone, through = (_inverse(system) @ sides).split([v_dim, k_dim], dim=3)
-    opened = torch.exp(total) * queries
-    closing, decay = torch.exp(total[:, :, -1:] - total) * keys, torch.exp(total[:, :, -1:])
+    opened, closing, decay = since * queries, between[:, :, -1].unsqueeze(3) * keys, since[:, :, -1:]
 
     y = torch.zeros_like(values)
     first = layout.end - layout.of_row

@@ -3,7 +3,7 @@
 What the tokens of a chunk write depends on what those before them wrote: a triangular system. `_solve` has all chunks
 at once: it inverts their systems, and finds how much of what is written every query reads. `_scan` walks over the
 chunks of a row with some rows of one head's state in registers, where what is multiplied next stays, and writes the
-outputs.
+outputs. Decays of any strength are exact, by the sums of `ops/_triton/decay.py`.
 """
 
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from mamba_ops.ops._triton.common import (
     row_chunks,
     tile_ptrs,
 )
+from mamba_ops.ops._triton.decay import exact_sums, split, to_log2
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
 
@@ -120,26 +121,29 @@ def _solve(
     keys = tl.load(tile_ptrs(k + k_head * K_DIM, t, k_stride, key, ALIGNED), there, other=0.0)
     queries = tl.load(tile_ptrs(q + k_head * K_DIM, t, q_stride, key, ALIGNED), there, other=0.0)
     strength = tl.load(beta + head + t.to(tl.int64) * beta_stride, t < high, other=0.0).to(tl.float32)
-    decay = tl.load(g + head + t.to(tl.int64) * g_stride, t < high, other=0.0).to(tl.float32)
+    decay = tl.load(g + head + t.to(tl.int64) * g_stride, t < high, other=0.0).to(tl.float32) * 1.4426950408889634
 
     of_key = _factor(keys, L2NORM)
     of_query = _factor(queries, L2NORM) * scale
-    total = tl.cumsum(decay, 0)
-    left = tl.cumsum(decay, 0, reverse=True) - decay  # not the last total less total: their difference is less exact
+    total, left = exact_sums(decay)
+    near, up, down = split(total)
     number = chunk.to(tl.int64) * V_HEADS + head
     factors += number * (4 * CHUNK)
-    tl.store(factors + i, tl.exp(total) * of_key)
-    tl.store(factors + CHUNK + i, tl.exp(total) * of_query)
-    tl.store(factors + 2 * CHUNK + i, tl.exp(left) * of_key)
-    tl.store(factors + 3 * CHUNK, tl.exp(tl.sum(decay, 0)))
+    since = tl.where(decay == decay, tl.exp2(to_log2(total)), decay)  # NaN stays NaN
+    tl.store(factors + i, since * of_key)
+    tl.store(factors + CHUNK + i, since * of_query)
+    tl.store(factors + 2 * CHUNK + i, tl.exp2(to_log2(left)) * of_key)
+    tl.store(factors + 3 * CHUNK + i, tl.exp2(to_log2(total + left)), i == 0)  # all of them
 
-    between = tl.exp(tl.where(i[:, None] >= i[None, :], total[:, None] - total[None, :], float("-inf")))
-    between *= of_key[None, :]
+    between = tl.exp2(tl.where(i[:, None] >= i[None, :], near[:, None] - near[None, :], float("-inf")))
+    between *= (of_key * down)[None, :]
+    of_query *= up
+    of_key *= up * strength
     turned = tl.trans(keys.to(operand))
     place = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
     weight = tl.dot(queries.to(operand), turned, input_precision="ieee") * between * of_query[:, None]
     tl.store(weights + place, weight)
-    system = tl.dot(keys.to(operand), turned, input_precision="ieee") * between * (of_key * strength)[:, None]
+    system = tl.dot(keys.to(operand), turned, input_precision="ieee") * between * of_key[:, None]
     system = tl.where(i[:, None] > i[None, :], system, 0.0)
     tl.store(solved + place, _inverse(system, CHUNK, PRECISION) * strength[None, :])
 

@@ -5,7 +5,7 @@ from itertools import pairwise, product
 import torch
 from torch import Tensor
 
-from tests.ops.common.exponential import exp
+from tests.ops.common.exponential import exp, sums_between
 from tests.ops.gated_delta_rule_update.oracle import delta_step
 
 
@@ -100,7 +100,8 @@ def chunk_step(
         q, k = (rounded(t / torch.sqrt((t * t).sum(1, keepdim=True) + 1e-6)) for t in (q, k))
     scale = q.shape[1] ** -0.5 if scale is None else scale
     G = torch.cumsum(g, 0)
-    decay = exp((G.unsqueeze(1) - G).tril()).tril()
+    between = exp(sums_between(g))
+    decay = between.tril()
     system = ((k @ k.T) * decay * beta.unsqueeze(1)).tril(-1)
     inverse = torch.eye(len(g), dtype=g.dtype)
     for i in range(1, len(g)):
@@ -110,4 +111,4 @@ def chunk_step(
     through = rounded(inverse @ rounded(k * (beta * exp(G)).unsqueeze(1)))
     new = rounded(alone - through @ rounded(S).T)
     out = scale * (exp(G).unsqueeze(1) * (q @ rounded(S).T) + rounded((q @ k.T) * decay) @ new)
-    return S * exp(G[-1]) + rounded(new * exp(G[-1] - G).unsqueeze(1)).T @ k, out
+    return S * exp(G[-1]) + rounded(new * between[-1].unsqueeze(1)).T @ k, out

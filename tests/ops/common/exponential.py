@@ -1,4 +1,4 @@
-"""The exponential that kernels have."""
+"""The exponential that kernels have, and what it is taken of."""
 
 import torch
 from torch import Tensor
@@ -8,3 +8,16 @@ def exp(x: Tensor) -> Tensor:
     """exp, with a relative error of up to 2^-22 in float32: the documented one of the instruction on GPUs."""
     exact = torch.exp(x)
     return exact if x.dtype == torch.float64 else ((exact.view(torch.int32) + 2) & ~3).view(torch.float32)
+
+
+def log_decay(A: Tensor, d: Tensor) -> Tensor:
+    """A * d; a step of 0 decays nothing, even at A = -inf."""
+    return torch.where(d == 0, 0, A * d)
+
+
+def sums_between(g: Tensor) -> Tensor:
+    """[i, j] is the sum of the g of a chunk's tokens after j, up to i; 0 where j comes after i."""
+    rows = [torch.zeros_like(g)]
+    for i in range(1, len(g)):
+        rows.append(torch.cat([rows[-1][:i] + g[i], rows[-1][i:]]))
+    return torch.stack(rows)
