@@ -246,11 +246,13 @@ def _chunks(
         d = tl.load(sizes, inside, other=0.0)
         since = tl.load(sizes + plane, inside, other=0.0)
         until = tl.load(sizes + 2 * plane, inside, other=0.0)
-        near = tl.load(sizes + 3 * plane, inside, other=0.0)
+        near = tl.load(sizes + 3 * plane, inside, other=float("-inf"))
         up = tl.load(sizes + 4 * plane, inside, other=0.0)
         down = tl.load(sizes + 5 * plane, inside, other=0.0)
         whole = tl.load(steps + head.to(tl.int64) * tokens + plane + high - 1)
-        decay = tl.where(place[:, None] >= place[None, :], near[:, None] - near[None, :], float("-inf"))
+        decay = tl.where(
+            place[:, None] >= place[None, :], near[:, None] - tl.where(inside, near, 0.0)[None, :], float("-inf")
+        )
         decay = tl.exp2(decay) * up[:, None] * down[None, :]
 
         u = tl.load(tile_ptrs(x + head * DIM, token, x_stride, channel, ALIGNED), of_tokens, other=0.0).to(operand)
