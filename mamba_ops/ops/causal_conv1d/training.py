@@ -10,7 +10,7 @@ from torch import Tensor
 from mamba_ops.backends import triton
 from mamba_ops.ops._common.checking import floating, one_device, shape_is
 from mamba_ops.ops._common.chunk_layout import row_count
-from mamba_ops.ops._common.samples import training_samples
+from mamba_ops.ops._common.samples import SampleTensors, training_samples
 from mamba_ops.ops.causal_conv1d.op import causal_conv1d
 from mamba_ops.registry import Sample
 
@@ -156,8 +156,14 @@ def _flops(x: torch.Size, weight: torch.Size) -> tuple[int, int]:
 
 
 @causal_conv1d.training_samples
-def _samples(device: torch.device, **sizes: Any) -> Iterator[Sample]:
-    return training_samples(causal_conv1d, "conv_state", device, **sizes)
+def _samples(device: torch.device, *, dim: int = 24, length: int = 6, **sizes: Any) -> Iterator[Sample]:
+    """Yield those of the op, and rows that several programs of a backward share."""
+    yield from training_samples(causal_conv1d, "conv_state", device, dim=dim, length=length, **sizes)
+    make = SampleTensors(device, sizes.get("dtype", torch.bfloat16))
+    weights, states = (make.normal(dim, 4), make.normal(dim)), make.normal(2, dim, 3)
+    ends = make.indices(0, 25 * length, 50 * length)
+    yield Sample("long rows, packed", (make.normal(50 * length, dim), *weights, states, ends, True))
+    yield Sample("long rows", (make.normal(2, 25 * length, dim), *weights, None, None, False))
 
 
 def _unsupported(x: Tensor, grad_output: Tensor) -> str | None:

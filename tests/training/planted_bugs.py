@@ -1,0 +1,21 @@
+"""Bugs to plant in the backward kernels, by op."""
+
+BUGS = {
+    "causal_conv1d": {
+        "silu's slope without its second part": ("opened * (1.0 + before * (1.0 - opened))", "opened"),
+        "taps not turned around": ("taps[HISTORY - k] * later[k]", "taps[k] * later[k]"),
+        "weights' gradient counts neighbours": ("own = tl.where(token < end, grad, 0.0)", "own = grad"),
+        "final states forgotten": ("if grad_final_ptr is not None:", "if False:"),
+        "tail not zeroed": ("call.grad_x.zero_()", "call.grad_x.fill_(1.0)"),
+    },
+    "mamba_chunk_scan": {
+        "state before the chunk not read": ("start, grad_c, input", "start * 0.0, grad_c, input"),
+        "one head of a group": ("grad_products += pairs", "grad_products = pairs"),
+        "softplus without its slope": ("grad_d *= tl.sigmoid(raw)", "grad_d *= 1.0"),
+        "limits without effect": ("& (unlimited >= dt_min)", "& (unlimited >= -1e30)"),
+        "decay reaches the token itself": ("is_later, between, 0.0", "place[:, None] >= place[None, :], between, 0.0"),
+        "final states forgotten": ("if final is not None:", "if False:"),
+        "D not in x": ("exact * skip[None, :], of", "exact * 0.0, of"),
+        "tail not zeroed": ("gradient.zero_()  # of tokens", "gradient.fill_(1.0)  # of tokens"),
+    },
+}
