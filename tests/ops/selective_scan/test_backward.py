@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_ops.ops.selective_scan import backward, selective_scan
+from mamba_ops.ops.selective_scan import reference_backward, selective_scan
+from mamba_ops.ops.selective_scan.training import BackwardArguments
 from tests.conftest import ACCELERATOR
 from tests.ops.common.backward import (
     Backward,
@@ -28,7 +29,7 @@ from tests.test_mutants import changed, load, source_of
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-reference = front_of(backward.selective_scan_backward, backward.BackwardArguments)
+reference = front_of(reference_backward.selective_scan_backward, BackwardArguments)
 
 
 @pytest.mark.parametrize("left_out", [None, *OPTIONAL])
@@ -49,7 +50,7 @@ def kernel() -> Backward:
     """The Triton kernels."""
     pytest.importorskip("triton")
     module = importlib.import_module("mamba_ops.ops.selective_scan.triton.backward")
-    return front_of(module.selective_scan_backward, backward.BackwardArguments)
+    return front_of(module.selective_scan_backward, BackwardArguments)
 
 
 def judge_all(run: Backward, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
@@ -119,8 +120,8 @@ BUGS = {
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_caught(bug: str) -> None:
-    scope = mutant_of(backward, BUGS[bug])
-    mutant = front_of(scope["selective_scan_backward"], backward.BackwardArguments)
+    scope = mutant_of(reference_backward, BUGS[bug])
+    mutant = front_of(scope["selective_scan_backward"], BackwardArguments)
     assert caught(mutant, oracle, calls(torch.float32))
 
 
@@ -148,5 +149,5 @@ KERNEL_BUGS = {
 def test_bug_planted_in_the_kernel_is_caught(bug: str, device: torch.device, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     module = load(tmp_path / "mutant_selective_scan.py", changed(source_of(selective_scan), KERNEL_BUGS[bug]))
-    mutant = front_of(module.selective_scan_backward, backward.BackwardArguments)
+    mutant = front_of(module.selective_scan_backward, BackwardArguments)
     assert caught(mutant, oracle, (call(1, 11, dim=68, device=device), call(1, 67, dim=3, groups=None, device=device)))

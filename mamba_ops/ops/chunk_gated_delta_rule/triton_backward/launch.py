@@ -21,7 +21,7 @@ from mamba_ops.ops.chunk_gated_delta_rule.triton_backward.chunks import _gradien
 from mamba_ops.ops.chunk_gated_delta_rule.triton_backward.walks import _adjoints, _states
 
 if TYPE_CHECKING:
-    from mamba_ops.ops.chunk_gated_delta_rule.backward import BackwardArguments
+    from mamba_ops.ops.chunk_gated_delta_rule.training import BackwardArguments
 
 
 def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:

@@ -1,41 +1,13 @@
 """The backward pass of the selective scan in plain torch: the reference, which runs on any device."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import chunk_layout, row_count
 from mamba_ops.ops._common.slots import store_rows
+from mamba_ops.ops.selective_scan.training import BackwardArguments
 
 PIECE = 16  # tokens that are read one after the other, of all pieces at once
-
-
-class BackwardArguments(NamedTuple):
-    """A call of the backward pass: gradients of both results, the inputs of the forward pass, and what is written."""
-
-    grad_output: Tensor
-    grad_final_states: Tensor | None
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    dt_bias: Tensor | None
-    initial_states: Tensor | None
-    cu_seqlens: Tensor | None
-    dt_softplus: bool
-    grad_x: Tensor
-    grad_dt: Tensor
-    grad_A: Tensor
-    grad_B: Tensor
-    grad_C: Tensor
-    grad_D: Tensor
-    grad_z: Tensor
-    grad_dt_bias: Tensor
-    grad_initial_states: Tensor
 
 
 def selective_scan_backward(call: BackwardArguments) -> None:
