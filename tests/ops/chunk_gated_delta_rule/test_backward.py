@@ -10,8 +10,8 @@ import torch
 from mamba_ops.ops.chunk_gated_delta_rule import chunk_gated_delta_rule, reference_backward
 from mamba_ops.ops.chunk_gated_delta_rule.training import BackwardArguments
 from tests.ops.chunk_gated_delta_rule.backward_calls import TOKENS, call, calls, strong
-from tests.ops.chunk_gated_delta_rule.backward_oracle import chunk_gated_delta_rule as oracle
-from tests.ops.common.backward import (
+from tests.test_mutants import changed, load, source_of
+from tests.training.backward import (
     Backward,
     assert_gradcheck,
     caught,
@@ -21,12 +21,13 @@ from tests.ops.common.backward import (
     front_of,
     judge,
     mutant_of,
+    oracle_by_name,
     packed,
 )
-from tests.test_mutants import changed, load, source_of
 
 DTYPES = [torch.float32, torch.bfloat16]
 SMALL: dict[str, Any] = {"k_heads": 1, "v_heads": 2, "k_dim": 2, "v_dim": 2}
+oracle = oracle_by_name(chunk_gated_delta_rule)
 reference = front_of(reference_backward.chunk_gated_delta_rule_backward, BackwardArguments)
 
 

@@ -10,7 +10,9 @@ import torch
 from mamba_ops.ops.selective_scan import reference_backward, selective_scan
 from mamba_ops.ops.selective_scan.training import BackwardArguments
 from tests.conftest import ACCELERATOR
-from tests.ops.common.backward import (
+from tests.ops.selective_scan.backward_calls import OPTIONAL, TOKENS, call, calls
+from tests.test_mutants import changed, load, source_of
+from tests.training.backward import (
     Backward,
     assert_gradcheck,
     caught,
@@ -20,15 +22,14 @@ from tests.ops.common.backward import (
     front_of,
     judge,
     mutant_of,
+    oracle_by_name,
     packed,
 )
-from tests.ops.selective_scan.backward_calls import OPTIONAL, TOKENS, call, calls
-from tests.ops.selective_scan.backward_oracle import selective_scan as oracle
-from tests.test_mutants import changed, load, source_of
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+oracle = oracle_by_name(selective_scan)
 reference = front_of(reference_backward.selective_scan_backward, BackwardArguments)
 
 
