@@ -1,6 +1,6 @@
 """What our front adds to a bare torch.library op: a ladder from a plain Python function to torch.library.custom_op.
 
-Nothing runs behind any rung, so that only the way there is timed: all rungs side by side, in one process.
+No rung runs a kernel, so that only the call is timed: all rungs side by side, in one process.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def measure(device: torch.device, **repeats: int) -> Times:
 
 
 def _arguments(device: torch.device) -> tuple[tuple[Tensor, ...], dict[str, Any], Tensor]:
-    """A decode call with every optional argument given, each a tensor of its own as in earnest."""
+    """A decode call with every optional argument given, each a tensor of its own as in real calls."""
     n, heads, dim, dstate = 4, 2, 4, 8
     new = partial(torch.randn, device=device)
     args = (new(n, heads, dim, dstate), new(n, heads, dim), new(n, heads), new(heads), new(n, 1, dstate))
@@ -130,7 +130,7 @@ def _arguments(device: torch.device) -> tuple[tuple[Tensor, ...], dict[str, Any]
 
 
 def custom_op(op: Op[...]) -> Callable[..., None]:
-    """Declare the same op with torch.library.custom_op: all positional, for it takes no keyword-only tensors."""
+    """Declare the same op with torch.library.custom_op: all positional, as it takes no keyword-only tensors."""
     positional = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in op.parameters]
     positional.sort(key=lambda p: p.default is not p.empty)
     function = does_nothing(positional)

@@ -22,7 +22,7 @@ from benchmarks.measure import Row, command, facts, page, report
 from benchmarks.peers import versions
 from benchmarks.serving_steps import LENGTHS
 
-ROLES = {  # and the folder of caches that each begins with; one that comes again is full
+ROLES = {  # and its folder of caches at the start; a folder that was used before is full
     "empty": "ours",
     "full": "ours",
     "again": "ours",
@@ -40,7 +40,7 @@ REAL: dict[str, Any] = {
     "dtype": "bfloat16",
     "most": 512,
     "mamba2": {"heads": 128, "head_dim": 64, "dstate": 128, "groups": 8, "chunk_size": 128},
-    "mamba": {"inner": 8192, "dstate": 16},
+    "mamba": {"d_inner": 8192, "dstate": 16},
     "gdn": {"num_k_heads": 16, "num_v_heads": 32},
 }
 SMALL: dict[str, Any] = {
@@ -49,7 +49,7 @@ SMALL: dict[str, Any] = {
     "dtype": "float32",
     "most": 8,
     "mamba2": {"heads": 4, "head_dim": 8, "dstate": 8, "groups": 2, "chunk_size": 8},
-    "mamba": {"inner": 16, "dstate": 4},
+    "mamba": {"d_inner": 16, "dstate": 4},
     "gdn": {"num_k_heads": 1, "num_v_heads": 2, "head_k_dim": 8, "head_v_dim": 8},
 }
 
@@ -177,7 +177,7 @@ def main() -> None:
 
 
 def show(options: argparse.Namespace, known: dict[str, Any]) -> None:
-    """Write the page of what was measured by now; it is printed when all was."""
+    """Write the page of the measurements so far; it is printed after the last one."""
     text = page(
         "Cold start",
         known,

@@ -81,7 +81,7 @@ OPS: dict[str, tuple[Callable[[Any, torch.device], Case], tuple[Any, ...], tuple
 
 
 def cases(op: str, device: torch.device) -> Iterator[Case]:
-    """Built one by one, for the truth about one of them takes gigabytes."""
+    """Yield cases one by one, as the expected result of one takes gigabytes."""
     build, sizes, small = OPS[op]
     for size in small if device.type == "cpu" else sizes:
         yield build(size, device)

@@ -98,7 +98,7 @@ class Case:
             for table in self.tables:
                 call(table)
 
-        with noticing_swaps():  # the graph is gone before the next swap
+        with noticing_swaps():  # the graph is freed before the next swap
             device = measure.device_us(calls, self.state.device) / len(self.tables)
         return {"device": device, "eager": measure.bench_us(partial(call, self.tables[0]))}
 
@@ -246,7 +246,7 @@ def compile_all(device: torch.device, which: str) -> int:
         for case in cases:
             with suppress(_Noted):
                 case.ours(case.tables[0])
-    # The vendor's order of arguments to the two functions is not the same.
+    # The order of arguments differs between the two functions.
     modules = {(*m[:5], m[11], *m[5:10], m[12]) for m in wanted}
     start = time.perf_counter()
     build_jit_specs([specified(*module) for module in modules])

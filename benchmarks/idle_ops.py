@@ -1,4 +1,4 @@
-"""What one call costs on its way through the front and the op's body, measured with nothing behind them."""
+"""Times one call through the front and the op's body, without a kernel."""
 
 import inspect
 import timeit

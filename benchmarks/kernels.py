@@ -114,7 +114,7 @@ OPS: dict[str, list[tuple[Callable[[int, torch.device, Peer | None], Case], tupl
 
 
 def cases(op: str, device: torch.device, peer: Peer | None) -> Iterator[Case]:
-    """Built one by one: the largest holds gigabytes. On a CPU, where the kernels are interpreted, the small batches."""
+    """Yield cases one by one: the largest takes gigabytes. On a CPU, in the interpreter, only small batches."""
     for build, batches in OPS[op]:
         for rows in batches[:2] if device.type == "cpu" else batches:
             yield build(rows, device, peer)
@@ -136,7 +136,7 @@ def slot_tables(rows: int, row_bytes: int, device: torch.device) -> tuple[int, l
 def compare(case: Case) -> tuple[float | None, bool]:
     """The largest difference from the peer over output and state, and whether the two compute the same thing.
 
-    Slots that the call does not name must keep their bits, whoever ran.
+    Slots that the call does not name must keep their bits with both kernels.
     """
     slots, results = case.tables[0].long(), []
     for call in case.calls.values():
@@ -267,7 +267,7 @@ def main() -> int:
         for op in ops if timed else ():
             try:
                 facts["variants"][op] = variants(op, device, peer)
-            except Exception:  # the rows will say so too
+            except Exception:  # the rows will show it too
                 traceback.print_exc()
         facts["copy_bandwidth"] = measure.copy_bandwidth(device) if timed else None
         rows = [measured(case, facts["copy_bandwidth"]) for op in ops for case in cases(op, device, peer)]

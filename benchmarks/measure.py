@@ -1,4 +1,4 @@
-"""What the benchmarks of kernels share: inputs, clocks, and the page that each leaves."""
+"""Shared by the benchmarks of kernels: inputs, clocks, and the page that each writes."""
 
 import argparse
 import io
@@ -55,7 +55,7 @@ def device_us(calls: Callable[[], object], device: torch.device) -> float:
     replay = calls
     if hasattr(module, "CUDAGraph"):
         graph = module.CUDAGraph()
-        with noticing_swaps(), module.graph(graph):  # it is gone before the next swap
+        with noticing_swaps(), module.graph(graph):  # freed before the next swap
             calls()
         replay = graph.replay
     return bench_us(replay)
@@ -87,8 +87,8 @@ def compilations() -> Iterator[list[str]]:
 
 
 def options(name: str, description: str, ops: Iterable[str]) -> argparse.Namespace:
-    """The arguments of `python -m benchmarks.<name>`. On a CPU, Triton is told to interpret: before it is imported,
-    because it decides as it decorates."""
+    """Return the arguments of `python -m benchmarks.<name>`. On a CPU, Triton is set to interpret before it is
+    imported, as it reads the variable when it decorates kernels."""
     default = torch.accelerator.current_accelerator() or torch.device("cpu")
     results = Path(__file__).parent / "results"
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description.partition("\n")[0])
@@ -106,7 +106,7 @@ def options(name: str, description: str, ops: Iterable[str]) -> argparse.Namespa
 
 
 def command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
-    """What was called, as far as figures depend on it: not where they went."""
+    """Return the command, without options that figures do not depend on, such as output files."""
     given = {n: v for n, v in vars(options).items() if n not in ("json", "save") and v != parser.get_default(n)}
     words = [
         f"--{n}" if v is True else f"--{n} {' '.join(map(str, v)) if isinstance(v, (list, tuple)) else v}"

@@ -1,4 +1,4 @@
-"""The kernels that ours are timed beside: found if they can be imported, never required, never in this repository.
+"""The kernels that ours are compared with: used if they can be imported, never required, not in this repository.
 
 A peer takes the arguments of our fronts, arranges them once as its own layers would, and returns the call to time.
 """
@@ -40,7 +40,7 @@ def _module(name: str) -> ModuleType:
 
 
 def present(known: Mapping[str, Callable[..., T]], **arguments: Any) -> dict[str, T]:
-    """What those of the known peers that are installed make of the arguments; prints which are not."""
+    """Return the calls of the peers that are installed, made from the arguments; print which are not."""
     arranged = {}
     for contestant, arrange in known.items():
         try:
@@ -176,7 +176,7 @@ def vllm_conv(
 ) -> Prefill:
     """vLLM has channels first, as a view, and takes a table of programs that is made once for all layers."""
     conv = _module(f"{_OPS}.causal_conv1d").causal_conv1d_fn
-    block = 8  # tokens of a program: it has no say in that
+    block = 8  # tokens of a program, which is not an option of it
     counts = [-(-(stop - start) // block) for start, stop in pairwise(cu_seqlens.tolist())]
     row_of = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], dtype=torch.int32)
     number = torch.tensor([k for count in counts for k in range(count)], dtype=torch.int32)
@@ -253,7 +253,7 @@ def cuda_selective_scan(
     cu_seqlens: Tensor,
     slots: Tensor,
 ) -> Prefill:
-    """mamba_ssm's kernel has a dense batch with a channel's tokens together, as it wants them, and no slots."""
+    """mamba_ssm's kernel has a dense batch with a channel's tokens adjacent, as it requires, and no slots."""
     scan = _module("selective_scan_cuda").fwd
     x, dt, z, B, C = (t.unflatten(0, (len(slots), -1)).transpose(1, 2).contiguous() for t in (x, dt, z, B, C))
     B, C = B.unsqueeze(1), C.unsqueeze(1)
@@ -278,7 +278,7 @@ def mamba_ssm_backend(
     slots: Tensor,
     **weights: Any,
 ) -> Prefill:
-    """mamba_ssm's kernel as a backend of our op, from examples/backend_mamba_ssm: from our layout, and into it."""
+    """mamba_ssm's kernel as a backend of our op, from examples/backend_mamba_ssm, with copies of layouts."""
     _module("selective_scan_cuda")
     folder = str(Path(__file__).parent.parent / "examples" / "backend_mamba_ssm")
     if folder not in sys.path:

@@ -132,7 +132,7 @@ OPS: dict[str, tuple[Callable[[int, int, bool, torch.device], Case], tuple[tuple
 
 
 def cases(op: str, device: torch.device) -> Iterator[Case]:
-    """Built one by one, for the truth about one of them takes gigabytes."""
+    """Yield cases one by one, as the expected result of one takes gigabytes."""
     build, sizes = OPS[op]
     for sequences, carried in sizes:
         yield build(64 if device.type == "cpu" else TOKENS, sequences, carried, device)

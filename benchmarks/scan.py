@@ -50,7 +50,7 @@ def case_of(lengths: tuple[int, ...], device: torch.device) -> Case:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Built one by one, as the expected result of one of them takes gigabytes."""
+    """Yield cases one by one, as the expected result of one takes gigabytes."""
     for lengths in ((40,), (3, 20, 70)) if device.type == "cpu" else ((*((n,) for n in SINGLE), MIXED)):
         yield case_of(lengths, device)
 

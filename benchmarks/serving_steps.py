@@ -190,7 +190,7 @@ def plans(count: int, device: torch.device, *, most: int) -> Iterator[Plan]:
 
 
 def mixed_steps(model: nn.Module, requests: Ours, count: int, *, most: int, compiled: bool) -> dict[str, Any]:
-    """Random mixed batches with everything that compiles forbidden; what Triton and Dynamo did all the same."""
+    """Run random mixed batches with all compiling forbidden; return what Triton and Dynamo compiled nevertheless."""
     from torch._dynamo.utils import counters
 
     todo = list(plans(count, requests.device, most=most))

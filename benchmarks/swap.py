@@ -1,6 +1,6 @@
 """Swapping the backend under CUDA graphs: torch.compile(mode="reduce-overhead") over a small model.
 
-Nothing but the numbers can tell what a replayed graph runs. So the second backend marks its outputs, by adding 1, and
+Only the numbers show what a replayed graph runs. So the second backend marks its outputs, by adding 1, and
 every reading is compared with an eager one on each backend. The caches go on from reading to reading.
 """
 
@@ -33,7 +33,7 @@ class Reading:
     """A few steps of the compiled model on one backend.
 
     Attributes:
-        asked: the backend that use_backend() named.
+        asked: the name given to use_backend().
         ran: the backends whose eager results are these, by the numbers.
         launches: runs of an op that Python saw; replays are not among them.
         recordings: CUDA graphs recorded during it.

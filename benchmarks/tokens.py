@@ -109,7 +109,7 @@ def captured_tokens_per_s(model: Decoder, tokens: Tensor) -> float:
     """Speed of a graph of the eager step, captured by hand: no swap ever reaches it."""
     module = torch.get_device_module(tokens.device)
     graph = module.CUDAGraph()
-    with noticing_swaps(), module.graph(graph):  # it is gone before the next swap
+    with noticing_swaps(), module.graph(graph):  # freed before the next swap
         model(tokens)
     graph.replay()
     return tokens_per_s(graph.replay, len(tokens), TIMED, tokens.device)

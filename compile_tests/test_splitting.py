@@ -39,7 +39,7 @@ class Model(nn.Module):
         layers = [
             Mamba2(HIDDEN, heads=4, head_dim=8, dstate=8, chunk_size=8),
             GatedDeltaNet(HIDDEN, num_k_heads=2, num_v_heads=4, head_k_dim=8, head_v_dim=4),
-            Mamba(HIDDEN, inner=24, dstate=8, dt_rank=3),
+            Mamba(HIDDEN, d_inner=24, dstate=8, dt_rank=3),
         ]
         self.layers = nn.ModuleList(layers).to(DEVICE)
         self.caches = [layer.empty_caches(SLOTS) for layer in layers]

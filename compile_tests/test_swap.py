@@ -192,7 +192,7 @@ def test_pieces_of_a_split_graph_follow_the_selection(marker: Backend) -> None:
 
     def engine(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         split = split_graph(gm)
-        pieces.extend(piece.ops for piece in split.pieces)
+        pieces.extend(piece.ops for piece in split.subgraphs)
         return split.module
 
     mark_splitting(mamba_ops.causal_conv1d_update)

@@ -26,7 +26,7 @@ from mamba_ops.registry import Backend, mark_splitting
 from mamba_ops.serving import PiecewiseRunner, Plan, StatePool
 
 VOCABULARY = 256
-NULL_SLOT = 0  # set aside, as engines do: padding rows have it
+RESERVED_SLOT = 0  # of padding rows; engines reserve block 0
 SMALL = {"hidden": 128, "pairs": 2, "heads": 4, "head_dim": 64, "dstate": 64, "length": 160}
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ class Hybrid(nn.Module):
             str(i): [cache.to(torch.promote_types(cache.dtype, exact)) for cache in layer.empty_caches(0)]
             for i, layer in enumerate(self.layers)
         }
-        self.pool = StatePool(templates, slots + 1, null_slot=NULL_SLOT)
+        self.pool = StatePool(templates, slots + 1, null_slot=RESERVED_SLOT)
         return self.pool
 
     def forward(self, tokens: Tensor, plan: Plan) -> Tensor:
@@ -119,7 +119,7 @@ class Hybrid(nn.Module):
         token = torch.arange(tokens.shape[0], device=tokens.device, dtype=torch.int32)
         # Not in cu_seqlens[1:]: on a GPU, Inductor of torch 2.11 looks a slice up from its tensor's beginning.
         row = (torch.searchsorted(cu_seqlens, token, right=True) - 1).clamp(max=slots.shape[0] - 1)
-        slot = torch.where(token < cu_seqlens[-1], slots[row, 0], NULL_SLOT).clamp(min=NULL_SLOT)
+        slot = torch.where(token < cu_seqlens[-1], slots[row, 0], RESERVED_SLOT).clamp(min=RESERVED_SLOT)
         place = (computed[row] + token - cu_seqlens[row]).clamp(0, self.length - 1)
         seen = torch.arange(self.length, device=tokens.device) <= place.unsqueeze(1)
         return slot.long(), place.long(), seen
@@ -176,7 +176,7 @@ class Engine:
         """Make the caches; `options` are the runner's."""
         self.device = model.head.weight.device
         self.pool, self.slots, self.budget = model.new_pool(slots), slots, budget
-        options = {"max_tokens": budget, "max_requests": slots, "null_slot": NULL_SLOT, **options}
+        options = {"max_tokens": budget, "max_requests": slots, "null_slot": RESERVED_SLOT, **options}
         self.runner = PiecewiseRunner(model, device=self.device, **options)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -209,7 +209,7 @@ class Engine:
             new,
             [r.slot for r in batch],
             max_requests=self.slots,
-            null_slot=NULL_SLOT,
+            null_slot=RESERVED_SLOT,
             device=self.device,
         )
         order = [(batch[i], new[i]) for i in plan.order]
@@ -252,9 +252,9 @@ def alone(model: Hybrid, request: Request) -> Request:
     read = own.prompt
     with torch.no_grad():
         while not own.done:
-            options: dict[str, Any] = {"max_requests": 1, "null_slot": NULL_SLOT, "device": model.head.weight.device}
-            plan = Plan.of([own.computed], [len(read)], [slot], **options)
-            logits = model(torch.tensor(read, device=model.head.weight.device), plan)[-1]
+            device = model.head.weight.device
+            plan = Plan.of([own.computed], [len(read)], [slot], max_requests=1, null_slot=RESERVED_SLOT, device=device)
+            logits = model(torch.tensor(read, device=device), plan)[-1]
             own.computed += len(read)
             own.take(logits.float().cpu(), int(logits.argmax()))
             read = own.output[-1:]

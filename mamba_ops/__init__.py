@@ -15,6 +15,7 @@ from mamba_ops import functional as functional
 from mamba_ops import registry as registry
 from mamba_ops.config import BackendConfig as BackendConfig
 from mamba_ops.ops import *  # noqa: F403  the ops, each under its name
+from mamba_ops.registry import checking as checking
 from mamba_ops.registry import configure as configure
 from mamba_ops.registry import explain as explain
 from mamba_ops.registry import no_jit as no_jit

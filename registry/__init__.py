@@ -25,6 +25,7 @@ from mamba_ops.registry.namespace import Namespace as Namespace
 from mamba_ops.registry.op import Op as Op
 from mamba_ops.registry.op import ops as ops
 from mamba_ops.registry.op import require_out as require_out
+from mamba_ops.registry.request import checking as checking
 from mamba_ops.registry.request import configure as configure
 from mamba_ops.registry.request import use_backend as use_backend
 from mamba_ops.registry.samples import ErrorInput as ErrorInput

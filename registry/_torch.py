@@ -6,7 +6,7 @@
 import pkgutil
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
@@ -54,22 +54,26 @@ def _find(name: str, consequence: str) -> Any:
         return None
 
 
-def same_tensors(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Return a function that tells whether other tensors have these sizes, dtypes, devices and gradient needs.
+def same_tensors(tensors: Sequence[Tensor], strided: Collection[int] = ()) -> Callable[..., bool]:
+    """Return a function that tells whether other tensors have these sizes, dtypes, devices and gradient needs, and
+    those with the numbers `strided` these strides.
 
     `TensorGuards`, with which Dynamo guards, compares them in C++. It also tells inference tensors apart.
     """
     guards = _find("torch._C._dynamo.guards:TensorGuards", "calls are compared in Python, which takes microseconds")
     if guards is None:
-        known = [_facts(t) for t in tensors]
-        return lambda *others: [_facts(t) for t in others] == known
-    sizes, any_strides = [list(t.shape) for t in tensors], [[None] * t.dim() for t in tensors]
-    check: Callable[..., bool] = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=any_strides).check
+        known = _facts(tensors, strided)
+        return lambda *others: _facts(others, strided) == known
+    sizes: list[Any] = [list(t.shape) for t in tensors]
+    strides: list[Any] = [list(t.stride()) if i in strided else [None] * t.dim() for i, t in enumerate(tensors)]
+    check: Callable[..., bool] = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     return check
 
 
-def _facts(t: Tensor) -> tuple[Any, ...]:
-    return t.size(), t.dtype, t.device, t.requires_grad, t.is_inference(), torch.is_inference_mode_enabled()
+def _facts(tensors: Sequence[Tensor], strided: Collection[int]) -> list[tuple[Any, ...]]:
+    mode = torch.is_inference_mode_enabled()
+    facts = [(t.size(), t.dtype, t.device, t.layout, t.requires_grad, t.is_inference(), mode) for t in tensors]
+    return facts + [t.stride() for i, t in enumerate(tensors) if i in strided]
 
 
 def dispatch_of(overload: Any) -> Callable[..., None]:

@@ -233,7 +233,7 @@ def backends() -> list[Backend]:
 
 
 REFERENCE = Backend("torch", devices=None)
-"""The backend whose kernels are the ops' own bodies; it runs anywhere."""
+"""The backend of the ops' references; it runs anywhere."""
 
 COMPOSED = Backend(COMPOSED_NAME, devices=None)
-"""The backend of ops whose bodies call other ops: it runs anywhere, and those ops have backends of their own."""
+"""The backend of composed ops: it runs anywhere, and the ops that they call have backends of their own."""

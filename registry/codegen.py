@@ -203,39 +203,52 @@ def functional_front(op: str, inputs: Parameters, **closure: Any) -> FunctionTyp
 
 
 def body(
-    op: str, parameters: Parameters, caches: list[str], returned: Collection[str] = (), **closure: Any
+    op: str,
+    parameters: Parameters,
+    caches: list[str],
+    mutated: Collection[str],
+    returned: Collection[str] = (),
+    **closure: Any,
 ) -> Callable[..., Any]:
     """Write the op's implementation: recognise the call, then run its kernel.
 
-    A call is known by shape, dtype and device of every tensor and by every number, so a known call was checked before
-    and its kernel is known: checks cost nothing on a repeated call. The latest call is recognised in one C++ comparison
-    (the one that Dynamo guards with; it tells inference tensors and mode apart, so the key does too, and tensors that
-    require grad), which is made at the second call of its kind; any other by a look-up. What is known does not settle
-    a call in grad mode if a tensor requires grad, nor one that is being captured, which the op has to remember.
+    A call is known by shape, dtype and device of every tensor, by the strides of those that are written, by which
+    input `output` is (if any), and by every number. So a known call was checked before and its kernel is known: checks
+    cost nothing on a repeated call. The latest call is recognised in one C++ comparison (the one that Dynamo guards
+    with; it tells inference tensors and mode apart, so the key does too, and tensors that require grad), which is made
+    at the second call of its kind; any other by a look-up. What is known does not settle a call in grad mode if a
+    tensor requires grad, nor one that is being captured, which the op has to remember.
 
     `selection` is there for the keys of captured graphs.
 
     Args:
         op, parameters: qualified name and parameters of the op.
         caches: names of those that are empty where the caller left them out; from here on they are None.
+        mutated: names of those that the op writes.
         returned: those of them that are no arguments of the op: they are allocated and returned.
         closure: the values of the template's names that end in `_`; among them `no_<name>` for each optional tensor,
             which stands for None in the comparison.
     """
     passed, parameters = _passed(parameters), [p for p in parameters if p.name not in returned]
-    facts = "({0}.size(), {0}.dtype, {0}.get_device(), {0}.is_inference())"
+    tensors = [p for p in parameters if is_tensor(p)]
+    facts = "({0}.size(), {0}.dtype, {0}.get_device(), {0}.is_inference()"
+    keys = [
+        (f"None if {p.name} is None else " if is_optional(p) else "")
+        + facts.format(p.name)
+        + (f", {p.name}.layout is strided_ and {p.name}.stride())" if p.name in mutated else ")")
+        for p in tensors
+    ]
+    if any(p.name == "output" for p in tensors):  # a tensor met twice is no match for the comparison: told apart here
+        others = [p.name for p in tensors if p.name != "output"]
+        keys.append("(" + "".join(f"{i} if output is {other} else " for i, other in enumerate(others)) + "None)")
     source = _BODY.format(
         header=_header(parameters, closure),
         caches="\n    ".join(f"{cache} = {cache} if {cache}.numel() else None" for cache in caches),
         numbers=_numbers(parameters),
         compared=_compared(parameters),
         values=_tuple(parameters),
-        key=", ".join(
-            (f"None if {p.name} is None else " if is_optional(p) else "") + facts.format(p.name)
-            for p in parameters
-            if is_tensor(p)
-        ),
-        # without a space outside parentheses, at which a long line would be broken
+        key=", ".join(keys),
+        # Without spaces around `=`, where a long line would be broken outside parentheses.
         allocation=f"({', '.join(returned)},)=facets_['allocate_output']({_passed(parameters)})" if returned else "",
         passed=passed,
         result=f"({', '.join(returned)})" if returned else None,

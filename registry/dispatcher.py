@@ -72,7 +72,7 @@ class Dispatcher:
             self.active.reset(token)
 
     def environment(self, namespace: str) -> Request:
-        """Return what `<NAMESPACE>_BACKEND` asks for; it is read once."""
+        """Return what `<NAMESPACE>_BACKEND` and `<NAMESPACE>_CHECK` ask for; they are read once."""
         with self.lock:
             if namespace not in self._environments:
                 from mamba_ops.registry.request import from_environment

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mamba_ops.registry import codegen, errors
+from mamba_ops.registry import codegen, errors, memory
 from mamba_ops.registry.dispatcher import dispatcher
 from mamba_ops.registry.samples import ErrorInput, Sample
 
@@ -27,7 +27,9 @@ class Facets:
     qualname: str
     parameters: list[inspect.Parameter]
     arguments: type[tuple[Any, ...]]
+    mutates: frozenset[str]
     returns: tuple[str, ...]
+    out_may_be: str | None
 
     def __init__(self) -> None:
         self.facets: dict[str, Callable[..., Any]] = {"allocate_output": self._no_output}
@@ -40,6 +42,14 @@ class Facets:
         that agree in the former.
         """
         return self._store("validate", function, self.before_the_call)
+
+    def validate_values(self, function: F) -> F:
+        """Register the checks that read values: they name any of the op's parameters and raise ValueError.
+
+        They run before the kernel in every call on a CPU, and elsewhere where `checking()` says so, as they wait for
+        the device.
+        """
+        return self._store("validate_values", function, self.parameters)
 
     def allocate_output(self, function: F) -> F:
         """Register what `out` is: names any of the inputs, returns a new tensor, and never raises on bad input. For an
@@ -74,11 +84,17 @@ class Facets:
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Raise the ValueError that a call with these arguments would raise, if any."""
-        if "validate" in self.facets:
-            try:
+        try:
+            if "validate" in self.facets:
                 self.facets["validate"](**arguments)
-            except ValueError as error:
-                raise errors.in_call_of(self.qualname, error) from None
+            self.check_memory(arguments)
+        except ValueError as error:
+            raise errors.in_call_of(self.qualname, error) from None
+
+    def check_memory(self, arguments: Mapping[str, Any]) -> None:
+        """Raise the ValueError about where a call's tensors lie, if there is one."""
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        memory.check(tensors, self.mutates, self.out_may_be)
 
     def allocate(self, *args: Any, **kwargs: Any) -> Any:
         """Return a new, uninitialised output for these inputs; a tuple for an op that `returns` tensors."""

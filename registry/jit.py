@@ -1,7 +1,6 @@
 """Whether kernels may be compiled now: `no_jit()` forbids it, and so does a graph that is being captured.
 
-Backends whose kernels are compiled when they are first called tell `announce` before they do. A call whose kernels are
-loaded looks at nothing here.
+A backend that compiles a kernel at its first call tells `announce` beforehand. Calls of loaded kernels ask nothing.
 """
 
 import os

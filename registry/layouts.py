@@ -1,8 +1,8 @@
 """Which layout a cache is in, where the kernels of an op disagree about it.
 
 A backend may keep in a cache what others would not understand there, and say so: `implements(..., layouts=...)`. Such
-an op remembers which kernel wrote a cache, and gives no kernel a cache that is in another layout than its own. Ops on
-whose caches all backends agree, the usual case, pay nothing for this.
+an op remembers which kernel wrote a cache, and gives no kernel a cache that is in another layout than its own. Where
+all backends agree on an op's caches, the usual case, this costs nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping

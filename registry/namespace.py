@@ -51,6 +51,7 @@ class Namespace:
         arguments: type[tuple[Any, ...]] | None = None,
         replaces: str | None = None,
         returns: Iterable[str] = (),
+        out_may_be: str | None = None,
     ) -> Declare:
         """Declare the decorated function as an op; the function is its contract, its schema and its reference.
 
@@ -76,13 +77,15 @@ class Namespace:
             returns: names of the parameters that are no arguments of the op: its body allocates them with
                 `allocate_output`, hands them to the kernel and returns them. They are keyword-only Tensors and all that
                 the op mutates. For ops that are differentiated; `registry/training.py` declares them.
+            out_may_be: the input that `out` may be, the very same tensor; every kernel then reads what it needs of it
+                before it writes. Apart from that no call has a tensor that the op writes share memory with another.
         """
 
         def declare(function: Callable[..., Any]) -> Any:
             front = type(function.__name__, (Op,), {"__doc__": function.__doc__, "__module__": function.__module__})
             written = frozenset("output" if name == "out" else name for name in mutates)
             flags: dict[str, Any] = {"splits_graph": splits_graph, "reads_host": reads_host, "composed": composed}
-            flags |= {"returns": tuple(returns)}
+            flags |= {"returns": tuple(returns), "out_may_be": out_may_be}
             return front(self, function, written, reference, arguments, **flags, replaces=replaces)
 
         return declare

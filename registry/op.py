@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import ParamSpec
 
-from mamba_ops.registry import _torch, codegen, errors, schema, selection, token
+from mamba_ops.registry import _torch, codegen, errors, memory, schema, selection, token
 from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
 from mamba_ops.registry.capture import capture_query, note
 from mamba_ops.registry.dispatcher import device_of, dispatcher
@@ -54,8 +54,8 @@ class Op(Trainable, Generic[P]):
         mutates: names of the parameters that it writes.
         returns: names of those of them that it allocates itself and returns; none for an op that writes into `output`.
         kernels: backend name to kernel; the reference is the kernel of the backend `torch`, or `composed`.
-        splits_graph, reads_host, composed, replaces: see `Namespace.op`.
-        overload: the `torch.ops` overload, for those who want no front.
+        splits_graph, reads_host, composed, replaces, out_may_be: see `Namespace.op`.
+        overload: the `torch.ops` overload, for a call without the front.
         call_undispatched: the op as composed ops call it, which went through torch's dispatcher themselves.
     """
 
@@ -63,6 +63,7 @@ class Op(Trainable, Generic[P]):
     reads_host: bool
     composed: bool
     replaces: str | None
+    out_may_be: str | None
 
     def __init__(
         self,
@@ -82,7 +83,8 @@ class Op(Trainable, Generic[P]):
         self.parameters = schema.parameters_of(self.qualname, function, mutates)
         self._names = [p.name for p in self.parameters]
         self._called = [p for p in self.parameters if p.name not in self.returns]  # what torch's dispatcher hands to it
-        self._tensors = [p.name for p in self._called if codegen.is_tensor(p)]
+        tensors = [p.name for p in self._called if codegen.is_tensor(p)]
+        self._written = [i for i, name in enumerate(tensors) if name in mutates]
         self.arguments = arguments or namedtuple("Arguments", self._names)
         if (fields := getattr(self.arguments, "_fields", ())) != tuple(self._names):
             problem = f"arguments has the fields {', '.join(fields)}, expected {', '.join(self._names)}"
@@ -107,6 +109,7 @@ class Op(Trainable, Generic[P]):
             self.qualname,
             self.parameters,
             caches,
+            self.mutates,
             self.returns,
             resolve=partial(token.resolve, self),
             never_matches=never_matches,
@@ -114,11 +117,13 @@ class Op(Trainable, Generic[P]):
             decide_captured=self._decide_captured,
             refuse_gradient=self._refuse_gradient,
             is_inference_mode_enabled=torch.is_inference_mode_enabled,
+            strided=torch.strided,
             **self._cells(),
         )
         self.schema = schema.infer(self.parameters, caches, self.mutates, self.returns)
         tags = [torch.Tag.cudagraph_unsafe] * self.reads_host
         namespace._define(self.name, self.schema, self._body, self._fake, *tags)
+        namespace._library.impl(self.name, self._run_negated, "Negative")
         self.overload = getattr(getattr(torch.ops, namespace.name), self.name).default
         self._write_front()
 
@@ -212,7 +217,7 @@ class Op(Trainable, Generic[P]):
             tensors = [value for value in given.values() if isinstance(value, Tensor)]
             known = known._replace(
                 must_redispatch=redispatch_query(tensors, known.is_capturing),
-                same_tensors=_torch.same_tensors(tensors),
+                same_tensors=_torch.same_tensors(tensors, self._written),
             )
         if len(cache.known) >= _LIMIT:
             cache.known.clear()
@@ -239,20 +244,46 @@ class Op(Trainable, Generic[P]):
             snapshot = named or snapshot
         with dispatcher.override(snapshot):
             has_token = selection_token is not None
-            kernel, arguments = self._choose(arguments, DecisionCache(snapshot, is_foreign=has_token))
+            kernel, arguments = self._choose(arguments, DecisionCache(snapshot, is_foreign=has_token), is_captured=True)
             taker, refused = selection.first_taker(self, arguments, snapshot)
             if taker is not None:
                 note(self, taker.backend.name, refused, device_of(arguments), has_token=has_token)
         return kernel
 
-    def _choose(self, called: dict[str, Any], cache: DecisionCache) -> tuple[Callable[..., None], dict[str, Any]]:
-        """Check a call; return what runs it, and its arguments with what the settings give to those left out."""
+    def _choose(
+        self, called: dict[str, Any], cache: DecisionCache, *, is_captured: bool = False
+    ) -> tuple[Callable[..., None], dict[str, Any]]:
+        """Check a call; return what runs it, and its arguments with what the settings give to those left out.
+
+        What runs it checks values first, where they are on a CPU or the selection says so; never during a capture,
+        which must not wait for the device.
+        """
         with dispatcher.override(cache.snapshot):
             arguments = self.fill(called)
             self.check(arguments)
             kernel = selection.choose(self, arguments, cache)
+        if not is_captured and (device_of(arguments).type == "cpu" or cache.snapshot.checks_values(self)):
+            kernel = self._checking(kernel)
         given = {name: value for name, value in arguments.items() if value is not called[name]}
         return (self._filling(kernel, given) if given else kernel), arguments
+
+    def _checking(self, kernel: Callable[..., None]) -> Callable[..., None]:
+        """Return a function that checks each call's values, and where its tensors lie, before it runs the kernel."""
+        positional = [p.name for p in self.parameters if p.kind is not p.KEYWORD_ONLY]
+        check_values = self.facets.get("validate_values")
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            try:
+                if not memory.are_apart(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)):
+                    self.check_memory(dict(zip(positional, args, strict=True)) | kwargs)
+                if check_values is not None:
+                    check_values(*args, **kwargs)
+            except ValueError as error:
+                raise errors.in_call_of(self.qualname, error) from None
+            kernel(*args, **kwargs)
+
+        run.__wrapped__ = kernel  # type: ignore[attr-defined]
+        return run
 
     def _filling(self, kernel: Callable[..., None], first: dict[str, Any]) -> Callable[..., None]:
         """Return a function that runs the kernel with what the settings give, asked for in every call.
@@ -282,6 +313,14 @@ class Op(Trainable, Generic[P]):
             f"{self._gradient_entry() or 'this op does not record gradients'}; else call it under torch.no_grad() or "
             "torch.inference_mode(), or detach the tensor (parameters count)"
         )
+
+    def _run_negated(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a call that has views which negate their memory: kernels read memory as it is, so they get copies."""
+        for name, tensor in (*zip(self._names, args, strict=False), *kwargs.items()):
+            if name in self.mutates and isinstance(tensor, Tensor) and tensor.is_neg():
+                raise errors.in_call_of(self.qualname, memory.negated("out" if name == "output" else name))
+        plain = [a.resolve_neg() if isinstance(a, Tensor) else a for a in args]
+        return self.overload(*plain, **{n: a.resolve_neg() if isinstance(a, Tensor) else a for n, a in kwargs.items()})
 
     def _fake(self, *args: Any, **kwargs: Any) -> Any:
         """Allocate what the op returns. Refuse meta tensors among real ones, which would run nothing."""

@@ -78,6 +78,24 @@ def use_backend(backend: "str | Requester | None" = None, /, **named: str) -> _S
     return _Swap(requested._replace(ops=tuple(dict(requested.ops + more.ops).items())))
 
 
+def checking() -> _Swap:
+    """Within the block, check the values of all calls, on any device: slots, lengths and other indices.
+
+    A wrong one is then the ValueError that it is on a CPU; without, a row of it counts as padding there. Each call
+    waits for the device, so this is for finding mistakes. `<NAMESPACE>_CHECK=1` in the environment says it for the
+    whole process. It is as local as `use_backend`, and calls that a graph captures are not checked.
+
+    Raises:
+        RegistryError: inside a traced region, or while this thread captures a graph (also when the block is left).
+    """
+    if torch.compiler.is_dynamo_compiling():
+        _refuse_while_tracing("checking")
+    return _Swap(_CHECKING)
+
+
+_CHECKING = Request("checking", checks_values=True)
+
+
 def configure(config: "Requester | None") -> None:
     """Put a configuration in force for the process, in place of the one before; None takes it away.
 
@@ -223,12 +241,13 @@ def _choice(name: str, values: Sequence[str], word: str) -> str:
 
 
 def from_environment(namespace: "Namespace") -> Request:
-    """Return what `<NAMESPACE>_BACKEND` asks for."""
+    """Return what `<NAMESPACE>_BACKEND` and `<NAMESPACE>_CHECK` ask for."""
     variable = f"{namespace.name.upper()}_BACKEND"
+    checks = os.environ.get(f"{namespace.name.upper()}_CHECK") == "1"
     try:
         orders, settings, wrong = parse(os.environ.get(variable, ""), namespace)
         for error in wrong:
             raise error
-        return make(variable, orders.pop("", ()), orders, settings)
+        return make(variable, orders.pop("", ()), orders, settings)._replace(checks_values=checks)
     except errors.RegistryError as error:
         raise type(error)(f"{variable}: {error}") from None

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mamba_ops.registry.op import Op
 
 COMPOSED = "composed"
-"""Name of the backend whose kernels call other ops."""
+"""Name of the backend of composed ops."""
 
 Names = tuple[str, ...]
 
@@ -26,6 +26,7 @@ class Request(NamedTuple):
     everywhere: Names = ()  # the order for ops that are not named: of these backends, those that have a kernel for it
     ops: tuple[tuple[str, Names], ...] = ()  # names of ops, each with its order
     settings: tuple[tuple[str, Hashable], ...] | None = None  # names and values; None: nothing is said about them
+    checks_values: bool = False  # whether calls on any device are checked for wrong values
 
     def of(self, op: "Op[...]") -> Names | None:
         """Return the backends that are asked for, for this op, or None."""
@@ -93,6 +94,10 @@ class Snapshot:
             found = self._orders[op] = Order(tuple(kernels), requested)
         return found
 
+    def checks_values(self, op: "Op[...]") -> bool:
+        """Whether an op's calls on any device are checked for wrong values."""
+        return any(r.checks_values for r in (*self.requests, self._dispatcher.environment(op.namespace)))
+
     @cached_property
     def explicit_settings(self) -> Mapping[str, Hashable] | None:
         """The settings of the innermost request that has any, for a request states them all; None: none has."""
@@ -116,7 +121,8 @@ class Snapshot:
         named = [(op.qualname, next((n for r in self.requests if (n := r.of(op)) is not None), None)) for op in ops]
         kernels = frozenset((op.qualname, k, k.backend.priority) for op in ops for k in op.kernels.values())
         explicit = None if self.explicit_settings is None else frozenset(self.explicit_settings.items())
-        return tuple(named), kernels, explicit, self._dispatcher.renewals
+        checks = any(request.checks_values for request in self.requests)
+        return tuple(named), kernels, explicit, checks, self._dispatcher.renewals
 
 
 def never_matches(*tensors: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mamba_ops.registry import _torch, errors
 from mamba_ops.registry.dispatcher import dispatcher
 
-if TYPE_CHECKING:  # torch.fx costs milliseconds, which only those who split pay
+if TYPE_CHECKING:  # torch.fx costs milliseconds; it is imported where a graph is split
     from torch.fx import Graph, GraphModule, Node
 
     from mamba_ops.registry.op import Op
@@ -33,7 +33,7 @@ class SplitGraph(NamedTuple):
     """A graph that calls its pieces, one after the other, and the pieces in that order."""
 
     module: "GraphModule"
-    pieces: list[Subgraph]
+    subgraphs: list[Subgraph]
 
 
 def splitting_ops() -> list[str]:

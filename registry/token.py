@@ -1,7 +1,7 @@
 """The selection token: what keys a captured graph to the selection that it was captured under.
 
 CUDA-graph recordings made by Inductor must not outlive the selection that they recorded. Inductor keys them on
-symbolic sizes, so each call in a compiled graph takes a zero-element tensor whose size names the selection: after a
+symbolic sizes, so each call in a compiled graph takes a zero-element tensor, and its size names the selection: after a
 swap the size is another one and Inductor records again; after a swap back it is the old one and replays.
 
 Traced code cannot read a context variable, in which the selection of `use_backend` is. It can read an attribute of a

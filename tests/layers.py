@@ -25,12 +25,12 @@ class Kind(NamedTuple):
 KINDS = {
     "mamba": Kind(
         Mamba,
-        {"inner": 32, "dstate": 8, "dt_rank": 5},
+        {"d_inner": 32, "dstate": 8, "dt_rank": 5},
         [
             {},
-            {"norms": "weightless", "width": 2},
+            {"norms": "weightless", "d_conv": 2},
             {"norms": "weighted", "eps": 1e-2, "bias": True, "conv_bias": False},
-            {"inner": None, "dt_rank": None},
+            {"d_inner": None, "dt_rank": None},
         ],
         MambaOracle,
         ["causal_conv1d", "selective_scan"],
@@ -42,7 +42,7 @@ KINDS = {
         {"heads": 4, "head_dim": 8, "dstate": 16, "groups": 2, "chunk_size": 16},
         [
             {},
-            {"groups": 1, "width": 2},
+            {"groups": 1, "d_conv": 2},
             {"bias": True, "conv_bias": False},
             {"dt_min": 0.02, "dt_max": 0.05},
             {"dt_min": 0.02},
@@ -57,7 +57,7 @@ KINDS = {
         GatedDeltaNet,
         # with a small eps the norm makes the rounding of an output near zero as large as the output
         {"num_k_heads": 2, "num_v_heads": 4, "head_k_dim": 8, "head_v_dim": 12, "eps": 1e-2},
-        [{}, {"interleaved": False}, {"num_k_heads": 4, "width": 2, "eps": 1e-1}],
+        [{}, {"interleaved": False}, {"num_k_heads": 4, "d_conv": 2, "eps": 1e-1}],
         GatedDeltaNetOracle,
         ["causal_conv1d", "chunk_gated_delta_rule"],
         ["causal_conv1d_update", "gated_delta_rule_update"],

@@ -1,6 +1,7 @@
 """Caches of compiled kernels are carried to identical machines, and to no others."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -125,3 +126,16 @@ def test_the_commands_end_with_a_sentence_for_what_is_wrong(arguments, sentence)
     done = command(*arguments)
     assert done.exit_code == 2
     assert sentence in done.output
+
+
+@pytest.mark.parametrize("is_set", [True, False])
+def test_inductors_cache_is_found_in_a_torch_that_does_not_say_where_it_is(is_set, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # put back afterwards: cache_dir() sets it
+    if not is_set:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch._inductor.runtime.cache_dir_utils", None)
+        found = transfer._inductor_cache()
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    assert str(found) == cache_dir()

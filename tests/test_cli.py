@@ -52,7 +52,7 @@ def test_the_table_of_backends_fits_80_columns():
     lines = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["backends", "--device", "cpu"]).output.splitlines()
     names = [backend.name for backend in backends()]
     assert ["op", *names, "runs", "on"] in [line.split() for line in lines]
-    assert {line.split()[0] for line in lines if line.strip()} >= set(ops())
+    assert {line.split()[0] for line in lines if line.strip()} >= {op.name for op in ops().values() if not op.returns}
     assert max(map(len, lines)) <= 80
 
 

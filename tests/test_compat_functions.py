@@ -92,6 +92,19 @@ def test_conv_goes_on_from_initial_states(device: torch.device, activation: str 
     assert torch.equal(only, rest)
 
 
+def test_conv_update_refuses_a_state_that_is_too_short(device: torch.device) -> None:
+    x, weight, bias = conv_arguments(device, 1)
+    for state_len in (0, 2):
+        state = x.new_zeros(2, 12, state_len)
+        with pytest.raises(ValueError, match=f"conv_state: got state_len {state_len}, expected at least 3"):
+            compat.causal_conv1d_update(x, state, weight, bias)
+    for width in (0, 1):
+        state = x.new_zeros(2, 12, 3)
+        with pytest.raises(ValueError, match=f"weight: got width {width}, expected a width of 2 to 8"):
+            compat.causal_conv1d_update(x, state, weight[:, :width], bias)
+        assert not state.any()
+
+
 @pytest.mark.parametrize("state_len", [3, 4, 6])
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_conv_update_keeps_the_last_inputs_last(device: torch.device, state_len: int, tokens: int) -> None:
@@ -278,7 +291,7 @@ def test_delta_rule_keeps_packed_sequences_apart(device: torch.device, name: str
     expected, state = call(**arguments, output_final_state=True)
     torch.testing.assert_close(out.view_as(expected), expected)
     torch.testing.assert_close(last, state)
-    with pytest.raises(ValueError, match=f"^{name}: q: got a batch of 2, expected 1: cu_seqlens says"):
+    with pytest.raises(ValueError, match=f"^{name}: q: got a batch of 2, expected 1: with cu_seqlens"):
         call(**arguments, cu_seqlens=ends)
 
 

@@ -30,7 +30,7 @@ class ByName(nn.Module):
         self.layers = nn.ModuleDict(
             {
                 "mamba2": Mamba2(16, heads=4, head_dim=8, dstate=8, chunk_size=8),
-                "mamba": Mamba(16, inner=24, dstate=8, dt_rank=3),
+                "mamba": Mamba(16, d_inner=24, dstate=8, dt_rank=3),
                 "gdn": GatedDeltaNet(16, num_k_heads=2, num_v_heads=4, head_k_dim=8, head_v_dim=4),
             }
         )

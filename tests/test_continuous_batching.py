@@ -144,7 +144,7 @@ def test_steps_without_requests(model: Hybrid) -> None:
     engine = engine_of(model)
     for _ in range(3):
         engine.step()
-    assert all(cache[1:].isnan().all() for cache in caches_of(engine))  # slot 0 is nobody's
+    assert all(cache[1:].isnan().all() for cache in caches_of(engine))  # slot 0 is the null slot
     assert (engine.steps, engine.mixed) == (3, 0)
 
 

@@ -78,7 +78,7 @@ def test_packed_sequences_in_slots_are_read_each_by_itself(layer: Any, device: t
         assert_within_budget(output[ends[row] : ends[row + 1]].cpu(), *(t[0] for t in expected["output"]))
         for cache, name in zip(caches, ("conv_state", "ssm_state"), strict=True):
             assert_within_budget(cache[slot].cpu(), *(t[0] for t in expected[name]), name)
-    assert not output[-1].any()  # nobody's
+    assert not output[-1].any()  # padding
     for cache, old in zip(caches, before, strict=True):
         others = [0, 1, 2, 4]
         assert torch.equal(cache[others], old[others])

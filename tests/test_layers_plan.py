@@ -18,8 +18,8 @@ from tests.conftest import ACCELERATOR
 DEVICE = ACCELERATOR or torch.device("cpu")
 HIDDEN = 16
 LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "mamba": lambda: Mamba(HIDDEN, inner=24, dstate=8, dt_rank=3),
-    "mamba, norms": lambda: Mamba(HIDDEN, inner=24, dstate=8, dt_rank=3, norms="weighted"),
+    "mamba": lambda: Mamba(HIDDEN, d_inner=24, dstate=8, dt_rank=3),
+    "mamba, norms": lambda: Mamba(HIDDEN, d_inner=24, dstate=8, dt_rank=3, norms="weighted"),
     "gdn": lambda: GatedDeltaNet(HIDDEN, num_k_heads=2, num_v_heads=4, head_k_dim=8, head_v_dim=4),
     "gdn, flat": lambda: GatedDeltaNet(
         HIDDEN, num_k_heads=2, num_v_heads=2, head_k_dim=8, head_v_dim=4, interleaved=False
@@ -45,7 +45,7 @@ def layer(request: pytest.FixtureRequest) -> Any:
 
 
 def caches_of(layer: Any, slots: int, columns: int = 1) -> list[Tensor]:
-    """Caches full of NaN: what nobody wrote shows if it is read."""
+    """Caches full of NaN: a read of what was not written shows."""
     conv_state, ssm_state = layer.empty_caches(slots, state_dtype=torch.float64)
     conv_state = conv_state.new_full((slots, conv_state.shape[2] + columns - 1, conv_state.shape[1]), torch.nan)
     return [conv_state.transpose(1, 2), ssm_state.fill_(torch.nan)]

@@ -93,5 +93,5 @@ def test_refusals(arguments: Any, options: Any, says: str) -> None:
         Plan.of(*arguments, **options)
 
 
-def test_nobody_may_share_a_slot() -> None:
+def test_padding_rows_may_share_a_slot() -> None:
     Plan.of([1, 1, 1, 1], [1, 1, 1, 1], [-1, -1, 0, 0], null_slot=0)

@@ -1,4 +1,4 @@
-"""State pools: where caches lie, and who has which slot. The forward context."""
+"""State pools: where caches are in memory, and which slots are in use. The forward context."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
 from mamba_ops.serving import ForwardContext, NoFreeSlot, StatePool, current_context, forward_context
 
 LAYERS = {
-    "mamba": Mamba(16, inner=24, dstate=8, dt_rank=3),
+    "mamba": Mamba(16, d_inner=24, dstate=8, dt_rank=3),
     "mamba2": Mamba2(16, heads=4, head_dim=8, dstate=8, groups=2),
     "gdn": GatedDeltaNet(16, num_k_heads=2, num_v_heads=4, head_k_dim=8, head_v_dim=4),
 }
@@ -56,16 +56,16 @@ def test_other_caches_are_given_by_template() -> None:
     assert caches["empty"][0].shape == (3, 0, 3)
 
 
-def test_slots_are_taken_and_given_back() -> None:
+def test_slots_are_allocated_and_freed() -> None:
     pool = StatePool({}, 4, null_slot=1)
     assert [pool.allocate() for _ in range(3)] == [0, 2, 3]
     assert (pool.num_free, pool.allocated) == (0, {0, 2, 3})
-    with pytest.raises(NoFreeSlot, match="all 3 slots are taken; give one back, or let requests wait"):
+    with pytest.raises(NoFreeSlot, match="all 3 slots are in use; free one, or let requests wait"):
         pool.allocate()
     pool.free(2)
     assert (pool.num_free, pool.allocated) == (1, {0, 3})
     for slot in (2, 1, 7):
-        with pytest.raises(ValueError, match=rf"slot: got {slot}, expected one that is taken \(0, 3\); was it given"):
+        with pytest.raises(ValueError, match=rf"slot: got {slot}, expected one that is allocated \(0, 3\); was it"):
             pool.free(slot)
     assert pool.allocate() == 2
 

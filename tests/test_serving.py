@@ -41,7 +41,7 @@ class Model(nn.Module):
         layers: list[nn.Module] = [
             Mamba2(16, heads=4, head_dim=8, dstate=8, chunk_size=8),
             GatedDeltaNet(16, num_k_heads=2, num_v_heads=4, head_k_dim=8, head_v_dim=4),
-            Mamba(16, inner=24, dstate=8, dt_rank=3),
+            Mamba(16, d_inner=24, dstate=8, dt_rank=3),
         ][:depth]
         self.layers = nn.ModuleList(layers).double().to(DEVICE)
         self.pool = StatePool.of({str(i): layer for i, layer in enumerate(layers)}, SLOTS, state_dtype=torch.float64)

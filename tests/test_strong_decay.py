@@ -37,12 +37,12 @@ def one_extreme() -> Tensor:
 
 
 def several_extremes() -> Tensor:
-    """Tokens in a row, at the ends of a part, one in every few."""
+    """A few in a row, at the ends of a part, one in every few, and so many that their sum is large."""
     logs = weak(4)
     logs[0, 20:23] = -torch.inf
     logs[1, [0, 15, 16, 17, 63, 64]] = torch.tensor([-1e6, -1e3, -math.inf, -1e8, -1e4, -90.0])
     logs[2, ::9] = -1e7
-    logs[3, 30:60] = -torch.inf
+    logs[3, :50] = -torch.inf
     return logs
 
 
@@ -60,8 +60,8 @@ def mixtures() -> Tensor:
 
 LOG_DECAYS: dict[str, tuple[Callable[[], Tensor], float]] = {
     "one extreme": (one_extreme, 1e-5),
-    "several extremes": (several_extremes, 1e-4),
-    "mixtures": (mixtures, 1e-4),
+    "several extremes": (several_extremes, 1e-5),
+    "mixtures": (mixtures, 1e-5),
 }
 """What makes the logarithms, (sequences, LENGTH), and the error allowed."""
 
@@ -76,6 +76,25 @@ def delta_rule(op: Op[...], logs: Tensor, dtype: torch.dtype) -> Sample:
     return Sample(op.name, (q, k, v, logs, beta), {"ssm_state": state, "qk_l2norm": True, **initial(len(logs))})
 
 
+def state_space(op: Op[...], logs: Tensor, dtype: torch.dtype, A: float = -1.0) -> Sample:
+    """A call of an op with A and dt, for logs (rows, LENGTH, heads); a head is a channel to Mamba-1's.
+
+    Tokens are the smaller, the larger their steps, so that none is all that counts. With A = -inf steps are 0 or 1.
+    """
+    make, lead = SampleTensors(DEVICE, dtype), logs.shape[:2]
+    dt = (-logs).clamp(max=1e30) if math.isfinite(A) else (logs < -1).to(torch.float32)
+    of_head = () if op.name == "selective_scan" else (SIZE,)
+    x = make.normal(*lead, HEADS, *of_head, dtype=torch.float32)
+    x = (x / dt.clamp(min=1).view(*dt.shape, *[1] * len(of_head))).to(dtype)
+    rates = torch.full((HEADS,) if of_head else (HEADS, SIZE), A, device=DEVICE)
+    state = make.normal(len(logs), HEADS, *of_head, SIZE, dtype=torch.float32)
+    B, C = make.normal(*lead, GROUPS, SIZE), make.normal(*lead, GROUPS, SIZE)
+    if op.name == "selective_state_update":
+        return Sample(op.name, (state, x, dt, rates, B, C))
+    chunk_size = (64,) if op.name == "mamba_chunk_scan" else ()
+    return Sample(op.name, (x, dt, rates, B, C, *chunk_size), {"ssm_state": state, **initial(len(logs))})
+
+
 def initial(rows: int) -> dict[str, Tensor]:
     """Every second row goes on from a state."""
     return {"has_initial_state": torch.arange(rows, device=DEVICE) % 2 == 0}
@@ -84,8 +103,11 @@ def initial(rows: int) -> dict[str, Tensor]:
 CALLS: dict[str, Callable[..., Sample]] = {
     "chunk_gated_delta_rule": delta_rule,
     "gated_delta_rule_update": delta_rule,
+    "mamba_chunk_scan": state_space,
+    "selective_scan": state_space,
+    "selective_state_update": state_space,
 }
-CHUNKED = ("chunk_gated_delta_rule",)
+CHUNKED = ("chunk_gated_delta_rule", "mamba_chunk_scan")
 
 
 def by_heads(logs: Tensor) -> Tensor:
@@ -141,6 +163,27 @@ def test_it_is_the_recurrence(op: Op[...], backend: str, kind: str) -> None:
     assert_near(op, backend, CALLS[op.name](op, by_heads(logs()), torch.float32), allowed)
 
 
+@pytest.mark.parametrize(("op", "backend"), pairs([name for name, call in CALLS.items() if call is state_space]))
+def test_a_step_of_zero_decays_nothing(op: Op[...], backend: str) -> None:
+    """At A = -inf too, where every other step forgets all."""
+    assert_near(op, backend, state_space(op, by_heads(several_extremes()), torch.float32, A=-math.inf), 1e-5)
+
+
+@pytest.mark.parametrize(("op", "backend"), pairs(["gated_delta_rule_update"]))
+def test_a_gate_of_zero_decays_nothing_at_any_rate(op: Op[...], backend: str) -> None:
+    """From a, b, A_log and dt_bias, too."""
+    sample = delta_rule(op, torch.zeros(1, 3, HEADS, device=DEVICE), torch.float32)
+    if why := refusal(op, backend, sample):
+        pytest.skip(why)
+    a, b, bias = (torch.zeros_like(t) for t in (sample.kwargs["g"], sample.kwargs["beta"], sample.kwargs["g"][0, 0]))
+    raw = {"a": a - 1e4, "b": b, "A_log": bias + math.inf, "dt_bias": bias, "qk_l2norm": True}
+    runs = [sample.clone(), sample.clone()]
+    given = front_on(op, backend)(*runs[0].args, **runs[0].kwargs | {"beta": b + 0.5})
+    made = front_on(op, backend)(*runs[1].args, **raw)
+    torch.testing.assert_close(made, given)
+    torch.testing.assert_close(runs[1].args[0], runs[0].args[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("op", "backend"), pairs(CHUNKED))
 def test_packed_rows_are_within_the_budget(op: Op[...], backend: str, dtype: torch.dtype) -> None:
@@ -163,7 +206,8 @@ def test_packed_rows_are_within_the_budget(op: Op[...], backend: str, dtype: tor
 @pytest.mark.parametrize(("op", "backend"), pairs(CHUNKED))
 def test_nan_is_no_decay_of_zero(op: Op[...], backend: str) -> None:
     sample = CALLS[op.name](op, by_heads(weak(HEADS)), torch.float32)
-    sample.args[3].view(-1)[-1] = math.nan  # of the last head's last token
+    decays = sample.args[3] if op.name == "chunk_gated_delta_rule" else sample.args[2]
+    decays.view(-1)[-1] = math.nan  # of the last token, or of all: one head's
     out = front_on(op, backend)(*sample.args, **sample.kwargs)
     assert out[0, -1, -1].isnan().all()
     assert sample.kwargs["ssm_state"][0, -1].isnan().all()

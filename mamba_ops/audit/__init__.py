@@ -1,4 +1,4 @@
-"""Says why a model breaks under torch.compile, where, and what to change: `audit` for a model, `watch` for any code."""
+"""Reports why a model breaks under torch.compile, where, and what to change: `audit` for a model, `watch` for code."""
 
 from mamba_ops.audit.report import Change, Finding, Graph, GraphSegment, Report, compare
 from mamba_ops.audit.run import ModelError, audit, watch

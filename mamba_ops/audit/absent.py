@@ -1,8 +1,8 @@
-"""Trace code for a device that this machine does not have: how many graphs, which ops in them, why each one ended.
+"""Traces code for a device that this machine does not have: the graphs, the ops in them, and why each graph ended.
 
-Fake tensors alone do not get that far: indexing, `copy_` and `.to` ask c10 for the device's guard, and an absent device
+Fake tensors alone are not enough: indexing, `copy_` and `.to` ask c10 for the device's guard, and an absent device
 has none. `install` gives it one that does nothing. This cannot be undone, so `run` does the work in a child process.
-Dynamo and AOTAutograd are within reach, under `no_grad`; Inductor, gradients, streams and values are not.
+Dynamo and AOTAutograd can be traced so, under `no_grad`; Inductor, gradients, streams and values cannot.
 """
 
 import copy
@@ -21,14 +21,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._ops import OperatorBase, OpOverload, OpOverloadPacket
-from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+
+from mamba_ops.audit import _torch
 
 _T = TypeVar("_T")
 
@@ -59,7 +57,7 @@ class Trace:
 
     Args:
         graphs: in the order of compilation; a recompile adds its own.
-        breaks: each place once.
+        breaks: each location once.
         recompiles: for each recompile, the function's name and the guard that failed.
         stopped: None, or why the last call ended early: between two graphs Python asked for values, and a fake tensor
             has none. What comes after was not seen.
@@ -73,7 +71,7 @@ class Trace:
 
 
 class ChildError(RuntimeError):
-    """The child process of `run` failed; the message holds what it said."""
+    """The child process of `run` failed; the message ends in its output."""
 
 
 def trace(fn: Callable[..., Any], *args: Any, device: str = "xpu", dynamic: bool | None = None, **kwargs: Any) -> Trace:
@@ -84,19 +82,16 @@ def trace(fn: Callable[..., Any], *args: Any, device: str = "xpu", dynamic: bool
 
 
 class Tracer:
-    """Call it like the function or module that it was given; `trace` tells what became of the calls so far.
+    """Called like a function or module, traces the call; `trace` holds the result of the calls so far.
 
-    The function (its copy is `fn`) and its arguments are copied by `fake`, so that their tensors are on `device`. What
-    must stay on the host, or be the same tensor in several calls, is passed as `fake` returned it. Tensors that a
-    function closes over are not replaced. A new tracer resets Dynamo, so that it counts from nothing: use one at a
-    time.
+    The function (its copy is `fn`) and its arguments are copied by `fake`, so that their tensors are on `device`. Pass
+    the result of `fake` for a tensor that must stay on the host, or be the same tensor in several calls. Tensors that a
+    function closes over are not replaced. A new tracer resets Dynamo and its counts: use one at a time.
     """
 
     def __init__(self, fn: Callable[..., Any], *, device: str = "xpu", dynamic: bool | None = None) -> None:
         install(device)
-        torch._dynamo.reset()
-        torch._dynamo.utils.clear_compilation_metrics()
-        torch._dynamo.utils.set_compilation_metrics_limit(10_000)  # torch keeps 64 frames; a large model has more
+        torch.compiler.reset()
         self.trace = Trace(device)
         self.fn = fake(fn, device)
         self._compiled = torch.compile(self.fn, backend=self._backend, dynamic=dynamic)
@@ -105,44 +100,30 @@ class Tracer:
         """Return what the function returns, with fake tensors; None if the call stopped early."""
         args, kwargs = fake((args, kwargs), self.trace.device)
         # AOTAutograd computes with small constants on their own device; this one cannot.
-        no_constants = mock.patch("torch.fx.experimental.proxy_tensor.CONSTANT_NUMEL_LIMIT", -1)
+        no_constants = _torch.patched("torch.fx.experimental.proxy_tensor:CONSTANT_NUMEL_LIMIT", -1)
         self.trace.stopped = None
+        _torch.forget_compiles()
         try:
             with torch.no_grad(), _fake_mode(), no_constants:
                 return self._compiled(*args, **kwargs)
-        except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException) as error:
+        except _torch.needs_values_errors() as error:
             self.trace.stopped = f"{error.func} needs values, which a fake tensor does not have"
         finally:
             self._collect()
 
     def _backend(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        from torch._dynamo.backends.common import aot_autograd
-        from torch._functorch._aot_autograd.utils import make_boxed_func
-
         graph = Graph(_ops(module), [])
-
-        def record(lowered: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
-            graph.aot_ops.extend(_ops(lowered))
-            return make_boxed_func(lowered.forward)
-
-        compiled = aot_autograd(fw_compiler=record)(module, inputs)
+        compiled: Callable[..., Any] = _torch.lower(module, inputs, lambda lowered: graph.aot_ops.extend(_ops(lowered)))
         self.trace.graphs.append(graph)  # not before: AOTAutograd may send Dynamo back for another attempt
         return compiled
 
     def _collect(self) -> None:
-        # Dynamo either compiles up to a break or gives the whole frame up, and keeps two books of that.
-        breaks = [Break(_place(broken.user_stack), broken.reason) for broken in torch._dynamo.utils.graph_break_reasons]
-        for frame in torch._dynamo.utils.get_compilation_metrics():
-            if frame.fail_reason:
-                file, line = frame.fail_user_frame_filename, frame.fail_user_frame_lineno
-                breaks.append(Break(f"{file}:{line}" if file else "unknown", frame.fail_reason))
-            elif frame.recompile_reason:
-                self.trace.recompiles.append(f"{frame.co_name}: {frame.recompile_reason}")
-        torch._dynamo.utils.graph_break_reasons.clear()
-        torch._dynamo.utils.clear_compilation_metrics()
+        breaks, recompiles = _torch.compiles()
+        self.trace.recompiles += [f"{again.function}: {again.guard}" for again in recompiles]
         for broken in breaks:
-            if broken.where not in {known.where for known in self.trace.breaks}:
-                self.trace.breaks.append(broken)
+            where = _location(broken.stack)
+            if where not in {known.where for known in self.trace.breaks}:
+                self.trace.breaks.append(Break(where, broken.reason))
 
 
 def _ops(module: torch.fx.GraphModule) -> list[str]:
@@ -150,33 +131,34 @@ def _ops(module: torch.fx.GraphModule) -> list[str]:
 
 
 def _name(node: torch.fx.Node) -> str:
-    is_op = isinstance(node.target, (OperatorBase, OpOverloadPacket))
-    name = str(node.target) if is_op else node._pretty_print_target(node.target)
-    wrapped = [str(arg) for arg in node.args if isinstance(arg, OpOverload)]
+    name = str(node.target) if isinstance(node.target, _torch.OPERATORS) else _torch.node_name(node)
+    wrapped = [str(arg) for arg in node.args if isinstance(arg, _torch.OpOverload)]
     return f"{name}({wrapped[0]})" if wrapped else name  # auto_functionalized_v2(the op)
 
 
-def _place(stack: Sequence[traceback.FrameSummary]) -> str:
+def _location(stack: Sequence[traceback.FrameSummary]) -> str:
+    if not stack:
+        return "unknown"
     outside_torch = [frame for frame in stack if not Path(frame.filename).is_relative_to(_TORCH)]
     innermost = (outside_torch or stack)[-1]
     return f"{innermost.filename}:{innermost.lineno}"
 
 
 def fake(value: _T, device: str) -> _T:
-    """Return a deep copy of `value` with a fake tensor on `device` for every real one, and none that wants gradients.
+    """Return a deep copy of `value` with a fake tensor on `device`, without gradients, for every real one.
 
     Shapes, strides, dtypes, shared storage, and marks such as `mark_dynamic`'s are kept; parameters stay parameters.
-    No memory is copied. Tensors that are fake already are passed on as they are.
+    No memory is copied. Fake tensors are kept as they are.
     """
     with torch.no_grad(), _DeepCopyFakes(device):
         return copy.deepcopy(value)
 
 
 @functools.cache
-def _fake_mode() -> FakeTensorMode:
-    # Beside a present device it would start the absent one.
-    fake_tensor.init_gpu_context = lambda device: None  # type: ignore[assignment]
-    return FakeTensorMode(allow_non_fake_inputs=True)
+def _fake_mode() -> Any:
+    # Where another accelerator is present, torch would initialise the absent one.
+    _torch.set_value("torch._subclasses.fake_tensor:init_gpu_context", lambda device: None)
+    return _torch.require("torch._subclasses.fake_tensor:FakeTensorMode")(allow_non_fake_inputs=True)
 
 
 class _DeepCopyFakes(TorchFunctionMode):
@@ -184,6 +166,7 @@ class _DeepCopyFakes(TorchFunctionMode):
 
     def __init__(self, device: str) -> None:
         super().__init__()
+        self.fake_tensor = _torch.require("torch._subclasses.fake_tensor:FakeTensor")
         self.device = torch.device(device)
         self.storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
@@ -195,15 +178,16 @@ class _DeepCopyFakes(TorchFunctionMode):
             return False
         return func(*args, **(kwargs or {}))
 
-    def fake(self, tensor: Tensor) -> Tensor:
-        if isinstance(tensor, FakeTensor):
+    def fake(self, tensor: Tensor) -> Any:
+        if isinstance(tensor, self.fake_tensor):
             return tensor
         real = tensor.untyped_storage()
-        # The real one is kept, so that its address names no other storage meanwhile.
-        _, storage = self.storages.setdefault(real._cdata, (real, torch.UntypedStorage(real.nbytes(), device="meta")))
+        # The real one is kept, so that its key stays its own.
+        new = real, torch.UntypedStorage(real.nbytes(), device="meta")
+        _, storage = self.storages.setdefault(_torch.storage_key(real), new)
         meta = torch.empty(0, dtype=tensor.dtype, device="meta")
         meta.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
-        result = FakeTensor(_fake_mode(), meta, self.device)
+        result = self.fake_tensor(_fake_mode(), meta, self.device)
         vars(result).update(vars(tensor))
         return result
 
@@ -220,6 +204,10 @@ def install(device_type: str, *, compiler: bool = True) -> str:
             a symbol that torch does not promise to keep.
 
     Returns "compiled" or "borrowed".
+
+    Raises:
+        ValueError: it is another device.
+        RuntimeError: the device is present, or this torch cannot be given a guard, or has no fake tensors.
     """
     if device_type not in ("cuda", "xpu"):
         raise ValueError(f"device: got {device_type!r}, expected 'cuda' or 'xpu'")
@@ -227,11 +215,13 @@ def install(device_type: str, *, compiler: bool = True) -> str:
         return _installed[device_type]
     if torch.get_device_module(device_type).is_available():
         raise RuntimeError(f"{device_type} is present on this machine: audit it as usual")
+    for name in ("FakeTensor", "FakeTensorMode"):
+        _torch.require(f"torch._subclasses.fake_tensor:{name}")
     how = "compiled" if compiler and _compile_guard(device_type) else "borrowed"
     if how == "borrowed":
         _borrow_guard(device_type)
-    # torch asks whether any accelerator is there; a present one must not make it put constants on the absent one.
-    FakeTensorMode.avoid_device_init = True  # type: ignore[assignment, method-assign]
+    # torch checks for any accelerator; a present one must not make it put constants on the absent device.
+    _torch.set_value("torch._subclasses.fake_tensor:FakeTensorMode.avoid_device_init", True)
     if device_type == "xpu":
         _use_math_attention()
     return _installed.setdefault(device_type, how)
@@ -258,7 +248,7 @@ def _compile_guard(device_type: str) -> bool:
                 subprocess.run(command, input=source.encode(), check=True, capture_output=True)
                 built.replace(library)  # in one step: other processes may be looking for it
         ctypes.CDLL(str(library))  # registers the guard
-    except (OSError, RuntimeError, subprocess.CalledProcessError):  # RuntimeError: there is no home
+    except (OSError, RuntimeError, subprocess.CalledProcessError):  # RuntimeError: there is no home folder
         return False
     return True
 
@@ -271,14 +261,14 @@ def _borrow_guard(device_type: str) -> None:
             f"torch {torch.__version__} has no symbol {_GUARD_TABLE}, so {device_type} can only be traced "
             "where a C++ compiler builds its guard: install g++"
         ) from error
-    if not (table[_INDEX["cpu"]] and table[_INDEX["meta"]]):  # registered in every build, if this is their table
+    if not (table[_INDEX["cpu"]] and table[_INDEX["meta"]]):  # both are registered in every build
         raise RuntimeError(f"{_GUARD_TABLE} in torch {torch.__version__} is not the table of device guards any more")
     table[_INDEX[device_type]] = table[_INDEX["meta"]]
 
 
 @functools.cache
 def _use_math_attention() -> torch.library.Library:
-    """Make xpu's attention the math op: which fused kernel it would be is the device's to say, and it is not here."""
+    """Make xpu's attention the math op: the device chooses among fused kernels, and it is not present."""
 
     def attention(q: Any, k: Any, v: Any, mask: Any = None, p: float = 0.0, causal: bool = False, **kwargs: Any) -> Any:
         return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, mask, p, causal, **kwargs)[0]
@@ -286,7 +276,7 @@ def _use_math_attention() -> torch.library.Library:
     library = torch.library.Library("aten", "IMPL")
     for key in ("XPU", "AutogradXPU"):
         library.impl("scaled_dot_product_attention", attention, key)
-    return library  # which would undo this when collected
+    return library  # kept: a library that is collected takes its kernels away
 
 
 _BOOTSTRAP = (

@@ -1,7 +1,8 @@
-"""Listens to torch.compile while something runs, and keeps what it says as findings.
+"""Records what torch.compile does while a model runs, as findings.
 
 Torch's public records (`torch._dynamo.explain`, the counters) hold no stack for a break that costs a whole frame and no
-guard for a recompile. The functions wrapped here are where those objects pass by.
+guard for a recompile. So the functions of torch that are given these objects are wrapped; where a torch does not have
+one of them, its lists are read instead.
 """
 
 import contextlib
@@ -12,12 +13,10 @@ import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
-import torch._dynamo
-from torch._dynamo import convert_frame, exc, guards, output_graph, symbolic_convert
 
+from mamba_ops.audit import _torch
 from mamba_ops.audit import graph as graphs
 from mamba_ops.audit.remedies import RULES, classify_break, classify_guard, guard_subject, remedy
 from mamba_ops.audit.report import CallRow, Finding, Graph, Report
@@ -42,6 +41,7 @@ class Collector:
         self.call = -1
         self._early = 0  # Triton's compiles before the first call that counts
         self._grown: set[tuple[types.CodeType, str]] = set()
+        self._unwrapped: set[str] = set()  # functions that this torch does not have
 
     def add(
         self,
@@ -53,10 +53,10 @@ class Collector:
         fallback: SourceLocation | None = None,
         **more: Any,
     ) -> Finding:
-        """Add a finding of a cause in `remedies.RULES`; where it is, is the innermost place of the stack."""
+        """Add a finding of a cause in `remedies.RULES`; it is located at the innermost line of the stack."""
         rule = RULES[cause]
         where = stack[-1] if stack else fallback
-        around = [where.source if where else "", message[:500], *(place.function for place in reversed(stack))]
+        around = [where.source if where else "", message[:500], *(location.function for location in reversed(stack))]
         severity = more.pop("severity", rule.severity)
         finding = Finding(
             rule.kind,
@@ -75,51 +75,59 @@ class Collector:
 
     @contextlib.contextmanager
     def one_call(self, shapes: str) -> Iterator[CallRow]:
-        """Count what happens inside as one call of the model."""
+        """Within the block, count what torch.compile does as one call of the model."""
         self.call += 1
         row = CallRow(shapes, jit=self._early)
         self._early = 0
         self.report.calls.append(row)
-        start = time.perf_counter()
+        start, graph_count = time.perf_counter(), 0
+        if self._unwrapped:
+            graph_count = _torch.graph_count()
+            _torch.forget_compiles()
         try:
             yield row
         finally:
             row.seconds = round(time.perf_counter() - start, 3)
+            if self._unwrapped:
+                self._read_lists(row, _torch.graph_count() - graph_count)
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
-        """Wrap the functions of torch that know what happens."""
+        """Within the block, wrap the functions of torch that report what torch.compile does."""
         with contextlib.ExitStack() as stack:
-
-            def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
-                original = getattr(owner, name, None)
-                if original is not None:
-                    replaced = lambda *args, **kwargs: around(original, *args, **kwargs)  # noqa: E731
-                    stack.enter_context(mock.patch.object(owner, name, replaced))
-
-            def method(owner: Any, name: str, around: Callable[..., Any]) -> None:
-                original = getattr(owner, name)
-
-                def replaced(this: Any, *args: Any, **kwargs: Any) -> Any:
-                    return around(original, this, *args, **kwargs)
-
-                stack.enter_context(mock.patch.object(owner, name, replaced))
-
-            method(symbolic_convert.InstructionTranslatorBase, "log_graph_break", self._break)
-            method(output_graph.OutputGraph, "call_user_compiler", self._graph)
-            for owner in (guards, convert_frame):
-                wrap(owner, "get_and_maybe_log_recompilation_reasons", self._recompile)
-            _hook_cudagraphs(stack, self._no_capture)
+            wrapped: dict[str, Callable[..., Any]] = {
+                _torch.BREAKS: self._break,
+                _torch.GRAPHS: self._graph,
+                _torch.RECOMPILES: self._recompile,
+            }
+            self._unwrapped = {name for name, around in wrapped.items() if not _torch.replace(stack, name, around)}
+            if torch.accelerator.is_available():  # else nothing records, and Inductor takes a second to load
+                _torch.replace(stack, _torch.CUDA_GRAPHS, self._no_capture)
             _hook_triton(stack, self._jit)
             try:
                 yield
-            except exc.Unsupported as error:  # fullgraph=True: it stops at the first break
+            except _torch.unsupported_error() as error:  # fullgraph=True: it stops at the first break
                 self.unsupported(error)
                 raise
 
-    def unsupported(self, error: exc.Unsupported, code: types.CodeType | None = None, skipped: bool = False) -> None:
-        """Keep a graph break."""
-        # A break inside a loop comes as "graph break in loop"; its message begins with the page of the break itself.
+    def _read_lists(self, row: CallRow, graph_count: int) -> None:
+        """Add what the functions that could not be wrapped would have reported of a call."""
+        breaks, recompiles = _torch.compiles()
+        if _torch.GRAPHS in self._unwrapped:
+            row.graphs += graph_count
+            self.report.graphs += [Graph(self.call, "?", 0) for _ in range(graph_count)]
+        for broken in breaks if _torch.BREAKS in self._unwrapped else ():
+            self._add_break(broken.reason, user_frames(broken.stack))
+        for again in recompiles if _torch.RECOMPILES in self._unwrapped else ():
+            row.recompiles += 1
+            guard = _guard(again.guard)
+            where = SourceLocation.of(again.file, again.line, function_name(again.function))
+            if is_user_code(again.file):
+                self.add(classify_guard(guard), guard_subject(guard), guard, (), fallback=where)
+
+    def unsupported(self, error: Any, code: types.CodeType | None = None, skipped: bool = False) -> None:
+        """Add a graph break."""
+        # A break inside a loop is of type "graph break in loop"; its message begins with that of the break itself.
         message = str(error.msg)
         in_loop = error.gb_type == "graph break in loop"
         gb_type = message.partition("\n")[0] if in_loop else str(error.gb_type or message.partition("\n")[0])
@@ -129,7 +137,7 @@ class Collector:
             return  # code of torch or Triton, which runs after a break in user code
         source = stack[-1].source if stack else ""
         name = classify_break(gb_type, message, source)
-        if name == "other-break":  # a break under a context manager has that for a class, and its own in the heading
+        if name == "other-break":  # the type may be that of a context manager around; the heading is the break's own
             name = classify_break(message.partition("\n")[0], message, source)
         fallback = SourceLocation.defined(code) if code else None
         frame = _named(code) if code and skipped else None
@@ -143,24 +151,26 @@ class Collector:
         reason, error = str(given["reason"]), given["exc"]
         if getattr(error, "logged", False):
             pass
-        elif isinstance(error, exc.Unsupported):
+        elif isinstance(error, _torch.unsupported_error()):
             skipped = error.skip_frame or "Skipping the function" in reason or error.gb_type == "graph break in loop"
             self.unsupported(error, translator.f_code, skipped)
         else:
-            stack = user_frames(getattr(error, "real_stack", None) or torch._guards.TracingContext.extract_stack())
-            source = stack[-1].source if stack else ""
-            cause = classify_break(reason.partition("\n")[0], reason, source)
-            self.add(cause, _subject(cause, reason, source), reason, stack, breaks=True)
+            self._add_break(reason, user_frames(getattr(error, "real_stack", None) or _torch.traced_stack()))
         return original(translator, *args, **kwargs)
+
+    def _add_break(self, reason: str, stack: Sequence[SourceLocation]) -> None:
+        """Add a graph break of which the reason alone is known, not Dynamo's type of it."""
+        source = stack[-1].source if stack else ""
+        cause = classify_break(reason.partition("\n")[0], reason, source)
+        self.add(cause, _subject(cause, reason, source), reason, stack, breaks=True)
 
     def _graph(self, original: Any, output: Any, module: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         found = graphs.walk(module)
         compiled = original(output, module, *args, **kwargs)  # first: it may send Dynamo back for another attempt
-        identity = torch._guards.CompileContext.current_compile_id()
         inside = self.layers.path((getattr(output, "local_scope", None) or {}).get("self"))
         segments = graphs.segments(module, self.layers, inside)
         ops = sum(segment.ops for segment in segments)
-        self.report.graphs.append(Graph(max(self.call, 0), str(identity or "?"), ops, segments))
+        self.report.graphs.append(Graph(max(self.call, 0), _torch.compile_id(), ops, segments))
         if 0 <= self.call < len(self.report.calls):
             self.report.calls[self.call].graphs += 1
         for cause, op, message, stack in found:
@@ -177,11 +187,10 @@ class Collector:
         code = frame.f_code
         if 0 <= self.call < len(self.report.calls):
             self.report.calls[self.call].recompiles += 1
-        text = re.sub(r"^\d+/\d+(?:_\d+)?: ", "", str(reasons[0]))
-        text = re.sub(r"\bkwargs\['(\w+)'\]", r"\1", text)
-        guard = re.split(r"\s+# |\n", text)[0].strip()
+        text = str(reasons[0])
+        guard = _guard(text)
         cause, subject = classify_guard(guard), guard_subject(guard)
-        if cause == "size-one" and (_size_now(guard, frame) or 0) > 1:  # the other end of a range
+        if cause == "size-one" and (_size_now(guard, frame) or 0) > 1:  # beyond the other end of the range
             cause = "size-again"
         key = code, subject
         if cause == "size" and key in self._grown:
@@ -189,25 +198,26 @@ class Collector:
         self._grown.add(key)
         if not is_user_code(code.co_filename):
             return reasons
-        if _count(entries) >= torch._dynamo.config.recompile_limit:
+        if _count(entries) >= _torch.recompile_limit():
             cause = "limit"
             subject = _named(code)
         definition = SourceLocation.defined(code)
-        if not self.layers.of((definition,)):  # a decorator's wrapper, of which the model's own code knows nothing
+        if not self.layers.of((definition,)):  # the wrapper that a decorator made
             definition = self.layers.forward or definition
         stack = () if cause in ("size", "size-one") else _guard_stack(text, code)
         self.add(cause, subject, guard, stack, fallback=definition)
         return reasons
 
-    def _no_capture(self, message: str) -> None:
+    def _no_capture(self, original: Any, message: str) -> None:
         reason = message.removeprefix("skipping cudagraphs due to ").partition(". Found from")[0]
         causes = {"capture-input": "mutated inputs", "capture-host": "cpu device|multiple devices"}
         cause = next((cause for cause, words in causes.items() if re.match(words, reason)), "capture-other")
         op = "the input" if cause == "capture-input" else reason
         self.add(cause, op, f"no CUDA graph: {reason}", locations_in_text(message))
+        original(message)
 
     def _jit(self, name: str) -> None:
-        call = max(self.call, 0)  # the one without the compiler has the first call's shapes
+        call = max(self.call, 0)  # the eager call has the shapes of the first one
         if call < len(self.report.calls):
             self.report.calls[call].jit += 1
         else:
@@ -217,21 +227,28 @@ class Collector:
 
     @contextlib.contextmanager
     def listen_to_triton(self) -> Iterator[None]:
-        """Hear of Triton's compiles alone."""
+        """Within the block, count Triton's compiles alone."""
         with contextlib.ExitStack() as stack:
             _hook_triton(stack, self._jit)
             yield
 
 
+def _guard(text: str) -> str:
+    """Return the guard that failed, as an expression, from torch's text of it."""
+    text = re.sub(r"^\d+/\d+(?:_\d+)?: ", "", text)
+    text = re.sub(r"\bkwargs\['(\w+)'\]", r"\1", text)
+    return re.split(r"\s+# |\n", text)[0].strip()
+
+
 def _named(code: types.CodeType) -> str:
-    """Return a function's name; of what Dynamo made of the rest of one after a break, where that begins."""
+    """Return a function's name, and the line after which it begins where Dynamo compiled the rest of one."""
     name = str(getattr(code, "co_qualname", code.co_name))  # Python 3.10 has no qualified name here
     after = re.search(r"torch_dynamo_resume_in_\w+_at_(\d+)", name)
     return function_name(name) + (f" after line {after[1]}" if after else "")
 
 
 def _count(entries: Any) -> int:
-    """Return how many versions of a function there are: torch 2.13 has a list of them, 2.11 a chain."""
+    """Return how many versions of a function there are; torch 2.13 keeps a list of them, 2.11 a chain."""
     if isinstance(entries, Sequence):
         return len(entries)
     count = 0
@@ -241,7 +258,7 @@ def _count(entries: Any) -> int:
 
 
 def _size_now(guard: str, frame: Any) -> int | None:
-    """Return the size of this call that a guard on `x.size()[0]` turned down."""
+    """Return the size in this call for which a guard on `x.size()[0]` failed."""
     found = re.search(r"[\w.\[\]']+\.size\(\)\[\d+\]", guard)
     with contextlib.suppress(Exception):  # not every source is an expression
         return int(eval(found[0], {}, dict(frame.f_locals))) if found else None
@@ -249,7 +266,7 @@ def _size_now(guard: str, frame: Any) -> int | None:
 
 
 def _guard_stack(text: str, code: types.CodeType) -> tuple[SourceLocation, ...]:
-    """Where the value that a guard is about was used: torch keeps that in the guard's comment, with the file's end."""
+    """Return where the value in a guard was used; the guard's comment holds that, with the end of the file's path."""
     if stack := locations_in_text(text):
         return stack
     for ending, line, name in re.findall(r"# .*# (\S+\.py):(\d+) in (\S+)", text):
@@ -261,9 +278,9 @@ def _guard_stack(text: str, code: types.CodeType) -> tuple[SourceLocation, ...]:
 
 
 def _sentence(message: str) -> str:
-    """Shorten torch's page to its heading and its explanation."""
-    message = re.sub(r" at 0x[0-9a-f]+", "", message)  # an address is another one each time
-    message = re.sub(r"\.pybind11_detail_\w+", "", message)  # as which pybind11 registers functions
+    """Shorten torch's message to its heading and its explanation."""
+    message = re.sub(r" at 0x[0-9a-f]+", "", message)  # addresses differ from run to run
+    message = re.sub(r"\.pybind11_detail_\w+", "", message)  # the prefix of functions of pybind11
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
     explained = [line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: ")]
     heading = lines[0] if lines else ""
@@ -290,25 +307,8 @@ def _subject(cause: str, message: str, source: str) -> str:
     return {"branch": "if"}.get(cause) or (called[1] if called else cause)
 
 
-def _hook_cudagraphs(stack: contextlib.ExitStack, on_skip: Callable[[str], None]) -> None:
-    if not torch.accelerator.is_available():
-        return  # nothing records, and Inductor takes a second to load
-    from torch._inductor import compile_fx, cudagraph_trees, cudagraph_utils, output_code
-
-    name = "log_cudagraph_skip_and_bump_counter"
-    original = getattr(cudagraph_utils, name, None)
-
-    def skip(message: str) -> None:
-        on_skip(message)
-        original(message)  # type: ignore[misc]
-
-    for module in (cudagraph_utils, compile_fx, cudagraph_trees, output_code):  # each has it under its own name
-        if original is not None and hasattr(module, name):
-            stack.enter_context(mock.patch.object(module, name, skip))
-
-
 def _hook_triton(stack: contextlib.ExitStack, on_compile: Callable[[str], None]) -> None:
-    """Triton calls a hook after each compile; where there is no triton, nothing compiles."""
+    """Call `on_compile` with the kernel's name after each compile, where Triton is installed."""
 
     def compiled(*_: Any, **kwargs: Any) -> None:
         function = kwargs.get("fn")

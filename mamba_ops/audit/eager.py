@@ -1,4 +1,4 @@
-"""One call without the compiler: what ops do beside what their schemas say, and slow paths taken in silence."""
+"""One eager call: what ops do that their schemas do not say, waits for the device, and slow paths taken in silence."""
 
 import contextlib
 import itertools
@@ -12,9 +12,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from mamba_ops.audit import absent
+from mamba_ops.audit import _torch, absent
 from mamba_ops.audit.graph import op_name
 from mamba_ops.audit.source_locations import current_locations
 from mamba_ops.registry import Explanation, Op, backends, explain, ops, record_selections
@@ -39,38 +38,39 @@ _SLOW = re.compile(r"fast[ -]path|falling back|fallback|slower|naive|sequential 
 _MISSING = re.compile(r"install|not available|unavailable|could not be|failed to load|is None", re.IGNORECASE)
 
 
-class _Watch(TorchDispatchMode):
-    """Compares what ops of other packages do with their schemas; keeps where the host waits."""
+class _Watch:
+    """Runs ops: compares what ops of other packages do with their schemas, and records where the host waits."""
 
     def __init__(self, collector: "Collector", absent_device: str | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.collector = collector
         self.absent_device = absent_device
         self.syncs: list[tuple[str, tuple[Any, ...]]] = []
-        self.ours = {op.qualname: op for op in ops().values()}
+        self.own_ops = {op.qualname: op for op in ops().values()}
         self.choices: dict[str, list[Explanation]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an op, and return what it returns."""
         if (cause := _SYNCS.get(str(func))) is not None:
             self.syncs.append((cause, current_locations()))
         if func.namespace in _BUILT_IN:
             return func(*args, **kwargs)
-        if (ours := self.ours.get(op_name(func))) is not None:
-            self._choose(ours, func, args, kwargs)
+        schema = _torch.schema(func)
+        if schema is None:
             return func(*args, **kwargs)
-        return self._checked(func, args, kwargs)
+        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+        if (op := self.own_ops.get(op_name(func))) is not None:
+            self._explain(op, given)
+            return func(*args, **kwargs)
+        return self._compare_with_schema(func, schema, given, lambda: func(*args, **kwargs))
 
-    def _choose(self, op: Op[...], func: Any, args: Any, kwargs: Any) -> None:
-        """Ask the registry about a call of ours; a refusal by a faster backend of the device is a finding."""
-        names = (argument.name for argument in func._schema.arguments)
-        given = dict(zip(names, args, strict=False)) | kwargs
+    def _explain(self, op: Op[...], given: dict[str, Any]) -> None:
+        """Record which backend takes a call; a refusal by a faster backend of the device is a finding."""
         given.pop("selection", None)
         if "output" in given:
             given["out"] = given.pop("output")
         # A cache left out is an empty tensor at the op.
         given = {n: v for n, v in given.items() if not (n in op.mutates and isinstance(v, Tensor) and v.shape == (0,))}
-        with contextlib.suppress(Exception):  # a call that explain does not read says nothing about the model
+        with contextlib.suppress(Exception):  # a call that `explain` cannot read says nothing about the model
             if self.absent_device:
                 given = absent.fake(given, self.absent_device)
             choice = explain(op, **given)
@@ -83,25 +83,27 @@ class _Watch(TorchDispatchMode):
                     message = f"{backend.name} does not take it: {reason}; {choice.backend} runs"
                     self.collector.add("refusal", op.name, message, current_locations())
 
-    def _checked(self, func: Any, args: Any, kwargs: Any) -> Any:
-        schema = func._schema
-        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+    def _compare_with_schema(self, func: Any, schema: Any, given: dict[str, Any], call: Callable[[], Any]) -> Any:
+        """Return the result of a call; writes and aliases that the schema does not declare are findings."""
         declared = {a.name for a in schema.arguments if a.alias_info is not None}
-        silent = {name: value for name, value in given.items() if name not in declared and isinstance(value, Tensor)}
-        before = {name: value.detach().clone() for name, value in silent.items()}
-        result = func(*args, **kwargs)
+        constant = {name: value for name, value in given.items() if name not in declared and isinstance(value, Tensor)}
+        before = {name: value.detach().clone() for name, value in constant.items()}
+        result = call()
         name = op_name(func)
-        for argument, value in silent.items():
+        for argument, value in constant.items():
             if not _same(before[argument], value):
                 message = f"writes to {argument}, which its schema does not say"
                 self.collector.add("hidden-mutation", name, message, current_locations())
-        memory = {value.untyped_storage()._cdata: argument for argument, value in silent.items() if value.numel()}
-        for out in torch.utils._pytree.tree_leaves(result):
-            if isinstance(out, Tensor) and out.numel() and (argument := memory.get(out.untyped_storage()._cdata)):
-                self.collector.add(
-                    "alias", name, f"returns memory of {argument}, which its schema does not say", current_locations()
-                )
+        memory = {_key(value): argument for argument, value in constant.items() if value.numel()}
+        for out in _torch.tensors_in(result):
+            if out.numel() and (source := memory.get(_key(out))):
+                message = f"returns memory of {source}, which its schema does not say"
+                self.collector.add("alias", name, message, current_locations())
         return result
+
+
+def _key(tensor: Tensor) -> int:
+    return _torch.storage_key(tensor.untyped_storage())
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -114,8 +116,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def hear_fallbacks(collector: "Collector", *, compiled: bool) -> Iterator[None]:
     """Within the block, warnings of Transformers and others about slow paths become findings.
 
-    Transformers says each thing once in a process; here every call says it, so that it is found in each layer and in
-    the second audit too.
+    Transformers gives each warning once in a process. Within the block it gives it in every call, so that it is found
+    for each layer, and in a second audit too.
     """
 
     def add_slow_path(message: str) -> None:
@@ -144,7 +146,7 @@ def hear_fallbacks(collector: "Collector", *, compiled: bool) -> Iterator[None]:
         if hasattr(logging.Logger, "warning_once"):
             once = lambda self, message, *rest, **more: add_slow_path(str(message))  # noqa: E731
             stack.enter_context(mock.patch.object(logging.Logger, "warning_once", once))
-        if not compiled:  # Dynamo knows this function, and no other in its place
+        if not compiled:  # Dynamo traces this very function, and no other
             stack.enter_context(mock.patch.object(warnings, "warn", warn))
         yield
 
@@ -152,34 +154,34 @@ def hear_fallbacks(collector: "Collector", *, compiled: bool) -> Iterator[None]:
 def run_eagerly(
     collector: "Collector", call: Callable[[], Any], absent_device: str | None = None
 ) -> list[tuple[str, tuple[Any, ...]]]:
-    """Run one call without the compiler; return where the host waited, each as a cause and a stack.
+    """Run one call eagerly; return where the host waited, each as a cause and a stack.
 
     Args:
-        collector: what gets the findings.
+        collector: where findings are added.
         call: makes the call.
-        absent_device: the device for which backends of our ops are chosen, if it is not the one that the call runs on.
+        absent_device: the device for which backends of our ops are chosen, if the call runs on another.
     """
+    watch = _Watch(collector, absent_device)
     with (
         hear_fallbacks(collector, compiled=False),
         record_selections() as record,
-        _Watch(collector, absent_device) as watch,
+        _torch.intercept_ops(watch.run),
     ):
         call()
     if absent_device:
         ran = [(name, choice.backend) for name, choices in watch.choices.items() for choice in choices]
-    else:  # what ran inside a composed op, too
+    else:  # ops inside a composed op too
         ran = [(selection.op.rpartition("::")[2], selection.backend) for selection in record]
     for name in dict(ran):
         counts = Counter(str(backend) for op, backend in ran if op == name)
         summary = [f"{backend} ({count})" for backend, count in counts.items()]
         reasons = {f"{n}: {why}" for choice in watch.choices.get(name, ()) for n, why in choice.reasons.items()}
         collector.report.backends[name] = "; ".join([", ".join(summary), *sorted(reasons)])
-    syncs: list[tuple[str, tuple[Any, ...]]] = watch.syncs
-    return syncs
+    return watch.syncs
 
 
 def add_hidden_syncs(collector: "Collector", syncs: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
-    """Add the waits that stand below a call that Dynamo left to Python: elsewhere it finds them itself."""
+    """Add the waits inside calls that Dynamo did not trace; in traced code it finds them itself."""
     broken = {
         finding.where
         for finding in collector.report.findings

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
+from mamba_ops.audit import _torch
 from mamba_ops.audit.report import GraphSegment
 from mamba_ops.audit.source_locations import Layers, SourceLocation, locations_in_text
 from mamba_ops.registry import splitting_ops
 
 Found = tuple[str, str, str, tuple[SourceLocation, ...]]  # cause, op, message, stack
 _INERT = ("placeholder", "output", "get_attr")
-_UNROLLED = 16  # so many of one op on one line of one module: a loop over tokens, chunks or experts
+_UNROLLED = 16  # as many of one op on one line of one module are a loop over tokens, chunks or experts
 
 
 def stack_of(node: fx.Node) -> tuple[SourceLocation, ...]:
@@ -33,11 +33,11 @@ def walk(module: fx.GraphModule) -> list[Found]:
         if node.op in _INERT:
             continue
         name = getattr(node.target, "__name__", str(node.target))
-        if isinstance(node.target, HigherOrderOperator) and name.startswith("triton_kernel_wrapper"):
+        if name.startswith("triton_kernel_wrapper"):
             kernel = _triton_name(node)
             message = "the graph holds a raw Triton launch, whose writes the compiler has to guess"
             found.append(("triton", kernel, message, stack_of(node)))
-        elif isinstance(node.target, HigherOrderOperator) and name == "autograd_function_apply":
+        elif name == "autograd_function_apply":
             stack = stack_of(node)
             found.append(("autograd-function", _function_name(stack), "Dynamo traced the inside of a Function", stack))
         elif moved := _to_host(node):
@@ -46,7 +46,7 @@ def walk(module: fx.GraphModule) -> list[Found]:
 
 
 def _unrolled(module: fx.GraphModule) -> Iterator[Found]:
-    """Return what the graph holds step by step, such as loops: of each function the line that stands there most."""
+    """Return unrolled loops: of each function, the line with the most nodes in the graph."""
     counts = Counter[tuple[tuple[SourceLocation, ...], str | None, str]]()
     for node in module.graph.nodes:
         if node.op not in _INERT and (stack := locations_in_text(node.meta.get("stack_trace"))):
@@ -59,15 +59,14 @@ def _unrolled(module: fx.GraphModule) -> Iterator[Found]:
     lines = {stack[-1] for _, stack in worst.values()}
     for count, stack in worst.values():
         if lines.intersection(stack[:-1]):
-            continue  # called from a line that is found already
+            continue  # it is called from another line that is found
         message = f"the graph holds this line {count} times: it was traced step by step"
         yield "unrolled", stack[-1].function, message, stack
 
 
 def mutated_inputs(module: fx.GraphModule) -> Iterator[Found]:
-    """Return the arguments that a graph writes to and that may lie elsewhere in the next call, once it is compiled."""
-    context = torch._guards.TracingContext.try_get()
-    facts = context.fw_metadata if context is not None else None
+    """Return the inputs that a compiled graph writes to, and that may have another address in the next call."""
+    facts = _torch.lowering_facts()
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     if facts is None or len(inputs) != len(facts.input_info):
         return
@@ -85,9 +84,7 @@ def mutated_inputs(module: fx.GraphModule) -> Iterator[Found]:
 
 
 def _triton_name(node: fx.Node) -> str:
-    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-
-    kernel: Any = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])  # type: ignore[arg-type]
+    kernel = _torch.triton_kernel(node)
     while hasattr(kernel, "fn") and not hasattr(kernel, "__name__"):
         kernel = kernel.fn
     return str(getattr(kernel, "__name__", None) or getattr(getattr(kernel, "fn", None), "__name__", "a kernel"))
@@ -99,7 +96,7 @@ def _function_name(stack: tuple[SourceLocation, ...]) -> str:
 
 
 def _to_host(node: fx.Node) -> str | None:
-    """Return the call by which a tensor leaves the device, if that is what a node does."""
+    """Return the name of what a node calls, if it copies a tensor from the device to the host."""
     value = node.meta.get("example_value")
     source = node.args[0] if node.args else None
     if not isinstance(value, Tensor) or not isinstance(source, fx.Node) or value.device.type != "cpu":
@@ -111,12 +108,12 @@ def _to_host(node: fx.Node) -> str | None:
 
 
 def segments(module: fx.GraphModule, layers: Layers, inside: str = "") -> list[GraphSegment]:
-    """Return how splitting ops divide a graph: what lies between them can be captured.
+    """Return how splitting ops divide a graph; the segments between them can be captured.
 
     Args:
         module: the graph, as Dynamo made it.
         layers: the model's.
-        inside: the module whose forward the graph is of.
+        inside: the name of the module that the graph is of.
     """
     names = set(splitting_ops())
     divided: list[GraphSegment] = []
@@ -124,7 +121,7 @@ def segments(module: fx.GraphModule, layers: Layers, inside: str = "") -> list[G
         if node.op in _INERT:
             continue
         where = layers.of(stack_of(node))
-        where = where if len(where) == 1 else ()  # code that several layers share says of none that it is this one
+        where = where if len(where) == 1 else ()  # code that several layers share does not identify one
         path = ".".join(filter(None, (inside, _numbered(node))))
         shown = (path,) if path else where
         name = op_name(node.target)
@@ -139,7 +136,7 @@ def segments(module: fx.GraphModule, layers: Layers, inside: str = "") -> list[G
 
 
 def _numbered(node: fx.Node) -> str | None:
-    """Return the module that a node belongs to, as Dynamo writes it."""
+    """Return the name of the module that a node belongs to, from Dynamo's record of it."""
     stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
     for path, _ in reversed(list(stack.values())):
         name = str(path).replace("L['self']", "").replace("_modules", "")
@@ -150,21 +147,19 @@ def _numbered(node: fx.Node) -> str | None:
 
 
 def op_name(target: object) -> str:
-    """Return an op's name as `splitting_ops` has it."""
-    if isinstance(target, OpOverload):
+    """Return an op's name, in the form of `splitting_ops()`, or "" for what is no op."""
+    if isinstance(target, _torch.OpOverload):
         return str(target.name()).removesuffix(".default")
-    if isinstance(target, OpOverloadPacket):
-        return str(target._qualified_op_name)
-    return ""
+    return str(target).replace(".", "::", 1) if isinstance(target, _torch.OpOverloadPacket) else ""
 
 
 def copies(module: fx.GraphModule) -> Iterator[tuple[str, int, tuple[SourceLocation, ...]]]:
-    """Return the clones in a graph after Inductor's passes that feed an op which mutates: op, bytes, stack."""
+    """Return the clones that a graph after Inductor's passes makes for a mutating op: op, bytes, stack."""
     for node in module.graph.nodes:
         if node.target is not torch.ops.aten.clone.default:
             continue
         for user in _users_through_views(node):
-            schema = getattr(user.target, "_schema", None)
+            schema = _torch.schema(user.target)
             is_triton = "triton_kernel_wrapper" in getattr(user.target, "__name__", "")
             if is_triton or (schema is not None and schema.is_mutable and not _is_aten(user.target)):
                 value = node.meta.get("val")
@@ -180,7 +175,7 @@ def _is_aten(target: Any) -> bool:
 
 def _users_through_views(node: fx.Node) -> Iterator[fx.Node]:
     for user in node.users:
-        if isinstance(user.target, OpOverload) and user.target.is_view:
+        if isinstance(user.target, _torch.OpOverload) and user.target.is_view:
             yield from _users_through_views(user)
         else:
             yield user

@@ -60,7 +60,7 @@ def _shown(name: str, finding: Finding) -> dict[str, Any]:
 
 
 def excerpt(location: SourceLocation) -> list[tuple[int, str, bool]]:
-    """Return the lines around a location, each with its number and whether it is the one."""
+    """Return the lines around a location, each with its number and whether it is that line."""
     try:
         lines = Path(location.file).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -71,7 +71,7 @@ def excerpt(location: SourceLocation) -> list[tuple[int, str, bool]]:
 
 
 def strips(report: Report) -> list[dict[str, Any]]:
-    """Return what the picture shows: per layer, its part of the graphs of the first call, and the breaks in it."""
+    """Return the picture's rows: for each layer, its segments of the graphs of the first call, and the breaks in it."""
     breaks = [(f"f{n}", finding) for n, finding in enumerate(report.findings, 1) if finding.breaks]
     rows: dict[str, list[dict[str, Any]]] = {}
     for number, graph in enumerate(graph for graph in report.graphs if graph.call == 0):
@@ -108,7 +108,7 @@ def strips(report: Report) -> list[dict[str, Any]]:
 
 
 def _order(name: str) -> list[tuple[bool, int, str]]:
-    """Sort layers as their numbers go."""
+    """Return a sort key by which layers are ordered by number."""
     return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 

@@ -1,4 +1,4 @@
-"""The one place where a reason becomes a class, a severity and a sentence that says what to change."""
+"""Classifies causes of graph breaks and recompiles: a kind, a severity and a sentence that says what to change."""
 
 import dataclasses
 import re
@@ -99,13 +99,13 @@ RULES = {
     ),
     "capture-host": Rule("capture", "warning", "Create this tensor on the device (device=x.device), not on the host."),
     "capture-other": Rule("capture", "warning", "Take this out of the compiled region if you need CUDA graphs: {op}."),
-    # what starts over
+    # what recompiles
     "attribute": Rule(
         "recompile",
         "error",
         "If {op} changes, make it a tensor buffer; if it differs between layers, decide by it in __init__.",
     ),
-    "constant": Rule("recompile", "error", "Pass {op} as a tensor, or keep it the same: each value is compiled anew."),
+    "constant": Rule("recompile", "error", "Pass {op} as a tensor, or keep it the same: each value is compiled."),
     "length": Rule("recompile", "error", "Keep {op} at one length, such as a tensor allocated beforehand."),
     "size-one": Rule(
         "recompile", "warning", "Keep {op} above 1 (padded), or mark_unbacked it: size 1 is always compiled for itself."
@@ -133,7 +133,7 @@ RULES = {
     ),
     # the rest
     "mutated-input": Rule(
-        "copy", "warning", "Write to a contiguous cache of its own that nobody reads after {op} has run."
+        "copy", "warning", "Write to a contiguous cache of its own whose old values are not read after {op} has run."
     ),
     "reference-path": Rule(
         "fallback",
@@ -144,17 +144,17 @@ RULES = {
     "refusal": Rule("fallback", "warning", "Give {op} what its faster backend takes: see the refusal."),
     "jit-first": Rule("jit", "note", "Warm {op} up before serving: it is compiled when it is first called."),
     "jit-later": Rule(
-        "jit", "error", "Do not specialise {op} on what varies (do_not_specialize): a new shape compiles it anew."
+        "jit", "error", "Do not specialise {op} on what varies (do_not_specialize): a new shape compiles it again."
     ),
     "needs-values": Rule(
         "stopped", "note", "Audit on the device itself, or with --device cpu, to see what comes after."
     ),
 }
 
-_TYPES = [  # torch's name for a break, what its context says, the cause
+_TYPES = [  # patterns for torch's type of a break and for its message, then the cause
     (r"Tensor\.item\(\)", r"", "item"),
     (r"Data dependent operator", r"_local_scalar_dense|item", "item"),
-    (r"Data.dependent branching|data-dependent jump|Data-dependent assertion", r"", "branch"),
+    (r"Data.dependent branching|data-dependent jump|Data-dependent assertion|^generic_jump", r"", "branch"),
     (r"Data dependent operator|Could not guard on data-dependent", r"", "branch"),
     (r"Dynamic shape operator", r"", "dynamic-shape"),
     (r"compiler\.disable|disabled function", r"", "disable"),
@@ -168,7 +168,7 @@ _TYPES = [  # torch's name for a break, what its context says, the cause
     (r"autograd\.Function", r"", "autograd-function-break"),
     (r"hook", r"", "hook"),
     (r"out=|out variant", r"", "out-argument"),
-    (r"marked as skipped", r"builtin `<unknown module>\.Tensor\.", "rest-of-line"),  # a method taken before a break
+    (r"marked as skipped", r"builtin `<unknown module>\.Tensor\.", "rest-of-line"),  # looked up before a break
     (r"", r"PyCapsule|pybind11|instancemethod", "pybind"),
     (r"marked as skipped|builtin operator", r"[Bb]uiltin|built-in", "builtin"),
     (r"marked as skipped|deepcopy|skipped", r"", "skipped-function"),
@@ -177,7 +177,7 @@ _TYPES = [  # torch's name for a break, what its context says, the cause
 
 
 def classify_break(gb_type: str, text: str, source: str) -> str:
-    """Return the cause of a graph break from torch's class of it, its message and the source line."""
+    """Return the cause of a graph break from torch's type of it, its message and the source line."""
     if ".data_ptr(" in source:
         return "data-pointer"
     for wanted, context, cause in _TYPES:
@@ -224,20 +224,20 @@ def guard_subject(guard: str) -> str:
         return f"{sized[1]}.shape[{sized[2]}]"
     guard = re.sub(r"^not |^len\((.*?)\)", r"\1", guard)
     guard = re.sub(r"___check_\w+\((.+?),.*", r"\1", guard)
-    if guard.startswith("___stack"):  # the rest of a function is compiled with what was on Python's stack at the break
+    if guard.startswith("___stack"):  # code after a break gets the values on the stack of Python as arguments
         return "a value from before the break"
     return re.split(r" (?:==|is|!=|in|<=|>=)\b| [<>=!]=? ", guard)[0].strip() or guard
 
 
 def remedy(cause: str, op: str, *around: str) -> str:
-    """Return the sentence; `around` are texts that may name a function of others, the nearest first."""
-    found = (ours for text in (op, *around) if (ours := _replacement(text)))
+    """Return the sentence; `around` are texts that may name a function that one of our ops replaces, nearest first."""
+    found = (replacement for text in (op, *around) if (replacement := _replacement(text)))
     replacement = next(found, "torch.library.custom_op")
     return RULES[cause].remedy.format(op=op, replacement=replacement)
 
 
 def _replacement(text: str) -> str | None:
-    """Return the op of this library that a function named in a text stands for: where several do, the longest name."""
+    """Return the op of this library that replaces a function named in a text; of several, that of the longest name."""
     names = {op.name: re.search(op.replaces, text) for op in ops().values() if op.replaces}
     found = {name: len(match[0]) for name, match in names.items() if match}
     return f"mamba_ops.{max(found, key=found.__getitem__)}" if found else None

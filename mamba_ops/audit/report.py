@@ -1,4 +1,4 @@
-"""What an audit found, as data: it can be written to JSON, read back, and told apart from an older one."""
+"""The findings of an audit as data: written to JSON, read back, and compared with an older report."""
 
 import dataclasses
 import json
@@ -46,11 +46,11 @@ class Finding:
     Attributes:
         kind: one of `KINDS`.
         cause: the class of the reason; it selects the remedy.
-        severity: "error" (the compiled model is not what was asked for), "warning" (it costs time) or "note".
+        severity: "error" (the model is not compiled as a whole), "warning" (it costs time) or "note".
         op: the function, op, guard or argument involved.
         message: what torch said, or what was seen, in a sentence.
         remedy: what to change, in one sentence.
-        where: the line of the user's code; None if nothing knows it.
+        where: the line of the user's code; None if it is not known.
         stack: the calls that led there, outermost first, without torch's own frames.
         count: how often it was seen; identical findings of several layers are one.
         layers: names of the modules in which that code runs.
@@ -77,14 +77,14 @@ class Finding:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What two findings have in common if they are the same one."""
-        if self.cause == "size":  # the functions of a file that is in several graphs recompile together
+        """Equal for findings that are counted as one."""
+        if self.cause == "size":  # functions of one file recompile together
             return (self.kind, self.cause, self.where.file if self.where else "")
         return (self.kind, self.cause, str(self.where), self.op)
 
     @property
     def classes(self) -> set[str]:
-        """What `--fail-on` may call it."""
+        """The names for it in `--fail-on`."""
         return {self.kind} | ({"break"} if self.breaks else set())
 
 
@@ -236,7 +236,7 @@ def _finding(facts: Mapping[str, Any]) -> Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """What became of one finding since another report: "new", "gone", "more" or "fewer"."""
+    """A difference to another report: a finding is "new" or "gone", or was seen "more" or "fewer" times."""
 
     what: str
     finding: Finding
@@ -245,7 +245,7 @@ class Change:
 
 
 def compare(now: Report, before: Report) -> list[Change]:
-    """Return what got worse or better; lines may have moved, so a finding is known by its file and source line."""
+    """Return what got worse or better; lines may have moved, so findings are matched by file and source line."""
     found, found_before = _by_source(now), _by_source(before)
     changes = []
     for key in dict.fromkeys([*found, *found_before]):

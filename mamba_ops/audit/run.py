@@ -4,30 +4,26 @@ import contextlib
 import copy
 import importlib.util
 import logging
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from mamba_ops.audit import absent
+from mamba_ops.audit import _torch, absent
 from mamba_ops.audit import graph as graphs
 from mamba_ops.audit.eager import add_hidden_syncs, hear_fallbacks, run_eagerly
-from mamba_ops.audit.limit import TimeIsUp, at_most
 from mamba_ops.audit.report import Report
 
 if TYPE_CHECKING:
     from mamba_ops.audit.collect import Collector
 
-COPIES_SECONDS = 180.0  # for the one compile with Inductor
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class ModelError(RuntimeError):
-    """The model itself failed, without the compiler; the cause is the user's own error."""
+    """The model failed without the compiler; the cause is the error in user code."""
 
 
 def audit(
@@ -45,25 +41,28 @@ def audit(
     report: Report | None = None,
     **kwargs: Any,
 ) -> Report:
-    """Compile a function or a module, call it, and return what stood in the way.
+    """Compile a function or a module, call it, and return a report of graph breaks, recompiles and slow paths.
 
     It resets torch.compile. The model is not changed: it is called with copies of its arguments, and its buffers are
     put back. A device that is not present is traced in this process, which cannot be undone: `mamba-ops audit` uses a
     child process.
 
+    There is no time limit: a compile cannot be stopped safely in the process that runs it. Ctrl-C ends an audit, and
+    `report` then holds what was known; `mamba-ops audit --limit` runs it in a child process, and ends that.
+
     Args:
         fn, args, kwargs: what is called.
         shapes: the leading sizes to call it with, such as `[(1, 128), (4, 512)]`. Each tensor argument that begins as
             the first one does is cut, or repeated, to them. None: as it is.
-        device: where to; None: where the first tensor is.
+        device: the device to run on; None: that of the first tensor.
         train: whether the backward pass is compiled too.
         calls: further calls, each a tuple of arguments.
         dynamic: as for torch.compile. None shows the recompiles that a user sees.
         mode: as for torch.compile; Inductor runs, where the device is present.
-        copies: whether to look for copies in what Inductor makes, which takes longer; it has 180 s for that.
-        more_calls: the same, each as positional and keyword arguments.
+        copies: whether to look for copies in what Inductor makes: one more compile, which may take minutes.
+        more_calls: further calls, each as positional and keyword arguments.
         progress: called with each step that begins.
-        report: filled in as things become known, so that an interrupted audit has something to show.
+        report: filled in as things become known, so that an interrupted audit has something to show. None: a new one.
 
     Raises:
         ModelError: the model fails without the compiler.
@@ -74,7 +73,7 @@ def audit(
     made = [(args, dict(kwargs)), *((tuple(one), dict(kwargs)) for one in calls), *more_calls]
     if shapes:
         made = [(resize(a, shape), resize(k, shape)) for shape in shapes for a, k in made[:1]] + made[1:]
-    first = next((leaf for leaf in torch.utils._pytree.tree_leaves(made[0]) if isinstance(leaf, Tensor)), None)
+    first = next(iter(_torch.tensors_in(made[0])), None)
     where = torch.device(device) if device is not None else first.device if first is not None else torch.device("cpu")
     is_absent = where.type != "cpu" and not torch.get_device_module(where).is_available()
     name = type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__qualname__", str(fn))
@@ -88,16 +87,16 @@ def audit(
     collector = Collector(report, fn)
     if not is_absent:
         fn = fn.to(where) if isinstance(fn, nn.Module) else fn
-        made = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to(where), made)
+        made = _torch.map_tensors(lambda tensor: tensor.to(where), made)
     with quiet_torch(), warnings.catch_warnings(), torch.set_grad_enabled(train):
         warnings.simplefilter("ignore")
+        _torch.show_warnings()
         progress("without the compiler")
-        if is_absent:
-            absent.install(where.type)
+        can_trace = is_absent and _install(where, report)
         syncs = _first(collector, fn, made[0], where.type if is_absent else None)
-        if is_absent:
+        if can_trace:
             _trace_absent(collector, fn, made, where, dynamic, progress, runs_here=syncs is not None)
-        else:
+        elif not is_absent:
             _compile(collector, fn, made, where, train, dynamic, mode, progress)
         add_hidden_syncs(collector, syncs or ())
         if copies:
@@ -107,17 +106,34 @@ def audit(
             _find_copies(collector, fn, made[0], dynamic)
         else:
             report.notes.append("Copies for mutated inputs were not looked for; --copies does, through Inductor.")
+    report.notes += _torch.losses()
     report.finished = True
     report.sort()
     return report
 
 
+def _install(device: torch.device, report: Report) -> bool:
+    """Return whether an absent device can be traced; a note says why not."""
+    try:
+        absent.install(device.type)
+    except _torch.MissingNameError:  # which the notes list
+        report.notes.append(f"{device} is not present, and was not traced.")
+        return False
+    return True
+
+
 @contextlib.contextmanager
-def watch(target: str = "watched code") -> Iterator[Report]:
-    """Within the block, keep what torch.compile does with the user's own code; the report is complete after it."""
+def watch(target: str = "watched code", report: Report | None = None) -> Iterator[Report]:
+    """Within the block, record what torch.compile does with the user's own code.
+
+    Args:
+        target: what the report calls it.
+        report: filled in as things become known. None: a new one, which is complete after the block.
+    """
     from mamba_ops.audit.collect import Collector
 
-    report = Report(target, torch=str(torch.__version__), finished=False)
+    report = report if report is not None else Report(target)
+    report.torch, report.finished = str(torch.__version__), False
     collector = Collector(report)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     report.device = str(accelerator or "cpu")
@@ -125,13 +141,14 @@ def watch(target: str = "watched code") -> Iterator[Report]:
         with hear_fallbacks(collector, compiled=True), collector.listen(), collector.one_call("watched"):
             yield report
     finally:
+        report.notes += _torch.losses()
         report.finished = True
         report.sort()
 
 
 def resize(value: Any, shape: Sequence[int]) -> Any:
     """Return arguments with other leading sizes: the values are cut, or repeated from the start."""
-    first = next((leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)), None)
+    first = next(iter(_torch.tensors_in(value)), None)
     if first is None:
         return value
     if first.dim() < len(shape):
@@ -146,13 +163,12 @@ def resize(value: Any, shape: Sequence[int]) -> Any:
                 tensor = tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
         return tensor
 
-    return torch.utils._pytree.tree_map_only(Tensor, one, value)
+    return _torch.map_tensors(one, value)
 
 
 def describe(made: Arguments) -> str:
     """Return the shapes of a call's tensors, as in "1x128"."""
-    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
-    sizes = list(dict.fromkeys("x".join(map(str, leaf.shape)) or "()" for leaf in leaves))
+    sizes = list(dict.fromkeys("x".join(map(str, tensor.shape)) or "()" for tensor in _torch.tensors_in(made)))
     return ", ".join(sizes[:4]) + (", ..." if len(sizes) > 4 else "") or "no tensors"
 
 
@@ -228,7 +244,7 @@ def _compile(
     mode: str | None,
     progress: Callable[[str], None],
 ) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     inductor = mode is not None or device.type != "cpu"
     options: dict[str, Any] = {"mode": mode} if inductor else {"backend": "aot_eager"}
     with _unchanged(fn), collector.listen():
@@ -246,30 +262,30 @@ def _compile(
                     _try_without(fn, made)
                     _failed(collector, error)
                     break
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def _try_without(fn: Any, made: Arguments) -> None:
-    """Make a call without the compiler that failed with it: what fails there too is the model's own affair."""
+    """Make a call without the compiler that failed with it: where that fails too, it is not the compiler's fault."""
     args, kwargs = _copied(made)
     try:
         with _unchanged(fn):
             fn(*args, **kwargs)
     except Exception as error:
-        error.__context__ = None  # how it failed with the compiler
+        error.__context__ = None  # the error with the compiler
         raise ModelError(
             f"the model raised {type(error).__name__} without the compiler, called with {describe(made)}"
         ) from error
 
 
 def _backward(out: Any) -> None:
-    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    leaves = [tensor for tensor in _torch.tensors_in(out) if tensor.requires_grad]
     if leaves:
         torch.autograd.backward([leaf.sum() for leaf in leaves])
 
 
 def _failed(collector: "Collector", error: Exception) -> None:
-    """The eager call went well, so it is the compiler that failed: that is a finding."""
+    """Add a failure of the compiler as a finding: the eager call has not failed."""
     from mamba_ops.audit.source_locations import locations_in_text, user_frames
 
     stack = user_frames(getattr(error, "real_stack", None) or ()) or locations_in_text(str(error))
@@ -295,12 +311,12 @@ def _trace_absent(
         report.notes.append(
             "Attention was traced through the math op: which fused kernel xpu takes, it decides itself."
         )
-    # Dynamo takes a launch for one only where a device could run it.
-    launches = mock.patch("torch.utils._triton.has_triton", return_value=importlib.util.find_spec("triton") is not None)
+    has_triton = importlib.util.find_spec("triton") is not None
     with contextlib.ExitStack() as stack:
         stack.enter_context(collector.listen())
-        stack.enter_context(launches)
-        _let_devices_be_entered(stack, device)
+        # Dynamo recognises a Triton launch only where a device could run it.
+        _torch.replace(stack, _torch.HAS_TRITON, lambda original: has_triton)
+        _torch.let_devices_be_entered(stack, device)
         tracer = absent.Tracer(fn, device=device.type, dynamic=dynamic)
         collector.layers.name(tracer.fn)
         for made in calls:
@@ -314,25 +330,11 @@ def _trace_absent(
                         _try_without(fn, made)
                     if not any(finding.breaks for finding in report.findings):
                         _failed(collector, error)
-                    else:  # what Python runs between two graphs has no values to run on
+                    else:  # Python between two graphs may need values
                         _stop(collector, error)
             if tracer.trace.stopped:
                 collector.add("needs-values", "fake tensor", tracer.trace.stopped, (), needs_device=True)
-    torch._dynamo.reset()
-
-
-def _let_devices_be_entered(stack: contextlib.ExitStack, device: torch.device) -> None:
-    """Let `with torch.cuda.device(...)` be traced where torch was built without CUDA: nothing is exchanged."""
-    from torch._dynamo.variables import ctx_manager
-
-    module = torch.get_device_module(device)
-    for name in ("_exchange_device", "_maybe_exchange_device"):
-        if hasattr(module, name):
-            stack.enter_context(mock.patch.object(module, name, return_value=0))
-    for cls in vars(ctx_manager).values():  # which keep the functions that were there when they were made
-        for name in ("_exchange_fn", "_maybe_exchange_fn"):
-            if isinstance(cls, type) and callable(vars(cls).get(name)):
-                stack.enter_context(mock.patch.object(cls, name, staticmethod(lambda index: 0)))
+    torch.compiler.reset()
 
 
 def _stop(collector: "Collector", error: Exception) -> None:
@@ -344,29 +346,26 @@ def _stop(collector: "Collector", error: Exception) -> None:
 
 def _find_copies(collector: "Collector", fn: Any, made: Arguments, dynamic: bool | None) -> None:
     """Compile once more, with Inductor and without its caches, and read the graphs that its passes leave."""
-    from torch._inductor import compile_fx
-
     found: list[tuple[str, int, Any]] = []
-    passes = compile_fx.post_grad_passes  # type: ignore[attr-defined]
 
-    def read(module: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> None:
+    def read(passes: Any, module: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> None:
         passes(module, *args, **kwargs)
         found.extend(graphs.copies(module))
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     args, kwargs = _copied(made)
-    start = time.perf_counter()
-    with _unchanged(fn), mock.patch.object(compile_fx, "post_grad_passes", read):
+    with _unchanged(fn), contextlib.ExitStack() as stack:
+        if not _torch.replace(stack, _torch.COPIES, read):
+            return
+        stack.enter_context(torch.compiler.config.patch(force_disable_caches=True))  # type: ignore[attr-defined]
+        compiled: Callable[..., Any] = torch.compile(fn, dynamic=dynamic)
         try:
-            with at_most(COPIES_SECONDS), torch._inductor.config.patch(force_disable_caches=True):
-                compiled: Callable[..., Any] = torch.compile(fn, dynamic=dynamic)
-                compiled(*args, **kwargs)
-        except (Exception, TimeIsUp) as error:
+            compiled(*args, **kwargs)
+        except Exception as error:
             collector.report.notes.append(
-                f"Inductor did not get through ({type(error).__name__}), after {time.perf_counter() - start:.0f} s: "
-                "there may be copies that are not listed."
+                f"Inductor did not get through ({type(error).__name__}): there may be copies that are not listed."
             )
-    torch._dynamo.reset()
-    for op, size, stack in found:
+    torch.compiler.reset()
+    for op, size, stack_of_copy in found:
         message = f"the compiler copies {size:,} bytes before {op} writes" if size else f"a copy before {op} writes"
-        collector.add("mutated-input", op, message, stack, bytes=size or None)
+        collector.add("mutated-input", op, message, stack_of_copy, bytes=size or None)

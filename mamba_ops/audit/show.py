@@ -15,7 +15,7 @@ _STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
 def grouped(layers: tuple[str, ...]) -> str:
-    """Return the names of layers on one line: the numbers of a module list as ranges."""
+    """Return the names of layers on one line, with ranges for the numbers of a module list."""
     if len(layers) <= 2:
         return ", ".join(layers)
     numbers: dict[tuple[str, str], list[int]] = {}
@@ -45,14 +45,14 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def caller(finding: Finding) -> list[SourceLocation]:
-    """Return the line outside installed packages that led into one, if there is one: that is the user's own."""
+    """Return the last line of the stack that is not in an installed package, if the finding is in one."""
     if finding.where is None or "site-packages" not in finding.where.file:
         return []
     return [location for location in finding.stack if "site-packages" not in location.file][-1:]
 
 
 def short(location: SourceLocation) -> str:
-    """Return a location as its file is called from the current folder, if it is in there."""
+    """Return a location, relative to the current folder where it is inside."""
     with contextlib.suppress(ValueError):
         return f"{Path(location.file).relative_to(Path.cwd())}:{location.line}"
     return str(location)
@@ -76,7 +76,7 @@ def lines(finding: Finding) -> list[str]:
 
 
 def split_up(graph: Graph) -> str:
-    """Return how splitting ops divide a graph, the same twice in a row as one: "7 ops | 3 x (mamba_mixing | 9 ops)"."""
+    """Return how splitting ops divide a graph, with repeats counted: "7 ops | 3 x (mamba_mixing | 9 ops)"."""
     parts = [segment.splitting or f"{segment.ops} ops" for segment in graph.segments]
     runs: list[tuple[list[str], int]] = []
     while parts:
@@ -91,7 +91,7 @@ def split_up(graph: Graph) -> str:
 
 
 def headings(report: Report) -> list[str]:
-    """Return what the table of calls tells of each, beside its shapes; of Triton if it compiled anything."""
+    """Return the columns of the table of calls beside the shapes; Triton's only if it compiled anything."""
     return ["new graphs", "recompiles", "seconds", "Triton compiles"][: 4 if any(c.jit for c in report.calls) else 3]
 
 
@@ -133,7 +133,7 @@ def show(report: Report, console: "Console") -> None:
 
 
 def show_changes(report: Report, before: Report, console: "Console") -> None:
-    """Print what became of the findings since another report."""
+    """Print the differences to another report."""
     from rich.text import Text
 
     changes = compare(report, before)

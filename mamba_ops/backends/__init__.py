@@ -1,4 +1,4 @@
-"""The records of the backends: each one's name, devices, what it needs, its priority and settings."""
+"""The records of the backends: name, devices, requirements, priority and settings of each."""
 
 from mamba_ops.backends.flashinfer import flashinfer as flashinfer
 from mamba_ops.backends.sycl import sycl as sycl

@@ -1,9 +1,8 @@
-"""The vendor's record: what must be installed, what the GPU must be, and what its adapters share."""
+"""The backend `flashinfer`: what must be installed, which GPUs it runs on, and what its adapters share."""
 
 import functools
 import importlib.util
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -12,18 +11,19 @@ from torch import Tensor
 
 from mamba_ops.registry import Backend
 
-_OLDEST = (0, 7, 2)  # whose signatures and limits are those below
+_OLDEST = "0.7.2"  # the adapters have its signatures and limits
 INSTALL = "mamba-ops[flashinfer]"
 
 
 def usable() -> str | None:
     import flashinfer
+    from packaging.version import Version  # which flashinfer requires
 
-    version = str(flashinfer.__version__)
-    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-    oldest = ".".join(map(str, _OLDEST))
-    if (0, 0, 0) != numbers < _OLDEST:  # a build from source has no number
-        return f"flashinfer {version} is installed, and {oldest} is the oldest that will do; pip install -U '{INSTALL}'"
+    version = Version(str(flashinfer.__version__))
+    if version.release != (0, 0, 0) and version < Version(_OLDEST):  # a build from source has no number
+        return (
+            f"flashinfer {version} is installed, and {_OLDEST} is the oldest that will do; pip install -U '{INSTALL}'"
+        )
     if torch.version.hip is not None:
         return f"flashinfer runs on CUDA, and this torch is built for ROCm; with one for CUDA, pip install '{INSTALL}'"
     compiler = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or shutil.which("nvcc")
@@ -43,7 +43,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def older_than(major: int, device: torch.device, what: str = "") -> str | None:
-    """Refuse a GPU that is older than a compute capability."""
+    """Return a refusal for a GPU that is older than a compute capability."""
     mine = capability(device)
     if mine[0] >= major:
         return None
@@ -68,7 +68,7 @@ flashinfer = Backend(
 
 
 def cleaned(table: Tensor, null_slot: int) -> Tensor:
-    """The slots of a table as int32, with -1 for all that mean nobody: the vendor knows one number."""
+    """Return a slot table as int32, with -1 for all padding: FlashInfer has one number for that."""
     table = table if table.dtype == torch.int32 else table.to(torch.int32)
     if null_slot <= 0:
         return torch.threshold(table, max(null_slot, -1), -1)  # in one launch
@@ -76,16 +76,16 @@ def cleaned(table: Tensor, null_slot: int) -> Tensor:
 
 
 def first_column(table: Tensor, rows: int) -> Tensor:
-    """Column 0 of the first rows of a slot table. Every view costs the host some microseconds."""
+    """Return column 0 of the first rows of a slot table, in few views: each costs the host microseconds."""
     if table.dim() == 2:
         return table[:rows, 0]
     return table if table.shape[0] == rows else table[:rows]
 
 
-def nobody(slots: Tensor, rank: int = 1) -> Tensor:
-    """Which of cleaned slots, of fewer than 2^24, are -1: their upper bytes as booleans, without a launch.
+def is_padding(slots: Tensor, rank: int = 1) -> Tensor:
+    """Return which of cleaned slots are -1, as booleans of `rank` dimensions, the last ones of size 1.
 
-    The result has `rank` dimensions, the last ones of size 1.
+    It is a view of the upper bytes, without a launch: slots are fewer than 2^24, so those of others are zero.
     """
     rows, ones = slots.shape[0], (1,) * (rank - 1)
     return slots.view(torch.bool).as_strided((rows, *ones), (4, *ones), 3)

@@ -1,4 +1,4 @@
-"""Intel's SYCL kernels, out of vllm_xpu_kernels."""
+"""The backend `sycl`: Intel's SYCL kernels, from vllm_xpu_kernels."""
 
 from mamba_ops.registry import Backend
 

@@ -1,4 +1,4 @@
-"""Our own Triton kernels: one source for CUDA, ROCm and XPU; interpreted on the CPU if asked for by name."""
+"""The backend `triton`: one source for CUDA, ROCm and XPU; interpreted on the CPU, by name only."""
 
 import os
 from contextlib import suppress
@@ -12,10 +12,10 @@ def _interpreted_on() -> tuple[str, ...]:
 
 
 def _watch_compiler() -> None:
-    """Let `no_jit` know when Triton is about to compile a kernel; kernels run without this, too."""
+    """Announce to `no_jit` what Triton is about to compile; kernels run without this too."""
     from mamba_ops.ops._triton.watch import watch
 
-    with suppress(RuntimeWarning):  # where warnings are errors, one is not to disable the backend
+    with suppress(RuntimeWarning):  # where warnings are errors, one does not disable the backend
         watch(announce)
 
 

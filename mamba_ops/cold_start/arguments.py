@@ -42,7 +42,7 @@ def device_of(
 def pairs_of(
     dtypes: Sequence[torch.dtype | tuple[torch.dtype | None, torch.dtype]] | None,
 ) -> list[tuple[torch.dtype | None, torch.dtype]]:
-    """Return the dtypes of activations, each with that of states.
+    """Return pairs of the dtypes of activations and of states.
 
     Raises:
         ValueError: neither dtypes nor pairs of them.
@@ -80,7 +80,7 @@ def check_numbers(sizes: Mapping[str, int], processes: int | None) -> None:
 
 
 def known_backends(names: Sequence[str] | None) -> list[str | None]:
-    """Return the backends asked for, in lower case; None stands for the default order."""
+    """Return the requested backends, in lower case; None stands for the default order."""
     if names is None:
         return [None]
     known = {backend.name for backend in all_backends()}
@@ -93,7 +93,7 @@ def known_backends(names: Sequence[str] | None) -> list[str | None]:
 
 @contextmanager
 def shown(progress: Progress | bool | None) -> Iterator[Progress]:
-    """Yield the function that progress is reported to: the caller's, one that draws bars, or one that does nothing."""
+    """Yield the function for progress: the caller's, one that draws bars, or one that does nothing."""
     if callable(progress):
         yield progress
     elif progress or (progress is None and sys.stderr.isatty() and importlib.util.find_spec("rich")):

@@ -60,7 +60,7 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
 
 
 def on_device(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    """Return the module itself, or if it is elsewhere or of another dtype, one like it with random parameters."""
+    """Return the module itself, or a copy with random parameters if it has another device or dtype."""
     tensors = [*module.parameters(), *module.buffers()]
     if all(t.device == device and (dtype is None or not t.is_floating_point() or t.dtype == dtype) for t in tensors):
         return module
@@ -81,7 +81,7 @@ def calls_of(layer: Layer, module: nn.Module, state_dtype: torch.dtype) -> Itera
 
 
 def before_calls_of(module: nn.Module) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield what else is slow the first time on a GPU, and runs none of the ops."""
+    """Yield calls without ops that are slow the first time on a GPU."""
     for name, linear in module.named_modules():
         if isinstance(linear, nn.Linear) and linear.weight.dtype in (torch.float16, torch.bfloat16, torch.float32):
             yield name, partial(_multiply, linear)
@@ -90,7 +90,7 @@ def before_calls_of(module: nn.Module) -> Iterator[tuple[str, Callable[[], objec
 
 
 def rehearsal_of(module: nn.Module, state_dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield what serving does with a layer of ours in each step: make a plan and run it."""
+    """Yield what serving does in each step with a layer of `mamba_ops.layers`: make a plan and run it."""
     if not isinstance(module, Mamba | Mamba2 | GatedDeltaNet):
         return
     weight = module.out_proj.weight
@@ -104,7 +104,7 @@ def rehearsal_of(module: nn.Module, state_dtype: torch.dtype) -> Iterator[tuple[
 
 
 def _multiply(linear: nn.Linear) -> None:
-    """Multiply many sizes: libraries load another kernel for many of them."""
+    """Multiply matrices of many sizes: for many of them libraries load another kernel."""
     tokens = torch.randn(max(MANY), linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
     for count in MANY:
         linear(tokens[:count])

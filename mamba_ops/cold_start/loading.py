@@ -46,7 +46,7 @@ class Request:
 
 @dataclass
 class Loader:
-    """Finds the variants that calls need, and has them compiled.
+    """Finds the variants that calls need, and lets worker processes compile them.
 
     Attributes:
         processes: how many compile at a time.
@@ -66,7 +66,7 @@ class Loader:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within the block, see what Triton loads."""
+        """Within the block, record what Triton loads."""
         before = _triton.hook(_triton.BEFORE_LOAD, self._before, _UNSEEN)
         with before, _triton.hook(_triton.LOADED, self._after, _UNSEEN):
             try:
@@ -81,7 +81,7 @@ class Loader:
 
     @contextmanager
     def requesting(self) -> Iterator[Request]:
-        """Within the block, what is not on disk begins to compile, and its launches are skipped."""
+        """Within the block, variants that are not on disk go to the worker, and their launches are skipped."""
         self._skips, self._skipped = True, False
         request = Request([])
         try:
@@ -98,7 +98,7 @@ class Loader:
         yield new
 
     def wait(self, progress: Callable[[str, int, int], None]) -> None:
-        """Wait until the worker is done; what it could not compile is compiled when it is launched."""
+        """Wait until the worker is done. A variant that it could not compile is compiled when it is launched."""
         if self._worker is None:
             return
         assert self._worker.stdin is not None  # for mypy: both are pipes

@@ -38,8 +38,8 @@ class Finding(NamedTuple):
 def audit_sources(*modules: ModuleType) -> list[Finding]:
     """Return the defects of all Triton functions in these modules. Nothing is compiled or run, and no GPU is needed.
 
-    An argument is a defect if it is never read, or is overwritten before it is read. A kernel that Triton tunes is one
-    too: it is timed on a call, and each rank may choose otherwise.
+    An argument is a defect if it is never read, or is overwritten before it is read. So is autotuning: the kernel is
+    timed on a call, and each rank may choose another configuration.
     """
     return [finding for module in modules for finding in _audit(module)]
 
@@ -64,7 +64,7 @@ def _audit(module: ModuleType) -> Iterator[Finding]:
 
     for name, found in vars(module).items():
         kernel, function = kernel_name(module.__name__, name), found
-        while hasattr(function, "fn"):  # to what was decorated
+        while hasattr(function, "fn"):  # to the decorated function
             function = function.fn
         if function is found or not inspect.isfunction(function) or function.__module__ != module.__name__:
             continue
@@ -81,7 +81,7 @@ def _audit(module: ModuleType) -> Iterator[Finding]:
 
 
 def _read(function: ast.FunctionDef) -> set[str]:
-    """The names whose value at the beginning of the function is read somewhere."""
+    """Return the arguments that are read somewhere with the value that the caller passed."""
     read: set[str] = set()
 
     def loads(node: ast.AST | None, lost: set[str]) -> None:
@@ -108,7 +108,7 @@ def _read(function: ast.FunctionDef) -> set[str]:
                 lost = set.intersection(*known)
             elif isinstance(statement, ast.For | ast.While):
                 loads(statement.iter if isinstance(statement, ast.For) else statement.test, lost)
-                run(statement.body, lost)  # perhaps never: what it overwrites is not lost
+                run(statement.body, lost)  # it may run zero times, so what it overwrites counts as kept
             else:
                 loads(statement, lost)
                 if isinstance(statement, ast.Return):

@@ -1,9 +1,13 @@
 """Copies the caches of compiled kernels, Triton's and Inductor's, to identical machines."""
 
+import getpass
 import json
+import os
 import platform
+import re
 import shutil
 import sys
+import tempfile
 import uuid
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +22,7 @@ _RUNTIMES = [name for name, value in vars(torch.version).items() if isinstance(v
 
 
 class CachesError(ValueError):
-    """There are no caches, or those of another machine; the message is a sentence."""
+    """There are no caches, or they are another machine's."""
 
 
 def export(folder: Path, device: torch.device) -> int:
@@ -88,10 +92,19 @@ def _driver() -> str | None:
 
 def _caches() -> dict[str, Path]:
     """Return the folders of Triton's and Inductor's caches."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    folders = {"inductor": _inductor_cache()}
+    return {"triton": _triton.cache_dir(), **folders} if find_spec("triton") else folders
 
-    places = {"inductor": Path(cache_dir())}
-    return {"triton": _triton.cache_dir(), **places} if find_spec("triton") else places
+
+def _inductor_cache() -> Path:
+    """Return the folder of Inductor's cache; where this torch has no function for that, the usual one."""
+    try:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+    except ImportError:
+        user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+        usual = Path(tempfile.gettempdir(), f"torchinductor_{user}")
+        return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or usual)
+    return Path(cache_dir())
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -119,7 +132,7 @@ def _copy(source: Path, target: Path) -> int:
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
         part = place.with_name(f"{place.name}.{uuid.uuid4().hex}.part")
-        if path.name.startswith("__grp__"):  # Triton's lists of files name them by whole paths
+        if path.name.startswith("__grp__"):  # Triton lists files by absolute paths
             listed = json.loads(path.read_text(encoding="utf-8"))
             listed["child_paths"] = {n: str(place.parent / Path(p).name) for n, p in listed["child_paths"].items()}
             part.write_text(json.dumps(listed), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Makes a table of launch configurations by timing, once, on this machine, and never on a call."""
+"""Makes a table of launch configurations by timing, once, on this machine. No call is ever timed."""
 
 import json
 import math
@@ -86,14 +86,14 @@ def tune(
             table |= _facts(device)
             folder.mkdir(parents=True, exist_ok=True)
             path.with_suffix(".tmp").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-            path.with_suffix(".tmp").replace(path)  # whole, or not at all
+            path.with_suffix(".tmp").replace(path)  # atomically
     return found
 
 
 def _workloads(
     name: str, device: torch.device, sizes: Mapping[str, int], dtype: torch.dtype, state_dtype: torch.dtype
 ) -> Iterator[Sample]:
-    """Yield what serving does most: one long prompt and many shorter ones, or the next token of many sequences."""
+    """Yield the most frequent calls of serving: one long prompt and many shorter ones, or a token of many rows."""
     op, prefill = ops()[name], "packed cached"
     reads = prefill in op.patterns
     for rows, length in READS if reads else UPDATES:
@@ -114,7 +114,7 @@ def _keys_of(name: str, samples: list[Sample], chosen: list[Any]) -> list[dict[s
 
 
 def _run(name: str, sample: Sample) -> Callable[[], object]:
-    """A call on copies of what the op mutates; with an output of its own, as of a compiled graph."""
+    """Return a call on copies of what the op mutates, with a given output, as in a compiled graph."""
     mine = sample.clone()
     return partial(ops()[name], *mine.args, **mine.kwargs)
 

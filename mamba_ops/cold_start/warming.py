@@ -1,4 +1,4 @@
-"""Calls a model's layers, or ops, in every way in which they may be called, so that no later call is a slow one."""
+"""Calls a model's layers, or ops, in every way in which they may be called, so that no later call has to compile."""
 
 import gc
 import inspect
@@ -37,8 +37,8 @@ class Row(NamedTuple):
         op: qualified name.
         backend: the backend that ran it.
         variant: the layer and what it did, or the op's sample.
-        seconds: what its kernels took to compile, beside each other in processes, or to read from disk.
-        cached: whether all its kernels were there: in this process, or on disk.
+        seconds: the time to compile its kernels, in parallel processes, or to read them from disk.
+        cached: whether all its kernels were compiled before: loaded in this process, or on disk.
     """
 
     op: str
@@ -49,17 +49,17 @@ class Row(NamedTuple):
 
 
 class WarmUp(list[Row]):
-    """The rows of a warm-up, and what it did as a whole.
+    """The rows of a warm-up, and its totals.
 
     Attributes:
         seconds: how long all of it took.
         compiled, loaded: how many kernels were compiled, and read from disk.
-        slowest: every kernel, how many variants of it there were, and the seconds that they took, the slowest first.
-        peak_bytes: the most memory that it had at one time on the device, beyond what was there. It is free again:
-            torch's allocator has it for what comes next, such as the first request.
+        slowest: every kernel, its number of variants and the seconds for all of them, the slowest first.
+        peak_bytes: the most memory of the device that it used at one time. It is free again, in torch's allocator, for
+            example for the first request.
         skipped: a sentence for each layer or sample that was left out.
-        configurations: a line for each op and its static sizes: how its Triton kernels are launched, and by which
-            table or rule.
+        configurations: a line for each op and its static sizes: the launch configurations of its Triton kernels, and
+            the table or rule that they come from.
     """
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
@@ -81,17 +81,17 @@ class WarmUp(list[Row]):
 
 
 Calls = Iterable[tuple[str, Callable[[], object]]]
-"""Calls and their names; made one by one, so that tensors live no longer than their call."""
+"""Calls and their names; generated one by one, so that tensors live no longer than their call."""
 Progress = Callable[[str, int, int], None]
-"""Called with the step, how much of it is done, and of how much."""
+"""Called with the name of a step, how much of it is done, and its total."""
 
 
 class _Unit(NamedTuple):
-    """A kind of layer, or an op with some sizes, which is warmed up once.
+    """A kind of layer, or an op with some sizes, that is warmed up once.
 
     Attributes:
-        before: calls that run none of the ops, made first.
-        after: calls made once more at the end.
+        before: calls without ops, made first.
+        after: calls that are repeated at the end.
     """
 
     name: str
@@ -103,7 +103,7 @@ class _Unit(NamedTuple):
 
 
 _done: dict[tuple[Any, ...], list[Row]] = {}
-"""The rows of all that was warmed up in this process."""
+"""The rows of every unit that was warmed up in this process."""
 
 
 def warm_up(
@@ -192,7 +192,7 @@ def _of_ops(
 
 
 class _DrawnOnDevice(TorchFunctionMode):
-    """Draws the random numbers of samples on the device, where tests draw them on the CPU, alike on all machines."""
+    """Draws the random numbers of samples on the device; without it they are drawn on the CPU, as tests need them."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class _DrawnOnDevice(TorchFunctionMode):
 
 
 def _make(units: list[_Unit], device: torch.device, processes: int | None, progress: Progress, report: WarmUp) -> None:
-    """Load what the calls need, then make them; their rows go to `_done`."""
+    """Load the kernels that the calls need, then make the calls; their rows go to `_done`."""
     module = torch.get_device_module(device)
     measures = device.type != "cpu" and hasattr(module, "max_memory_allocated")
     if measures:
@@ -262,8 +262,8 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
                 loader.wait(progress)
                 call_all("calling what was compiled", again)
         prewarm()
-        gc.collect()  # of all that was imported: now, rather than in the first request
-        for unit in units:  # the first request finds the processor's caches as the tenth does
+        gc.collect()  # now, rather than in the first request
+        for unit in units:  # fills the processor's caches, so that the first request is as fast as later ones
             for _, run in _tried(unit, unit.after, report):
                 run()
         if device.type != "cpu":
@@ -303,7 +303,7 @@ def _tried(unit: _Unit, calls: Callable[[], Calls], report: WarmUp) -> Iterator[
 def _row(selection: Selection, variant: str, loads: list[Load], *, seen: bool) -> Row:
     """Return the row of one op; kernels of the ops inside a composed op count as its own.
 
-    `seen`: Triton's loads were seen. Of other backends it is not known what they compile.
+    `seen`: whether Triton's loads were seen. Those of other backends cannot be seen.
     """
     composed = selection.backend == COMPOSED.name
     own = [load for load in loads if load.op == selection.op or composed]

@@ -37,7 +37,7 @@ def _show(console: Console, device: torch.device) -> None:
     table.add_column("op", no_wrap=True)
     for heading in [*reasons, "runs on"]:
         table.add_column(heading)
-    for op in registry.ops().values():
+    for op in (op for op in registry.ops().values() if not op.returns):
         has_kernel = {name: name in op.kernels for name in reasons}
         marks = [("no" if reason else "yes") if has_kernel[name] else "-" for name, reason in reasons.items()]
         table.add_row(op.name, *marks, _choice(op, device))

@@ -1,4 +1,4 @@
-"""The page about all ops, docs/ops.md: made from what the registry knows, so that it cannot say anything else."""
+"""The page about all ops, docs/ops.md: generated from the registry, so that the two agree."""
 
 import inspect
 import re
@@ -17,7 +17,7 @@ def page() -> str:
     known.sort(key=lambda op: op.name)
     own = [
         backend for backend in backends() if Path(__file__).parents[1] in Path(backend.source).parents
-    ]  # no plug-in's
+    ]  # without plug-ins
     lines = [
         "# The ops",
         "",
@@ -99,7 +99,7 @@ def _parts(docstring: str) -> tuple[str, list[tuple[str, str]], str]:
 
 
 def _as_markdown(text: str) -> Iterator[str]:
-    """Fence what a docstring indents; the rest is Markdown as it is."""
+    """Fence the indented paragraphs of a docstring; the others are Markdown already."""
     for paragraph in text.split("\n\n"):
         lines = paragraph.splitlines()
         if lines and all(line.startswith("    ") for line in lines):
@@ -142,7 +142,7 @@ def _kernels(op: Op[...], shown: Iterable[Backend]) -> Iterator[str]:
             continue
         devices = "any device" if backend.devices is None else ", ".join(backend.devices)
         limits = kernel.unsupported and kernel.unsupported.__doc__
-        if limits is None and isinstance(kernel.implementation, str):  # the adapter's docstring then says it
+        if limits is None and isinstance(kernel.implementation, str):  # then the adapter's docstring holds the limits
             limits = kernel.function.__doc__
         if limits is None:
             limits = "what the backends of the ops inside have" if op.composed and backend.devices is None else "none"

@@ -1,4 +1,4 @@
-"""What subcommands share: options, how they end on a mistake of the user's, and how they show their progress."""
+"""Shared by the subcommands: options, the exit on wrong usage, and the display of progress."""
 
 import traceback
 from collections.abc import Callable, Iterator
@@ -117,7 +117,9 @@ def failing(*errors: type[Exception]) -> Iterator[None]:
     except errors as error:
         if error.__cause__ is not None:
             shown = error.__cause__.__traceback__
-            traceback.print_exception(error.__cause__.with_traceback(shown and shown.tb_next))  # without our frame
+            traceback.print_exception(
+                error.__cause__.with_traceback(shown and shown.tb_next)
+            )  # without the frame of this file
         fail(error)
 
 

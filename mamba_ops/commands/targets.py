@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba_ops.audit import _torch
+
 TRANSFORMERS = "transformers:"
 PROMPTS = (512, 300, 1024)  # tokens: of one size with chunks of 256, of another, and of several
 FORMS = "package.module:factory, file.py:factory, transformers:TYPE or transformers:FOLDER"
 
 
 class TargetError(ValueError):
-    """There is no such model: the message is for the user, and the cause is the error in the user's code, if any."""
+    """A model cannot be found or made; the cause is the error in user code, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def as_target(made: Any, what: str, device: torch.device) -> Target:
 
 
 def _call(inputs: Any, what: str, device: torch.device) -> Call:
-    moved = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
+    moved = _torch.map_tensors(lambda tensor: tensor.to(device), inputs)
     if isinstance(moved, Tensor):
         return Call((moved,))
     if isinstance(moved, tuple):

@@ -1,4 +1,4 @@
-"""What a measurement reports beside its times: how often torch.compile compiled, and the device's name."""
+"""Facts that measurements report beside times: how often torch.compile compiled, and the device's name."""
 
 import os
 import platform
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
-from torch._dynamo.utils import counters
+
+from mamba_ops.audit import _torch
 
 
 @dataclass
@@ -17,39 +17,51 @@ class CompilerWatch:
     """What torch.compile has done since the watch began.
 
     Attributes:
-        compiles: how often Dynamo compiled something.
-        recompiles: how many of these were of code that it had compiled before.
         recordings: how many CUDA graphs Inductor recorded.
     """
 
-    compiles: int = 0
-    recompiles: int = 0
     recordings: int = 0
-    _graphs_before: int = field(default_factory=lambda: counters["stats"]["unique_graphs"])
+    _ids: list[str] | None = field(default_factory=list)
+    _graphs_before: int = field(default_factory=_torch.graph_count)
 
     @property
     def graphs(self) -> int:
         """How many graphs Dynamo made."""
-        return counters["stats"]["unique_graphs"] - self._graphs_before
+        return _torch.graph_count() - self._graphs_before
 
-    def note(self, event: CallbackArgs) -> None:
-        """Count one event; a compile's id is the number of the code, a slash, and how often it was compiled before."""
-        if event.callback_trigger is CallbackTrigger.CUDAGRAPH_RECORDING:
-            self.recordings += 1
-        elif event.callback_trigger is CallbackTrigger.DYNAMO:
-            self.compiles += 1
-            self.recompiles += not event.compile_id.endswith("/0")
+    @property
+    def compiles(self) -> int:
+        """How often Dynamo compiled something."""
+        return len(self._compile_ids)
+
+    @property
+    def recompiles(self) -> int:
+        """How many of these were of code that it had compiled before."""
+        return sum(not compile_id.endswith("/0") for compile_id in self._compile_ids)
+
+    @property
+    def _compile_ids(self) -> list[str]:
+        """An id is the number of the code, a slash, and how often that was compiled before."""
+        return self._ids if self._ids is not None else _torch.compile_ids()
 
 
 @contextmanager
 def watch_compiler() -> Iterator[CompilerWatch]:
     """Within the block, count what torch.compile does."""
     watch = CompilerWatch()
-    note = callback_handler.register_start_callback(watch.note)
-    try:
+    ids: list[str] = []
+
+    def note(trigger: str, compile_id: str) -> None:
+        if trigger == "CUDAGRAPH_RECORDING":
+            watch.recordings += 1
+        elif trigger == "DYNAMO":
+            ids.append(compile_id)
+
+    with _torch.on_compile(note) as called:
+        watch._ids = ids if called else None
+        if not called:
+            _torch.forget_compiles()
         yield watch
-    finally:
-        callback_handler.remove_start_callback(note)
 
 
 def device_name(device: torch.device) -> str:

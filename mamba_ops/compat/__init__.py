@@ -1,1 +1,1 @@
-"""The names and signatures of other libraries, over our ops: what was written for those runs on these."""
+"""Functions with the names and signatures of other libraries, which call the ops of this package."""

@@ -1,4 +1,4 @@
-"""What the imitated functions do with arguments that have no effect here, or are said otherwise."""
+"""Arguments of the imitated functions that have no effect here, or that the ops take in another form."""
 
 import torch
 from torch import Tensor
@@ -6,8 +6,8 @@ from torch import Tensor
 States = tuple[Tensor, Tensor]
 """An output and the last states."""
 
-# Keyword arguments that a model takes for itself and yet hands on: they ask for more outputs, are for the loss, or
-# choose among its torch fallbacks.
+# Keyword arguments of a model that reach these functions too, and do not concern them: they ask for more outputs, are
+# for the loss, or choose among torch fallbacks.
 _OF_THE_MODEL = (
     "num_items_in_batch",
     "output_attentions",
@@ -37,12 +37,12 @@ def is_silu(function: str, activation: str | None) -> bool:
 
 
 def all_have(initial_states: Tensor | None) -> Tensor | None:
-    """Say to an op that every sequence has an initial state, if there are any."""
+    """Return an op's `has_initial_state`: true for every sequence, or None without initial states."""
     return None if initial_states is None else initial_states.new_ones(initial_states.shape[0], dtype=torch.bool)
 
 
 def per_head(tensor: Tensor, axes: int) -> Tensor:
-    """Take back the expansion of a tensor's last axes, where it is one: a kernel then reads one number a head."""
+    """Return a tensor without its last axes if they are expanded (stride 0): a kernel then reads one number a head."""
     if any(tensor.stride(-1 - axis) for axis in range(axes)):
         return tensor
     return tensor.flatten(-axes)[..., 0]

@@ -63,16 +63,24 @@ def causal_conv1d_update(
     Args:
         x: the new inputs.
         conv_state: `(slots, dim, state_len)`, the last state_len inputs, the latest in the last column. Mutated.
-        weight, bias: `(dim, width)` and `(dim,)`; state_len is at least width - 1, and at most 7.
+        weight, bias: `(dim, width)`, width at least 2, and `(dim,)`; state_len is at least width - 1, and at most 7.
         activation: None, "silu" or "swish".
         cache_seqlens: refused; conv_state is no circular buffer here, its columns move.
-        conv_state_indices: int32 or int64 `(batch,)`, the slot of each row; a negative one is nobody's.
+        conv_state_indices: int32 or int64 `(batch,)`, the slot of each row; a negative one is padding.
     """
     refuse("causal_conv1d_update", cache_seqlens=cache_seqlens)
     silu = is_silu("causal_conv1d_update", activation)
-    if spare := conv_state.shape[2] + 1 - weight.shape[1]:
+    state_len, width = conv_state.shape[2], weight.shape[1]
+    if width < 2:
+        raise ValueError(f"causal_conv1d_update: weight: got width {width}, expected a width of 2 to 8")
+    if state_len < width - 1:
+        raise ValueError(
+            f"causal_conv1d_update: conv_state: got state_len {state_len}, expected at least {width - 1}; "
+            "it holds the last width - 1 inputs"
+        )
+    if spare := state_len + 1 - width:
         # The op's window begins in column 0, the original's ends in the last one. With a tap of weight zero for each
-        # column to spare the two are the same, and all columns move along.
+        # spare column the two are the same, and all columns shift.
         weight = functional.pad(weight, (spare, 0))
     rows = x if x.dim() == 2 else x.transpose(1, 2)
     out = ops.causal_conv1d_update(rows, conv_state, weight, bias, slots=conv_state_indices, silu=silu)

@@ -1,6 +1,7 @@
 """The functions of flash-linear-attention 0.6 for the gated delta rule, over our ops.
 
-There a state is `(n, v_heads, k_dim, v_dim)` unless asked for the other way round, which is ours; ours is given a view.
+States of fla are `(n, v_heads, k_dim, v_dim)` unless `state_v_first`; the ops have v_dim first, and get a transposed
+view.
 """
 
 from collections.abc import Callable
@@ -44,16 +45,16 @@ def chunk_gated_delta_rule(
     Args:
         q, k: `(batch, length, k_heads, k_dim)`; with `cu_seqlens` batch is 1.
         v: `(batch, length, v_heads, v_dim)`.
-        g: `(batch, length, v_heads)`: the log of the decay, or what it is made of.
-        beta: `(batch, length, v_heads)`: how much of a value is written, or what that is made of.
+        g: `(batch, length, v_heads)`: the log of the decay, or its gate (`use_gate_in_kernel`).
+        beta: `(batch, length, v_heads)`: how much of a value is written, or its logit (`use_beta_sigmoid_in_kernel`).
         scale: of q; None: k_dim ** -0.5.
         initial_state: `(n, v_heads, k_dim, v_dim)`. Not changed.
         output_final_state: whether to return the last states.
         use_qk_l2norm_in_kernel: whether q and k are normalised.
-        use_beta_sigmoid_in_kernel: whether beta is sigmoid(beta); `allow_neg_eigval`: and then twice that.
+        use_beta_sigmoid_in_kernel: whether sigmoid is applied to beta; with `allow_neg_eigval`, twice the sigmoid.
         state_v_first: whether states are `(n, v_heads, v_dim, k_dim)`.
         cu_seqlens: int32 or int64 `(n + 1,)`: sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1].
-        cu_seqlens_cpu, chunk_indices: what could be computed from `cu_seqlens`; not needed.
+        cu_seqlens_cpu, chunk_indices: of no effect: they follow from `cu_seqlens`.
         cp_context, others: refused.
         use_gate_in_kernel: whether g is -exp(A_log) * softplus(g + dt_bias), with `A_log` and `dt_bias` `(v_heads,)`.
     """
@@ -142,12 +143,12 @@ def _on_states(
     cu_seqlens: Tensor | None,
     qk_l2norm: bool,
 ) -> OutputAndState:
-    """Call an op with new states, the initial ones in them, and return its output and those states if wanted."""
+    """Call an op with copies of the initial states; return its output, and the last states or None."""
     q, _, v, *_ = tensors
     if cu_seqlens is not None and q.shape[0] != 1:
-        expected = "1: cu_seqlens says which tokens of one row are whose"
+        expected = "1: with cu_seqlens all sequences are packed into one row"
         raise ValueError(f"{function}: q: got a batch of {q.shape[0]}, expected {expected}")
-    n, dtype = (q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1), _wide(q)
+    n, dtype = (q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1), _upcast(q)
     state, k_dim, v_dim = None, q.shape[-1], v.shape[-1]
     if initial_state is not None:
         state = initial_state.to(dtype, copy=True)
@@ -156,8 +157,8 @@ def _on_states(
     if cu_seqlens is not None:
         tensors = tuple(t.squeeze(0) for t in tensors)
     options = dict(zip(("q", "k", "v", "g", "beta"), tensors, strict=True))
-    ours = state if state is None or v_first else state.transpose(-1, -2)
-    out = op(ours, **options, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm)
+    ssm_state = state if state is None or v_first else state.transpose(-1, -2)
+    out = op(ssm_state, **options, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm)
     return out if cu_seqlens is None else out.unsqueeze(0), state if output_final_state else None
 
 
@@ -167,13 +168,13 @@ def _decay(function: str, g: Tensor, raw: bool, A_log: Tensor | None, dt_bias: T
         return g
     if A_log is None:
         raise ValueError(f"{function}: A_log: got None with use_gate_in_kernel, expected a tensor (v_heads,)")
-    g = g.to(_wide(g))
+    g = g.to(_upcast(g))
     return -A_log.to(g.dtype).exp() * functional.softplus(g if dt_bias is None else g + dt_bias)
 
 
 def _beta(beta: Tensor, raw: bool, twice: bool) -> Tensor:
-    return beta.to(_wide(beta)).sigmoid() * (2 if twice else 1) if raw else beta
+    return beta.to(_upcast(beta)).sigmoid() * (2 if twice else 1) if raw else beta
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def _upcast(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)

@@ -28,17 +28,17 @@ def selective_state_update(
     """Advance `state` by one token and return that token's output.
 
     Args:
-        state: `(slots, heads, dim, dstate)`, or without heads as all else. Mutated.
+        state: `(slots, heads, dim, dstate)`, or all arguments without heads. Mutated.
         x, dt, z: `(batch, heads, dim)`.
         A: `(heads, dim, dstate)`.
         B, C: `(batch, groups, dstate)`.
         D, dt_bias: `(heads, dim)`.
         dt_softplus: whether softplus is applied to dt after the bias.
-        state_batch_indices: int32 or int64 `(batch,)`, the slot of each row; a negative one is nobody's.
+        state_batch_indices: int32 or int64 `(batch,)`, the slot of each row; a negative one is padding.
         others: refused.
     """
     refuse("selective_state_update", **others)
-    if state.dim() == 4:  # what is expanded from one number a head is handed on as such: a kernel then reads it once
+    if state.dim() == 4:  # what is expanded from one number a head is passed without the expansion, and read once
         dt, A = per_head(dt, 1), per_head(A, 2)
         D, dt_bias = (None if t is None else per_head(t, 1) for t in (D, dt_bias))
     return ops.selective_state_update(
@@ -178,7 +178,7 @@ def mamba_split_conv1d_scan_combined(
     norm_before_gate: bool = True,
     **others: object,
 ) -> Tensor | States:
-    """Do all that a Mamba-2 mixer does to its first projection `zxbcdt`, but for caches; return what the mixer returns.
+    """Run a Mamba-2 mixer without caches from its first projection `zxbcdt` on, and return what the mixer returns.
 
     Args:
         zxbcdt: `(batch, length, heads * dim + conv_dim + heads)`: gate, what is convolved, dt.

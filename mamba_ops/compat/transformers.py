@@ -1,12 +1,13 @@
 """Runs recurrent models of Transformers 5 on our ops, by binding the functions that their modeling files call.
 
 Such a file has a few functions of its own for this. Transformers decides where each goes: to a kernel from the hub if
-one was asked for, else to mamba_ssm, causal_conv1d or fla if they are installed, else to torch code. Whatever it
-decided, a mixer finds the function by its name in the file, at every call, and there ours are put.
+one was asked for, else to mamba_ssm, causal_conv1d or fla if they are installed, else to torch code. In each case a
+mixer looks the function up by its name in the file, at every call; `use_mamba_ops` puts functions of this package
+there.
 
-Ours have the parameters of the originals. Mixers hand on to them whatever keyword arguments the model was called with,
-and Transformers silently drops those that a function does not name; here each one is honoured or refused, but for those
-that are the model's own business.
+They have the parameters of the originals. Mixers pass them all keyword arguments that the model was called with, and
+Transformers silently drops those that a function does not name. Here each one is honoured or refused, but for those
+that concern the model alone.
 """
 
 import sys
@@ -28,11 +29,11 @@ from mamba_ops.compat.mamba_ssm import (
 
 @dataclass(eq=False)
 class Binding:
-    """What `use_mamba_ops` did, for printing and for undoing; a context manager undoes it at its end.
+    """The functions that `use_mamba_ops` replaced; `undo`, or the end of a `with` block, puts the originals back.
 
     Attributes:
-        bound: the functions that are ours now, as `file.function`.
-        not_bound: those that are not, each with the reason.
+        bound: the functions that were replaced, as `file.function`.
+        not_bound: those that were not, each with the reason.
     """
 
     bound: list[str] = field(default_factory=list)
@@ -40,7 +41,7 @@ class Binding:
     _files: list[str] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Put the originals back, where no other binding needs ours. Once undone, a binding does nothing more."""
+        """Put the originals back in each file that no other binding holds. A second call has no effect."""
         while self._files:
             file = self._files.pop()
             originals, bindings = _bindings[file]
@@ -60,16 +61,16 @@ class Binding:
         return "\n".join(lines + [f"{name} stays as it was: {why}" for name, why in self.not_bound.items()])
 
 
-_bindings: dict[str, tuple[dict[str, Any], list[Binding]]] = {}  # of each bound file: the originals, and who needs ours
+_bindings: dict[str, tuple[dict[str, Any], list[Binding]]] = {}  # by file: the originals, and the bindings that hold it
 
 
 def use_mamba_ops(model: nn.Module) -> Binding:
     """Let the recurrent mixers of a Transformers model run on our ops, until `undo()` of what is returned.
 
     Those are the Mamba, Mamba-2 and gated-delta-net mixers of Mamba, Falcon-Mamba, Jamba, Mamba-2, its hybrids,
-    Qwen3-Next, Qwen3.5, OLMo-hybrid and others: whichever modeling file calls the functions of a family by its names.
-    Nothing else changes: not the parameters, nor the cache, nor `generate()`. As the functions belong to the modeling
-    file, all models that share it change together. The ops record no gradients: call the model under `no_grad`.
+    Qwen3-Next, Qwen3.5, OLMo-hybrid, and of each modeling file that calls the functions of a family by its names.
+    Parameters, cache and `generate()` do not change. As the functions belong to the modeling file, all models that
+    share it change together. The ops record no gradients: call the model under `no_grad`.
 
     Args:
         model: a model with such mixers, or any module that holds one.
@@ -102,7 +103,7 @@ def is_bound(module: nn.Module) -> bool:
 
 
 def _functions_of(names: dict[str, Any]) -> dict[str, Callable[..., Any]]:
-    """Return what goes into a modeling file with these names: our functions of every family that it has."""
+    """Return the functions for a modeling file with these names: those of every family that it calls."""
     functions: dict[str, Callable[..., Any]] = {}
     for mark, family in _FAMILIES.items():
         if callable(names.get(mark)):
@@ -111,10 +112,10 @@ def _functions_of(names: dict[str, Any]) -> dict[str, Callable[..., Any]]:
 
 
 def mamba_inner_fn(*args: object, **kwargs: object) -> None:
-    """Say, as Transformers' own does without mamba_ssm, that there is no one kernel for a whole Mamba-1 mixer.
+    """Return None, as Transformers' own function does without mamba_ssm: there is no kernel for a whole mixer.
 
-    The mixer then goes on with its parts. mamba_ssm's is no example to follow: it normalises step sizes after their
-    projection, where the mixer's parts, and so every other way to run the model, do so before.
+    The mixer then calls its parts. mamba_ssm's kernel is not imitated: it normalises step sizes after their projection,
+    where the mixer's parts, and so every other way to run the model, do so before.
     """
 
 
@@ -122,7 +123,7 @@ _CONVOLUTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": causal_conv1d_fn,
     "causal_conv1d_update": causal_conv1d_update,
 }
-_FAMILIES: dict[str, dict[str, Callable[..., Any]]] = {  # by the function that tells a family: names in modeling files
+_FAMILIES: dict[str, dict[str, Callable[..., Any]]] = {  # by the function that marks a family: names in modeling files
     "mamba_selective_scan": {
         "mamba_inner_fn": mamba_inner_fn,
         "mamba_selective_scan": selective_scan_fn,

@@ -1,8 +1,8 @@
 """The functions of vLLM 0.33 over our ops, and its ops by layer name (vllm_layers.py).
 
-Names, order and meaning of the arguments are vLLM's, block 0 as the null block among them; a negative index means
-nobody, too. Where vLLM leaves outputs undefined or as they were, ours are defined: those of nobody's rows are zero.
-Products are made in float32, where vLLM's convolutions round them first.
+Names, order and meaning of the arguments are vLLM's. Rows of block 0, the null block, or of a negative block are
+padding. Their outputs are zero, where vLLM leaves them undefined or as they were. Products are computed in float32,
+where vLLM's convolutions round them first.
 """
 
 import math
@@ -45,16 +45,16 @@ def selective_state_update(
     """Advance `state` by one token a row, or by a few, and write the tokens' outputs to `out`.
 
     Args:
-        state: `(slots, heads, dim, dstate)`, or without heads as all else. Mutated.
+        state: `(slots, heads, dim, dstate)`, or all arguments without heads. Mutated.
         x, dt, z: `(tokens, heads, dim)`.
         A: `(heads, dim, dstate)`.
         B, C: `(tokens, groups, dstate)`.
         D, dt_bias: `(heads, dim)`.
         dt_softplus: whether softplus is applied to dt after the bias.
         state_batch_indices: int32 or int64 `(n,)` or `(n, columns)`, the slots to read. None: row i reads slot i, and
-            `dst_state_batch_indices` is not looked at.
+            `dst_state_batch_indices` is not used.
         dst_state_batch_indices: the slots to write; None: the same. A null block is not written.
-        null_block_id: the block that means nobody. Such a row's output is zero (vLLM: that of a state of zeros).
+        null_block_id: the block of padding rows. Their output is zero (vLLM: that of a state of zeros).
         out: like `x`; must be given. Mutated.
         num_accepted_tokens: int `(n,)`: speculative decoding; the state after token t goes to column t.
         cu_seqlens: int `(n + 1,)`: rows of several tokens.
@@ -112,7 +112,7 @@ def selective_scan_fn(
 ) -> Tensor:
     """Scan sequences; the output overwrites `z`, or `delta` where there is no `z`, and is returned.
 
-    A `z` or `delta` whose tokens do not lie together is copied first, as vLLM does: then the caller's stays as it is.
+    A `z` or `delta` without adjacent tokens is copied first, as in vLLM; the caller's tensor then stays as it is.
 
     Args:
         u, delta, z: packed `(dim, tokens)` with `query_start_loc`, else `(n, dim, length)`. One is mutated, see above.
@@ -124,7 +124,7 @@ def selective_scan_fn(
         query_start_loc: int `(n + 1,)`.
         cache_indices: int `(n,)`; with blocks `(n, columns)`. None: sequence i has slot i.
         has_initial_state: bool `(n,)`; None: no sequence has.
-        null_block_id: the block that means nobody. Such a sequence's output is zero (vLLM: what was there).
+        null_block_id: the block of padding sequences. Their output is zero (vLLM: what was there).
         block_size, block_idx_first_scheduled_token, block_idx_last_scheduled_token, initial_state_idx, cu_chunk_seqlen,
             last_chunk_indices: states of a prefix cache, see `mamba_ops.selective_scan`; in use where the second is
             given.
@@ -146,7 +146,7 @@ def selective_scan_fn(
     def by_token(tensor: Tensor) -> Tensor:
         return tensor.t() if packed else tensor.transpose(1, 2)
 
-    out = by_token(target).clone(memory_format=torch.contiguous_format)  # tokens of no sequence stay as they are
+    out = by_token(target).clone(memory_format=torch.contiguous_format)  # tokens outside all sequences stay as they are
     ops.selective_scan(
         by_token(u),
         by_token(delta),
@@ -192,8 +192,8 @@ def causal_conv1d_fn(
         cache_indices: int `(n,)`. None: sequence i has slot i.
         has_initial_state: bool `(n,)`; None: no sequence has.
         activation: None, False, True, "silu" or "swish".
-        null_block_id: the block that means nobody. Such a sequence's output is zero (vLLM: undefined).
-        pad_slot_id, metadata, validate_data: of no effect: nothing is laid out on the host here, all is checked.
+        null_block_id: the block of padding sequences. Their output is zero (vLLM: undefined).
+        pad_slot_id, metadata, validate_data: of no effect: there is no layout on the host, and all calls are checked.
     """
     rows = x.to(conv_states.dtype).t()
     out = torch.zeros_like(rows, memory_format=torch.contiguous_format)
@@ -237,8 +237,8 @@ def causal_conv1d_update(
         conv_state_indices: int `(n,)` or `(n, columns)`, of which column 0 is read. None: row i has slot i.
         num_accepted_tokens: int `(n,)`: speculative decoding, see `mamba_ops.causal_conv1d_update`.
         query_start_loc: int `(n + 1,)`.
-        null_block_id: the block that means nobody. Such a row's output is zero (vLLM: what was there).
-        max_query_len, validate_data: of no effect: lengths are read on the device, all is checked.
+        null_block_id: the block of padding rows. Their output is zero (vLLM: what was there).
+        max_query_len, validate_data: of no effect: lengths are read on the device, and all calls are checked.
         out: of `x`'s shape, dtype and device.
     """
     name = "causal_conv1d_update"
@@ -250,7 +250,7 @@ def causal_conv1d_update(
         query_start_loc = query_start_loc[: conv_state_indices.shape[0] + 1]
     if long := x.dim() == 3:
         rows = rows.transpose(1, 2)
-    result = rows.clone(memory_format=torch.contiguous_format)  # tokens of no row stay as they are
+    result = rows.clone(memory_format=torch.contiguous_format)  # tokens outside all rows stay as they are
     ops.causal_conv1d_update(
         rows,
         conv_state,
@@ -300,7 +300,7 @@ def mamba_chunk_scan_combined_varlen(
         cu_seqlens: int `(n + 1,)`.
         cu_chunk_seqlens, last_chunk_indices: int `(chunks + 1,)` and `(n,)`: which chunks there are, and the last one
             of each sequence. They decide what `return_intermediate_states` returns, and nothing but rounding otherwise.
-        seq_idx: of no effect: the former say it all.
+        seq_idx: of no effect: it follows from the former.
         out: `(tokens, heads, dim)`. Mutated.
         D: `(heads,)` or `(heads, dim)`.
         initial_states: `(n, heads, dim, dstate)`; None: zeros.
@@ -343,7 +343,7 @@ def mamba_chunk_scan_combined_varlen(
             chunk_states=states,
             out=x.new_empty(chunks.tokens, *x.shape[1:], dtype=out.dtype),
         )
-        chunks.take_back(y, out)
+        chunks.unpad(y, out)
         return states[:-n] if n else states
     ops.mamba_chunk_scan(
         x,
@@ -370,28 +370,27 @@ def mamba_chunk_scan_combined_varlen(
 
 
 class _Chunks:
-    """Tokens laid out so that every chunk has all of its places: a step size of zero leaves the state as it is."""
+    """Tokens with every chunk padded to its full size: a step size of zero leaves the state as it is."""
 
     def __init__(self, cu_chunk_seqlens: Tensor, tokens: int, size: int) -> None:
         starts, ends = cu_chunk_seqlens[:-1].long(), cu_chunk_seqlens[1:].long()
         self.tokens = starts.shape[0] * size
-        place = torch.arange(size, device=starts.device)
-        index = starts.unsqueeze(1) + place
+        index = starts.unsqueeze(1) + torch.arange(size, device=starts.device)
         self._inside = (index < ends.unsqueeze(1)).flatten()
         self._index = index.flatten().clamp(max=max(tokens - 1, 0))
         token = torch.arange(tokens, device=starts.device)
         chunk = (torch.searchsorted(cu_chunk_seqlens, token, right=True) - 1).clamp(max=max(starts.shape[0] - 1, 0))
         self._owned = token < cu_chunk_seqlens[-1]
-        self._place = (chunk * size + token - starts[chunk]).clamp(max=max(self.tokens - 1, 0))
+        self._padded_index = (chunk * size + token - starts[chunk]).clamp(max=max(self.tokens - 1, 0))
 
     def padded(self, tensor: Tensor) -> Tensor:
-        """Return an activation `(tokens, ...)` so laid out."""
+        """Return an activation `(tokens, ...)` in the padded layout."""
         return torch.where(self._inside.view(-1, *[1] * (tensor.dim() - 1)), tensor[self._index], 0)
 
-    def take_back(self, laid_out: Tensor, out: Tensor) -> None:
-        """Write what was computed on such tokens to `out`; tokens of no chunk stay as they are."""
+    def unpad(self, padded: Tensor, out: Tensor) -> None:
+        """Write what was computed on padded tokens to `out`; tokens outside all chunks stay as they are."""
         if self.tokens and out.numel():
-            out.copy_(torch.where(self._owned.view(-1, 1, 1), laid_out[self._place], out))
+            out.copy_(torch.where(self._owned.view(-1, 1, 1), padded[self._padded_index], out))
 
 
 def _is_silu(function: str, activation: str | bool | None) -> bool:

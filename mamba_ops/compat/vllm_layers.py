@@ -1,8 +1,8 @@
 """vLLM's ops by layer name, registered as `mamba_ops_vllm::*`: an engine's graph has a layer's name and no caches.
 
 Layer, caches and plan come from the forward context (`mamba_ops.serving.forward_context`), where the layers are those
-of `mamba_ops.layers`. What an op writes to the caches does not stand in its schema, as in vLLM. Without a plan, or for
-a layer that the context does not know, outputs are zero. Importing this marks the ops as splitting ops.
+of `mamba_ops.layers`. The schemas do not declare that the ops write to the caches, as in vLLM. Without a plan, or for a
+layer that is not in the context, outputs are zero. Importing this module marks the ops as splitting ops.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from mamba_ops.serving import current_context
 
 
 def _found(name: str) -> tuple[Any, Tensor, Tensor, HasPlan] | None:
-    """Return a layer, its caches and the plan; None where there is no plan for it."""
+    """Return a layer, its caches and the plan; None without a plan, or if the layer is not in the context."""
     context = current_context()
     if context.plan is None or context.plan.tensors.counts is None or name not in context.layers:
         return None

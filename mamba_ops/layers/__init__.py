@@ -1,4 +1,4 @@
-"""The layers of Mamba-family models as nn.Modules: the mixing of tokens is ops, all around it is visible torch."""
+"""The layers of Mamba-family models as nn.Modules: ops mix the tokens, plain torch does everything else."""
 
 from mamba_ops.layers.gated_delta_net import GatedDeltaNet as GatedDeltaNet
 from mamba_ops.layers.mamba import Mamba as Mamba

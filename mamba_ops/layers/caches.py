@@ -1,4 +1,4 @@
-"""What layers ask of their two caches, before the convolution writes to one of them."""
+"""The checks that layers make of their two caches, before the convolution writes to one of them."""
 
 from collections.abc import Sequence
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def require_a_pair(mixed: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, sizes: Sequence[int]) -> None:
-    """Raise ValueError unless the caches belong together, so that the op after the convolution takes them as well.
+    """Raise ValueError unless the caches fit together, so that the op after the convolution accepts them too.
 
-    It reads only what Dynamo knows while it traces. So a compiled call whose caches are right holds nothing of it, and
-    one whose caches are wrong holds the op below in front of the convolution: there its ValueError reaches the user as
-    itself, and nothing has been written yet.
+    It reads only what Dynamo knows while it traces. So nothing of it is in the graph of a call with right caches. In
+    the graph of a call with wrong ones the op `refuse_caches` stands before the convolution: its ValueError reaches the
+    user as it is, and nothing has been written yet.
 
     Args:
-        mixed: what is convolved.
-        conv_state, ssm_state: the caches, or neither.
+        mixed: the input of the convolution.
+        conv_state, ssm_state: both caches, or neither.
         sizes: of one slot of ssm_state.
     """
     if not _are_a_pair(conv_state, ssm_state, sizes):
@@ -34,7 +34,7 @@ def _are_a_pair(conv_state: Tensor | None, ssm_state: Tensor | None, sizes: Sequ
 
 
 def _refuse(mixed: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, sizes: Sequence[int]) -> None:
-    """Raise; `mixed` is said to be mutated, so that the convolution, which reads it, comes later."""
+    """Raise. `mixed` is declared as mutated, so that the convolution, which reads it, is not moved before this."""
 
     def shown(cache: Tensor | None) -> str:
         return "None" if cache is None else f"{tuple(cache.shape)} of {cache.dtype} on {cache.device}"

@@ -17,7 +17,7 @@ from mamba_ops.ops import (
     gated_delta_rule_update,
     gdn_mixing,
 )
-from mamba_ops.ops._common.sequences import HasPlan
+from mamba_ops.ops._common.sequences import DecodeArgs, HasPlan, SequenceArgs
 from mamba_ops.ops.gated_delta_rule_update.reference import delta_rule_gates
 from mamba_ops.ops.gdn_mixing.reference import unpack
 
@@ -25,17 +25,18 @@ from mamba_ops.ops.gdn_mixing.reference import unpack
 class GatedDeltaNet(Mixer):
     """Mix the tokens of each sequence, `(..., hidden_size)` to the same shape, with the gated delta rule.
 
-    Calling the layer reads sequences from their beginning or on from a cache (prefill); `step` reads one token more of
-    every sequence (decode). Caches are passed in and changed in place; what is returned is the output.
+    A call reads sequences from their beginning, or continues them from a cache (prefill); `step` reads the next token
+    of every sequence (decode). Caches are passed in and changed in place; what is returned is the output.
 
     Args:
         hidden_size: size of the residual stream.
         num_k_heads, head_k_dim: heads of q and k, and the size of one.
-        num_v_heads, head_v_dim: heads of v and of the state; each head of k serves num_v_heads / num_k_heads of them.
-        width: taps of the convolution, 2 to 8.
-        interleaved: whether two projections hold q, k, v, gate and b, a of one head of k after the other (Qwen3-Next:
-            `in_proj_qkvz`, `in_proj_ba`), or four hold each for all heads (Qwen3.5: `in_proj_qkv`, `in_proj_z`,
-            `in_proj_b`, `in_proj_a`).
+        num_v_heads, head_v_dim: heads of v and of the state, and the size of one; a head of k is used by
+            num_v_heads / num_k_heads of them.
+        d_conv: width of the convolution, 2 to 8.
+        interleaved: True: two projections (`in_proj_qkvz`, `in_proj_ba`), ordered by head of k, then q, k, v, gate and
+            b, a (Qwen3-Next). False: four projections (`in_proj_qkv`, `in_proj_z`, `in_proj_b`, `in_proj_a`), each
+            ordered by head (Qwen3.5).
         eps: of the gated norm.
         device, dtype: of the parameters.
     """
@@ -48,7 +49,7 @@ class GatedDeltaNet(Mixer):
         num_v_heads: int,
         head_k_dim: int = 128,
         head_v_dim: int = 128,
-        width: int = 4,
+        d_conv: int = 4,
         interleaved: bool = True,
         eps: float = 1e-6,
         device: torch.device | str | None = None,
@@ -72,7 +73,7 @@ class GatedDeltaNet(Mixer):
             self.in_proj_z = nn.Linear(hidden_size, values, bias=False, **new)
             self.in_proj_b = nn.Linear(hidden_size, num_v_heads, bias=False, **new)
             self.in_proj_a = nn.Linear(hidden_size, num_v_heads, bias=False, **new)
-        self.conv1d = nn.Conv1d(dim, dim, width, groups=dim, bias=False, **new)  # for its parameters, never called
+        self.conv1d = nn.Conv1d(dim, dim, d_conv, groups=dim, bias=False, **new)
         self.dt_bias = nn.Parameter(torch.empty(num_v_heads, **new))
         self.A_log = nn.Parameter(torch.empty(num_v_heads, **new))
         self.norm = GatedRMSNorm(head_v_dim, eps=eps, norm_before_gate=True, **new)
@@ -90,7 +91,7 @@ class GatedDeltaNet(Mixer):
             device, dtype: of the parameters.
 
         Raises:
-            ValueError: the config asks for something else than silu, or is none of these.
+            ValueError: the config has another activation than silu, or is none of these.
         """
         try:
             activation = config.hidden_act
@@ -100,7 +101,7 @@ class GatedDeltaNet(Mixer):
                 "num_v_heads": config.linear_num_value_heads,
                 "head_k_dim": config.linear_key_head_dim,
                 "head_v_dim": config.linear_value_head_dim,
-                "width": config.linear_conv_kernel_dim,
+                "d_conv": config.linear_conv_kernel_dim,
                 "interleaved": config.model_type == "qwen3_next",
                 "eps": config.rms_norm_eps,
             }
@@ -108,7 +109,7 @@ class GatedDeltaNet(Mixer):
             expected = "Transformers' Qwen3NextConfig or Qwen3_5TextConfig"
             raise ValueError(f"GatedDeltaNet.from_config: config: {error}; expected {expected}") from None
         if config.model_type != "qwen3_next" and not config.model_type.startswith("qwen3_5"):
-            expected = "'qwen3_next' or 'qwen3_5...', whose projections are known here"
+            expected = "'qwen3_next' or 'qwen3_5...', the models with known projections"
             raise ValueError(f"GatedDeltaNet.from_config: model_type: got {config.model_type!r}, expected {expected}")
         require_silu("GatedDeltaNet", activation)
         return cls(**sizes, device=device, dtype=dtype)
@@ -127,14 +128,14 @@ class GatedDeltaNet(Mixer):
     def _state(self) -> tuple[int, int, int]:
         return self.num_v_heads, self.head_v_dim, self.head_k_dim
 
-    def _read(
-        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: dict[str, Any]
+    def _prefill(
+        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: SequenceArgs
     ) -> Tensor:
         mixed, z, b, a = self._project(hidden_states, conv_state, ssm_state)
         weight = self.conv1d.weight.squeeze(1)
-        q, k, v = self._split(causal_conv1d(mixed, weight, conv_state=conv_state, **rows))
+        q, k, v = self._split(rows.bind(causal_conv1d)(mixed, weight, conv_state=conv_state))
         g, beta = delta_rule_gates(a, b, self.A_log, self.dt_bias)
-        y = chunk_gated_delta_rule(q, k, v, g, beta, ssm_state=ssm_state, qk_l2norm=True, **rows)
+        y = rows.bind(chunk_gated_delta_rule)(q, k, v, g, beta, ssm_state=ssm_state, qk_l2norm=True)
         return self._output(y, z)
 
     def mix(
@@ -148,8 +149,8 @@ class GatedDeltaNet(Mixer):
         z: Tensor,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Do what stands between the layer's projections, its gated norm apart: `gdn_mixing` with its parameters."""
-        return gdn_mixing(
+        """Run `gdn_mixing` with the layer's parameters: all between its projections but the gated norm."""
+        return plan.tensors.bind(gdn_mixing)(
             qkvz,
             ba,
             conv_state,
@@ -158,44 +159,46 @@ class GatedDeltaNet(Mixer):
             None,
             self.A_log,
             self.dt_bias,
-            *plan.tensors,
-            *self._sizes(),
-            self.interleaved,
+            num_k_heads=self.num_k_heads,
+            num_v_heads=self.num_v_heads,
+            head_k_dim=self.head_k_dim,
+            head_v_dim=self.head_v_dim,
+            interleaved=self.interleaved,
             z=z,
             null_slot=plan.null_slot,
             out=out,
         )
 
-    def _mix(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
+    def _forward_plan(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
         if self.interleaved:
             qkvz, ba = self.in_proj_qkvz(hidden_states), self.in_proj_ba(hidden_states)
-        else:  # compiled, the projections write where they are wanted
+        else:  # compiled, the projections write to their part of the result, and nothing is copied
             qkvz = torch.cat([self.in_proj_qkv(hidden_states), self.in_proj_z(hidden_states)], dim=-1)
             ba = torch.cat([self.in_proj_b(hidden_states), self.in_proj_a(hidden_states)], dim=-1)
         z = qkvz.new_empty(hidden_states.shape[0], self.num_v_heads, self.head_v_dim)
         return self._output(self.mix(qkvz, ba, conv_state, ssm_state, plan, z=z), z)
 
-    def _step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: dict[str, Any]) -> Tensor:
+    def _decode(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: DecodeArgs) -> Tensor:
         mixed, z, b, a = self._project(hidden_states, conv_state, ssm_state)
-        q, k, v = self._split(causal_conv1d_update(mixed, conv_state, self.conv1d.weight.squeeze(1), **rows))
-        rows = rows | {"a": a, "b": b, "A_log": self.A_log, "dt_bias": self.dt_bias}
-        return self._output(gated_delta_rule_update(ssm_state, q, k, v, qk_l2norm=True, **rows), z)
+        q, k, v = self._split(rows.bind(causal_conv1d_update)(mixed, conv_state, self.conv1d.weight.squeeze(1)))
+        y = rows.bind(gated_delta_rule_update)(
+            ssm_state, q, k, v, a=a, b=b, A_log=self.A_log, dt_bias=self.dt_bias, qk_l2norm=True
+        )
+        return self._output(y, z)
 
     def _project(
         self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Return what is convolved, gate, b and a, having looked at what the ops after the convolution will refuse."""
+        """Return what is convolved, gate, b and a; refuse caches that the op after the convolution would refuse."""
         if self.interleaved:
             qkvz, ba = self.in_proj_qkvz(hidden_states), self.in_proj_ba(hidden_states)
-            mixed, z, b, a = unpack(qkvz, ba, *self._sizes(), self.interleaved)
+            sizes = self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim
+            mixed, z, b, a = unpack(qkvz, ba, *sizes, self.interleaved)
         else:
             mixed, b, a = (p(hidden_states) for p in (self.in_proj_qkv, self.in_proj_b, self.in_proj_a))
             z = self.in_proj_z(hidden_states).unflatten(-1, (self.num_v_heads, self.head_v_dim))
         require_a_pair(mixed, conv_state, ssm_state, self._state())
         return mixed, z, b, a
-
-    def _sizes(self) -> tuple[int, int, int, int]:
-        return self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v by head."""

@@ -9,9 +9,9 @@ from torch.nn import functional
 
 from mamba_ops.layers.caches import require_a_pair
 from mamba_ops.layers.mixer import Mixer, require_silu
-from mamba_ops.layers.norms import RMSNorm, wide
+from mamba_ops.layers.norms import RMSNorm, upcast
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba_mixing, selective_scan, selective_state_update
-from mamba_ops.ops._common.sequences import HasPlan
+from mamba_ops.ops._common.sequences import DecodeArgs, HasPlan, SequenceArgs
 
 NORMS = (None, "weightless", "weighted")
 
@@ -19,19 +19,19 @@ NORMS = (None, "weightless", "weighted")
 class Mamba(Mixer):
     """Mix the tokens of each sequence, `(..., hidden_size)` to the same shape, with a state space model per channel.
 
-    Calling the layer reads sequences from their beginning or on from a cache (prefill); `step` reads one token more of
-    every sequence (decode). Caches are passed in and changed in place; what is returned is the output.
+    A call reads sequences from their beginning, or continues them from a cache (prefill); `step` reads the next token
+    of every sequence (decode). Caches are passed in and changed in place; what is returned is the output.
 
     Args:
         hidden_size: size of the residual stream.
-        inner: channels; None: twice the hidden size.
-        dstate: numbers of state per channel.
-        dt_rank: numbers that step sizes are made of; None: a sixteenth of the hidden size, rounded up.
-        width: taps of the convolution, 2 to 8.
+        d_inner: channels; None: twice the hidden size.
+        dstate: size of the state of a channel.
+        dt_rank: rank of the projection to step sizes; None: a sixteenth of the hidden size, rounded up.
+        d_conv: width of the convolution, 2 to 8.
         norms: RMS norms of dt (before its projection), B and C: None, "weightless" (Falcon-Mamba) or "weighted"
             (Jamba).
         eps: of the norms.
-        bias, conv_bias: whether the two outer projections and the convolution have one.
+        bias, conv_bias: whether the input and output projections, and the convolution, have a bias.
         device, dtype: of the parameters.
     """
 
@@ -39,10 +39,10 @@ class Mamba(Mixer):
         self,
         hidden_size: int,
         *,
-        inner: int | None = None,
+        d_inner: int | None = None,
         dstate: int = 16,
         dt_rank: int | None = None,
-        width: int = 4,
+        d_conv: int = 4,
         norms: str | None = None,
         eps: float = 1e-6,
         bias: bool = False,
@@ -53,23 +53,23 @@ class Mamba(Mixer):
         super().__init__()
         if norms not in NORMS:
             raise ValueError(f"Mamba: norms: got {norms!r}, expected None, 'weightless' or 'weighted'")
-        inner = 2 * hidden_size if inner is None else inner
+        d_inner = 2 * hidden_size if d_inner is None else d_inner
         dt_rank = -(-hidden_size // 16) if dt_rank is None else dt_rank
-        self.inner, self.dstate, self.dt_rank, self.norms, self.eps = inner, dstate, dt_rank, norms, eps
+        self.d_inner, self.dstate, self.dt_rank, self.norms, self.eps = d_inner, dstate, dt_rank, norms, eps
 
         new: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.in_proj = nn.Linear(hidden_size, 2 * inner, bias=bias, **new)
-        self.conv1d = nn.Conv1d(inner, inner, width, groups=inner, bias=conv_bias, **new)  # for its parameters alone
-        self.x_proj = nn.Linear(inner, dt_rank + 2 * dstate, bias=False, **new)
-        self.dt_proj = nn.Linear(dt_rank, inner, **new)
-        self.A_log = nn.Parameter(torch.empty(inner, dstate, **new))
-        self.D = nn.Parameter(torch.empty(inner, **new))
+        self.in_proj = nn.Linear(hidden_size, 2 * d_inner, bias=bias, **new)
+        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, bias=conv_bias, **new)
+        self.x_proj = nn.Linear(d_inner, dt_rank + 2 * dstate, bias=False, **new)
+        self.dt_proj = nn.Linear(dt_rank, d_inner, **new)
+        self.A_log = nn.Parameter(torch.empty(d_inner, dstate, **new))
+        self.D = nn.Parameter(torch.empty(d_inner, **new))
         if norms is not None:
             weighted = norms == "weighted"
             self.dt_layernorm = RMSNorm(dt_rank, eps=eps, weighted=weighted, **new)
             self.b_layernorm = RMSNorm(dstate, eps=eps, weighted=weighted, **new)
             self.c_layernorm = RMSNorm(dstate, eps=eps, weighted=weighted, **new)
-        self.out_proj = nn.Linear(inner, hidden_size, bias=bias, **new)
+        self.out_proj = nn.Linear(d_inner, hidden_size, bias=bias, **new)
         self.reset_parameters()
 
     @classmethod
@@ -83,17 +83,17 @@ class Mamba(Mixer):
             device, dtype: of the parameters.
 
         Raises:
-            ValueError: the config asks for something else than silu, or is none of these.
+            ValueError: the config has another activation than silu, or is none of these.
         """
         try:
             activation = config.hidden_act
             sizes: dict[str, Any]
             if hasattr(config, "mamba_d_state"):
                 sizes = {
-                    "inner": config.mamba_expand * config.hidden_size,
+                    "d_inner": config.mamba_expand * config.hidden_size,
                     "dstate": config.mamba_d_state,
                     "dt_rank": config.mamba_dt_rank,
-                    "width": config.mamba_d_conv,
+                    "d_conv": config.mamba_d_conv,
                     "norms": "weighted",
                     "eps": config.rms_norm_eps,
                     "bias": config.mamba_proj_bias,
@@ -101,10 +101,10 @@ class Mamba(Mixer):
                 }
             else:
                 sizes = {
-                    "inner": config.intermediate_size,
+                    "d_inner": config.intermediate_size,
                     "dstate": config.state_size,
                     "dt_rank": int(config.time_step_rank),
-                    "width": config.conv_kernel,
+                    "d_conv": config.conv_kernel,
                     "bias": config.use_bias,
                     "conv_bias": config.use_conv_bias,
                 }
@@ -119,7 +119,7 @@ class Mamba(Mixer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set A to -1 .. -dstate and D to ones, and draw step sizes, log-uniform in 0.001 to 0.1."""
-        self.A_log.copy_(torch.arange(1, self.dstate + 1).log().expand(self.inner, -1))
+        self.A_log.copy_(torch.arange(1, self.dstate + 1).log().expand(self.d_inner, -1))
         nn.init.ones_(self.D)
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         dt = torch.empty_like(self.dt_proj.bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
@@ -127,27 +127,28 @@ class Mamba(Mixer):
 
     def extra_repr(self) -> str:
         """Return what the sub-modules do not show."""
-        return f"inner={self.inner}, dstate={self.dstate}, dt_rank={self.dt_rank}, norms={self.norms!r}"
+        return f"d_inner={self.d_inner}, dstate={self.dstate}, dt_rank={self.dt_rank}, norms={self.norms!r}"
 
     def _state(self) -> tuple[int, int]:
-        return self.inner, self.dstate
+        return self.d_inner, self.dstate
 
-    def _read(
-        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: dict[str, Any]
+    def _prefill(
+        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: SequenceArgs
     ) -> Tensor:
         x, z = self._project(hidden_states, conv_state, ssm_state)
-        x = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state=conv_state, **rows)
-        delta, B, C = self._steps(x)
-        rows = rows | {"D": self.D, "z": z, "dt_bias": self.dt_proj.bias, "ssm_state": ssm_state}
-        return self._output(selective_scan(x, delta, self._A(), B, C, dt_softplus=True, **rows))
-
-    def _mix(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
-        dt_norm, b_norm, c_norm = (
-            (None, None, None)
-            if self.norms is None
-            else (self.dt_layernorm.weight, self.b_layernorm.weight, self.c_layernorm.weight)
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        x = rows.bind(causal_conv1d)(x, weight, bias, conv_state=conv_state)
+        dt, B, C = self._steps(x)
+        y = rows.bind(selective_scan)(
+            x, dt, self._A(), B, C, D=self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True, ssm_state=ssm_state
         )
-        y = mamba_mixing(
+        return cast(Tensor, self.out_proj(y))
+
+    def _forward_plan(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
+        norms: tuple[Tensor | None, ...] = (None, None, None)
+        if self.norms is not None:
+            norms = self.dt_layernorm.weight, self.b_layernorm.weight, self.c_layernorm.weight
+        y = plan.tensors.bind(mamba_mixing)(
             self.in_proj(hidden_states),
             conv_state,
             ssm_state,
@@ -158,26 +159,25 @@ class Mamba(Mixer):
             self.dt_proj.bias,
             self._A(),
             self.D,
-            dt_norm,
-            b_norm,
-            c_norm,
-            *plan.tensors,
+            *norms,
             norm_eps=self.eps,
             null_slot=plan.null_slot,
         )
-        return self._output(y)
+        return cast(Tensor, self.out_proj(y))
 
-    def _step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: dict[str, Any]) -> Tensor:
+    def _decode(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: DecodeArgs) -> Tensor:
         x, z = self._project(hidden_states, conv_state, ssm_state)
-        x = causal_conv1d_update(x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, **rows)
-        delta, B, C = self._steps(x)
-        rows = rows | {"D": self.D, "z": z, "dt_bias": self.dt_proj.bias}
-        return self._output(selective_state_update(ssm_state, x, delta, self._A(), B, C, dt_softplus=True, **rows))
+        x = rows.bind(causal_conv1d_update)(x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        dt, B, C = self._steps(x)
+        y = rows.bind(selective_state_update)(
+            ssm_state, x, dt, self._A(), B, C, D=self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True
+        )
+        return cast(Tensor, self.out_proj(y))
 
     def _project(
         self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return what is convolved and the gate, having looked at what the ops after the convolution will refuse."""
+        """Return what is convolved and the gate; refuse caches that the op after the convolution would refuse."""
         x, z = cast(Tensor, self.in_proj(hidden_states)).chunk(2, dim=-1)
         require_a_pair(x, conv_state, ssm_state, self._state())
         return x, z
@@ -190,7 +190,4 @@ class Mamba(Mixer):
         return functional.linear(dt, self.dt_proj.weight), B, C
 
     def _A(self) -> Tensor:
-        return -wide(self.A_log).exp()
-
-    def _output(self, y: Tensor) -> Tensor:
-        return cast(Tensor, self.out_proj(y))
+        return -upcast(self.A_log).exp()

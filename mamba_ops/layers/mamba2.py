@@ -9,27 +9,27 @@ from torch.nn import functional
 
 from mamba_ops.layers.caches import require_a_pair
 from mamba_ops.layers.mixer import Mixer, require_silu
-from mamba_ops.layers.norms import GatedRMSNorm, wide
+from mamba_ops.layers.norms import GatedRMSNorm, upcast
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba2_mixing, mamba_chunk_scan, selective_state_update
-from mamba_ops.ops._common.sequences import HasPlan
+from mamba_ops.ops._common.sequences import DecodeArgs, HasPlan, SequenceArgs
 
 
 class Mamba2(Mixer):
     """Mix the tokens of each sequence, `(..., hidden_size)` to the same shape, with `heads` state space models.
 
-    Calling the layer reads sequences from their beginning or on from a cache (prefill); `step` reads one token more of
-    every sequence (decode). Caches are passed in and changed in place; what is returned is the output.
+    A call reads sequences from their beginning, or continues them from a cache (prefill); `step` reads the next token
+    of every sequence (decode). Caches are passed in and changed in place; what is returned is the output.
 
     Args:
         hidden_size: size of the residual stream.
-        heads, head_dim: the state space models; together they have heads * head_dim channels.
-        dstate: numbers of state per channel.
-        groups: how many pairs of B and C the heads share; the norm has as many groups of channels.
-        width: taps of the convolution, 2 to 8.
-        chunk_size: tokens per chunk of the scan; it decides speed and rounding, not what is computed.
+        heads, head_dim: number of state space models, and channels of each.
+        dstate: size of the state of a channel.
+        groups: how many pairs of B and C there are for all heads; the norm has as many groups of channels.
+        d_conv: width of the convolution, 2 to 8.
+        chunk_size: tokens per chunk of the scan; it changes speed and rounding, not what is computed.
         dt_min, dt_max: limits of the step size after its softplus, while decoding too.
         eps: of the gated norm.
-        bias, conv_bias: whether the two projections and the convolution have one.
+        bias, conv_bias: whether the two projections, and the convolution, have a bias.
         device, dtype: of the parameters.
     """
 
@@ -41,7 +41,7 @@ class Mamba2(Mixer):
         head_dim: int = 64,
         dstate: int = 128,
         groups: int = 1,
-        width: int = 4,
+        d_conv: int = 4,
         chunk_size: int = 256,
         dt_min: float = 0.0,
         dt_max: float = math.inf,
@@ -56,19 +56,19 @@ class Mamba2(Mixer):
             raise ValueError(f"Mamba2: groups: got {groups}, expected a divisor of the {heads} heads")
         self.heads, self.head_dim, self.dstate, self.groups = heads, head_dim, dstate, groups
         self.chunk_size, self.dt_min, self.dt_max = chunk_size, dt_min, dt_max
-        inner = heads * head_dim
-        self.convolved = [inner, groups * dstate, groups * dstate]  # x, B and C
-        self.projected = [inner, sum(self.convolved), heads]  # gate, what is convolved, dt
+        d_inner = heads * head_dim
+        self.convolved = [d_inner, groups * dstate, groups * dstate]  # x, B and C
+        self.projected = [d_inner, sum(self.convolved), heads]  # gate, what is convolved, dt
 
         new: dict[str, Any] = {"device": device, "dtype": dtype}
         dim = sum(self.convolved)
         self.in_proj = nn.Linear(hidden_size, sum(self.projected), bias=bias, **new)
-        self.conv1d = nn.Conv1d(dim, dim, width, groups=dim, bias=conv_bias, **new)  # for its parameters, never called
+        self.conv1d = nn.Conv1d(dim, dim, d_conv, groups=dim, bias=conv_bias, **new)
         self.dt_bias = nn.Parameter(torch.empty(heads, **new))
         self.A_log = nn.Parameter(torch.empty(heads, **new))
         self.D = nn.Parameter(torch.empty(heads, **new))
-        self.norm = GatedRMSNorm(inner, groups=groups, eps=eps, **new)
-        self.out_proj = nn.Linear(inner, hidden_size, bias=bias, **new)
+        self.norm = GatedRMSNorm(d_inner, groups=groups, eps=eps, **new)
+        self.out_proj = nn.Linear(d_inner, hidden_size, bias=bias, **new)
         self.reset_parameters()
 
     @classmethod
@@ -80,7 +80,7 @@ class Mamba2(Mixer):
         The chunk size is `mamba_chunk_size`, else `chunk_size`, else the layer's default.
 
         Raises:
-            ValueError: the config asks for something else than silu, or has not all of `Mamba2Config`'s attributes.
+            ValueError: the config has another activation than silu, or lacks an attribute of `Mamba2Config`.
         """
         try:
             activation, (dt_min, dt_max) = config.hidden_act, config.time_step_limit
@@ -90,7 +90,7 @@ class Mamba2(Mixer):
                 "head_dim": config.head_dim,
                 "dstate": config.state_size,
                 "groups": config.n_groups,
-                "width": config.conv_kernel,
+                "d_conv": config.conv_kernel,
                 "dt_min": float(dt_min),
                 "dt_max": float(dt_max),
                 "eps": config.layer_norm_epsilon,
@@ -121,13 +121,13 @@ class Mamba2(Mixer):
     def _state(self) -> tuple[int, int, int]:
         return self.heads, self.head_dim, self.dstate
 
-    def _read(
-        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: dict[str, Any]
+    def _prefill(
+        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: SequenceArgs
     ) -> Tensor:
         gate, mixed, dt = self._project(hidden_states, conv_state, ssm_state)
-        mixed = causal_conv1d(mixed, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state=conv_state, **rows)
-        x, B, C = self._split(mixed)
-        y = mamba_chunk_scan(
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        x, B, C = self._split(rows.bind(causal_conv1d)(mixed, weight, bias, conv_state=conv_state))
+        y = rows.bind(mamba_chunk_scan)(
             x,
             dt,
             self._A(),
@@ -140,15 +140,14 @@ class Mamba2(Mixer):
             dt_min=self.dt_min,
             dt_max=self.dt_max,
             ssm_state=ssm_state,
-            **rows,
         )
         return self._output(y, gate)
 
     def mix(
         self, projected: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan, *, out: Tensor | None = None
     ) -> Tensor:
-        """Do what stands between the layer's projections, its gated norm apart: `mamba2_mixing` with its parameters."""
-        return mamba2_mixing(
+        """Run `mamba2_mixing` with the layer's parameters: all between its projections but the gated norm."""
+        return plan.tensors.bind(mamba2_mixing)(
             projected,
             conv_state,
             ssm_state,
@@ -157,39 +156,38 @@ class Mamba2(Mixer):
             self._A(),
             self.D,
             self.dt_bias,
-            *plan.tensors,
-            self.heads,
-            self.head_dim,
-            self.dstate,
-            self.groups,
-            self.chunk_size,
+            heads=self.heads,
+            head_dim=self.head_dim,
+            dstate=self.dstate,
+            groups=self.groups,
+            chunk_size=self.chunk_size,
             dt_min=self.dt_min,
             dt_max=self.dt_max,
             null_slot=plan.null_slot,
             out=out,
         )
 
-    def _mix(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
+    def _forward_plan(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
         projected = cast(Tensor, self.in_proj(hidden_states))
         y = self.mix(projected, conv_state, ssm_state, plan)
         return self._output(y, projected[..., : self.projected[0]])
 
-    def _step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: dict[str, Any]) -> Tensor:
+    def _decode(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: DecodeArgs) -> Tensor:
         gate, mixed, dt = self._project(hidden_states, conv_state, ssm_state)
-        mixed = causal_conv1d_update(mixed, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, **rows)
-        x, B, C = self._split(mixed)
-        bias: Tensor | None = self.dt_bias
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        x, B, C = self._split(rows.bind(causal_conv1d_update)(mixed, conv_state, weight, bias))
+        dt_bias: Tensor | None = self.dt_bias
         if limited := self.dt_min > 0 or self.dt_max < math.inf:  # the update has no limits of its own
-            dt, bias = functional.softplus(wide(dt) + wide(self.dt_bias)).clamp(self.dt_min, self.dt_max), None
-        y = selective_state_update(
-            ssm_state, x, dt, self._A(), B, C, D=self.D, dt_bias=bias, dt_softplus=not limited, **rows
+            dt, dt_bias = functional.softplus(upcast(dt) + upcast(self.dt_bias)).clamp(self.dt_min, self.dt_max), None
+        y = rows.bind(selective_state_update)(
+            ssm_state, x, dt, self._A(), B, C, D=self.D, dt_bias=dt_bias, dt_softplus=not limited
         )
         return self._output(y, gate)
 
     def _project(
         self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Return gate, what is convolved, and dt, having looked at what the ops after the convolution will refuse."""
+        """Return gate, what is convolved, and dt; refuse caches that the op after the convolution would refuse."""
         gate, mixed, dt = cast(Tensor, self.in_proj(hidden_states)).split(self.projected, dim=-1)
         require_a_pair(mixed, conv_state, ssm_state, self._state())
         return gate, mixed, dt
@@ -201,7 +199,7 @@ class Mamba2(Mixer):
         return x.unflatten(-1, (self.heads, self.head_dim)), B.unflatten(-1, by_group), C.unflatten(-1, by_group)
 
     def _A(self) -> Tensor:
-        return -wide(self.A_log).exp()
+        return -upcast(self.A_log).exp()
 
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         return cast(Tensor, self.out_proj(self.norm(y.flatten(-2), gate)))

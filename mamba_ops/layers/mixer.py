@@ -1,18 +1,16 @@
-"""What all layers have in common: how they are called, and their caches."""
-
-from typing import Any
+"""What all layers have in common: their calls and their caches."""
 
 import torch
 from torch import Tensor, nn
 
-from mamba_ops.ops._common.sequences import HasPlan
+from mamba_ops.ops._common.sequences import NULL_SLOT, DecodeArgs, HasPlan, SequenceArgs
 
 
 class Mixer(nn.Module):
     """A layer that mixes the tokens of each sequence, `(..., hidden_size)` to the same shape.
 
-    Calling it reads sequences from their beginning or on from a cache (prefill); `step` reads one token more of every
-    sequence (decode). Caches are passed in and changed in place; what is returned is the output.
+    A call reads sequences from their beginning, or continues them from a cache (prefill); `step` reads the next token
+    of every sequence (decode). Caches are passed in and changed in place; what is returned is the output.
     """
 
     conv1d: nn.Conv1d  # for its parameters, never called
@@ -28,8 +26,8 @@ class Mixer(nn.Module):
             state_dtype: of ssm_state, which sums over a whole sequence.
         """
         weight = self.conv1d.weight
-        dim, _, width = weight.shape
-        conv_state = weight.new_zeros((slots, width - 1, dim), dtype=dtype).transpose(1, 2)  # channels lie together
+        dim, _, d_conv = weight.shape
+        conv_state = weight.new_zeros((slots, d_conv - 1, dim), dtype=dtype).transpose(1, 2)  # dense channels
         return conv_state, weight.new_zeros((slots, *self._state()), dtype=state_dtype)
 
     def forward(
@@ -42,35 +40,30 @@ class Mixer(nn.Module):
         slots: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         has_initial_state: Tensor | None = None,
-        null_slot: int = -1,
+        null_slot: int = NULL_SLOT,
     ) -> Tensor:
-        """Read sequences and return their output; with caches, leave each sequence's last state there.
+        """Read sequences and return their output; with caches, store each sequence's last state there.
 
-        With a plan, the tokens are those of an engine's step: some sequences decode, others are read.
+        With a plan, the tokens are those of an engine's step: some sequences decode, others are prefilled.
 
         Args:
             hidden_states: `(batch, length, hidden_size)`, or packed `(tokens, hidden_size)` with `cu_seqlens`.
             conv_state, ssm_state: caches as `empty_caches` makes them, both or neither. Mutated.
-            plan: a `mamba_ops.serving.Plan` of packed tokens; it says all that the arguments after it would, and what
-                is returned for tokens of nobody means nothing.
-            slots: int32 or int64 `(>= n,)`: where in the caches sequence i is. None: in slot i.
-            cu_seqlens: int32 or int64 `(n + 1,)`: sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1]; what
-                is returned for tokens past the last sequence means nothing.
-            has_initial_state: bool `(n,)`: sequence i goes on from its state in the caches. None: none does.
-            null_slot: a sequence whose slot is this or negative is nobody: it is not mixed, and no cache is touched.
+            plan: a `mamba_ops.serving.Plan` of packed tokens, in place of the arguments after it. What is returned for
+                padding tokens has no meaning.
+            slots: int32 or int64 `(>= n,)`: the slot of sequence i in the caches. None: slot i.
+            cu_seqlens: int32 or int64 `(n + 1,)`: sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1]. What
+                is returned for tokens after the last sequence has no meaning.
+            has_initial_state: bool `(n,)`: sequence i continues from its state in the caches. None: none does.
+            null_slot: a sequence with this slot, or a negative one, is padding: it is not mixed, no cache is touched.
         """
         if plan is not None:
             if conv_state is None or ssm_state is None:
                 got = "a plan without caches"
                 raise ValueError(f"{type(self).__name__}: plan: got {got}, expected both caches; see empty_caches()")
-            return self._mix(hidden_states, conv_state, ssm_state, plan)
-        rows: dict[str, Any] = {
-            "cu_seqlens": cu_seqlens,
-            "slots": slots,
-            "has_initial_state": has_initial_state,
-            "null_slot": null_slot,
-        }
-        return self._read(hidden_states, conv_state, ssm_state, rows)
+            return self._forward_plan(hidden_states, conv_state, ssm_state, plan)
+        rows = SequenceArgs(slots, cu_seqlens, has_initial_state, null_slot)
+        return self._prefill(hidden_states, conv_state, ssm_state, rows)
 
     def step(
         self,
@@ -79,31 +72,31 @@ class Mixer(nn.Module):
         ssm_state: Tensor,
         *,
         slots: Tensor | None = None,
-        null_slot: int = -1,
+        null_slot: int = NULL_SLOT,
     ) -> Tensor:
-        """Read one token more of every sequence, advance the caches in place and return the tokens' output.
+        """Read the next token of every sequence, advance the caches in place and return the tokens' output.
 
         Args:
-            hidden_states: `(n, hidden_size)`, or a few tokens more of every sequence `(n, length, hidden_size)`.
+            hidden_states: `(n, hidden_size)`, or the next few tokens of every sequence `(n, length, hidden_size)`.
             conv_state, ssm_state, slots, null_slot: as for a call of the layer.
         """
-        return self._step(hidden_states, conv_state, ssm_state, {"slots": slots, "null_slot": null_slot})
+        return self._decode(hidden_states, conv_state, ssm_state, DecodeArgs(slots, null_slot=null_slot))
 
-    # -- what a layer fills in; `rows` are keywords of both the convolution and the recurrence ------------------------
+    # -- what a layer implements; `rows` binds the convolution and the recurrence -------------------------------------
 
     def _state(self) -> tuple[int, ...]:
         """Return the sizes of one slot of ssm_state."""
         raise NotImplementedError
 
-    def _read(
-        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: dict[str, Any]
+    def _prefill(
+        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: SequenceArgs
     ) -> Tensor:
         raise NotImplementedError
 
-    def _mix(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
+    def _decode(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: DecodeArgs) -> Tensor:
         raise NotImplementedError
 
-    def _step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: dict[str, Any]) -> Tensor:
+    def _forward_plan(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
         raise NotImplementedError
 
 

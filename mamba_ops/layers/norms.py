@@ -10,7 +10,7 @@ from mamba_ops.ops._common.norms import rms_norm
 
 
 class GatedRMSNorm(nn.Module):
-    """`gated_rms_norm` with a weight of its own."""
+    """`gated_rms_norm` with a weight as parameter."""
 
     def __init__(
         self, size: int, *, groups: int = 1, eps: float = 1e-5, norm_before_gate: bool = False, **new: Any
@@ -26,8 +26,9 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """Gate `x` and normalise it."""
-        options: dict[str, Any] = {"eps": self.eps, "norm_before_gate": self.norm_before_gate}
-        return gated_rms_norm(x, gate, self.weight, groups=self.groups, **options)
+        return gated_rms_norm(
+            x, gate, self.weight, groups=self.groups, eps=self.eps, norm_before_gate=self.norm_before_gate
+        )
 
     def extra_repr(self) -> str:
         """Return the sizes."""
@@ -36,7 +37,7 @@ class GatedRMSNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps), times a weight; without one, `weight` is ones and no parameter."""
+    """x / sqrt(mean(x^2) + eps) * weight; where it is not `weighted`, the weight is a buffer of ones."""
 
     def __init__(self, size: int, *, eps: float, weighted: bool = True, **new: Any) -> None:
         super().__init__()
@@ -59,25 +60,25 @@ class RMSNorm(nn.Module):
 def gated_rms_norm(
     x: Tensor, gate: Tensor, weight: Tensor, *, groups: int = 1, eps: float = 1e-5, norm_before_gate: bool = False
 ) -> Tensor:
-    """Return rms_norm(x * silu(gate)) * weight, or rms_norm(x) * weight * silu(gate) where the norm comes first.
+    """Return rms_norm(x * silu(gate)) * weight, or rms_norm(x) * weight * silu(gate) with norm_before_gate.
 
     Computed in float32 (float64 for float64 `x`) and rounded once, to the dtype of `x`.
 
     Args:
         x, gate: `(..., size)`.
         weight: `(size,)`.
-        groups: of consecutive channels; each is normalised by itself.
+        groups: how many groups of consecutive channels; each is normalised separately.
         eps: added to the mean square.
         norm_before_gate: whether the norm comes first.
     """
-    h, opened = wide(x), functional.silu(wide(gate))
+    h, factor = upcast(x), functional.silu(upcast(gate))
     if not norm_before_gate:
-        h = h * opened
+        h = h * factor
     h = h.unflatten(-1, (groups, -1))
-    h = functional.rms_norm(h, h.shape[-1:], eps=eps).flatten(-2) * wide(weight)
-    return (h * opened if norm_before_gate else h).to(x.dtype)
+    h = functional.rms_norm(h, h.shape[-1:], eps=eps).flatten(-2) * upcast(weight)
+    return (h * factor if norm_before_gate else h).to(x.dtype)
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """Return a tensor in the dtype that sums are made in: float32, or float64 as it is."""
+def upcast(tensor: Tensor) -> Tensor:
+    """Return a tensor as float32, the dtype of sums; float64 stays as it is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

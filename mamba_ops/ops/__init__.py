@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from mamba_ops.ops._common import checking as checking
 from mamba_ops.ops._common import slots as slots
+from mamba_ops.ops._common.sequences import NULL_SLOT as NULL_SLOT
 from mamba_ops.ops.causal_conv1d import causal_conv1d as causal_conv1d
 from mamba_ops.ops.causal_conv1d_update import causal_conv1d_update as causal_conv1d_update
 from mamba_ops.ops.chunk_gated_delta_rule import chunk_gated_delta_rule as chunk_gated_delta_rule

@@ -1,4 +1,4 @@
-"""Graphs of a device, recorded and replayed: the one file of the package that knows which devices have them."""
+"""Graphs of a device, recorded and replayed. Which devices have graphs is known in this file alone."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -12,19 +12,19 @@ T = TypeVar("T")
 
 
 class Graphs(Protocol):
-    """Who records."""
+    """Records the launches of a call, and replays them."""
 
     def record(self, call: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        """Record what a call launches, which does not run meanwhile; return its result and what replays it.
+        """Record what a call launches, without running it; return its result and a function that replays it.
 
-        The result's memory is that which every replay writes.
+        Every replay writes to the result's memory.
         """
 
 
 class DeviceGraphs:
     """CUDA graphs, or XPU graphs.
 
-    All share one pool of memory, so those that are replayed one after the other must have been recorded in that order.
+    All share one pool of memory, so graphs must be replayed in the order in which they were recorded.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,11 +36,11 @@ class DeviceGraphs:
     def record(self, call: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         """See `Graphs`; the call must have run before, so that nothing is compiled or set up while it is recorded.
 
-        Swaps of the backend do not warn of it: whoever replays compares `mamba_ops.registry.generation()`, as
-        `PiecewiseRunner` does.
+        A swap of the backend does not warn of the graph, so callers compare `mamba_ops.registry.generation()` before a
+        replay, as `PiecewiseRunner` does.
         """
         graph = self._graph()
-        if not self._alive:  # a pool goes away with the last of its graphs
+        if not self._alive:  # a pool is freed with the last of its graphs
             self._pool = self._module.graph_pool_handle()
         with noticing_swaps(), self._module.device(self._device), self._module.graph(graph, pool=self._pool):
             result = call()
@@ -49,7 +49,7 @@ class DeviceGraphs:
 
 
 def graphs_of(device: torch.device) -> DeviceGraphs | None:
-    """Return who records on a device; None where it has no graphs."""
+    """Return the graphs of a device; None where it has none."""
     return None if _graph_type(device) is None else DeviceGraphs(device)
 
 

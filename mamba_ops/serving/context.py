@@ -1,4 +1,4 @@
-"""The forward context: what ops that know their layer by its name alone find there."""
+"""The forward context: layers, caches and plan, for ops that get the name of their layer alone."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +17,8 @@ class ForwardContext:
 
     Attributes:
         layers: the layers, as in `mamba_ops.layers`.
-        caches: of each layer its caches, as a `StatePool` has them.
-        plan: of the step, the same for all layers. None: there is none, as in a profile run.
+        caches: the caches of each layer, such as `StatePool.caches`.
+        plan: the step's, the same for all layers. None: no plan, as in a profile run.
     """
 
     layers: Mapping[str, Any]
@@ -40,7 +40,7 @@ def forward_context(context: ForwardContext) -> Iterator[ForwardContext]:
 
 
 def current_context() -> ForwardContext:
-    """Return the context in force.
+    """Return the current context.
 
     Raises:
         RuntimeError: there is none.

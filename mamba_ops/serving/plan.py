@@ -1,37 +1,33 @@
-"""The plan of one engine step: which tokens of a batch belong to whom, as tensors of fixed sizes."""
+"""The plan of one engine step: which tokens belong to which request, as tensors of fixed sizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 
-from mamba_ops.ops._common.sequences import PlanTensors
-
-NOBODY = -1
+from mamba_ops.ops._common.sequences import NULL_SLOT, PlanTensors
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What the mixing ops and `layers.*` are told about a batch of decodes and prefills.
+    """A batch of decodes and prefills, for the mixing ops and the layers of `mamba_ops.layers`.
 
-    All tensors have the size of the largest batch, whatever is in this one, and the counts are in a host tensor that
-    only the ops read: so a compiled graph is the same for 0, 1 or many decodes and prefills. Nothing waits for the
-    device.
+    All tensors have the size of the largest batch, and the counts are in a host tensor that only the ops read. So one
+    compiled graph serves 0, 1 or many decodes and prefills, and nothing waits for the device.
 
     Attributes:
-        tensors: the plan as the mixing ops take it: `mamba2_mixing(..., *plan.tensors, ...)`.
+        tensors: the plan as the mixing ops take it: `plan.tensors.bind(mamba2_mixing)(projected, ...)`.
         tokens: how many tokens the step has.
-        order: the requests, by their place in the lists given, in the order in which the batch has their tokens:
-            decodes first, then prefills, each as given.
-        null_slot: the slot that means nobody, beside all negative ones.
+        order: the order of the requests' tokens in the batch, by the requests' indices in the lists given: decodes
+            first, then prefills.
+        null_slot: the slot of padding rows, beside the negative ones.
     """
 
     tensors: PlanTensors
     tokens: int
     order: tuple[int, ...] = ()
-    null_slot: int = NOBODY
+    null_slot: int = NULL_SLOT
 
     @classmethod
     def of(
@@ -42,22 +38,22 @@ class Plan:
         *,
         accepted: Sequence[int] | None = None,
         max_requests: int = 256,
-        null_slot: int = NOBODY,
+        null_slot: int = NULL_SLOT,
         device: torch.device | str = "cpu",
     ) -> "Plan":
         """Plan a step from lists with one entry per request.
 
-        A request decodes if it has tokens behind it and one new one; else it is a prefill, whole or one chunk of it.
+        A request decodes if it has computed tokens and one new one; else it is a prefill, whole or one chunk of it.
 
         Args:
-            num_computed_tokens: how many of its tokens went before.
+            num_computed_tokens: how many of its tokens came before this step.
             new_tokens: how many it has in this step, 1 at least.
-            slots: where its state is in the caches, each slot for one request; with `accepted`, as many slots as a
-                speculative decode has tokens at most. A negative one, or the null slot: nobody's.
+            slots: its slot in the caches, which no other request has; with `accepted`, as many slots as a speculative
+                decode has tokens at most. A negative slot, or `null_slot`, is for padding.
             accepted: speculative decoding: how many of the request's tokens of the step before were kept, 0 for a
-                request that does not speculate yet (a prefill). None: nobody speculates.
-            max_requests: the most requests that any step may have; all steps of an engine have the same.
-            null_slot: a slot that means nobody, where an engine reserves one.
+                request that does not speculate yet (a prefill). None: no speculative decoding.
+            max_requests: the most requests that any step may have, the same for all steps of an engine.
+            null_slot: the slot of padding rows, where an engine reserves one.
             device: where the caches are.
 
         Raises:
@@ -81,7 +77,7 @@ class Plan:
         for i in first:
             if max(new_tokens[i], kept[i]) > columns:
                 got = f"{new_tokens[i]} new tokens and {kept[i]} accepted ones for request {i}"
-                raise _wrong("slots", got, f"no more than its {columns} slots", "every token's state needs a place")
+                raise _wrong("slots", got, f"no more than its {columns} slots", "every token's state needs a slot")
         order = first + [i for i in requests if not decodes(i)]
         lengths = [new_tokens[i] for i in order]
         return cls(
@@ -108,13 +104,13 @@ class Plan:
         columns: int = 1,
         speculative: bool = False,
         max_requests: int = 256,
-        null_slot: int = NOBODY,
+        null_slot: int = NULL_SLOT,
         device: torch.device | str = "cpu",
     ) -> "Plan":
-        """Plan a profile run: `tokens` tokens that are nobody's, so outputs are zero and caches stay as they are.
+        """Plan a profile run: `tokens` padding tokens, so outputs are zero and caches stay as they are.
 
-        It has the tensors, and so the graph, of the plans that `of` makes with the same `max_requests`, as many slots a
-        request as `columns`, and `accepted` if `speculative`.
+        Its tensors, and so its graph, are those of the plans that `of` makes with the same `max_requests`, `columns`
+        slots for each request, and `accepted` if `speculative`.
         """
         tensors = _on_device([], 0, [], [], [] if speculative else None, columns, max_requests, device)
         return cls(tensors, tokens, null_slot=null_slot)
@@ -127,7 +123,7 @@ class Plan:
 def _check_requests(
     num_computed_tokens: Sequence[int], new_tokens: Sequence[int], table: list[list[int]], columns: int, null_slot: int
 ) -> None:
-    """Raise the ValueError about the first request that is wrong in itself, or shares a slot with one before it."""
+    """Raise the ValueError about the first request with a wrong number, or with the slot of an earlier request."""
     taken: dict[int, int] = {}
     for i, slots in enumerate(table):
         if new_tokens[i] < 1:
@@ -152,7 +148,7 @@ def _on_device(
     most: int,
     device: torch.device | str,
 ) -> PlanTensors:
-    """Lay a plan's lists out at their largest sizes and send them to the device in one copy that nobody waits for."""
+    """Pad a plan's lists to their largest sizes and copy them to the device, in one copy that is not waited for."""
     rows = len(lengths)
 
     def ends(lengths: list[int]) -> list[int]:
@@ -162,12 +158,13 @@ def _on_device(
     parts = [
         ends(lengths),
         ends(lengths[decodes:]),
-        [slot for row in slots for slot in row] + [NOBODY] * ((most - rows) * columns),
+        [slot for row in slots for slot in row] + [NULL_SLOT] * ((most - rows) * columns),
         computed + [0] * (most - rows),
         [] if accepted is None else accepted + [1] * (most - rows),
     ]
-    here: dict[str, Any] = {"pin_memory": torch.device(device).type != "cpu" and torch.accelerator.is_available()}
-    flat = torch.tensor([n for part in parts for n in part], dtype=torch.int32, **here).to(device, non_blocking=True)
+    pinned = torch.device(device).type != "cpu" and torch.accelerator.is_available()
+    flat = torch.tensor([n for part in parts for n in part], dtype=torch.int32, pin_memory=pinned)
+    flat = flat.to(device, non_blocking=True)
     cu_seqlens, prefill_cu_seqlens, table, before, kept = flat.split([len(part) for part in parts])
     split = sum(lengths[:decodes])
     return PlanTensors(

@@ -6,29 +6,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba_ops.serving.plan import NOBODY
+from mamba_ops.ops._common.sequences import NULL_SLOT
 
-_ALIGNMENT = 128  # bytes; vendors' kernels load 16 at a time, devices fetch whole lines
+_ALIGNMENT = 128  # bytes: kernels load 16 at a time, devices fetch whole cache lines
 
 
 class NoFreeSlot(RuntimeError):
-    """All slots of a pool are taken."""
+    """All slots of a pool are allocated."""
 
 
 class StatePool:
-    """Caches, and which of their slots are taken.
+    """Caches, and which of their slots are allocated.
 
-    A layer's caches lie in pages, one a slot: the states of a slot follow each other, each aligned, and then comes
-    padding up to the page's size. So a cache's slots are further apart than they are long. Their addresses never
-    change, and torch.compile is told so.
+    A layer's caches are views of pages, one page a slot: the states of a slot follow each other, each aligned, then
+    padding up to the page's size. So the stride between a cache's slots is more than the size of one. Addresses never
+    change, and the caches are marked so for torch.compile.
 
-    What a request leaves in its slot stays there when the slot is given back. The next request reads none of it,
-    because its first tokens have no initial state in their `Plan`.
+    A slot keeps its contents when it is freed. The next request does not read them, because its first tokens have no
+    initial state in their `Plan`.
 
     Attributes:
-        caches: by layer, what its call takes: `layer(hidden, *pool.caches["layers.0"], plan=plan)`.
+        caches: by layer, its caches: `layer(hidden, *pool.caches["layers.0"], plan=plan)`.
         slots: how many there are.
-        null_slot: the slot that means nobody, never taken; negative if none is set aside.
+        null_slot: the slot of padding rows, never allocated; negative if none is reserved.
     """
 
     caches: dict[str, tuple[Tensor, ...]]
@@ -39,23 +39,23 @@ class StatePool:
         slots: int,
         *,
         page_bytes: int = 0,
-        null_slot: int = NOBODY,
+        null_slot: int = NULL_SLOT,
     ) -> None:
         """Allocate pages of zeros.
 
         Args:
-            templates: by layer, its caches with any number of slots, such as `layer.empty_caches(0)`: shapes, dtypes,
-                devices and the order of axes in memory are theirs.
-            slots: how many requests may run at a time, with the null slot if one is set aside.
-            page_bytes: size of a page at least, for engines whose layers share pages of one size.
-            null_slot: a slot to set aside, as engines do that reserve block 0.
+            templates: by layer, its caches with any number of slots, such as `layer.empty_caches(0)`. The pool's caches
+                have the same shapes, dtypes, devices and order of axes in memory.
+            slots: how many requests may run at a time, and one more if `null_slot` is reserved.
+            page_bytes: the least size of a page, for engines that use one page size for all layers.
+            null_slot: a slot to reserve, such as block 0.
         """
         if slots < 1 or null_slot >= slots:
             raise ValueError(f"StatePool: slots: got {slots} with null_slot {null_slot}, expected more than that")
         self.slots, self.null_slot = slots, null_slot
         self.caches = {name: _pages(tuple(states), slots, page_bytes) for name, states in templates.items()}
         self._free = [slot for slot in reversed(range(slots)) if slot != null_slot]
-        self._taken: set[int] = set()
+        self._allocated: set[int] = set()
 
     @classmethod
     def of(
@@ -64,13 +64,13 @@ class StatePool:
         slots: int,
         *,
         page_bytes: int = 0,
-        null_slot: int = NOBODY,
+        null_slot: int = NULL_SLOT,
         **dtypes: torch.dtype,
     ) -> "StatePool":
-        """Make the pool of some layers.
+        """Return a pool for some layers.
 
         Args:
-            layers: by name, whatever has `empty_caches(slots)`, as the layers in `mamba_ops.layers` do.
+            layers: by name, modules with a method `empty_caches(slots)`, as the layers in `mamba_ops.layers` have it.
             slots, page_bytes, null_slot: as above.
             dtypes: `dtype` and `state_dtype`, for `empty_caches`.
         """
@@ -79,13 +79,13 @@ class StatePool:
 
     @property
     def num_free(self) -> int:
-        """How many slots are to be had."""
+        """How many slots are free."""
         return len(self._free)
 
     @property
     def allocated(self) -> frozenset[int]:
-        """The slots that somebody has."""
-        return frozenset(self._taken)
+        """The slots that are in use."""
+        return frozenset(self._allocated)
 
     def allocate(self) -> int:
         """Return a slot for a new request.
@@ -94,23 +94,23 @@ class StatePool:
             NoFreeSlot: there is none; the request has to wait.
         """
         if not self._free:
-            raise NoFreeSlot(f"StatePool: all {len(self._taken)} slots are taken; give one back, or let requests wait")
+            raise NoFreeSlot(f"StatePool: all {len(self._allocated)} slots are in use; free one, or let requests wait")
         slot = self._free.pop()
-        self._taken.add(slot)
+        self._allocated.add(slot)
         return slot
 
     def free(self, slot: int) -> None:
-        """Let others have a slot; nothing is cleared.
+        """Make a slot available again; nothing is cleared.
 
         Raises:
-            ValueError: nobody has it.
+            ValueError: it is not allocated.
         """
-        if slot not in self._taken:
-            taken = ", ".join(map(str, sorted(self._taken))) or "none"
+        if slot not in self._allocated:
+            allocated = ", ".join(map(str, sorted(self._allocated))) or "none"
             raise ValueError(
-                f"StatePool: slot: got {slot}, expected one that is taken ({taken}); was it given back twice?"
+                f"StatePool: slot: got {slot}, expected one that is allocated ({allocated}); was it freed twice?"
             )
-        self._taken.remove(slot)
+        self._allocated.remove(slot)
         self._free.append(slot)
 
 
@@ -135,7 +135,7 @@ def _pages(states: tuple[Tensor, ...], slots: int, page_bytes: int) -> tuple[Ten
 
 
 def _dense_strides(state: Tensor) -> list[int]:
-    """Return the strides of a slot without gaps whose axes lie in memory in the order in which the template's do."""
+    """Return the strides of a slot without gaps; its axes have the template's order in memory."""
     axes = sorted(range(1, state.dim()), key=lambda axis: (state.stride(axis), -axis))
     strides, step = [0] * state.dim(), 1
     for axis in axes:

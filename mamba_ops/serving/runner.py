@@ -3,34 +3,34 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.sequences import PlanTensors
+from mamba_ops.ops._common.sequences import NULL_SLOT, PlanTensors
 from mamba_ops.registry import generation
 from mamba_ops.serving.capture import Graphs, graphs_of
 from mamba_ops.serving.context import ForwardContext, forward_context
-from mamba_ops.serving.pieces import CompilePiece, PiecewiseBackend, Recording
-from mamba_ops.serving.plan import NOBODY, Plan
+from mamba_ops.serving.piecewise import CompilePiece, PiecewiseBackend, Recording
+from mamba_ops.serving.plan import Plan
 
 CAPTURE_SIZES = (1, 2, 4, *range(8, 257, 8))
 
 
 class PiecewiseRunner:
-    """Runs `model(*inputs, plan)` for one plan after the other, on a device with as few launches as it can.
+    """Runs `model(*inputs, plan)` for one plan after the other, with few launches on a device that has graphs.
 
     The tokens of a step are padded to the next capture size. A step in which all requests decode one token is replayed
     as one graph, the mixing ops inside. Any other step runs piecewise: the pieces between splitting ops are replayed,
-    the ops themselves launched. A step of more tokens than the largest size runs compiled, without graphs. At a size's
-    first step there is nothing to replay yet: it runs as compiled, the second records. A swap of the backend begins
-    anew. On a device without graphs the same steps run, padded alike, and nothing is recorded.
+    the ops themselves launched. A step of more tokens than the largest size runs compiled, without graphs. A size's
+    first step runs as compiled, the second records, later ones replay. After a swap of the backend all sizes are
+    recorded again. On a device without graphs the same steps run, with the same padding, and nothing is recorded.
 
-    It is for one thread, and its results hold until the next step.
+    A runner is for one thread. A result is valid until the next step.
 
     Attributes:
-        backend: the backend of torch.compile that it compiles the model with.
+        backend: the backend of torch.compile for the model.
         compiled: the compiled model, which takes inputs of a capture size and a plan; `backend` splits it.
         steps: how many steps ran "full", "piecewise" and "plain" (more tokens than any size).
         recorded: how many graphs of the device were recorded.
@@ -45,7 +45,7 @@ class PiecewiseRunner:
         capture_sizes: Sequence[int] = CAPTURE_SIZES,
         columns: int = 1,
         speculative: bool = False,
-        null_slot: int = NOBODY,
+        null_slot: int = NULL_SLOT,
         device: torch.device | str = "cpu",
         context: ForwardContext | None = None,
         compile_piece: str | CompilePiece = "inductor",
@@ -55,19 +55,19 @@ class PiecewiseRunner:
         """Compile nothing yet.
 
         Args:
-            model: takes tensors whose first axis is the step's tokens, then the plan, and returns one such tensor. It
-                is traced once (once more for a single token), so it takes what it needs from the plan's tensors, and
-                from caches that stay where they are.
+            model: takes tensors with the step's tokens as first axis, then the plan, and returns one such tensor. It
+                is traced once (once more for a single token), so it may read the plan's tensors, and caches that keep
+                their addresses.
             max_tokens: the most tokens of a step.
             max_requests: the most requests of a plan, as given to `Plan.of`.
-            capture_sizes: numbers of tokens to record graphs for; larger ones than max_tokens are left out.
-            columns, speculative, null_slot: as the plans have them, see `Plan.zeros`.
+            capture_sizes: numbers of tokens to record graphs for; those above max_tokens are left out.
+            columns, speculative, null_slot: as for the plans, see `Plan.zeros`.
             device: where the model is.
-            context: for a model that finds its layers by name: its forward context, which gets each step's plan. The
-                model is then called as `model(*inputs)`.
+            context: the forward context of a model with ops by layer name; it gets each step's plan. The model is
+                then called as `model(*inputs)`.
             compile_piece: the backend of torch.compile for the pieces.
             full_graphs: whether steps that only decode run as one graph; False where a kernel cannot be captured.
-            graphs: who records; None: the device's own graphs, if it has any.
+            graphs: records and replays; None: the device's own graphs, if it has any.
         """
         sizes = sorted({size for size in capture_sizes if size <= max_tokens})
         if not sizes or sizes[0] < 1:
@@ -78,12 +78,20 @@ class PiecewiseRunner:
         self.capture_sizes, self.max_tokens, self.max_requests = sizes, max_tokens, max_requests
         self.steps: Counter[str] = Counter()
         self.recorded = 0
-        self._plans: dict[str, Any] = {"max_requests": max_requests, "null_slot": null_slot, "device": self.device}
-        self._rows: dict[str, Any] = {"columns": columns, "speculative": speculative}
+        self._columns, self._speculative, self._null_slot = columns, speculative, null_slot
+        self._plan_of = partial(Plan.of, max_requests=max_requests, null_slot=null_slot, device=self.device)
+        self._zeros = partial(
+            Plan.zeros,
+            columns=columns,
+            speculative=speculative,
+            max_requests=max_requests,
+            null_slot=null_slot,
+            device=self.device,
+        )
         self._graphs = graphs_of(self.device) if graphs is None else graphs
         self._context, self._full_graphs = context, full_graphs
         self.compiled = torch.compile(model, backend=self.backend, fullgraph=True, dynamic=False)
-        self._plan = Plan.zeros(0, **self._rows, **self._plans).tensors  # where graphs read a step's plan
+        self._plan = self._zeros(0).tensors  # graphs read a step's plan here
         self._counts = {size: torch.tensor([size, size, 0, 0]) for size in sizes}
         self._buffers: list[Tensor] = []
         self._views: dict[int, list[Tensor]] = {}
@@ -109,9 +117,9 @@ class PiecewiseRunner:
                 self.steps["plain"] += 1
                 return self._run(plan, self._staged(inputs, plan.tokens))
             views = self._staged(inputs, size)
-            for mine, given in zip(self._plan[1:], plan.tensors[1:], strict=True):
-                if mine is not None and given is not None:
-                    mine.copy_(given, non_blocking=True)
+            for kept, given in zip(self._plan[1:], plan.tensors[1:], strict=True):
+                if kept is not None and given is not None:
+                    kept.copy_(given, non_blocking=True)
             staged = Plan(self._plan._replace(counts=plan.tensors.counts), size, null_slot=plan.null_slot)
             if self._is_full(size) and counts == [plan.tokens, plan.tokens, 0, 0]:
                 self.steps["full"] += 1
@@ -120,17 +128,16 @@ class PiecewiseRunner:
             return self._piecewise(staged, size, views)[: plan.tokens]
 
     def prepare(self, *examples: Tensor) -> None:
-        """Compile the model and record every graph that any step may replay, with steps of tokens that are nobody's.
+        """Compile the model and record every graph that any step may replay, with steps of padding tokens.
 
         Args:
             examples: tensors like the inputs, of any number of tokens.
         """
         for size in reversed(self.capture_sizes):
             inputs = [example.new_zeros(size, *example.shape[1:]) for example in examples]
-            plans = [Plan.zeros(size, **self._rows, **self._plans)]
+            plans = [self._zeros(size)]
             if self._is_full(size):
-                nobody = [[NOBODY] * self._rows["columns"]] * size
-                plans.append(Plan.of([1] * size, [1] * size, nobody, **self._plans))
+                plans.append(self._plan_of([1] * size, [1] * size, [[NULL_SLOT] * self._columns] * size))
             for plan in plans:
                 for _ in range(2):  # the first runs, the second records
                     self(plan, *inputs)
@@ -138,12 +145,12 @@ class PiecewiseRunner:
 
     def _is_full(self, size: int) -> bool:
         """Whether steps of so many decodes, and nothing else, are one graph."""
-        return self._full_graphs and size <= self.max_requests and not self._rows["speculative"]
+        return self._full_graphs and size <= self.max_requests and not self._speculative
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def _checked(self, plan: Plan, inputs: Sequence[Tensor]) -> list[int]:
-        """Return the plan's counts, or raise the ValueError about what does not fit."""
+        """Return the plan's counts, or raise the ValueError about a plan or inputs that do not fit."""
         tensors = plan.tensors
         if tensors.counts is None or tensors.cu_seqlens is None:
             raise _wrong("plan", "no plan", "a Plan; for a profile run there is Plan.zeros(tokens)")
@@ -151,8 +158,8 @@ class PiecewiseRunner:
             raise _wrong(
                 "plan", f"a plan with max_requests={rows}", f"max_requests={self.max_requests}, as the runner has"
             )
-        if plan.null_slot != self._plans["null_slot"]:
-            raise _wrong("plan", f"null_slot {plan.null_slot}", f"{self._plans['null_slot']}, as the runner has")
+        if plan.null_slot != self._null_slot:
+            raise _wrong("plan", f"null_slot {plan.null_slot}", f"{self._null_slot}, as the runner has")
         if plan.tokens > self.max_tokens:
             raise _wrong(
                 "plan", f"{plan.tokens} tokens", f"at most max_tokens={self.max_tokens}; read prompts in chunks"
@@ -188,7 +195,7 @@ class PiecewiseRunner:
             output = self._run(plan, views)
         except BaseException:
             if not recording.complete:
-                del self._recordings[size]  # half of a step is no step
+                del self._recordings[size]  # a step is recorded as a whole, or not at all
             raise
         finally:
             self.backend.recording = None
@@ -198,7 +205,7 @@ class PiecewiseRunner:
         return output
 
     def _full(self, plan: Plan, size: int, views: Sequence[Tensor]) -> Tensor:
-        # Its counts are `size` decodes; those beyond the plan's are nobody's, as all rows of a plan beyond its last.
+        # Its counts are `size` decodes; those beyond the plan's are padding, as are all rows of a plan after its last.
         plan = replace(plan, tensors=plan.tensors._replace(counts=self._counts[size]))
         if self._graphs is None or ("full", size) not in self._warm:
             output = self._run(plan, views)
@@ -212,7 +219,7 @@ class PiecewiseRunner:
         return output
 
     def _staged(self, inputs: Sequence[Tensor], size: int) -> list[Tensor]:
-        """Copy inputs to where graphs read them; what pads them is zero."""
+        """Copy inputs to where graphs read them, padded with zeros."""
         if not self._buffers:
             self._buffers = [
                 torch.zeros(self.max_tokens, *t.shape[1:], dtype=t.dtype, device=self.device) for t in inputs
@@ -220,7 +227,7 @@ class PiecewiseRunner:
         views = self._views.get(size)
         if views is None:
             views = [buffer[:size] for buffer in self._buffers]
-            if size > 1:  # torch.compile takes 1 for a constant
+            if size > 1:  # to torch.compile a size of 1 is a constant
                 for view in views:
                     torch._dynamo.mark_dynamic(view, 0)
             if size in self._counts:
@@ -231,9 +238,9 @@ class PiecewiseRunner:
         return views
 
     def _forget(self) -> None:
-        """Begin anew: another kernel may be chosen now than was recorded."""
+        """Drop all recordings, because they hold the kernels that were selected before."""
         self._generation = generation()
-        self._warm: set[tuple[str, int]] = set()  # what ran before, so that recording it compiles nothing
+        self._warm: set[tuple[str, int]] = set()  # steps that ran, so that recording them compiles nothing
         self._recordings: dict[int, Recording] = {}
         self._fulls: dict[int, tuple[Tensor, Callable[[], None]]] = {}
 

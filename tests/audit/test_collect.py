@@ -1,21 +1,13 @@
 """What cannot run here, by the hooks themselves; and the helper for tests of models."""
 
-import contextlib
-import gc
-import runpy
-import signal
-import sys
-import time
 import types
-import weakref
 
 import pytest
 import torch
 
 from compile_tests.planted import CASES, breaks, guards
-from mamba_ops.audit import Report, audit, limit, run
+from mamba_ops.audit import Report, audit
 from mamba_ops.audit.collect import Collector
-from mamba_ops.audit.limit import TimeIsUp, at_most
 from mamba_ops.audit.remedies import RULES, classify_guard, guard_subject, remedy
 from mamba_ops.audit.report import KINDS, SEVERITIES
 from mamba_ops.testing import assert_one_graph
@@ -73,140 +65,6 @@ def test_which_end_of_a_range_a_size_is_beyond(sizes, cause):
     with torch.no_grad():
         report = audit(guards.DecidesBySize(), first, calls=[(x,) for x in more])
     assert {finding.cause for finding in report.findings} == {"size", cause}
-
-
-def test_a_limit_goes_past_except_exception_and_is_over_with_its_block():
-    def endless():
-        while True:
-            with contextlib.suppress(Exception):
-                time.sleep(10)
-
-    def first_briefly():
-        with contextlib.suppress(TimeIsUp), at_most(0.05):
-            endless()
-        endless()  # the outer one goes on
-
-    with pytest.raises(TimeIsUp), at_most(0.05):
-        endless()
-    with pytest.raises(TimeIsUp), at_most(0.1), at_most(10):  # the one that ends first
-        endless()
-    with pytest.raises(TimeIsUp), at_most(0.3):
-        first_briefly()
-    with at_most(0.05):
-        pass
-    time.sleep(0.1)
-
-
-def test_a_limit_that_is_lost_in_a_destructor_comes_again_and_nothing_is_said(capfd):
-    class Slow:
-        def __del__(self):
-            time.sleep(1)
-
-    def loses_it():
-        Slow()
-        time.sleep(10)
-
-    hook = sys.unraisablehook
-    begin = time.monotonic()
-    with pytest.raises(TimeIsUp), at_most(0.1):
-        loses_it()
-    assert time.monotonic() - begin < 5
-    assert sys.unraisablehook is hook
-    assert capfd.readouterr().err == ""
-
-
-def test_a_limit_waits_for_an_import_and_for_the_end_of_a_with_block(tmp_path, monkeypatch):
-    class Mode:
-        ended = False
-
-        def __enter__(self):
-            pass
-
-        def __exit__(self, *_):
-            time.sleep(0.2)
-            self.ended = True
-
-    def briefly_in(mode):
-        with mode:
-            pass
-        time.sleep(10)
-
-    mode = Mode()
-    with pytest.raises(TimeIsUp), at_most(0.1):
-        briefly_in(mode)
-    assert mode.ended
-
-    (tmp_path / "imported_late.py").write_text("import time\ntime.sleep(0.3)\nwhole = True\n")
-    (tmp_path / "imports.py").write_text("import time, imported_late\ntime.sleep(10)\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(TimeIsUp), at_most(0.1):
-        runpy.run_path(str(tmp_path / "imports.py"))
-    assert sys.modules.pop("imported_late").whole
-
-
-def test_a_limit_waits_for_so_long_alone(monkeypatch):
-    class Endless:
-        def __enter__(self):
-            time.sleep(10)
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr(limit, "_PATIENCE", 0.2)
-    begin = time.monotonic()
-    with pytest.raises(TimeIsUp), at_most(0.1), Endless():
-        pass
-    assert time.monotonic() - begin < 5
-
-
-def test_an_alarm_that_comes_while_it_is_turned_off_is_nobodys(monkeypatch):
-    set_timer = signal.setitimer
-
-    def late(which, seconds, interval=0.0):
-        set_timer(which, seconds, interval)
-        if seconds == 0:
-            signal.raise_signal(signal.SIGALRM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(signal, "setitimer", late)
-        with at_most(10):
-            pass
-    left, _ = signal.getitimer(signal.ITIMER_REAL)  # that of whoever runs the tests, if of anybody
-    assert left == 0 or left > 1
-
-
-def test_a_limit_keeps_nothing_alive():
-    def holds():
-        kept = type("Kept", (), {})()
-        with at_most(10):
-            return weakref.ref(kept)
-
-    gc.disable()
-    try:
-        assert holds()() is None
-    finally:
-        gc.enable()
-
-
-def test_a_limit_that_somebody_swallows_comes_at_the_end():
-    def swallows():
-        try:
-            time.sleep(10)
-        except BaseException:
-            return True
-
-    with pytest.raises(TimeIsUp), at_most(0.1):
-        assert swallows()
-
-
-def test_copies_have_a_limit_of_their_own(monkeypatch):
-    from torch._inductor import compile_fx
-
-    monkeypatch.setattr(run, "COPIES_SECONDS", 0.2)
-    monkeypatch.setattr(compile_fx, "post_grad_passes", lambda *args: time.sleep(100))
-    report = audit(breaks.Quiet(), breaks.x(), copies=True)
-    assert "Inductor did not get through (TimeIsUp)" in report.notes[-1]
-    assert report.finished
 
 
 def test_every_rule_is_of_a_known_kind_and_says_what_to_do():

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from mamba_ops.audit.report import Report
 from mamba_ops.commands.audit.command import audit
 
+ROOT = Path(__file__).parents[2]
 app = typer.Typer(add_completion=False)
 app.command("audit", context_settings={"ignore_unknown_options": True})(audit)  # as mamba_ops.commands.cli does
 
@@ -192,12 +193,62 @@ def make(): return Slow(), torch.ones(4, 8)
 """
 
 
+@pytest.mark.slow
 def test_after_the_limit_it_shows_what_is_known(tmp_path):
     file = tmp_path / "endless.py"
     file.write_text(SLOW)
-    result = CliRunner().invoke(app, [f"{file}:make", "--limit", "5"])
+    result = CliRunner().invoke(app, [f"{file}:make", "--limit", "30"])
     assert result.exit_code == 130
     assert "Interrupted. Found by then: 1 graph break." in result.output
+    assert f"{file}:make was ended at the limit of 30 s." in result.output
+
+
+HANGS = """
+import signal, time
+
+def hang():
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    time.sleep(600)
+
+def make():
+    import torch
+    model = torch.nn.Linear(8, 8)
+    torch.nn.Linear.forward = lambda self, x: hang()
+    return model, torch.ones(4, 8)
+
+if __name__ == "__main__":
+    hang()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals cannot be blocked here")
+@pytest.mark.parametrize("options", [["{file}:make"], ["--run", "{file}"]], ids=["model", "script"])
+def test_what_hangs_with_signals_blocked_is_ended_at_the_limit(tmp_path, options):
+    file = tmp_path / "hangs.py"
+    file.write_text(HANGS)
+    options = [option.format(file=file) for option in options]
+    begin = time.monotonic()
+    result = CliRunner().invoke(app, [*options, "--limit", "1"])
+    assert time.monotonic() - begin < 300  # it would hang for 600 s
+    assert result.exit_code == 130
+    assert f"{options[-1]} was ended at the limit of 1 s." in result.output
+
+
+def test_in_time_a_child_says_what_this_process_would_say(tmp_path):
+    """Of a model that fails, of a script's own arguments, output and status."""
+    file = tmp_path / "made.py"
+    file.write_text(MODEL)
+    result = CliRunner().invoke(app, [f"{file}:net", "--limit", "500", "--fail-on", "break"])
+    assert result.exit_code == 1
+    assert f"{file}:7 in forward" in result.output.replace("\n", "")
+    assert CliRunner().invoke(app, [f"{file}:fails", "--limit", "500"]).exit_code == 2
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print(sys.argv[1:]); sys.exit(3)")
+    command = [sys.executable, "-m", "mamba_ops", "audit", "--limit", "500", "--run", str(script), "a", "--b"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert "['a', '--b']" in done.stdout
+    assert f"{script} ended with status 3" in done.stderr
 
 
 @pytest.mark.slow

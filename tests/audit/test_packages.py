@@ -16,7 +16,8 @@ pytest.importorskip("typer")
 import torch
 
 from mamba_ops.audit.report import Report
-from mamba_ops.commands.audit.target import Options, run
+from mamba_ops.commands.audit.child import run_in_child
+from mamba_ops.commands.audit.target import Options
 
 pytestmark = [
     pytest.mark.slow,
@@ -91,7 +92,9 @@ def mamba_ssm(tmp_path_factory):
 def audited(folder: Path, **names: str) -> Report:
     file = folder / "theirs.py"
     file.write_text(MAKE.format(**names))
-    return run(Options(f"{file}:make", "cuda", limit=120), Report(""), lambda step: None)
+    report = Report("")
+    run_in_child(Options(f"{file}:make", "cuda", limit=120), report)
+    return report
 
 
 def test_flash_linear_attention_disables_the_compiler(fla, tmp_path):

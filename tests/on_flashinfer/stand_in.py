@@ -1,7 +1,7 @@
 """A stand-in for FlashInfer 0.7.2 on CPU tensors: the functions that the adapters call, under the vendor's signatures.
 
 It is not the vendor's code. It holds every argument to what the vendor's sources ask of shapes, dtypes, strides and
-alignment, treats rows that are nobody as they do, and computes in loops of its own. So it shows that the adapters say
+alignment, treats padding rows as they do, and computes in loops of its own. So it shows that the adapters say
 the right thing to functions of that description; that the vendor's are of that description, a GPU alone can show.
 """
 

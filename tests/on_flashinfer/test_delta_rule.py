@@ -22,7 +22,7 @@ NO_UPDATE = {
     "gates given": "computes the gates itself, from a, b, A_log and dt_bias, and g and beta are given",
     "not normalised, turned state": "computes the gates itself, from a, b, A_log and dt_bias, and g and beta are given",
     "null rows, write slots": (
-        "runs rows that are nobody in slot 0 where the state is bfloat16 or there are write slots, and null_slot is 7; "
+        "runs padding rows in slot 0 where the state is bfloat16 or there are write slots, and null_slot is 7; "
         "keep slot 0 free and say null_slot=0"
     ),
     "packed, empty row": "takes out in q's bfloat16, and it is float32",
@@ -91,7 +91,7 @@ REFUSED_UPDATES: list[tuple[dict[str, Any], str]] = [
     (
         {"ssm_state": lambda s: s.bfloat16()},
         (
-            "runs rows that are nobody in slot 0 where the state is bfloat16 or there are write slots, and null_slot "
+            "runs padding rows in slot 0 where the state is bfloat16 or there are write slots, and null_slot "
             "is -1; keep slot 0 free and say null_slot=0"
         ),
     ),

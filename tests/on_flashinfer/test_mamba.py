@@ -32,7 +32,7 @@ NOT_TAKEN = {
     "rows of two tokens, by token": "takes an out that is contiguous, and its strides are (256, 768, 64, 1)",
     **dict.fromkeys(
         ("packed", "packed, empty and null rows", "packed, tokens past the end"),
-        "takes packed rows in speculative decoding alone, where a table's columns say how long one can be",
+        "takes packed rows in speculative decoding alone, where a table's columns limit a row's length",
     ),
 }
 

@@ -47,13 +47,13 @@ def split(function: Callable[..., Any], *args: Tensor, dynamic: bool = False) ->
     compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
     torch.testing.assert_close(compiled(*args), function(*args), rtol=0, atol=0)
     assert len(made) == 1
-    assert [name for name, _ in made[0].module.named_children()] == [piece.name for piece in made[0].pieces]
+    assert [name for name, _ in made[0].module.named_children()] == [piece.name for piece in made[0].subgraphs]
     return made[0]
 
 
 def shape_of(graph: SplitGraph) -> list[int]:
     """How many splitting ops each piece has; 0: one to compile."""
-    return [len(piece.ops) for piece in graph.pieces]
+    return [len(piece.ops) for piece in graph.subgraphs]
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5])
@@ -65,8 +65,8 @@ def test_twice_as_many_pieces_as_ops_and_one(cut: Any, layers: int) -> None:
 
     graph = split(model, torch.randn(4, 3))
     assert shape_of(graph) == [0, 1] * layers + [0]
-    assert len(graph.pieces) == 2 * layers + 1
-    assert graph.pieces[1].ops == ("toys::cut",)
+    assert len(graph.subgraphs) == 2 * layers + 1
+    assert graph.subgraphs[1].ops == ("toys::cut",)
 
 
 def test_ops_in_a_row_share_a_piece(cut: Any) -> None:
@@ -78,7 +78,7 @@ def test_ops_in_a_row_share_a_piece(cut: Any) -> None:
 
     graph = split(model, torch.randn(4, 3), dynamic=True)
     assert shape_of(graph) == [0, 3, 0]
-    assert sum("new_empty" in str(node.target) for node in graph.pieces[0].module.graph.nodes) == 3
+    assert sum("new_empty" in str(node.target) for node in graph.subgraphs[0].module.graph.nodes) == 3
 
 
 def test_an_allocation_that_needs_the_op_before_it_stays_behind(cut: Any) -> None:
@@ -112,7 +112,7 @@ def test_numbers_cross_and_sizes_do_not(cut: Any) -> None:
     graph = split_graph(gm)
     assert shape_of(graph) == [0, 1, 0]
     assert not graph.module.graph.find_nodes(op="call_method", target="size")
-    outputs = graph.pieces[0].module(torch.randn(4, 3))
+    outputs = graph.subgraphs[0].module(torch.randn(4, 3))
     assert not any(isinstance(value, torch.Size) for value in outputs)
     assert {value for value in outputs if isinstance(value, int)} == {4, 3}
 
@@ -130,7 +130,7 @@ def test_tuples_stay_in_the_piece_that_made_them(toys: Namespace) -> None:
 
     graph = split(model, torch.randn(4, 3))
     assert shape_of(graph) == [0, 1, 0]
-    assert all(isinstance(value, Tensor) for value in graph.pieces[1].module(torch.randn(4, 3)))
+    assert all(isinstance(value, Tensor) for value in graph.subgraphs[1].module(torch.randn(4, 3)))
     library._destroy()
 
 
@@ -144,12 +144,12 @@ def test_users_mark_their_ops_and_unmark_ours(cut: Any) -> None:
         mark_splitting(op)
         assert splitting_ops()[-2:] == ["toys::cut", "aten::cos"]
     torch._dynamo.reset()
-    assert [piece.ops for piece in split(model, torch.randn(4, 3)).pieces] == [(), ("toys::cut", "aten::cos"), ()]
+    assert [piece.ops for piece in split(model, torch.randn(4, 3)).subgraphs] == [(), ("toys::cut", "aten::cos"), ()]
     mark_splitting(cut, False)
     assert splitting_ops()[-1] == "aten::cos"
     assert "toys::cut" not in splitting_ops()
     torch._dynamo.reset()
-    assert [piece.ops for piece in split(model, torch.randn(4, 3)).pieces] == [(), ("aten::cos",), ()]
+    assert [piece.ops for piece in split(model, torch.randn(4, 3)).subgraphs] == [(), ("aten::cos",), ()]
 
 
 def test_an_op_that_there_is_not_is_no_splitting_op() -> None:

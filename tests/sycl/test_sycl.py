@@ -126,7 +126,7 @@ def test_an_empty_row_that_would_begin_anew_keeps_its_slot(vendor: Calls) -> Non
     judge(gdn_mixing, as_sample("prefills", arguments), on_sycl)
 
 
-def test_what_nobody_left_in_the_spare_slot_reaches_no_output(vendor: Calls) -> None:
+def test_what_padding_left_in_the_spare_slot_reaches_no_output(vendor: Calls) -> None:
     sample = sample_of("padding rows")
     spoilt = sample.clone()
     for name in ("conv_state", "ssm_state"):
@@ -163,7 +163,7 @@ def speculative(slots: list[list[int]], accepted: list[int]) -> tuple[Sample, Sa
 @pytest.mark.parametrize("slots", [[[1, 2, 3], [4, 5, 6]], [[0, 0, 0], [4, 5, 6]], [[1, 2, 3], [-1, -1, -1]]], ids=str)
 def test_speculative_decodes(vendor: Calls, slots: list[list[int]], accepted: list[int]) -> None:
     mine, composed = speculative(slots, accepted)
-    somebody = [i for i, row in enumerate(slots) if row[0] > 0]
+    active = [i for i, row in enumerate(slots) if row[0] > 0]
     truth = composed.clone()
 
     def front(*args: Any, **kwargs: Any) -> None:
@@ -174,7 +174,7 @@ def test_speculative_decodes(vendor: Calls, slots: list[list[int]], accepted: li
             arguments[name] = given[name]
         on_sycl(*as_sample("", arguments).args, z=arguments["z"], null_slot=0, out=arguments["out"])
         windows, rolling = arguments["conv_state"], given["conv_state"]
-        for i in somebody:
+        for i in active:
             for t, slot in enumerate(slots[i]):
                 rolling[slots[i][0], :, t : t + 3] = windows[slot]
         for slot in (7, 8):
@@ -190,7 +190,7 @@ def test_speculative_decodes(vendor: Calls, slots: list[list[int]], accepted: li
     ("slots", "told"),
     [
         ([[1, 2, 3], [4, 5, -1]], [[1, 2, 3], [4, 5, 0]]),  # a state that is not stored
-        ([[1, -1, 3], [4, 5, 6]], [[0, 0, 0], [4, 5, 6]]),  # what it would go on from is nobody's
+        ([[1, -1, 3], [4, 5, 6]], [[0, 0, 0], [4, 5, 6]]),  # its initial state is in a null slot
     ],
 )
 def test_what_goes_to_the_spare_slot(vendor: Calls, slots: list[list[int]], told: list[list[int]]) -> None:
@@ -256,12 +256,12 @@ REFUSED = [
     (
         "conv_state",
         lambda state: state.contiguous(),
-        "takes a conv_state whose channels lie together, a view (slots, state_len, dim) transposed",
+        "takes a conv_state with adjacent channels, a view (slots, state_len, dim) transposed",
     ),
     (
         "ssm_state",
         lambda state: state.mT.contiguous().mT,
-        "takes an ssm_state whose slots are each contiguous",
+        "takes an ssm_state with contiguous slots",
     ),
 ]
 

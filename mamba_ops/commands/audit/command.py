@@ -1,9 +1,10 @@
-"""The subcommand itself: its options, and how it ends."""
+"""The subcommand: its options, its output and its exit status."""
 
 import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.console import Console
 from mamba_ops.audit.report import Report
 from mamba_ops.audit.show import show, show_changes
 from mamba_ops.commands.audit import target as auditing
+from mamba_ops.commands.audit.child import ReportedError, run_in_child
 from mamba_ops.commands.options import Config, configured, fail
 
 FAIL_ON = ("break", "recompile", "fallback", "copy", "jit", "sync", "kernel", "capture")
@@ -51,7 +53,8 @@ def audit(
         Path | None, typer.Option("--compare", metavar="OTHER.json", help="Say what changed since.", dir_okay=False)
     ] = None,
     limit: Annotated[
-        float | None, typer.Option(min=1, metavar="SECONDS", help="When to stop and show what is known.")
+        float | None,
+        typer.Option(min=1, metavar="SECONDS", help="Audit in a child process, end it then, and show what is known."),
     ] = None,
 ) -> None:
     """Say why a model breaks under torch.compile, on which line, and what to change."""
@@ -62,60 +65,65 @@ def audit(
     if unknown := [kind for kind in wanted if kind not in FAIL_ON]:
         fail(f"--fail-on: got {', '.join(unknown)}, expected some of {', '.join(FAIL_ON)}")
     before = _read(other) if other else None
-    ended: BaseException | None = None
     failed: Exception | None = None
     report = Report(target, device, finished=False)
     try:
         auditing.is_absent(device)
     except RuntimeError:
         fail(f"--device: got {device}, expected cpu, cuda or xpu")
-    # What the user's code prints must not end up in the data.
+    # What the user's code prints must not be mixed into the JSON.
     printed = contextlib.redirect_stdout(sys.stderr) if stdout_is_json else contextlib.nullcontext()
     if script and (shapes or mode or train or copies or layers or full or ours or device != "cpu"):
         fail("--run goes with --backend, --json, --html, --fail-on, --compare, --limit: the script says the rest")
     try:
-        if script:
-            with printed, configured(backend, None):
-                report, ended = auditing.run_script(target, arguments or [], limit)
-        elif arguments:
+        if arguments and not script:
             fail(f"got {' '.join(arguments)} after the target, expected that with --run alone")
-        else:
-            sizes = auditing.read_shapes(shapes) if shapes else None
-            copies = copies or "copy" in wanted  # copies are counted only if they are looked for
-            options = auditing.Options(target, device, sizes, mode, train, copies, layers, full, ours, limit)
-            status: Any = errors.status(f"{target} on {device}") if errors.is_terminal else contextlib.nullcontext()
-            with printed, status as shown, configured(backend, device):
-
-                def progress(step: str) -> None:
-                    if shown is not None:
-                        shown.update(step)
-                    else:
-                        errors.print(f"{step} ...", markup=False)
-
-                auditing.run(options, report, progress)
-    except (auditing.UserError, auditing.ReportedError) as error:
+        options = auditing.Options(
+            target,
+            device,
+            shapes=auditing.read_shapes(shapes) if shapes else None,
+            mode=mode,
+            backend=backend,
+            train=train,
+            copies=copies or "copy" in wanted,  # copies are counted only if they are looked for
+            layers=layers,
+            full=full,
+            ours=ours,
+            limit=limit,
+            arguments=(arguments or []) if script else None,
+        )
+        with printed, configured(backend, None if script else device):
+            if limit is not None or auditing.is_absent(device):
+                auditing.check(options)
+                run_in_child(options, report, keep_stdout=script and not stdout_is_json)
+            else:
+                with _shown_steps(errors, target, device, script) as progress:
+                    auditing.run_here(options, report, progress)
+    except (auditing.UserError, ReportedError) as error:
         failed = error
     except KeyboardInterrupt:
         report.finished = False
     report.sort()
-    if failed is None or report.calls:  # else nothing is known
+    if failed is None or report.calls:  # else the report is empty
         _write(report, console, json_file, html_file, before)
     if isinstance(failed, auditing.UserError):
         auditing.show_cause(failed)
         fail(failed)
     if failed is not None:
         raise typer.Exit(2)
-    if isinstance(ended, SystemExit):
-        errors.print(f"mamba-ops: {target} ended with status {ended.code}", markup=False, soft_wrap=True)
-        raise typer.Exit(2)
-    if ended is not None and not isinstance(ended, KeyboardInterrupt):
-        failure = auditing.UserError(f"{target} raised {type(ended).__name__}")
-        failure.__cause__ = ended
-        auditing.show_cause(failure)
-        fail(failure)
     if not report.finished:
         raise typer.Exit(130)
     raise typer.Exit(1 if report.failing(wanted) else 0)
+
+
+@contextlib.contextmanager
+def _shown_steps(console: Console, target: str, device: str, script: bool) -> Iterator[Callable[[str], None]]:
+    """Show the steps of an audit: on a terminal the present one, in a log one a line; a script has none."""
+    if script or not console.is_terminal:
+        yield lambda step: console.print(f"{step} ...", markup=False)
+        return
+    with console.status(f"{target} on {device}") as status:
+        yield status.update
 
 
 def _write(

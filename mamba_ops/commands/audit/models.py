@@ -34,7 +34,7 @@ _SMALL = {  # what makes a config small; a name that it does not have is left ou
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
-_OF_TYPE: dict[str, dict[str, Any]] = {  # where sizes depend on one another, or two layers would be of one kind
+_OF_TYPE: dict[str, dict[str, Any]] = {  # where sizes depend on each other, or two layers need to be of two kinds
     "mamba": {"intermediate_size": 128},
     "mamba2": {"num_heads": 4, "head_dim": 32, "n_groups": 1, "chunk_size": 32},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
@@ -86,7 +86,7 @@ def build(what: str, *, layers: int | None = None, full: bool = False) -> tuple[
     for name, value in wanted.items():
         if name in text.to_dict():
             setattr(text, name, value)
-    for name, value in text.to_dict().items():  # such as the one that pads
+    for name, value in text.to_dict().items():  # such as that of padding
         if name.endswith("_token_id") and isinstance(value, int) and value >= text.vocab_size:
             setattr(text, name, None)
     for name in ("layer_types", "layers_block_type"):
@@ -112,7 +112,7 @@ def build(what: str, *, layers: int | None = None, full: bool = False) -> tuple[
 
 
 def _kinds(types: list[str], count: int) -> list[str]:
-    """Return kinds for so many layers, with each kind among them if there is room."""
+    """Return kinds for `count` layers, with each kind among them if there are enough layers."""
     kept = (types * count)[:count]
     missing = [kind for kind in dict.fromkeys(types) if kind not in kept]
     for at, kind in enumerate(missing[: max(count - 1, 0)]):

@@ -1,24 +1,19 @@
-"""What `mamba-ops audit` does, without its options: finds the target, audits it here or in a child process."""
+"""What `mamba-ops audit` does in one process: finds the target, a model or a script, and audits it."""
 
 import contextlib
 import dataclasses
 import itertools
-import json
-import os
 import runpy
-import subprocess
 import sys
-import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from mamba_ops.audit.limit import at_most
 from mamba_ops.audit.report import Report
 from mamba_ops.audit.run import ModelError, audit, quiet_torch, watch
 from mamba_ops.audit.source_locations import is_audit_code, is_user_code
@@ -29,22 +24,26 @@ TRANSFORMERS = "transformers:"
 
 @dataclasses.dataclass
 class Options:
-    """The options of one audit; a child process gets them as JSON."""
+    """The options of one audit; a child process gets them as JSON.
+
+    Attributes:
+        target, device, shapes, mode, backend, train, copies, layers, full, ours: as for the command.
+        limit: seconds, after which a child process is ended. None: no limit.
+        arguments: of a script. None: the target is a model.
+    """
 
     target: str
     device: str = "cpu"
     shapes: list[list[int]] | None = None
     mode: str | None = None
+    backend: str | None = None
     train: bool = False
     copies: bool = False
     layers: int | None = None
     full: bool = False
     ours: bool = False
     limit: float | None = None
-
-
-class ReportedError(Exception):
-    """The command ends with status 2, and the reason is printed already."""
+    arguments: list[str] | None = None
 
 
 class UserError(Exception):
@@ -72,26 +71,25 @@ def is_absent(device: str) -> bool:
     return kind != "cpu" and not torch.get_device_module(kind).is_available()
 
 
-def run(options: Options, report: Report, progress: Callable[[str], None]) -> Report:
-    """Audit a target; `report` holds what is known if it is interrupted.
+def check(options: Options) -> None:
+    """Raise a UserError for options that do not go together."""
+    if options.train and is_absent(options.device):
+        raise UserError(
+            f"{options.device} is not present on this machine, and it cannot be given gradients; "
+            "leave --train out, or take --device cpu"
+        )
+
+
+def run_here(options: Options, report: Report, progress: Callable[[str], None]) -> None:
+    """Audit a target in this process; `report` holds what is known if it is interrupted.
 
     Raises:
-        UserError: nothing could be audited.
+        UserError: the target cannot be found or run.
     """
-    if is_absent(options.device):
-        if options.train:
-            raise UserError(
-                f"{options.device} is not present on this machine, and it cannot be given gradients; "
-                "leave --train out, or take --device cpu"
-            )
-        return _in_child(options, report)
-    return run_here(options, report, progress)
-
-
-def run_here(options: Options, report: Report, progress: Callable[[str], None]) -> Report:
-    """Audit a target in this process."""
-    report.target = options.target
-    with _user_errors(), at_most(options.limit), contextlib.ExitStack() as stack:
+    if options.arguments is not None:
+        _run_script(options.target, options.arguments, report)
+        return
+    with _user_errors(), contextlib.ExitStack() as stack:
         progress("loading the model")
         model, calls = _load(options)
         (args, kwargs), *more = calls
@@ -125,7 +123,6 @@ def run_here(options: Options, report: Report, progress: Callable[[str], None]) 
         progress("asking Triton for variants of the kernels")
         kernels = audit_specialization(options.device)
         report.notes += [kernels.summary, *kernels.problems]
-    return report
 
 
 def _load(options: Options) -> tuple[Any, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
@@ -159,7 +156,7 @@ def _user_errors() -> Iterator[None]:
 
 
 def show_cause(error: UserError) -> None:
-    """Print the user's own traceback: from the user's first frame to the audit's, which intercepts the ops."""
+    """Print the traceback of an error in user code, without the frames of torch and of the audit around it."""
     if error.__cause__ is None:
         return
     shown = traceback.TracebackException.from_exception(error.__cause__)
@@ -170,96 +167,24 @@ def show_cause(error: UserError) -> None:
     sys.stderr.writelines(shown.format())
 
 
-# -- a device that is not present --------------------------------------------------------------------------------------
-
-_BOOTSTRAP = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from mamba_ops.commands.audit.target import child; child(sys.argv[2], sys.argv[3])"
-)
+# -- a script ---------------------------------------------------------------------------------------------------------
 
 
-def _in_child(options: Options, report: Report) -> Report:
-    """Audit in a child process, as an absent device stays in its process for good; its progress goes to stderr."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder, "report.json")
-        command = [sys.executable, "-c", _BOOTSTRAP, json.dumps(sys.path), json.dumps(vars(options)), str(answer)]
-        # Interpreted kernels are Python that Dynamo would trace; the device would be given compiled ones.
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        process = subprocess.Popen(
-            command, env=environment, stdout=sys.stderr.fileno() if _has_descriptor() else subprocess.DEVNULL
-        )
-        interrupted = False
-        try:
-            process.wait()
-        except KeyboardInterrupt:  # the child was interrupted too, and writes what it knows
-            interrupted = True
-            with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
-                process.wait(30)
-            process.kill()
-        if answer.exists():
-            vars(report).update(vars(Report.from_json(answer.read_text(encoding="utf-8"))))
-        if process.returncode == 2:
-            raise ReportedError  # by the child
-        if not (answer.exists() or interrupted):
-            raise UserError(f"the child process for {options.device} ended with status {process.returncode}")
-    return report
-
-
-def _has_descriptor() -> bool:
-    try:
-        return sys.stderr.fileno() >= 0
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _print_step(step: str) -> None:
-    sys.stderr.write(f"{step} ...\n")
-    sys.stderr.flush()
-
-
-def child(options_text: str, answer: str) -> NoReturn:
-    """Audit in this process and write the report; what the user's code prints goes to stderr."""
-    options = Options(**json.loads(options_text))
-    report = Report(options.target, options.device, absent=True, finished=False)
-    status = 0
-    try:
-        run_here(options, report, _print_step)
-    except UserError as error:
-        report.finished = False
-        show_cause(error)
-        sys.stderr.write(f"mamba-ops: {error}\n")
-        status = 2
-    except KeyboardInterrupt:
-        report.finished = False
-        status = 130
-    Path(answer).write_text(report.to_json(), encoding="utf-8")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # the streams of an absent device cannot be closed
-
-
-# -- a script of the user's -------------------------------------------------------------------------------------------
-
-
-def run_script(script: str, arguments: list[str], limit: float | None = None) -> tuple[Report, BaseException | None]:
-    """Run a script as Python would, watching torch.compile; also return the exception that ended it, if any."""
+def _run_script(script: str, arguments: list[str], report: Report) -> None:
+    """Run a script as Python would, watching torch.compile."""
     path = Path(script)
     if not path.is_file():
         raise UserError(f"there is no file {script}")
-    ended: BaseException | None = None
     argv, paths = sys.argv, list(sys.path)
     sys.argv, sys.path[:] = [script, *arguments], [str(path.resolve().parent), *sys.path]
     try:
-        with watch(script) as report:
-            try:
-                with quiet_torch(), warnings.catch_warnings(), at_most(limit):
-                    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._dynamo")
-                    runpy.run_path(script, run_name="__main__")
-            except SystemExit as error:
-                ended = error if error.code not in (None, 0) else None
-            except BaseException as error:
-                ended = error
+        with watch(script, report), quiet_torch(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._dynamo")
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as error:
+        if error.code not in (None, 0):
+            raise UserError(f"{script} ended with status {error.code}") from None
+    except Exception as error:
+        raise UserError(f"{script} raised {type(error).__name__}") from error
     finally:
         sys.argv, sys.path[:] = argv, paths
-    report.finished = not isinstance(ended, KeyboardInterrupt)
-    return report, ended

@@ -22,9 +22,9 @@ def compare(
 ) -> None:
     """Run a model of yours on one backend after the other: time, largest difference, refusals, recompiles."""
     with failing(TargetError, RegistryError):
-        from mamba_ops.commands.compare import comparison  # imports torch.compile, which takes seconds
+        from mamba_ops.commands.compare import comparison  # --help does without it
 
-        console = Console(highlight=False, markup=False)  # a refusal may hold brackets
+        console = Console(highlight=False, markup=False)  # refusals may contain brackets
         names = [name.strip() for name in backends.split(",") if name.strip()] if backends else None
         with configured(backend, device), Steps(console) as progress:
             found = comparison.compare(target, names, device=device or devices()[0], layers=layers, progress=progress)

@@ -1,4 +1,4 @@
-"""One model on several backends: how fast each is, how far apart they are, what they refuse, what is recompiled."""
+"""Compares backends on one model: times, differences of the outputs, refusals and recompiles."""
 
 import time
 from collections import Counter
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba_ops.audit import _torch
 from mamba_ops.commands.targets import Target, TargetError, as_target, load_target
-from mamba_ops.commands.watch import device_name, watch_compiler  # imports torch.compile, which takes seconds
+from mamba_ops.commands.watch import device_name, watch_compiler
 from mamba_ops.registry import NoBackendError, backends, record_selections, use_backend
 from mamba_ops.registry.snapshot import COMPOSED
 
@@ -25,7 +26,7 @@ class Row:
 
     Attributes:
         backend: the name asked for; ops for which it has no kernel run in the default order.
-        refusal: why it does not take a call; then there is nothing else.
+        refusal: why it does not take a call; then the other attributes keep their defaults.
         eager_ms, compiled_ms: all calls, one after the other.
         difference: of an output, eager or compiled, from the eager one of the first backend that ran; at most.
         recompiles: how often something was compiled again while this backend ran.
@@ -47,7 +48,7 @@ class Comparison:
 
     Attributes:
         rows: one a backend.
-        device: what ran them.
+        device: the name of the device.
         calls: how many calls of the model were compared.
         graphs: how many graphs all of it took.
         largest: the largest output.
@@ -97,7 +98,7 @@ def compare(
         target: what `mamba-ops compare` takes, or a model and its inputs: a tensor, a tuple, a dict, or a list of
             these. The model goes to eval mode and to the device; buffers that calls change are put back.
         backends: names; the first is compared with. None: all that can run on the device.
-        device: where.
+        device: the device to run on.
         layers: of a model of Transformers with random weights.
         progress: called with each step that begins.
 
@@ -115,7 +116,7 @@ def compare(
     for name in names:
         with use_backend(name):  # raises for an unknown name, before anything runs
             pass
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(found.model, dynamic=True)
     rows: list[Row] = []
     expected: list[list[Tensor]] = []
@@ -155,11 +156,11 @@ def _usable(device: torch.device) -> list[str]:
 
 
 def _bind(model: nn.Module, stack: ExitStack) -> None:
-    """Let a model of Transformers run on our ops; any other calls them itself."""
+    """Let a model of Transformers run on our ops; other models call them directly."""
     if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
         from mamba_ops.compat.transformers import use_mamba_ops
 
-        with suppress(ValueError):  # without Mamba-2 mixers it may still call our ops by itself
+        with suppress(ValueError):  # a model without such mixers may call our ops directly
             stack.enter_context(use_mamba_ops(model))
 
 
@@ -168,8 +169,7 @@ def _outputs(target: Target, model: Callable[..., Any]) -> list[list[Tensor]]:
     buffers = {name: buffer.clone() for name, buffer in target.model.named_buffers()}
     results = []
     for call in target.calls:
-        leaves = torch.utils._pytree.tree_leaves(call.on(model))
-        results.append([leaf.double() for leaf in leaves if isinstance(leaf, Tensor)])
+        results.append([tensor.double() for tensor in _torch.tensors_in(call.on(model))])
     for name, buffer in target.model.named_buffers():
         buffer.copy_(buffers[name])
     return results

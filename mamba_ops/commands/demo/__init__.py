@@ -1,4 +1,4 @@
 """The demo: Transformers' own Mamba-2 compiles into one graph through our ops, and the backend changes under it.
 
-`run.run_demo` returns data, `show.show` prints it. What measures here is what the benchmarks measure with.
+`run.run_demo` returns data, `show.show` prints it. The benchmarks use its measuring code.
 """

@@ -29,7 +29,7 @@ def demo(
 ) -> None:
     """Transformers' own Mamba-2, stock against ours: compiled for three prompts; decoding while the backend changes."""
     with failing(TargetError, RegistryError):
-        from mamba_ops.commands.demo import run  # imports torch.compile, which takes seconds
+        from mamba_ops.commands.demo import run  # --help does without it
         from mamba_ops.commands.demo.show import show
 
         console = Console(highlight=False)

@@ -52,7 +52,7 @@ def decode(
     from mamba_ops.compat.transformers import use_mamba_ops
 
     tokens = torch.tensor([prompt], device=device)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True)
     runs: list[Decoding] = []
     with torch.no_grad(), quiet_transformers(), loop_backend(), watch_compiler() as watch:

@@ -1,4 +1,4 @@
-"""A second backend for the demo, because a CPU has one of its own: the references of both decode ops, row by row.
+"""A second backend for the demo, as a CPU has one only: the references of both decode ops, row by row.
 
 It is added as any package adds a backend, and refuses what it does not take.
 """

@@ -1,4 +1,4 @@
-"""Prompts of several lengths read by a compiled model of Transformers: in a child process, so that it can be stopped.
+"""Times a compiled model of Transformers on prompts of several lengths, in a child process that can be stopped.
 
 Stock and ours are measured by the same code, each in a process of its own.
 """
@@ -104,7 +104,7 @@ def measure(job: Job, progress: Progress, report: Callable[[Prefill], None]) -> 
             from mamba_ops.compat.transformers import use_mamba_ops
 
             stack.enter_context(use_mamba_ops(model))
-        eager = [_timed(model, prompt) for prompt in prompts for _ in range(2)][1::2]  # each the second time
+        eager = [_timed(model, prompt) for prompt in prompts for _ in range(2)][1::2]  # the second of two runs
         measured = replace(
             measured,
             eager_tokens_per_s=sum(measured.lengths) / sum(seconds for seconds, _ in eager),
@@ -112,9 +112,9 @@ def measure(job: Job, progress: Progress, report: Callable[[Prefill], None]) -> 
             largest_logit=max(float(e.abs().max()) for e in expected),
         )
 
-        progress("setting torch.compile up")  # once in a process, and no model's fault
+        progress("setting torch.compile up")  # once in a process, for any model
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-        torch._dynamo.reset()
+        torch.compiler.reset()
         compiled = torch.compile(model, dynamic=job.dynamic)
         watch = stack.enter_context(watch_compiler())
         report(measured)
@@ -153,7 +153,7 @@ def _timed(model: Callable[..., Any], prompt: Tensor) -> tuple[float, Tensor]:
 
 
 def child() -> None:
-    """Do the job that stands on stdin, saying so in lines of JSON on stdout; what others print goes to stderr."""
+    """Do the job given on stdin; write steps and results as lines of JSON to stdout, and all other output to stderr."""
     lines, sys.stdout = sys.stdout, sys.stderr
 
     def write(kind: str, what: Any) -> None:

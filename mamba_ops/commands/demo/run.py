@@ -1,4 +1,4 @@
-"""The demo: Transformers' own Mamba-2, stock against ours, on a real text; `run_demo` returns what it saw as data."""
+"""The demo: Transformers' own Mamba-2, stock against ours, on a real text; `run_demo` returns its results as data."""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -19,11 +19,11 @@ PROMPT, WRITTEN = 300, 64  # tokens: what decoding goes on from, and how many it
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demo saw.
+    """The results of the demo.
 
     Attributes:
-        model: what ran, in words.
-        device: what ran it.
+        model: a description of the model.
+        device: the name of the device.
         stock, ours: prompts of several lengths, read without a cache.
         decoding: a prompt continued with a cache, in four ways; stock's comes first.
         swap_to: the backend that the last of them changed to in the middle.

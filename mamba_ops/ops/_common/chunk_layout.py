@@ -18,12 +18,12 @@ def most_chunks(tokens: int, n: int, chunk_size: int, num_computed_tokens: Tenso
 
 
 class ChunkLayout(NamedTuple):
-    """The tokens of all rows arranged in pieces: chunks, or equal parts of them."""
+    """The tokens of all rows arranged in pieces: chunks, or equal parts of chunks."""
 
-    row: Tensor  # (pieces,): the row that it belongs to
-    number: Tensor  # (pieces,): its number within the row
+    row: Tensor  # (pieces,): the row of each
+    number: Tensor  # (pieces,): the number of each within its row
     closes: Tensor  # (pieces,): whether it is the last one of its chunk
-    token: Tensor  # (pieces, size): the tokens there, by their place among all rows' tokens; 0 where there is none
+    token: Tensor  # (pieces, size): indices of the tokens among those of all rows; 0 where there is none
     inside: Tensor  # (pieces, size): whether there is one
     of_row: Tensor  # (n,): how many pieces each row has
     end: Tensor  # (n,): the piece after its last one
@@ -36,7 +36,7 @@ class ChunkLayout(NamedTuple):
         return torch.where(inside.view(*inside.shape, *[1] * (tokens.dim() - 2)), tokens, 0).to(dtype)
 
     def store(self, output: Tensor, values: Tensor) -> None:
-        """Store values that are arranged so at their tokens in `output`; the rest of it stays."""
+        """Store values of this layout at their tokens in `output`; its other entries stay as they are."""
         packed = output if self.packed else output.new_empty(output.flatten(0, 1).shape)
         store_rows(packed, self.token.flatten(), values.flatten(0, 1), self.inside.flatten())
         if not self.packed:

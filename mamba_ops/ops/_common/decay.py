@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def finite_rates(rates: Tensor) -> Tensor:
+    """Return rates of which a step of 0 makes a decay of 1: -1e30 stands for -inf."""
+    return rates.clamp(min=-1e30)
+
+
 def log_decay_between(log_decay: Tensor) -> Tensor:
     """Return the logarithm of the decay from token j to token i, `(..., i, j)`, -inf where j comes after i.
 

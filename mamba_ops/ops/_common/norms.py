@@ -1,4 +1,4 @@
-"""The RMS norm, for an op that has one inside and for the layers."""
+"""The RMS norm, for mamba_mixing and for the layers."""
 
 import torch
 from torch import Tensor

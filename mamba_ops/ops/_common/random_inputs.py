@@ -1,4 +1,4 @@
-"""Inputs for call patterns: any numbers of rows and tokens, and tensors that begin anywhere in memory."""
+"""Inputs for call patterns: any numbers of rows and tokens, and tensors at any offset in memory."""
 
 import math
 import random
@@ -18,14 +18,14 @@ SPECULATED = 3  # the most tokens of a speculative decode
 
 
 class RandomInputs:
-    """What one call is made of: its sizes, and functions that make its tensors.
+    """The sizes of one call, and functions that make its tensors.
 
     Args:
         device: where the tensors are.
         rows: how many sequences.
         length: tokens of each row; with `rng`, of the longest.
-        rng: draws the rows' lengths, and where each tensor begins in a larger one. Without it every tensor has memory
-            of its own, and normally distributed numbers.
+        rng: draws the rows' lengths, and the offset of each tensor in a larger one. Without it every tensor has its own
+            memory, and normally distributed numbers.
         slots: how many slots caches have. None: one for each row, and a few more with `rng`.
         sizes: static sizes that replace the defaults of the op's patterns, by the patterns' names for them.
         dtype: of activations.
@@ -82,7 +82,7 @@ class RandomInputs:
         return self.placed((self.cache_slots, *trail), dtype or self.state_dtype)
 
     def weight(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return a parameter, negative as A is: it stays where it is, at a multiple of 16 bytes."""
+        """Return a parameter, negative as A is; its address is a multiple of 16 bytes, as parameters have it."""
         return -torch.rand(shape, dtype=dtype, device=self.device)
 
     def row_values(self, value: int, dtype: torch.dtype) -> Tensor:
@@ -90,18 +90,18 @@ class RandomInputs:
         return self.placed((self.rows,), dtype).fill_(value)
 
     def sequence_arguments(self, words: set[str]) -> dict[str, Any]:
-        """Return what ops that read sequences are told of their rows."""
-        told: dict[str, Any] = {"cu_seqlens": self._cu_seqlens()}
+        """Return the keywords of ops that read sequences, about their rows."""
+        keywords: dict[str, Any] = {"cu_seqlens": self._cu_seqlens()}
         if "cached" in words:
-            told |= {"slots": self._slots(), "has_initial_state": self.row_values(1, torch.bool)}
-        return told
+            keywords |= {"slots": self._slots(), "has_initial_state": self.row_values(1, torch.bool)}
+        return keywords
 
     def update_arguments(self, words: set[str]) -> dict[str, Any]:
-        """Return what ops that advance states are told of their rows."""
+        """Return the keywords of ops that advance states, about their rows."""
         if "speculative" not in words:
             return {"slots": self._slots()}
-        told = {"slots": self._slots(SPECULATED), "num_accepted_tokens": self.row_values(1, torch.int32)}
-        return {**told, "cu_seqlens": self._cu_seqlens()}
+        keywords = {"slots": self._slots(SPECULATED), "num_accepted_tokens": self.row_values(1, torch.int32)}
+        return {**keywords, "cu_seqlens": self._cu_seqlens()}
 
     def mixed_plan(self) -> PlanTensors:
         """Return a plan of `rows` decodes of one token, as many prefills of two, and three padding rows."""
@@ -123,9 +123,9 @@ class RandomInputs:
         )
 
     def placed(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return a tensor that is dense within an entry of its first dimension, and begins anywhere."""
+        """Return a tensor at any offset; each entry along its first dimension is dense."""
         inner = math.prod(shape[1:])
-        # Most tensors lie as in memory of their own; some begin anywhere, and some of those have gaps.
+        # Most tensors have offset 0 and no gaps, some have another offset, and some of those have gaps.
         before = self._any(1, 9) * (self._any(0, 3) == 1)
         apart = self._any(0, 9) if before else 0
         flat = torch.zeros(before + shape[0] * (inner + apart), dtype=dtype, device=self.device)

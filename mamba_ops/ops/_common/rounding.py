@@ -1,4 +1,4 @@
-"""Stochastic rounding to float16, as a function of a seed and of where a number is stored."""
+"""Stochastic rounding to float16, as a function of a seed and of the slot and index that a number is stored at."""
 
 import math
 
@@ -13,7 +13,7 @@ def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor], rounds: int) ->
     """Philox-4x32 of "Parallel random numbers: as easy as 1, 2, 3" (Salmon, Moraes, Dror and Shaw).
 
     Args:
-        seed: one int64: the key is its low and its high half.
+        seed: one int64; its low and its high half are the key.
         counter: the first three words of the counter, int64 tensors of one shape; the fourth is 0.
         rounds: how often the words are mixed; 10 is what the authors advise.
 
@@ -40,7 +40,7 @@ def _product(factor: int, words: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_stochastically(states: Tensor, seed: Tensor, slots: Tensor, rounds: int) -> Tensor:
-    """Return states as float16, every number rounded to one of its two neighbours there, in the mean to itself.
+    """Return states as float16, every number rounded to one of its two float16 neighbours, without a bias in the mean.
 
     The entry (..., p, s) of a slot's state, p counted through all of its channels, has the word s % 4 of
     philox(seed, (s // 4, p, slot)), and u is the word's upper 24 bits as a number from 0 to 1, which is excluded. A

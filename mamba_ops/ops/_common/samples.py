@@ -1,4 +1,4 @@
-"""What samples and wrong calls are made of."""
+"""Helpers for the samples and the error inputs of ops."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

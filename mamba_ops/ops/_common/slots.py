@@ -75,7 +75,7 @@ def update_ends(
     inside: Tensor,
     cache: Tensor | None,
 ) -> UpdateEnds:
-    """Read both tables for rows whose tokens are `inside`, (n, length); raises IndexError as `require_slots` does.
+    """Read both tables for rows with the tokens `inside`, (n, length); raises IndexError as `require_slots` does.
 
     With num_accepted_tokens a row keeps the state after every token, as far as there are columns; otherwise it keeps
     the last one, in column 0.

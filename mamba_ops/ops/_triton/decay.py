@@ -24,6 +24,12 @@ _UNITS: tl.constexpr = tl.constexpr(2.0**40)
 
 
 @triton.jit
+def finite_rate(rate):
+    # A rate of which a step of 0 makes a decay of 1: -1e30 stands for -inf.
+    return tl.where(rate < -1e30, -1e30, rate)
+
+
+@triton.jit
 def exact_sums(log2_decay):
     # Of a chunk's tokens, the first axis: sums up to each token with it, and of those after it, in units of 2^-40.
     # NaN counts as -256: a caller makes it NaN elsewhere.

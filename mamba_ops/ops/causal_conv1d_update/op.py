@@ -32,6 +32,7 @@ class Arguments(NamedTuple):
     reference="mamba_ops.ops.causal_conv1d_update.reference:causal_conv1d_update",
     arguments=Arguments,
     replaces="causal_conv1d_update",
+    out_may_be="x",
 )
 def causal_conv1d_update(
     x: Tensor,
@@ -59,7 +60,7 @@ def causal_conv1d_update(
         num_accepted_tokens: int32 or int64 `(n,)`; speculative decoding: how many tokens of the last call were right.
         silu: apply silu to the result.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero and no state is touched.
-        out: like `x`, of any floating dtype. Mutated.
+        out: like `x`, of any floating dtype, in other memory or `x` itself. Mutated.
 
     All floating dtypes mix; everything is computed in float32 (float64 for float64 `x`) and rounded once at each store.
     A row without tokens leaves its state alone; tokens that belong to no row are neither read nor written.

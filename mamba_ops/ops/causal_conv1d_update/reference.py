@@ -38,10 +38,9 @@ def _step(
         acc = acc / (1 + torch.exp(-acc))  # not torch.sigmoid: on a CPU its last bit depends on an element's place
     if is_active is not None:
         acc = torch.where(is_active.view(n, 1, 1), acc, 0)
-    output.copy_(acc.view_as(x))
-
-    # Old entries move as they are, new ones are rounded to the state's dtype.
+    # Old entries move as they are, new ones are rounded to the state's dtype. Read first: `output` may be `x`.
     moved = torch.cat((old, new.to(old.dtype)), dim=1)[:, new.shape[1] :].transpose(1, 2)
+    output.copy_(acc.view_as(x))
     if is_active is None:
         state.copy_(moved)
     else:

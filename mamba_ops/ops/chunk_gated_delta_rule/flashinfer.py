@@ -28,8 +28,7 @@ def unsupported_layout(output: Tensor) -> str | None:
 def chunk_gated_delta_rule(call: "Arguments") -> None:
     """Takes bfloat16 with a k_dim and a v_dim of 128. Needs nvidia-cutlass-dsl.
 
-    The rows' states go through float32 copies: the vendor's own slots know neither rows that are nobody nor write
-    slots.
+    States go through float32 copies: FlashInfer's own slot table has neither padding nor write slots.
     """
     q = call.q
     k = call.k
@@ -66,7 +65,7 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
         use_qk_l2norm_in_kernel=call.qk_l2norm,
         output=written,
         output_state=last,
-        use_cp=False,  # with it, the number of rows would decide on how a row is computed
+        use_cp=False,  # with it, how a row is computed would depend on the number of rows
         backend="flashinfer",
     )
     row, inside = row_of_tokens(ends, written.shape[0])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mamba_ops.backends.flashinfer import INSTALL, cleaned, first_column, nobody, older_than
+from mamba_ops.backends.flashinfer import INSTALL, cleaned, first_column, is_padding, older_than
 from mamba_ops.ops._common.checking import short
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def unsupported_by_both(q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> str | None:
-    """What both of its kernels refuse."""
+    """Return what the kernels of both gated delta rule ops refuse."""
     if reason := older_than(9, q.device):
         return reason
     if importlib.util.find_spec("cutlass") is None:
@@ -48,14 +48,14 @@ def unsupported(call: "Arguments") -> str | None:
         return "takes write_slots together with slots"
     if _needs_spare_slot(call.ssm_state, call.slots, call.write_slots) and call.null_slot != 0:
         return (
-            "runs rows that are nobody in slot 0 where the state is bfloat16 or there are write slots, and null_slot "
+            "runs padding rows in slot 0 where the state is bfloat16 or there are write slots, and null_slot "
             f"is {call.null_slot}; keep slot 0 free and say null_slot=0"
         )
     return None
 
 
 def _needs_spare_slot(ssm_state: Tensor, slots: Tensor | None, write_slots: Tensor | None) -> bool:
-    """Whether the vendor takes slot 0 for every negative slot, and so reads and writes it."""
+    """Whether negative slots have to be given to FlashInfer as slot 0, which it then reads and writes."""
     return write_slots is not None or (slots is not None and ssm_state.dtype == torch.bfloat16)
 
 
@@ -73,8 +73,8 @@ def gated_delta_rule_update(call: "Arguments") -> None:
     """Takes bfloat16 with a k_dim and a v_dim of 128, a float32 or bfloat16 state, and gates that it computes; one
     token a row or a few, neither packed nor speculative. Needs nvidia-cutlass-dsl.
 
-    Where the state is bfloat16 and has slots, or there are write slots, rows that are nobody run in slot 0, which is
-    then scratch: null_slot must be 0.
+    Where the state is bfloat16 and has slots, or there are write slots, padding rows run in slot 0, which is then
+    scratch: null_slot must be 0.
     """
     from flashinfer.gdn_decode import gated_delta_rule_decode_pretranspose as kernel
 
@@ -86,13 +86,13 @@ def gated_delta_rule_update(call: "Arguments") -> None:
         source = cleaned(first_column(call.slots, rows), call.null_slot)
     if source is not None and call.write_slots is not None:
         target = cleaned(first_column(call.write_slots, rows), call.null_slot)
-        target = torch.where(nobody(source), 0, target).clamp_min(0)
+        target = torch.where(is_padding(source), 0, target).clamp_min(0)
     indices = torch.arange(rows, dtype=torch.int32, device=call.v.device) if source is None else source
     if _needs_spare_slot(call.ssm_state, call.slots, call.write_slots):
         indices = indices.clamp_min(0)
 
     def tokens(tensor: Tensor | None) -> Tensor | None:
-        """(rows, length, ...), dense."""
+        """Return an activation as (rows, length, ...), contiguous."""
         return None if tensor is None else (tensor if call.v.dim() == 4 else tensor.unsqueeze(1)).contiguous()
 
     kernel(
@@ -113,4 +113,4 @@ def gated_delta_rule_update(call: "Arguments") -> None:
         backend="flashinfer",
     )
     if source is not None:
-        call.output.masked_fill_(nobody(source, call.output.dim()), 0)
+        call.output.masked_fill_(is_padding(source, call.output.dim()), 0)

@@ -114,7 +114,7 @@ def gated_delta_rule_update(
         qk_l2norm: divide every head of q and k by its length: by sqrt(sum(x^2) + 1e-6).
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and nothing is read or
             stored for it.
-        out: like v, any float dtype; mutated.
+        out: like v, any float dtype, in other memory; mutated.
 
     For every row and head, in float32 at least, from the row's state S on:
 

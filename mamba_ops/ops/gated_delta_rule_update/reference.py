@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mamba_ops.ops._common.decay import finite_rates
 from mamba_ops.ops._common.slots import padded_rows, store_rows, update_ends
 from mamba_ops.ops.gated_delta_rule_update.op import Arguments
 
@@ -15,7 +16,7 @@ def delta_rule_gates(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tu
     d = a.to(upcast) + dt_bias.to(upcast)
     # not torch's softplus and sigmoid: on a CPU their last bits depend on where an element stands
     d = torch.where(d > 20, d, torch.log1p(torch.exp(d)))
-    return -torch.exp(A_log.to(upcast)) * d, 1 / (1 + torch.exp(-b.to(upcast)))
+    return finite_rates(-torch.exp(A_log.to(upcast))) * d, 1 / (1 + torch.exp(-b.to(upcast)))
 
 
 def gated_delta_rule_update(call: Arguments) -> None:

@@ -18,6 +18,7 @@ from mamba_ops.ops._triton.common import (
     or_placeholder,
     softplus,
 )
+from mamba_ops.ops._triton.decay import finite_rate
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
 
@@ -107,7 +108,7 @@ def _kernel(
 
     s = tl.load(offset_ptr(ssm_state, source * slot_stride, ALIGNED) + of_state, in_state, other=0.0).to(tl.float32)
     if RAW:
-        rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
+        rate = finite_rate(-tl.exp(tl.load(A_log + head).to(tl.float32)))
         bias = tl.load(dt_bias + head).to(tl.float32)
 
     for t in range(tokens):

@@ -1,4 +1,4 @@
-"""Intel's SYCL kernel for a whole gated delta net layer's mixing, out of vllm_xpu_kernels."""
+"""Adapter of Intel's SYCL kernel for the mixing of a gated delta net layer, from vllm_xpu_kernels."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -53,7 +53,8 @@ def unsupported(call: "Arguments") -> str | None:
     if width > 5:
         return f"takes a convolution of width 5 at most, and conv_weight has {width}"
     if call.conv_state.shape[2] != width - 1:
-        # Speculative decodes have a window in the slot of every column here, and one long window in column 0 elsewhere.
+        # In speculative decoding it keeps a window in the slot of every column; other backends keep one long window in
+        # column 0.
         return f"keeps {width - 1} inputs in every slot, and conv_state has a state_len of {call.conv_state.shape[2]}"
     if call.counts is not None and call.null_slot < 0:
         return f"runs padding rows in a spare slot, and null_slot is {call.null_slot}; use a slot of the caches"
@@ -65,9 +66,9 @@ def unsupported(call: "Arguments") -> str | None:
 
 def unsupported_layout(call: "Arguments") -> str | None:
     if not call.conv_state[:1].transpose(1, 2).is_contiguous():
-        return "takes a conv_state whose channels lie together, a view (slots, state_len, dim) transposed"
+        return "takes a conv_state with adjacent channels, a view (slots, state_len, dim) transposed"
     if not call.ssm_state[:1].is_contiguous():
-        return "takes an ssm_state whose slots are each contiguous"
+        return "takes an ssm_state with contiguous slots"
     if call.counts is not None and call.slots is not None and call.num_accepted_tokens is not None:
         columns = 1 if call.slots.dim() == 1 else call.slots.shape[1]
         decodes, tokens = call.counts[:2].tolist()
@@ -117,14 +118,15 @@ def gdn_mixing(call: "Arguments") -> None:
         or call.prefill_cu_seqlens is None
         or call.slots is None
     ):
-        return  # mypy: with tokens there is a whole plan
+        return  # for mypy: with tokens the plan is complete
     assert call.has_initial_state is not None
     decodes, decode_tokens, prefills, _ = call.counts.tolist()
     table = call.slots.unsqueeze(1) if call.slots.dim() == 1 else call.slots
     dtype, device = call.projected_qkvz.dtype, call.projected_qkvz.device
     speculative = call.num_accepted_tokens is not None and decodes > 0
 
-    # Rows that are not speculative: the prefills, behind the decodes unless those are. None in the vendor's list: none.
+    # Rows that are not speculative: the prefills, and the decodes before them unless these are speculative. Without
+    # such rows the vendor's arguments for them are None.
     first, rows = decodes if speculative else 0, decodes + prefills
     ends = (call.prefill_cu_seqlens if speculative else call.cu_seqlens)[: rows - first + 1]
     plain = _rows(ends, table[first:rows, 0], table[first:rows, 0], call.null_slot)
@@ -163,7 +165,7 @@ def gdn_mixing(call: "Arguments") -> None:
         padding = torch.cat([guessing.is_padding, padding])
 
     def fit(tensor: Tensor | None) -> Tensor:
-        """What the vendor may write: the tensor itself, if it is dense and of its dtype."""
+        """Return an output for the vendor's op: the tensor itself, if it is contiguous and of the right dtype."""
         if tensor is not None and tensor.dtype == dtype and tensor.is_contiguous():
             return tensor
         return torch.empty(call.output.shape, dtype=dtype, device=device)

@@ -89,7 +89,7 @@ def mamba_chunk_scan(
     Args:
         x: (..., heads, dim).
         dt: (..., heads), the step sizes.
-        A: (heads,); negative.
+        A: (heads,); negative. At -inf a step of 0 decays nothing, and any other all.
         B, C: (..., groups, dstate), with heads a multiple of groups.
         chunk_size: tokens of a chunk, at most; any positive number. Results depend on it by rounding alone.
         D: skip weight, (heads,) or (heads, dim).
@@ -113,7 +113,7 @@ def mamba_chunk_scan(
         chunk_states: (chunks, heads, dim, dstate), any float dtype; mutated. Row c becomes the state after chunk c,
             where chunks are numbered through all rows in order. Entries beyond the last chunk stay. At least
             tokens // chunk_size + n chunks (tokens: n * length without cu_seqlens), with num_computed_tokens n more.
-        out: like x, any float dtype; mutated.
+        out: like x, any float dtype, in other memory; mutated.
 
     For every row and head, in float32 at least, from the row's initial state s on:
 

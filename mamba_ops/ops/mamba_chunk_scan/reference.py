@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import ChunkLayout, chunk_layout, row_count
+from mamba_ops.ops._common.decay import finite_rates, log_decay_between
 from mamba_ops.ops._common.slots import initial_states, row_ends, store_rows
 from mamba_ops.ops.mamba_chunk_scan.op import Arguments
 
@@ -15,16 +16,16 @@ def _scan(
     count, size, heads, dim = x.shape
     groups, dstate = B.shape[-2:]
 
-    # The decay from before the piece to each token, and to the piece's end; by head, or group, before token from here.
-    a = (d * A).cumsum(1).transpose(1, 2)
-    whole = a[..., -1:]
+    # The decay from before the piece to each token, and from token to token; by head, or group, before token from here.
+    a = (d * finite_rates(A)).transpose(1, 2)
+    since, between = torch.exp(a.cumsum(2)), log_decay_between(a).exp_()
     x = (x * d.unsqueeze(3)).transpose(1, 2)
     B, C = B.transpose(1, 2), C.transpose(1, 2)
 
     # What a piece adds to the state, and the state after every piece.
-    ends = (x * torch.exp(whole - a).unsqueeze(3)).reshape(count, groups, -1, size, dim)
+    ends = (x * between[:, :, -1].unsqueeze(3)).reshape(count, groups, -1, size, dim)
     states = (ends.transpose(-1, -2).flatten(2, 3) @ B).view(count, heads, dim, dstate)
-    decay = torch.exp(whole).unsqueeze(3)
+    decay = torch.exp(a.sum(2)).view(count, heads, 1, 1)
     begins = (layout.number == 0).view(-1, 1, 1, 1)
     if initial is not None:
         initial = torch.where(begins, initial[layout.row], 0)
@@ -41,9 +42,8 @@ def _scan(
 
     # What a token reads of the state before the piece, and of the piece's tokens up to itself.
     y = (C @ before.view(count, groups, -1, dstate).transpose(-1, -2)).view(count, groups, size, -1, dim)
-    y = y.transpose(2, 3).reshape(count, heads, size, dim) * torch.exp(a).unsqueeze(3)
-    later = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
-    weights = (a.unsqueeze(3) - a.unsqueeze(2)).masked_fill_(later, -torch.inf).exp_()
+    y = y.transpose(2, 3).reshape(count, heads, size, dim) * since.unsqueeze(3)
+    weights = between
     weights.view(count, groups, -1, size, size).mul_((C @ B.transpose(-1, -2)).unsqueeze(2))
     return (y + weights @ x).transpose(1, 2), states
 

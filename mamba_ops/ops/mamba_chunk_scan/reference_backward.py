@@ -4,14 +4,15 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import ChunkLayout, chunk_layout, row_count
+from mamba_ops.ops._common.decay import finite_rates, log_decay_between
 from mamba_ops.ops.mamba_chunk_scan.training import BackwardArguments
 
 
 def mamba_chunk_scan_backward(call: BackwardArguments) -> None:
     """Recompute decays, products and states piece by piece; then carry the states' gradients from the last piece on.
 
-    Decays are exponentials of sums of what lies between two tokens, never of differences of longer sums, and gradients
-    of such sums add only what depends on them: both are right where one token forgets everything before it.
+    The gradient of a step's decay adds only what reaches past that step, and never takes one sum from another: it is
+    right where a token forgets everything before it.
     """
     heads, dim, dstate = *call.x.shape[-2:], call.B.shape[-1]
     n, compute = row_count(call.x, call.cu_seqlens), torch.promote_types(call.x.dtype, torch.float32)
@@ -47,14 +48,13 @@ def mamba_chunk_scan_backward(call: BackwardArguments) -> None:
     unlimited = torch.where(raw > 20, raw, torch.log1p(torch.exp(raw))) if call.dt_softplus else raw
     inside = layout.inside.unsqueeze(1)
     d = torch.where(inside, unlimited.clamp(call.dt_min, call.dt_max), 0)
-    rate = call.A.to(compute).unsqueeze(1)
+    rate = finite_rates(call.A.to(compute)).unsqueeze(1)
     a = d * rate
     to_end = a.flip(-1).cumsum(-1).flip(-1)
     begin, whole = a.cumsum(-1).exp().unsqueeze(-1), to_end[..., :1].exp().unsqueeze(-1)
     end = torch.cat((to_end[..., 1:], torch.zeros_like(to_end[..., :1])), -1).exp().unsqueeze(-1)
     lower = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
-    steps = a.unsqueeze(-1).expand(*a.shape, size)
-    between = torch.where(lower.tril(-1), steps, 0).cumsum(-2).exp() * lower
+    between = log_decay_between(a).exp()
 
     # States before the pieces, and what the gate needs of the outputs.
     u, products = x * d.unsqueeze(-1), C @ B.transpose(-1, -2)

@@ -100,8 +100,8 @@ def mamba_mixing(
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.
         out: `(tokens, inner)`. Mutated. Zero for padding tokens; all zero without a plan or rows.
 
-    Rows share two matrix products, whose last bits may change with the number of tokens; nothing else of a row depends
-    on the others.
+    Rows share two matrix products. Their last bits may change with the number of tokens; apart from that rows are
+    independent.
 
     Raises:
         ValueError: before anything is written: shapes, dtypes, or counts that do not fit this batch.

@@ -88,7 +88,7 @@ def selective_scan(
     Args:
         x: (..., dim).
         dt: (..., dim), the step sizes.
-        A: (dim, dstate); negative.
+        A: (dim, dstate); negative. At -inf a step of 0 decays nothing, and any other all.
         B, C: (..., groups, dstate), with dim a multiple of groups, or (..., dstate): one group.
         D: skip weight, (dim,).
         z: gate, like x.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import chunk_layout, row_count
+from mamba_ops.ops._common.decay import finite_rates
 from mamba_ops.ops._common.slots import initial_states, is_padding, require_slots, row_ends, slot_columns, store_rows
 from mamba_ops.ops.selective_scan.op import Arguments
 
@@ -91,7 +92,7 @@ def selective_scan(call: Arguments) -> None:
     if call.dt_softplus:  # not torch's softplus: on a CPU its last bits depend on where an element stands
         d = torch.where(d > 20, d, torch.log1p(torch.exp(d)))
     d = torch.where(inside.t().unsqueeze(2), d, 0)
-    b, c, rates = of_channels(call.B), of_channels(call.C), call.A.to(compute)
+    b, c, rates = of_channels(call.B), of_channels(call.C), finite_rates(call.A.to(compute))
     by_group = (b.shape[2], dim // b.shape[2], 1)
 
     def advance(state: Tensor, t: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Decode for Mamba-2 on `flashinfer.mamba.selective_state_update`.
 
-A kernel is compiled with nvcc at the first call of its dtypes and sizes, unless it came prebuilt. To keep their number
-low, indices go in as int32 and A as float32.
+A kernel is compiled with nvcc at the first call of its dtypes and sizes, unless it was installed prebuilt. To keep
+their number low, indices are passed as int32 and A as float32.
 """
 
 import functools
@@ -15,7 +15,7 @@ from mamba_ops.backends.flashinfer import (
     cleaned,
     first_column,
     flashinfer,
-    nobody,
+    is_padding,
     older_than,
     why_not_setting,
 )
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mamba_ops.ops.selective_state_update.op import Arguments
 
 _MOST_SLOTS = 2**24
-_LONGEST = 16  # tokens of a row: a kernel is compiled for a number of them, and its shared memory grows with it
+_LONGEST = 16  # tokens of a row: a kernel is compiled for each number, and its shared memory grows with it
 
 
 def unsupported(call: "Arguments") -> str | None:
@@ -55,7 +55,7 @@ def unsupported(call: "Arguments") -> str | None:
     if slot_count >= _MOST_SLOTS:
         return f"takes a state of fewer than {_MOST_SLOTS} slots, and it has {slot_count}"
     if call.cu_seqlens is not None and call.num_accepted_tokens is None:
-        return "takes packed rows in speculative decoding alone, where a table's columns say how long one can be"
+        return "takes packed rows in speculative decoding alone, where a table's columns limit a row's length"
 
     algorithm = flashinfer.settings["algorithm"]
     several = call.x.dim() == 4 or call.write_slots is not None or call.num_accepted_tokens is not None
@@ -81,7 +81,7 @@ def unsupported(call: "Arguments") -> str | None:
 def unsupported_layout(
     ssm_state: Tensor, x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, output: Tensor
 ) -> str | None:
-    """Ask `_unsupported_addresses` only if it has something to say: this is asked in every call."""
+    """Call `_unsupported_addresses` only if it returns a refusal: this runs in every call, and has to be short."""
     _, _, dim, dstate = ssm_state.shape
     slot, *inner = ssm_state.stride()
     bad = inner != [dim * dstate, dstate, 1] or not output.is_contiguous()
@@ -99,7 +99,7 @@ def unsupported_layout(
 def _unsupported_addresses(
     ssm_state: Tensor, x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, output: Tensor
 ) -> str | None:
-    """Say what is wrong with where the tensors are."""
+    """Return the refusal of strides or addresses."""
     _, _, dim, dstate = ssm_state.shape
     slot, *inner = ssm_state.stride()
     if inner != [dim * dstate, dstate, 1]:
@@ -120,7 +120,7 @@ def _unsupported_addresses(
 
 
 def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers of heads, side by side."""
+    """Return numbers of heads in a dtype, contiguous."""
     weight = weight if weight.dtype == dtype else weight.to(dtype)
     return weight if weight.stride(-1) == 1 else weight.clone(memory_format=torch.contiguous_format)
 
@@ -139,8 +139,8 @@ def selective_state_update(call: "Arguments") -> None:
     assertion on the device.
 
     Its exponential and logarithm are the GPU's fast ones. With the algorithm auto the number of rows decides on the
-    algorithm, and so on the last bits. Its stochastic rounding turns subnormal numbers of float16 into zeros and knows
-    neither infinities nor NaN, but on GPUs that have an instruction for it.
+    algorithm, and so on the last bits. Its stochastic rounding turns subnormal numbers of float16 into zeros and does
+    not keep infinities and NaN, except on GPUs with an instruction for it.
     """
     x = call.x
     dt = call.dt
@@ -171,7 +171,7 @@ def selective_state_update(call: "Arguments") -> None:
             last = (call.num_accepted_tokens.long() - 1).clamp(0, columns.shape[1] - 1)
             source = target.gather(1, last.unsqueeze(1)).squeeze(1)
     if call.write_slots is not None:
-        if call.num_accepted_tokens is None:  # after the last token alone
+        if call.num_accepted_tokens is None:  # only the state after the last token is stored
             before = x.shape[1] - 1 if x.dim() == 4 else 0
             last = cleaned(first_column(call.write_slots, rows), call.null_slot).unsqueeze(1)
             target = torch.nn.functional.pad(last, (before, 0), value=-1) if before else last
@@ -212,10 +212,10 @@ def selective_state_update(call: "Arguments") -> None:
         dst_state_batch_indices=target,
         cu_seqlens=cu_seqlens,
     )
-    if source is not None:  # the vendor computes such rows from a zero state
+    if source is not None:  # FlashInfer computes padding rows from a zero state
         if cu_seqlens is None:
-            rows_of_nobody = nobody(source, call.output.dim())
+            padding = is_padding(source, call.output.dim())
         else:
             row, inside = row_of_tokens(cu_seqlens, call.output.shape[0])
-            rows_of_nobody = (nobody(source)[row] & inside).view(-1, 1, 1)
-        call.output.masked_fill_(rows_of_nobody, 0)
+            padding = (is_padding(source)[row] & inside).view(-1, 1, 1)
+        call.output.masked_fill_(padding, 0)

@@ -87,6 +87,7 @@ def selective_state_update(
         x: (..., heads, dim), or (..., dim) for Mamba-1.
         dt: (..., heads, dim), or (..., heads): one step size for a whole head. Mamba-1: (..., dim).
         A: (heads, dim, dstate), or (heads,); negative. Mamba-1: (dim, dstate).
+            At -inf a step of 0 decays nothing, and any other all.
         B, C: (..., groups, dstate), with heads a multiple of groups. Mamba-1: (..., dstate).
         D: skip weight, (heads, dim) or (heads,). Mamba-1: (dim,).
         z: gate, like x.
@@ -107,7 +108,7 @@ def selective_state_update(
         rounding_seed: one int64, () or (1,): a state of float16, which it must be, is rounded stochastically at each
             store, in any of the forms above. None: to the nearest.
         philox_rounds: rounds of the generator for that. 0: 10.
-        out: like x, any float dtype; mutated.
+        out: like x, any float dtype, in other memory; mutated.
 
     For every row, head and channel, in float32 at least, from the row's state s on:
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mamba_ops.ops._common.decay import finite_rates
 from mamba_ops.ops._common.rounding import round_stochastically
 from mamba_ops.ops._common.slots import padded_rows, store_rows, update_ends
 from mamba_ops.ops.selective_state_update.op import Arguments
@@ -52,7 +53,7 @@ def selective_state_update(call: Arguments) -> None:
         d = torch.where(d > 20, d, torch.log1p(torch.exp(d)))
     d, b, c = d.unsqueeze(-1), b.unsqueeze(-2), c.unsqueeze(-2)  # (n, length, heads or groups, 1 or dim, 1 or dstate)
     b, c = (m.repeat_interleave(u.shape[2] // m.shape[2], dim=2) for m in (b, c))
-    a = weights(call.A)
+    a = finite_rates(weights(call.A))
     a = a if a.dim() == 3 else a.unsqueeze(-1)
 
     def kept_in(slots: Tensor, s: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from mamba_ops.ops._triton.common import (
     or_placeholder,
     softplus,
 )
+from mamba_ops.ops._triton.decay import finite_rate
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
 
@@ -185,6 +186,7 @@ def _kernel(
         a = tl.load(A + of_x[:, None] * DSTATE + entry[None, :], in_state, other=0.0).to(tl.float32)
     else:
         a = tl.load(A + head).to(tl.float32)
+    a = finite_rate(a)
     if D is not None:
         skip = _weight(D, head, channel, in_dim, DIM, D_PER_CHANNEL)
     if dt_bias is not None:

@@ -28,6 +28,11 @@ def exp(x: Tensor) -> Tensor:
     return result
 
 
+def log_decay(A: Tensor, d: Tensor) -> Tensor:
+    """A * d; a step of 0 decays nothing, even at A = -inf."""
+    return torch.where(d == 0, 0, A * d)
+
+
 def sums_between(g: Tensor) -> Tensor:
     """[i, j] is the sum of the g of a chunk's tokens after j, up to i; 0 where j comes after i."""
     rows = [torch.zeros_like(g)]

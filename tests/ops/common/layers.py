@@ -66,7 +66,7 @@ class Mamba2Oracle(LayerOracle):
 class MambaOracle(LayerOracle):
     def token(self, hidden: Tensor) -> Tensor:
         layer, weights = self.layer, self.weights
-        x, z = self.linear(hidden, "in_proj").split(layer.inner)
+        x, z = self.linear(hidden, "in_proj").split(layer.d_inner)
         x = self.convolve(x)
         parts = self.linear(x, "x_proj").split([layer.dt_rank, layer.dstate, layer.dstate])
         dt, B, C = parts if layer.norms is None else (rms(part, layer.eps) for part in parts)

@@ -6,7 +6,7 @@ BUGS = {
     "gate of another head": ("gate_stride + head)", "gate_stride + head // 2)"),
     "bias dropped": ("            g = rate * softplus(g + bias)", "            g = rate * softplus(g)"),
     "gate without softplus": ("softplus(g + bias)", "(g + bias)"),
-    "rate without exp": ("rate = -tl.exp(tl.load(A_log + head).to(tl.float32))", "rate = -tl.load(A_log + head)"),
+    "rate without exp": ("-tl.exp(tl.load(A_log + head).to(tl.float32))", "-tl.load(A_log + head)"),
     "beta without sigmoid": ("            beta = tl.sigmoid(beta)", "            beta = beta"),
     "q not normalised": ("query /= tl.sqrt", "query /= 0 * query + 1 + 0 * tl.sqrt"),
     "k not normalised": ("keys /= tl.sqrt", "keys /= 0 * keys + 1 + 0 * tl.sqrt"),

@@ -6,6 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from tests.ops.common.exponential import log_decay, sums_between
+
 
 def mamba_chunk_scan(
     x: Tensor,
@@ -84,14 +86,15 @@ def mamba_chunk_scan(
                 if operands is None:
                     y = []
                     for t in range(len(at)):
-                        s = s * torch.exp(A[h] * d[t]) + d[t] * u[t].unsqueeze(1) * b[t]
+                        s = s * torch.exp(log_decay(A[h], d[t])) + d[t] * u[t].unsqueeze(1) * b[t]
                         y.append((s * k[t]).sum(1))
                     y = torch.stack(y)
                 else:
-                    a = torch.cumsum(A[h] * d, 0)
-                    weights = (k @ b.T) * torch.exp((a.unsqueeze(1) - a).tril()).tril() * d
-                    y = torch.exp(a).unsqueeze(1) * (k @ rounded(s).T) + rounded(weights.tril()) @ u
-                    s = torch.exp(a[-1]) * s + u.T @ rounded(b * (torch.exp(a[-1] - a) * d).unsqueeze(1))
+                    a = log_decay(A[h], d)
+                    since, between = torch.exp(torch.cumsum(a, 0)), torch.exp(sums_between(a))
+                    weights = (k @ b.T) * between.tril() * d
+                    y = since.unsqueeze(1) * (k @ rounded(s).T) + rounded(weights.tril()) @ u
+                    s = since[-1] * s + u.T @ rounded(b * (between[-1] * d).unsqueeze(1))
                 if D is not None:
                     y = y + D[h] * u
                 if z is not None:

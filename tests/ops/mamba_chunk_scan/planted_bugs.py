@@ -4,7 +4,7 @@ BUGS = {
     "wrong group": ("head // (HEADS // GROUPS)", "head % GROUPS"),
     "softplus always": ("    if SOFTPLUS:", "    if True:"),
     "dt not limited": ("tl.minimum(tl.maximum(d, dt_min), dt_max)", "d"),
-    "tokens not decayed to the chunk's end": ("reverse=True) - log_decay) * d", "reverse=True) * 0.0) * d"),
+    "tokens not decayed to the chunk's end": ("tl.exp2(to_log2(left)) * d", "d"),
     "state not decayed over a chunk": ("s *= tl.exp2(tl.load(decay + high - 1))", "s *= 1.0"),
     "token does not read itself": ("token[:, None] >= t[None, :]", "token[:, None] > t[None, :]"),
     "state before the chunk not read": ("    if past > 0:", "    if past > 1:"),

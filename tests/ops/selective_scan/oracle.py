@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tests.ops.common.exponential import exp
+from tests.ops.common.exponential import exp, log_decay
 
 
 def selective_scan(
@@ -77,7 +77,7 @@ def selective_scan(
             value = x[at].to(dtype)
             b, c = (t[at].to(dtype).view(-1, dstate) for t in (B, C))
             b, c = (t.repeat_interleave(dim // t.shape[0], 0) for t in (b, c))
-            s = s * exp(A.to(dtype) * d.unsqueeze(1)) + d.unsqueeze(1) * b * value.unsqueeze(1)
+            s = s * exp(log_decay(A.to(dtype), d.unsqueeze(1))) + d.unsqueeze(1) * b * value.unsqueeze(1)
             y = (s * c).sum(1)
             if D is not None:
                 y = y + D.to(dtype) * value

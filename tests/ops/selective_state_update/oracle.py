@@ -5,6 +5,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from tests.ops.common.exponential import log_decay
+
 
 def selective_state_update(
     ssm_state: Tensor,
@@ -121,7 +123,7 @@ def _step(
     if dt_softplus:
         d = torch.where(d > 20, d, torch.log1p(torch.exp(d)))
     d = d.expand(x.shape).unsqueeze(1)
-    s = s * torch.exp(A * d) + (B * d) * x.unsqueeze(1)
+    s = s * torch.exp(log_decay(A, d)) + (B * d) * x.unsqueeze(1)
     y = (s * C).sum(1)
     if D is not None:
         y = y + D * x

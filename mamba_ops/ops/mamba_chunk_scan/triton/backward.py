@@ -5,24 +5,14 @@ chunks of a row in both directions at once, with one head's state in registers, 
 `_chunks` then has all chunks at once. It walks over some heads of a group, which share B and C: the products that
 B's and C's gradients need are summed over them before they are multiplied.
 
-A decay is the exponential of a sum of what lies between two tokens, never of the difference of two longer sums, and the
-gradient of a step's decay adds only what reaches past that step: both are right under decays of any strength.
+Decays of any strength are exact, by the sums of `ops/_triton/decay.py`. The gradient of a step's decay adds only what
+reaches past that step, and never takes one sum from another: it is right where a token forgets everything before it.
 """
 
-import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import chunk_bounds, kernel, row_chunks, softplus, tile_ptrs
-
-
-@triton.jit
-def _step(dt, dt_stride, token, valid, head, in_head, bias, dt_min, dt_max, SOFTPLUS: tl.constexpr):
-    # The step sizes of a tile of tokens and heads, 0 where there is none.
-    inside = valid[:, None] & in_head[None, :]
-    d = tl.load(tile_ptrs(dt, token, dt_stride, head, False), inside, other=0.0).to(tl.float32) + bias[None, :]
-    if SOFTPLUS:
-        d = softplus(d)
-    return tl.where(inside, tl.minimum(tl.maximum(d, dt_min), dt_max), 0.0)
+from mamba_ops.ops._triton.decay import exact_sums, finite_rate, split, to_log2
 
 
 @kernel(first_number="dt_stride", static="steps")
@@ -31,7 +21,7 @@ def _step_sizes(
     A,
     dt_bias,
     cu_seqlens,
-    steps,  # out: (3, heads, tokens): dt, and the logs of the decay since the chunk began and to the chunk's end
+    steps,  # out: (6, heads, tokens), described where they are stored
     dt_stride,
     length,  # tokens of every row; None: cu_seqlens
     rows,
@@ -51,19 +41,29 @@ def _step_sizes(
     in_head = head < HEADS
     token = low + tl.arange(0, CHUNK)
     inside = token < high
-    bias = tl.zeros([BLOCK_HEADS], tl.float32)
+    stored = inside[:, None] & in_head[None, :]
+    d = tl.load(tile_ptrs(dt, token, dt_stride, head, False), stored, other=0.0).to(tl.float32)
     if dt_bias is not None:
-        bias = tl.load(dt_bias + head, in_head, other=0.0).to(tl.float32)
-    rate = tl.load(A + head, in_head, other=0.0).to(tl.float32)
-    d = _step(dt, dt_stride, token, inside, head, in_head, bias, dt_min, dt_max, SOFTPLUS)
-    following = _step(dt, dt_stride, token + 1, token + 1 < high, head, in_head, bias, dt_min, dt_max, SOFTPLUS)
+        d += tl.load(dt_bias + head, in_head, other=0.0).to(tl.float32)[None, :]
+    if SOFTPLUS:
+        d = softplus(d)
+    d = tl.where(stored, tl.minimum(tl.maximum(d, dt_min), dt_max), 0.0)
+    rate = tl.load(A + head, in_head, other=0.0).to(tl.float32) * 1.4426950408889634
+    log_decay = d * finite_rate(rate)[None, :]
+    d = tl.where(log_decay == log_decay, d, log_decay)  # NaN stays NaN
+    total, left = exact_sums(log_decay)
+    near, up, down = split(total)
 
+    # Planes: dt; the decay since the chunk began, and to its end; log2 of the former, rounded, and what that leaves out
+    # as two factors.
     steps += head.to(tl.int64)[None, :] * tokens + token[:, None]
     plane = HEADS * tokens.to(tl.int64)
-    stored = inside[:, None] & in_head[None, :]
     tl.store(steps, d, stored)
-    tl.store(steps + plane, tl.cumsum(d * rate[None, :], 0), stored)
-    tl.store(steps + 2 * plane, tl.cumsum(following * rate[None, :], 0, reverse=True), stored)
+    tl.store(steps + plane, tl.exp2(to_log2(total)), stored)
+    tl.store(steps + 2 * plane, tl.exp2(to_log2(left)), stored)
+    tl.store(steps + 3 * plane, near, stored)
+    tl.store(steps + 4 * plane, up, stored)
+    tl.store(steps + 5 * plane, down, stored)
 
 
 @kernel(first_number="x_stride", static="initial final steps starts ends grad_initial")
@@ -128,9 +128,8 @@ def _carry(
             inside = token < high
             at = ((first + number).to(tl.int64) * HEADS + head) * (DIM * DSTATE) + of_state
             tl.store(starts + at, s, in_state)
-            s *= tl.exp(tl.load(sizes + plane + high - 1))
-            w = tl.exp(tl.load(sizes + 2 * plane + token, inside, other=0.0))
-            w *= tl.load(sizes + token, inside, other=0.0)
+            s *= tl.load(sizes + plane + high - 1)
+            w = tl.load(sizes + 2 * plane + token, inside, other=0.0) * tl.load(sizes + token, inside, other=0.0)
             u = tl.load(tile_ptrs(x, token, x_stride, channel, ALIGNED), inside[:, None] & in_dim[None, :], other=0.0)
             b_ptrs = tile_ptrs(B, token, B_stride, entry, ALIGNED)
             b = tl.load(b_ptrs, inside[:, None] & in_dstate[None, :], other=0.0).to(tl.float32) * w[:, None]
@@ -149,8 +148,8 @@ def _carry(
             of_tokens = inside[:, None] & in_dim[None, :]
             at = ((first + number).to(tl.int64) * HEADS + head) * (DIM * DSTATE) + of_state
             tl.store(ends + at, s, in_state)
-            s *= tl.exp(tl.load(sizes + plane + high - 1))
-            w = tl.exp(tl.load(sizes + plane + token, inside, other=float("-inf")))
+            s *= tl.load(sizes + plane + high - 1)
+            w = tl.load(sizes + plane + token, inside, other=0.0)
             g = tl.load(tile_ptrs(grad, token, grad_stride, channel, ALIGNED), of_tokens, other=0.0)
             if z is not None:
                 gate = tl.load(tile_ptrs(z + head * DIM, token, z_stride, channel, ALIGNED), of_tokens, other=0.0)
@@ -243,15 +242,16 @@ def _chunks(
     for index in range(PER_SPLIT):
         head = (group * SPLITS + split) * PER_SPLIT + index
         sizes = steps + head.to(tl.int64) * tokens + token
-        rate = tl.load(A + head).to(tl.float32)
+        rate = finite_rate(tl.load(A + head).to(tl.float32))
         d = tl.load(sizes, inside, other=0.0)
-        since = tl.exp(tl.load(sizes + plane, inside, other=0.0))
-        until = tl.exp(tl.load(sizes + 2 * plane, inside, other=0.0))
-        a = d * rate
-        whole = tl.exp(tl.sum(a, 0))
-        # From token to token: the sum of what lies between them.
-        decay = tl.exp(tl.cumsum(tl.where(is_later, a[:, None], 0.0), 0))
-        decay = tl.where(place[:, None] >= place[None, :], decay, 0.0)
+        since = tl.load(sizes + plane, inside, other=0.0)
+        until = tl.load(sizes + 2 * plane, inside, other=0.0)
+        near = tl.load(sizes + 3 * plane, inside, other=0.0)
+        up = tl.load(sizes + 4 * plane, inside, other=0.0)
+        down = tl.load(sizes + 5 * plane, inside, other=0.0)
+        whole = tl.load(steps + head.to(tl.int64) * tokens + plane + high - 1)
+        decay = tl.where(place[:, None] >= place[None, :], near[:, None] - near[None, :], float("-inf"))
+        decay = tl.exp2(decay) * up[:, None] * down[None, :]
 
         u = tl.load(tile_ptrs(x + head * DIM, token, x_stride, channel, ALIGNED), of_tokens, other=0.0).to(operand)
         g = tl.load(tile_ptrs(grad + head * DIM, token, grad_stride, channel, ALIGNED), of_tokens, other=0.0)
@@ -266,11 +266,12 @@ def _chunks(
                 skip += tl.load(D + head).to(tl.float32)
 
         out_ptrs = token.to(tl.int64)[:, None] * (HEADS * DIM) + (head * DIM + channel)[None, :]
+        y = tl.dot(c, tl.trans(start), input_precision="ieee") * since[:, None]
+        read = y
         if z is not None:
             gate = tl.load(tile_ptrs(z + head * DIM, token, z_stride, channel, ALIGNED), of_tokens, other=0.0)
             gate = gate.to(tl.float32)
             opened = tl.sigmoid(gate)
-            y = tl.dot(c, tl.trans(start), input_precision="ieee") * since[:, None]
             y = tl.dot((decay * products * d[None, :]).to(operand), u, y, input_precision="ieee")
             y += u.to(tl.float32) * skip[None, :]
             g = g.to(tl.float32)
@@ -279,25 +280,22 @@ def _chunks(
         exact = g.to(tl.float32)
         g = g.to(operand)
 
-        # What tokens read of each other.
+        # The gradient of a token's decay: first of what it and later tokens read of the state before the chunk, and of
+        # that state at the chunk's end.
+        reach = tl.cumsum(tl.sum(read * exact, 1), 0, reverse=True)
+        reach += whole * tl.sum(tl.sum(start.to(tl.float32) * end.to(tl.float32), 1), 0)
+        grad_c = tl.dot((exact * since[:, None]).to(operand), start, grad_c, input_precision="ieee")
+        wide = u.to(tl.float32)
+        grad_b = tl.dot((wide * (until * d)[:, None]).to(operand), end, grad_b, input_precision="ieee")
+
+        # What the chunk's end keeps of the tokens, and what they read of each other.
+        grad_u = tl.dot(b, tl.trans(end), input_precision="ieee") * until[:, None]
+        kept = tl.sum(grad_u * wide, 1) * d
+        grad_u = tl.dot(tl.trans((decay * products).to(operand)), g, grad_u, input_precision="ieee")
         pairs = tl.dot(g, tl.trans(u), input_precision="ieee") * decay * d[None, :]
         grad_products += pairs
-        grad_u = tl.dot(tl.trans((decay * products).to(operand)), g, input_precision="ieee")
-        # What the chunk's end keeps of them, and what they read of the state before the chunk.
-        kept = tl.dot(b, tl.trans(end), input_precision="ieee") * until[:, None]
-        grad_u += kept
-        grad_b += tl.dot(u, end, input_precision="ieee") * (until * d)[:, None]
-        read = tl.dot(g, start, input_precision="ieee") * since[:, None]
-        grad_c += read
-
-        # The gradient of a token's decay: of the pairs that it stands between, of what the end keeps of earlier tokens,
-        # of what it and later ones read of the state before, and of that state at the chunk's end.
-        wide = u.to(tl.float32)
-        between = tl.cumsum(tl.where(is_later, pairs * products, 0.0), 0, reverse=True)
-        between += (tl.sum(kept * wide, 1) * d)[None, :]
-        reach = tl.sum(tl.where(is_later, between, 0.0), 1)
-        reach += tl.cumsum(tl.sum(read * c.to(tl.float32), 1), 0, reverse=True)
-        reach += whole * tl.sum(tl.sum(start.to(tl.float32) * end.to(tl.float32), 1), 0)
+        between = tl.cumsum(tl.where(is_later, pairs * products, 0.0), 0, reverse=True) + kept[None, :]
+        reach += tl.sum(tl.where(is_later, between, 0.0), 1)
 
         tl.store(grad_x + out_ptrs, grad_u * d[:, None] + exact * skip[None, :], of_tokens)
         raw = tl.load(dt + token.to(tl.int64) * dt_stride + head, inside, other=0.0).to(tl.float32)

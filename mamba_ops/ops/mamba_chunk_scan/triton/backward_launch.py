@@ -52,7 +52,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return x.new_empty(shape, dtype=dtype)
 
-    steps = scratch(3, heads, tokens)
+    steps = scratch(6, heads, tokens)
     starts, ends = scratch(2, chunks, heads, dim, dstate, dtype=operand)
     shares = x.new_zeros(2, chunks, heads, dtype=torch.float32)
     of_D = x.new_zeros((chunks, *(() if D is None else D.shape)), dtype=torch.float32)
@@ -64,7 +64,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
     strides = [None if t is None else t.stride(0) for t in (x, dt, B, C, grad, z)]
     shape: dict[str, Any] = {"HEADS": heads, "DIM": dim, "GROUPS": groups, "DSTATE": dstate}
     shape |= {"CHUNK": chunk, "ALIGNED": aligned, "BLOCK_ROWS": 128}
-    block_heads = max(1024 // chunk, 1)
+    block_heads = 512 // chunk
     with on_device_of(x):
         _step_sizes[(chunks, cdiv(heads, block_heads))](
             dt,

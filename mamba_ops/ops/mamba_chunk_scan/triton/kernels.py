@@ -2,13 +2,15 @@
 
 `_prepare` finds every chunk's tokens and what of their past each of them keeps. `_states` walks over the chunks of a
 row, with a tile of one head's state in registers. `_outputs` then has all chunks at once: what a token reads of the
-state before its chunk, and of the tokens of its chunk.
+state before its chunk, and of the tokens of its chunk. Decays of any strength are exact, by the sums of
+`ops/_triton/decay.py`.
 """
 
 import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import final_slot, kernel, load_flag, load_slot, offset_ptr, softplus, tile_ptrs
+from mamba_ops.ops._triton.decay import exact_sums, finite_rate, split, to_log2
 
 
 @triton.jit
@@ -34,7 +36,7 @@ def _prepare(
     num_computed_tokens,
     slots,
     has_initial_state,
-    steps,  # out: (3, heads, tokens): log2 of the decay since the chunk began, dt, and dt decayed to the chunk's end
+    steps,  # out: (4, heads, tokens), described where they are stored
     chunks,  # out: (chunks, 3): the first token, the one after the last, and the chunk's past: see below
     first_chunks,  # out: (rows,)
     dt_stride,
@@ -101,14 +103,18 @@ def _prepare(
         d = softplus(d)
     d = tl.where(inside, tl.minimum(tl.maximum(d, dt_min), dt_max), 0.0)
     rate = tl.load(A + head, head < HEADS, other=0.0).to(tl.float32) * 1.4426950408889634
-    log_decay = d * rate[None, :]
+    log_decay = d * finite_rate(rate)[None, :]
+    d = tl.where(log_decay == log_decay, d, log_decay)  # NaN stays NaN
+    total, left = exact_sums(log_decay)
+    near, up, down = split(total)
 
+    # Planes: log2 of the decay since the chunk began, rounded; dt times `down`; dt decayed to the chunk's end; `up`.
     steps += head.to(tl.int64)[None, :] * tokens + token[:, None]
     plane = HEADS * tokens.to(tl.int64)
-    tl.store(steps, tl.cumsum(log_decay, 0), inside)
-    tl.store(steps + plane, d, inside)
-    # summed from the end, so that what decays little is exact
-    tl.store(steps + 2 * plane, tl.exp2(tl.cumsum(log_decay, 0, reverse=True) - log_decay) * d, inside)
+    tl.store(steps, near, inside)
+    tl.store(steps + plane, d * down, inside)
+    tl.store(steps + 2 * plane, tl.exp2(to_log2(left)) * d, inside)
+    tl.store(steps + 3 * plane, up, inside)
 
 
 @kernel(first_number="x_stride", static="steps first_chunks starts")
@@ -279,6 +285,7 @@ def _outputs(
     decays = steps + head.to(tl.int64) * tokens
     sizes = decays + HEADS * tokens.to(tl.int64)
     decay = tl.load(decays + token, inside, other=float("-inf"))
+    up = tl.load(sizes + 2 * HEADS * tokens.to(tl.int64) + token, inside, other=0.0)
     C_ptrs = tile_ptrs(C, token, C_stride, entry, ALIGNED)
     c = tl.load(C_ptrs, inside[:, None] & in_dstate[None, :], other=0.0).to(operand)
 
@@ -301,6 +308,7 @@ def _outputs(
         w *= tl.dot(c, tl.trans(b), input_precision="ieee")
         y = tl.dot(w.to(operand), u, y, input_precision="ieee")
 
+    y *= up[:, None]
     if D is not None:
         u = tl.load(tile_ptrs(x, token, x_stride, channel, ALIGNED), written, other=0.0).to(tl.float32)
         if D_PER_CHANNEL:

@@ -41,7 +41,7 @@ def mamba_chunk_scan(call: "Arguments") -> None:
     operand = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
     if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
         operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
-    steps = x.new_empty(3, heads, tokens, dtype=torch.float32)
+    steps = x.new_empty(4, heads, tokens, dtype=torch.float32)
     table = x.new_empty(chunks, 3, dtype=torch.int32)
     first_chunks = x.new_empty(rows, dtype=torch.int32)
     starts = x.new_empty(chunks, heads, dim, dstate, dtype=operand)

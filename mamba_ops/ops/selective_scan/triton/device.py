@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import chunk_bounds, load_slot, softplus
+from mamba_ops.ops._triton.decay import finite_rate
 
 
 @triton.jit
@@ -131,7 +132,7 @@ def decay_rates(A, channel, A_channel, in_dim, A_entry, DSTATE: tl.constexpr, PA
     rates = ()
     found = load_state(A, channel, A_channel, in_dim, A_entry, DSTATE, PARTS, WIDTH)
     for number in tl.static_range(WIDTH):
-        rates += (found[number] * 1.4426950408889634,)
+        rates += (finite_rate(found[number] * 1.4426950408889634),)
     return rates
 
 

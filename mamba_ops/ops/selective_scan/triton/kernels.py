@@ -10,6 +10,7 @@ chunk need the last one alone, and give the same bits either way.
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import kernel, load_flag, row_chunks
+from mamba_ops.ops._triton.decay import finite_rate
 from mamba_ops.ops.selective_scan.triton.device import (
     as_float32,
     bounds,
@@ -177,7 +178,7 @@ def _starts(
                 position = tl.load(first_block + row).to(tl.int32) * block_size
                 position += tl.maximum(block_size - (high - low), 0)
             rate = tl.load(A + channel * A_channel + entry * A_entry, in_dim, other=0.0).to(tl.float32)
-            rate *= 1.4426950408889634
+            rate = finite_rate(rate * 1.4426950408889634)
             place = states + first.to(tl.int64) * (DSTATE * DIM) + entry * DIM + channel
             of_chunk = sums + first.to(tl.int64) * DIM + channel
             left = tl.load(place, in_dim, other=0.0)

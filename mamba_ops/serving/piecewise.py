@@ -1,4 +1,4 @@
-"""A backend of torch.compile for engines: the graph in pieces, each compiled once and recorded for several sizes."""
+"""A backend of torch.compile for engines: it splits the graph, compiles each piece once and records it by size."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,14 +19,14 @@ CompilePiece = Callable[[GraphModule, list[Any]], Callable[..., Any]]
 class PiecewiseBackend:
     """Cut Dynamo's graph at the splitting ops and compile each piece between them: `torch.compile(..., backend=this)`.
 
-    Splitting ops run eagerly. The other pieces run as compiled, or, while there is a `recording`, through it.
+    Splitting ops run eagerly. The other pieces run as compiled, or are recorded and replayed by a `recording`.
 
     Args:
         compile_piece: a backend of torch.compile, for the pieces.
 
     Attributes:
-        graphs: of every graph compiled so far, its pieces.
-        recording: records and replays the pieces for the size that runs; None: they just run.
+        graphs: the pieces of every graph that was compiled so far.
+        recording: records and replays the pieces for the size that runs; None: they run as compiled.
     """
 
     def __init__(self, compile_piece: str | CompilePiece = "inductor") -> None:
@@ -35,30 +35,30 @@ class PiecewiseBackend:
         self.recording: Recording | None = None
 
     def __call__(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        """Compile a graph of Dynamo's; of its inputs only what Dynamo noted of them is used."""
-        module, pieces = split_graph(gm)
-        self.graphs.append(pieces)
-        compiled: dict[str, Callable[..., Any]] = {p.name: p.module.forward for p in pieces if p.ops}
-        noted = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]  # fakes, symbolic sizes
-        mode = next(value.fake_mode for value in noted if isinstance(value, FakeTensor))
+        """Compile a graph of Dynamo's for the fake inputs in its placeholders; the real `inputs` are not used."""
+        module, subgraphs = split_graph(gm)
+        self.graphs.append(subgraphs)
+        compiled: dict[str, Callable[..., Any]] = {s.name: s.module.forward for s in subgraphs if s.ops}
+        fakes = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]  # and symbolic sizes
+        mode = next(value.fake_mode for value in fakes if isinstance(value, FakeTensor))
         with torch.no_grad(), mode, tracing(TracingContext(mode)):
-            _CompilePieces(module, self._compile_piece, compiled).run(*noted)
+            _CompilePieces(module, self._compile_piece, compiled).run(*fakes)
         for name, function in compiled.items():
             delattr(module, name)
             setattr(module, name, function)
         return module.forward
 
-    def _compile_piece(self, module: GraphModule, inputs: list[Any], foreign: list[bool]) -> "CompiledPiece":
+    def _compile_piece(self, module: GraphModule, inputs: list[Any], is_callers: list[bool]) -> "CompiledPiece":
         capturable = not any(_reads_host(node.target) for node in module.graph.nodes)
         [output] = module.graph.find_nodes(op="output")
         single = not isinstance(output.args[0], tuple | list)
-        if single:  # compilers want a tuple
+        if single:  # compilers expect a tuple
             output.args = ((output.args[0],),)
             module.recompile()
         fakes = [value for value in inputs if isinstance(value, FakeTensor)]
-        with tracing(TracingContext(fakes[0].fake_mode)) if fakes else nullcontext():  # a compilation of its own
+        with tracing(TracingContext(fakes[0].fake_mode)) if fakes else nullcontext():  # a separate compilation
             function = self._compile(module, inputs)
-        return CompiledPiece(self, (lambda *args: function(*args)[0]) if single else function, capturable, foreign)
+        return CompiledPiece(self, (lambda *args: function(*args)[0]) if single else function, capturable, is_callers)
 
 
 class CompiledPiece:
@@ -66,17 +66,17 @@ class CompiledPiece:
 
     Attributes:
         function: the compiled code.
-        capturable: whether its launches are all of it; an op that reads the host would be frozen.
-        foreign: of each argument whether it is the caller's: the model's, the plan's or an input; else it comes from
-            an earlier piece.
+        capturable: whether it can be recorded; what an op read from the host would stay as it was recorded.
+        is_callers: for each argument, whether the caller passes it (a parameter, a plan's tensor or an input), rather
+            than an earlier piece.
     """
 
     def __init__(
-        self, backend: PiecewiseBackend, function: Callable[..., Any], capturable: bool, foreign: list[bool]
+        self, backend: PiecewiseBackend, function: Callable[..., Any], capturable: bool, is_callers: list[bool]
     ) -> None:
         self._backend = backend
         self.function = function
-        self.capturable, self.foreign = capturable, foreign
+        self.capturable, self.is_callers = capturable, is_callers
 
     def __call__(self, *args: Any) -> Any:
         """Run, record or replay it."""
@@ -87,7 +87,7 @@ class CompiledPiece:
 
 
 class _CompilePieces(Interpreter):
-    """Runs a split graph on fake tensors; what a piece is called with is what it is compiled for."""
+    """Runs a split graph on fake tensors and compiles each piece for the arguments that it gets."""
 
     def __init__(self, module: GraphModule, compile_piece: Callable[..., Any], compiled: dict[str, Any]) -> None:
         super().__init__(module)
@@ -99,8 +99,8 @@ class _CompilePieces(Interpreter):
         result = super().run_node(n)
         if n.op == "call_module" and (name := str(n.target)) not in self._compiled:
             args, _ = self.fetch_args_kwargs_from_env(n)
-            foreign = [node.op == "placeholder" for node in n.args if isinstance(node, Node)]
-            self._compiled[name] = self._compile_piece(self._pieces.get_submodule(name), list(args), foreign)
+            is_callers = [node.op == "placeholder" for node in n.args if isinstance(node, Node)]
+            self._compiled[name] = self._compile_piece(self._pieces.get_submodule(name), list(args), is_callers)
         return result
 
 
@@ -109,7 +109,7 @@ def _reads_host(target: Any) -> bool:
 
 
 class Recording:
-    """The pieces, recorded for one size. A step records them, in order; later steps replay them."""
+    """Recordings of the pieces for one size. The first step records them in order; later steps replay them."""
 
     def __init__(self, graphs: Graphs) -> None:
         self._graphs = graphs
@@ -120,11 +120,11 @@ class Recording:
         return len(self._recorded)
 
     def run(self, piece: CompiledPiece, args: tuple[Any, ...]) -> Any:
-        """Replay a piece on these arguments; in the first step, record it before."""
+        """Replay a piece on these arguments; in the first step, record it first."""
         key = (piece, *(a for a in args if not isinstance(a, Tensor)))
         recorded = self._recorded.get(key)
         if recorded is None:
-            if self.complete:  # what is recorded later may use memory that an earlier piece of the step still needs
+            if self.complete:  # a later recording might use memory that an earlier piece of the step still needs
                 return piece.function(*args)
             self._recorded[key] = recorded = _Recorded(self._graphs, piece, args)
         if not recorded.load(args):
@@ -134,24 +134,24 @@ class Recording:
 
 
 class _Recorded:
-    """One recorded call. It reads its inputs where they were when it was recorded."""
+    """One recorded call. It reads its inputs at the addresses that they had when it was recorded."""
 
     def __init__(self, graphs: Graphs, piece: CompiledPiece, args: tuple[Any, ...]) -> None:
         self._inputs = [
-            (i, a, a.data_ptr(), foreign)
-            for i, (a, foreign) in enumerate(zip(args, piece.foreign, strict=True))
+            (i, a, a.data_ptr(), is_callers)
+            for i, (a, is_callers) in enumerate(zip(args, piece.is_callers, strict=True))
             if isinstance(a, Tensor)
         ]
         self.result, self.replay = graphs.record(lambda: piece.function(*args))
 
     def load(self, args: tuple[Any, ...]) -> bool:
-        """Copy those inputs that are elsewhere now; False where that would overwrite what is the caller's.
+        """Copy inputs that have another address now; False where that would overwrite a tensor of the caller.
 
-        What a piece changes in place must stay where it is.
+        A tensor that a piece changes in place must keep its address.
         """
-        moved = [(mine, args[i], foreign) for i, mine, at, foreign in self._inputs if args[i].data_ptr() != at]
-        if any(foreign for _, _, foreign in moved):
+        moved = [(kept, args[i], is_callers) for i, kept, at, is_callers in self._inputs if args[i].data_ptr() != at]
+        if any(is_callers for _, _, is_callers in moved):
             return False
-        for mine, given, _ in moved:
-            mine.copy_(given)
+        for kept, given, _ in moved:
+            kept.copy_(given)
         return True

@@ -1,0 +1,133 @@
+"""Where a call's tensors lie in memory: what an op writes overlaps neither itself nor another argument.
+
+Two kernels read and write elements in different orders, so a call whose tensors overlap has no one result.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from mamba_ops.registry.errors import bad_argument
+
+
+def check(tensors: Mapping[str, Tensor], mutated: Collection[str], out_may_be: str | None = None) -> None:
+    """Raise the ValueError about a call's memory, if there is one.
+
+    Args:
+        tensors: the call's, by parameter name.
+        mutated: names of those that the op writes.
+        out_may_be: the input that `output` may be, in the very same place and layout.
+    """
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided:
+            got, expected = f"a {str(tensor.layout).removeprefix('torch.')} tensor", "a strided one"
+            raise bad_argument(_shown(name), got=got, expected=expected, hint="convert it with to_dense()")
+    for name in mutated:
+        if name not in tensors:
+            continue
+        tensor = tensors[name]
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise bad_argument(
+                _shown(name),
+                got="a tensor made in inference mode",
+                expected="an ordinary one, as torch updates the former in inference mode alone",
+                hint="make it outside torch.inference_mode(), or call the op inside",
+            )
+        if tensor.numel() and overlaps_itself(tensor):
+            got = f"shape {tuple(tensor.shape)} with strides {tuple(tensor.stride())}"
+            expected = "a tensor whose elements each have a place of their own"
+            raise bad_argument(_shown(name), got=got, expected=expected, hint="the op writes to it; clone it first")
+    _check_pairs(tensors, mutated, out_may_be)
+
+
+def are_apart(tensors: Iterable[Tensor]) -> bool:
+    """Whether each tensor has memory of its own, which is quicker to see than what else `check` looks at."""
+    places = [t.untyped_storage().data_ptr() if t.layout is torch.strided else 0 for t in tensors]
+    return 0 not in places and len(places) == len(set(places))
+
+
+def negated(name: str) -> ValueError:
+    """Refuse to write to a view that negates what is read from it."""
+    return bad_argument(
+        name,
+        got="a view that negates its memory (is_neg())",
+        expected="a plain tensor",
+        hint="the op writes to it; pass tensor.resolve_neg()",
+    )
+
+
+def _check_pairs(tensors: Mapping[str, Tensor], mutated: Collection[str], out_may_be: str | None) -> None:
+    storages: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() and not tensor.is_meta:
+            storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+    if len(storages) == len(tensors):
+        return
+    for names in storages.values():
+        for name in names:
+            if name not in mutated:
+                continue
+            for other in names:
+                one, two = tensors[name], tensors[other]
+                if other == name or not may_overlap(one, two):
+                    continue
+                allowed = name == "output" and other == out_may_be
+                if not (allowed and _are_the_same(one, two)):
+                    same = f", or the very same tensor as {other}" if allowed else ""
+                    raise bad_argument(
+                        _shown(name),
+                        got=f"a tensor that shares memory with {_shown(other)}",
+                        expected=f"one in other memory{same}",
+                        hint="clone one of them first",
+                    )
+
+
+def _are_the_same(one: Tensor, two: Tensor) -> bool:
+    return (one.data_ptr(), one.dtype, one.shape, one.stride()) == (two.data_ptr(), two.dtype, two.shape, two.stride())
+
+
+def _shown(name: str) -> str:
+    return "out" if name == "output" else name
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements of a tensor may have one place.
+
+    They have not where every stride steps over all that the smaller strides reach, as in all views of a dense tensor.
+    """
+    reach = 0
+    for stride, size in sorted(_steps(tensor)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def may_overlap(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors may have an element in one place.
+
+    They have not where their ranges of addresses are apart, be it modulo a stride that both step by: so the columns of
+    one buffer are told apart, and the caches that lie in the same pages.
+    """
+    periods = {0} | {s * t.itemsize for t in (one, two) for s, n in _steps(t) if n > 1}
+    return all(_meet(one, two, period) for period in periods)
+
+
+def _meet(one: Tensor, two: Tensor, period: int) -> bool:
+    """Whether two ranges of addresses meet, modulo `period` where that is not 0."""
+    distance = two.data_ptr() - one.data_ptr()
+    extents = [
+        t.itemsize + sum(s * t.itemsize * (n - 1) for s, n in _steps(t) if not period or s * t.itemsize % period)
+        for t in (one, two)
+    ]
+    if period:
+        distance %= period
+        return distance < extents[0] or period - distance < extents[1]
+    return -extents[1] < distance < extents[0]
+
+
+def _steps(tensor: Tensor) -> list[tuple[int, int]]:
+    """The stride and the size of each dimension."""
+    return list(zip(tensor.stride(), tensor.shape, strict=True))
