@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import chunk_layout, row_count
+from mamba_ops.ops._common.decay import finite_rates
 from mamba_ops.ops._common.slots import store_rows
 from mamba_ops.ops.selective_scan.training import BackwardArguments
 
@@ -64,7 +65,7 @@ def selective_scan_backward(call: BackwardArguments) -> None:
         gate = gather(call.z)
         sigmoid = 1 / (1 + torch.exp(-gate))
         grad_gated = grad_output * (gate * sigmoid)
-    u, rates = d * x, call.A.to(compute)
+    u, rates = d * x, finite_rates(call.A.to(compute))
     groups = b.shape[2]
 
     def per_group(values: Tensor) -> Tensor:

@@ -64,6 +64,30 @@ def test_reference(dtype: torch.dtype) -> None:
     judge_all(reference, dtype)
 
 
+def check_rate_of_minus_infinity(run: Backward, device: torch.device | str = "cpu") -> None:
+    """States that forget all at every step, steps of 0 excepted: no gradient is NaN, and none passes a step."""
+    arguments = call(1, 11, dim=3, dstate=2, groups=None, device=device, dt_bias=None, dt_softplus=False)
+    arguments["A"][:] = -torch.inf
+    arguments["dt"] = arguments["dt"].abs()
+    arguments["dt"][:, 3:5] = 0
+    gradients = run(arguments)
+    for name, gradient in gradients.items():
+        assert gradient.isfinite().all(), name
+    assert gradients["A"].count_nonzero() == 0
+    assert gradients["initial_states"].count_nonzero() == 0
+    arguments["dt"][:] = 0
+    gradients = run(arguments)
+    assert gradients["initial_states"].count_nonzero() == gradients["initial_states"].numel()
+
+
+def test_rate_of_minus_infinity_in_the_reference() -> None:
+    check_rate_of_minus_infinity(reference)
+
+
+def test_rate_of_minus_infinity_in_the_kernel(kernel: Backward, device: torch.device) -> None:
+    check_rate_of_minus_infinity(kernel, device)
+
+
 def rows_call(device: torch.device | str = "cpu") -> dict[str, Any]:
     return call(83, dim=4, dstate=1, device=device, **packed(70, 70, 73, 77, device=device))
 
