@@ -64,7 +64,8 @@ def chunk_gated_delta_rule_backward(call: BackwardArguments) -> None:
 
     def of_keys(valued: Tensor) -> Tensor:
         """The sums over the heads of v that a head of q and k has."""
-        return valued.unflatten(1, (k_heads, -1)).sum(2)
+        summed: Tensor = valued.unflatten(1, (k_heads, -1)).sum(2)
+        return summed
 
     raw_q, raw_k, values, strength = gather(call.q), gather(call.k), gather(call.v), gather(call.beta).unsqueeze(3)
     grad_output, log_decay = gather(call.grad_output), gather(call.g)

@@ -34,7 +34,8 @@ def selective_scan_backward(call: BackwardArguments) -> None:
     if call.grad_final_states is not None:
         state_gradient = call.grad_final_states.to(compute)
     if call.x.numel() == 0:
-        for gradient in call[BackwardArguments._fields.index("grad_x") : -1]:
+        of_tokens = (call.grad_x, call.grad_dt, call.grad_B, call.grad_C, call.grad_z)
+        for gradient in (*of_tokens, call.grad_A, call.grad_D, call.grad_dt_bias):
             gradient.zero_()
         if call.initial_states is not None:
             call.grad_initial_states.copy_(state_gradient)
