@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_ops.ops.chunk_gated_delta_rule import backward, chunk_gated_delta_rule
+from mamba_ops.ops.chunk_gated_delta_rule import chunk_gated_delta_rule, reference_backward
+from mamba_ops.ops.chunk_gated_delta_rule.training import BackwardArguments
 from tests.ops.chunk_gated_delta_rule.backward_calls import TOKENS, call, calls, strong
-from tests.ops.chunk_gated_delta_rule.backward_oracle import chunk_gated_delta_rule as oracle
-from tests.ops.common.backward import (
+from tests.test_mutants import changed, load, source_of
+from tests.training.backward import (
     Backward,
     assert_gradcheck,
     caught,
@@ -20,13 +21,14 @@ from tests.ops.common.backward import (
     front_of,
     judge,
     mutant_of,
+    oracle_by_name,
     packed,
 )
-from tests.test_mutants import changed, load, source_of
 
 DTYPES = [torch.float32, torch.bfloat16]
 SMALL: dict[str, Any] = {"k_heads": 1, "v_heads": 2, "k_dim": 2, "v_dim": 2}
-reference = front_of(backward.chunk_gated_delta_rule_backward, backward.BackwardArguments)
+oracle = oracle_by_name(chunk_gated_delta_rule)
+reference = front_of(reference_backward.chunk_gated_delta_rule_backward, BackwardArguments)
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def kernel() -> Backward:
     """The Triton kernels."""
     pytest.importorskip("triton")
     module = importlib.import_module("mamba_ops.ops.chunk_gated_delta_rule.triton_backward")
-    return front_of(module.chunk_gated_delta_rule_backward, backward.BackwardArguments)
+    return front_of(module.chunk_gated_delta_rule_backward, BackwardArguments)
 
 
 def judge_all(run: Backward, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
@@ -137,8 +139,8 @@ BUGS = {
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_caught(bug: str) -> None:
-    scope = mutant_of(backward, BUGS[bug])
-    mutant = front_of(scope["chunk_gated_delta_rule_backward"], backward.BackwardArguments)
+    scope = mutant_of(reference_backward, BUGS[bug])
+    mutant = front_of(scope["chunk_gated_delta_rule_backward"], BackwardArguments)
     assert caught(mutant, oracle, calls(torch.float32))
 
 
@@ -170,5 +172,5 @@ def test_bug_planted_in_the_kernel_is_caught(bug: str, device: torch.device, tmp
     pytest.importorskip("triton")
     text = changed(source_of(chunk_gated_delta_rule), KERNEL_BUGS[bug])
     module = load(tmp_path / "mutant_chunk_gated_delta_rule.py", text)
-    mutant = front_of(module.chunk_gated_delta_rule_backward, backward.BackwardArguments)
+    mutant = front_of(module.chunk_gated_delta_rule_backward, BackwardArguments)
     assert caught(mutant, oracle, (call(1, 70, v_dim=36, device=device),))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mamba_ops.ops._common.samples import SampleTensors
-from tests.ops.common.backward import packed
+from tests.training.backward import packed
 
 TOKENS = ("x", "dt", "B", "C", "z")
 OPTIONAL = ("D", "z", "dt_bias", "initial_states", "grad_final_states")

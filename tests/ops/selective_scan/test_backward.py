@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_ops.ops.selective_scan import backward, selective_scan
+from mamba_ops.ops.selective_scan import reference_backward, selective_scan
+from mamba_ops.ops.selective_scan.training import BackwardArguments
 from tests.conftest import ACCELERATOR
-from tests.ops.common.backward import (
+from tests.ops.selective_scan.backward_calls import OPTIONAL, TOKENS, call, calls
+from tests.test_mutants import changed, load, source_of
+from tests.training.backward import (
     Backward,
     assert_gradcheck,
     caught,
@@ -19,16 +22,15 @@ from tests.ops.common.backward import (
     front_of,
     judge,
     mutant_of,
+    oracle_by_name,
     packed,
 )
-from tests.ops.selective_scan.backward_calls import OPTIONAL, TOKENS, call, calls
-from tests.ops.selective_scan.backward_oracle import selective_scan as oracle
-from tests.test_mutants import changed, load, source_of
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-reference = front_of(backward.selective_scan_backward, backward.BackwardArguments)
+oracle = oracle_by_name(selective_scan)
+reference = front_of(reference_backward.selective_scan_backward, BackwardArguments)
 
 
 @pytest.mark.parametrize("left_out", [None, *OPTIONAL])
@@ -49,7 +51,7 @@ def kernel() -> Backward:
     """The Triton kernels."""
     pytest.importorskip("triton")
     module = importlib.import_module("mamba_ops.ops.selective_scan.triton.backward")
-    return front_of(module.selective_scan_backward, backward.BackwardArguments)
+    return front_of(module.selective_scan_backward, BackwardArguments)
 
 
 def judge_all(run: Backward, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
@@ -60,6 +62,30 @@ def judge_all(run: Backward, dtype: torch.dtype, device: torch.device | str = "c
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reference(dtype: torch.dtype) -> None:
     judge_all(reference, dtype)
+
+
+def check_rate_of_minus_infinity(run: Backward, device: torch.device | str = "cpu") -> None:
+    """States that forget all at every step, steps of 0 excepted: no gradient is NaN, and none passes a step."""
+    arguments = call(1, 11, dim=3, dstate=2, groups=None, device=device, dt_bias=None, dt_softplus=False)
+    arguments["A"][:] = -torch.inf
+    arguments["dt"] = arguments["dt"].abs()
+    arguments["dt"][:, 3:5] = 0
+    gradients = run(arguments)
+    for name, gradient in gradients.items():
+        assert gradient.isfinite().all(), name
+    assert gradients["A"].count_nonzero() == 0
+    assert gradients["initial_states"].count_nonzero() == 0
+    arguments["dt"][:] = 0
+    gradients = run(arguments)
+    assert gradients["initial_states"].count_nonzero() == gradients["initial_states"].numel()
+
+
+def test_rate_of_minus_infinity_in_the_reference() -> None:
+    check_rate_of_minus_infinity(reference)
+
+
+def test_rate_of_minus_infinity_in_the_kernel(kernel: Backward, device: torch.device) -> None:
+    check_rate_of_minus_infinity(kernel, device)
 
 
 def rows_call(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -119,8 +145,8 @@ BUGS = {
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_caught(bug: str) -> None:
-    scope = mutant_of(backward, BUGS[bug])
-    mutant = front_of(scope["selective_scan_backward"], backward.BackwardArguments)
+    scope = mutant_of(reference_backward, BUGS[bug])
+    mutant = front_of(scope["selective_scan_backward"], BackwardArguments)
     assert caught(mutant, oracle, calls(torch.float32))
 
 
@@ -148,5 +174,5 @@ KERNEL_BUGS = {
 def test_bug_planted_in_the_kernel_is_caught(bug: str, device: torch.device, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     module = load(tmp_path / "mutant_selective_scan.py", changed(source_of(selective_scan), KERNEL_BUGS[bug]))
-    mutant = front_of(module.selective_scan_backward, backward.BackwardArguments)
+    mutant = front_of(module.selective_scan_backward, BackwardArguments)
     assert caught(mutant, oracle, (call(1, 11, dim=68, device=device), call(1, 67, dim=3, groups=None, device=device)))

@@ -31,7 +31,7 @@ def _through_norm(x, grad):
 
 
 @kernel(first_number="scale", static="queries keys factors inverses weights")
-def _prepare(
+def _systems(
     q,
     k,
     g,

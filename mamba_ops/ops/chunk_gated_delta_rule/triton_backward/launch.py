@@ -1,7 +1,7 @@
 """How the kernels of the gated delta rule's backward pass are launched: chunk by chunk, five of them.
 
-`_prepare` has all chunks at once: it normalises q and k, inverts the chunks' systems, and finds how much of what is
-written every query reads. `_states` walks over the chunks of a row and leaves the state before each and what its tokens
+`_systems` has all chunks at once: it normalises q and k, inverts the chunks' systems, and finds how much of what is
+written every query reads. `_replay` walks over the chunks of a row and leaves the state before each and what its tokens
 write; `_adjoints` walks back, and leaves the gradient of the state after each and that of what its tokens find missing.
 With these all chunks are independent again. `_products` finds the gradients of g and beta, and those of what a chunk
 multiplies; `_gradients` makes those of q and k of them, and adds up in order what heads of v find that share a head of
@@ -17,11 +17,11 @@ from torch import Tensor
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of
 from mamba_ops.ops._triton.layout import by_token, write_back
 from mamba_ops.ops.chunk_gated_delta_rule.triton import CHUNK
-from mamba_ops.ops.chunk_gated_delta_rule.triton_backward.chunks import _gradients, _prepare, _products
-from mamba_ops.ops.chunk_gated_delta_rule.triton_backward.walks import _adjoints, _states
+from mamba_ops.ops.chunk_gated_delta_rule.triton_backward.chunks import _gradients, _products, _systems
+from mamba_ops.ops.chunk_gated_delta_rule.triton_backward.walks import _adjoints, _replay
 
 if TYPE_CHECKING:
-    from mamba_ops.ops.chunk_gated_delta_rule.backward import BackwardArguments
+    from mamba_ops.ops.chunk_gated_delta_rule.training import BackwardArguments
 
 
 def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
@@ -73,25 +73,25 @@ def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
     sizes = {**heads, "CHUNK": CHUNK, "BLOCK_ROWS": 128, "BLOCK_K": block_k}
     of_values = {**sizes, "V_DIM": v_dim, "V_PADDED": v_padded}
     scale = k_dim**-0.5 if call.scale is None else float(call.scale)
-    walks = rows * v_heads * cdiv(v_padded, launches["_states"]["BLOCK"])
+    walks = rows * v_heads * cdiv(v_padded, launches["_replay"]["BLOCK"])
     with on_device_of(v):
         queries, keys = scratch(k_heads, CHUNK, block_k), scratch(k_heads, CHUNK, block_k)
         factors = scratch(v_heads, 6, CHUNK, dtype=torch.float32)
         inverses, weights = scratch(v_heads, CHUNK, CHUNK), scratch(v_heads, CHUNK, CHUNK)
         states, adjoints = scratch(v_heads, v_padded, block_k), scratch(v_heads, v_padded, block_k)
         new, found = scratch(v_heads, CHUNK, v_padded), scratch(v_heads, CHUNK, v_padded)
-        _prepare[(chunks * v_heads,)](
+        _systems[(chunks * v_heads,)](
             *(q, k, g, beta, cu_seqlens, queries, keys, factors, inverses, weights),
             *(scale, q.stride(0), k.stride(0), g.stride(0), beta.stride(0), length, rows),
             **sizes,
             L2NORM=call.qk_l2norm,
-            **launches["_prepare"],
+            **launches["_systems"],
         )
-        _states[(walks,)](
+        _replay[(walks,)](
             *(v, beta, initial_states, cu_seqlens, keys, factors, inverses, states, new),
             *(v.stride(0), beta.stride(0), length),
             **of_values,
-            **launches["_states"],
+            **launches["_replay"],
         )
         _adjoints[(walks,)](
             *(grad_output, beta, grad_final_states, cu_seqlens, queries, keys, factors, inverses, weights),
@@ -127,8 +127,8 @@ def _backward_launches(v_padded: int, operand: torch.dtype) -> dict[str, dict[st
     precision = {torch.bfloat16: "tf32", torch.float16: "tf32x3"}.get(operand, "ieee")
     block = {"BLOCK": min(v_padded, 32), "num_warps": 4, "num_stages": 1}
     return {
-        "_prepare": {"PRECISION": precision, "num_warps": 4},
-        "_states": block,
+        "_systems": {"PRECISION": precision, "num_warps": 4},
+        "_replay": block,
         "_adjoints": block,
         "_products": block,
         "_gradients": {**block, "num_warps": 8},

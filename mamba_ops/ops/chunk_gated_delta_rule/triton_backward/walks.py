@@ -7,7 +7,7 @@ from mamba_ops.ops.chunk_gated_delta_rule.triton_backward.chunks import load_num
 
 
 @kernel(first_number="v_stride", static="keys factors inverses states written")
-def _states(
+def _replay(
     v,
     beta,
     initial_states,

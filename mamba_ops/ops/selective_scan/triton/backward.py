@@ -12,7 +12,7 @@ from mamba_ops.ops.selective_scan.triton.backward_kernels import _boundaries, _g
 from mamba_ops.ops.selective_scan.triton.backward_sums import _arrange, _carry, _sum_blocks, _sum_chunks
 
 if TYPE_CHECKING:
-    from mamba_ops.ops.selective_scan.backward import BackwardArguments
+    from mamba_ops.ops.selective_scan.training import BackwardArguments
 
 
 TILE = 8  # tokens whose numbers a thread has in registers, all at once

@@ -7,12 +7,13 @@ its last one on, with B and C as `_arrange` lays them out. What it finds of sums
 finds of sums over channels by block of channels: `_sum_chunks` and `_sum_blocks` add these up, in one order.
 """
 
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment,misc"
 # Tuples grow in what Triton compiles.
 import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import chunk_bounds, kernel
+from mamba_ops.ops._triton.decay import finite_rate
 from mamba_ops.ops.selective_scan.triton.device import (
     as_float32,
     decay_rates,
@@ -264,7 +265,8 @@ def _gradients(
         place = of_blocks + block * (chunks.to(tl.int64) * (TILES * GROUPS * DSTATE * VALUES))
         place += of_tile + tl.arange(0, VALUES)
         for entry in range(DSTATE):
-            rate = tl.load(A + entry * A_entry, in_dim, other=0.0).to(tl.float32) * 1.4426950408889634
+            rate = tl.load(A + entry * A_entry, in_dim, other=0.0).to(tl.float32)
+            rate = finite_rate(rate * 1.4426950408889634)
             s = tl.load(states + entry * DIM, in_dim, other=0.0) * tl.exp2(rate * total)
             s += tl.load(states + tile * (DSTATE * DIM) + entry * DIM, later, other=0.0)
             decays = ()

@@ -3,6 +3,7 @@
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import chunk_bounds, kernel, row_chunks
+from mamba_ops.ops._triton.decay import finite_rate
 
 
 @kernel(first_number="length", static="states sums adjoints")
@@ -33,7 +34,8 @@ def _carry(
     entry = program % DSTATE
     in_dim = channel < DIM
     first, chunks, _, _ = row_chunks(row, cu_seqlens, length, TILE * TILES, BLOCK_ROWS)
-    rate = tl.load(A + channel * A_channel + entry * A_entry, in_dim, other=0.0).to(tl.float32) * 1.4426950408889634
+    rate = tl.load(A + channel * A_channel + entry * A_entry, in_dim, other=0.0).to(tl.float32)
+    rate = finite_rate(rate * 1.4426950408889634)
     of_row = row.to(tl.int64) * (DIM * DSTATE) + channel * DSTATE + entry
 
     carried = tl.zeros([BLOCK], tl.float32)

@@ -1,7 +1,5 @@
 """The backward pass of the gated delta rule in plain torch: the reference, which runs on any device."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -9,29 +7,8 @@ from mamba_ops.ops._common.chunk_layout import chunk_layout, row_count
 from mamba_ops.ops._common.decay import log_decay_between
 from mamba_ops.ops._common.slots import store_rows
 from mamba_ops.ops.chunk_gated_delta_rule.reference import CHUNK, _inverse
+from mamba_ops.ops.chunk_gated_delta_rule.training import BackwardArguments
 from mamba_ops.ops.gated_delta_rule_update.reference import EPS
-
-
-class BackwardArguments(NamedTuple):
-    """A call of the backward pass: gradients of both results, the inputs of the forward pass, and what is written."""
-
-    grad_output: Tensor
-    grad_final_states: Tensor | None
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    beta: Tensor
-    initial_states: Tensor | None
-    cu_seqlens: Tensor | None
-    scale: float | None
-    qk_l2norm: bool
-    grad_q: Tensor
-    grad_k: Tensor
-    grad_v: Tensor
-    grad_g: Tensor
-    grad_beta: Tensor
-    grad_initial_states: Tensor
 
 
 def _through_norm(x: Tensor, normalised: Tensor, grad: Tensor) -> Tensor:
@@ -87,7 +64,8 @@ def chunk_gated_delta_rule_backward(call: BackwardArguments) -> None:
 
     def of_keys(valued: Tensor) -> Tensor:
         """The sums over the heads of v that a head of q and k has."""
-        return valued.unflatten(1, (k_heads, -1)).sum(2)
+        summed: Tensor = valued.unflatten(1, (k_heads, -1)).sum(2)
+        return summed
 
     raw_q, raw_k, values, strength = gather(call.q), gather(call.k), gather(call.v), gather(call.beta).unsqueeze(3)
     grad_output, log_decay = gather(call.grad_output), gather(call.g)

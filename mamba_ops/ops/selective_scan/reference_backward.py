@@ -1,41 +1,14 @@
 """The backward pass of the selective scan in plain torch: the reference, which runs on any device."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import chunk_layout, row_count
+from mamba_ops.ops._common.decay import finite_rates
 from mamba_ops.ops._common.slots import store_rows
+from mamba_ops.ops.selective_scan.training import BackwardArguments
 
 PIECE = 16  # tokens that are read one after the other, of all pieces at once
-
-
-class BackwardArguments(NamedTuple):
-    """A call of the backward pass: gradients of both results, the inputs of the forward pass, and what is written."""
-
-    grad_output: Tensor
-    grad_final_states: Tensor | None
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    dt_bias: Tensor | None
-    initial_states: Tensor | None
-    cu_seqlens: Tensor | None
-    dt_softplus: bool
-    grad_x: Tensor
-    grad_dt: Tensor
-    grad_A: Tensor
-    grad_B: Tensor
-    grad_C: Tensor
-    grad_D: Tensor
-    grad_z: Tensor
-    grad_dt_bias: Tensor
-    grad_initial_states: Tensor
 
 
 def selective_scan_backward(call: BackwardArguments) -> None:
@@ -61,7 +34,8 @@ def selective_scan_backward(call: BackwardArguments) -> None:
     if call.grad_final_states is not None:
         state_gradient = call.grad_final_states.to(compute)
     if call.x.numel() == 0:
-        for gradient in call[BackwardArguments._fields.index("grad_x") : -1]:
+        of_tokens = (call.grad_x, call.grad_dt, call.grad_B, call.grad_C, call.grad_z)
+        for gradient in (*of_tokens, call.grad_A, call.grad_D, call.grad_dt_bias):
             gradient.zero_()
         if call.initial_states is not None:
             call.grad_initial_states.copy_(state_gradient)
@@ -92,7 +66,7 @@ def selective_scan_backward(call: BackwardArguments) -> None:
         gate = gather(call.z)
         sigmoid = 1 / (1 + torch.exp(-gate))
         grad_gated = grad_output * (gate * sigmoid)
-    u, rates = d * x, call.A.to(compute)
+    u, rates = d * x, finite_rates(call.A.to(compute))
     groups = b.shape[2]
 
     def per_group(values: Tensor) -> Tensor:

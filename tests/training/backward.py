@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamba_ops.registry import Op
 from mamba_ops.testing.judge import assert_within_budget
 from tests.harness import OPERANDS
 from tests.test_mutants import changed
+from tests.training.gradients import oracle_forward
 
 Arguments = Mapping[str, Any]
 Oracle = Callable[..., tuple[Tensor, Tensor]]
@@ -21,6 +23,16 @@ Backward = Callable[[Arguments], dict[str, Tensor]]
 """From the inputs, `grad_output` and `grad_final_states` by name to the gradients of the inputs that are there."""
 
 RESULTS = ("grad_output", "grad_final_states")
+
+
+def oracle_by_name(op: Op[...]) -> Oracle:
+    """The op's sequential oracle, of the inputs of its forward companion by name."""
+
+    def run(operands: torch.dtype | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
+        dtype = next(t.dtype for t in inputs.values() if isinstance(t, Tensor) and t.is_floating_point())
+        return oracle_forward(op, inputs, dtype, operands)
+
+    return run
 
 
 def converted(arguments: Arguments, dtype: torch.dtype) -> dict[str, Any]:
@@ -58,7 +70,7 @@ def expected(oracle: Oracle, arguments: Arguments, dtype: torch.dtype) -> dict[s
     names = differentiated(arguments)
     inputs = {name: call[name].clone().requires_grad_() for name in names}
     others = {name: value for name, value in call.items() if name not in (*names, *RESULTS)}
-    if dtype == torch.float32 and "operands" in inspect.signature(oracle).parameters:
+    if dtype == torch.float32:
         given = (arguments[name].dtype for name in OPERANDS if name in arguments)
         others["operands"] = functools.reduce(torch.promote_types, given)
     results = zip(oracle(**inputs, **others), (call[name] for name in RESULTS), strict=True)
