@@ -24,8 +24,9 @@ def check(tensors: Mapping[str, Tensor], mutated: Collection[str], out_may_be: s
             got, expected = f"a {str(tensor.layout).removeprefix('torch.')} tensor", "a strided one"
             raise bad_argument(_shown(name), got=got, expected=expected, hint="convert it with to_dense()")
     for name in mutated:
-        if (tensor := tensors.get(name)) is None:
+        if name not in tensors:
             continue
+        tensor = tensors[name]
         if tensor.is_inference() and not torch.is_inference_mode_enabled():
             raise bad_argument(
                 _shown(name),

@@ -26,7 +26,7 @@ class Rows(NamedTuple):
     first: int = 0
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """The number of rows."""
         return self.lengths.shape[0]
 
@@ -98,7 +98,7 @@ def check_update_slots(
         columns = slots.shape[1] if slots.dim() == 2 else 1
         why = f", as slots has {columns} columns"
         check_counts("num_accepted_tokens", num_accepted_tokens, 0, columns, why=why, first=rows.first)
-    longest = int(rows.lengths.max()) if rows.count else 0
+    longest = int(rows.lengths.max()) if rows.size else 0
     inside = torch.arange(longest, device=rows.lengths.device) < rows.lengths.unsqueeze(1)
     if not inside.numel():
         return
@@ -158,6 +158,7 @@ def refuse(
 ) -> None:
     """Raise about the first value that is wrong, if one is."""
     if wrong.any():
-        row, *columns = wrong.nonzero()[0].tolist()
+        index = wrong.nonzero()[0]
+        row, *columns = index.tolist()
         place = f"{what} {first + row}" + "".join(f", column {column}" for column in columns)
-        raise bad_argument(name, got=f"{int(values[(row, *columns)])} {place}", expected=expected, hint=hint)
+        raise bad_argument(name, got=f"{int(values[tuple(index)])} {place}", expected=expected, hint=hint)
