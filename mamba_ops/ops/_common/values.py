@@ -27,7 +27,7 @@ class Rows(NamedTuple):
     first: int = 0
 
     @property
-    def number(self) -> int:
+    def size(self) -> int:
         """The number of rows."""
         return self.lengths.shape[0]
 
@@ -99,7 +99,7 @@ def check_update_slots(
         columns = slots.shape[1] if slots.dim() == 2 else 1
         why = f", as slots has {columns} columns"
         check_counts("num_accepted_tokens", num_accepted_tokens, 0, columns, why=why, first=rows.first)
-    longest = int(rows.lengths.max()) if rows.number else 0
+    longest = int(rows.lengths.max()) if rows.size else 0
     inside = torch.arange(longest, device=rows.lengths.device) < rows.lengths.unsqueeze(1)
     if not inside.numel():
         return
@@ -160,6 +160,7 @@ def refuse(
 ) -> None:
     """Raise about the first value that is wrong, if one is."""
     if wrong.any():
-        index = tuple(wrong.nonzero()[0].tolist())
-        place = f"{what} {first + index[0]}" + "".join(f", column {column}" for column in index[1:])
-        raise bad_argument(name, got=f"{int(values[index])} {place}", expected=expected, hint=hint)
+        index = wrong.nonzero()[0]
+        row, *columns = index.tolist()
+        place = f"{what} {first + row}" + "".join(f", column {column}" for column in columns)
+        raise bad_argument(name, got=f"{int(values[tuple(index)])} {place}", expected=expected, hint=hint)

@@ -58,7 +58,7 @@ def check_blocks(call: "Arguments") -> None:
         return
     rows = check_rows(call.x, call.cu_seqlens)
     tokens, chunks, columns = call.x.shape[0], call.chunk_ends.shape[0], call.slots.shape[1]
-    table = slot_columns(call.slots, rows.number)
+    table = slot_columns(call.slots, rows.size)
     within = f", as slots has {columns} columns"
     for name in ("first_block", "last_block", "initial_block"):
         check_counts(name, getattr(call, name), 0, columns - 1, why=within)
@@ -80,8 +80,8 @@ def check_blocks(call: "Arguments") -> None:
     if tokens == 0 or (kept := kept_states(call, torch.arange(tokens, device=call.x.device))) is None:
         return
     row = torch.bucketize(torch.arange(tokens, device=call.x.device), row_end, right=True)
-    stored = kept.stored & (row < rows.number)
-    row = row.clamp(max=rows.number - 1)
+    stored = kept.stored & (row < rows.size)
+    row = row.clamp(max=rows.size - 1)
     stored &= is_active[row]
     beyond, expected = stored & (kept.column >= columns), f"at most {columns - 1}{within}"
     refuse("first_block", kept.column, beyond, expected, what="as the column for the state after token")
