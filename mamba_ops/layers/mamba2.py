@@ -31,6 +31,7 @@ class Mamba2(Mixer):
         eps: of the gated norm.
         bias, conv_bias: whether the two projections, and the convolution, have a bias.
         device, dtype: of the parameters.
+        decay_dtype: of A_log, D and dt_bias; None: dtype. For training in bfloat16: float32.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Mamba2(Mixer):
         conv_bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        decay_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if heads % groups:
@@ -61,12 +63,13 @@ class Mamba2(Mixer):
         self.projected = [d_inner, sum(self.convolved), heads]  # gate, what is convolved, dt
 
         new: dict[str, Any] = {"device": device, "dtype": dtype}
+        decay: dict[str, Any] = {"device": device, "dtype": dtype if decay_dtype is None else decay_dtype}
         dim = sum(self.convolved)
         self.in_proj = nn.Linear(hidden_size, sum(self.projected), bias=bias, **new)
         self.conv1d = nn.Conv1d(dim, dim, d_conv, groups=dim, bias=conv_bias, **new)
-        self.dt_bias = nn.Parameter(torch.empty(heads, **new))
-        self.A_log = nn.Parameter(torch.empty(heads, **new))
-        self.D = nn.Parameter(torch.empty(heads, **new))
+        self.dt_bias = nn.Parameter(torch.empty(heads, **decay))
+        self.A_log = nn.Parameter(torch.empty(heads, **decay))
+        self.D = nn.Parameter(torch.empty(heads, **decay))
         self.norm = GatedRMSNorm(d_inner, groups=groups, eps=eps, **new)
         self.out_proj = nn.Linear(d_inner, hidden_size, bias=bias, **new)
         self.reset_parameters()

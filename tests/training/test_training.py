@@ -314,3 +314,11 @@ def test_a_second_process_finds_the_graphs(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         runs.append(done.stdout.split())
     assert runs == [["0", "1", "0"], ["1", "0", "0"]]
+
+
+def test_decay_parameters_stay_in_float32() -> None:
+    layer = mamba2(dtype=torch.bfloat16, decay_dtype=torch.float32)
+    layer(torch.randn(2, 9, 32, dtype=torch.bfloat16)).sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == (torch.float32 if name in ("A_log", "D", "dt_bias") else torch.bfloat16), name
