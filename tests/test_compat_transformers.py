@@ -122,10 +122,21 @@ def test_training_mode_without_gradients(model: Any, prompt: Tensor) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_gradients_are_refused(model: Any, prompt: Tensor, training: bool) -> None:
+def test_gradients(model: Any, prompt: Tensor, training: bool) -> None:
     model.train(training)
-    with use_mamba_ops(model), torch.enable_grad(), pytest.raises(ValueError, match="does not record gradients yet"):
-        model(prompt)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        with torch.enable_grad():
+            model(prompt, use_cache=False, labels=prompt).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    stock = gradients()
+    assert len(stock) > 20
+    with use_mamba_ops(model):
+        ours = gradients()
+    for name, gradient in stock.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 # -- what is bound ----------------------------------------------------------------------------------------------------

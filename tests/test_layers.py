@@ -1,5 +1,6 @@
 """What holds for every layer: token by token in float64 an oracle does the same; nothing is half-updated."""
 
+import functools
 from contextlib import nullcontext
 from typing import Any
 
@@ -181,6 +182,17 @@ def test_caches_on_two_devices(layer: Any, device: torch.device) -> None:
     assert_refused_and_untouched(layer, torch.randn(3, 5, HIDDEN, device=device), conv_state, ssm_state.to("meta"))
 
 
-def test_gradients_are_refused(layer: Any, device: torch.device) -> None:
-    with torch.enable_grad(), pytest.raises(ValueError, match="does not record gradients yet"):
-        layer(torch.randn(1, 3, HIDDEN, device=device))
+def test_every_parameter_has_a_gradient(layer: Any, device: torch.device) -> None:
+    with torch.enable_grad():
+        layer(torch.randn(1, 3, HIDDEN, device=device)).square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    assert len(gradients) >= 7
+    assert {name for name, grad in gradients.items() if grad is None or not grad.isfinite().all()} == set()
+
+
+def test_gradients_through_caches_are_refused(layer: Any, device: torch.device) -> None:
+    caches = layer.empty_caches(1)
+    call = functools.partial(layer, torch.randn(1, 3, HIDDEN, device=device), *caches)
+    with torch.enable_grad(), pytest.raises(ValueError, match=r"expected none: .*; else call it under torch.no_grad"):
+        call()
+    assert not any(cache.any() for cache in caches)

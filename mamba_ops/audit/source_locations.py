@@ -24,7 +24,7 @@ _NOT_USER_CODE = (
     str(_PACKAGE / "registry") + os.sep,
     str((_PACKAGE / "registry").resolve()) + os.sep,  # a link, in a checkout
     *(str(_PACKAGE / name) for name in ("commands", "testing")),
-    str(_PACKAGE / "ops" / "_triton" / "watch.py"),  # stands between every launch and Triton
+    *(str(_PACKAGE / "ops" / "_triton" / name) for name in ("_triton.py", "watch.py")),  # between a launch and Triton
 )
 _STANDARD = str(Path(sysconfig.get_paths()["stdlib"]))
 _LINE_IN_TEXT = re.compile(r'File "([^"]+)", line (\d+)(?:, in (\S+))?')

@@ -113,7 +113,8 @@ def test_whatever_means_nobody(
 def test_more_tokens_than_the_slots_have_columns(calls: Calls) -> None:
     """The vendor asks for as many columns where a row starts as it has tokens; we do not."""
     tables = {"slots": torch.tensor([[5], [1], [2]]), "write_slots": torch.tensor([[3, 4, 0], [6, 7, -1], [-1, 2, 5]])}
-    sample = sample_of(selective_state_update, "speculative rows", **tables)
+    accepted = torch.ones(3, dtype=torch.int32)  # one column holds one token's state
+    sample = sample_of(selective_state_update, "speculative rows", num_accepted_tokens=accepted, **tables)
     judge(selective_state_update, sample, front_on(selective_state_update, "flashinfer"))
 
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -44,7 +45,7 @@ MODES = [
 
 def function_of(op: Op[...], mode: str) -> Callable[[Tensor, Tensor], Tensor]:
     def call(total: Tensor, x: Tensor) -> Tensor:
-        return op(total, x)
+        return op(total.clone(), x)  # a mutated input would keep CUDA graphs away
 
     if mode == "eager":
         return call
@@ -57,6 +58,15 @@ def ran_on(call: Callable[[Tensor, Tensor], Tensor]) -> float:
     return float(call(torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE))[0])
 
 
+def graph_trees_here() -> None:
+    """Give this thread CUDA graph trees: torch has them in the thread that imports them and in those of its own."""
+    from torch._inductor import cudagraph_trees as trees
+
+    if not hasattr(trees.local, "tree_manager_containers"):
+        trees.local.tree_manager_containers = {}
+        trees.local.tree_manager_locks = defaultdict(threading.Lock)
+
+
 @pytest.mark.usefixtures("fresh_dynamo", "no_grad")
 @pytest.mark.parametrize("mode", MODES)
 def test_four_threads_each_have_their_own_backend(marked: Op[...], mode: str) -> None:
@@ -67,6 +77,7 @@ def test_four_threads_each_have_their_own_backend(marked: Op[...], mode: str) ->
     barrier = threading.Barrier(len(NAMES), timeout=120)
 
     def work(name: str) -> None:
+        graph_trees_here()
         barrier.wait()
         with torch.no_grad():
             for _ in range(CALLS):

@@ -48,7 +48,9 @@ class Functions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("watching", [Dispatching, Functions, partial(torch.device, "cpu"), torch.profiler.profile])
+@pytest.mark.parametrize(
+    "watching", [Dispatching, Functions, partial(torch.device, "cpu"), partial(torch.profiler.profile, acc_events=True)]
+)
 def test_what_watches_the_dispatcher_sees_a_known_call(op: Op[...], watching: Any) -> None:
     with watching() as watcher:
         out = op(*arguments())

@@ -33,7 +33,7 @@ def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
     """
     flat = call.cu_seqlens is not None
     rows = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
-    length = None if flat else call.v.shape[1]
+    length = call.v.shape[0] if flat else call.v.shape[1]
     (k_heads, k_dim), (v_heads, v_dim) = call.q.shape[-2:], call.v.shape[-2:]
     gradients = {"q": call.grad_q, "k": call.grad_k, "v": call.grad_v, "g": call.grad_g, "beta": call.grad_beta}
     if rows == 0 or call.v.numel() == 0:
@@ -59,7 +59,7 @@ def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
     operand = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if operand == torch.bfloat16 and INTERPRETED:
         operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
-    chunks = v.shape[0] // CHUNK + rows if length is None else rows * cdiv(length, CHUNK)
+    chunks = v.shape[0] // CHUNK + rows if flat else rows * cdiv(length, CHUNK)
     block_k, v_padded = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))
     places = 0
     for tensor in (q, k, v, grad_output, *(written[name] for name in ("q", "k", "v"))):
@@ -89,14 +89,14 @@ def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
         )
         _replay[(walks,)](
             *(v, beta, initial_states, cu_seqlens, keys, factors, inverses, states, new),
-            *(v.stride(0), beta.stride(0), length),
+            *(v.stride(0), beta.stride(0), length, rows),
             **of_values,
             **launches["_replay"],
         )
         _adjoints[(walks,)](
             *(grad_output, beta, grad_final_states, cu_seqlens, queries, keys, factors, inverses, weights),
             *(adjoints, found, written["v"], grad_initial),
-            *(grad_output.stride(0), beta.stride(0), written["v"].stride(0), length),
+            *(grad_output.stride(0), beta.stride(0), written["v"].stride(0), length, rows),
             **of_values,
             **launches["_adjoints"],
         )

@@ -20,6 +20,7 @@ def _replay(
     v_stride,
     beta_stride,
     length,
+    rows,
     K_HEADS: tl.constexpr,
     V_HEADS: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -39,7 +40,7 @@ def _replay(
     key = tl.arange(0, BLOCK_K)
     i = tl.arange(0, CHUNK)
     in_value = (value < V_DIM)[None, :]
-    first, chunks, begin, count = row_chunks(row, cu_seqlens, length, CHUNK, BLOCK_ROWS)
+    first, chunks, begin, count = row_chunks(row, rows, cu_seqlens, length, CHUNK, BLOCK_ROWS)
 
     s = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     if initial_states is not None:
@@ -94,6 +95,7 @@ def _adjoints(
     beta_stride,
     grad_v_stride,
     length,
+    rows,
     K_HEADS: tl.constexpr,
     V_HEADS: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -114,7 +116,7 @@ def _adjoints(
     i = tl.arange(0, CHUNK)
     in_value = (value < V_DIM)[None, :]
     in_state = (value < V_DIM)[:, None] & (key < K_DIM)[None, :]
-    first, chunks, begin, count = row_chunks(row, cu_seqlens, length, CHUNK, BLOCK_ROWS)
+    first, chunks, begin, count = row_chunks(row, rows, cu_seqlens, length, CHUNK, BLOCK_ROWS)
     of_row = (row.to(tl.int64) * V_HEADS + head) * (V_DIM * K_DIM) + value[:, None] * K_DIM + key[None, :]
 
     grad_s = tl.zeros([BLOCK, BLOCK_K], tl.float32)

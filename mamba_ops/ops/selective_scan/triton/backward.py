@@ -29,7 +29,7 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
     """
     flat = call.cu_seqlens is not None
     rows = call.x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
-    length = None if flat else call.x.shape[1]
+    length = call.x.shape[0] if flat else call.x.shape[1]
     gradients = {"x": call.grad_x, "dt": call.grad_dt, "B": call.grad_B, "C": call.grad_C}
     if call.z is not None:
         gradients["z"] = call.grad_z
@@ -64,7 +64,7 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
     )
 
     chunk = TILE * TILES
-    chunks = x.shape[0] // chunk + rows if length is None else rows * cdiv(length, chunk)
+    chunks = x.shape[0] // chunk + rows if flat else rows * cdiv(length, chunk)
     blocks = cdiv(dim // groups, BLOCK)
 
     def scratch(*shape: int) -> Tensor:
@@ -97,7 +97,7 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
         _carry[(rows * cdiv(dim, 128) * dstate * 2,)](
             *(call.A, initial_states, grad_final_states, summed.get("initial_states"), cu_seqlens),
             *(states, totals, adjoints),
-            *(length, *call.A.stride()),
+            *(rows, length, *call.A.stride()),
             **sizes,
             BLOCK=128,
             num_warps=1,

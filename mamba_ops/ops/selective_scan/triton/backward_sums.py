@@ -6,7 +6,7 @@ from mamba_ops.ops._triton.common import chunk_bounds, kernel, row_chunks
 from mamba_ops.ops._triton.decay import finite_rate
 
 
-@kernel(first_number="length", static="states sums adjoints")
+@kernel(first_number="rows", static="states sums adjoints")
 def _carry(
     A,
     initial_states,
@@ -16,6 +16,7 @@ def _carry(
     states,  # the first of a chunk in: what it leaves; out: what it begins with
     sums,
     adjoints,  # in: of the state before a chunk, by the chunk alone; out: of the state after it
+    rows,
     length,
     A_channel,
     A_entry,
@@ -33,7 +34,7 @@ def _carry(
     channel = program // DSTATE % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     entry = program % DSTATE
     in_dim = channel < DIM
-    first, chunks, _, _ = row_chunks(row, cu_seqlens, length, TILE * TILES, BLOCK_ROWS)
+    first, chunks, _, _ = row_chunks(row, rows, cu_seqlens, length, TILE * TILES, BLOCK_ROWS)
     rate = tl.load(A + channel * A_channel + entry * A_entry, in_dim, other=0.0).to(tl.float32)
     rate = finite_rate(rate * 1.4426950408889634)
     of_row = row.to(tl.int64) * (DIM * DSTATE) + channel * DSTATE + entry
