@@ -55,7 +55,9 @@ def bad_argument(name: str, *, got: object, expected: object, hint: str = "") ->
 
 
 def in_call_of(op: str, error: ValueError) -> ValueError:
-    """Name the op in an error that its checks raised."""
+    """Name the op in an error that its checks raised, if they did not."""
+    if str(error).startswith(f"{op}: "):
+        return error
     return ValueError(f"{op}: {error}")
 
 

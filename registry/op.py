@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import ParamSpec
 
-from mamba_ops.registry import _torch, codegen, errors, memory, schema, selection, token
+from mamba_ops.registry import _torch, codegen, errors, schema, selection, token, wrappers
 from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
 from mamba_ops.registry.capture import capture_query, note
 from mamba_ops.registry.dispatcher import device_of, dispatcher
@@ -123,7 +123,7 @@ class Op(Trainable, Generic[P]):
         self.schema = schema.infer(self.parameters, caches, self.mutates, self.returns)
         tags = [torch.Tag.cudagraph_unsafe] * self.reads_host
         namespace._define(self.name, self.schema, self._body, self._fake, *tags)
-        namespace._library.impl(self.name, self._run_negated, "Negative")
+        namespace._library.impl(self.name, partial(wrappers.run_negated, self), "Negative")
         self.overload = getattr(getattr(torch.ops, namespace.name), self.name).default
         self._write_front()
 
@@ -263,39 +263,9 @@ class Op(Trainable, Generic[P]):
             self.check(arguments)
             kernel = selection.choose(self, arguments, cache)
         if not is_captured and (device_of(arguments).type == "cpu" or cache.snapshot.checks_values(self)):
-            kernel = self._checking(kernel)
+            kernel = wrappers.checking(self, kernel)
         given = {name: value for name, value in arguments.items() if value is not called[name]}
-        return (self._filling(kernel, given) if given else kernel), arguments
-
-    def _checking(self, kernel: Callable[..., None]) -> Callable[..., None]:
-        """Return a function that checks each call's values, and where its tensors lie, before it runs the kernel."""
-        positional = [p.name for p in self.parameters if p.kind is not p.KEYWORD_ONLY]
-        check_values = self.facets.get("validate_values")
-
-        def run(*args: Any, **kwargs: Any) -> None:
-            try:
-                if not memory.are_apart(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)):
-                    self.check_memory(dict(zip(positional, args, strict=True)) | kwargs)
-                if check_values is not None:
-                    check_values(*args, **kwargs)
-            except ValueError as error:
-                raise errors.in_call_of(self.qualname, error) from None
-            kernel(*args, **kwargs)
-
-        run.__wrapped__ = kernel  # type: ignore[attr-defined]
-        return run
-
-    def _filling(self, kernel: Callable[..., None], first: dict[str, Any]) -> Callable[..., None]:
-        """Return a function that runs the kernel with what the settings give, asked for in every call.
-
-        `first` was given for the call that is decided on, and is that call's: what a graph captures is drawn once.
-        """
-        fills, ready = self.facets["default_arguments"], iter([first])
-
-        def run(*args: Any, **kwargs: Any) -> None:
-            kernel(*args, **kwargs | (next(ready, None) or fills(*args, **kwargs)))
-
-        return run
+        return (wrappers.filling(self, kernel, given) if given else kernel), arguments
 
     def _refuse_gradient(self, values: tuple[Any, ...]) -> None:
         """Raise if one of a call's tensors requires grad; called in grad mode."""
@@ -313,14 +283,6 @@ class Op(Trainable, Generic[P]):
             f"{self._gradient_entry() or 'this op does not record gradients'}; else call it under torch.no_grad() or "
             "torch.inference_mode(), or detach the tensor (parameters count)"
         )
-
-    def _run_negated(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a call that has views which negate their memory: kernels read memory as it is, so they get copies."""
-        for name, tensor in (*zip(self._names, args, strict=False), *kwargs.items()):
-            if name in self.mutates and isinstance(tensor, Tensor) and tensor.is_neg():
-                raise errors.in_call_of(self.qualname, memory.negated("out" if name == "output" else name))
-        plain = [a.resolve_neg() if isinstance(a, Tensor) else a for a in args]
-        return self.overload(*plain, **{n: a.resolve_neg() if isinstance(a, Tensor) else a for n, a in kwargs.items()})
 
     def _fake(self, *args: Any, **kwargs: Any) -> Any:
         """Allocate what the op returns. Refuse meta tensors among real ones, which would run nothing."""

@@ -243,11 +243,12 @@ def _choice(name: str, values: Sequence[str], word: str) -> str:
 def from_environment(namespace: "Namespace") -> Request:
     """Return what `<NAMESPACE>_BACKEND` and `<NAMESPACE>_CHECK` ask for."""
     variable = f"{namespace.name.upper()}_BACKEND"
-    checks = os.environ.get(f"{namespace.name.upper()}_CHECK") == "1"
+    check = f"{namespace.name.upper()}_CHECK"
     try:
         orders, settings, wrong = parse(os.environ.get(variable, ""), namespace)
         for error in wrong:
             raise error
-        return make(variable, orders.pop("", ()), orders, settings)._replace(checks_values=checks)
+        found = make(variable, orders.pop("", ()), orders, settings)
+        return found._replace(checks_values=os.environ.get(check) == "1")
     except errors.RegistryError as error:
         raise type(error)(f"{variable}: {error}") from None

@@ -37,7 +37,8 @@ def test_the_page_about_ops_says_what_the_registry_knows():
 # -- docs/environment.md ----------------------------------------------------------------------------------------------
 
 READERS = ("os.environ.get", "os.environ.pop", "os.environ.setdefault", "os.getenv")
-COMPUTED = {"variable": "MAMBA_OPS_BACKEND", "switch": "MAMBA_OPS_NO_JIT"}  # the registry's: named after a namespace
+COMPUTED = {"variable": "MAMBA_OPS_BACKEND", "switch": "MAMBA_OPS_NO_JIT", "check": "MAMBA_OPS_CHECK"}
+# the registry's: named after a namespace
 PYTHON = ("registry/**/*.py", "mamba_ops/**/*.py", "benchmarks/**/*.py", "examples/**/*.py", "tests/conftest.py")
 SHELL = re.compile(r"\$\{([A-Z_]+):?-|^([A-Z_]+) *\?=", re.MULTILINE)  # ${NAME:-default}, NAME ?= default
 

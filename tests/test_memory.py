@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 import mamba_ops
+from mamba_ops.layers import Mamba2
 from mamba_ops.registry import Op, Sample
 from mamba_ops.registry.memory import may_overlap, overlaps_itself
+from mamba_ops.testing.judge import front_on, with_output
 from tests.conftest import ACCELERATOR
-from tests.harness import OPS, backends_here, cases, front_on, with_output
+from tests.harness import OPS, backends_here, cases
 from tests.test_bad_input import assert_untouched, changed
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -218,3 +220,18 @@ def test_pages_and_columns_do_not_overlap() -> None:
         (projected.as_strided((1, 5), (0, 1)), False),
     ):
         assert overlaps_itself(tensor) is overlaps
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_layer_refuses_an_ssm_state_that_requires_grad_before_it_convolves(compiles: bool) -> None:
+    layer = Mamba2(32, heads=2, head_dim=16, dstate=16).requires_grad_(False)
+    conv_state, ssm_state = layer.empty_caches(2)
+    ssm_state.requires_grad_()
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiles else layer
+    with (
+        torch.enable_grad(),
+        pytest.raises(ValueError, match=r"ssm_state: got .* in grad mode, one that requires no grad"),
+    ):
+        call(torch.randn(2, 5, 32), conv_state, ssm_state)
+    assert not conv_state.any()

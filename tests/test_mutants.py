@@ -46,7 +46,7 @@ def test_every_bug_can_be_planted(op: Op[...]) -> None:
     """Those that are slow to catch, too."""
     tables, source = tables_of(op), source_of(op)
     for bug in ({**tables.BUGS, **getattr(tables, "SLOW_BUGS", {})}).values():
-        _changed(source, bug)
+        changed(source, bug)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def planted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Op
 
 def triton_with(bug: Bug, op: Op[...], folder: Path) -> Callable[..., None]:
     """The Triton kernel with a bug."""
-    kernel: Callable[..., None] = getattr(_load(folder / f"mutant_{op.name}.py", _changed(source_of(op), bug)), op.name)
+    kernel: Callable[..., None] = getattr(load(folder / f"mutant_{op.name}.py", changed(source_of(op), bug)), op.name)
     return kernel
 
 
@@ -71,7 +71,7 @@ def composed_with(bug: Bug, op: Op[...]) -> Callable[..., None]:
     scope = vars(mixing) | vars(importlib.import_module(op.kernels["composed"].source.partition(":")[0]))
     del scope[op.name], scope["batch_of"], scope["_batch_of"], scope["Rows"]
     scope["_latest"] = None  # the latest batch was read without the bug
-    exec(compile(_changed(source_of(op), bug), f"mutant_{op.name}.py", "exec"), scope)
+    exec(compile(changed(source_of(op), bug), f"mutant_{op.name}.py", "exec"), scope)
     kernel: Callable[..., None] = scope[op.name]
     return kernel
 
@@ -80,14 +80,14 @@ def source_of(op: Op[...]) -> str:
     """The text of an op's Triton kernels, of a folder's files as if they were one; of a composed op, of its body."""
     if not op.composed:
         folder = Path(mamba_ops.__path__[0]) / "ops" / op.name
-        files = sorted([*folder.glob("triton.py"), *folder.glob("triton/[a-z]*.py")])
-        own = re.compile(rf"^from mamba_ops\.ops\.{op.name}\.triton\.\w+ import (\([^)]*\)|.*)$", re.MULTILINE)
+        files = sorted([*folder.glob("triton.py"), *folder.glob("triton*/[a-z]*.py")])
+        own = re.compile(rf"^from mamba_ops\.ops\.{op.name}\.triton[\w.]* import (\([^)]*\)|.*)$", re.MULTILINE)
         return "\n\n".join(own.sub("", path.read_text()) for path in files)
     composed = getattr(importlib.import_module(op.kernels["composed"].source.partition(":")[0]), op.name)
     return "\n\n".join(map(inspect.getsource, (mixing.Rows, mixing.batch_of, mixing._batch_of, composed)))
 
 
-def _changed(source: str, bug: Bug) -> str:
+def changed(source: str, bug: Bug) -> str:
     right, wrong = bug
     assert right in source, f"{right!r} is no longer in the kernel; plant the bug elsewhere"
     return source.replace(right, wrong)
@@ -104,7 +104,7 @@ def test_planted_bug_is_caught(planted: tuple[Op[...], str]) -> None:
     pytest.fail("no sample caught it")
 
 
-def _load(path: Path, source: str) -> ModuleType:
+def load(path: Path, source: str) -> ModuleType:
     path.write_text(source)  # Triton reads the source of its kernels from a file
     # The last but one part of a kernel's module is its op; this one must not replace the real op's launches.
     spec = importlib.util.spec_from_file_location(f"mutants.{path.stem}.triton", path)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mamba_ops.ops._common.samples import SampleTensors
 from mamba_ops.registry import Op, Sample
+from mamba_ops.testing.judge import front_on, refusal, results, with_output
 from tests.conftest import ACCELERATOR
-from tests.harness import OPS, backends_here, expected, front_on, judge, refusal, results, with_output
+from tests.harness import OPS, backends_here, expected, judge
 
 DEVICE = ACCELERATOR or torch.device("cpu")
 LENGTH, HEADS, GROUPS, SIZE = 75, 4, 2, 16  # two chunks of the gated delta rule

@@ -11,6 +11,18 @@ _SECTION = re.compile(r"^(\w+):$")
 _ARGUMENT = re.compile(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)$")
 
 
+VALUES = """
+Slots, `cu_seqlens` and other indices lead into caches and tokens. On a CPU one that is out of range is a
+ValueError, which names the argument, the row and the value, before anything is written. On a device that would mean
+to wait for it, so there a slot that the cache does not have counts as the null slot, the bounds of rows are kept
+within the tokens, and other numbers within their range: nothing outside the call's tensors is read or written (by
+`torch` and `triton`; vendors' kernels look at nothing). `with mamba_ops.checking():`, or `MAMBA_OPS_CHECK=1` in the
+environment, makes it a ValueError on a device too, and every call wait; calls that a graph captures are not
+checked.
+""".splitlines()
+"""What holds for the values of all ops' arguments."""
+
+
 def page() -> str:
     """Return the page, in Markdown."""
     known = [op for op in ops().values() if op.qualname.startswith("mamba_ops::") and not op.returns]
@@ -23,6 +35,7 @@ def page() -> str:
         "",
         "Made by `mamba-ops ops --markdown > docs/ops.md`; a test compares it with the code. Arguments are those of",
         "the fronts, `mamba_ops.<name>`; at `torch.ops.mamba_ops.<name>` `out` is `output`, and must be given.",
+        *VALUES,
         "",
         *_overview(known, own),
         "",

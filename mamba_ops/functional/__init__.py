@@ -81,3 +81,67 @@ def mamba_chunk_scan(
     """
     weights = D, z, dt_bias, initial_states, cu_seqlens
     return _call(ops.mamba_chunk_scan, x, dt, A, B, C, chunk_size, *weights, dt_softplus, dt_min, dt_max)
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_states: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the Mamba-1 recurrence over every row's tokens; return their outputs and the rows' last states.
+
+    Differentiable: x, dt, A, B, C, D, z, dt_bias and initial_states.
+
+    Args:
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens: as for `mamba_ops.selective_scan`. Outputs of tokens in
+            no row are zero.
+        initial_states: (n, dim, dstate), the rows' states before their first token. None: zeros.
+
+    Returns:
+        The outputs, like x, and the final states, like initial_states (without it in float32 at least). A row without
+        tokens keeps its initial state.
+
+    Raises:
+        ValueError: an argument does not fit the others.
+    """
+    return _call(ops.selective_scan, x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, dt_softplus)
+
+
+def chunk_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    qk_l2norm: bool = False,
+    initial_states: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the gated delta rule over every row's tokens; return their outputs and the rows' last states.
+
+    Differentiable: q, k, v, g, beta and initial_states.
+
+    Args:
+        q, k, v, g, beta, scale, qk_l2norm, cu_seqlens: as for `mamba_ops.chunk_gated_delta_rule`. Outputs of tokens in
+            no row are zero.
+        initial_states: (n, v_heads, v_dim, k_dim), the rows' states before their first token. None: zeros.
+
+    Returns:
+        The outputs, like v, and the final states, like initial_states (without it in float32 at least). A row without
+        tokens keeps its initial state.
+
+    Raises:
+        ValueError: an argument does not fit the others.
+    """
+    return _call(ops.chunk_gated_delta_rule, q, k, v, g, beta, initial_states, cu_seqlens, scale, qk_l2norm)

@@ -30,6 +30,7 @@ def _are_a_pair(conv_state: Tensor | None, ssm_state: Tensor | None, sizes: Sequ
         ssm_state.shape == (conv_state.shape[0], *sizes)
         and ssm_state.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         and ssm_state.device == conv_state.device
+        and not (ssm_state.requires_grad and torch.is_grad_enabled())
     )
 
 
@@ -41,7 +42,8 @@ def _refuse(mixed: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, 
 
     raise ValueError(
         f"conv_state, ssm_state: got {shown(conv_state)} and {shown(ssm_state)}, expected neither or a pair: on one "
-        f"device, as many slots, ssm_state (slots, {', '.join(map(str, sizes))}) of a float dtype; see empty_caches()"
+        f"device, as many slots, ssm_state (slots, {', '.join(map(str, sizes))}) of a float dtype and, in grad mode, "
+        "one that requires no grad; see empty_caches()"
     )
 
 

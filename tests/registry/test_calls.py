@@ -1,12 +1,16 @@
 """One call: checks, gradients, what is remembered, samples."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from mamba_ops.registry import DeclarationError, Op, Sample
+from mamba_ops import registry
+from mamba_ops.registry import DeclarationError, Op, Sample, bad_argument, checking, use_backend
+from mamba_ops.registry import op as op_module
 from tests.registry.toys import call
 
 
@@ -91,3 +95,64 @@ def test_a_clone_keeps_padding_and_strides() -> None:
     assert (copied.stride(), copied.storage_offset()) == (view.stride(), 1)
     assert copied.untyped_storage().nbytes() == pages.untyped_storage().nbytes()
     assert torch.equal(copied, view)
+
+
+def test_values_are_checked_in_every_call(add: Op[...], elsewhere: Callable[[], None]) -> None:
+    """On a CPU, and elsewhere within `checking()`; a call that a graph captures is not."""
+    seen = []
+
+    @add.validate_values
+    def _validate_values(x: Tensor) -> None:
+        seen.append(float(x[0]))
+        if x[0] > 5:
+            raise bad_argument("x", got=float(x[0]), expected="at most 5")
+
+    total, good, bad = torch.zeros(3), torch.ones(3), torch.full((3,), 6.0)
+    compiled = torch.compile(lambda total, x: add(total, x), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(3):
+            add(total, good)
+            for call in (add, compiled):
+                with pytest.raises(ValueError, match=r"^toys::add: x: got 6.0, expected at most 5$"):
+                    call(total, bad)
+        assert seen == [1.0, 6.0, 6.0] * 3
+        assert total.tolist() == [3.0] * 3
+        elsewhere()
+        for _ in range(2):
+            add(total, bad)
+            compiled(total, bad)
+            with checking():
+                add(total, good)
+                with use_backend("torch"), pytest.raises(ValueError, match=r"x: got 6\.0"):
+                    add(total, bad)
+                with pytest.raises(ValueError, match=r"x: got 6\.0"):
+                    compiled(total, bad)
+        assert seen == [1.0, 6.0, 6.0] * 5
+        kernel = next(iter(add._decisions.values())).last.kernel
+        assert not hasattr(kernel, "__wrapped__")  # so that it costs other calls nothing
+
+
+def test_the_environment_asks_for_checks(add: Op[...], elsewhere: Callable[[], None], monkeypatch: Any) -> None:
+    seen = []
+    add.validate_values(lambda x: seen.append(x.shape))
+    elsewhere()
+    call(add)
+    assert not seen
+    monkeypatch.setenv("TOYS_CHECK", "1")
+    registry.dispatcher.dispatcher._environments.clear()
+    registry.dispatcher.dispatcher.changed()
+    call(add)
+    call(add)
+    assert len(seen) == 2
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: Any) -> Callable[[], None]:
+    """Returns what makes the op take its tensors to be on a device that is no CPU."""
+
+    def move() -> None:
+        monkeypatch.setattr(op_module, "device_of", lambda arguments: SimpleNamespace(type="elsewhere"))
+        monkeypatch.setattr(op_module, "capture_query", lambda device: bool)
+        registry.dispatcher.dispatcher.changed()
+
+    return move

@@ -21,6 +21,12 @@ def named(op: Op[...], sample: Sample) -> dict[str, Any]:
     return dict(zip((p.name for p in op._called), sample.args, strict=True))
 
 
+def activation(call: dict[str, Any]) -> Tensor:
+    """The input that the output is like."""
+    like: Tensor = call["x" if "x" in call else "v"]
+    return like
+
+
 def is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
@@ -37,7 +43,7 @@ def oracle_forward(
     if dtype == torch.float32 and "operands" in inspect.signature(oracle).parameters:
         extra["operands"] = operands
     inputs |= {STATES.get(op.name, "ssm_state"): start, "has_initial_state": known}
-    output, final, *_ = oracle(**inputs, out=torch.zeros_like(call["x"]), dtype=dtype, **extra)
+    output, final, *_ = oracle(**inputs, out=torch.zeros_like(activation(call)), dtype=dtype, **extra)
     return output, torch.zeros_like(states) if final is None else final
 
 

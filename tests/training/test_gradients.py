@@ -9,7 +9,7 @@ from torch import Tensor
 from mamba_ops.registry import Op, Sample, use_backend
 from tests.conftest import ACCELERATOR
 from tests.harness import backends_here
-from tests.training.gradients import TRAINED, gradients, is_float, judge, named
+from tests.training.gradients import TRAINED, activation, gradients, is_float, judge, named
 
 DEVICE = ACCELERATOR or torch.device("cpu")
 PAIRS = [
@@ -55,13 +55,15 @@ def test_every_input_of_every_sample_in_float64(op: Op[...]) -> None:
             return states(**{**call, **dict(zip(leaves, values, strict=True))})
 
         assert torch.autograd.gradcheck(run, list(leaves.values()), fast_mode=True), sample
-    optional = {p.name for p in states._called if p.default is None} - {"cu_seqlens"}
+    optional = {p.name for p in states._called if p.annotation == Tensor | None} - {"cu_seqlens"}
     for name in optional:
         assert len({name in present for present, _ in seen}) == 2, name
 
 
 TINY = {
     "causal_conv1d": {"dim": 2, "length": 4},
+    "chunk_gated_delta_rule": {"k_heads": 1, "v_heads": 2, "k_dim": 2, "v_dim": 2, "length": 4},
+    "selective_scan": {"dim": 4, "dstate": 2, "length": 4},
     "mamba_chunk_scan": {"heads": 2, "dim": 2, "dstate": 3, "groups": 1, "chunk_size": 4},
 }
 
@@ -73,7 +75,7 @@ def test_the_same_bits_again_and_in_company(op: Op[...], backend: str) -> None:
     first, again = (gradients(op, sample.clone(), backend) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     call = named(op.backward_op, sample)
-    rows = call["x"].shape[0]
+    rows = activation(call).shape[0]
     for row in range(rows):
         one = [v[row : row + 1] if is_float(v) and v.shape[0] == rows and v.dim() > 1 else v for v in sample.args]
         alone = gradients(op, Sample("alone", tuple(one)), backend)
@@ -90,17 +92,17 @@ def test_packed_rows_are_as_alone(op: Op[...], backend: str) -> None:
     call = named(op.backward_op, sample)
     ends = call["cu_seqlens"].tolist()
     for name, value in call.items():
-        if is_float(value) and value.shape[:1] == call["x"].shape[:1]:
+        if is_float(value) and value.shape[:1] == activation(call).shape[:1]:
             call[name] = torch.cat((value[: ends[-1]], torch.full_like(value[ends[-1] :], torch.nan)))
     packed = gradients(op, Sample("packed", tuple(call.values())), backend)
-    of_tokens = [n for n in packed if packed[n].shape[:1] == call["x"].shape[:1]]
+    of_tokens = [n for n in packed if packed[n].shape[:1] == activation(call).shape[:1]]
     for name in of_tokens:
         assert not packed[name][ends[-1] :].any()
     assert not any(gradient.isnan().any() for gradient in packed.values())
     for row, (start, end) in enumerate(pairwise(ends)):
         alone = {}
         for name, value in call.items():
-            if is_float(value) and value.shape[:1] == call["x"].shape[:1]:
+            if is_float(value) and value.shape[:1] == activation(call).shape[:1]:
                 value = value[start:end].unsqueeze(0)
             elif is_float(value) and name.endswith("_states"):
                 value = value[row : row + 1]
@@ -119,8 +121,8 @@ def test_two_halves_are_the_whole(op: Op[...]) -> None:
     sample = next(s for s in states.make_samples("cpu") if s.name == "no optional" or s.name == "no optionals")
     call = {n: v.double() if is_float(v) else v for n, v in named(states, sample).items()}
     leaves = {n: v.requires_grad_() for n, v in call.items() if is_float(v)}
-    length = call["x"].shape[1]
-    of_tokens = [n for n, v in leaves.items() if v.shape[:2] == call["x"].shape[:2]]
+    length = activation(call).shape[1]
+    of_tokens = [n for n, v in leaves.items() if v.shape[:2] == activation(call).shape[:2]]
     whole, end = states(**call)
     half = [
         {**call, **{n: call[n][:, part] for n in of_tokens}}
@@ -146,7 +148,7 @@ def test_the_front_trains(op: Op[...]) -> None:
     grads = (torch.autograd.grad(f(**a).float().sum(), leaves) for f, a in ((op, own), (op.forward_op, call)))
     for got, expected in zip(*grads, strict=True):
         assert torch.equal(got, expected)
-    with pytest.raises(ValueError, match=rf"{op.name}: x: got .* for gradients of states call mamba_ops.functional"):
-        op(**own, out=torch.empty_like(call["x"]))
+    with pytest.raises(ValueError, match=rf"{op.name}: \w: got .* for gradients of states call mamba_ops.functional"):
+        op(**own, out=torch.empty_like(activation(call)))
     with torch.no_grad(), use_backend("torch"):
         assert torch.equal(op(**own), op.forward_op(**call))

@@ -18,7 +18,7 @@ from mamba_ops import functional
 from mamba_ops.layers import Mamba2
 from mamba_ops.registry import Backend, Op, flop_formulas, record_selections, use_backend
 from tests.test_numerics import _HostReads
-from tests.training.gradients import TRAINED, is_float, named
+from tests.training.gradients import TRAINED, activation, is_float, named
 
 BY_NAME = pytest.mark.parametrize("op", TRAINED, ids=lambda op: op.name)
 
@@ -32,6 +32,14 @@ def dense(op: Op[...], length: int = 12, dtype: torch.dtype = torch.float32) -> 
 
     if op.name == "causal_conv1d":
         return {"x": tensor(2, length, 8), "weight": tensor(8, 4), "bias": tensor(8)}
+    if op.name == "selective_scan":
+        call = {name: tensor(2, length, 8) for name in ("x", "dt", "z")} | {"dt_bias": tensor(8), "dt_softplus": True}
+        call |= {"A": (-tensor(8, 4).detach().exp()).requires_grad_(), "D": tensor(8)}
+        return {**call, "B": tensor(2, length, 4), "C": tensor(2, length, 4)}
+    if op.name == "chunk_gated_delta_rule":
+        call = {"q": tensor(2, length, 2, 8), "k": tensor(2, length, 2, 8), "v": tensor(2, length, 4, 8)}
+        call["g"] = (-tensor(2, length, 4).detach().abs()).requires_grad_()
+        return {**call, "beta": tensor(2, length, 4).detach().sigmoid().requires_grad_(), "qk_l2norm": True}
     assert op.name == "mamba_chunk_scan", f"say here how {op.name} is called"
     call = {"x": tensor(2, length, 4, 8), "dt": tensor(2, length, 4), "A": (-tensor(4).detach().exp()).requires_grad_()}
     call |= {"B": tensor(2, length, 2, 16), "C": tensor(2, length, 2, 16), "chunk_size": 8}
@@ -83,11 +91,11 @@ def test_a_swap_between_forward_and_backward(op: Op[...]) -> None:
             call = dense(op)
             with use_backend("torch"):
                 value, other = run(call), run(call)
-            assert float(torch.autograd.grad(value, call["x"])[0].flatten()[0]) != 7.0
+            assert float(torch.autograd.grad(value, activation(call))[0].flatten()[0]) != 7.0
             with use_backend("marker"):
-                assert float(torch.autograd.grad(other, call["x"])[0].flatten()[0]) == 7.0
+                assert float(torch.autograd.grad(other, activation(call))[0].flatten()[0]) == 7.0
                 value = run(call)
-            assert float(torch.autograd.grad(value, call["x"])[0].flatten()[0]) == 7.0
+            assert float(torch.autograd.grad(value, activation(call))[0].flatten()[0]) == 7.0
     finally:
         marker.remove()
     assert counters["stats"]["unique_graphs"] == 1
@@ -156,24 +164,25 @@ def test_the_partitioner_keeps_inputs(op: Op[...]) -> None:
     torch.compile(lambda: op(**call), fullgraph=True, backend=backend)().sum().backward()
     (outputs,) = (node.args[0] for node in graphs[0].graph.nodes if node.op == "output")
     computed = [n for n in outputs if n is not None and n.op != "placeholder"]
-    large = [n for n in computed if n.meta["val"].numel() >= call["x"].numel()]
+    large = [n for n in computed if n.meta["val"].numel() >= activation(call).numel()]
     assert len(large) == 1, graphs[0].graph
 
 
 @BY_NAME
 def test_torch_func(op: Op[...]) -> None:
     call = {n: v.detach().double() if is_float(v) else v for n, v in dense(op).items()}
-    rest = {n: v for n, v in call.items() if n != "x"}
-    gradient = torch.func.grad(lambda x: loss(op, {**rest, "x": x}))(call["x"])
-    x = call["x"].clone().requires_grad_()
-    assert torch.equal(gradient, torch.autograd.grad(loss(op, {**rest, "x": x}), x)[0])
+    main = next(n for n, v in call.items() if v is activation(call))
+    rest = {n: v for n, v in call.items() if n != main}
+    gradient = torch.func.grad(lambda x: loss(op, {**rest, main: x}))(activation(call))
+    x = activation(call).clone().requires_grad_()
+    assert torch.equal(gradient, torch.autograd.grad(loss(op, {**rest, main: x}), x)[0])
     of_rows = [n for n, v in call.items() if is_float(v) and v.shape[:2] == x.shape[:2]]
     stacked = {n: torch.stack((call[n], call[n].flip(0))) for n in of_rows}
     mapped = torch.func.vmap(lambda rows: op(**{**call, **rows}))(stacked)
     assert torch.equal(mapped[1], op(**{**call, **{n: call[n].flip(0) for n in of_rows}}))
     with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(lambda x: op(**{**rest, "x": x}), (call["x"],), (call["x"],))
-    (gradient,) = torch.autograd.grad(loss(op, {**rest, "x": x}), x, create_graph=True)
+        torch.func.jvp(lambda x: op(**{**rest, main: x}), (activation(call),), (activation(call),))
+    (gradient,) = torch.autograd.grad(loss(op, {**rest, main: x}), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated again"):
         gradient.sum().backward()
 

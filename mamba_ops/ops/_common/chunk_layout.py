@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.slots import store_rows
+from mamba_ops.ops._common.slots import row_bounds, store_rows
 
 
 def row_count(x: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -53,9 +53,10 @@ def chunk_layout(
         starts, tokens = torch.arange(n, device=x.device) * length, n * length
         lengths = torch.full_like(starts, length)
     else:
-        starts, tokens = cu_seqlens[:-1].long(), x.shape[0]
-        lengths = cu_seqlens.diff().long()
-    before = torch.zeros_like(starts) if num_computed_tokens is None else num_computed_tokens.long()
+        tokens = x.shape[0]
+        starts, ends = row_bounds(cu_seqlens, tokens)
+        lengths = ends - starts
+    before = torch.zeros_like(starts) if num_computed_tokens is None else num_computed_tokens.long().clamp(min=0)
     skipped = before % size
     of_row = torch.where(lengths > 0, (skipped + lengths + size - 1) // size, 0)
     end = of_row.cumsum(0)

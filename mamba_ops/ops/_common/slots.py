@@ -1,4 +1,8 @@
-"""How the references of the cached ops read slot tables and store rows, without reading any value on the host."""
+"""How the references of the cached ops read slot tables and store rows, without reading any value on the host.
+
+Values that are out of range do no harm: a slot that the cache does not have counts as the null slot, and the bounds of
+rows are kept within the tokens. On a CPU such a call is refused before it comes here (values.py).
+"""
 
 from typing import NamedTuple
 
@@ -6,9 +10,16 @@ import torch
 from torch import Tensor
 
 
-def is_padding(slots: Tensor, null_slot: int) -> Tensor:
-    """Whether each slot is that of a padding row."""
-    return (slots < 0) | (slots == null_slot)
+def is_padding(slots: Tensor, null_slot: int, slot_count: int | None = None) -> Tensor:
+    """Whether each slot is that of a padding row: negative, null, or beyond a cache of `slot_count` slots."""
+    padding = (slots < 0) | (slots == null_slot)
+    return padding if slot_count is None else padding | (slots >= slot_count)
+
+
+def row_bounds(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Where rows start and end among `tokens` packed tokens, both int64 (n,): never outside, never decreasing."""
+    bounds = cu_seqlens.long().clamp(0, tokens).cummax(0).values
+    return bounds[:-1], bounds[1:]
 
 
 def slot_columns(table: Tensor, rows: int) -> Tensor:
@@ -16,17 +27,21 @@ def slot_columns(table: Tensor, rows: int) -> Tensor:
     return (table if table.dim() == 2 else table.unsqueeze(1))[:rows].long()
 
 
-def row_slots(table: Tensor | None, rows: int, null_slot: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The slots of all rows, `(rows, columns)`, and which of them are no padding: without a table row i has slot i."""
+def row_slots(
+    table: Tensor | None, rows: int, null_slot: int, device: torch.device, slot_count: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The slots of all rows, `(rows, columns)`, and which of them are no padding: without a table row i has slot i.
+
+    `slot_count` is the number of slots that the cache has; None: all are taken to be there.
+    """
     if table is None:
         return torch.arange(rows, device=device).unsqueeze(1), torch.ones(rows, 1, dtype=torch.bool, device=device)
     slots = slot_columns(table, rows)
-    return slots, ~is_padding(slots, null_slot)
+    return slots, ~is_padding(slots, null_slot, slot_count)
 
 
-def require_slots(cache: Tensor, slots: Tensor, is_active: Tensor) -> None:
-    """Raise IndexError before anything is written if an active slot is not in `cache`; a device-side assert on GPUs."""
-    cache.new_empty(()).expand(cache.shape[0])[torch.where(is_active, slots, 0)]
+def _slot_count(cache: Tensor | None) -> int | None:
+    return None if cache is None else cache.shape[0]
 
 
 class Ends(NamedTuple):
@@ -43,18 +58,14 @@ def row_ends(
 ) -> Ends:
     """Read both tables. A row without tokens (`empty`) stores its initial state, if its two slots differ.
 
-    Raises:
-        IndexError: as `require_slots`.
+    Without `cache` all slots are taken to be there.
     """
-    n, device = empty.shape[0], empty.device
-    source, is_active = (t[:, 0] for t in row_slots(slots, n, null_slot, device))
+    n, device, slot_count = empty.shape[0], empty.device, _slot_count(cache)
+    source, is_active = (t[:, 0] for t in row_slots(slots, n, null_slot, device, slot_count))
     target, stored = source, is_active & ~empty
     if write_slots is not None:
-        target, written = (t[:, 0] for t in row_slots(write_slots, n, null_slot, device))
+        target, written = (t[:, 0] for t in row_slots(write_slots, n, null_slot, device, slot_count))
         stored = is_active & written & ~(empty & (target == source))
-    if cache is not None:
-        require_slots(cache, source, is_active)
-        require_slots(cache, target, stored)
     return Ends(source, is_active, target, stored)
 
 
@@ -75,14 +86,15 @@ def update_ends(
     inside: Tensor,
     cache: Tensor | None,
 ) -> UpdateEnds:
-    """Read both tables for rows with the tokens `inside`, (n, length); raises IndexError as `require_slots` does.
+    """Read both tables for rows whose tokens are `inside`, (n, length).
 
-    With num_accepted_tokens a row keeps the state after every token, as far as there are columns; otherwise it keeps
-    the last one, in column 0.
+    Without `cache` all slots are taken to be there. With num_accepted_tokens a row keeps the state after every token,
+    as far as there are columns; otherwise it keeps the last one, in column 0.
     """
-    (n, length), device = inside.shape, inside.device
-    columns, is_active = row_slots(slots, n, null_slot, device)
-    target, stored = (columns, is_active) if write_slots is None else row_slots(write_slots, n, null_slot, device)
+    (n, length), device, slot_count = inside.shape, inside.device, _slot_count(cache)
+    target, stored = columns, is_active = row_slots(slots, n, null_slot, device, slot_count)
+    if write_slots is not None:
+        target, stored = row_slots(write_slots, n, null_slot, device, slot_count)
     first, kept = torch.zeros_like(columns[:, :1]), 1
     if num_accepted_tokens is not None:
         first = (num_accepted_tokens.long().unsqueeze(1) - 1).clamp(0, columns.shape[1] - 1)
@@ -90,9 +102,6 @@ def update_ends(
     source = columns.gather(1, first).squeeze(1)
     is_active = is_active.gather(1, first).squeeze(1) & inside[:, 0]
     target, stored = target[:, :kept], stored[:, :kept] & inside[:, :kept] & is_active.unsqueeze(1)
-    if cache is not None:
-        require_slots(cache, source, is_active)
-        require_slots(cache, target, stored)
     return UpdateEnds(source, is_active, target, stored)
 
 
@@ -122,12 +131,13 @@ def store_rows(target: Tensor, index: Tensor, values: Tensor, is_active: Tensor)
     target[torch.where(is_active, index, spare_index)] = torch.where(chosen, values, spare)
 
 
-def padded_rows(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def padded_rows(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """For rows padded to the longest: each token's index in the packed tensor, and whether there is such a token.
 
     Both are `(n, longest)`; padding has index 0. Reads the longest length on the host.
     """
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
+    starts, ends = row_bounds(cu_seqlens, tokens)
+    lengths = ends - starts
     longest = int(lengths.max()) if lengths.numel() else 0
     offsets = torch.arange(longest, device=cu_seqlens.device)
     inside = offsets < lengths.unsqueeze(1)

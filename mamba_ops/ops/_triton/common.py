@@ -55,25 +55,40 @@ INTERPRETED = not isinstance(softplus, triton.JITFunction)
 
 
 @triton.jit
+def within(value, most):
+    # A number that was read, such as a bound of a row: kept from 0 to `most`.
+    return tl.minimum(tl.maximum(value, 0), most)
+
+
+@triton.jit
+def row_tokens(row, cu_seqlens, tokens):
+    # A packed row's first token and number of tokens: none of them is outside the `tokens` that there are.
+    first = within(tl.load(cu_seqlens + row), tokens).to(tl.int64)
+    end = within(tl.load(cu_seqlens + row + 1), tokens).to(tl.int64)
+    return first, tl.maximum(end - first, 0).to(tl.int32)
+
+
+@triton.jit
 def chunk_bounds(chunk, cu_seqlens, rows, length, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     # Of the chunk with this number, counted over all batch rows: its row (`rows` if there is no such chunk), the range
-    # of its tokens, and whether it is the row's first and last one. A row's chunks begin every CHUNK tokens.
+    # of its tokens, and whether it is the row's first and last one. A row's chunks begin every CHUNK tokens. With
+    # cu_seqlens, `length` is the number of all tokens.
     if cu_seqlens is not None:
         row = 0
         first = 0
         total = 0
         for start in range(0, rows, BLOCK_ROWS):
             r = start + tl.arange(0, BLOCK_ROWS)
-            begin = tl.load(cu_seqlens + r, r < rows, other=0).to(tl.int32)
-            count = tl.load(cu_seqlens + r + 1, r < rows, other=0).to(tl.int32) - begin
+            begin = within(tl.load(cu_seqlens + r, r < rows, other=0), length).to(tl.int32)
+            count = within(tl.load(cu_seqlens + r + 1, r < rows, other=0), length).to(tl.int32) - begin
             of_row = (tl.maximum(count, 0) + CHUNK - 1) // CHUNK
             end = total + tl.cumsum(of_row, 0)
             earlier = (r < rows) & (end <= chunk)
             row += tl.sum(earlier.to(tl.int32), 0)
             first = tl.maximum(first, tl.max(tl.where(earlier, end, 0), 0))
-            total += tl.sum(of_row, 0)
-        begin = tl.load(cu_seqlens + row, row < rows, other=0).to(tl.int32)
-        end = tl.load(cu_seqlens + row + 1, row < rows, other=0).to(tl.int32)
+            total = tl.minimum(total + tl.sum(of_row, 0), 1 << 30)
+        begin = within(tl.load(cu_seqlens + row, row < rows, other=0), length).to(tl.int32)
+        end = within(tl.load(cu_seqlens + row + 1, row < rows, other=0), length).to(tl.int32)
         low = begin + (chunk - first) * CHUNK
         return row, low, tl.minimum(low + CHUNK, end), chunk == first, low + CHUNK >= end
     else:
@@ -87,42 +102,49 @@ def chunk_bounds(chunk, cu_seqlens, rows, length, CHUNK: tl.constexpr, BLOCK_ROW
 
 
 @triton.jit
-def row_chunks(row, cu_seqlens, length, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    # A row's first chunk and number of chunks, its first token and number of tokens.
+def row_chunks(row, rows, cu_seqlens, length, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    # A row's first chunk and number of chunks, its first token and number of tokens. With cu_seqlens, `length` is the
+    # number of all tokens. No row has a chunk beyond those that `rows` rows can have, wrong cu_seqlens included.
     if cu_seqlens is not None:
         first = 0
         for start in range(0, row, BLOCK_ROWS):
             r = start + tl.arange(0, BLOCK_ROWS)
-            begin = tl.load(cu_seqlens + r, r < row, other=0).to(tl.int32)
-            count = tl.load(cu_seqlens + r + 1, r < row, other=0).to(tl.int32) - begin
-            first += tl.sum((tl.maximum(count, 0) + CHUNK - 1) // CHUNK, 0)
-        begin = tl.load(cu_seqlens + row).to(tl.int32)
-        count = tl.load(cu_seqlens + row + 1).to(tl.int32) - begin
-        return first, (count + CHUNK - 1) // CHUNK, begin, count
+            begin = within(tl.load(cu_seqlens + r, r < row, other=0), length).to(tl.int32)
+            count = within(tl.load(cu_seqlens + r + 1, r < row, other=0), length).to(tl.int32) - begin
+            first = tl.minimum(first + tl.sum((tl.maximum(count, 0) + CHUNK - 1) // CHUNK, 0), 1 << 30)
+        begin, count = row_tokens(row, cu_seqlens, length)
+        most = tl.maximum(length // CHUNK + rows - first, 0)
+        return first, tl.minimum((count + CHUNK - 1) // CHUNK, most), begin.to(tl.int32), count
     else:
         chunks = (length + CHUNK - 1) // CHUNK
         return row * chunks, chunks, row * length, length
 
 
 @triton.jit
-def load_slot(row, slots, slots_stride, null_slot):
+def is_slot(slot, null_slot, slot_count):
+    # Whether a state is read and stored there: neither for padding nor beyond the cache's `slot_count` slots.
+    return (slot >= 0) & (slot < slot_count) & (slot != null_slot)
+
+
+@triton.jit
+def load_slot(row, slots, slots_stride, null_slot, slot_count):
     # The slot of a row's state, -1 for a padding row. Without slots (stride -1, see `or_placeholder`) row i has slot i.
     row = row.to(tl.int64)
     has_slots = slots_stride >= 0
     slot = tl.load(slots + row * slots_stride, has_slots, other=0).to(tl.int64)
-    is_padding = has_slots & ((slot < 0) | (slot == null_slot))
-    return tl.where(is_padding, -1, tl.where(has_slots, slot, row))
+    slot = tl.where(is_slot(slot, null_slot, slot_count), slot, -1)
+    return tl.where(has_slots, slot, row)
 
 
 @triton.jit
-def final_slot(row, source, count, write_slots, write_stride, null_slot):
+def final_slot(row, source, count, write_slots, write_stride, null_slot, slot_count):
     # The slot for the state after a row's `count` tokens, and whether to store it there. A row without tokens keeps its
     # state, which is stored where it is to go to another slot.
     target = source
     stored = count > 0
     if write_slots is not None:
         target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
-        stored = (stored | (target != source)) & (target >= 0) & (target != null_slot)
+        stored = (stored | (target != source)) & is_slot(target, null_slot, slot_count)
     return target, stored
 
 
@@ -156,6 +178,11 @@ def tile_ptrs(pointer, i, i_stride, j, ALIGNED: tl.constexpr):
     if ALIGNED:
         pointers = tl.multiple_of(pointers, (1, 16))
     return pointers
+
+
+def slots_of(cache: Tensor | None) -> int:
+    """Return the `slot_count` that a kernel gets: how many slots the cache has; without one any slot does no harm."""
+    return 2**31 - 1 if cache is None else cache.shape[0]
 
 
 def or_placeholder(tensor: Tensor | None, like: Tensor, dtype: tl.dtype) -> tuple[Any, int]:

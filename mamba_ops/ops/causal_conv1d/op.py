@@ -8,6 +8,7 @@ from torch import Tensor
 from mamba_ops.backends import triton
 from mamba_ops.ops._common.checking import check_tensors, packed_rows, shape_is, short, slot_table, tensor_rank
 from mamba_ops.ops._common.chunk_layout import row_count
+from mamba_ops.ops._common.values import check_sequences
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
 
@@ -118,6 +119,11 @@ def _validate(call: Arguments) -> None:
     if state_len < width - 1:
         hint = "it holds the last width - 1 inputs"
         raise bad_argument("conv_state", got=f"state_len {state_len}", expected=f"at least {width - 1}", hint=hint)
+
+
+@causal_conv1d.validate_values
+def _validate_values(call: Arguments) -> None:
+    check_sequences(call, call.x, "conv_state")
 
 
 def _unsupported(x: Tensor, conv_state: Tensor | None) -> str | None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import row_count
-from mamba_ops.ops._common.slots import row_slots, store_rows
+from mamba_ops.ops._common.slots import row_bounds, row_slots, store_rows
 from mamba_ops.ops.causal_conv1d.op import Arguments
 
 _BLOCK = 2**17  # numbers that the reference convolves at a time: a CPU's cache holds them
@@ -21,9 +21,10 @@ def causal_conv1d(call: Arguments) -> None:
     if call.cu_seqlens is None:
         starts, ends = rows * call.x.shape[1], (rows + 1) * call.x.shape[1]
     else:
-        starts, ends = call.cu_seqlens[:-1].long(), call.cu_seqlens[1:].long()
+        starts, ends = row_bounds(call.cu_seqlens, call.x.shape[0])
     starts, lengths = starts.unsqueeze(1), (ends - starts).unsqueeze(1)
-    slot, is_active = (column[:, 0] for column in row_slots(call.slots, n, call.null_slot, call.x.device))
+    slot_count = None if call.conv_state is None else call.conv_state.shape[0]
+    slot, is_active = (c[:, 0] for c in row_slots(call.slots, n, call.null_slot, call.x.device, slot_count))
     tokens = call.x.reshape(-1, dim)
     total = tokens.shape[0]
 

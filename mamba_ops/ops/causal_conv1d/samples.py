@@ -85,8 +85,6 @@ def _samples(
     yield Sample("empty sequences", (normal(tokens, dim), weight), empty)
     past = {**packed, "slots": indices(5, -1, 3), "out": normal(tokens + length, dim)}
     yield Sample("tokens past the end", (normal(tokens + length, dim), weight), past)
-    later = {**packed, "cu_seqlens": indices(*ends) + 20, "out": normal(tokens + 20, dim)}
-    yield Sample("tokens before the start", (normal(tokens + 20, dim), weight), later)
 
     state = cache(extra=1, unused=1, dtype=torch.float32)
     everything = {**past, "conv_state": state, "slots": table.roll(1, 0), "null_slot": 5, "silu": False}

@@ -8,6 +8,7 @@ from torch import Tensor
 from mamba_ops.backends import triton
 from mamba_ops.ops._common.checking import check_tensors, index_tensor, packed_rows, shape_is, slot_table, tensor_rank
 from mamba_ops.ops._common.chunk_layout import row_count
+from mamba_ops.ops._common.values import check_counts, check_sequences
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
 
@@ -57,7 +58,8 @@ def causal_conv1d_update(
         slots: int32 or int64 `(>= n,)` or `(>= n, columns)`, of which column 0 is read; two rows must not share a slot.
             None: row i uses slot i, and none is padding.
         cu_seqlens: int32 or int64 `(n + 1,)`; row i has tokens cu_seqlens[i] up to cu_seqlens[i + 1].
-        num_accepted_tokens: int32 or int64 `(n,)`; speculative decoding: how many tokens of the last call were right.
+        num_accepted_tokens: int32 or int64 `(n,)`; speculative decoding: how many tokens of the last call were right, 0
+            to state_len - width + 2.
         silu: apply silu to the result.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero and no state is touched.
         out: like `x`, of any floating dtype, in other memory or `x` itself. Mutated.
@@ -71,7 +73,7 @@ def causal_conv1d_update(
         window = [state[:, first : first + width - 1], x_0 .. x_(q-1)]
 
     Without `num_accepted_tokens`, first is 0 and columns 0 .. width - 2 become the last width - 1 entries of window.
-    With it, first is num_accepted_tokens - 1 (clamped to the columns there are) and columns 0 .. width - 3 + q become
+    With it, first is max(num_accepted_tokens - 1, 0) and columns 0 .. width - 3 + q become
     window[1:], that is every input that the next call may go back to; what does not fit in state_len is dropped.
     All other columns stay.
     """
@@ -117,6 +119,14 @@ def _validate(call: Arguments) -> None:
             )
     if state_len < needed:
         raise bad_argument("conv_state", got=f"state_len {state_len}", expected=f"at least {needed}", hint=hint)
+
+
+@causal_conv1d_update.validate_values
+def _validate_values(call: Arguments) -> None:
+    check_sequences(call, call.x, "conv_state")
+    windows = call.conv_state.shape[2] - call.weight.shape[1] + 2
+    why = f", as conv_state holds {windows} windows"
+    check_counts("num_accepted_tokens", call.num_accepted_tokens, 0, windows, why=why)
 
 
 def _unsupported(x: Tensor, conv_state: Tensor | None) -> str | None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import row_count
-from mamba_ops.ops._common.slots import is_padding, row_slots, slot_columns, store_rows
+from mamba_ops.ops._common.slots import is_padding, row_bounds, row_slots, slot_columns, store_rows
 from mamba_ops.ops.causal_conv1d_update.op import Arguments
 
 
@@ -26,7 +26,7 @@ def _step(
         is_active, state = None, conv_state[:n, :, :history]
     else:
         slot = slot_columns(slots, n)[:, 0]
-        is_active = ~is_padding(slot, null_slot)
+        is_active = ~is_padding(slot, null_slot, conv_state.shape[0])
         state = conv_state[torch.where(is_active, slot, 0)]
     old = state[:, :, :history].transpose(1, 2)
 
@@ -64,9 +64,10 @@ def causal_conv1d_update(call: Arguments) -> None:
         length = 1 if call.x.dim() == 2 else call.x.shape[1]
         starts, ends = rows * length, (rows + 1) * length
     else:
-        starts, ends = call.cu_seqlens[:-1].long(), call.cu_seqlens[1:].long()
+        starts, ends = row_bounds(call.cu_seqlens, call.x.shape[0])
     lengths = ends - starts
-    slot, is_active = (column[:, 0] for column in row_slots(call.slots, n, call.null_slot, call.x.device))
+    table = row_slots(call.slots, n, call.null_slot, call.x.device, call.conv_state.shape[0])
+    slot, is_active = (column[:, 0] for column in table)
     # A window starts at column `first`; `kept` of its entries, from entry `kept_from` on, are what the state keeps.
     zero = torch.zeros_like(rows)
     if call.num_accepted_tokens is None:

@@ -83,9 +83,10 @@ def _samples(
     yield Sample("speculative", speculative, {**base, **spec})
     yield Sample("speculative, packed", (normal(tokens, dim), cache(extra=length - 1), weight), {**varlen, **spec})
     yield Sample("speculative, empty rows", (normal(tokens, dim), cache(extra=length - 1), weight), {**empty, **spec})
-    yield Sample("speculative, columns dropped", (normal(tokens, dim), cache(), weight), {**varlen, **spec})
-    counts = {"num_accepted_tokens": indices(0, 100, -3, 1, dtype=torch.int64)}
-    yield Sample("counts out of range", (normal(4, dim), cache(extra=length - 1), weight), {**base, **counts})
+    counts = {"num_accepted_tokens": indices(0, 1, 1, 0, dtype=torch.int64)}
+    yield Sample("speculative, columns dropped", (normal(tokens, dim), cache(), weight), {**varlen, **counts})
+    counts = {"num_accepted_tokens": indices(0, length, 2, 1, dtype=torch.int64)}
+    yield Sample("all accepted, and none", (normal(4, dim), cache(extra=length - 1), weight), {**base, **counts})
 
     everything = {**past, **spec, "slots": table.roll(1, 0), "null_slot": 5, "silu": False}
     x = normal(tokens + 2, 3 * dim)[:, dim : 2 * dim]

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import cdiv, channel_ptrs, kernel, load_slot, on_device_of, or_placeholder
+from mamba_ops.ops._triton.common import (
+    cdiv,
+    channel_ptrs,
+    kernel,
+    load_slot,
+    on_device_of,
+    or_placeholder,
+    row_tokens,
+    slots_of,
+)
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 
 if TYPE_CHECKING:
@@ -25,8 +34,9 @@ def _kernel(
     cu_seqlens_ptr,  # None: every row has `length` tokens
     accepted_ptr,  # None: windows start at column 0
     output_ptr,
-    length,  # None: one token a row, or cu_seqlens
+    length,  # None: one token a row; with cu_seqlens that of all rows together
     null_slot: tl.int64,
+    slot_count: tl.int64,
     slots_stride: tl.int64,
     x_row: tl.int64,
     x_token: tl.int64,
@@ -59,14 +69,13 @@ def _kernel(
     first = row
     tokens = 1 if length is None else length
     if cu_seqlens_ptr is not None:
-        first = tl.load(cu_seqlens_ptr + row).to(tl.int64)
-        tokens = tl.load(cu_seqlens_ptr + row + 1).to(tl.int64) - first
+        first, tokens = row_tokens(row, cu_seqlens_ptr, length)
         if tokens <= 0:
             return
     x_ptr += first * x_row
     output_ptr += first * output_row
 
-    slot = load_slot(row, slots_ptr, slots_stride, null_slot)
+    slot = load_slot(row, slots_ptr, slots_stride, null_slot, slot_count)
     if slot < 0:
         for _ in range(tokens):
             tl.store(channel_ptrs(output_ptr, channels, output_channel), 0.0, mask=inside)
@@ -146,8 +155,9 @@ def causal_conv1d_update(call: "Arguments") -> None:
             None if call.cu_seqlens is None else call.cu_seqlens.contiguous(),
             None if call.num_accepted_tokens is None else call.num_accepted_tokens.contiguous(),
             call.output,
-            call.x.shape[1] if call.x.dim() == 3 else None,
+            call.x.shape[1] if call.x.dim() == 3 else None if call.cu_seqlens is None else call.x.shape[0],
             call.null_slot,
+            slots_of(call.conv_state),
             slots_stride,
             x_row,
             x_token,

@@ -47,7 +47,7 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
         ends = call.cu_seqlens.to(torch.int32).contiguous()
     written = call.output if call.cu_seqlens is not None else call.output.flatten(0, 1)
     empty = ends.diff() == 0
-    states = row_ends(call.slots, call.write_slots, call.null_slot, empty, None)
+    states = row_ends(call.slots, call.write_slots, call.null_slot, empty, call.ssm_state)
     initial = v.new_zeros(rows, *v.shape[1:], k.shape[-1], dtype=torch.float32)
     if call.ssm_state is not None and call.has_initial_state is not None:
         initial = initial_states(call.ssm_state, states, call.has_initial_state, torch.float32)

@@ -19,6 +19,7 @@ from mamba_ops.ops._common.checking import (
     tensor_rank,
 )
 from mamba_ops.ops._common.chunk_layout import row_count
+from mamba_ops.ops._common.values import check_sequences
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.chunk_gated_delta_rule import flashinfer as on_flashinfer
 from mamba_ops.ops.gated_delta_rule_update.op import delta_rule_tokens
@@ -144,6 +145,11 @@ def _validate(call: Arguments) -> None:
             hint="(slots, v_heads, v_dim, k_dim)",
         )
         slot_for_each("ssm_state", call.ssm_state, call.slots, rows=n)
+
+
+@chunk_gated_delta_rule.validate_values
+def _validate_values(call: Arguments) -> None:
+    check_sequences(call, call.v, "ssm_state")
 
 
 def _unsupported(q: Tensor, v: Tensor) -> str | None:

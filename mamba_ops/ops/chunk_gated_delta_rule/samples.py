@@ -59,7 +59,7 @@ def _samples(
     doubled, strong = 2 * normal(1, length, v_heads).sigmoid(), -40 * normal(1, length, v_heads).abs()
     yield sample("base", **initial)
     short = {"qk_l2norm": False, "scale": 0.3, "k": normal(2, 9, k_heads, k_dim) / k_dim**0.5}
-    yield Sample("no cache", sample("bare", 2, 9).args, {"qk_l2norm": True})
+    yield Sample("no optionals", sample("bare", 2, 9).args, {"qk_l2norm": True})
     yield sample("not normalised, no slots", 2, 9, **short, slots=None, null_slot=0)
     yield sample("negative eigenvalues", 1, length, beta=doubled, k_heads=1, ssm_state=turned)
     yield sample("strong decay", 1, length, g=strong, k_heads=v_heads, ssm_state=padded)
@@ -67,6 +67,7 @@ def _samples(
     moved: dict[str, Any] = {"write_slots": indices(7, -1, 0, 8), "null_slot": 7, "v": channel_major}
     yield sample("packed, null rows", tokens, slots=indices((-1, 3), (0, 1), (7, 2)), null_slot=7, **packed, **initial)
     yield sample("packed, write slots", tokens, **moved, **packed, **initial)
+    yield sample("everything", tokens + 4, scale=0.3, write_slots=indices(4, 1, 3), **packed, **initial)
     out = normal(v_heads, v_dim, tokens + 4, dtype=torch.float32).permute(2, 0, 1)
     yield sample("packed, empty rows", tokens + 4, out=out, **empty)
 

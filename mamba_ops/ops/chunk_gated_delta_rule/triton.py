@@ -24,6 +24,7 @@ from mamba_ops.ops._triton.common import (
     on_device_of,
     or_placeholder,
     row_chunks,
+    slots_of,
     tile_ptrs,
 )
 from mamba_ops.ops._triton.decay import exact_sums, split, to_log2
@@ -91,9 +92,10 @@ def _solve(
     g_stride,
     beta_stride,
     slots_stride,
-    length,  # tokens of every row; None: cu_seqlens
+    length,  # tokens of every row; with cu_seqlens of all of them together
     rows,
     null_slot,
+    slot_count,
     K_HEADS: tl.constexpr,
     V_HEADS: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -111,7 +113,7 @@ def _solve(
     row, low, high, _, _ = chunk_bounds(chunk, cu_seqlens, rows, length, CHUNK, BLOCK_ROWS)
     if row >= rows:
         return
-    if load_slot(row, slots, slots_stride, null_slot) < 0:
+    if load_slot(row, slots, slots_stride, null_slot, slot_count) < 0:
         return
     key = tl.arange(0, BLOCK_K)
     i = tl.arange(0, CHUNK)
@@ -175,6 +177,7 @@ def _scan(
     key_stride,
     length,
     null_slot,
+    slot_count,
     K_HEADS: tl.constexpr,
     V_HEADS: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -197,8 +200,9 @@ def _scan(
     in_state = (value < V_DIM)[:, None] & in_key
 
     output += head * V_DIM
-    first, chunks, begin, count = row_chunks(row, cu_seqlens, length, CHUNK, BLOCK_ROWS)
-    source = load_slot(row, slots, slots_stride, null_slot)
+    rows = tl.num_programs(0) // (BLOCKS * V_HEADS)
+    first, chunks, begin, count = row_chunks(row, rows, cu_seqlens, length, CHUNK, BLOCK_ROWS)
+    source = load_slot(row, slots, slots_stride, null_slot, slot_count)
     if source < 0:
         for number in range(chunks):
             t = begin + number * CHUNK + i
@@ -247,7 +251,7 @@ def _scan(
         solved += V_HEADS * CHUNK * CHUNK
         weights += V_HEADS * CHUNK * CHUNK
 
-    target, stored = final_slot(row, source, count, write_slots, write_stride, null_slot)
+    target, stored = final_slot(row, source, count, write_slots, write_stride, null_slot, slot_count)
     stored &= slot_stride >= 0
     tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + of_state, s, in_state & stored)
 
@@ -318,9 +322,10 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
                 g.stride(0),
                 beta.stride(0),
                 slots_stride,
-                length,
+                tokens if length is None else length,
                 rows,
                 call.null_slot,
+                slots_of(call.ssm_state),
                 **sizes,
                 L2NORM=call.qk_l2norm,
                 **solve,
@@ -349,8 +354,9 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
             head_stride,
             value_stride,
             key_stride,
-            length,
+            tokens if length is None else length,
             call.null_slot,
+            slots_of(call.ssm_state),
             **sizes,
             V_DIM=v_dim,
             **scan,

@@ -19,6 +19,7 @@ from mamba_ops.ops._common.checking import (
     tensor_rank,
 )
 from mamba_ops.ops._common.chunk_layout import row_count
+from mamba_ops.ops._common.values import check_updates
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.gated_delta_rule_update import flashinfer as on_flashinfer
 from mamba_ops.registry import bad_argument
@@ -107,10 +108,10 @@ def gated_delta_rule_update(
             state is not stored.
         cu_seqlens: int32 or int64, (n + 1,): row i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1. An empty row
             neither reads nor writes; tokens past the last row are left alone.
-        num_accepted_tokens: int32 or int64, (n,), for speculative decoding; needs slots. Row i then starts from column
-            max(num_accepted_tokens[i] - 1, 0) of its slots, the last one at most, and the state after its token t is
-            stored in column t of its write_slots; beyond the columns nothing is stored. Otherwise the last state is
-            stored in column 0.
+        num_accepted_tokens: int32 or int64, (n,), for speculative decoding; needs slots, and is at most their columns.
+            Row i then starts from column max(num_accepted_tokens[i] - 1, 0) of its slots, and the state after its token
+            t is stored in column t of its write_slots; beyond the columns nothing is stored. Otherwise the last state
+            is stored in column 0.
         qk_l2norm: divide every head of q and k by its length: by sqrt(sum(x^2) + 1e-6).
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and nothing is read or
             stored for it.
@@ -176,6 +177,11 @@ def _validate(call: Arguments) -> None:
         shape_is("num_accepted_tokens", call.num_accepted_tokens, (n,), hint="one for each row")
         if call.slots is None:
             raise bad_argument("slots", got="none", expected="a table", hint="num_accepted_tokens picks its column")
+
+
+@gated_delta_rule_update.validate_values
+def _validate_values(call: Arguments) -> None:
+    check_updates(call, call.v)
 
 
 def _unsupported(q: Tensor, v: Tensor) -> str | None:

@@ -23,7 +23,7 @@ def gated_delta_rule_update(call: Arguments) -> None:
     compute = torch.promote_types(call.q.dtype, torch.float32)
     flat = call.v.dim() < call.ssm_state.dim()
     if call.cu_seqlens is not None:
-        index, inside = padded_rows(call.cu_seqlens)
+        index, inside = padded_rows(call.cu_seqlens, call.v.shape[0])
     else:
         index, inside = None, call.v.new_ones(call.v.shape[0], 1 if flat else call.v.shape[1], dtype=torch.bool)
     n, length = inside.shape

@@ -64,7 +64,7 @@ def _samples(
     v, out = (normal(v_heads, v_dim, 7, dtype=d).permute(2, 0, 1) for d in (dtype, torch.float32))
     yield sample("packed, empty row", 7, **packed, write_slots=indices(5, 7, 2), v=v, out=out)
     a = normal(6, v_heads) * 30
-    speculative: dict[str, Any] = {"cu_seqlens": indices(0, 3, 5, 6), "num_accepted_tokens": indices(2, 1, 5)}
+    speculative: dict[str, Any] = {"cu_seqlens": indices(0, 3, 5, 6), "num_accepted_tokens": indices(2, 1, 3)}
     yield sample("speculative", 6, a=a, b=-a, slots=table.abs(), null_slot=0, **speculative)
     written: dict[str, Any] = {"slots": table[:, :2], "write_slots": table.flip(1), "k_heads": v_heads}
     yield sample("speculative, write slots", 3, 2, num_accepted_tokens=indices(0, 2, 1), **written)

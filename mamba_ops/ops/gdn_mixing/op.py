@@ -8,6 +8,7 @@ from mamba_ops.backends import sycl
 from mamba_ops.ops._common.checking import check_tensors, shape_is, tensor_rank
 from mamba_ops.ops._common.mixing import check_plan_and_caches
 from mamba_ops.ops._common.sequences import PlanTensors
+from mamba_ops.ops._common.values import check_mixing
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.gdn_mixing import sycl as on_sycl
 from mamba_ops.registry import bad_argument
@@ -137,6 +138,11 @@ def _validate(call: Arguments) -> None:
     check_plan_and_caches(call, call.projected_qkvz.device, 2 * keys + values, state)
     shape_is("z", call.z, (tokens, call.num_v_heads, call.head_v_dim))
     shape_is("out", call.output, (tokens, call.num_v_heads, call.head_v_dim))
+
+
+@gdn_mixing.validate_values
+def _validate_values(call: Arguments) -> None:
+    check_mixing("mamba_ops::gdn_mixing", call, call.projected_qkvz)
 
 
 sycl.implements(

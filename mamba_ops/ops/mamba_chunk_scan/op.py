@@ -21,6 +21,7 @@ from mamba_ops.ops._common.checking import (
     tensor_rank,
 )
 from mamba_ops.ops._common.chunk_layout import most_chunks, row_count
+from mamba_ops.ops._common.values import check_counts, check_sequences
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
 
@@ -180,6 +181,12 @@ def _validate(call: Arguments) -> None:
         if kept.shape[0] < most:
             got, hint = f"{kept.shape[0]} chunks", "as many as there can be, whatever the rows' lengths"
             raise bad_argument("chunk_states", got=got, expected=f"at least {most}", hint=hint)
+
+
+@mamba_chunk_scan.validate_values
+def _validate_values(call: Arguments) -> None:
+    check_sequences(call, call.x, "ssm_state")
+    check_counts("num_computed_tokens", call.num_computed_tokens, 0)
 
 
 def _unsupported(x: Tensor, B: Tensor, chunk_size: int) -> str | None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from mamba_ops.ops._common.checking import check_tensors, shape_is, short, tensor_rank
 from mamba_ops.ops._common.mixing import check_plan_and_caches
 from mamba_ops.ops._common.sequences import PlanTensors
+from mamba_ops.ops._common.values import check_mixing
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
 
@@ -136,3 +137,8 @@ def _validate(call: Arguments) -> None:
         shape_is(name, getattr(call, name), (dstate,))
     check_plan_and_caches(call, call.projected.device, inner, (inner, dstate))
     shape_is("out", call.output, (call.projected.shape[0], inner))
+
+
+@mamba_mixing.validate_values
+def _validate_values(call: Arguments) -> None:
+    check_mixing("mamba_ops::mamba_mixing", call, call.projected)

@@ -17,7 +17,9 @@ from mamba_ops.ops._common.checking import (
     tensor_rank,
 )
 from mamba_ops.ops._common.chunk_layout import row_count
+from mamba_ops.ops._common.values import check_sequences
 from mamba_ops.ops._namespace import mamba
+from mamba_ops.ops.selective_scan.blocks import check_blocks
 from mamba_ops.registry import bad_argument
 
 
@@ -202,6 +204,14 @@ def _validate(call: Arguments) -> None:
         tensor_rank("chunk_ends", call.chunk_ends, {1: "(chunks,)"})
     if call.slots is not None:
         tensor_rank("slots", call.slots, {2: "(n, positions), one column a block"})
+
+
+@selective_scan.validate_values
+def _validate_values(call: Arguments) -> None:
+    if call.block_size:
+        check_blocks(call)
+    else:
+        check_sequences(call, call.x, "ssm_state")
 
 
 def _unsupported(x: Tensor, A: Tensor) -> str | None:

@@ -1,49 +1,15 @@
 """The plain-torch kernel of selective_scan: its reference, which runs on any device."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import chunk_layout, row_count
 from mamba_ops.ops._common.decay import finite_rates
-from mamba_ops.ops._common.slots import initial_states, is_padding, require_slots, row_ends, slot_columns, store_rows
+from mamba_ops.ops._common.slots import initial_states, is_padding, row_ends, slot_columns, store_rows
+from mamba_ops.ops.selective_scan.blocks import kept_states
 from mamba_ops.ops.selective_scan.op import Arguments
 
 PIECE = 16  # tokens that the reference reads one after the other, of all pieces at once
-
-
-class _Kept(NamedTuple):
-    """In which slot the state after a token belongs, and whether it is stored, both (pieces, PIECE)."""
-
-    slot: Tensor
-    stored: Tensor
-
-
-def _kept_states(
-    slots: Tensor,
-    token: Tensor,
-    cu_seqlens: Tensor,
-    first_block: Tensor | None,
-    last_block: Tensor | None,
-    chunk_ends: Tensor | None,
-    last_chunk: Tensor | None,
-    block_size: int,
-) -> _Kept | None:
-    """Say which of the `slots` of every piece get its states at the ends of chunks; None without a prefix cache."""
-    if first_block is None or last_block is None or chunk_ends is None or last_chunk is None or chunk_ends.numel() == 0:
-        return None
-    ends, last = chunk_ends.long(), last_chunk.long()
-    starts = cu_seqlens[:-1].long()
-    chunk = torch.bucketize(token, ends, right=True).clamp(max=ends.shape[0] - 1)
-    row = torch.bucketize(token, cu_seqlens[1:].long(), right=True).clamp(max=last.shape[0] - 1)
-    first_chunk = torch.cat([last.new_zeros(1), last[:-1] + 1])
-    short = ends[first_chunk.clamp(max=ends.shape[0] - 1)] - starts  # tokens of each row's first chunk
-    skipped = torch.where((last > first_chunk) & (short < block_size), block_size - short, 0)
-    position = first_block.long()[row] * block_size + skipped[row] + token - starts[row]
-    column = torch.where(chunk == last[row], last_block.long()[row], position // block_size)
-    piece = torch.arange(slots.shape[0], device=slots.device).unsqueeze(1)
-    return _Kept(slots[piece, column], ends[chunk] == token + 1)
 
 
 def selective_scan(call: Arguments) -> None:
@@ -56,7 +22,9 @@ def selective_scan(call: Arguments) -> None:
     empty = layout.of_row == 0
     of_rows = call.slots
     if call.slots is not None and call.initial_block is not None:
-        of_rows = slot_columns(call.slots, n).gather(1, call.initial_block.long().unsqueeze(1))
+        block, of_rows = call.initial_block.long().unsqueeze(1), slot_columns(call.slots, n)
+        is_column = (block >= 0) & (block < of_rows.shape[1])
+        of_rows = torch.where(is_column, of_rows.gather(1, torch.where(is_column, block, 0)), -1)
     ends = row_ends(of_rows, call.write_slots, call.null_slot, empty, call.ssm_state)
     initial = call.x.new_zeros(n, dim, dstate, dtype=compute)
     if call.ssm_state is not None and call.has_initial_state is not None:
@@ -67,15 +35,12 @@ def selective_scan(call: Arguments) -> None:
         return
 
     inside = layout.inside & ends.is_active[layout.row].unsqueeze(1)
-    kept = None
-    if call.slots is not None and call.ssm_state is not None and call.cu_seqlens is not None:
-        of_blocks = (call.first_block, call.last_block, call.chunk_ends, call.last_chunk)
-        kept = _kept_states(
-            slot_columns(call.slots, n)[layout.row], layout.token, call.cu_seqlens, *of_blocks, call.block_size
-        )
-    if kept is not None and call.ssm_state is not None:
-        kept = _Kept(kept.slot, inside & kept.stored & ~is_padding(kept.slot, call.null_slot))
-        require_slots(call.ssm_state, kept.slot, kept.stored)
+    kept = kept_states(call, layout.token)
+    if kept is not None and call.slots is not None and call.ssm_state is not None:
+        table, column = slot_columns(call.slots, n)[layout.row], kept.column
+        is_column = (column >= 0) & (column < table.shape[1])
+        targets = table.gather(1, torch.where(is_column, column, 0))
+        stored = inside & kept.stored & is_column & ~is_padding(targets, call.null_slot, call.ssm_state.shape[0])
 
     def gather(tokens: Tensor) -> Tensor:
         """An activation as (PIECE, pieces, ...), zero where there is no token."""
@@ -116,7 +81,7 @@ def selective_scan(call: Arguments) -> None:
         after = advance(after, t)
         y[t] = (after.view(-1, *by_group[:2], dstate) * c[t]).sum(-1).flatten(1)
         if kept is not None and call.ssm_state is not None:
-            store_rows(call.ssm_state, kept.slot[:, t], after, kept.stored[:, t])
+            store_rows(call.ssm_state, targets[:, t], after, stored[:, t])
     if call.D is not None:
         y = y + call.D.to(compute) * x
     if call.z is not None:

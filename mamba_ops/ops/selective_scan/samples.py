@@ -70,6 +70,7 @@ def _samples(
 
     long: dict[str, Any] = {"cu_seqlens": indices(0, 135, 140, 205), "write_slots": indices(3, 2, 7)}
     yield sample("packed, long", 205, groups=(1,), **long, **initial)
+    yield sample("everything", tokens + 4, write_slots=indices(4, 3, 0), **packed, **initial)
     stateless: dict[str, Any] = {"ssm_state": None, "slots": None, "write_slots": indices(3, 2, 4)}
     yield sample("write slots without states", 70, cu_seqlens=indices(0, 0, 68, 70), **stateless)
 

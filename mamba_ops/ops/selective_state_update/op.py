@@ -20,6 +20,7 @@ from mamba_ops.ops._common.checking import (
     tensor_rank,
 )
 from mamba_ops.ops._common.chunk_layout import row_count
+from mamba_ops.ops._common.values import check_updates
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.selective_state_update import flashinfer as on_flashinfer
 from mamba_ops.registry import bad_argument, settings
@@ -99,10 +100,10 @@ def selective_state_update(
             state is not stored.
         cu_seqlens: int32 or int64, (n + 1,): row i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1. An empty row
             neither reads nor writes; tokens past the last row are left alone.
-        num_accepted_tokens: int32 or int64, (n,), for speculative decoding; needs slots. Row i then starts from column
-            max(num_accepted_tokens[i] - 1, 0) of its slots, the last one at most, and the state after its token t is
-            stored in column t of its write_slots; beyond the columns nothing is stored. Otherwise the last state is
-            stored in column 0.
+        num_accepted_tokens: int32 or int64, (n,), for speculative decoding; needs slots, and is at most their columns.
+            Row i then starts from column max(num_accepted_tokens[i] - 1, 0) of its slots, and the state after its token
+            t is stored in column t of its write_slots; beyond the columns nothing is stored. Otherwise the last state
+            is stored in column 0.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and nothing is read or
             stored for it.
         rounding_seed: one int64, () or (1,): a state of float16, which it must be, is rounded stochastically at each
@@ -186,6 +187,11 @@ def _validate(call: Arguments) -> None:
     slot_table("slots", call.slots, rows=n, columns=states if call.write_slots is None else 1)
     slot_table("write_slots", call.write_slots, rows=n, columns=states)
     slot_for_each("ssm_state", call.ssm_state, call.slots, rows=n)
+
+
+@selective_state_update.validate_values
+def _validate_values(call: Arguments) -> None:
+    check_updates(call, call.x)
 
 
 @selective_state_update.default_arguments

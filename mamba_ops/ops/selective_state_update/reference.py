@@ -13,7 +13,7 @@ def selective_state_update(call: Arguments) -> None:
     compute = torch.promote_types(call.x.dtype, torch.float32)
     headless, flat = call.ssm_state.dim() == 3, call.x.dim() < call.ssm_state.dim()
     if call.cu_seqlens is not None:
-        index, inside = padded_rows(call.cu_seqlens)
+        index, inside = padded_rows(call.cu_seqlens, call.x.shape[0])
     else:
         index, inside = None, call.x.new_ones(call.x.shape[0], 1 if flat else call.x.shape[1], dtype=torch.bool)
     n, length = inside.shape

@@ -120,7 +120,7 @@ def _samples(
         slots=indices((5, 1), (0, 3), (7, 6)),
         write_slots=indices((2, 4, 1), (3, 0, 0), (7, -1, 0)),
         cu_seqlens=indices(0, 2, 3, 6),
-        num_accepted_tokens=indices(2, 1, 9, dtype=torch.int64),
+        num_accepted_tokens=indices(2, 0, 2, dtype=torch.int64),
         null_slot=0,
         out=normal(7, *channels),
     )

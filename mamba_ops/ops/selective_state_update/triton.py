@@ -12,11 +12,14 @@ import triton.language as tl
 
 from mamba_ops.ops._triton.common import (
     cdiv,
+    is_slot,
     kernel,
     load_slot,
     offset_ptr,
     on_device_of,
     or_placeholder,
+    row_tokens,
+    slots_of,
     softplus,
 )
 from mamba_ops.ops._triton.decay import finite_rate
@@ -125,8 +128,9 @@ def _kernel(
     slots_columns,
     write_stride,
     write_columns,
-    length,  # tokens of every row; None for one, and for packed rows
+    length,  # tokens of every row; None for one; of all packed rows together
     null_slot,
+    slot_count,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     DSTATE: tl.constexpr,
@@ -156,8 +160,7 @@ def _kernel(
     first = row
     tokens = 1
     if cu_seqlens is not None:
-        first = tl.load(cu_seqlens + row).to(tl.int64)
-        tokens = (tl.load(cu_seqlens + row + 1) - first).to(tl.int32)
+        first, tokens = row_tokens(row, cu_seqlens, length)
         if tokens <= 0:
             return
     elif length is not None:
@@ -175,7 +178,7 @@ def _kernel(
     if num_accepted_tokens is not None:
         accepted = tl.load(num_accepted_tokens + row).to(tl.int32)
         slots += tl.minimum(tl.maximum(accepted, 1), slots_columns) - 1
-    source = load_slot(row, slots, slots_stride, null_slot)
+    source = load_slot(row, slots, slots_stride, null_slot, slot_count)
     if source < 0:
         for t in range(tokens):
             tl.store(output + (first + t) * output_stride + of_x, tl.zeros([BLOCK], tl.float32), in_dim)
@@ -209,7 +212,7 @@ def _kernel(
         if num_accepted_tokens is not None:
             if t < write_columns:
                 target = tl.load(write_slots + row * write_stride + t).to(tl.int64)
-                if (target >= 0) & (target != null_slot):
+                if is_slot(target, null_slot, slot_count):
                     new = _stored(s, rounding_seed, target, of_x, WIDTH, ROUNDS, HARDWARE)
                     tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + of_state, new, in_state)
 
@@ -227,7 +230,7 @@ def _kernel(
             tl.store(offset_ptr(ssm_state, source * slot_stride, ALIGNED) + of_state, new, in_state)
         else:
             target = tl.load(write_slots + row * write_stride).to(tl.int64)
-            if (target >= 0) & (target != null_slot):
+            if is_slot(target, null_slot, slot_count):
                 new = _stored(s, rounding_seed, target, of_x, WIDTH, ROUNDS, HARDWARE)
                 tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + of_state, new, in_state)
 
@@ -315,8 +318,9 @@ def selective_state_update(call: "Arguments") -> None:
             slots_columns,
             None if write_slots is None else write_slots.stride(0),
             write_columns,
-            None if flat else call.output.shape[1],
+            call.output.shape[1] if not flat else None if cu_seqlens is None else x.shape[0],
             call.null_slot,
+            slots_of(call.ssm_state),
             HEADS=heads,
             DIM=dim,
             DSTATE=dstate,

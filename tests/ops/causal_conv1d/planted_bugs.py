@@ -12,7 +12,7 @@ BUGS = {
     "state not written": ("kept[k], mask=inside)", "kept[k], mask=inside & (tokens < 0))"),
     "state of short sequences forgotten": ("tl.where(place < HISTORY, old, new)", "new"),
     "state not moved by short sequences": ("state_ptr + place * state_column", "state_ptr + k * state_column"),
-    "null slot ignored": ("slots_stride, null_slot)", "slots_stride, -1)"),
+    "null slot ignored": ("slots_stride, null_slot, slot_count)", "slots_stride, -1, slot_count)"),
 }
 
 SLOW_BUGS = {  # slow: caught by the last samples, or by long ones

@@ -12,7 +12,7 @@ BUGS = {
         "window = window[1:] if length is None else window[:-1]",
     ),
     "null rows not zeroed": ("output_channel), 0.0, mask=inside)", "output_channel), 1.0, mask=inside)"),
-    "null slot ignored": ("slots_stride, null_slot)", "slots_stride, -1)"),
+    "null slot ignored": ("slots_stride, null_slot, slot_count)", "slots_stride, -1, slot_count)"),
     "old columns kept when speculating": ("tl.static_range(1, HISTORY)", "tl.static_range(2, HISTORY)"),
     "packed rows taken for single tokens": ("x_ptr += first * x_row", "x_ptr += row * x_row"),
 }

@@ -58,9 +58,9 @@ def chunk_gated_delta_rule(
             for at in tokens:
                 output[at] = 0
             continue
-        S = torch.zeros(heads, v_dim, k_dim, dtype=dtype)
+        S = [torch.zeros(v_dim, k_dim, dtype=dtype)] * heads
         if ssm_state is not None and has_initial_state is not None and has_initial_state[row]:
-            S = ssm_state[source].to(dtype).clone()
+            S = list(ssm_state[source].to(dtype))
         if operands is not None:
             for h, start in product(range(heads), range(0, len(tokens), 64)):
                 at = tokens[start : start + 64]
@@ -76,7 +76,7 @@ def chunk_gated_delta_rule(
                 S[h], o = delta_step(S[h], query, key, value, decay, much, scale, qk_l2norm)
                 output[at][h] = o.to(output.dtype)
         if cache is not None and target is not None and (tokens or target != source):
-            cache[target] = S.to(cache.dtype)
+            cache[target] = torch.stack(S).to(cache.dtype)
     return output, cache
 
 
@@ -103,10 +103,10 @@ def chunk_step(
     between = exp(sums_between(g))
     decay = between.tril()
     system = ((k @ k.T) * decay * beta.unsqueeze(1)).tril(-1)
-    inverse = torch.eye(len(g), dtype=g.dtype)
+    rows = list(torch.eye(len(g), dtype=g.dtype))
     for i in range(1, len(g)):
-        inverse[i] -= system[i, :i] @ inverse[:i]
-    inverse = rounded(inverse)
+        rows[i] = rows[i] - system[i, :i] @ torch.stack(rows[:i])
+    inverse = rounded(torch.stack(rows))
     alone = rounded(inverse @ rounded(v * beta.unsqueeze(1)))
     through = rounded(inverse @ rounded(k * (beta * exp(G)).unsqueeze(1)))
     new = rounded(alone - through @ rounded(S).T)

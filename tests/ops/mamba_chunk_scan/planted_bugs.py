@@ -22,10 +22,10 @@ SLOW_BUGS = {  # slow: interpreted matrix products
         "        if 0:\n            tl.store(",
     ),
     "null slot ignored": (
-        "source = load_slot(row, slots, slots_stride, null_slot)",
-        "source = load_slot(row, slots, slots_stride, -1)",
+        "source = load_slot(row, slots, slots_stride, null_slot, slot_count)",
+        "source = load_slot(row, slots, slots_stride, -1, slot_count)",
     ),
-    "null destination written": ("write_stride, null_slot)", "write_stride, -1)"),
+    "null destination written": ("write_stride, null_slot, slot_count)", "write_stride, -1, slot_count)"),
     "write slots ignored": ("count, write_slots, write_stride", "count, None, write_stride"),
     "empty row resets its state": ("source, count, write_slots", "source, count + 1, write_slots"),
     "D dropped": ("y += u * tl.load(D + head)", "y += 0.0 * u * tl.load(D + head)"),

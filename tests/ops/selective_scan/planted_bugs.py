@@ -19,8 +19,8 @@ BUGS = {
     "null rows not zeroed": ("tl.zeros([BLOCK], tl.float32), in_dim", "1.0, in_dim"),
     "write slots ignored": ("        elif write_slots is not None:", "        elif False:"),
     "null destination written": (
-        "stored = in_dim & (target >= 0) & (target != null_slot)",
-        "stored = in_dim & (target >= 0)",
+        "stored = in_dim & is_slot(target, null_slot, slot_count)",
+        "stored = in_dim & is_slot(target, -1, slot_count)",
     ),
     "chunks not decayed": ("s * tl.exp2(rate * total) + left", "s + left"),
     "chunks begin with nothing": ("tl.store(place, s, in_dim)", "tl.store(place, 0 * s, in_dim)"),
@@ -31,5 +31,8 @@ BUGS = {
         "column = position // block_size",
     ),
     "short first chunk from the block's start": ("tl.maximum(block_size - (high - low), 0)", "0"),
-    "prefix cache's last state in the first column": ("+ tl.load(last_block + row)", "+ 0 * tl.load(last_block + row)"),
+    "prefix cache's last state in the first column": (
+        "column = tl.load(last_block + row)",
+        "column = 0 * tl.load(last_block + row)",
+    ),
 }

@@ -18,6 +18,9 @@ from mamba_ops.ops._triton.common import (
     offset_ptr,
     on_device_of,
     or_placeholder,
+    row_tokens,
+    slots_of,
+    within,
 )
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_channel, write_back
@@ -39,8 +42,9 @@ def _kernel(
     initial_ptr,
     output_ptr,
     sequences,  # None without cu_seqlens
-    length,  # None with cu_seqlens
+    length,  # with cu_seqlens that of all sequences together
     null_slot: tl.int64,
+    slot_count: tl.int64,
     slots_stride: tl.int64,
     initial_stride: tl.int64,
     x_row: tl.int64,
@@ -85,12 +89,11 @@ def _kernel(
         above = sequences
         while above - row > 1:
             middle = (row + above) // 2
-            if tl.load(cu_seqlens_ptr + middle) // BLOCK_T + middle <= tile:
+            if within(tl.load(cu_seqlens_ptr + middle), length) // BLOCK_T + middle <= tile:
                 row = middle
             else:
                 above = middle
-        first = tl.load(cu_seqlens_ptr + row).to(tl.int64)
-        tokens = (tl.load(cu_seqlens_ptr + row + 1) - first).to(tl.int32)
+        first, tokens = row_tokens(row, cu_seqlens_ptr, length)
         tile -= (first // BLOCK_T).to(tl.int32) + row
         row = row.to(tl.int64)
     begin = tile * BLOCK_T
@@ -100,7 +103,7 @@ def _kernel(
     output_ptr += first * output_row + begin * output_token
 
     carried = load_flag(row, initial_ptr, initial_stride)
-    slot = load_slot(row, slots_ptr, slots_stride, null_slot)
+    slot = load_slot(row, slots_ptr, slots_stride, null_slot, slot_count)
     if slot < 0:
         for t in tl.static_range(BLOCK_T):
             valid = inside & (begin + t < tokens)
@@ -193,8 +196,9 @@ def causal_conv1d(call: "Arguments") -> None:
             has_initial_state,
             written,
             None if call.cu_seqlens is None else sequences,
-            x.shape[1] if call.cu_seqlens is None else None,
+            x.shape[1] if call.cu_seqlens is None else x.shape[0],
             call.null_slot,
+            slots_of(call.conv_state),
             slots_stride,
             initial_stride,
             x_row,

@@ -9,22 +9,32 @@ state before its chunk, and of the tokens of its chunk. Decays of any strength a
 import triton
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import final_slot, kernel, load_flag, load_slot, offset_ptr, softplus, tile_ptrs
+from mamba_ops.ops._triton.common import (
+    final_slot,
+    kernel,
+    load_flag,
+    load_slot,
+    offset_ptr,
+    softplus,
+    tile_ptrs,
+    within,
+)
 from mamba_ops.ops._triton.decay import exact_sums, finite_rate, split, to_log2
 
 
 @triton.jit
 def _extent(row, inside, cu_seqlens, num_computed_tokens, computed_stride, length, CHUNK: tl.constexpr):
-    # A row's first token and number of tokens, and how many tokens of its first chunk came before them.
+    # A row's first token and number of tokens, and how many tokens of its first chunk came before them. `length` is the
+    # number of a row's tokens, with cu_seqlens that of all.
     if cu_seqlens is not None:
-        begin = tl.load(cu_seqlens + row, inside, other=0).to(tl.int32)
-        count = tl.load(cu_seqlens + row + 1, inside, other=0).to(tl.int32) - begin
+        begin = within(tl.load(cu_seqlens + row, inside, other=0), length).to(tl.int32)
+        count = within(tl.load(cu_seqlens + row + 1, inside, other=0), length).to(tl.int32) - begin
     else:
         begin = row * length
         count = tl.where(inside, length, 0)
     num_computed_tokens += row.to(tl.int64) * computed_stride
-    before = tl.load(num_computed_tokens, inside & (computed_stride >= 0), other=0) % CHUNK
-    return begin, count, before.to(tl.int32)
+    before = tl.load(num_computed_tokens, inside & (computed_stride >= 0), other=0)
+    return begin, count, (tl.maximum(before, 0) % CHUNK).to(tl.int32)
 
 
 @kernel(first_number="dt_stride", static="steps chunks first_chunks")
@@ -47,6 +57,7 @@ def _prepare(
     rows,
     tokens,
     null_slot,
+    slot_count,
     dt_min,
     dt_max,
     HEADS: tl.constexpr,
@@ -69,7 +80,7 @@ def _prepare(
         earlier = (r < rows) & (end <= chunk)
         row += tl.sum(earlier.to(tl.int32), 0)
         first = tl.maximum(first, tl.max(tl.where(earlier, end, 0), 0))
-        total += tl.sum(of_row, 0)
+        total = tl.minimum(total + tl.sum(of_row, 0), 1 << 30)
 
     chunks += chunk * 3
     if row >= rows:  # there can be fewer chunks than programs
@@ -83,7 +94,7 @@ def _prepare(
     # 1: a state comes before the chunk; 0: none does, it is zero; -1: a padding row
     past = (chunk > first).to(tl.int32)
     past |= load_flag(row, has_initial_state, initial_stride).to(tl.int32)
-    past = tl.where(load_slot(row, slots, slots_stride, null_slot) < 0, -1, past)
+    past = tl.where(load_slot(row, slots, slots_stride, null_slot, slot_count) < 0, -1, past)
     if tl.program_id(1) == 0:
         tl.store(chunks, low)
         tl.store(chunks + 1, high)
@@ -142,9 +153,11 @@ def _states(
     dim_stride,
     dstate_stride,
     kept_stride,  # from chunk to chunk of chunk_states
+    most,  # chunks that there can be; more have only rows of wrong cu_seqlens, which leave the rest out
     length,
     tokens,
     null_slot,
+    slot_count,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -168,7 +181,7 @@ def _states(
     in_dstate = entry < DSTATE
     in_state = in_dim[:, None] & in_dstate[None, :]
 
-    source = load_slot(row, slots, slots_stride, null_slot)
+    source = load_slot(row, slots, slots_stride, null_slot, slot_count)
     if source < 0:
         return
     begin, count, before = _extent(row, True, cu_seqlens, num_computed_tokens, computed_stride, length, CHUNK)
@@ -183,7 +196,7 @@ def _states(
     s = tl.load(initial, in_state & carried, other=0.0).to(tl.float32)
 
     if count > 0:
-        chunk = tl.load(first_chunks + row).to(tl.int64)
+        chunk = within(tl.load(first_chunks + row), most - 1).to(tl.int64)
         in_head = channel[:, None] * DSTATE + entry[None, :]
         starts += (chunk * HEADS + head) * (DIM * DSTATE)
         if chunk_states is not None:
@@ -193,8 +206,9 @@ def _states(
         decay = steps + head.to(tl.int64) * tokens + begin
         weight = decay + 2 * HEADS * tokens.to(tl.int64)
 
-        last = (before + count - 1) // CHUNK
-        blocks = last * PER_CHUNK + (before + count - last * CHUNK + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+        last = tl.minimum((before + count - 1) // CHUNK, most - 1 - chunk.to(tl.int32))
+        left = tl.minimum(before + count - last * CHUNK, CHUNK)
+        blocks = last * PER_CHUNK + (left + BLOCK_TOKENS - 1) // BLOCK_TOKENS
         for block in range(blocks):
             number = block // PER_CHUNK
             low = number * CHUNK - before
@@ -219,7 +233,7 @@ def _states(
         if chunk_states is not None:
             tl.store(chunk_states + last.to(tl.int64) * kept_stride + in_head, s, in_state)
 
-    target, stored = final_slot(row, source, count, write_slots, write_stride, null_slot)
+    target, stored = final_slot(row, source, count, write_slots, write_stride, null_slot, slot_count)
     stored &= slot_stride >= 0
     tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + of_state, s, in_state & stored)
 

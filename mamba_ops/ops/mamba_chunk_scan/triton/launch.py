@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_placeholder
+from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_placeholder, slots_of
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
 from mamba_ops.ops.mamba_chunk_scan.triton.kernels import _outputs, _prepare, _states
@@ -86,10 +86,11 @@ def mamba_chunk_scan(call: "Arguments") -> None:
             slots_stride,
             initial_stride,
             computed_stride,
-            length,
+            tokens if length is None else length,
             rows,
             tokens,
             call.null_slot,
+            slots_of(call.ssm_state),
             call.dt_min,
             call.dt_max,
             HEADS=heads,
@@ -121,9 +122,11 @@ def mamba_chunk_scan(call: "Arguments") -> None:
             dim_stride,
             dstate_stride,
             None if kept is None else kept.stride(0),
-            length,
+            chunks,
+            tokens if length is None else length,
             tokens,
             call.null_slot,
+            slots_of(call.ssm_state),
             **shape,
             **states,
         )

@@ -10,7 +10,7 @@ states have several such numbers (parts) in each tensor of the tuple.
 import triton
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import chunk_bounds, load_slot, softplus
+from mamba_ops.ops._triton.common import chunk_bounds, is_slot, load_slot, softplus, within
 from mamba_ops.ops._triton.decay import finite_rate
 
 
@@ -27,8 +27,8 @@ def bounds(chunk, cu_seqlens, chunk_ends, last_chunk, rows, length, CHUNK: tl.co
             earlier = (r < rows) & (last < chunk)
             row += tl.sum(earlier.to(tl.int32), 0)
             first = tl.maximum(first, tl.max(tl.where(earlier, last + 1, 0), 0))
-        low = tl.load(chunk_ends + chunk - 1, chunk > 0, other=0).to(tl.int32)
-        high = tl.load(chunk_ends + chunk).to(tl.int32)
+        low = within(tl.load(chunk_ends + chunk - 1, chunk > 0, other=0), length).to(tl.int32)
+        high = within(tl.load(chunk_ends + chunk), length).to(tl.int32)
         is_last = chunk == tl.load(last_chunk + row, row < rows, other=0).to(tl.int32)
         return row, low, high, chunk == first, is_last
     else:
@@ -36,11 +36,23 @@ def bounds(chunk, cu_seqlens, chunk_ends, last_chunk, rows, length, CHUNK: tl.co
 
 
 @triton.jit
-def source_slot(row, slots, initial_block, slots_stride, null_slot):
-    # The slot of a row's state, -1 for a padding row.
+def source_slot(row, slots, initial_block, slots_stride, slots_columns, null_slot, slot_count):
+    # The slot of a row's state, -1 for a padding row; also where initial_block is no column of slots.
     if initial_block is not None:
-        slots += tl.load(initial_block + row)
-    return load_slot(row, slots, slots_stride, null_slot)
+        column = tl.load(initial_block + row)
+        slots += within(column, slots_columns - 1)
+        slot = load_slot(row, slots, slots_stride, null_slot, slot_count)
+        return tl.where((column >= 0) & (column < slots_columns), slot, -1)
+    else:
+        return load_slot(row, slots, slots_stride, null_slot, slot_count)
+
+
+@triton.jit
+def block_slot(row, column, slots, slots_stride, slots_columns, null_slot, slot_count):
+    # The slot in a column of slots, and whether a state is stored there: not where there is no such column.
+    slots += row.to(tl.int64) * slots_stride + within(column, slots_columns - 1)
+    slot = tl.load(slots).to(tl.int64)
+    return slot, (column >= 0) & (column < slots_columns) & is_slot(slot, null_slot, slot_count)
 
 
 @triton.jit

@@ -9,10 +9,11 @@ chunk need the last one alone, and give the same bits either way.
 # Tuples grow in what Triton compiles.
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import kernel, load_flag, row_chunks
+from mamba_ops.ops._triton.common import is_slot, kernel, load_flag, row_chunks, within
 from mamba_ops.ops._triton.decay import finite_rate
 from mamba_ops.ops.selective_scan.triton.device import (
     as_float32,
+    block_slot,
     bounds,
     decay_rates,
     load_entries,
@@ -43,12 +44,14 @@ def _ends(
     states,  # out: (chunks, dstate, dim)
     sums,  # out: (chunks, dim), of the step sizes
     rows,
-    length,
+    length,  # of a row; with cu_seqlens that of all rows together
     null_slot,
+    slot_count,
     one,
     A_channel,
     A_entry,
     slots_stride,
+    slots_columns,
     x_token,
     dt_token,
     B_token,
@@ -75,7 +78,7 @@ def _ends(
     row, low, high, _, is_last = bounds(chunk, cu_seqlens, chunk_ends, last_chunk, rows, length, CHUNK, BLOCK_ROWS)
     if (row >= rows) | is_last:
         return
-    if source_slot(row, slots, initial_block, slots_stride, null_slot) < 0:
+    if source_slot(row, slots, initial_block, slots_stride, slots_columns, null_slot, slot_count) < 0:
         return
     rates = decay_rates(A, channel, A_channel, in_dim, A_entry, DSTATE, PARTS, WIDTH)
     bias = None
@@ -125,17 +128,20 @@ def _starts(
     last_chunk,
     states,  # in: what chunks leave; out: what they begin with
     sums,
-    length,
+    length,  # of a row; with cu_seqlens that of all rows together
     null_slot,
+    slot_count,
     A_channel,
     A_entry,
     slots_stride,
+    slots_columns,
     write_stride,
     initial_stride,
     slot_stride,
     dim_stride,
     dstate_stride,
     block_size,
+    given_chunks,  # how many chunk_ends has
     DIM: tl.constexpr,
     DSTATE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -148,17 +154,18 @@ def _starts(
     channel = program // DSTATE % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     entry = program % DSTATE
     in_dim = channel < DIM
+    rows = tl.num_programs(0) // (BLOCKS * DSTATE)
 
-    source = source_slot(row, slots, initial_block, slots_stride, null_slot)
+    source = source_slot(row, slots, initial_block, slots_stride, slots_columns, null_slot, slot_count)
     if source < 0:
         return
     if chunk_ends is not None:
-        first = tl.load(last_chunk + row - 1, row > 0, other=-1).to(tl.int32) + 1
-        chunks = tl.load(last_chunk + row).to(tl.int32) + 1 - first
-        low = tl.load(chunk_ends + first - 1, first > 0, other=0).to(tl.int32)
+        first = within(tl.load(last_chunk + row - 1, row > 0, other=-1).to(tl.int32) + 1, given_chunks)
+        chunks = within(tl.load(last_chunk + row).to(tl.int32) + 1, given_chunks) - first
+        low = within(tl.load(chunk_ends + first - 1, first > 0, other=0), length).to(tl.int32)
         count = chunks
     else:
-        first, chunks, low, count = row_chunks(row, cu_seqlens, length, CHUNK, BLOCK_ROWS)
+        first, chunks, low, count = row_chunks(row, rows, cu_seqlens, length, CHUNK, BLOCK_ROWS)
 
     of_state = channel.to(tl.int64) * dim_stride + entry.to(tl.int64) * dstate_stride
     carried = in_dim & load_flag(row, has_initial_state, initial_stride)
@@ -167,14 +174,14 @@ def _starts(
     if write_slots is not None:
         if count <= 0:  # no token, no chunk: the state moves as it is
             target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
-            stored = (target != source) & (target >= 0) & (target != null_slot)
+            stored = (target != source) & is_slot(target, null_slot, slot_count)
             tl.store(ssm_state + target * slot_stride + of_state, s, in_dim & stored)
 
     if states is not None:
         if chunks > 1:
             position = low
             if chunk_ends is not None:
-                high = tl.load(chunk_ends + first).to(tl.int32)
+                high = within(tl.load(chunk_ends + first), length).to(tl.int32)
                 position = tl.load(first_block + row).to(tl.int32) * block_size
                 position += tl.maximum(block_size - (high - low), 0)
             rate = tl.load(A + channel * A_channel + entry * A_entry, in_dim, other=0.0).to(tl.float32)
@@ -190,12 +197,11 @@ def _starts(
                 tl.store(place, s, in_dim)
                 s = s * tl.exp2(rate * total) + left
                 if chunk_ends is not None:
-                    high = tl.load(chunk_ends + first + number).to(tl.int32)
+                    high = within(tl.load(chunk_ends + first + number), length).to(tl.int32)
                     position += high - low
                     low = high
                     column = (position - 1) // block_size
-                    target = tl.load(slots + row.to(tl.int64) * slots_stride + column).to(tl.int64)
-                    stored = (target >= 0) & (target != null_slot)
+                    target, stored = block_slot(row, column, slots, slots_stride, slots_columns, null_slot, slot_count)
                     tl.store(ssm_state + target * slot_stride + of_state, s, in_dim & stored)
                 left = next_left
                 total = next_total
@@ -226,12 +232,14 @@ def _outputs(
     last_chunk,
     states,  # what chunks begin with; read for rows of several chunks alone
     rows,
-    length,
+    length,  # of a row; with cu_seqlens that of all rows together
     null_slot,
+    slot_count,
     one,
     A_channel,
     A_entry,
     slots_stride,
+    slots_columns,
     write_stride,
     initial_stride,
     slot_stride,
@@ -268,7 +276,7 @@ def _outputs(
     )
     if row >= rows:
         return
-    source = source_slot(row, slots, initial_block, slots_stride, null_slot)
+    source = source_slot(row, slots, initial_block, slots_stride, slots_columns, null_slot, slot_count)
     output += low.to(tl.int64) * output_token + channel
     if source < 0:
         for _ in range(low, high):
@@ -343,11 +351,12 @@ def _outputs(
         target = source
         stored = in_dim
         if last_block is not None:
-            target = tl.load(slots + row.to(tl.int64) * slots_stride + tl.load(last_block + row)).to(tl.int64)
-            stored = in_dim & (target >= 0) & (target != null_slot)
+            column = tl.load(last_block + row)
+            target, stored = block_slot(row, column, slots, slots_stride, slots_columns, null_slot, slot_count)
+            stored &= in_dim
         elif write_slots is not None:
             target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
-            stored = in_dim & (target >= 0) & (target != null_slot)
+            stored = in_dim & is_slot(target, null_slot, slot_count)
         left = ssm_state + target * slot_stride
         if dim_stride is None:
             store_state(left, s, channel, DSTATE, stored, 1, DSTATE, PARTS, WIDTH)

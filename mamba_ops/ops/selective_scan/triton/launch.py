@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_placeholder
+from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_placeholder, slots_of
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
 from mamba_ops.ops.selective_scan.triton.kernels import _ends, _outputs, _starts
@@ -49,6 +49,8 @@ def selective_scan(call: "Arguments") -> None:
         for t in (call.first_block, call.last_block, call.initial_block, call.chunk_ends, call.last_chunk)
     )
     slots, slots_stride = or_placeholder(None if call.slots is None else dense(call.slots), x, tl.int32)
+    slots_columns = None if call.initial_block is None or call.slots is None else call.slots.shape[1]
+    length_or_all, slot_count = tokens if length is None else length, slots_of(call.ssm_state)
     has_initial_state, write_slots = call.has_initial_state, call.write_slots
     if call.ssm_state is None:  # no state to start from, none to store
         has_initial_state = write_slots = None
@@ -83,11 +85,13 @@ def selective_scan(call: "Arguments") -> None:
                 states,
                 sums,
                 rows,
-                length,
+                length_or_all,
                 call.null_slot,
+                slot_count,
                 1,
                 *call.A.stride(),
                 slots_stride,
+                slots_columns,
                 x.stride(0),
                 dt.stride(0),
                 B.stride(0),
@@ -108,16 +112,19 @@ def selective_scan(call: "Arguments") -> None:
                 last_chunk,
                 states,
                 sums,
-                length,
+                length_or_all,
                 call.null_slot,
+                slot_count,
                 *call.A.stride(),
                 slots_stride,
+                slots_columns,
                 write_stride,
                 initial_stride,
                 slot_stride,
                 dim_stride,
                 dstate_stride,
                 call.block_size or None,
+                None if chunk_ends is None else chunks,
                 **sizes,
                 **starts,
             )
@@ -144,11 +151,13 @@ def selective_scan(call: "Arguments") -> None:
             last_chunk,
             or_placeholder(states, x, tl.float32)[0],
             rows,
-            length,
+            length_or_all,
             call.null_slot,
+            slot_count,
             1,
             *call.A.stride(),
             slots_stride,
+            slots_columns,
             write_stride,
             initial_stride,
             slot_stride,

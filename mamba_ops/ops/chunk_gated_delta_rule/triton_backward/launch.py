@@ -1,0 +1,135 @@
+"""How the kernels of the gated delta rule's backward pass are launched: chunk by chunk, five of them.
+
+`_systems` has all chunks at once: it normalises q and k, inverts the chunks' systems, and finds how much of what is
+written every query reads. `_replay` walks over the chunks of a row and leaves the state before each and what its tokens
+write; `_adjoints` walks back, and leaves the gradient of the state after each and that of what its tokens find missing.
+With these all chunks are independent again. `_products` finds the gradients of g and beta, and those of what a chunk
+multiplies; `_gradients` makes those of q and k of them, and adds up in order what heads of v find that share a head of
+k. The formulas are in the reference.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of
+from mamba_ops.ops._triton.layout import by_token, write_back
+from mamba_ops.ops.chunk_gated_delta_rule.triton import CHUNK
+from mamba_ops.ops.chunk_gated_delta_rule.triton_backward.chunks import _gradients, _products, _systems
+from mamba_ops.ops.chunk_gated_delta_rule.triton_backward.walks import _adjoints, _replay
+
+if TYPE_CHECKING:
+    from mamba_ops.ops.chunk_gated_delta_rule.training import BackwardArguments
+
+
+def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
+    """Write the gradients; shapes and meaning are the op's, and are not checked again.
+
+    What matrix units are given is rounded to the dtype of q, k and v; float32 stays float32, which is slow. Every token
+    of an activation must be dense: others are copied first, as are states that are not, and gradients that are not are
+    written through a copy. Keeps, in that dtype, two states of every chunk while it runs.
+    """
+    flat = call.cu_seqlens is not None
+    rows = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    length = None if flat else call.v.shape[1]
+    (k_heads, k_dim), (v_heads, v_dim) = call.q.shape[-2:], call.v.shape[-2:]
+    gradients = {"q": call.grad_q, "k": call.grad_k, "v": call.grad_v, "g": call.grad_g, "beta": call.grad_beta}
+    if rows == 0 or call.v.numel() == 0:
+        for gradient in gradients.values():
+            gradient.zero_()
+        if call.initial_states is not None:
+            if call.grad_final_states is None:
+                call.grad_initial_states.zero_()
+            else:
+                call.grad_initial_states.copy_(call.grad_final_states)
+        return
+    if flat:  # tokens past the last row
+        for gradient in gradients.values():
+            gradient.zero_()
+    q, k, v, g, beta = (by_token(tensor, flat) for tensor in (call.q, call.k, call.v, call.g, call.beta))
+    grad_output = by_token(call.grad_output, flat)
+    written = {name: by_token(gradient, flat) for name, gradient in gradients.items()}
+    cu_seqlens, initial_states, grad_final_states = (
+        None if t is None else t.contiguous() for t in (call.cu_seqlens, call.initial_states, call.grad_final_states)
+    )
+    grad_initial = None if initial_states is None else call.grad_initial_states.contiguous()
+
+    operand = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    if operand == torch.bfloat16 and INTERPRETED:
+        operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+    chunks = v.shape[0] // CHUNK + rows if length is None else rows * cdiv(length, CHUNK)
+    block_k, v_padded = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))
+    places = 0
+    for tensor in (q, k, v, grad_output, *(written[name] for name in ("q", "k", "v"))):
+        places |= tensor.data_ptr() | tensor.stride(0) * tensor.itemsize | tensor.shape[-1] * tensor.itemsize
+
+    def scratch(*shape: int, dtype: torch.dtype = operand) -> Tensor:
+        return torch.empty((chunks, *shape), dtype=dtype, device=v.device)
+
+    launches = _backward_launches(v_padded, operand)
+    heads = {"K_HEADS": k_heads, "V_HEADS": v_heads, "K_DIM": k_dim, "ALIGNED": places % 16 == 0}
+    sizes = {**heads, "CHUNK": CHUNK, "BLOCK_ROWS": 128, "BLOCK_K": block_k}
+    of_values = {**sizes, "V_DIM": v_dim, "V_PADDED": v_padded}
+    scale = k_dim**-0.5 if call.scale is None else float(call.scale)
+    walks = rows * v_heads * cdiv(v_padded, launches["_replay"]["BLOCK"])
+    with on_device_of(v):
+        queries, keys = scratch(k_heads, CHUNK, block_k), scratch(k_heads, CHUNK, block_k)
+        factors = scratch(v_heads, 6, CHUNK, dtype=torch.float32)
+        inverses, weights = scratch(v_heads, CHUNK, CHUNK), scratch(v_heads, CHUNK, CHUNK)
+        states, adjoints = scratch(v_heads, v_padded, block_k), scratch(v_heads, v_padded, block_k)
+        new, found = scratch(v_heads, CHUNK, v_padded), scratch(v_heads, CHUNK, v_padded)
+        _systems[(chunks * v_heads,)](
+            *(q, k, g, beta, cu_seqlens, queries, keys, factors, inverses, weights),
+            *(scale, q.stride(0), k.stride(0), g.stride(0), beta.stride(0), length, rows),
+            **sizes,
+            L2NORM=call.qk_l2norm,
+            **launches["_systems"],
+        )
+        _replay[(walks,)](
+            *(v, beta, initial_states, cu_seqlens, keys, factors, inverses, states, new),
+            *(v.stride(0), beta.stride(0), length),
+            **of_values,
+            **launches["_replay"],
+        )
+        _adjoints[(walks,)](
+            *(grad_output, beta, grad_final_states, cu_seqlens, queries, keys, factors, inverses, weights),
+            *(adjoints, found, written["v"], grad_initial),
+            *(grad_output.stride(0), beta.stride(0), written["v"].stride(0), length),
+            **of_values,
+            **launches["_adjoints"],
+        )
+        left = (queries, keys, factors, states, adjoints, new, found, weights, inverses)
+        _products[(chunks * v_heads,)](
+            *(v, beta, grad_output, cu_seqlens, *left, written["g"], written["beta"]),
+            *(v.stride(0), beta.stride(0), grad_output.stride(0), written["g"].stride(0), written["beta"].stride(0)),
+            *(length, rows),
+            **{name: size for name, size in of_values.items() if name != "K_DIM"},
+            **launches["_products"],
+        )
+        _gradients[(chunks * k_heads,)](
+            *(q, k, beta, grad_output, cu_seqlens, *left, written["q"], written["k"]),
+            *(scale, q.stride(0), k.stride(0), beta.stride(0), grad_output.stride(0)),
+            *(written["q"].stride(0), written["k"].stride(0), length, rows),
+            **of_values,
+            L2NORM=call.qk_l2norm,
+            **launches["_gradients"],
+        )
+    if grad_initial is not None:
+        write_back(grad_initial, call.grad_initial_states, True)
+    for name, gradient in gradients.items():
+        write_back(written[name], gradient, flat)
+
+
+def _backward_launches(v_padded: int, operand: torch.dtype) -> dict[str, dict[str, Any]]:
+    """What is multiplied in which precision, too; blocks of v are so wide that no register is spilled for long."""
+    precision = {torch.bfloat16: "tf32", torch.float16: "tf32x3"}.get(operand, "ieee")
+    block = {"BLOCK": min(v_padded, 32), "num_warps": 4, "num_stages": 1}
+    return {
+        "_systems": {"PRECISION": precision, "num_warps": 4},
+        "_replay": block,
+        "_adjoints": block,
+        "_products": block,
+        "_gradients": {**block, "num_warps": 8},
+    }

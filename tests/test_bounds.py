@@ -1,0 +1,113 @@
+"""Where no value is checked, as on a device: kernels stay within the call's tensors, whatever indices they are given.
+
+The kernels are called without the op around them, on memory with a margin on both sides.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mamba_ops.registry import Op, Sample
+from tests.harness import OPS, backends_here
+from tests.test_values import CACHES, CPU, arguments_of, wrong_calls
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+SENTINEL = 7.25
+SAMPLES = {  # one of each way in which kernels read rows; the first of them every day on Triton's interpreter
+    "causal_conv1d": ["packed", "base", "everything"],
+    "causal_conv1d_update": ["speculative, packed", "base", "packed"],
+    "gated_delta_rule_update": ["speculative, write slots", "base", "packed, empty row"],
+    "chunk_gated_delta_rule": ["packed, write slots", "base"],
+    "mamba_chunk_scan": ["packed, initial states", "initial states", "write slots", "chunk states, packed"],
+    "selective_state_update": ["speculative packed", "base", "packed", "write slots"],
+    "selective_scan": ["packed, write slots", "prefix cache", "base"],
+}
+
+
+def kernels() -> Iterator[Any]:
+    for op in OPS:
+        for backend in () if op.composed else backends_here(op, CPU):
+            for number, name in enumerate(SAMPLES[op.name]):
+                [sample] = [s.to(torch.float32) for s in op.make_samples("cpu") if s.name == name]
+                marks = pytest.mark.slow if number and backend == "triton" else ()
+                yield pytest.param(op, backend, sample, id=f"{op.name}-{backend}-{name}", marks=marks)
+
+
+KERNELS = list(kernels())
+
+
+class Guarded:
+    """A copy of a tensor in the middle of a buffer that is full of one number."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.margin = 8 * tensor.numel() + 4096
+        self.buffer = torch.full((tensor.numel() + 2 * self.margin,), SENTINEL, dtype=tensor.dtype)
+        self.tensor = self.buffer[self.margin : self.margin + tensor.numel()].view(tensor.shape)
+        self.tensor.copy_(tensor)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether both margins are as they were."""
+        inside = slice(self.margin, self.margin + self.tensor.numel())
+        return bool((self.buffer[: inside.start] == SENTINEL).all() and (self.buffer[inside.stop :] == SENTINEL).all())
+
+
+def run(op: Op[...], backend: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """What a kernel leaves in the tensors that it writes; raise AssertionError if any other memory has changed."""
+    floats = {n: Guarded(a) for n, a in arguments.items() if isinstance(a, Tensor) and a.is_floating_point()}
+    call = {**arguments, **{n: guarded.tensor for n, guarded in floats.items()}}
+    before = {n: guarded.buffer.clone() for n, guarded in floats.items()}
+    call["output"] = call.pop("out")
+    op.kernels[backend].function(**call)
+    written = {"out" if n == "output" else n for n in op.mutates}
+    for name, guarded in floats.items():
+        assert guarded.is_kept if name in written else torch.equal(guarded.buffer, before[name]), name
+    return {name: floats[name].tensor for name in written & floats.keys()}
+
+
+@pytest.mark.parametrize(("op", "backend", "sample"), KERNELS)
+def test_memory_of_others_is_left_alone(op: Op[...], backend: str, sample: Sample) -> None:
+    seen = set()
+    for name, way, arguments in wrong_calls(op, sample):
+        run(op, backend, arguments)
+        seen.add((name, way))
+    assert len(seen) >= 2
+
+
+@pytest.mark.parametrize(("op", "backend", "sample"), KERNELS)
+def test_a_slot_beyond_the_cache_is_the_null_slot(op: Op[...], backend: str, sample: Sample) -> None:
+    """Bit for bit, in either table, with no cache touched for it."""
+    arguments, seen = arguments_of(op, sample), 0
+    slots = next(c.shape[0] for n in CACHES if (c := arguments.get(n)) is not None)
+    for name in ("slots", "write_slots"):
+        count = 0 if arguments.get(name) is None else arguments[name].numel()
+        for number in range(count if backend == "torch" else min(count, 1)):
+            results = []
+            for value in (-1, slots):
+                table = arguments[name].clone()
+                table.view(-1)[number] = value
+                results.append(run(op, backend, {**arguments, name: table}))
+            for written in results[0]:
+                assert torch.equal(results[0][written], results[1][written]), (name, number, written)
+            seen += 1
+    assert seen or sample.name in ("base", "initial states")
+
+
+@pytest.mark.parametrize(
+    ("op", "backend", "sample"), [k for k in KERNELS if k.values[2].kwargs.get("cu_seqlens") is not None]
+)
+def test_rows_end_where_the_tokens_do(op: Op[...], backend: str, sample: Sample) -> None:
+    """A last row that goes on past the tokens has those that there are; one that starts before them, from the first."""
+    arguments = arguments_of(op, sample)
+    if arguments.get("block_size"):
+        pytest.skip("there chunk_ends says where rows end")
+    bounds, tokens = arguments["cu_seqlens"], arguments["out"].shape[0]
+    right = run(op, backend, {**arguments, "cu_seqlens": torch.where(bounds == bounds[-1], tokens, bounds)})
+    wrong = torch.where(bounds == bounds[-1], tokens + 50, bounds)
+    wrong[0] -= 3
+    found = run(op, backend, {**arguments, "cu_seqlens": wrong})
+    for name, tensor in right.items():
+        assert torch.equal(tensor, found[name]), name
