@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import cdiv, kernel, offset_ptr, on_device_of
+from mamba_ops.ops._triton.common import cdiv, kernel, offset_ptr, on_device_of, row_tokens, within
 from mamba_ops.ops._triton.layout import by_channel
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def _gradients(
     grad_x_ptr,
     shares_ptr,  # out: (segments, WIDTH + 1, DIM): of the weights' gradients, and of the bias's
     sequences,  # None without cu_seqlens
-    length,  # None with cu_seqlens
+    length,  # tokens of every sequence; with cu_seqlens, of all
     grad_row: tl.int64,
     grad_token: tl.int64,
     x_row: tl.int64,
@@ -76,12 +76,11 @@ def _gradients(
         above = sequences
         while above - row > 1:
             middle = (row + above) // 2
-            if tl.load(cu_seqlens_ptr + middle) // SEGMENT + middle <= segment:
+            if within(tl.load(cu_seqlens_ptr + middle), length) // SEGMENT + middle <= segment:
                 row = middle
             else:
                 above = middle
-        first = tl.load(cu_seqlens_ptr + row).to(tl.int64)
-        tokens = (tl.load(cu_seqlens_ptr + row + 1) - first).to(tl.int32)
+        first, tokens = row_tokens(row, cu_seqlens_ptr, length)
         begin = (segment - (first // SEGMENT).to(tl.int32) - row) * SEGMENT
         row = row.to(tl.int64)
     if (begin < 0) | ((begin >= tokens) & (begin > 0)):
@@ -197,7 +196,7 @@ def causal_conv1d_backward(call: "BackwardArguments") -> None:
             call.grad_x,
             shares,
             sequences if flat else None,
-            None if flat else x.shape[1],
+            x.shape[0] if flat else x.shape[1],
             *strides,
             call.grad_x.stride(0),
             DIM=dim,

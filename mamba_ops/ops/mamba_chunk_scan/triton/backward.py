@@ -23,7 +23,7 @@ def _step_sizes(
     cu_seqlens,
     steps,  # out: (6, heads, tokens), described where they are stored
     dt_stride,
-    length,  # tokens of every row; None: cu_seqlens
+    length,  # tokens of every row; with cu_seqlens, of all rows
     rows,
     tokens,
     dt_min,
@@ -86,6 +86,7 @@ def _carry(
     grad_stride,
     z_stride,
     length,
+    rows,
     tokens,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -110,7 +111,7 @@ def _carry(
     in_state = in_dim[:, None] & in_dstate[None, :]
     of_state = channel[:, None] * DSTATE + entry[None, :]
     of_row = (row.to(tl.int64) * HEADS + head) * (DIM * DSTATE) + of_state
-    first, chunks, begin, count = row_chunks(row, cu_seqlens, length, CHUNK, BLOCK_ROWS)
+    first, chunks, begin, count = row_chunks(row, rows, cu_seqlens, length, CHUNK, BLOCK_ROWS)
 
     operand = starts.dtype.element_ty
     sizes = steps + head.to(tl.int64) * tokens

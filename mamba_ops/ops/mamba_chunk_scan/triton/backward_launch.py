@@ -42,10 +42,10 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
     operand = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
     if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
         operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
-    tokens, length = x.shape[0], None if flat else call.x.shape[1]
+    tokens, length = x.shape[0], x.shape[0] if flat else call.x.shape[1]
     block_dim, block_state = (max(triton.next_power_of_2(size), 16) for size in (dim, dstate))
     chunk = 64 if operand.itemsize < 4 and block_dim * block_state <= 64 * 128 else 32
-    chunks = tokens // chunk + rows if length is None else rows * cdiv(length, chunk)  # at most
+    chunks = tokens // chunk + rows if flat else rows * cdiv(length, chunk)  # at most
     per_group = heads // groups
     splits = next(n for n in range(cdiv(per_group, _HEADS_PER_SPLIT), per_group + 1) if per_group % n == 0)
 
@@ -102,6 +102,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             strides[0],
             *strides[2:],
             length,
+            rows,
             tokens,
             **shape,
             BLOCK_DIM=carry_dim,
