@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mamba_ops.commands import ops_page
-from tests.pages import PAGES, ROOT, blocks, program, write_files
+from tests.pages import BLOCK, PAGES, ROOT, blocks, program, write_files
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if program(page)], ids=lambda page: page.name)

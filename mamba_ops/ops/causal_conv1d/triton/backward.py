@@ -35,7 +35,7 @@ def _gradients(
     grad_x_ptr,
     shares_ptr,  # out: (segments, WIDTH + 1, DIM): of the weights' gradients, and of the bias's
     sequences,  # None without cu_seqlens
-    length,  # with cu_seqlens the number of all tokens
+    length,  # tokens of every sequence; with cu_seqlens, of all
     grad_row: tl.int64,
     grad_token: tl.int64,
     x_row: tl.int64,

@@ -23,7 +23,7 @@ def _step_sizes(
     cu_seqlens,
     steps,  # out: (6, heads, tokens), described where they are stored
     dt_stride,
-    length,  # tokens of every row; with cu_seqlens of all
+    length,  # tokens of every row; with cu_seqlens, of all rows
     rows,
     tokens,
     dt_min,

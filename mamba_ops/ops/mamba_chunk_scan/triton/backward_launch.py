@@ -42,7 +42,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
     operand = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
     if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
         operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
-    tokens, length = x.shape[0], call.x.shape[0] if flat else call.x.shape[1]
+    tokens, length = x.shape[0], x.shape[0] if flat else call.x.shape[1]
     block_dim, block_state = (max(triton.next_power_of_2(size), 16) for size in (dim, dstate))
     chunk = 64 if operand.itemsize < 4 and block_dim * block_state <= 64 * 128 else 32
     chunks = tokens // chunk + rows if flat else rows * cdiv(length, chunk)  # at most
