@@ -93,8 +93,8 @@ def _systems(
     between = _between(near, up, down, i)
     turned = tl.trans(unit_k)
     place = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
-    tl.store(weights + place, tl.dot(unit_q, turned, input_precision="ieee") * between)
-    system = tl.dot(unit_k, turned, input_precision="ieee") * between
+    tl.store(weights + place, tl.dot(unit_q, turned, input_precision=PRECISION) * between)
+    system = tl.dot(unit_k, turned, input_precision=PRECISION) * between
     system *= load_numbers(beta, head, t, beta_stride, high)[:, None]
     tl.store(inverses + place, _inverse(tl.where(i[:, None] > i[None, :], system, 0.0), CHUNK, PRECISION))
 
@@ -132,6 +132,7 @@ def _products(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     chunk = tl.program_id(0) // V_HEADS
     head = tl.program_id(0) % V_HEADS
@@ -170,16 +171,16 @@ def _products(
         before = tl.load(states + of_state)
         after = tl.load(adjoints + of_state)
 
-        grad_weights = tl.dot(grad.to(operand), tl.trans(new), grad_weights, input_precision="ieee")
-        grad_system = tl.dot(solved, tl.trans(new), grad_system, input_precision="ieee")
+        grad_weights = tl.dot(grad.to(operand), tl.trans(new), grad_weights, input_precision=PRECISION)
+        grad_system = tl.dot(solved, tl.trans(new), grad_system, input_precision=PRECISION)
         crosses += tl.sum(before.to(tl.float32) * after.to(tl.float32), axis=0)
-        read = tl.dot(q, tl.trans(before), input_precision="ieee") * since[:, None]
+        read = tl.dot(q, tl.trans(before), input_precision=PRECISION) * since[:, None]
         reads += tl.sum(grad.to(tl.float32) * read, axis=1)
-        known = tl.dot(k, tl.trans(before), input_precision="ieee") * since[:, None]
+        known = tl.dot(k, tl.trans(before), input_precision=PRECISION) * since[:, None]
         solved = solved.to(tl.float32)
         reads -= tl.sum(solved * known, axis=1) * strength
         grad_strength += tl.sum(solved * (values.to(tl.float32) - known), axis=1)
-        leaving = tl.dot(k, tl.trans(after), input_precision="ieee") * left[:, None]
+        leaving = tl.dot(k, tl.trans(after), input_precision=PRECISION) * left[:, None]
         leaves += tl.sum(new.to(tl.float32) * leaving, axis=1)
 
     between = _between(
@@ -189,9 +190,9 @@ def _products(
     square = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
     grad_weights *= between
     tl.store(weights + square, grad_weights)
-    pairs = grad_weights * tl.dot(q, tl.trans(k), input_precision="ieee")
+    pairs = grad_weights * tl.dot(q, tl.trans(k), input_precision=PRECISION)
     grad_system = tl.where(is_later, -grad_system * between, 0.0)
-    by_strength = grad_system * tl.dot(k, tl.trans(k), input_precision="ieee")
+    by_strength = grad_system * tl.dot(k, tl.trans(k), input_precision=PRECISION)
     grad_strength += tl.sum(by_strength, axis=1)
     pairs += by_strength * strength[:, None]
     grad_system *= strength[:, None]
@@ -244,6 +245,7 @@ def _gradients(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     PER_KEY: tl.constexpr = V_HEADS // K_HEADS
     chunk = tl.program_id(0) // K_HEADS
@@ -274,16 +276,16 @@ def _gradients(
             before = tl.load(states + of_state)
             after = tl.load(adjoints + of_state)
             opened = (grad.to(tl.float32) * since[:, None]).to(operand)
-            sum_q = tl.dot(opened, before, sum_q, input_precision="ieee")
+            sum_q = tl.dot(opened, before, sum_q, input_precision=PRECISION)
             opened = (solved * (-strength * since)[:, None]).to(operand)
-            sum_k = tl.dot(opened, before, sum_k, input_precision="ieee")
-            sum_k = tl.dot((new * left[:, None]).to(operand), after, sum_k, input_precision="ieee")
+            sum_k = tl.dot(opened, before, sum_k, input_precision=PRECISION)
+            sum_k = tl.dot((new * left[:, None]).to(operand), after, sum_k, input_precision=PRECISION)
         square = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
         weight = tl.load(weights + square)
         unit_k = tl.load(keys + of_tile)
-        sum_q = tl.dot(weight, unit_k, sum_q, input_precision="ieee")
-        sum_k = tl.dot(tl.load(inverses + square), unit_k, sum_k, input_precision="ieee")
-        sum_k = tl.dot(tl.trans(weight), tl.load(queries + of_tile), sum_k, input_precision="ieee")
+        sum_q = tl.dot(weight, unit_k, sum_q, input_precision=PRECISION)
+        sum_k = tl.dot(tl.load(inverses + square), unit_k, sum_k, input_precision=PRECISION)
+        sum_k = tl.dot(tl.trans(weight), tl.load(queries + of_tile), sum_k, input_precision=PRECISION)
 
     there = (t < high)[:, None] & (key < K_DIM)[None, :]
     sum_q *= scale

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
     """Write the gradients; shapes and meaning are the op's, and are not checked again.
 
-    What matrix units are given is rounded to the dtype of q, k and v; float32 stays float32, which is slow. Every token
-    of an activation must be dense: others are copied first, as are states that are not, and gradients that are not are
-    written through a copy. Keeps, in that dtype, two states of every chunk while it runs.
+    What matrix units are given is rounded to the dtype of q, k and v; float32 is multiplied in three parts (tf32x3).
+    Every token of an activation must be dense: others are copied first, as are states that are not, and gradients that
+    are not are written through a copy. Keeps, in that dtype, two states of every chunk while it runs.
     """
     flat = call.cu_seqlens is not None
     rows = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
@@ -123,11 +123,11 @@ def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
 
 
 def _backward_launches(v_padded: int, operand: torch.dtype) -> dict[str, dict[str, Any]]:
-    """What is multiplied in which precision, too; blocks of v are so wide that no register is spilled for long."""
-    precision = {torch.bfloat16: "tf32", torch.float16: "tf32x3"}.get(operand, "ieee")
-    block = {"BLOCK": min(v_padded, 32), "num_warps": 4, "num_stages": 1}
+    """What is multiplied in which precision, too; blocks of v are so wide that few registers are spilled."""
+    precision = {"PRECISION": "tf32" if operand == torch.bfloat16 else "tf32x3"}
+    block = {"BLOCK": min(v_padded, 32), "num_warps": 4, "num_stages": 1, **precision}
     return {
-        "_systems": {"PRECISION": precision, "num_warps": 4},
+        "_systems": {**precision, "num_warps": 4},
         "_replay": block,
         "_adjoints": block,
         "_products": block,

@@ -31,6 +31,7 @@ def _replay(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = V_PADDED // BLOCK
     program = tl.program_id(0)
@@ -64,11 +65,11 @@ def _replay(
         known = s.to(operand)
         tl.store(states + value[:, None] * BLOCK_K + key[None, :], known)
         lacking = tl.trans(values).to(tl.float32)
-        lacking -= tl.dot(known, tl.trans(k), input_precision="ieee") * tl.load(factors + i)[None, :]
-        new = tl.dot((lacking * strength[None, :]).to(operand), tl.trans(inverse), input_precision="ieee")
+        lacking -= tl.dot(known, tl.trans(k), input_precision=PRECISION) * tl.load(factors + i)[None, :]
+        new = tl.dot((lacking * strength[None, :]).to(operand), tl.trans(inverse), input_precision=PRECISION)
         tl.store(written + i[:, None] * V_PADDED + value[None, :], tl.trans(new).to(operand))
         kept = (new * tl.load(factors + CHUNK + i)[None, :]).to(operand)
-        s = tl.dot(kept, k, s * tl.load(factors + 2 * CHUNK), input_precision="ieee")
+        s = tl.dot(kept, k, s * tl.load(factors + 2 * CHUNK), input_precision=PRECISION)
         keys += K_HEADS * CHUNK * BLOCK_K
         factors += V_HEADS * 6 * CHUNK
         inverses += V_HEADS * CHUNK * CHUNK
@@ -106,6 +107,7 @@ def _adjoints(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = V_PADDED // BLOCK
     program = tl.program_id(0)
@@ -143,14 +145,14 @@ def _adjoints(
         after = grad_s.to(operand)
         tl.store(adjoints + number * (V_PADDED * BLOCK_K) + value[:, None] * BLOCK_K + key[None, :], after)
         turned = tl.trans(grad).to(tl.float32)
-        grad_new = tl.dot(after, tl.trans(k), input_precision="ieee") * left[None, :]
-        grad_new = tl.dot(turned.to(operand), weight, grad_new, input_precision="ieee")
-        solved = tl.dot(grad_new.to(operand), inverse, input_precision="ieee")
+        grad_new = tl.dot(after, tl.trans(k), input_precision=PRECISION) * left[None, :]
+        grad_new = tl.dot(turned.to(operand), weight, grad_new, input_precision=PRECISION)
+        solved = tl.dot(grad_new.to(operand), inverse, input_precision=PRECISION)
         tl.store(found + number * (CHUNK * V_PADDED) + i[:, None] * V_PADDED + value[None, :], tl.trans(solved))
         solved *= strength[None, :]
         tl.store(tile_ptrs(grad_v + head * V_DIM, t, grad_v_stride, value, ALIGNED), tl.trans(solved), there)
-        grad_s = tl.dot((turned * since[None, :]).to(operand), q, grad_s * whole, input_precision="ieee")
-        grad_s -= tl.dot((solved * since[None, :]).to(operand), k, input_precision="ieee")
+        grad_s = tl.dot((turned * since[None, :]).to(operand), q, grad_s * whole, input_precision=PRECISION)
+        grad_s -= tl.dot((solved * since[None, :]).to(operand), k, input_precision=PRECISION)
         of_key -= K_HEADS * CHUNK * BLOCK_K
         number -= V_HEADS
     if grad_initial_states is not None:
