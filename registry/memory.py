@@ -43,7 +43,7 @@ def check(tensors: Mapping[str, Tensor], mutated: Collection[str], out_may_be: s
 
 def are_apart(tensors: Iterable[Tensor]) -> bool:
     """Whether each tensor has memory of its own, which is quicker to see than what else `check` looks at."""
-    places = [t.untyped_storage().data_ptr() if t.layout is torch.strided else 0 for t in tensors]
+    places = [_place(t) if t.layout is torch.strided else 0 for t in tensors]
     return 0 not in places and len(places) == len(set(places))
 
 
@@ -60,8 +60,8 @@ def negated(name: str) -> ValueError:
 def _check_pairs(tensors: Mapping[str, Tensor], mutated: Collection[str], out_may_be: str | None) -> None:
     storages: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
-        if tensor.numel() and not tensor.is_meta:
-            storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+        if tensor.numel() and (place := _place(tensor)):
+            storages.setdefault(place, []).append(name)
     if len(storages) == len(tensors):
         return
     for names in storages.values():
@@ -81,6 +81,14 @@ def _check_pairs(tensors: Mapping[str, Tensor], mutated: Collection[str], out_ma
                         expected=f"one in other memory{same}",
                         hint="clone one of them first",
                     )
+
+
+def _place(tensor: Tensor) -> int:
+    """The address of a tensor's memory; 0 for one that has none, such as a meta or a fake tensor."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return 0
 
 
 def _are_the_same(one: Tensor, two: Tensor) -> bool:

@@ -40,7 +40,9 @@ def test_backends_are_listed_with_their_reasons():
     assert ["op", *(backend.name for backend in backends()), "runs on"] in rows
     cells = {row[0]: row[1:] for row in rows if row}
     names = [backend.name for backend in backends()]
-    for name, op in ops().items():
+    listed = {name: op for name, op in ops().items() if not op.returns}
+    assert len(listed) >= 10
+    for name, op in listed.items():
         answers = dict(zip(names, cells[name], strict=False))
         assert answers["composed" if op.composed else "torch"] == "yes"
         assert answers["torch" if op.composed else "composed"] == "-"

@@ -293,6 +293,7 @@ def test_it_refuses_sizes(vendor: Calls, sizes: dict[str, int], sentence: str) -
 def test_it_refuses_speculative_decodes_of_unequal_lengths_or_any_in_the_old_form(vendor: Calls, form: str) -> None:
     arguments = bound(speculative([[1, 2, 3], [4, 5, 6]], [2, 1])[0])
     arguments["counts"] = torch.tensor([2, 5, 2, 9])
+    arguments["cu_seqlens"] = torch.tensor([0, 3, 5, 9, 14, 14, 14, 14], dtype=torch.int32)
     sentence = {
         "new": "takes 3 tokens of every speculative decode, and 2 have 5",
         "old": "the installed vllm_xpu_kernels does no speculative decoding; 0.1.9 does",
