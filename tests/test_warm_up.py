@@ -38,7 +38,7 @@ from mamba_ops.registry import CompilationError, ops
 
 torch.set_grad_enabled(False)
 said, raised = {}, []
-for name, op in sorted(ops().items(), key=lambda item: item[1].composed):
+for name, op in sorted((item for item in ops().items() if not item[1].returns), key=lambda item: item[1].composed):
     for sample in op.make_samples("cpu"):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -90,7 +90,7 @@ from mamba_ops.ops._triton import _triton, layout
 from mamba_ops.registry import ops
 
 loaded = {}
-for name, op in ops().items():
+for name, op in ((name, op) for name, op in ops().items() if not op.returns):
     with _triton.unloaded([layout._transpose]):
         mamba_ops.warm_up(op, device="cpu")
         loaded[name] = sum(variant.loaded for variant in _triton.variants(layout._transpose))

@@ -68,7 +68,11 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize(("op", "backend"), PAIRS)
+# On a GPU the reference's matrix products are cuBLAS's, whose last bits may change with the number of rows.
+BITWISE = [pair for pair in PAIRS if DEVICE.type == "cpu" or "torch" not in pair.values]
+
+
+@pytest.mark.parametrize(("op", "backend"), BITWISE)
 def test_the_same_bits_again_and_in_company(op: Op[...], backend: str) -> None:
     """A second run, and among more rows: but for the gradients of parameters, which sum over the rows."""
     sample = op.backward_op.make_samples(DEVICE)[0]
@@ -85,7 +89,7 @@ def test_the_same_bits_again_and_in_company(op: Op[...], backend: str) -> None:
             assert torch.equal(alone[name][0], first[name][row]), name
 
 
-@pytest.mark.parametrize(("op", "backend"), PAIRS)
+@pytest.mark.parametrize(("op", "backend"), BITWISE)
 def test_packed_rows_are_as_alone(op: Op[...], backend: str) -> None:
     """And tokens that are in no row have zeros, whatever is in them."""
     sample = next(s for s in op.backward_op.make_samples(DEVICE) if s.name == "everything")

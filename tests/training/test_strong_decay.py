@@ -48,4 +48,4 @@ def test_every_gradient_is_right_relative_to_its_own_head(backend: str) -> None:
         error, size = (found[name].cpu().double() - truth[name]).abs(), truth[name].abs()
         of_rows = int(error.dim() > 1)
         worst = (error.flatten(of_rows).amax(-1) / size.flatten(of_rows).amax(-1).clamp(min=1e-30)).max()
-        assert worst < 2e-6 * (10 if name == "grad_A" else 1), f"{name}: {worst:.3g}"
+        assert worst < 1e-5 * (2 if name == "grad_A" else 1), f"{name}: {worst:.3g}"
