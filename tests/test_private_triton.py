@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 from mamba_ops.ops._triton import _triton
+from tests.conftest import ACCELERATOR
 from tests.harness import compiled_for_a_gpu
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +76,9 @@ DAILY = [" ".join(_triton.PRIVATE), _triton.LOAD]
 WATCHED = {_triton.LOAD: "JITFunction._do_compile: no_jit()", _triton.TUNE: "Autotuner._bench: no_jit()"}
 
 
+interpreted = pytest.mark.skipif(ACCELERATOR is not None, reason="its forks interpret kernels, on a CPU")
+
+
 def without(*names: str) -> None:
     """Call, compile and swap in a fork for each name, or names, that Triton lacks there."""
     command = [sys.executable, "-c", PROGRAM, *names]
@@ -89,11 +93,13 @@ def without(*names: str) -> None:
         assert all(words in message for words, message in zip(expected, messages, strict=True))
 
 
+@interpreted
 def test_calls_without_private_names() -> None:
     """All of them at once, and some alone."""
     without(*DAILY)
 
 
+@interpreted
 @pytest.mark.slow
 def test_calls_without_each_private_name() -> None:
     without(*(name for name in _triton.PRIVATE if name not in DAILY))
