@@ -221,6 +221,6 @@ def test_the_design_shows_a_front_as_it_is_generated() -> None:
     assert isinstance(op, Op)
     front, _ = op.source_code().split("\n\n")
     shown = (Path(__file__).parents[2] / "docs" / "design.md").read_text(encoding="utf-8")
-    assert re.sub(r"refuse_\(out, \d+\)", "refuse_(out, N)", front.rstrip()) in re.sub(
-        r"refuse_\(out, \d+\)", "refuse_(out, N)", shown
-    )
+    # The numbers of sentences, and so where lines are broken, depend on what else is registered.
+    made, expected = (" ".join(re.sub(r"out,\s+\d+\)", "out, N)", text).split()) for text in (front, shown))
+    assert made in expected

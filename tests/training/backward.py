@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from mamba_ops.registry import Op
-from mamba_ops.testing.judge import assert_within_budget
 from tests.harness import OPERANDS
 from tests.test_mutants import changed
-from tests.training.gradients import oracle_forward
+from tests.training.gradients import assert_gradients, oracle_forward
 
 Arguments = Mapping[str, Any]
 Oracle = Callable[..., tuple[Tensor, Tensor]]
@@ -86,8 +85,7 @@ def judge(backward: Backward, oracle: Oracle, arguments: Arguments) -> None:
     arguments = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in arguments.items()}
     truth, low = (expected(oracle, arguments, dtype) for dtype in (torch.float64, torch.float32))
     assert set(gradients) == set(truth)
-    for name, actual in gradients.items():
-        assert_within_budget(actual.cpu(), truth[name], low[name], f"gradient of {name}")
+    assert_gradients(gradients, truth, low, "gradient of")
 
 
 def assert_gradcheck(backward: Backward, oracle: Oracle, arguments: Arguments) -> None:

@@ -72,11 +72,7 @@ def gradients(op: Op[...], sample: Sample, backend: str) -> dict[str, Tensor]:
 
 
 def judge(op: Op[...], sample: Sample, backend: str) -> None:
-    """Raise AssertionError unless a backend's gradients are within the budget, and inputs are as before.
-
-    The budget is that of kernels, but the oracle's own error is the largest that it makes in any gradient of the call,
-    relative to that gradient: one of a few numbers, each a sum over all tokens, can be right by chance.
-    """
+    """Raise AssertionError unless a backend's gradients are within the budget, and inputs are as before."""
     mine = sample.clone()
     found = gradients(op, mine, backend)
     for before, after in zip(sample.args, mine.args, strict=True):
@@ -84,13 +80,22 @@ def judge(op: Op[...], sample: Sample, backend: str) -> None:
             assert torch.equal(before.nan_to_num(), after.nan_to_num())
     call = named(op.backward_op, sample)
     exact, low = (expected(op, call, dtype) for dtype in (torch.float64, torch.float32))
+    assert {name: gradient.shape for name, gradient in found.items()} == {n: g.shape for n, g in exact.items()}
+    assert_gradients(found, exact, low, f"{op.name}, {sample.name}")
+
+
+def assert_gradients(found: dict[str, Tensor], exact: dict[str, Tensor], low: dict[str, Tensor], what: str) -> None:
+    """Raise AssertionError unless gradients are within the budget, given those of the oracle in float64 and float32.
+
+    The budget is that of kernels, but the oracle's own error is the largest that it makes in any gradient of the call,
+    relative to that gradient: one of a few numbers, each a sum over all tokens, can be right by chance.
+    """
     largest = {name: truth.abs().max() for name, truth in exact.items() if truth.numel() > 0}
     slip = max(
         (float((low[n].double() - exact[n]).abs().max() / size) for n, size in largest.items() if size), default=0
     )
     assert slip < 0.1, "the oracle in the kernels' precision is far from the truth"
     for name, actual in found.items():
-        assert actual.shape == exact[name].shape
         if actual.numel() > 0:
             shifted = exact[name] + slip * largest[name]
-            assert_within_budget(actual.cpu(), exact[name], shifted, f"{op.name}, {sample.name}: {name}")
+            assert_within_budget(actual.cpu(), exact[name], shifted, f"{what}: {name}")
