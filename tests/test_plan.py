@@ -95,3 +95,35 @@ def test_refusals(arguments: Any, options: Any, says: str) -> None:
 
 def test_padding_rows_may_share_a_slot() -> None:
     Plan.of([1, 1, 1, 1], [1, 1, 1, 1], [-1, -1, 0, 0], null_slot=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accepted": [3]}, "accepted: got 3 for request 0, of which 3 tokens came before, expected 1 after a prompt"),
+        ({"accepted": [0]}, "accepted: got 0 for request 0 with 4 new tokens, .* expected at least 1 or None"),
+        ({"accepted": [-1]}, "accepted: got -1 for request 0, expected 0 or more"),
+        ({"accepted": [1.0]}, r"accepted: got \[1.0\], expected whole numbers"),
+        ({"num_computed_tokens": [3.0]}, r"num_computed_tokens: got \[3.0\], expected whole numbers"),
+        ({"new_tokens": ["4"]}, r"new_tokens: got \['4'\], expected whole numbers"),
+        ({"slots": [[1, 2, 3, None]]}, r"slots: got \[1, 2, 3, None\], expected whole numbers"),
+        ({"null_slot": 0.5}, r"null_slot: got \[0.5\], expected whole numbers"),
+        ({"max_requests": None}, r"max_requests: got \[None\], expected whole numbers"),
+    ],
+    ids=str,
+)
+def test_what_a_plan_cannot_mean_is_refused(changes: dict[str, Any], message: str) -> None:
+    right: dict[str, Any] = {"num_computed_tokens": [3], "new_tokens": [4], "slots": [[1, 2, 3, 4]], "accepted": [1]}
+    assert Plan.of(**right).tensors.counts.tolist() == [1, 4, 0, 0]
+    with pytest.raises(ValueError, match=f"Plan: {message}"):
+        Plan.of(**(right | changes))
+
+
+def test_a_prompts_last_chunk_may_be_as_short_as_a_decode() -> None:
+    plan = Plan.of([8], [2], [[1, 2, 3, 4]], accepted=[None])
+    assert plan.tensors.counts.tolist() == [0, 0, 1, 2]
+
+
+def test_numbers_of_other_libraries_are_numbers() -> None:
+    plan = Plan.of(torch.tensor([3, 0]), [torch.tensor(1), 2], torch.tensor([4, 5]))
+    assert plan.tensors.counts.tolist() == [1, 1, 1, 2]

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import index
+from typing import Any
 
 import torch
 
@@ -36,7 +38,7 @@ class Plan:
         new_tokens: Sequence[int],
         slots: Sequence[int] | Sequence[Sequence[int]],
         *,
-        accepted: Sequence[int] | None = None,
+        accepted: Sequence[int | None] | None = None,
         max_requests: int = 256,
         null_slot: int = NULL_SLOT,
         device: torch.device | str = "cpu",
@@ -50,29 +52,40 @@ class Plan:
             new_tokens: how many it has in this step, 1 at least.
             slots: its slot in the caches, which no other request has; with `accepted`, as many slots as a speculative
                 decode has tokens at most. A negative slot, or `null_slot`, is for padding.
-            accepted: speculative decoding: how many of the request's tokens of the step before were kept, 0 for a
-                request that does not speculate yet (a prefill). None: no speculative decoding.
+            accepted: speculative decoding: how many of the tokens of the request's latest decode were kept. 1 in the
+                first decode after a prompt, however long that was; 0 or None while the prompt is read, and None where
+                its chunk is no longer than a decode may be. None for all: no speculative decoding.
             max_requests: the most requests that any step may have, the same for all steps of an engine.
             null_slot: the slot of padding rows, where an engine reserves one.
             device: where the caches are.
 
         Raises:
-            ValueError: lists of different lengths, too many requests, a request without tokens, a slot used twice.
+            ValueError: lists of different lengths, too many requests, a request without tokens, a slot used twice, an
+                entry that is no whole number, a number of accepted tokens that the request cannot have.
         """
+        num_computed_tokens = _whole_numbers("num_computed_tokens", num_computed_tokens)
+        new_tokens = _whole_numbers("new_tokens", new_tokens)
+        (null_slot,) = _whole_numbers("null_slot", [null_slot])
+        (max_requests,) = _whole_numbers("max_requests", [max_requests])
         requests = range(len(new_tokens))
         for name, values in (("num_computed_tokens", num_computed_tokens), ("slots", slots), ("accepted", accepted)):
             if values is not None and len(values) != len(requests):
                 raise _wrong(name, f"{len(values)} entries", f"{len(requests)}, one per request, as new_tokens has")
         if len(requests) > max_requests:
             raise _wrong("new_tokens", f"{len(requests)} requests", f"at most max_requests={max_requests}")
-        table = [[s] if isinstance(s, int) else list(s) for s in slots]
+        table = [_whole_numbers("slots", [s] if hasattr(s, "__index__") else s) for s in slots]
         columns = len(table[0]) if table else 1
         _check_requests(num_computed_tokens, new_tokens, table, columns, null_slot)
+        counts = [0] * len(requests)
+        if accepted is not None:
+            counts = _whole_numbers("accepted", [0 if a is None else a for a in accepted])
+            is_given = [a is not None for a in accepted]
+            _check_accepted(counts, is_given, num_computed_tokens, new_tokens, columns)
 
         def decodes(i: int) -> bool:
-            return num_computed_tokens[i] > 0 and (new_tokens[i] == 1 or (accepted is not None and accepted[i] > 0))
+            return num_computed_tokens[i] > 0 and (new_tokens[i] == 1 or counts[i] > 0)
 
-        kept = [1] * len(requests) if accepted is None else [max(1, a) for a in accepted]
+        kept = [max(1, count) for count in counts]
         first = [i for i in requests if decodes(i)]
         for i in first:
             if max(new_tokens[i], kept[i]) > columns:
@@ -136,6 +149,33 @@ def _check_requests(
             if slot >= 0 and slot != null_slot and taken.setdefault(slot, i) != i:
                 hint = "a slot has the state of one request"
                 raise _wrong("slots", f"slot {slot} for requests {taken[slot]} and {i}", "different slots", hint)
+
+
+def _check_accepted(
+    accepted: list[int], is_given: list[bool], computed: list[int], new_tokens: list[int], columns: int
+) -> None:
+    """Raise the ValueError about the first request whose number of accepted tokens says something else than it means.
+
+    Only a decode leaves a state after each of its tokens; a prompt leaves one, in the first slot.
+    """
+    for i, count in enumerate(accepted):
+        if count < 0:
+            raise _wrong("accepted", f"{count} for request {i}", "0 or more")
+        if count > 1 and count >= computed[i]:
+            got = f"{count} for request {i}, of which {computed[i]} tokens came before"
+            raise _wrong("accepted", got, "1 after a prompt", "it leaves one state, however long it was")
+        if count == 0 and is_given[i] and computed[i] > 0 and 1 < new_tokens[i] <= columns:
+            got = f"0 for request {i} with {new_tokens[i]} new tokens, as a decode may have"
+            hint = "1 after a prompt, None while its last tokens are read"
+            raise _wrong("accepted", got, "at least 1 or None", hint)
+
+
+def _whole_numbers(name: str, values: Any) -> list[int]:
+    """Return the numbers as ints, those of numpy and of tensors too; raise ValueError about one that is none."""
+    try:
+        return [index(value) for value in values]
+    except TypeError:
+        raise _wrong(name, repr(values), "whole numbers") from None
 
 
 def _on_device(

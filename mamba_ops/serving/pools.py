@@ -50,6 +50,9 @@ class StatePool:
             page_bytes: the least size of a page, for engines that use one page size for all layers.
             null_slot: a slot to reserve, such as block 0.
         """
+        for name, number in (("slots", slots), ("page_bytes", page_bytes), ("null_slot", null_slot)):
+            if not isinstance(number, int) or isinstance(number, bool) or (name == "page_bytes" and number < 0):
+                raise ValueError(f"StatePool: {name}: got {number!r}, expected a whole number")
         if slots < 1 or null_slot >= slots:
             raise ValueError(f"StatePool: slots: got {slots} with null_slot {null_slot}, expected more than that")
         self.slots, self.null_slot = slots, null_slot

@@ -21,6 +21,9 @@ DAILY = ("base", "gate", "packed", "tokens past the end", "packed, tokens past t
 """Samples for every day on Triton's interpreter, whose kernels take seconds."""
 
 
+_SLOW = ("selective_scan-triton",)
+
+
 def slow(backend: str, sample: Sample) -> bool:
     return backend == "triton" and ACCELERATOR is None and sample.name not in DAILY
 
@@ -69,7 +72,12 @@ TINY = {
 
 
 # On a GPU the reference's matrix products are cuBLAS's, whose last bits may change with the number of rows.
-BITWISE = [pair for pair in PAIRS if DEVICE.type == "cpu" or "torch" not in pair.values]
+# The scan's interpreted kernels take a minute; tests/ops/selective_scan has its rows in each day's tests.
+BITWISE = [
+    pytest.param(*pair.values, id=pair.id, marks=[pytest.mark.slow] * (ACCELERATOR is None and pair.id in _SLOW))
+    for pair in PAIRS
+    if DEVICE.type == "cpu" or "torch" not in pair.values
+]
 
 
 @pytest.mark.parametrize(("op", "backend"), BITWISE)
