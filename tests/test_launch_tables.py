@@ -2,13 +2,14 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mamba_ops.cold_start import tuning
 from mamba_ops.cold_start.specialization import our_modules
-from mamba_ops.ops._triton import launch_config
+from mamba_ops.ops._triton import _triton, launch_config
 from mamba_ops.registry import use_backend
 from tests.harness import compiled_for_a_gpu, environment
 
@@ -77,7 +78,8 @@ def test_a_kernel_runs_as_its_table_says(tmp_path, device):
     own_table(tmp_path, {"_kernel": {"BLOCK": 4}})
     outputs = []
     with use_backend("triton"), torch.no_grad():
-        for folder in ("nowhere", tmp_path):
+        (tmp_path / "empty").mkdir()
+        for folder in (tmp_path / "empty", tmp_path):
             with environment(MAMBA_OPS_CONFIG_DIR=str(folder)):
                 launch_config.forget(op.name)
                 mine = sample.clone()
@@ -90,8 +92,11 @@ def test_a_kernel_runs_as_its_table_says(tmp_path, device):
     [
         ({"_scan": {}}, "got kernel '_scan', expected one of _kernel"),
         ({"_kernel": {"WIDTH": 8}}, "_kernel: got 'WIDTH', expected one of BLOCK, num_warps"),
-        ({"_kernel": {"BLOCK": 12}}, "_kernel: BLOCK: got 12, expected a power of two"),
-        ({"_kernel": {"BLOCK": "8"}}, "_kernel: BLOCK: got '8', expected a power of two"),
+        ({"_kernel": {"BLOCK": 12}}, "_kernel: BLOCK: got 12, expected a power of two up to 65536"),
+        ({"_kernel": {"BLOCK": "8"}}, "_kernel: BLOCK: got '8', expected a power of two up to 65536"),
+        ({"_kernel": {"BLOCK": True}}, "_kernel: BLOCK: got True, expected a power of two up to 65536"),
+        ({"_kernel": {"num_warps": 1 << 20}}, "_kernel: num_warps: got 1048576, expected a power of two up to 32"),
+        ({"_kernel": {"num_warps": None}}, "_kernel: num_warps: got None, expected a power of two up to 32"),
     ],
 )
 def test_a_table_cannot_make_a_kernel_wrong(launches, sentence, tmp_path):
@@ -103,11 +108,46 @@ def test_a_table_cannot_make_a_kernel_wrong(launches, sentence, tmp_path):
     assert str(raised.value) == f"{path}: gated_delta_rule_update: {sentence}"
 
 
-def test_a_broken_table_is_an_error_that_names_it(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [
+        ("", "Expecting value"),
+        ("[]", "the table is no object"),
+        ("{}", "kernels is no object"),
+        ('{"kernels": []}', "kernels is no object"),
+        ('{"kernels": {"scan": {}}}', "kernels of scan is no list"),
+        ('{"kernels": {"scan": [3]}}', "an entry of scan is no object"),
+        ('{"kernels": {"scan": [{"launches": {}}]}}', "sizes of scan is no object"),
+        ('{"kernels": {"scan": [{"sizes": {}}]}}', "launches of scan is no object"),
+        ('{"kernels": {"scan": [{"sizes": {}, "launches": {"_ends": 4}}]}}', "launches of scan, _ends is no object"),
+    ],
+)
+def test_a_broken_table_is_an_error_that_names_it(text, got, tmp_path):
     path = tmp_path / "broken.json"
-    path.write_text('{"kernels": []}')
-    with pytest.raises(ValueError, match=r"broken\.json: got kernels is no object, expected a table"):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"broken\.json: got {got}.*, expected a table"):
         launch_config.load(path)
+
+
+def test_a_table_that_cannot_be_read_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(ValueError, match=rf"{tmp_path}: got .*directory.*, expected a table"):
+        launch_config.load(tmp_path)
+
+
+def test_a_folder_of_tables_that_does_not_exist_is_said(tmp_path):
+    with (
+        environment(MAMBA_OPS_CONFIG_DIR=str(tmp_path / "none")),
+        pytest.warns(RuntimeWarning, match="MAMBA_OPS_CONFIG_DIR: got .*none, expected a folder that exists"),
+    ):
+        assert len(launch_config.folders()) == 2
+
+
+def test_a_familys_name_is_a_files_name(monkeypatch):
+    """On XPU, Triton describes the device by a mapping of all its properties."""
+    target = SimpleNamespace(backend="xpu", arch={"name": "Intel(R) Data Center GPU Max 1550", "is": 1})
+    driver = SimpleNamespace(get_current_target=lambda: target)
+    monkeypatch.setattr(_triton, "_find", lambda *_: driver)
+    assert _triton.device_family() == "xpu-Intel-R-Data-Center-GPU-Max-1550"
 
 
 # -- tuning -----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -74,7 +75,9 @@ def device_family() -> str:
     """Return the name of the current device's family, which runs the same binaries (`cuda-90`, `hip-gfx942`)."""
     if (driver := _find(DRIVER, "devices are named after what torch says of them")) is not _GONE:
         target = driver.get_current_target()
-        return f"{target.backend}-{target.arch}"
+        # On XPU `arch` holds all of the device's properties.
+        arch = target.arch.get("name", "") if isinstance(target.arch, dict) else target.arch
+        return f"{target.backend}-{re.sub('[^0-9A-Za-z.]+', '-', str(arch)).strip('-')[:40]}"
     if (device := torch.accelerator.current_accelerator(check_available=True)) is None:
         return "cpu"
     properties = torch.get_device_module(device).get_device_properties()

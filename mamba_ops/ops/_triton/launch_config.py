@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from mamba_ops.ops._triton.common import INTERPRETED
 Launches = dict[str, dict[str, Any]]
 """Kernel name to its launch configuration: constexprs that are free to choose, warps and stages."""
 TABLES = Path(__file__).parent / "configs"
+_MOST = {"num_warps": 32, "num_stages": 16}
+"""The most that a GPU has, or that makes sense; blocks go up to 65,536."""
 
 
 class Choice(NamedTuple):
@@ -116,20 +119,43 @@ def family(device: int) -> str:
 def folders() -> list[Path]:
     """Return the folders that have tables, in the order in which they are looked at."""
     own = os.environ.get("MAMBA_OPS_CONFIG_DIR")
+    if own and not Path(own).is_dir():
+        _warn_of_folder(own)
     return [*([Path(own)] if own else []), TABLES]
 
 
+@functools.cache
+def _warn_of_folder(own: str) -> None:
+    message = f"MAMBA_OPS_CONFIG_DIR: got {own}, expected a folder that exists; launches are chosen without it"
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
 def load(path: Path) -> dict[str, Any]:
-    """Read a table: `{"kernels": {op: [{"sizes": {...}, "launches": {kernel: {...}}}, ...]}, ...}`."""
+    """Read a table: `{"kernels": {op: [{"sizes": {...}, "launches": {kernel: {...}}}, ...]}, ...}`.
+
+    Raises:
+        ValueError: it is none; the message has the path and what is wrong.
+    """
     try:
         table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(table["kernels"], dict):
-            raise TypeError("kernels is no object")
+        for op, entries in _object(_object(table, "the table").get("kernels"), "kernels").items():
+            if not isinstance(entries, list):
+                raise TypeError(f"kernels of {op} is no list")
+            for entry in entries:
+                _object(_object(entry, f"an entry of {op}").get("sizes"), f"sizes of {op}")
+                for kernel, changes in _object(entry.get("launches"), f"launches of {op}").items():
+                    _object(changes, f"launches of {op}, {kernel}")
     except FileNotFoundError:
         return {"kernels": {}}
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: got {error}, expected a table of launches as `mamba-ops tune` writes it") from None
     return table
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{what} is no object")
+    return value
 
 
 @functools.cache
@@ -153,5 +179,7 @@ def _check(path: str, op: str, kernel: str, changes: Mapping[str, Any], free: Ma
     for name, value in changes.items():
         if name not in free[kernel]:
             raise ValueError(f"{path}: {op}: {kernel}: got {name!r}, expected one of {', '.join(free[kernel])}")
-        if not isinstance(value, int) or value < 1 or (name != "num_stages" and value & (value - 1)):
-            raise ValueError(f"{path}: {op}: {kernel}: {name}: got {value!r}, expected a power of two")
+        most = _MOST.get(name, 1 << 16)
+        if type(value) is not int or not 1 <= value <= most or (name != "num_stages" and value & (value - 1)):
+            expected = f"{'a number' if name == 'num_stages' else 'a power of two'} up to {most}"
+            raise ValueError(f"{path}: {op}: {kernel}: {name}: got {value!r}, expected {expected}")
