@@ -308,3 +308,12 @@ def test_after_an_exception_the_next_step_is_right(new: list[int], when: int) ->
     finally:
         mark_splitting("test_serving::maybe", False)
         library._destroy()
+
+
+def test_many_runners_over_one_class_of_models() -> None:
+    """torch.compile limits recompiles by code object, which models of one class share; runners do not."""
+    for _ in range(6):
+        small = Model(1)
+        runner = runner_of(small, graphs=None)
+        for computed, new in ((0, 3), (3, 1)):
+            as_eager(runner, small, plan_of([computed], [new], [0]))
