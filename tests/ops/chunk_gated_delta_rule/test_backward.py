@@ -53,6 +53,7 @@ def test_gradcheck(changes: dict[str, Any]) -> None:
     assert_gradcheck(reference, oracle, call(1, 7, **SMALL, **changes))
 
 
+@pytest.mark.slow
 def test_gradcheck_two_chunks_packed() -> None:
     small = {**SMALL, "v_heads": 1, "v_dim": 1}
     assert_gradcheck(reference, oracle, call(68, **small, **packed(1, 1, 67)))
