@@ -27,12 +27,16 @@ SAMPLES = {  # one of each way in which kernels read rows; the first of them eve
 }
 
 
+LONG = ("chunk_gated_delta_rule", "mamba_chunk_scan", "selective_scan")  # in the interpreter, for every day
+
+
 def kernels() -> Iterator[Any]:
     for op in OPS:
         for backend in () if op.composed else backends_here(op, CPU):
             for number, name in enumerate(SAMPLES[op.name]):
                 [sample] = [s.to(torch.float32) for s in op.make_samples("cpu") if s.name == name]
-                marks = pytest.mark.slow if number and backend == "triton" else ()
+                is_long = backend == "triton" and (number or op.name in LONG)
+                marks = pytest.mark.slow if is_long else ()
                 yield pytest.param(op, backend, sample, id=f"{op.name}-{backend}-{name}", marks=marks)
 
 

@@ -66,7 +66,10 @@ def looked_at() -> AbstractContextManager[object]:
     return nullcontext() if DEVICE.type == "cpu" else mamba_ops.checking()
 
 
-@pytest.mark.parametrize(("op", "written", "other"), list(pairs()))
+@pytest.mark.parametrize(
+    ("op", "written", "other"),
+    [pytest.param(*pair, marks=[pytest.mark.slow] * (number % 4 > 0)) for number, pair in enumerate(pairs())],
+)
 def test_what_an_op_writes_shares_memory_with_nothing(op: Op[...], written: str, other: str) -> None:
     good = first(op)
     found = tensors(op, good)

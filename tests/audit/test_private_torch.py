@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from mamba_ops.audit import _torch
@@ -209,6 +210,7 @@ def start(device: str, names: list[str], folder: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_an_audit_without_a_private_name_still_reports(tmp_path: Path) -> None:
     absent = next(kind for kind in ("cuda", "xpu") if not torch.get_device_module(kind).is_available())
     has_triton = importlib.util.find_spec("triton") is not None
