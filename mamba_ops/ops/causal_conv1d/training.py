@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mamba_ops.backends import triton
-from mamba_ops.ops._common.checking import floating, one_device, shape_is
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._common.samples import SampleTensors, training_samples
+from mamba_ops.ops._common.training import check_initial_states, new_output, states_to_run_on
 from mamba_ops.ops.causal_conv1d.op import causal_conv1d
 from mamba_ops.registry import Sample
 
@@ -32,10 +32,6 @@ class BackwardArguments(NamedTuple):
     grad_initial_states: Tensor
 
 
-def _output(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape) if cu_seqlens is None else x.new_zeros(x.shape)  # tokens that are in no sequence
-
-
 def _final_states(x: Tensor, weight: Tensor, initial_states: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """What no token reaches stays zero; channels lie together."""
     dtype = x.dtype if initial_states is None else initial_states.dtype
@@ -44,16 +40,13 @@ def _final_states(x: Tensor, weight: Tensor, initial_states: Tensor | None, cu_s
 
 
 def _validate(x: Tensor, weight: Tensor, initial_states: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    if initial_states is not None:
-        shape = row_count(x, cu_seqlens), x.shape[-1], weight.shape[1] - 1
-        floating(initial_states=initial_states)
-        shape_is("initial_states", initial_states, shape, hint="(sequences, dim, width - 1), oldest input first")
-        one_device(x.device, initial_states=initial_states)
+    shape = row_count(x, cu_seqlens), x.shape[-1], weight.shape[1] - 1
+    check_initial_states(initial_states, x, shape, "(sequences, dim, width - 1), oldest input first")
 
 
 @causal_conv1d.training(
     differentiable=("x", "weight", "bias", "initial_states"),
-    results={"output": _output, "final_states": _final_states},
+    results={"output": new_output, "final_states": _final_states},
     batched=("x", "initial_states"),
     validate=_validate,
 )
@@ -68,11 +61,7 @@ def _forward(
     output: Tensor,
     final_states: Tensor | None,
 ) -> None:
-    state, known = final_states, None
-    if initial_states is not None:
-        state = initial_states.clone() if final_states is None else final_states.copy_(initial_states)
-        if state.numel() > 0:
-            known = torch.ones(state.shape[0], dtype=torch.bool, device=state.device)
+    state, known = states_to_run_on(initial_states, final_states)
     causal_conv1d.call_undispatched(
         x, weight, bias, cu_seqlens=cu_seqlens, conv_state=state, has_initial_state=known, silu=silu, out=output
     )

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mamba_ops.backends import triton
-from mamba_ops.ops._common.checking import floating, one_device, shape_is
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._common.samples import training_samples
+from mamba_ops.ops._common.training import check_initial_states, dtype_of_states, new_output, states_to_run_on
 from mamba_ops.ops.chunk_gated_delta_rule.op import chunk_gated_delta_rule
 from mamba_ops.registry import Sample
 
@@ -38,21 +38,18 @@ class BackwardArguments(NamedTuple):
 
 
 def _output(v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    return v.new_empty(v.shape) if cu_seqlens is None else v.new_zeros(v.shape)  # tokens that are in no row
+    return new_output(v, cu_seqlens)
 
 
 def _final_states(q: Tensor, v: Tensor, initial_states: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """In float32 at least, unless there are initial states; a row without tokens keeps its zeros."""
-    dtype = torch.promote_types(v.dtype, torch.float32) if initial_states is None else initial_states.dtype
+    dtype = dtype_of_states(v, initial_states)
     return v.new_zeros((row_count(v, cu_seqlens), *v.shape[-2:], q.shape[-1]), dtype=dtype)
 
 
 def _validate(q: Tensor, v: Tensor, initial_states: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    if initial_states is not None:
-        floating(initial_states=initial_states)
-        shape = row_count(v, cu_seqlens), *v.shape[-2:], q.shape[-1]
-        shape_is("initial_states", initial_states, shape, hint="(rows, v_heads, v_dim, k_dim)")
-        one_device(v.device, initial_states=initial_states)
+    shape = row_count(v, cu_seqlens), *v.shape[-2:], q.shape[-1]
+    check_initial_states(initial_states, v, shape, "(rows, v_heads, v_dim, k_dim)")
 
 
 @chunk_gated_delta_rule.training(
@@ -75,11 +72,7 @@ def _forward(
     output: Tensor,
     final_states: Tensor | None,
 ) -> None:
-    state, known = final_states, None
-    if initial_states is not None:
-        state = initial_states.clone() if final_states is None else final_states.copy_(initial_states)
-        if state.numel() > 0:
-            known = torch.ones(state.shape[0], dtype=torch.bool, device=state.device)
+    state, known = states_to_run_on(initial_states, final_states)
     chunk_gated_delta_rule.call_undispatched(
         q,
         k,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mamba_ops.backends import triton
-from mamba_ops.ops._common.checking import floating, one_device, shape_is
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._common.samples import training_samples
+from mamba_ops.ops._common.training import check_initial_states, dtype_of_states, new_output, states_to_run_on
 from mamba_ops.ops.mamba_chunk_scan.op import mamba_chunk_scan
 from mamba_ops.registry import Sample
 
@@ -45,27 +45,20 @@ class BackwardArguments(NamedTuple):
     grad_initial_states: Tensor
 
 
-def _output(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape) if cu_seqlens is None else x.new_zeros(x.shape)  # tokens that are in no row
-
-
 def _final_states(x: Tensor, B: Tensor, initial_states: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """In float32 at least, unless there are initial states; a row without tokens keeps its zeros."""
-    dtype = torch.promote_types(x.dtype, torch.float32) if initial_states is None else initial_states.dtype
+    dtype = dtype_of_states(x, initial_states)
     return x.new_zeros((row_count(x, cu_seqlens), *x.shape[-2:], B.shape[-1]), dtype=dtype)
 
 
 def _validate(x: Tensor, B: Tensor, initial_states: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    if initial_states is not None:
-        floating(initial_states=initial_states)
-        shape = row_count(x, cu_seqlens), *x.shape[-2:], B.shape[-1]
-        shape_is("initial_states", initial_states, shape, hint="(rows, heads, dim, dstate)")
-        one_device(x.device, initial_states=initial_states)
+    shape = row_count(x, cu_seqlens), *x.shape[-2:], B.shape[-1]
+    check_initial_states(initial_states, x, shape, "(rows, heads, dim, dstate)")
 
 
 @mamba_chunk_scan.training(
     differentiable=("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states"),
-    results={"output": _output, "final_states": _final_states},
+    results={"output": new_output, "final_states": _final_states},
     batched=("x", "dt", "B", "C", "z", "initial_states"),
     validate=_validate,
 )
@@ -88,11 +81,7 @@ def _forward(
     output: Tensor,
     final_states: Tensor | None,
 ) -> None:
-    state, known = final_states, None
-    if initial_states is not None:
-        state = initial_states.clone() if final_states is None else final_states.copy_(initial_states)
-        if state.numel() > 0:
-            known = torch.ones(state.shape[0], dtype=torch.bool, device=state.device)
+    state, known = states_to_run_on(initial_states, final_states)
     mamba_chunk_scan.call_undispatched(
         x,
         dt,
