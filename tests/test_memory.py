@@ -36,13 +36,14 @@ def tensors(op: Op[...], sample: Sample) -> dict[str, Tensor]:
     return {shown(n): a for n, a in arguments if isinstance(a, Tensor) and a.numel() and n != "counts"}
 
 
-def pairs() -> Iterator[Any]:
+def pairs() -> Iterator[tuple[Op[...], str, str]]:
+    """Each op, a tensor that it writes, and another of its tensors."""
     for op in OPS:
         found = tensors(op, first(op))
         for written in map(shown, sorted(op.mutates)):
             for other in found:
                 if written in found and other != written:
-                    yield pytest.param(op, written, other, id=f"{op.name}-{written}-{other}")
+                    yield op, written, other
 
 
 def in_one_buffer(one: Tensor, two: Tensor, gap: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +69,10 @@ def looked_at() -> AbstractContextManager[object]:
 
 @pytest.mark.parametrize(
     ("op", "written", "other"),
-    [pytest.param(*pair, marks=[pytest.mark.slow] * (number % 4 > 0)) for number, pair in enumerate(pairs())],
+    [
+        pytest.param(*pair, marks=[pytest.mark.slow] * (number % 4 > 0), id="-".join((pair[0].name, *pair[1:])))
+        for number, pair in enumerate(pairs())
+    ],
 )
 def test_what_an_op_writes_shares_memory_with_nothing(op: Op[...], written: str, other: str) -> None:
     good = first(op)
