@@ -31,7 +31,6 @@ AT_THE_TOP = {
     "mamba_ops/commands/*": {"rich", "typer"},
     "mamba_ops/ops/*/triton.py": {"triton"},
     "mamba_ops/ops/*/triton/*": {"triton"},
-    "mamba_ops/ops/*/triton_backward/*": {"triton"},
     "mamba_ops/ops/_triton/*": {"triton"},
     "mamba_ops/testing/__init__.py": {"pytest"},
 }

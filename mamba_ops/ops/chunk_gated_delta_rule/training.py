@@ -116,6 +116,6 @@ def _unsupported(grad_output: Tensor, q: Tensor, v: Tensor) -> str | None:
 
 triton.implements(
     chunk_gated_delta_rule.backward_op,
-    "mamba_ops.ops.chunk_gated_delta_rule.triton_backward:chunk_gated_delta_rule_backward",
+    "mamba_ops.ops.chunk_gated_delta_rule.triton:chunk_gated_delta_rule_backward",
     unsupported=_unsupported,
 )

@@ -35,7 +35,7 @@ reference = front_of(reference_backward.chunk_gated_delta_rule_backward, Backwar
 def kernel() -> Backward:
     """The Triton kernels."""
     pytest.importorskip("triton")
-    module = importlib.import_module("mamba_ops.ops.chunk_gated_delta_rule.triton_backward")
+    module = importlib.import_module("mamba_ops.ops.chunk_gated_delta_rule.triton")
     return front_of(module.chunk_gated_delta_rule_backward, BackwardArguments)
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of
 from mamba_ops.ops._triton.layout import by_token, write_back
-from mamba_ops.ops.chunk_gated_delta_rule.triton import CHUNK
-from mamba_ops.ops.chunk_gated_delta_rule.triton_backward.chunks import _gradients, _products, _systems
-from mamba_ops.ops.chunk_gated_delta_rule.triton_backward.walks import _adjoints, _replay
+from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_chunks import _gradients, _products, _systems
+from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_walks import _adjoints, _replay
+from mamba_ops.ops.chunk_gated_delta_rule.triton.kernels import CHUNK
 
 if TYPE_CHECKING:
     from mamba_ops.ops.chunk_gated_delta_rule.training import BackwardArguments

@@ -6,33 +6,20 @@ chunks of a row with some rows of one head's state in registers, where what is m
 outputs. Decays of any strength are exact, by the sums of `ops/_triton/decay.py`.
 """
 
-from typing import TYPE_CHECKING
-
-import torch
 import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import (
-    INTERPRETED,
-    cdiv,
     chunk_bounds,
     final_slot,
     kernel,
     load_flag,
     load_slot,
     offset_ptr,
-    on_device_of,
-    or_placeholder,
     row_chunks,
-    slots_of,
     tile_ptrs,
 )
 from mamba_ops.ops._triton.decay import exact_sums, split, to_log2
-from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
-from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
-
-if TYPE_CHECKING:
-    from mamba_ops.ops.chunk_gated_delta_rule.op import Arguments
 
 CHUNK = 64
 _PART: tl.constexpr = tl.constexpr(16)  # of a chunk: systems of so many tokens are solved token by token
@@ -254,122 +241,3 @@ def _scan(
     target, stored = final_slot(row, source, count, write_slots, write_stride, null_slot, slot_count)
     stored &= slot_stride >= 0
     tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + of_state, s, in_state & stored)
-
-
-def chunk_gated_delta_rule(call: "Arguments") -> None:
-    """Write `output` and the last states; shapes and meaning are the op's, and are not checked again.
-
-    What matrix units are given is rounded to the dtype of q, k and v: the state before a chunk, what its tokens find
-    missing there, the inverse of its system, what they write, and how much of that the queries read; float32 stays
-    float32, which is slow. Every token of an activation must be dense: others are copied first, and an output that is
-    not is written through a copy. Where a token of q, k, v or output or a slot of the state does not start at a
-    multiple of 16 bytes, or a slot is not dense, reads are narrow and slow.
-    """
-    flat = call.cu_seqlens is not None
-    rows = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
-    length = None if flat else call.v.shape[1]
-    (k_heads, k_dim), (v_heads, v_dim) = call.q.shape[-2:], call.v.shape[-2:]
-    tokens = call.v.numel() // (v_heads * v_dim)
-    moves = call.write_slots is not None and call.ssm_state is not None
-    if rows == 0 or (tokens == 0 and not moves):
-        return
-    chunks = tokens // CHUNK + rows if length is None else rows * cdiv(length, CHUNK)
-
-    written = by_token(call.output, flat)
-    q, k, v, g, beta = (by_token(t, flat) for t in (call.q, call.k, call.v, call.g, call.beta))
-    cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
-    slots, write_slots = (None if t is None else dense(t) for t in (call.slots, call.write_slots))
-    operand = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
-        operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
-
-    factors = torch.empty((chunks, v_heads, 4, CHUNK), dtype=torch.float32, device=v.device)
-    solved = torch.empty((chunks, v_heads, CHUNK, CHUNK), dtype=operand, device=v.device)
-    weights = torch.empty_like(solved)
-    places = 0
-    for tensor in (q, k, v, written):
-        places |= tensor.data_ptr() | tensor.stride(0) * tensor.itemsize | tensor.shape[-1] * tensor.itemsize
-    slots, slots_stride = or_placeholder(slots, v, tl.int32)
-    has_initial_state, initial_stride = or_placeholder(
-        None if call.ssm_state is None else call.has_initial_state, v, tl.int1
-    )
-    write_stride = None if write_slots is None else write_slots.stride(0)
-    slot_stride, *strides = (-1, 0, 0, 0) if call.ssm_state is None else call.ssm_state.stride()
-    if call.ssm_state is not None:
-        places |= call.ssm_state.data_ptr() | slot_stride * call.ssm_state.itemsize
-    aligned = places % 16 == 0 and (call.ssm_state is None or is_dense(call.ssm_state))
-    head_stride, value_stride, key_stride = (None, None, None) if aligned else strides
-    ssm_state, _ = or_placeholder(call.ssm_state, v, tl.float32)
-
-    sizes = {"K_HEADS": k_heads, "V_HEADS": v_heads, "K_DIM": k_dim, "ALIGNED": aligned, "CHUNK": CHUNK}
-    launches = _launches(v.get_device(), k_dim, v_dim, str(operand).removeprefix("torch."))
-    solve, scan = launches["_solve"], launches["_scan"]
-    with on_device_of(v):
-        if tokens:
-            _solve[(chunks * v_heads,)](
-                q,
-                k,
-                g,
-                beta,
-                cu_seqlens,
-                slots,
-                factors,
-                solved,
-                weights,
-                k_dim**-0.5 if call.scale is None else float(call.scale),
-                q.stride(0),
-                k.stride(0),
-                g.stride(0),
-                beta.stride(0),
-                slots_stride,
-                tokens if length is None else length,
-                rows,
-                call.null_slot,
-                slots_of(call.ssm_state),
-                **sizes,
-                L2NORM=call.qk_l2norm,
-                **solve,
-            )
-        _scan[(rows * v_heads * cdiv(v_dim, scan["BLOCK"]),)](
-            q,
-            k,
-            v,
-            cu_seqlens,
-            ssm_state,
-            slots,
-            write_slots,
-            has_initial_state,
-            written,
-            factors,
-            solved,
-            weights,
-            q.stride(0),
-            k.stride(0),
-            v.stride(0),
-            written.stride(0),
-            slots_stride,
-            write_stride,
-            initial_stride,
-            slot_stride,
-            head_stride,
-            value_stride,
-            key_stride,
-            tokens if length is None else length,
-            call.null_slot,
-            slots_of(call.ssm_state),
-            **sizes,
-            V_DIM=v_dim,
-            **scan,
-        )
-    write_back(written, call.output, flat)
-
-
-@tunable_launch(_solve="num_warps num_stages", _scan="BLOCK num_warps num_stages")
-def _launches(k_dim: int, v_dim: int, operand: str) -> Launches:
-    """What is multiplied in which precision, too; a block of v has a matrix product's shortest side at least."""
-    block_k, block_v = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))
-    precision = {"bfloat16": "tf32", "float16": "tf32x3"}.get(operand, "ieee")
-    solve = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, "PRECISION": precision, "num_warps": 4}
-    wide, stages = (32, 1) if operand == "float32" else (64, 2)
-    scan = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, "BLOCK": min(block_v, wide), "num_warps": 4, "num_stages": stages}
-    return {"_solve": solve, "_scan": scan}

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from mamba_ops.ops._triton.common import chunk_bounds, kernel, tile_ptrs
 from mamba_ops.ops._triton.decay import exact_sums, split, to_log2
-from mamba_ops.ops.chunk_gated_delta_rule.triton import _factor, _inverse
+from mamba_ops.ops.chunk_gated_delta_rule.triton.kernels import _factor, _inverse
 
 
 @triton.jit
