@@ -1,5 +1,6 @@
 """The code on our pages: its blocks, the files that they are, and the program that the others make."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,13 @@ def write_files(page: Path, folder: Path) -> list[Path]:
                 path.write_text(text, encoding="utf-8")
                 written.append(path)
     return written
+
+
+def cells(notebook: Path) -> tuple[str, list[str]]:
+    """Return a notebook's code as one program, and what each of its cells prints that prints anything."""
+    found = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    printed = ["".join(output["text"]) for cell in found for output in cell["outputs"]]
+    return "\n".join("".join(cell["source"]) for cell in found), printed
 
 
 def program(page: Path) -> str:

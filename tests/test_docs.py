@@ -11,21 +11,42 @@ import pytest
 import torch
 
 from mamba_ops.commands import ops_page
-from tests.pages import BLOCK, PAGES, ROOT, blocks, program, write_files
+from tests.pages import BLOCK, PAGES, ROOT, blocks, cells, program, write_files
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if program(page)], ids=lambda page: page.name)
 def test_the_code_on_a_page_runs(page: Path, tmp_path: Path):
     write_files(page, tmp_path)
-    script = tmp_path / f"{page.stem}.py"
-    script.write_text(program(page), encoding="utf-8")
-    # A RuntimeWarning is one of ours; torch has its own, that depend on the machine.
-    command = (sys.executable, "-W", "error::RuntimeWarning", script)
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    printed = run(program(page), tmp_path / f"{page.stem}.py")
     if torch.accelerator.current_accelerator(check_available=True) is None:  # the pages show what a CPU prints
         for line, text in blocks(page, "output"):
-            assert text in done.stdout, f"{page.name}:{line}: the program printed:\n{done.stdout}"
+            assert text in printed, f"{page.name}:{line}: the program printed:\n{printed}"
+
+
+def test_the_cells_of_the_tutorial_run(tmp_path: Path):
+    pytest.importorskip("transformers")
+    code, outputs = cells(ROOT / "docs" / "tutorial.ipynb")
+    printed = run(code, tmp_path / "tutorial.py")
+    assert len(outputs) == 8
+    if torch.accelerator.current_accelerator(check_available=True) is None:
+        assert printed == "".join(outputs)
+
+
+def test_the_site_has_every_page():
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    pages = {path.name for path in (ROOT / "docs").iterdir() if path.suffix in (".md", ".ipynb")}
+    assert "ops.md" in pages
+    assert set(re.findall(r"[\w]+\.(?:md|ipynb)$", nav, re.MULTILINE)) == pages | {"index.md", "changelog.md"}
+
+
+def run(code: str, script: Path) -> str:
+    """Run a program in a process of its own and return what it prints."""
+    script.write_text(code, encoding="utf-8")
+    # A RuntimeWarning is one of ours; torch has its own, that depend on the machine.
+    command = (sys.executable, "-W", "error::RuntimeWarning", script)
+    done = subprocess.run(command, cwd=script.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_the_page_about_ops_says_what_the_registry_knows():

@@ -39,7 +39,7 @@ def copy_checkout(checkout: Path) -> Path:
     """Copy what a build reads: what an earlier one left in the real checkout must not leak in."""
     for name in ("mamba_ops", "registry"):
         shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "mamba_ops_pytest.py"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "mamba_ops_pytest.py"):
         shutil.copy(ROOT / name, checkout)
     return checkout
 
@@ -106,6 +106,7 @@ def test_the_sdist_holds_real_files(dist: Path):
         members = {member.name.partition("/")[2]: member for member in archive}
     assert everything() <= members.keys()
     assert all(member.isfile() or member.isdir() for member in members.values())
+    assert not [name for name in members if name.startswith("tests")]  # they need the whole checkout
 
 
 def test_the_wheel_works_where_there_is_no_checkout(bin_of_clean_venv: Path, tmp_path: Path):
