@@ -134,7 +134,7 @@ def watch(target: str = "watched code", report: Report | None = None) -> Iterato
 
     report = report if report is not None else Report(target)
     report.torch, report.finished = str(torch.__version__), False
-    collector = Collector(report)
+    collector = Collector(report, watches=True)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     report.device = str(accelerator or "cpu")
     try:
@@ -258,9 +258,10 @@ def _compile(
                     out = compiled(*args, **kwargs)
                     if train:
                         _backward(out)
+                    collector.add_failures()  # which torch passed over (suppress_errors)
                 except Exception as error:
                     _try_without(fn, made)
-                    _failed(collector, error)
+                    collector.add_failures(error)  # the compiler's: the plain call has not failed
                     break
     torch.compiler.reset()
 
@@ -282,14 +283,6 @@ def _backward(out: Any) -> None:
     leaves = [tensor for tensor in _torch.tensors_in(out) if tensor.requires_grad]
     if leaves:
         torch.autograd.backward([leaf.sum() for leaf in leaves])
-
-
-def _failed(collector: "Collector", error: Exception) -> None:
-    """Add a failure of the compiler as a finding: the eager call has not failed."""
-    from mamba_ops.audit.source_locations import locations_in_text, user_frames
-
-    stack = user_frames(getattr(error, "real_stack", None) or ()) or locations_in_text(str(error))
-    collector.add("compiler-error", type(error).__name__, str(error), stack, breaks=True)
 
 
 def _trace_absent(
@@ -329,7 +322,7 @@ def _trace_absent(
                     if runs_here:
                         _try_without(fn, made)
                     if not any(finding.breaks for finding in report.findings):
-                        _failed(collector, error)
+                        collector.add_failures(error)
                     else:  # Python between two graphs may need values
                         _stop(collector, error)
             if tracer.trace.stopped:
