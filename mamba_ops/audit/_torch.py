@@ -34,6 +34,7 @@ class Private:
 BREAKS = "torch._dynamo.symbolic_convert:InstructionTranslatorBase.log_graph_break"
 GRAPHS = "torch._dynamo.output_graph:OutputGraph.call_user_compiler"
 RECOMPILES = "torch._dynamo.guards:get_and_maybe_log_recompilation_reasons"
+FAILURES = "torch._dynamo.convert_frame:exception_handler"
 CUDA_GRAPHS = "torch._inductor.cudagraph_utils:log_cudagraph_skip_and_bump_counter"
 COPIES = "torch._inductor.compile_fx:post_grad_passes"
 HAS_TRITON = "torch.utils._triton:has_triton"
@@ -44,10 +45,12 @@ PRIVATE = {
     BREAKS: Private("graph breaks are read from torch's own lists, with less detail"),
     GRAPHS: Private("graphs are counted, but what is in them is not seen"),
     RECOMPILES: Private("recompiles are read from torch's metrics, with less detail", ("torch._dynamo.convert_frame",)),
+    FAILURES: Private("errors of the compiler that a script catches are not seen"),
     CUDA_GRAPHS: Private("reasons why no CUDA graph is recorded are not seen", _INDUCTOR),
     COPIES: Private("copies for mutated inputs are not looked for"),
     HAS_TRITON: Private("launches of Triton kernels may be missing from graphs for absent devices"),
     "torch._dynamo.exc:Unsupported": Private("graph breaks are classified by their messages alone"),
+    "torch._dynamo.exc:TorchRuntimeError": Private("errors of ops may be told as errors of the compiler"),
     "torch._dynamo.config:recompile_limit": Private("it is taken to be 8"),
     "torch._dynamo.utils:counters": Private("graphs are not counted by the commands"),
     "torch._dynamo.utils:graph_break_reasons": Private("graph breaks of absent devices are not listed"),
@@ -215,6 +218,11 @@ def needs_values_errors() -> tuple[type[Any], ...]:
     """Return the classes of errors that fake tensors raise where values are needed."""
     names = "DataDependentOutputException", "DynamicOutputShapeException"
     return tuple(find(f"torch._subclasses.fake_tensor:{name}") or _NeverRaisedError for name in names)
+
+
+def errors_of_ops() -> type[Any]:
+    """Return the class of errors that an op raised while it was traced: most come without the compiler too."""
+    return find("torch._dynamo.exc:TorchRuntimeError") or _NeverRaisedError
 
 
 def recompile_limit() -> int:

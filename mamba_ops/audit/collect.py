@@ -12,17 +12,26 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mamba_ops.audit import _torch
 from mamba_ops.audit import graph as graphs
-from mamba_ops.audit.remedies import RULES, classify_break, classify_guard, guard_subject, remedy
+from mamba_ops.audit.remedies import (
+    RULES,
+    classify_break,
+    classify_guard,
+    classify_guard_of_optimizer,
+    guard_subject,
+    remedy,
+)
 from mamba_ops.audit.report import CallRow, Finding, Graph, Report
 from mamba_ops.audit.source_locations import (
     Layers,
     SourceLocation,
+    called_from,
     current_locations,
     function_name,
     is_user_code,
@@ -31,14 +40,19 @@ from mamba_ops.audit.source_locations import (
 )
 from mamba_ops.ops._triton import _triton
 
+Stack = tuple[SourceLocation, ...]
+
 
 class Collector:
     """Adds to a report what torch.compile does while `listen` is entered."""
 
-    def __init__(self, report: Report, model: Any = None) -> None:
+    def __init__(self, report: Report, model: Any = None, *, watches: bool = False) -> None:
+        """`watches`: whether the code calls torch.compile itself, so that nobody makes a failed call once more."""
+        self._watches = watches
         self.report = report
         self.layers = Layers(model)
         self.call = -1
+        self._failures: list[tuple[Exception, Stack, Stack, SourceLocation]] = []  # that are no findings yet
         self._early = 0  # Triton's compiles before the first call that counts
         self._grown: set[tuple[types.CodeType, str]] = set()
         self._unwrapped: set[str] = set()  # functions that this torch does not have
@@ -50,10 +64,14 @@ class Collector:
         message: str,
         stack: Sequence[SourceLocation],
         *,
+        callers: tuple[SourceLocation, ...] = (),
         fallback: SourceLocation | None = None,
         **more: Any,
     ) -> Finding:
-        """Add a finding of a cause in `remedies.RULES`; it is located at the innermost line of the stack."""
+        """Add a finding of a cause in `remedies.RULES`; it is located at the innermost line of the stack.
+
+        Without one it is located at the fallback. `callers` are the calls in Python that led to what Dynamo traced.
+        """
         rule = RULES[cause]
         where = stack[-1] if stack else fallback
         around = [where.source if where else "", message[:500], *(location.function for location in reversed(stack))]
@@ -66,7 +84,7 @@ class Collector:
             _sentence(message),
             remedy(cause, op, *around),
             where,
-            tuple(stack),
+            called_from(callers, tuple(stack)),
             layers=self.layers.of(stack or ([fallback] if fallback else [])),
             **more,
         )
@@ -99,16 +117,13 @@ class Collector:
                 _torch.BREAKS: self._break,
                 _torch.GRAPHS: self._graph,
                 _torch.RECOMPILES: self._recompile,
+                _torch.FAILURES: self._failure,
             }
             self._unwrapped = {name for name, around in wrapped.items() if not _torch.replace(stack, name, around)}
             if torch.accelerator.is_available():  # else nothing records, and Inductor takes a second to load
                 _torch.replace(stack, _torch.CUDA_GRAPHS, self._no_capture)
             _hook_triton(stack, self._jit)
-            try:
-                yield
-            except _torch.unsupported_error() as error:  # fullgraph=True: it stops at the first break
-                self.unsupported(error)
-                raise
+            yield
 
     def _read_lists(self, row: CallRow, graph_count: int) -> None:
         """Add what the functions that could not be wrapped would have reported of a call."""
@@ -132,18 +147,28 @@ class Collector:
         in_loop = error.gb_type == "graph break in loop"
         gb_type = message.partition("\n")[0] if in_loop else str(error.gb_type or message.partition("\n")[0])
         message = message.partition("*** While handling this graph break")[0]
-        stack = user_frames(error.real_stack or ())
+        callers, stack = current_locations(), user_frames(error.real_stack or ())
         if not stack and code is not None and not is_user_code(code.co_filename):
-            return  # code of torch or Triton, which runs after a break in user code
+            self._break_in_torch(code, message, callers)
+            return
         source = stack[-1].source if stack else ""
         name = classify_break(gb_type, message, source)
         if name == "other-break":  # the type may be that of a context manager around; the heading is the break's own
             name = classify_break(message.partition("\n")[0], message, source)
         fallback = SourceLocation.defined(code) if code else None
         frame = _named(code) if code and skipped else None
-        self.add(
-            name, _subject(name, message, source), message, stack, fallback=fallback, breaks=True, skipped_frame=frame
-        )
+        op = _subject(name, message, source)
+        self.add(name, op, message, stack, callers=callers, fallback=fallback, breaks=True, skipped_frame=frame)
+
+    def _break_in_torch(self, code: types.CodeType, message: str, callers: tuple[SourceLocation, ...]) -> None:
+        """Add a graph break in a frame of torch's own, at the line of the user's code that called it."""
+        known = {finding.where for finding in self.report.findings if finding.breaks}
+        if callers and callers[-1] in known:
+            return  # what is called there was left to Python already
+        cause = classify_break(message.partition("\n")[0], message, "")
+        if cause == "explicit":
+            cause = "explicit-of-torch"
+        self.add(cause, _named(code), message, callers, fallback=SourceLocation.defined(code), breaks=True)
 
     def _break(self, original: Any, translator: Any, *args: Any, **kwargs: Any) -> Any:
         """Stand in for `log_graph_break(self, code_options, reason, exc)`."""
@@ -162,7 +187,41 @@ class Collector:
         """Add a graph break of which the reason alone is known, not Dynamo's type of it."""
         source = stack[-1].source if stack else ""
         cause = classify_break(reason.partition("\n")[0], reason, source)
-        self.add(cause, _subject(cause, reason, source), reason, stack, breaks=True)
+        self.add(cause, _subject(cause, reason, source), reason, stack, callers=current_locations(), breaks=True)
+
+    def _failure(self, original: Any, error: Exception, code: types.CodeType, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for `exception_handler(e, code, frame, export)`, through which each failed compile goes."""
+        stack = user_frames(getattr(error, "real_stack", None) or ())
+        if isinstance(error, _torch.unsupported_error()):
+            if not getattr(error, "logged", False) and "recompile limit" not in str(error.gb_type):
+                self.unsupported(error, code)  # fullgraph=True: it stops at the first break
+        else:
+            self._failures.append((error, stack, current_locations(), SourceLocation.defined(code)))
+            if self._watches and not isinstance(error, _torch.errors_of_ops()):
+                self.add_failures()
+        return original(error, code, *args, **kwargs)
+
+    def add_failures(self, raised: Exception | None = None) -> None:
+        """Add the errors of Dynamo, AOTAutograd and backends since the last call of this, each once.
+
+        Args:
+            raised: what reached the caller, if anything did.
+        """
+        for error, stack, callers, fallback in self._failures:
+            name = type(error).__name__
+            self.add(
+                "compiler-error",
+                name,
+                f"{name}: {error}",
+                stack or callers,
+                callers=callers if stack else (),
+                fallback=fallback,
+                breaks=True,
+            )
+        if raised is not None and not self._failures:  # it came when the compiled code ran
+            stack = user_frames(getattr(raised, "real_stack", None) or ()) or locations_in_text(str(raised))
+            self.add("compiler-error", type(raised).__name__, str(raised), stack, breaks=True)
+        self._failures.clear()
 
     def _graph(self, original: Any, output: Any, module: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         found = graphs.walk(module)
@@ -196,16 +255,19 @@ class Collector:
         if cause == "size" and key in self._grown:
             cause = "size-again"
         self._grown.add(key)
-        if not is_user_code(code.co_filename):
-            return reasons
+        if "/torch/optim/" in Path(code.co_filename).as_posix():
+            cause = classify_guard_of_optimizer(guard) or cause
         if _count(entries) >= _torch.recompile_limit():
             cause = "limit"
             subject = _named(code)
-        definition = SourceLocation.defined(code)
+        definition, callers = SourceLocation.defined(code), current_locations()
         if not self.layers.of((definition,)):  # the wrapper that a decorator made
             definition = self.layers.forward or definition
+        if not is_user_code(code.co_filename):  # torch's own, such as a compiled optimizer.step or nn.Sequential
+            self.add(cause, subject, guard, callers, fallback=definition)
+            return reasons
         stack = () if cause in ("size", "size-one") else _guard_stack(text, code)
-        self.add(cause, subject, guard, stack, fallback=definition)
+        self.add(cause, subject, guard, stack, callers=callers, fallback=definition)
         return reasons
 
     def _no_capture(self, original: Any, message: str) -> None:

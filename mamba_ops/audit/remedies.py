@@ -54,6 +54,7 @@ RULES = {
     ),
     "data-pointer": Rule("break", "error", "Leave addresses to the kernel: a trace has no tensors with memory."),
     "explicit": Rule("break", "error", "Remove the call of torch._dynamo.graph_break."),
+    "explicit-of-torch": Rule("break", "note", "Nothing to do: torch itself leaves {op} to Python."),
     "builtin": Rule("break", "error", "Call {op} outside the compiled model, and pass what it returns."),
     "skipped-function": Rule("break", "error", "Move {op} out of the compiled model, or write it with tensor ops."),
     "context-manager": Rule("break", "error", "Enter {op} outside the compiled model: Dynamo cannot trace it."),
@@ -115,6 +116,14 @@ RULES = {
     ),
     "size": Rule(
         "recompile", "note", "Compile with dynamic=True or torch._dynamo.mark_dynamic ({op}): this costs one compile."
+    ),
+    "hyperparameter": Rule(
+        "recompile",
+        "error",
+        "Give the optimizer {op} as a tensor, such as lr=torch.tensor(0.01): numbers are compiled in.",
+    ),
+    "optimizer-state": Rule(
+        "recompile", "note", "Nothing to do: the first step of an optimizer makes its state, and the second has it."
     ),
     "dtype": Rule("recompile", "warning", "Cast {op} before the model: each dtype is compiled for itself."),
     "strides": Rule(
@@ -213,6 +222,13 @@ def classify_guard(guard: str) -> str:
         if re.search(pattern, guard):
             return cause
     return "other-guard"
+
+
+def classify_guard_of_optimizer(guard: str) -> str | None:
+    """Return the cause of a recompile in torch.optim, where it is one of its own."""
+    if "param_groups" in guard:
+        return "hyperparameter"
+    return "optimizer-state" if "self.state" in guard else None
 
 
 def guard_subject(guard: str) -> str:

@@ -1,7 +1,6 @@
 """Runs a model under the collector: eagerly once, then compiled, call after call."""
 
 import contextlib
-import copy
 import importlib.util
 import logging
 import warnings
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from mamba_ops.audit import _torch, absent
 from mamba_ops.audit import graph as graphs
 from mamba_ops.audit.eager import add_hidden_syncs, hear_fallbacks, run_eagerly
+from mamba_ops.audit.isolation import deep_copy, isolated
 from mamba_ops.audit.report import Report
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def audit(
 ) -> Report:
     """Compile a function or a module, call it, and return a report of graph breaks, recompiles and slow paths.
 
-    It resets torch.compile. The model is not changed: it is called with copies of its arguments, and its buffers are
-    put back. A device that is not present is traced in this process, which cannot be undone: `mamba-ops audit` uses a
+    It resets torch.compile. The model is not changed: a copy of it is called, with copies of its arguments. A model that
+    cannot be copied is put back as far as that goes, and a note says so. A device that is not present is traced in this process, which cannot be undone: `mamba-ops audit` uses a
     child process.
 
     There is no time limit: a compile cannot be stopped safely in the process that runs it. Ctrl-C ends an audit, and
@@ -86,14 +86,13 @@ def audit(
         )
     collector = Collector(report, fn)
     if not is_absent:
-        fn = fn.to(where) if isinstance(fn, nn.Module) else fn
         made = _torch.map_tensors(lambda tensor: tensor.to(where), made)
     with quiet_torch(), warnings.catch_warnings(), torch.set_grad_enabled(train):
         warnings.simplefilter("ignore")
         _torch.show_warnings()
         progress("without the compiler")
         can_trace = is_absent and _install(where, report)
-        syncs = _first(collector, fn, made[0], where.type if is_absent else None)
+        syncs = _first(collector, fn, made[0], where)
         if can_trace:
             _trace_absent(collector, fn, made, where, dynamic, progress, runs_here=syncs is not None)
         elif not is_absent:
@@ -103,7 +102,7 @@ def audit(
             progress("copies, through Inductor")
             if is_absent:
                 report.notes.append("Copies were taken from code for the CPU; the device's own code may differ.")
-            _find_copies(collector, fn, made[0], dynamic)
+            _find_copies(collector, fn, made[0], None if is_absent else where, dynamic)
         else:
             report.notes.append("Copies for mutated inputs were not looked for; --copies does, through Inductor.")
     report.notes += _torch.losses()
@@ -134,7 +133,7 @@ def watch(target: str = "watched code", report: Report | None = None) -> Iterato
 
     report = report if report is not None else Report(target)
     report.torch, report.finished = str(torch.__version__), False
-    collector = Collector(report)
+    collector = Collector(report, watches=True)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     report.device = str(accelerator or "cpu")
     try:
@@ -187,43 +186,37 @@ def quiet_torch() -> Iterator[None]:
 
 
 def _copied(made: Arguments) -> Arguments:
-    try:
-        return copy.deepcopy(made)
-    except (RuntimeError, TypeError):  # no leaf tensors, or objects that cannot be copied
-        return made
+    """Return a copy of arguments, or themselves where an object among them cannot be copied."""
+    with contextlib.suppress(Exception):
+        return deep_copy(made)
+    return made
 
 
 @contextlib.contextmanager
-def _unchanged(fn: Any) -> Iterator[None]:
-    """Put back the buffers and plain attributes that calls changed."""
-    if not isinstance(fn, nn.Module):
-        yield
-        return
-    plain = (int, float, str, bool, list, dict, type(None))
-    buffers = {name: buffer.clone() for name, buffer in fn.named_buffers()}
-    members = [
-        (module, {k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, plain) and not k.startswith("_")})
-        for module in fn.modules()
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in fn.named_buffers():
-                if name in buffers and buffers[name].shape == buffer.shape:
-                    buffer.copy_(buffers[name])
-        for module, before in members:
-            vars(module).update(before)
+def _isolated(collector: "Collector", fn: Any, device: torch.device | None) -> Iterator[Any]:
+    """Within the block, call the copy of a model that it gives, on a device; None leaves it where it is."""
+
+    def tell(sentence: str) -> None:
+        if sentence not in collector.report.notes:
+            collector.report.notes.append(sentence)
+
+    with isolated(fn, tell) as model:
+        if device is not None and isinstance(model, nn.Module):
+            model = model.to(device)
+        collector.layers.name(model)
+        yield model
 
 
 def _first(
-    collector: "Collector", fn: Any, made: Arguments, absent_device: str | None
+    collector: "Collector", fn: Any, made: Arguments, where: torch.device
 ) -> list[tuple[str, tuple[Any, ...]]] | None:
     """Run the first call eagerly, on the CPU if the device is absent; None if it does not run there."""
+    absent_device = where.type if collector.report.absent else None
+    device = None if absent_device else where
     args, kwargs = _copied(made)
     try:
-        with _unchanged(fn), collector.listen_to_triton():
-            return run_eagerly(collector, lambda: fn(*args, **kwargs), absent_device)
+        with _isolated(collector, fn, device) as model, collector.listen_to_triton():
+            return run_eagerly(collector, lambda: model(*args, **kwargs), absent_device)
     except Exception as error:
         if absent_device is None:
             raise ModelError(f"the model raised {type(error).__name__} without the compiler") from error
@@ -247,8 +240,8 @@ def _compile(
     torch.compiler.reset()
     inductor = mode is not None or device.type != "cpu"
     options: dict[str, Any] = {"mode": mode} if inductor else {"backend": "aot_eager"}
-    with _unchanged(fn), collector.listen():
-        compiled: Callable[..., Any] = torch.compile(fn, dynamic=dynamic, **options)
+    with _isolated(collector, fn, device) as model, collector.listen():
+        compiled: Callable[..., Any] = torch.compile(model, dynamic=dynamic, **options)
         for made in calls:
             shapes = describe(made)
             progress(f"compiled, {shapes}")
@@ -258,19 +251,20 @@ def _compile(
                     out = compiled(*args, **kwargs)
                     if train:
                         _backward(out)
+                    collector.add_failures()  # which torch passed over (suppress_errors)
                 except Exception as error:
-                    _try_without(fn, made)
-                    _failed(collector, error)
+                    _try_without(collector, fn, made, device)
+                    collector.add_failures(error)  # the compiler's: the plain call has not failed
                     break
     torch.compiler.reset()
 
 
-def _try_without(fn: Any, made: Arguments) -> None:
+def _try_without(collector: "Collector", fn: Any, made: Arguments, device: torch.device | None = None) -> None:
     """Make a call without the compiler that failed with it: where that fails too, it is not the compiler's fault."""
     args, kwargs = _copied(made)
     try:
-        with _unchanged(fn):
-            fn(*args, **kwargs)
+        with _isolated(collector, fn, device) as model:
+            model(*args, **kwargs)
     except Exception as error:
         error.__context__ = None  # the error with the compiler
         raise ModelError(
@@ -282,14 +276,6 @@ def _backward(out: Any) -> None:
     leaves = [tensor for tensor in _torch.tensors_in(out) if tensor.requires_grad]
     if leaves:
         torch.autograd.backward([leaf.sum() for leaf in leaves])
-
-
-def _failed(collector: "Collector", error: Exception) -> None:
-    """Add a failure of the compiler as a finding: the eager call has not failed."""
-    from mamba_ops.audit.source_locations import locations_in_text, user_frames
-
-    stack = user_frames(getattr(error, "real_stack", None) or ()) or locations_in_text(str(error))
-    collector.add("compiler-error", type(error).__name__, str(error), stack, breaks=True)
 
 
 def _trace_absent(
@@ -327,9 +313,9 @@ def _trace_absent(
                     tracer(*made[0], **made[1])
                 except Exception as error:
                     if runs_here:
-                        _try_without(fn, made)
+                        _try_without(collector, fn, made)
                     if not any(finding.breaks for finding in report.findings):
-                        _failed(collector, error)
+                        collector.add_failures(error)
                     else:  # Python between two graphs may need values
                         _stop(collector, error)
             if tracer.trace.stopped:
@@ -344,7 +330,9 @@ def _stop(collector: "Collector", error: Exception) -> None:
     )
 
 
-def _find_copies(collector: "Collector", fn: Any, made: Arguments, dynamic: bool | None) -> None:
+def _find_copies(
+    collector: "Collector", fn: Any, made: Arguments, device: torch.device | None, dynamic: bool | None
+) -> None:
     """Compile once more, with Inductor and without its caches, and read the graphs that its passes leave."""
     found: list[tuple[str, int, Any]] = []
 
@@ -354,11 +342,11 @@ def _find_copies(collector: "Collector", fn: Any, made: Arguments, dynamic: bool
 
     torch.compiler.reset()
     args, kwargs = _copied(made)
-    with _unchanged(fn), contextlib.ExitStack() as stack:
+    with _isolated(collector, fn, device) as model, contextlib.ExitStack() as stack:
         if not _torch.replace(stack, _torch.COPIES, read):
             return
         stack.enter_context(torch.compiler.config.patch(force_disable_caches=True))  # type: ignore[attr-defined]
-        compiled: Callable[..., Any] = torch.compile(fn, dynamic=dynamic)
+        compiled: Callable[..., Any] = torch.compile(model, dynamic=dynamic)
         try:
             compiled(*args, **kwargs)
         except Exception as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mamba_ops.audit.report import KINDS, CallRow, Change, Finding, Graph, Report, compare
-from mamba_ops.audit.source_locations import SourceLocation
+from mamba_ops.audit.source_locations import SourceLocation, has_no_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,10 +45,14 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def caller(finding: Finding) -> list[SourceLocation]:
-    """Return the last line of the stack that is not in an installed package, if the finding is in one."""
-    if finding.where is None or "site-packages" not in finding.where.file:
+    """Return the last line of the stack that is in a file of the user's, if the finding is not in one."""
+
+    def is_elsewhere(file: str) -> bool:
+        return "site-packages" in file or has_no_file(file)
+
+    if finding.where is None or not is_elsewhere(finding.where.file):
         return []
-    return [location for location in finding.stack if "site-packages" not in location.file][-1:]
+    return [location for location in finding.stack if not is_elsewhere(location.file)][-1:]
 
 
 def short(location: SourceLocation) -> str:
@@ -63,7 +67,9 @@ def lines(finding: Finding) -> list[str]:
     times = f" (seen {finding.count} times)" if finding.count > 1 else ""
     text = [f"{finding.severity}: {finding.kind}/{finding.cause}: {finding.op}{times}"]
     if finding.where:
-        text += [f"{short(finding.where)} in {finding.where.function}", f"    {finding.where.source}"]
+        text.append(f"{short(finding.where)} in {finding.where.function}")
+        if finding.where.source:  # code of exec has none
+            text.append(f"    {finding.where.source}")
         text += [f"called from {short(location)}: {location.source}" for location in caller(finding)]
     text.append(finding.message)
     if finding.skipped_frame:

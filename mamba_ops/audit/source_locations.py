@@ -26,6 +26,8 @@ _NOT_USER_CODE = (
     *(str(_PACKAGE / name) for name in ("commands", "testing")),
     *(str(_PACKAGE / "ops" / "_triton" / name) for name in ("_triton.py", "watch.py")),  # between a launch and Triton
 )
+_MADE_BY_OTHERS = "<frozen ", "<eval_with_key>", "<lambdifygenerated", "<unknown", "<built-in", "<torch", "<mamba_ops::"
+_CALLS_THE_MODEL = str(_PACKAGE / "audit" / "run.py"), str(_PACKAGE / "commands") + os.sep
 _STANDARD = str(Path(sysconfig.get_paths()["stdlib"]))
 _LINE_IN_TEXT = re.compile(r'File "([^"]+)", line (\d+)(?:, in (\S+))?')
 
@@ -74,12 +76,19 @@ class Frame(Protocol):
 @functools.cache
 def is_user_code(file: str) -> bool:
     """Whether a file holds the user's code, or code of a package that the user called."""
-    if file.startswith("<") or file.startswith(_NOT_USER_CODE):
+    if file.startswith(_NOT_USER_CODE) or file.startswith(_MADE_BY_OTHERS):
         return False
+    if has_no_file(file):
+        return True
     path = Path(file)
     if "triton" in path.parts and "site-packages" in path.parts:
         return False
     return not file.startswith(_STANDARD) or "site-packages" in path.parts or "dist-packages" in path.parts
+
+
+def has_no_file(file: str) -> bool:
+    """Whether code was made in the process, by exec, a prompt or a dataclass, and is in no file."""
+    return file.startswith("<")
 
 
 def is_audit_code(file: str) -> bool:
@@ -115,10 +124,20 @@ def current_locations() -> tuple[SourceLocation, ...]:
         if is_user_code(frame.f_code.co_filename):
             name = function_name(frame.f_code.co_name)
             locations.append(SourceLocation.of(frame.f_code.co_filename, frame.f_lineno, name))
-        elif locations and is_audit_code(frame.f_code.co_filename):
+        elif frame.f_code.co_filename.startswith(_CALLS_THE_MODEL):
             break  # frames further out called the audit, not the model
         frame = frame.f_back
     return tuple(reversed(locations))
+
+
+def called_from(callers: tuple[SourceLocation, ...], stack: tuple[SourceLocation, ...]) -> tuple[SourceLocation, ...]:
+    """Return a stack that Dynamo traced after the calls in Python that led to it.
+
+    After a break Dynamo compiles the rest of a function, which the function itself calls: it is listed once.
+    """
+    if callers and stack and (callers[-1].file, callers[-1].function) == (stack[0].file, stack[0].function):
+        callers = callers[:-1]
+    return callers + stack
 
 
 class Layers:

@@ -39,13 +39,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Target:
-    """A model in eval mode, and calls of it, best of different sizes."""
+    """A model, in eval mode unless it was to stay as made, and calls of it, best of different sizes."""
 
     model: nn.Module
     calls: list[Call]
 
 
-def load_target(what: str, device: torch.device, *, layers: int | None = None) -> Target:
+def load_target(
+    what: str, device: torch.device, *, layers: int | None = None, as_made: bool = False
+) -> Target:
     """Find a model and example inputs.
 
     Args:
@@ -55,6 +57,7 @@ def load_target(what: str, device: torch.device, *, layers: int | None = None) -
             read three prompts.
         device: where the model goes, and tensors among the inputs.
         layers: of a model with random weights.
+        as_made: whether the model stays in training mode if the factory left it there.
 
     Raises:
         TargetError: nothing there, or the factory raised, or returned something else.
@@ -65,10 +68,10 @@ def load_target(what: str, device: torch.device, *, layers: int | None = None) -
         return as_target((model, [{"input_ids": tokens[:, :n], "use_cache": False} for n in PROMPTS]), what, device)
     if layers is not None:
         raise TargetError(f"got {layers} layers for {what}, expected them for {TRANSFORMERS}mamba2 alone")
-    return as_target(_call_factory(what), f"what {what} returned", device)
+    return as_target(_call_factory(what), f"what {what} returned", device, as_made=as_made)
 
 
-def as_target(made: Any, what: str, device: torch.device) -> Target:
+def as_target(made: Any, what: str, device: torch.device, *, as_made: bool = False) -> Target:
     """Read `(model, inputs)` as `load_target` describes it; `what` is its name in errors."""
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise TargetError(f"{what}: got {_shape_of(made)}, expected (model, inputs)")
@@ -76,7 +79,7 @@ def as_target(made: Any, what: str, device: torch.device) -> Target:
     calls = [_call(one, what, device) for one in (inputs if isinstance(inputs, list) else [inputs])]
     if not calls:
         raise TargetError(f"{what}: got no inputs, expected at least one call's")
-    return Target(model.eval().to(device), calls)
+    return Target((model if as_made else model.eval()).to(device), calls)
 
 
 def _call(inputs: Any, what: str, device: torch.device) -> Call:

@@ -92,6 +92,8 @@ def run_here(options: Options, report: Report, progress: Callable[[str], None]) 
     with _user_errors(), contextlib.ExitStack() as stack:
         progress("loading the model")
         model, calls = _load(options)
+        if model.training and not options.train:
+            report.notes.append("The model is in training mode, as it was made; eval() in the factory changes that.")
         (args, kwargs), *more = calls
         if options.ours:
             stack.enter_context(_on_our_ops(model))
@@ -133,8 +135,8 @@ def _load(options: Options) -> tuple[Any, list[tuple[tuple[Any, ...], dict[str, 
         raise UserError(f"--layers, --full and --ours are for {TRANSFORMERS}NAME alone")
     from mamba_ops.commands.targets import load_target
 
-    found = load_target(options.target, torch.device("cpu"))
-    return found.model.train(options.train), [(call.args, dict(call.kwargs or {})) for call in found.calls]
+    found = load_target(options.target, torch.device("cpu"), as_made=True)
+    return found.model.train() if options.train else found.model, [(call.args, dict(call.kwargs or {})) for call in found.calls]
 
 
 def _on_our_ops(model: torch.nn.Module) -> contextlib.AbstractContextManager[object]:
