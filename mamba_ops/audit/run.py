@@ -135,6 +135,7 @@ def watch(target: str = "watched code", report: Report | None = None) -> Iterato
     report = report if report is not None else Report(target)
     report.torch, report.finished = str(torch.__version__), False
     collector = Collector(report)
+    collector.watched = True
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     report.device = str(accelerator or "cpu")
     try:
