@@ -113,7 +113,7 @@ CASES = [
         with_each(*tensors(1, 2, 3)),
     ),
     Case(
-        "text", "recompile", "constant", G.Text, G.TextTwin, with_each("relu", "tanh"), with_each(*tensors(True, False))
+        "text", "recompile", "string", G.Text, G.TextTwin, with_each("relu", "tanh"), with_each(*tensors(True, False))
     ),
     Case("growing list", "recompile", "length", G.Growing, G.GrowingTwin, rows(4, 4, 4)),
     Case("size 1", "recompile", "size-one", G.SizeOne, B.Quiet, rows(4, 7, 1), rows(4, 7, 5)),

@@ -52,12 +52,13 @@ PRIVATE = {
     "torch._dynamo.exc:Unsupported": Private("graph breaks are classified by their messages alone"),
     "torch._dynamo.exc:TorchRuntimeError": Private("errors of ops may be told as errors of the compiler"),
     "torch._dynamo.config:recompile_limit": Private("it is taken to be 8"),
+    "torch._dynamo.guards:GuardManagerWrapper": Private("of the guards that failed, one of each version is told"),
     "torch._dynamo.utils:counters": Private("graphs are not counted by the commands"),
     "torch._dynamo.utils:graph_break_reasons": Private("graph breaks of absent devices are not listed"),
     "torch._dynamo.utils:get_compilation_metrics": Private("recompiles of absent devices are not listed"),
     "torch._dynamo.utils:clear_compilation_metrics": Private("torch keeps the metrics of earlier compiles"),
     "torch._dynamo.utils:set_compilation_metrics_limit": Private("of large models the first recompiles may be missing"),
-    "torch._dynamo.callback:callback_handler": Private("recordings of CUDA graphs are not counted"),
+    "torch._dynamo.callback:callback_handler": Private("no seconds of compiles, no count of CUDA graphs recorded"),
     "torch._dynamo.backends.common:aot_autograd": Private("graphs of absent devices are not lowered by AOTAutograd"),
     "torch._dynamo.variables:ctx_manager": Private("`with torch.cuda.device(...)` breaks graphs for absent devices"),
     "torch._guards:TracingContext.extract_stack": Private("graph breaks of user errors have no line"),
@@ -314,17 +315,27 @@ def graph_count() -> int:
 
 
 @contextlib.contextmanager
-def on_compile(note: Callable[[str, str], None]) -> Iterator[bool]:
-    """Within the block, call `note(trigger, compile id)` when a compile begins; False where torch does not say so."""
-    handler = find("torch._dynamo.callback:callback_handler")
-    if handler is None:
-        yield False
-        return
-    registered = handler.register_start_callback(lambda event: note(event.callback_trigger.name, event.compile_id))
-    try:
-        yield True
-    finally:
-        handler.remove_start_callback(registered)
+def on_compile(begin: Callable[[str, str], None], end: Callable[[str, str], None] = lambda *_: None) -> Iterator[bool]:
+    """Within the block, call these with the trigger and the id of each compile; False where torch does not say."""
+    with contextlib.ExitStack() as stack:
+        if (handler := find("torch._dynamo.callback:callback_handler")) is not None:
+            for note, when in ((begin, "start"), (end, "end")):
+                called = functools.partial(
+                    lambda note, event: note(event.callback_trigger.name, event.compile_id), note
+                )
+                getattr(handler, f"register_{when}_callback")(called)
+                stack.callback(getattr(handler, f"remove_{when}_callback"), called)
+        yield handler is not None
+
+
+def guard_parts(version: Any) -> tuple[Sequence[str], dict[str, Any]]:
+    """Return the guards of a compiled version as Python expressions, and the names in them other than `L`."""
+    manager = version.guard_manager
+    if find("torch._dynamo.guards:GuardManagerWrapper") is None or manager.global_scope is None:
+        return (), {}
+    sizes = [part for guard in manager.root.get_epilogue_lambda_guards() for part in guard.verbose_code_parts()]
+    parts = [*manager.code_parts, *(part.partition("  #")[0] for part in sizes)]
+    return parts, manager.global_scope | manager.closure_vars
 
 
 # -- tensors, ops and nodes -------------------------------------------------------------------------------------------

@@ -12,21 +12,16 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mamba_ops.audit import _torch
 from mamba_ops.audit import graph as graphs
-from mamba_ops.audit.remedies import (
-    RULES,
-    classify_break,
-    classify_guard,
-    classify_guard_of_optimizer,
-    guard_subject,
-    remedy,
-)
+from mamba_ops.audit.expressions import called_at
+from mamba_ops.audit.guards import classify_guard, guard_subject, guard_text
+from mamba_ops.audit.recompiles import Recompiles, named
+from mamba_ops.audit.remedies import RULES, classify_break, remedy
 from mamba_ops.audit.report import CallRow, Finding, Graph, Report
 from mamba_ops.audit.source_locations import (
     Layers,
@@ -47,14 +42,19 @@ class Collector:
     """Adds to a report what torch.compile does while `listen` is entered."""
 
     def __init__(self, report: Report, model: Any = None, *, watches: bool = False) -> None:
-        """`watches`: whether the code calls torch.compile itself, so that nobody makes a failed call once more."""
-        self._watches = watches
+        """`watches`: whether the code calls torch.compile itself, so that nobody makes a failed call once more,
+        and calls are not ours to tell apart.
+        """
+        self.watches = watches
         self.report = report
         self.layers = Layers(model)
+        self._model = model
+        self._bound: set[str] | None = None  # the files of the model that use_mamba_ops changes
         self.call = -1
         self._failures: list[tuple[Exception, Stack, Stack, SourceLocation]] = []  # that are no findings yet
         self._early = 0  # Triton's compiles before the first call that counts
-        self._grown: set[tuple[types.CodeType, str]] = set()
+        self.recompiles = Recompiles(self)
+        self.broken: list[tuple[Finding, Sequence[SourceLocation]]] = []  # each break with its stack
         self._unwrapped: set[str] = set()  # functions that this torch does not have
 
     def add(
@@ -82,14 +82,22 @@ class Collector:
             severity,
             op,
             _sentence(message),
-            remedy(cause, op, *around),
+            _first_of(more.get("mend_first"), remedy(cause, op, *around, binds=self._is_bound(cause, stack))),
             where,
             called_from(callers, tuple(stack)),
             layers=self.layers.of(stack or ([fallback] if fallback else [])),
             **more,
         )
-        self.report.add(finding)
-        return finding
+        kept = self.report.add(finding)
+        if finding.breaks:
+            self.broken.append((kept, tuple(stack)))
+        return kept
+
+    def _is_bound(self, cause: str, stack: Sequence[SourceLocation]) -> bool:
+        """Whether `use_mamba_ops` changes the code of a finding about a slow path: the model itself is asked."""
+        if self._bound is None and cause == "reference-path":
+            self._bound = _bound_files(self._model)
+        return any(location.file in (self._bound or ()) for location in stack)
 
     @contextlib.contextmanager
     def one_call(self, shapes: str) -> Iterator[CallRow]:
@@ -106,6 +114,7 @@ class Collector:
             yield row
         finally:
             row.seconds = round(time.perf_counter() - start, 3)
+            self.recompiles.settle()
             if self._unwrapped:
                 self._read_lists(row, _torch.graph_count() - graph_count)
 
@@ -123,7 +132,16 @@ class Collector:
             if torch.accelerator.is_available():  # else nothing records, and Inductor takes a second to load
                 _torch.replace(stack, _torch.CUDA_GRAPHS, self._no_capture)
             _hook_triton(stack, self._jit)
+            stack.enter_context(_torch.on_compile(self._begin, self._end))
             yield
+
+    def _begin(self, trigger: str, compile_id: str) -> None:
+        if trigger == "DYNAMO":
+            self.recompiles.begin_compile(compile_id)
+
+    def _end(self, trigger: str, compile_id: str) -> None:
+        if trigger == "DYNAMO":
+            self.recompiles.end_compile(compile_id)
 
     def _read_lists(self, row: CallRow, graph_count: int) -> None:
         """Add what the functions that could not be wrapped would have reported of a call."""
@@ -135,7 +153,7 @@ class Collector:
             self._add_break(broken.reason, user_frames(broken.stack))
         for again in recompiles if _torch.RECOMPILES in self._unwrapped else ():
             row.recompiles += 1
-            guard = _guard(again.guard)
+            guard = guard_text(again.guard)
             where = SourceLocation.of(again.file, again.line, function_name(again.function))
             if is_user_code(again.file):
                 self.add(classify_guard(guard), guard_subject(guard), guard, (), fallback=where)
@@ -156,9 +174,13 @@ class Collector:
         if name == "other-break":  # the type may be that of a context manager around; the heading is the break's own
             name = classify_break(message.partition("\n")[0], message, source)
         fallback = SourceLocation.defined(code) if code else None
-        frame = _named(code) if code and skipped else None
-        op = _subject(name, message, source)
-        self.add(name, op, message, stack, callers=callers, fallback=fallback, breaks=True, skipped_frame=frame)
+        frame = named(code) if code and skipped else None
+        op = _subject(name, message, source, called_at(error.real_stack[-1] if stack else None))
+        finding = self.add(
+            name, op, message, stack, callers=callers, fallback=fallback, breaks=True, skipped_frame=frame
+        )
+        if frame:
+            self.recompiles.add_break(finding)
 
     def _break_in_torch(self, code: types.CodeType, message: str, callers: tuple[SourceLocation, ...]) -> None:
         """Add a graph break in a frame of torch's own, at the line of the user's code that called it."""
@@ -168,7 +190,7 @@ class Collector:
         cause = classify_break(message.partition("\n")[0], message, "")
         if cause == "explicit":
             cause = "explicit-of-torch"
-        self.add(cause, _named(code), message, callers, fallback=SourceLocation.defined(code), breaks=True)
+        self.add(cause, named(code), message, callers, fallback=SourceLocation.defined(code), breaks=True)
 
     def _break(self, original: Any, translator: Any, *args: Any, **kwargs: Any) -> Any:
         """Stand in for `log_graph_break(self, code_options, reason, exc)`."""
@@ -197,7 +219,7 @@ class Collector:
                 self.unsupported(error, code)  # fullgraph=True: it stops at the first break
         else:
             self._failures.append((error, stack, current_locations(), SourceLocation.defined(code)))
-            if self._watches and not isinstance(error, _torch.errors_of_ops()):
+            if self.watches and not isinstance(error, _torch.errors_of_ops()):
                 self.add_failures()
         return original(error, code, *args, **kwargs)
 
@@ -226,6 +248,8 @@ class Collector:
     def _graph(self, original: Any, output: Any, module: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         found = graphs.walk(module)
         compiled = original(output, module, *args, **kwargs)  # first: it may send Dynamo back for another attempt
+        code = getattr(getattr(output, "root_tx", None), "f_code", None)
+        self.recompiles.add_graph(module, _torch.compile_id(), code)
         inside = self.layers.path((getattr(output, "local_scope", None) or {}).get("self"))
         segments = graphs.segments(module, self.layers, inside)
         ops = sum(segment.ops for segment in segments)
@@ -243,31 +267,9 @@ class Collector:
         reasons = original(entries, frame, *args, **kwargs)
         if args[1:2] == (True,) or kwargs.get("skip_logging") or not reasons:
             return reasons
-        code = frame.f_code
         if 0 <= self.call < len(self.report.calls):
             self.report.calls[self.call].recompiles += 1
-        text = str(reasons[0])
-        guard = _guard(text)
-        cause, subject = classify_guard(guard), guard_subject(guard)
-        if cause == "size-one" and (_size_now(guard, frame) or 0) > 1:  # beyond the other end of the range
-            cause = "size-again"
-        key = code, subject
-        if cause == "size" and key in self._grown:
-            cause = "size-again"
-        self._grown.add(key)
-        if "/torch/optim/" in Path(code.co_filename).as_posix():
-            cause = classify_guard_of_optimizer(guard) or cause
-        if _count(entries) >= _torch.recompile_limit():
-            cause = "limit"
-            subject = _named(code)
-        definition, callers = SourceLocation.defined(code), current_locations()
-        if not self.layers.of((definition,)):  # the wrapper that a decorator made
-            definition = self.layers.forward or definition
-        if not is_user_code(code.co_filename):  # torch's own, such as a compiled optimizer.step or nn.Sequential
-            self.add(cause, subject, guard, callers, fallback=definition)
-            return reasons
-        stack = () if cause in ("size", "size-one") else _guard_stack(text, code)
-        self.add(cause, subject, guard, stack, callers=callers, fallback=definition)
+        self.recompiles.begin(reasons, _listed(entries), frame)
         return reasons
 
     def _no_capture(self, original: Any, message: str) -> None:
@@ -295,48 +297,32 @@ class Collector:
             yield
 
 
-def _guard(text: str) -> str:
-    """Return the guard that failed, as an expression, from torch's text of it."""
-    text = re.sub(r"^\d+/\d+(?:_\d+)?: ", "", text)
-    text = re.sub(r"\bkwargs\['(\w+)'\]", r"\1", text)
-    return re.split(r"\s+# |\n", text)[0].strip()
+def _bound_files(model: Any) -> set[str]:
+    """Return the files of a model's mixers whose functions `use_mamba_ops` binds."""
+    from mamba_ops.compat.transformers import use_mamba_ops
+
+    if not isinstance(model, torch.nn.Module):
+        return set()
+    try:
+        with use_mamba_ops(model) as binding:
+            return {str(sys.modules[name.rpartition(".")[0]].__file__) for name in binding.bound}
+    except ValueError:  # it has no such mixers
+        return set()
 
 
-def _named(code: types.CodeType) -> str:
-    """Return a function's name, and the line after which it begins where Dynamo compiled the rest of one."""
-    name = str(getattr(code, "co_qualname", code.co_name))  # Python 3.10 has no qualified name here
-    after = re.search(r"torch_dynamo_resume_in_\w+_at_(\d+)", name)
-    return function_name(name) + (f" after line {after[1]}" if after else "")
+def _first_of(broken: str | None, sentence: str) -> str:
+    return f"Mend the graph break at {broken}, first: this follows from it. Then: {sentence}" if broken else sentence
 
 
-def _count(entries: Any) -> int:
-    """Return how many versions of a function there are; torch 2.13 keeps a list of them, 2.11 a chain."""
+def _listed(entries: Any) -> Sequence[Any]:
+    """Return the versions of a function; torch 2.13 keeps a list of them, 2.11 a chain."""
     if isinstance(entries, Sequence):
-        return len(entries)
-    count = 0
+        return entries
+    found = []
     while entries is not None:
-        count, entries = count + 1, entries.next
-    return count
-
-
-def _size_now(guard: str, frame: Any) -> int | None:
-    """Return the size in this call for which a guard on `x.size()[0]` failed."""
-    found = re.search(r"[\w.\[\]']+\.size\(\)\[\d+\]", guard)
-    with contextlib.suppress(Exception):  # not every source is an expression
-        return int(eval(found[0], {}, dict(frame.f_locals))) if found else None
-    return None
-
-
-def _guard_stack(text: str, code: types.CodeType) -> tuple[SourceLocation, ...]:
-    """Return where the value in a guard was used; the guard's comment holds that, with the end of the file's path."""
-    if stack := locations_in_text(text):
-        return stack
-    for ending, line, name in re.findall(r"# .*# (\S+\.py):(\d+) in (\S+)", text):
-        modules = (getattr(module, "__file__", None) or "" for module in list(sys.modules.values()))
-        for file in (code.co_filename, *modules):
-            if file.endswith(ending) and is_user_code(file):
-                return (SourceLocation.of(file, int(line), function_name(name)),)
-    return ()
+        found.append(entries)
+        entries = entries.next
+    return found
 
 
 def _sentence(message: str) -> str:
@@ -349,8 +335,8 @@ def _sentence(message: str) -> str:
     return f"{heading}: {explained[0]}" if explained and explained[0] != "Explanation:" else heading
 
 
-def _subject(cause: str, message: str, source: str) -> str:
-    """Return the function or op that a break is about."""
+def _subject(cause: str, message: str, source: str, called: str | None = None) -> str:
+    """Return the function or op that a break is about; `called` is what the line calls where it broke."""
     patterns = {
         "item": r"call_method \S+ (item)\b",
         "dynamic-shape": r"`(aten\.\w+)",
@@ -363,10 +349,14 @@ def _subject(cause: str, message: str, source: str) -> str:
         if pattern and (found := re.search(pattern, message)):
             name = next(group for group in found.groups() if group)
             return f".{name}()" if cause in ("item", "tolist") else name
-    called = re.search(r"([\w.]+)\(", source)
+    if cause == "branch":
+        return "if"
+    if called:
+        return called
     if entered := re.search(r"\bwith ([\w.]+)", source):
         return entered[1]
-    return {"branch": "if"}.get(cause) or (called[1] if called else cause)
+    first = re.search(r"([\w.]+)\(", source)
+    return first[1] if first else cause
 
 
 def _hook_triton(stack: contextlib.ExitStack, on_compile: Callable[[str], None]) -> None:

@@ -4,8 +4,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mamba_ops.audit.report import KINDS, Finding, Report, compare, counted
-from mamba_ops.audit.show import caller, cells, describe, grouped, headings, short
+from mamba_ops.audit.recompiles import HEADINGS, story, summary
+from mamba_ops.audit.report import Finding, Report, compare
+from mamba_ops.audit.show import caller, cells, describe, grouped, headings, short, told
 from mamba_ops.audit.source_locations import SourceLocation
 
 _AROUND = 3  # lines of source on each side
@@ -34,18 +35,19 @@ def page(report: Report, before: Report | None = None) -> str:
         changes=changes,
         kinds=_kinds(report),
         headings=headings(report),
+        story_headings=HEADINGS,
+        story=[row.cells for row in story(report)],
+        story_summary=summary(report),
         rows=[(row.shapes, cells(row)[: len(headings(report))]) for row in report.calls],
     )
 
 
 def _kinds(report: Report) -> list[tuple[str, str]]:
     shown = []
-    for kind in KINDS:
-        notes = [finding.severity == "note" for finding in report.findings if finding.kind == kind]
-        words = [counted(kind, notes.count(False))] if False in notes else []
-        words += [f"{sum(notes)} note{'s' * (sum(notes) > 1)}"] if True in notes else []
-        if words:
-            shown.append((kind, " and ".join(words) if len(words) > 1 or False in notes else f"{words[0]} ({kind})"))
+    for total in report.totals:
+        words = [total.words] if total.findings else []
+        words += [f"{total.notes} note{'s' * (total.notes > 1)}"] if total.notes else []
+        shown.append((total.kind, " and ".join(words) if total.findings else f"{words[0]} ({total.kind})"))
     return shown
 
 
@@ -56,6 +58,7 @@ def _shown(name: str, finding: Finding) -> dict[str, Any]:
         "layers": grouped(finding.layers),
         "source": excerpt(finding.where) if finding.where else [],
         "caller": caller(finding),
+        "told": told(finding),
     }
 
 

@@ -106,16 +106,51 @@ RULES = {
         "error",
         "If {op} changes, make it a tensor buffer; if it differs between layers, decide by it in __init__.",
     ),
-    "constant": Rule("recompile", "error", "Pass {op} as a tensor, or keep it the same: each value is compiled."),
+    "number": Rule(
+        "recompile",
+        "note",
+        "Nothing, or dynamic=True for one compile less: torch makes {op} dynamic at its second value; 0 and 1 are "
+        "compiled for themselves.",
+    ),
+    "constant": Rule(
+        "recompile",
+        "error",
+        "Do not loop over {op} or index by it in the model, or pass it as a tensor: each value is compiled for itself.",
+    ),
+    "string": Rule(
+        "recompile",
+        "error",
+        "Decide by {op} before the model (in __init__, or one compiled function for each value): text is always a "
+        "constant to the compiler, and every value is compiled.",
+    ),
+    "flag": Rule(
+        "recompile",
+        "warning",
+        "Keep {op} one truth value, or compute both sides and select with torch.where: each value is compiled.",
+    ),
     "length": Rule("recompile", "error", "Keep {op} at one length, such as a tensor allocated beforehand."),
+    "keys": Rule(
+        "recompile", "error", "Keep the keys of {op} the same from call to call: each set of keys is compiled."
+    ),
+    "keywords": Rule(
+        "recompile",
+        "warning",
+        "Pass the same keyword arguments in every call (None where there is none yet): each form of call is compiled.",
+    ),
     "size-one": Rule(
         "recompile", "warning", "Keep {op} above 1 (padded), or mark_unbacked it: size 1 is always compiled for itself."
     ),
     "size-again": Rule(
         "recompile", "error", "Do not decide by {op} in the model (pad, mask, decide before): each answer is a graph."
     ),
+    "size-fixed": Rule(
+        "recompile",
+        "error",
+        "Do not loop over {op} in Python or take its int() in the model (one op for the whole length, or padding): "
+        "each size is compiled for itself.",
+    ),
     "size": Rule(
-        "recompile", "note", "Compile with dynamic=True or torch._dynamo.mark_dynamic ({op}): this costs one compile."
+        "recompile", "note", "Compile with dynamic=True, or call {marks} before the first call: this costs one compile."
     ),
     "hyperparameter": Rule(
         "recompile",
@@ -126,10 +161,34 @@ RULES = {
         "recompile", "note", "Nothing to do: the first step of an optimizer makes its state, and the second has it."
     ),
     "dtype": Rule("recompile", "warning", "Cast {op} before the model: each dtype is compiled for itself."),
-    "strides": Rule(
-        "recompile", "warning", "Make {op} contiguous before the model: each layout is compiled for itself."
+    "rank": Rule(
+        "recompile", "warning", "Give {op} one number of dimensions (view, unsqueeze): each is compiled for itself."
     ),
-    "type": Rule("recompile", "warning", "Pass {op} always or never: None and a tensor are compiled each for itself."),
+    "requires-grad": Rule(
+        "recompile",
+        "warning",
+        "Call with {op} always detached or never: with and without requires_grad are two graphs.",
+    ),
+    "device": Rule("recompile", "warning", "Keep {op} on one device: each device is compiled for itself."),
+    "dispatch-keys": Rule(
+        "recompile",
+        "warning",
+        "Make {op} the same way in every call (not once under torch.inference_mode or vmap, not of another subclass): "
+        "each kind of tensor is compiled.",
+    ),
+    "aliasing": Rule(
+        "recompile",
+        "warning",
+        "Pass different tensors for {op} (a clone), or always the same one: torch compiles each.",
+    ),
+    "strides": Rule(
+        "recompile",
+        "warning",
+        "Make {op} of one layout before the model (contiguous(), one memory_format): each layout is compiled.",
+    ),
+    "type": Rule(
+        "recompile", "warning", "Pass {op} always as one type: None, a tensor and a number are compiled each."
+    ),
     "grad-mode": Rule("recompile", "warning", "Call the model under one grad mode and one autocast state."),
     "identity": Rule(
         "recompile", "error", "Keep {op} the same object from call to call: it is guarded on by identity."
@@ -144,11 +203,7 @@ RULES = {
     "mutated-input": Rule(
         "copy", "warning", "Write to a contiguous cache of its own whose old values are not read after {op} has run."
     ),
-    "reference-path": Rule(
-        "fallback",
-        "warning",
-        "Run the model under mamba_ops.compat.transformers.use_mamba_ops(model), on {replacement}; or install {op}.",
-    ),
+    "reference-path": Rule("fallback", "warning", "Install {op}; without it a slower path runs."),
     "optional-package": Rule("fallback", "warning", "Install {op}; without it a slower path runs."),
     "refusal": Rule("fallback", "warning", "Give {op} what its faster backend takes: see the refusal."),
     "jit-first": Rule("jit", "note", "Warm {op} up before serving: it is compiled when it is first called."),
@@ -199,57 +254,21 @@ def classify_break(gb_type: str, text: str, source: str) -> str:
     return "other-break"
 
 
-_GUARDS = [
-    (r"size mismatch .*(expected 1, actual|actual 1$)", "size-one"),
-    (r"size mismatch", "size"),
-    (r"stride mismatch", "strides"),
-    (r"dtype mismatch", "dtype"),
-    (r"tensor '.*' (requires_grad|rank|dispatch|device)|expected type of|Tensor .*mismatch", "type"),
-    (r"2 <= |== 1\b.*size\(\)|0/1 specialization", "size-one"),
-    (r"size\(\)\[|\.size\(|stride\(\)|\.shape\[", "size-again"),
-    (r"^len\(|^not \w|keys\(\)", "length"),
-    (r" is None| is not None|TYPE_MATCH|___check_type_id|type\(", "type"),
-    (r"GRAD_MODE|grad_mode|autocast|torch_function|GLOBAL_STATE", "grad-mode"),
-    (r"___check_obj_id|ID_MATCH| is ", "identity"),
-    (r"^self\.[\w.\[\]']+ ==", "attribute"),
-    (r" == ", "constant"),
-]
+def remedy(cause: str, op: str, *around: str, binds: bool = False) -> str:
+    """Return the sentence.
 
-
-def classify_guard(guard: str) -> str:
-    """Return the cause of a recompile from the guard that failed."""
-    for pattern, cause in _GUARDS:
-        if re.search(pattern, guard):
-            return cause
-    return "other-guard"
-
-
-def classify_guard_of_optimizer(guard: str) -> str | None:
-    """Return the cause of a recompile in torch.optim, where it is one of its own."""
-    if "param_groups" in guard:
-        return "hyperparameter"
-    return "optimizer-state" if "self.state" in guard else None
-
-
-def guard_subject(guard: str) -> str:
-    """Return the argument or attribute that a guard is about."""
-    if named := re.match(r"tensor '(.+?)' ", guard):
-        dim = re.search(r"(?:size|stride) mismatch at index (\d+)", guard)
-        return named[1] + (f".shape[{dim[1]}]" if dim and "size" in guard else "")
-    if sized := re.search(r"([\w.\[\]']+)\.(?:size|stride)\(\)\[(\d+)\]", guard):
-        return f"{sized[1]}.shape[{sized[2]}]"
-    guard = re.sub(r"^not |^len\((.*?)\)", r"\1", guard)
-    guard = re.sub(r"___check_\w+\((.+?),.*", r"\1", guard)
-    if guard.startswith("___stack"):  # code after a break gets the values on the stack of Python as arguments
-        return "a value from before the break"
-    return re.split(r" (?:==|is|!=|in|<=|>=)\b| [<>=!]=? ", guard)[0].strip() or guard
-
-
-def remedy(cause: str, op: str, *around: str) -> str:
-    """Return the sentence; `around` are texts that may name a function that one of our ops replaces, nearest first."""
-    found = (replacement for text in (op, *around) if (replacement := _replacement(text)))
-    replacement = next(found, "torch.library.custom_op")
-    return RULES[cause].remedy.format(op=op, replacement=replacement)
+    Args:
+        cause: in `RULES`.
+        op: what the finding is about.
+        around: texts that may name a function that one of our ops replaces, nearest first.
+        binds: whether `use_mamba_ops` binds the functions of the file that the finding is in.
+    """
+    replacement = next((found for text in (op, *around) if (found := _replacement(text))), None)
+    if cause == "reference-path" and binds:
+        on = f" (on {replacement})" if replacement else ""
+        return f"Run the model under mamba_ops.compat.transformers.use_mamba_ops(model){on}; or install {op}."
+    marks = re.sub(r"([^\s,]+)\.shape\[(\d+)\]", r"torch._dynamo.mark_dynamic(\1, \2)", op)
+    return RULES[cause].remedy.format(op=op, marks=marks, replacement=replacement or "torch.library.custom_op")
 
 
 def _replacement(text: str) -> str | None:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mamba_ops.audit.source_locations import SourceLocation
 
-VERSION = 2  # of the JSON; raised when a name in it changes its meaning
+VERSION = 3  # of the JSON; raised when a name in it changes its meaning
 SEVERITIES = ("error", "warning", "note")
 KINDS = {
     "break": "graph breaks",
@@ -40,6 +41,31 @@ def counted(kind: str, count: int) -> str:
 
 
 @dataclasses.dataclass
+class Total:
+    """How much there is of a kind.
+
+    Attributes:
+        kind: one of `KINDS`.
+        findings: above a note.
+        times: how often those were seen.
+        notes: how many notes there are.
+        seconds: of compiling again, notes included.
+    """
+
+    kind: str
+    findings: int = 0
+    times: int = 0
+    notes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def words(self) -> str:
+        """As in "2 graph breaks (seen 5 times)"."""
+        seen = f" (seen {self.times} times)" if self.times > self.findings else ""
+        return counted(self.kind, self.findings) + seen
+
+
+@dataclasses.dataclass
 class Finding:
     """One thing that costs speed, or stops `fullgraph=True`.
 
@@ -58,6 +84,9 @@ class Finding:
         skipped_frame: the function that was not compiled at all because of this.
         needs_device: whether only the real device can confirm it.
         bytes: of a copy, where it is known.
+        values: of a recompile, what the argument or size was, in the order in which it was seen.
+        seconds: that were spent on compiling again because of it.
+        mend_first: the break without which this would not be, as "file:line in function, op".
     """
 
     kind: str
@@ -74,13 +103,29 @@ class Finding:
     skipped_frame: str | None = None
     needs_device: bool = False
     bytes: int | None = None
+    values: tuple[str, ...] = ()
+    seconds: float = 0.0
+    mend_first: str | None = None
 
     @property
     def key(self) -> tuple[str, ...]:
         """Equal for findings that are counted as one."""
-        if self.cause == "size":  # functions of one file recompile together
-            return (self.kind, self.cause, self.where.file if self.where else "")
+        if self.cause == "size":  # functions of one file, to which one size is passed, recompile together
+            dims = ",".join(re.findall(r"\.shape\[(\d+)\]", self.op))
+            return (self.kind, self.cause, self.where.file if self.where else "", dims, *self.values)
         return (self.kind, self.cause, str(self.where), self.op)
+
+    def is_same(self, other: "Finding") -> bool:
+        """Whether another finding is counted as this one."""
+        if self.key != other.key:
+            return False
+        one_function = self.where is not None and other.where is not None and str(self.where) == str(other.where)
+        return self.op == other.op or not one_function  # two arguments of one function are two findings
+
+    @property
+    def counted_as(self) -> str:
+        """The kind in totals: one that ends a graph is a break."""
+        return "break" if self.breaks else self.kind
 
     @property
     def classes(self) -> set[str]:
@@ -131,6 +176,48 @@ class CallRow:
     jit: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class ChangedValue:
+    """What a function was compiled again for: an argument, size or attribute with another value.
+
+    Attributes:
+        subject: its name, such as "x.shape[1]".
+        before, now: the values; "" where they are not known.
+        dynamic: whether the new version takes other values too.
+    """
+
+    subject: str
+    before: str = ""
+    now: str = ""
+    dynamic: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Recompile:
+    """One function that was compiled again.
+
+    Attributes:
+        call: the number of the call; 0 is the first.
+        compile_id: torch's name for the new version, such as "0/1".
+        function: its name, and the line after which it begins where it is the rest of one after a break.
+        where: where it is defined.
+        changed: why no version fitted.
+        versions: how many there were before, of at most `limit`.
+        seconds: that the compile took.
+        cause: of the finding that it is counted in.
+    """
+
+    call: int
+    compile_id: str
+    function: str
+    where: SourceLocation
+    changed: tuple[ChangedValue, ...]
+    versions: int
+    limit: int
+    seconds: float = 0.0
+    cause: str = ""
+
+
 @dataclasses.dataclass
 class Report:
     """All findings of one audit.
@@ -140,6 +227,7 @@ class Report:
         absent: whether the device is not present on this machine, so that nothing ran.
         calls: one row for each call.
         graphs: in the order in which they were made.
+        recompiles: in the order in which they were made; each is counted in one finding.
         backends: for our ops: which backend ran how often, and each refusal.
         notes: what was left out or replaced, in sentences.
         finished: False if it was interrupted or ran out of time; the rest is what was known then.
@@ -151,6 +239,7 @@ class Report:
     findings: list[Finding] = dataclasses.field(default_factory=list)
     calls: list[CallRow] = dataclasses.field(default_factory=list)
     graphs: list[Graph] = dataclasses.field(default_factory=list)
+    recompiles: list[Recompile] = dataclasses.field(default_factory=list)
     backends: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
     torch: str = ""
@@ -164,8 +253,7 @@ class Report:
     @property
     def verdict(self) -> str:
         """The report in one sentence; a finding that ends a graph counts as a graph break."""
-        serious = ["break" if f.breaks else f.kind for f in self.findings if f.severity != "note"]
-        counts = ", ".join(counted(kind, serious.count(kind)) for kind in KINDS if kind in serious)
+        counts = ", ".join(total.words for total in self.totals if total.findings)
         if not self.finished:
             return f"Interrupted. Found by then: {counts or 'nothing'}."
         if counts:
@@ -175,32 +263,51 @@ class Report:
         count = len(self.graphs)
         return f"Nothing to change: {count} graph{'s' if count != 1 else ''}, no break."
 
+    @property
+    def totals(self) -> "list[Total]":
+        """How many findings there are of each kind, the same in every view; one that ends a graph is a break."""
+        found: dict[str, Total] = {}
+        for finding in self.findings:
+            total = found.setdefault(finding.counted_as, Total(finding.counted_as))
+            if finding.severity == "note":
+                total.notes += 1
+            else:
+                total.findings += 1
+                total.times += finding.count
+            total.seconds = round(total.seconds + finding.seconds, 3)
+        return [found[kind] for kind in KINDS if kind in found]
+
     def failing(self, classes: Iterable[str]) -> list[Finding]:
         """Return the findings above a note that belong to one of these kinds."""
         wanted = set(classes)
         return [finding for finding in self.findings if finding.classes & wanted and finding.severity != "note"]
 
-    def add(self, finding: Finding) -> None:
-        """Add a finding, or count it if it is known already."""
+    def add(self, finding: Finding) -> Finding:
+        """Add a finding, or count it if it is known already; return the one that is kept."""
         for known in self.findings:
-            if known.key == finding.key:
+            if known.is_same(finding):
                 known.count += finding.count
                 known.layers = tuple(dict.fromkeys(known.layers + finding.layers))
                 known.skipped_frame = known.skipped_frame or finding.skipped_frame
                 known.breaks |= finding.breaks
+                known.values = tuple(dict.fromkeys(known.values + finding.values))
+                known.seconds = round(known.seconds + finding.seconds, 3)
+                known.mend_first = known.mend_first and finding.mend_first  # one that stands alone is to be mended
                 if SEVERITIES.index(finding.severity) < SEVERITIES.index(known.severity):
                     known.severity = finding.severity
-                return
+                return known
         self.findings.append(finding)
+        return finding
 
     def sort(self) -> None:
-        """Put the worst first."""
+        """Put first what cost the most seconds, and of what cost none, the worst."""
         kinds = list(KINDS)
-        self.findings.sort(key=lambda f: (SEVERITIES.index(f.severity), kinds.index(f.kind), -f.count))
+        self.findings.sort(key=lambda f: (-f.seconds, SEVERITIES.index(f.severity), kinds.index(f.kind), -f.count))
 
     def to_json(self) -> str:
         """Return the report as JSON; `from_json` reads it."""
-        facts = {"version": VERSION, "verdict": self.verdict, **dataclasses.asdict(self)}
+        totals = [dataclasses.asdict(total) for total in self.totals]
+        facts = {"version": VERSION, "verdict": self.verdict, "totals": totals, **dataclasses.asdict(self)}
         return json.dumps(facts, indent=1)
 
     @classmethod
@@ -214,13 +321,14 @@ class Report:
         if not isinstance(facts, dict) or facts.get("version") != VERSION:
             got = facts.get("version") if isinstance(facts, dict) else type(facts).__name__
             raise ValueError(f"got a report of version {got}, expected {VERSION}")
-        facts = {name: value for name, value in facts.items() if name not in ("version", "verdict")}
+        facts = {name: value for name, value in facts.items() if name not in ("version", "verdict", "totals")}
         facts["findings"] = [_finding(finding) for finding in facts["findings"]]
         facts["calls"] = [CallRow(**row) for row in facts["calls"]]
         facts["graphs"] = [
             Graph(**{**graph, "segments": [_segment(segment) for segment in graph["segments"]]})
             for graph in facts["graphs"]
         ]
+        facts["recompiles"] = [_recompile(recompile) for recompile in facts["recompiles"]]
         return cls(**facts)
 
 
@@ -228,10 +336,16 @@ def _segment(facts: Mapping[str, Any]) -> GraphSegment:
     return GraphSegment(**{**facts, "layers": tuple(facts["layers"])})
 
 
+def _recompile(facts: Mapping[str, Any]) -> Recompile:
+    changed = tuple(ChangedValue(**value) for value in facts["changed"])
+    return Recompile(**{**facts, "where": SourceLocation(**facts["where"]), "changed": changed})
+
+
 def _finding(facts: Mapping[str, Any]) -> Finding:
     where = SourceLocation(**facts["where"]) if facts["where"] else None
     stack = tuple(SourceLocation(**location) for location in facts["stack"])
-    return Finding(**{**facts, "where": where, "stack": stack, "layers": tuple(facts["layers"])})
+    tuples = {name: tuple(facts[name]) for name in ("layers", "values")}
+    return Finding(**{**facts, "where": where, "stack": stack, **tuples})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mamba_ops.audit.recompiles import HEADINGS, story, summary
 from mamba_ops.audit.report import KINDS, CallRow, Change, Finding, Graph, Report, compare
 from mamba_ops.audit.source_locations import SourceLocation, has_no_file
 
@@ -71,7 +72,7 @@ def lines(finding: Finding) -> list[str]:
         if finding.where.source:  # code of exec has none
             text.append(f"    {finding.where.source}")
         text += [f"called from {short(location)}: {location.source}" for location in caller(finding)]
-    text.append(finding.message)
+    text += told(finding)
     if finding.skipped_frame:
         text.append(f"All of {finding.skipped_frame} runs without the compiler because of this.")
     if finding.layers:
@@ -79,6 +80,16 @@ def lines(finding: Finding) -> list[str]:
     if finding.needs_device:
         text.append("Only the device itself can confirm this.")
     return [*text, f"-> {finding.remedy}"]
+
+
+def told(finding: Finding) -> list[str]:
+    """Return what was seen, in sentences."""
+    text = [finding.message]
+    if len(finding.values) > 2:
+        text.append(f"Values seen: {' -> '.join(finding.values)}")
+    if finding.seconds:
+        text.append(f"{finding.seconds:.1f} s of compiling were spent on this.")
+    return text
 
 
 def split_up(graph: Graph) -> str:
@@ -128,6 +139,15 @@ def show(report: Report, console: "Console") -> None:
             table.add_column(heading, justify="right")
         for row in report.calls:
             table.add_row(Text(row.shapes), *cells(row)[: len(headings(report))])
+        console.print(table)
+    if report.recompiles:
+        console.print()
+        table = Table(title=f"Recompiles: {summary(report)}", title_justify="left")
+        for heading in HEADINGS:
+            numbers = heading in ("of limit", "seconds")
+            table.add_column(heading, justify="right" if numbers else "left", overflow="fold")
+        for recompile in story(report):
+            table.add_row(*map(Text, recompile.cells))
         console.print(table)
     splits = Counter(split_up(graph) for graph in report.graphs if any(segment.splitting for segment in graph.segments))
     for parts, count in splits.items():

@@ -53,8 +53,15 @@ class SourceLocation:
 
     @classmethod
     def defined(cls, code: types.CodeType) -> "SourceLocation":
-        """Return the line of a function's `def`; a code object's first line is that of the first decorator."""
+        """Return the line of a function's `def`; a code object's first line is that of the first decorator.
+
+        The rest of a function after a break begins at a line inside, below the `def`.
+        """
         name = function_name(code.co_name)
+        if name != code.co_name:
+            for line in range(code.co_firstlineno, 0, -1):
+                if re.match(rf"\s*(async )?def {re.escape(name)}\b", linecache.getline(code.co_filename, line)):
+                    return cls.of(code.co_filename, line, name)
         last = max((line for _, _, line in code.co_lines() if line is not None), default=code.co_firstlineno)
         for line in range(code.co_firstlineno, last + 1):
             if linecache.getline(code.co_filename, line).lstrip().startswith(("def ", "async def ")):
@@ -116,6 +123,18 @@ def locations_in_text(text: str | None) -> tuple[SourceLocation, ...]:
     )
 
 
+def guard_location(text: str, code: types.CodeType) -> tuple[SourceLocation, ...]:
+    """Return where the value in a guard was used; torch's text ends in that, with the end of the file's path."""
+    if stack := locations_in_text(text):
+        return stack
+    for ending, line, name in re.findall(r"# .*# (\S+\.py):(\d+) in (\S+)", text):
+        modules = (getattr(module, "__file__", None) or "" for module in list(sys.modules.values()))
+        for file in (code.co_filename, *modules):
+            if file.endswith(ending) and is_user_code(file):
+                return (SourceLocation.of(file, int(line), function_name(name)),)
+    return ()
+
+
 def current_locations() -> tuple[SourceLocation, ...]:
     """Return the user code on the caller's stack, outermost first, down from the audit's call of the model."""
     frame: types.FrameType | None = sys._getframe(1)
@@ -147,12 +166,13 @@ class Layers:
         self._of_class: dict[type, list[str]] = {}
         self._known: dict[tuple[SourceLocation, ...], tuple[str, ...]] = {}
         self._paths: dict[int, str] = {}
-        self.forward: SourceLocation | None = None  # where the model's own forward is defined
+        self._wrapped: dict[types.CodeType, SourceLocation] = {}  # by the code of a decorator's wrapper
         if isinstance(model, nn.Module):
-            code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
-            if code is not None:
-                self.forward = SourceLocation.defined(code)
             for name, module in model.named_modules():
+                wrapper = getattr(type(module).forward, "__code__", None)
+                code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+                if wrapper is not None and code is not None and wrapper is not code:
+                    self._wrapped.setdefault(wrapper, SourceLocation.defined(code))
                 self._of_class.setdefault(type(module), []).append(name or type(module).__name__)
         self.name(model)
 
@@ -164,6 +184,10 @@ class Layers:
     def path(self, module: object) -> str:
         """Return the name of a module in the model, "" for the model itself and for other modules."""
         return self._paths.get(id(module), "")
+
+    def definition(self, code: types.CodeType) -> SourceLocation:
+        """Return where a function is defined; for the wrapper that a decorator put around a forward, that of this."""
+        return self._wrapped.get(code) or SourceLocation.defined(code)
 
     def of(self, stack: Iterable[SourceLocation]) -> tuple[str, ...]:
         """Return the modules with the innermost location of a stack that is in the code of any module."""

@@ -8,7 +8,8 @@ import torch
 from compile_tests.planted import CASES, breaks, guards
 from mamba_ops.audit import Report, audit
 from mamba_ops.audit.collect import Collector
-from mamba_ops.audit.remedies import RULES, classify_guard, guard_subject, remedy
+from mamba_ops.audit.guards import classify_guard, guard_subject
+from mamba_ops.audit.remedies import RULES, remedy
 from mamba_ops.audit.report import KINDS, SEVERITIES
 from mamba_ops.testing import assert_one_graph
 
@@ -88,7 +89,23 @@ def test_functions_of_others_are_given_ours():
         ("tensor 'x' size mismatch at index 0. expected 4, actual 1", "size-one", "x.shape[0]"),
         ("2 <= x.size()[0]", "size-one", "x.shape[0]"),
         ("self.layers[3].steps == 0", "attribute", "self.layers[3].steps"),
-        ("mode == 'relu'", "constant", "mode"),
+        ("mode == 'relu'", "string", "mode"),
+        ("num == 3", "number", "num"),
+        ("flag == True", "flag", "flag"),
+        ("tensor 'x' rank mismatch. expected 1, actual 2", "rank", "x"),
+        ("tensor 'x' requires_grad mismatch. expected requires_grad=0", "requires-grad", "x"),
+        ("tensor 'x' stride mismatch at index 0. expected 8, actual 1", "strides", "x"),
+        (
+            "tensor 'x' dispatch key set mismatch. expected DispatchKeySet(CPU), actual DispatchKeySet(CUDA)",
+            "dispatch-keys",
+            "x",
+        ),
+        ("expected type of 'x' to be a tensor type, ' but found <class 'int'>", "type", "x"),
+        ('Duplicate tensors found: ["s", "x"]', "aliasing", "s, x"),
+        ("not ___dict_contains('a', batch)", "keys", "batch"),
+        ("x.size()[0] == 33", "size-fixed", "x.shape[0]"),
+        ("other.size()[0] == x.size()[0]", "size-again", "other.shape[0]"),
+        ("GLOBAL_STATE changed: grad_mode ", "grad-mode", "grad_mode"),
         ("len(self.seen) == 1", "length", "self.seen"),
         ("not self.seen", "length", "self.seen"),
         ("state is None", "type", "state"),
