@@ -81,6 +81,70 @@ def test_what_is_no_export_is_refused(caches, monkeypatch):
         transfer.export(caches / "more", CPU)
 
 
+@pytest.mark.parametrize(
+    "manifest", ["", "[]", '"facts"', "7", "null", '{"torch": 2}', '{"torch"', "[" * 100_000, "\xff"]
+)
+def test_a_manifest_that_is_none_is_refused(manifest, caches):
+    path = caches / "exported" / transfer.MANIFEST
+    path.write_bytes(manifest.encode("latin-1"))
+    for call in (transfer.bring, transfer.export):
+        with pytest.raises(transfer.CachesError, match=r"mamba_ops_caches.json: .*expected what --export wrote"):
+            call(caches / "exported", CPU)
+
+
+@pytest.mark.parametrize("mode", [0o020, 0o002])
+@pytest.mark.parametrize("which", [".", transfer.MANIFEST, "triton/abc", "triton/abc/kernel.cubin"])
+def test_what_others_may_write_is_not_brought(which, mode, caches):
+    path = caches / "exported" / which
+    (caches / "triton" / "abc" / "kernel.cubin").unlink()
+    path.chmod(path.stat().st_mode | mode)
+    with pytest.raises(
+        transfer.CachesError, match=r"may be written by others \([-dwrx]+\), expected by its owner alone"
+    ):
+        transfer.bring(caches / "exported", CPU)
+    assert not (caches / "triton" / "abc" / "kernel.cubin").exists()
+
+
+def test_what_another_user_owns_is_not_brought(caches, monkeypatch):
+    owner = (caches / "exported").stat().st_uid
+    monkeypatch.setattr(transfer.os, "getuid", lambda: owner + 1)
+    if owner == 0:
+        assert transfer.bring(caches / "exported", CPU) == 0  # root's are trusted
+    else:
+        with pytest.raises(transfer.CachesError, match=f"belongs to user {owner}, expected you or root"):
+            transfer.bring(caches / "exported", CPU)
+
+
+@pytest.mark.parametrize("which", [".", transfer.MANIFEST, "triton", "triton/abc/kernel.cubin"])
+def test_symbolic_links_are_not_followed(which, caches):
+    path = caches / "exported" / which
+    elsewhere = path.rename(caches / "elsewhere")
+    (caches / "exported" / which).symlink_to(elsewhere)
+    with pytest.raises(transfer.CachesError, match="is a symbolic link, expected caches as files"):
+        transfer.bring(caches / "exported", CPU)
+
+
+def test_only_locks_are_left_behind(caches):
+    """Kernels with "lock" in their names are carried, as block_scan."""
+    folder = caches / "triton" / "abc"
+    for name in ("block_scan.cubin", "clock.json", "lock", "locks.py", "kernel.lock"):
+        (folder / name).write_bytes(b"1")
+    assert transfer.export(caches / "exported", CPU) == 3
+    found = {path.name for path in (caches / "exported" / "triton" / "abc").iterdir()}
+    assert found == {"kernel.cubin", "block_scan.cubin", "clock.json", "locks.py"}
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"child_paths": 1}', '{"child_paths": {"a": 1}}', "no json"])
+def test_a_list_of_files_that_is_none_is_refused(text, caches):
+    path = caches / "exported" / "triton" / "abc" / "__grp__kernel.json"
+    path.write_text(text)
+    path.chmod(0o644)
+    with pytest.raises(
+        transfer.CachesError, match=r"__grp__kernel.json: got no list of files .* expected one that Triton"
+    ):
+        transfer.bring(caches / "exported", CPU)
+
+
 # -- the commands -----------------------------------------------------------------------------------------------------
 
 
@@ -92,7 +156,9 @@ def test_the_command_exports_and_imports(caches):
     (caches / "triton" / "abc" / "kernel.cubin").unlink()
     done = command("warm-up", "--device", "cpu", "--import", caches / "exported", "--export", caches / "exported")
     assert done.exit_code == 0, done.output
-    assert done.output.splitlines() == [f"1 files from {caches / 'exported'}", f"0 files to {caches / 'exported'}"]
+    told, *counts = done.output.splitlines()
+    assert told.startswith("Caches are code, which processes that load them run")
+    assert counts == [f"1 files from {caches / 'exported'}", f"0 files to {caches / 'exported'}"]
     assert (caches / "triton" / "abc" / "kernel.cubin").read_bytes() == b"machine code"
 
 

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mamba_ops.compat import causal_conv1d as conv
-from mamba_ops.compat import fla, mamba_ssm
 from mamba_ops.layers import gated_rms_norm
 from mamba_ops.registry import use_backend
+from tests.compat_inputs import GDN, compat, conv_arguments, gdn_arguments, good_arguments, scan_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +19,6 @@ def _exact() -> Iterator[None]:
     with torch.no_grad(), use_backend("torch"):  # which alone takes float64
         yield
 
-
-compat = SimpleNamespace(**{n: f for m in (conv, fla, mamba_ssm) for n, f in vars(m).items() if not n.startswith("_")})
 
 ORIGINALS = {  # the parameters of mamba_ssm 2.3.2, causal_conv1d 1.6.1 and fla-core 0.6.0
     "causal_conv1d_fn": "x weight bias seq_idx initial_states return_final_states final_states_out activation",
@@ -46,30 +42,6 @@ ORIGINALS = {  # the parameters of mamba_ssm 2.3.2, causal_conv1d 1.6.1 and fla-
 def test_every_parameter_of_the_original_has_its_name_and_place(name: str) -> None:
     parameters = inspect.signature(getattr(compat, name)).parameters.values()
     assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == ORIGINALS[name].split()
-
-
-def conv_arguments(device: torch.device, length: int = 7) -> tuple[Tensor, Tensor, Tensor]:
-    x = torch.randn(2, length, 12, device=device, dtype=torch.float64).transpose(1, 2)
-    return (
-        x,
-        torch.randn(12, 4, device=device, dtype=torch.float64),
-        torch.randn(12, device=device, dtype=torch.float64),
-    )
-
-
-def scan_arguments(device: torch.device, length: int = 21) -> dict[str, Tensor]:
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=torch.float64)
-
-    return {
-        "x": normal(2, length, 4, 8),
-        "dt": normal(2, length, 4),
-        "A": -normal(4).exp(),
-        "B": normal(2, length, 2, 16),
-        "C": normal(2, length, 2, 16),
-        "D": normal(4),
-        "dt_bias": normal(4),
-    }
 
 
 @pytest.mark.parametrize("activation", [None, "silu", "swish"])
@@ -242,16 +214,6 @@ def test_selective_scan_is_the_recurrence(device: torch.device, groups: int | No
     assert torch.equal(compat.selective_scan_fn(u, delta, A, B, C, **options), out)
 
 
-def gdn_arguments(device: torch.device, length: int = 9) -> dict[str, Tensor]:
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(2, length, *shape, device=device, dtype=torch.float64)
-
-    return {"q": normal(2, 4), "k": normal(2, 4), "v": normal(4, 6), "g": -normal(4).exp(), "beta": normal(4).sigmoid()}
-
-
-GDN = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
-
-
 @pytest.mark.parametrize("name", GDN)
 @pytest.mark.parametrize("v_first", [False, True])
 def test_delta_rule_goes_on_from_initial_states(device: torch.device, name: str, v_first: bool) -> None:
@@ -295,28 +257,6 @@ def test_delta_rule_keeps_packed_sequences_apart(device: torch.device, name: str
         call(**arguments, cu_seqlens=ends)
 
 
-def good_arguments(function: str, device: torch.device) -> dict[str, Any]:
-    """A call that each function takes."""
-    scan = scan_arguments(device)
-    if function.startswith("causal"):
-        arguments = dict(zip(("x", "weight", "bias"), conv_arguments(device), strict=True))
-        return arguments | ({"conv_state": torch.zeros(2, 12, 3, device=device)} if "update" in function else {})
-    if function == "mamba_split_conv1d_scan_combined":
-        own = {"zxbcdt": torch.zeros(2, 7, 132, device=device), "conv1d_weight": torch.zeros(96, 4, device=device)}
-        scan = {name: scan[name] for name in ("A", "D", "dt_bias")} | own
-        return {**scan, "conv1d_bias": None, "chunk_size": 16, "headdim": 8, "ngroups": 2}
-    if function.endswith("delta_rule"):
-        return gdn_arguments(device)
-    if function == "selective_scan_fn":
-        ones = torch.ones(2, 6, 9, device=device)
-        return {"u": ones, "delta": ones, "A": -ones[0, :, :4], "B": ones[:, :4], "C": ones[:, :4]}
-    if function == "selective_state_update":
-        step = {name: scan[name][:, 0] for name in ("x", "dt", "B", "C")}
-        step["dt"], A = step["dt"][..., None].expand(2, 4, 8), scan["A"][:, None, None].expand(4, 8, 16)
-        return {**step, "A": A, "state": torch.zeros(2, 4, 8, 16, device=device)}
-    return {**scan, "chunk_size": 16}
-
-
 @pytest.mark.parametrize(
     ("function", "argument"),
     [
@@ -347,5 +287,6 @@ def test_what_cannot_be_honoured_is_refused(device: torch.device, function: str,
     call, arguments = getattr(compat, function), good_arguments(function, device)
     call(**arguments)
     bad = {"activation": "gelu", "headdim": None, "return_varlen_states": True, "zxbcdt": torch.zeros(2, 7, 131)}
+    bad["seq_idx"] = torch.zeros(2, 3, dtype=torch.int32)
     with pytest.raises(ValueError, match=f"^{function}: {argument}: got .*, expected "):
         call(**{**arguments, argument: bad.get(argument, torch.zeros(2, 7, dtype=torch.int32, device=device))})

@@ -25,6 +25,7 @@ _GDN = {
     "layer_types": ["linear_attention", "full_attention"],
     "head_dim": 16,
 }
+_SSD = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_chunk_size": 16}
 _EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
 _MODELS = {  # the modeling file, the model, its config and that config's sizes
     "mamba": ("mamba", "MambaForCausalLM", "MambaConfig", _MAMBA),
@@ -59,6 +60,97 @@ _MODELS = {  # the modeling file, the model, its config and that config's sizes
     "olmo_hybrid": ("olmo_hybrid", "OlmoHybridForCausalLM", "OlmoHybridConfig", {**_ATTENTION, **_GDN}),
 }
 MODELS = tuple(_MODELS)
+_MODELS |= {  # further models whose mixers are of those kinds, or have their short convolution alone
+    "zamba": (
+        "zamba",
+        "ZambaForCausalLM",
+        "ZambaConfig",
+        {
+            **_ATTENTION,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 5,
+            "num_hidden_layers": 3,
+            "layers_block_type": ["linear_attention", "hybrid", "hybrid"],  # hybrid ones share weights: two at least
+        },
+    ),
+    "zamba2": (
+        "zamba2",
+        "Zamba2ForCausalLM",
+        "Zamba2Config",
+        {
+            **_ATTENTION,
+            "mamba_d_state": 16,
+            "mamba_ngroups": 2,
+            "n_mamba_heads": 8,
+            "chunk_size": 16,
+            "layers_block_type": ["linear_attention", "hybrid"],
+        },
+    ),
+    "bamba": ("bamba", "BambaForCausalLM", "BambaConfig", {**_ATTENTION, **_SSD, "attn_layer_indices": [1]}),
+    "falcon_h1": ("falcon_h1", "FalconH1ForCausalLM", "FalconH1Config", {**_ATTENTION, **_SSD, "mamba_d_ssm": 64}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        "GraniteMoeHybridForCausalLM",
+        "GraniteMoeHybridConfig",
+        {
+            **_ATTENTION,
+            **_SSD,
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_local_experts": 0,
+            "shared_intermediate_size": 48,
+        },
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        "NemotronHForCausalLM",
+        "NemotronHConfig",
+        {
+            **_ATTENTION,
+            "head_dim": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 16,
+            "n_groups": 2,
+            "chunk_size": 16,
+            "layers_block_type": ["linear_attention", "full_attention"],
+        },
+    ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe",
+        "Qwen3_5MoeForCausalLM",
+        "Qwen3_5MoeTextConfig",
+        # a kernel for grouped experts takes no float64
+        {
+            **_ATTENTION,
+            **_GDN,
+            **_EXPERTS,
+            "num_experts_per_tok": 2,  # gradients of a router that takes one are rounding alone
+            "shared_expert_intermediate_size": 16,
+            "experts_implementation": "eager",
+        },
+    ),
+    "lfm2": ("lfm2", "Lfm2ForCausalLM", "Lfm2Config", {**_ATTENTION, "layer_types": ["conv", "full_attention"]}),
+    "kimi_linear": (
+        "kimi_linear",
+        "KimiLinearForCausalLM",
+        "KimiLinearConfig",
+        {
+            **_ATTENTION,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 16,
+            "linear_head_dim": 8,
+            "linear_num_heads": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "dense"],
+        },
+    ),
+}
+ALL_MODELS = tuple(_MODELS)
 
 
 def new_model(name: str, device: torch.device | str, **changes: Any) -> Any:

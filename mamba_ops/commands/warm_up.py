@@ -28,7 +28,10 @@ def warm_up(
     rows: Annotated[bool, typer.Option("--rows", help="Show every op in every way in which it was called.")] = False,
     export: Annotated[Path | None, typer.Option(file_okay=False, help="Copy the caches there, afterwards.")] = None,
     bring: Annotated[
-        Path | None, typer.Option("--import", file_okay=False, help="Take the caches from there, beforehand.")
+        Path | None,
+        typer.Option(
+            "--import", file_okay=False, help="Take the caches from there, beforehand. They are code: trust it."
+        ),
     ] = None,
 ) -> None:
     """Compile and load every kernel that a model or an op can ask for; carry the caches to identical machines."""
@@ -40,6 +43,7 @@ def warm_up(
         if target is None and bring is None and export is None:
             raise ValueError("got nothing to warm up, expected a model or the name of an op")
         if bring is not None:
+            console.print(f"Caches are code, which processes that load them run: whoever wrote {bring} is trusted.")
             console.print(f"{transfer.bring(bring, where)} files from {bring}")
         if target is not None:
             names = [name.strip() for name in backend.split(",")] if backend else None

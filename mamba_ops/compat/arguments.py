@@ -1,33 +1,32 @@
 """Arguments of the imitated functions that have no effect here, or that the ops take in another form."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from mamba_ops import functional
+from mamba_ops.ops._common import checking
+from mamba_ops.registry import Op
+
 States = tuple[Tensor, Tensor]
 """An output and the last states."""
-
-# Keyword arguments of a model that reach these functions too, and do not concern them: they ask for more outputs, are
-# for the loss, or choose among torch fallbacks.
-_OF_THE_MODEL = (
-    "num_items_in_batch",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "use_associative_scan",
-    "use_cache",
-    "use_mambapy",
-)
 
 
 def refuse(function: str, **arguments: object) -> None:
     """Raise if one of the arguments is set."""
     for name, got in arguments.items():
-        if got is not None and got is not False and name not in _OF_THE_MODEL:
-            packed = name in ("cu_seqlens", "seq_idx")
-            hint = "; the layers in mamba_ops.layers keep packed sequences apart, with cu_seqlens" if packed else ""
-            raise ValueError(
-                f"{function}: {name}: got a {type(got).__name__}, expected none: it has no effect here{hint}"
-            )
+        if got is not None and got is not False:
+            raise ValueError(f"{function}: {name}: got a {type(got).__name__}, expected none: it has no effect here")
+
+
+def floating(function: str, **tensors: Tensor | None) -> None:
+    """Raise unless every tensor holds ordinary floating-point numbers, where a function converts or computes itself."""
+    try:
+        checking.floating(**tensors)
+    except ValueError as error:
+        raise ValueError(f"{function}: {error}") from None
 
 
 def is_silu(function: str, activation: str | None) -> bool:
@@ -41,8 +40,108 @@ def all_have(initial_states: Tensor | None) -> Tensor | None:
     return None if initial_states is None else initial_states.new_ones(initial_states.shape[0], dtype=torch.bool)
 
 
+def upcast(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of states: float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def check_states(function: str, name: str, states: Tensor | None, shape: Sequence[int]) -> None:
+    """Raise unless states are floating-point numbers of exactly this shape, where there are any."""
+    floating(function, **{name: states})
+    if states is not None and states.shape != tuple(shape):
+        expected = f"{tuple(shape)}: a state for each sequence"
+        raise ValueError(f"{function}: {name}: got shape {tuple(states.shape)}, expected {expected}")
+
+
+def with_states(
+    function: str,
+    op: Op[...],
+    *inputs: Any,
+    cache: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    initial: tuple[str, Tensor | None] = ("", None),
+    **options: Any,
+) -> States:
+    """Return an op's output and the last states, which begin with the initial ones and are no one's cache.
+
+    Where gradients are asked for they are computed by `mamba_ops.functional`, which costs more on the host.
+
+    Args:
+        function: who was called, for errors.
+        op, inputs, options: what is called, with what; batch or packed rows, without caches.
+        cache: the op's argument that holds states.
+        shape, dtype: of the states.
+        initial: the initial states, of that shape, with the name of the argument.
+    """
+    name, states = initial
+    check_states(function, name, states, shape)
+    given = [t for t in (*inputs, *options.values(), states) if isinstance(t, Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        states = None if states is None else states.to(dtype)
+        out, last = getattr(functional, op.name)(*inputs, **options, initial_states=states)
+        return out, last.to(dtype)
+    last = inputs[0].new_zeros(shape, dtype=dtype) if states is None else states.to(dtype, copy=True)
+    return op(*inputs, **options, **{cache: last, "has_initial_state": all_have(states)}), last
+
+
 def per_head(tensor: Tensor, axes: int) -> Tensor:
     """Return a tensor without its last axes if they are expanded (stride 0): a kernel then reads one number a head."""
     if any(tensor.stride(-1 - axis) for axis in range(axes)):
         return tensor
     return tensor.flatten(-axes)[..., 0]
+
+
+class Packed:
+    """Sequences behind each other in the rows of a batch, as the ops take them: one row of all tokens.
+
+    Attributes:
+        cu_seqlens: (n + 1,), sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1] of all rows.
+    """
+
+    def __init__(
+        self, function: str, rows: Sequence[int], seq_idx: Tensor | None, cu_seqlens: Tensor | None = None
+    ) -> None:
+        """Take sequences from `cu_seqlens` where it is given, else from `seq_idx`, which waits for the device.
+
+        Args:
+            function: who was called, for errors.
+            rows: (batch, length) of the call's tensors.
+            seq_idx: integers `(batch, length)`: a sequence begins where a row does, and where the number changes.
+            cu_seqlens: int32 or int64 `(n + 1,)`; batch is 1 then.
+        """
+        batch, length = rows
+        if seq_idx is not None and (seq_idx.shape != (batch, length) or seq_idx.dtype not in _INTEGERS):
+            got = f"{str(seq_idx.dtype).removeprefix('torch.')} of shape {tuple(seq_idx.shape)}"
+            expected = f"int32 or int64 of shape {(batch, length)}: which sequence each token is of"
+            raise ValueError(f"{function}: seq_idx: got {got}, expected {expected}")
+        if cu_seqlens is not None:
+            if batch != 1:
+                expected = "1: all sequences are packed into one row"
+                raise ValueError(f"{function}: cu_seqlens: got a batch of {batch}, expected {expected}")
+        elif seq_idx is not None:
+            first = torch.ones_like(seq_idx, dtype=torch.bool)
+            first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+            begins = first.flatten().nonzero().flatten()
+            cu_seqlens = torch.cat((begins, begins.new_full((1,), batch * length)))
+        self.cu_seqlens, self._rows = cu_seqlens, (batch, length)
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        """Return `(batch, length, ...)` as the op takes it: `(batch * length, ...)` where sequences are packed."""
+        return tensor if self.cu_seqlens is None else tensor.flatten(0, 1)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Return the op's output as `(batch, length, ...)`."""
+        return tensor if self.cu_seqlens is None else tensor.unflatten(0, self._rows)
+
+    def last(self, states: Tensor) -> Tensor:
+        """Return the states of each row's last sequence, of those of all sequences."""
+        if self.cu_seqlens is None:
+            return states
+        batch, length = self._rows
+        ends = torch.arange(1, batch + 1, device=states.device, dtype=self.cu_seqlens.dtype) * length
+        last = torch.bucketize(ends, self.cu_seqlens[1:].contiguous())
+        return states[last.clamp(max=states.shape[0] - 1)]
+
+
+_INTEGERS = (torch.int32, torch.int64)

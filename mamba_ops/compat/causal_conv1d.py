@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mamba_ops import ops
-from mamba_ops.compat.arguments import States, all_have, is_silu, refuse
+from mamba_ops.compat.arguments import Packed, States, check_states, is_silu, refuse, with_states
 
 
 def causal_conv1d_fn(
@@ -16,37 +16,54 @@ def causal_conv1d_fn(
     return_final_states: bool = False,
     final_states_out: Tensor | None = None,
     activation: str | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
     **others: object,
 ) -> Tensor | States:
     """Convolve sequences `(batch, dim, length)`; with `return_final_states` also return their last width - 1 inputs.
 
+    Differentiable: x, weight, bias and initial_states; final states have gradients too.
+
     Args:
         x, weight, bias: `(batch, dim, length)`, `(dim, width)` and `(dim,)`.
-        seq_idx: refused.
+        seq_idx: int32 or int64 `(batch, length)`, the sequence that each token is of, where a row has several. Without
+            `cu_seqlens` too it waits for the device, and torch.compile does not trace it. No states then.
         initial_states: `(batch, dim, width - 1)`, the inputs before the first.
         return_final_states: whether to return `(output, final states)`.
         final_states_out: where the final states go, `(batch, dim, width - 1)`. Mutated.
         activation: None, "silu" or "swish".
+        cu_seqlens: not in the original. int32 or int64 `(n + 1,)`: sequence i is the tokens cu_seqlens[i] up to
+            cu_seqlens[i + 1]; batch is 1.
         others: refused.
     """
-    refuse("causal_conv1d_fn", seq_idx=seq_idx, **others)
+    name = "causal_conv1d_fn"
+    refuse(name, **others)
     if not return_final_states:
-        refuse("causal_conv1d_fn", final_states_out=final_states_out)
-    batch, dim, _ = x.shape
-    state = final_states_out
-    if state is None and (return_final_states or initial_states is not None):
-        state = x.new_zeros(batch, weight.shape[1] - 1, dim).transpose(1, 2)
-    if state is not None and initial_states is not None:
-        state.copy_(initial_states)
-    out = ops.causal_conv1d(
-        x.transpose(1, 2),
-        weight,
-        bias,
-        conv_state=state,
-        has_initial_state=all_have(initial_states),
-        silu=is_silu("causal_conv1d_fn", activation),
-    ).transpose(1, 2)
-    return (out, state) if return_final_states and state is not None else out
+        refuse(name, final_states_out=final_states_out)
+    batch, dim, length = x.shape
+    packed = Packed(name, (batch, length), seq_idx, cu_seqlens)
+    silu, rows = is_silu(name, activation), packed.flat(x.transpose(1, 2))
+    if not return_final_states and initial_states is None:
+        out = ops.causal_conv1d(rows, weight, bias, cu_seqlens=packed.cu_seqlens, silu=silu)
+        return packed.rows(out).transpose(1, 2)
+    if packed.cu_seqlens is not None:
+        expected = "neither initial nor final states: they are of whole rows"
+        raise ValueError(f"{name}: seq_idx: got packed sequences, expected {expected}")
+    shape = (batch, dim, weight.shape[-1] - 1)
+    check_states(name, "final_states_out", final_states_out, shape)
+    out, states = with_states(
+        name,
+        ops.causal_conv1d,
+        *(rows, weight, bias),
+        cache="conv_state",
+        shape=shape,
+        dtype=x.dtype,
+        initial=("initial_states", initial_states),
+        silu=silu,
+    )
+    if final_states_out is not None:
+        states = final_states_out.copy_(states)
+    return (out.transpose(1, 2), states) if return_final_states else out.transpose(1, 2)
 
 
 def causal_conv1d_update(

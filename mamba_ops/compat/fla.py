@@ -4,15 +4,13 @@ States of fla are `(n, v_heads, k_dim, v_dim)` unless `state_v_first`; the ops h
 view.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.functional import softplus
 
 from mamba_ops import ops
-from mamba_ops.compat.arguments import all_have, refuse
+from mamba_ops.compat.arguments import check_states, floating, refuse, upcast, with_states
 
 OutputAndState = tuple[Tensor, Tensor | None]
 
@@ -42,6 +40,8 @@ def chunk_gated_delta_rule(
 ) -> OutputAndState:
     """Read sequences with the gated delta rule; return their output and, if asked for, their last states in float32.
 
+    Differentiable: q, k, v, g, beta, A_log, dt_bias and initial_state; last states have gradients too.
+
     Args:
         q, k: `(batch, length, k_heads, k_dim)`; with `cu_seqlens` batch is 1.
         v: `(batch, length, v_heads, v_dim)`.
@@ -58,25 +58,12 @@ def chunk_gated_delta_rule(
         cp_context, others: refused.
         use_gate_in_kernel: whether g is -exp(A_log) * softplus(g + dt_bias), with `A_log` and `dt_bias` `(v_heads,)`.
     """
-    refuse("chunk_gated_delta_rule", cp_context=cp_context, **others)
-    g = _decay("chunk_gated_delta_rule", g, use_gate_in_kernel, A_log, dt_bias)
-    beta = _beta(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
-
-    def op(state: Tensor | None, **options: Any) -> Tensor:
-        known = None if state is None else all_have(initial_state)
-        return ops.chunk_gated_delta_rule(ssm_state=state, has_initial_state=known, scale=scale, **options)
-
-    return _on_states(
-        "chunk_gated_delta_rule",
-        op,
-        (q, k, v, g, beta),
-        initial_state,
-        output_final_state,
-        keep=output_final_state,
-        v_first=state_v_first,
-        cu_seqlens=cu_seqlens,
-        qk_l2norm=use_qk_l2norm_in_kernel,
-    )
+    name = "chunk_gated_delta_rule"
+    refuse(name, cp_context=cp_context, **others)
+    g = _decay(name, g, use_gate_in_kernel, A_log, dt_bias)
+    beta = _beta(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens, "qk_l2norm": use_qk_l2norm_in_kernel}
+    return _on_states(name, (q, k, v, g, beta), initial_state, output_final_state, state_v_first, **options)
 
 
 def fused_recurrent_gated_delta_rule(
@@ -100,7 +87,7 @@ def fused_recurrent_gated_delta_rule(
     cu_seqlens: Tensor | None = None,
     **others: object,
 ) -> OutputAndState:
-    """Read a few tokens of every sequence, one after the other.
+    """Read a few tokens of every sequence, one after the other. As in the original, nothing here has gradients.
 
     Args:
         g, beta: None: nothing decays, values are written whole.
@@ -112,54 +99,49 @@ def fused_recurrent_gated_delta_rule(
     refuse(name, gk=gk, gv=gv, **others)
     zeros = v.new_zeros(v.shape[:-1])
     g = zeros if g is None else _decay(name, g, use_gate_in_kernel, A_log, dt_bias)
-    beta = zeros + 1 if beta is None else _beta(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
-
-    def op(state: Tensor | None, *, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        assert state is not None  # for mypy; keep=True
-        return ops.gated_delta_rule_update(state, q, k, v, scale=scale, **options)
-
-    return _on_states(
-        name,
-        op,
-        (q, k, v, g, beta),
-        initial_state,
-        output_final_state,
-        keep=True,
-        v_first=state_v_first,
-        cu_seqlens=cu_seqlens,
-        qk_l2norm=use_qk_l2norm_in_kernel,
-    )
+    beta = zeros + 1 if beta is None else _beta(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens, "qk_l2norm": use_qk_l2norm_in_kernel}
+    return _on_states(name, (q, k, v, g, beta), initial_state, output_final_state, state_v_first, **options)
 
 
 def _on_states(
     function: str,
-    op: Callable[..., Tensor],
     tensors: tuple[Tensor, ...],
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    *,
+    initial: Tensor | None,
     keep: bool,
     v_first: bool,
+    *,
     cu_seqlens: Tensor | None,
-    qk_l2norm: bool,
+    **options: Any,
 ) -> OutputAndState:
-    """Call an op with copies of the initial states; return its output, and the last states or None."""
+    """Run the op of a function on q, k, v, g, beta; return its output, and the last states if they are to be kept."""
     q, _, v, *_ = tensors
+    floating(function, q=q)
     if cu_seqlens is not None and q.shape[0] != 1:
         expected = "1: with cu_seqlens all sequences are packed into one row"
         raise ValueError(f"{function}: q: got a batch of {q.shape[0]}, expected {expected}")
-    n, dtype = (q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1), _upcast(q)
-    state, k_dim, v_dim = None, q.shape[-1], v.shape[-1]
-    if initial_state is not None:
-        state = initial_state.to(dtype, copy=True)
-    elif keep:
-        state = q.new_zeros(n, v.shape[-2], *((v_dim, k_dim) if v_first else (k_dim, v_dim)), dtype=dtype)
+    rows, heads = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, v.shape[-2]
+    k_dim, v_dim = q.shape[-1], v.shape[-1]
+    shape = (rows, heads, v_dim, k_dim)
+    check_states(function, "initial_state", initial, shape if v_first else (rows, heads, k_dim, v_dim))
+    if initial is not None and not v_first:
+        initial = initial.transpose(-1, -2)
     if cu_seqlens is not None:
-        tensors = tuple(t.squeeze(0) for t in tensors)
-    options = dict(zip(("q", "k", "v", "g", "beta"), tensors, strict=True))
-    ssm_state = state if state is None or v_first else state.transpose(-1, -2)
-    out = op(ssm_state, **options, cu_seqlens=cu_seqlens, qk_l2norm=qk_l2norm)
-    return out if cu_seqlens is None else out.unsqueeze(0), state if output_final_state else None
+        tensors, options["cu_seqlens"] = tuple(t.squeeze(0) for t in tensors), cu_seqlens
+    states: Tensor | None = None
+    if function == "fused_recurrent_gated_delta_rule":
+        states = q.new_zeros(shape, dtype=upcast(q)) if initial is None else initial.to(upcast(q), copy=True)
+        *rest, g, beta = tensors
+        out = ops.gated_delta_rule_update(states, *rest, g=g, beta=beta, **options)
+    elif initial is None and not keep:
+        out = ops.chunk_gated_delta_rule(*tensors, **options)
+    else:
+        given: dict[str, Any] = {"cache": "ssm_state", "shape": shape, "dtype": upcast(q)}
+        given["initial"] = ("initial_state", initial)
+        out, states = with_states(function, ops.chunk_gated_delta_rule, *tensors, **given, **options)
+    if states is not None and not v_first:
+        states = states.transpose(-1, -2).contiguous()
+    return out if cu_seqlens is None else out.unsqueeze(0), states if keep else None
 
 
 def _decay(function: str, g: Tensor, raw: bool, A_log: Tensor | None, dt_bias: Tensor | None) -> Tensor:
@@ -168,13 +150,13 @@ def _decay(function: str, g: Tensor, raw: bool, A_log: Tensor | None, dt_bias: T
         return g
     if A_log is None:
         raise ValueError(f"{function}: A_log: got None with use_gate_in_kernel, expected a tensor (v_heads,)")
-    g = g.to(_upcast(g))
-    return -A_log.to(g.dtype).exp() * functional.softplus(g if dt_bias is None else g + dt_bias)
+    floating(function, g=g, A_log=A_log, dt_bias=dt_bias)
+    g = g.to(upcast(g))
+    return -A_log.to(g.dtype).exp() * softplus(g if dt_bias is None else g + dt_bias)
 
 
-def _beta(beta: Tensor, raw: bool, twice: bool) -> Tensor:
-    return beta.to(_upcast(beta)).sigmoid() * (2 if twice else 1) if raw else beta
-
-
-def _upcast(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def _beta(function: str, beta: Tensor, raw: bool, twice: bool) -> Tensor:
+    if not raw:
+        return beta
+    floating(function, beta=beta)
+    return beta.to(upcast(beta)).sigmoid() * (2 if twice else 1)

@@ -1,13 +1,13 @@
 """The functions of mamba_ssm 2.3, over our ops."""
 
 import math
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.functional import linear
 
 from mamba_ops import ops
-from mamba_ops.compat.arguments import States, all_have, is_silu, per_head, refuse
+from mamba_ops.compat.arguments import Packed, States, floating, is_silu, per_head, refuse, upcast, with_states
 from mamba_ops.layers import gated_rms_norm
 
 
@@ -61,6 +61,8 @@ def selective_scan_fn(
 ) -> Tensor | States:
     """Scan sequences of length `length`; with `return_last_state` also return their last states, in float32.
 
+    Differentiable: u, delta, A, B, C, D, z and delta_bias; unlike in the original, last states have gradients too.
+
     Args:
         u, delta, z: `(batch, dim, length)`.
         A: `(dim, dstate)`, real.
@@ -72,26 +74,19 @@ def selective_scan_fn(
     """
     name = "selective_scan_fn"
     refuse(name, **others)
+    floating(name, u=u, delta=delta, delta_bias=delta_bias)  # which the op calls otherwise
     for argument, tensor in (("B", B), ("C", C)):
         if tensor.dim() not in (3, 4):
             expected = "(batch, dstate, length) or (batch, groups, dstate, length)"
             raise ValueError(f"{name}: {argument}: got shape {tuple(tensor.shape)}, expected {expected}")
-    state = None
-    if return_last_state:
-        state = u.new_zeros(u.shape[0], *A.shape, dtype=torch.promote_types(u.dtype, torch.float32))
-    out = ops.selective_scan(
-        u.transpose(1, 2),
-        delta.transpose(1, 2),
-        A,
-        B.movedim(-1, 1),
-        C.movedim(-1, 1),
-        D=D,
-        z=None if z is None else z.transpose(1, 2),
-        dt_bias=delta_bias,
-        dt_softplus=delta_softplus,
-        ssm_state=state,
-    ).transpose(1, 2)
-    return (out, state) if state is not None else out
+    tensors = (u.transpose(1, 2), delta.transpose(1, 2), A, B.movedim(-1, 1), C.movedim(-1, 1))
+    z = None if z is None else z.transpose(1, 2)
+    options: dict[str, Any] = {"D": D, "z": z, "dt_bias": delta_bias, "dt_softplus": delta_softplus}
+    if not return_last_state:
+        return ops.selective_scan(*tensors, **options).transpose(1, 2)
+    states: dict[str, Any] = {"cache": "ssm_state", "shape": (u.shape[0], *A.shape), "dtype": upcast(u)}
+    out, last = with_states(name, ops.selective_scan, *tensors, **states, **options)
+    return out.transpose(1, 2), last
 
 
 def mamba_chunk_scan_combined(
@@ -115,6 +110,8 @@ def mamba_chunk_scan_combined(
 ) -> Tensor | States:
     """Scan sequences of length `length`; with `return_final_states` also return their last states, in float32.
 
+    Differentiable: x, dt, A, B, C, D, z, dt_bias and initial_states; final states have gradients too.
+
     Args:
         x, z: `(batch, length, heads, dim)`.
         dt: `(batch, length, heads)`.
@@ -123,37 +120,49 @@ def mamba_chunk_scan_combined(
         chunk_size: tokens per chunk.
         D: `(heads,)` or `(heads, dim)`.
         initial_states: `(batch, heads, dim, dstate)`.
-        seq_idx, cu_seqlens, return_varlen_states: refused.
+        seq_idx: int32 or int64 `(batch, length)`, the sequence that each token is of, where a row has several; final
+            states are those of the rows' last ones. Without `cu_seqlens` too it waits for the device, and torch.compile
+            does not trace it. No initial states then.
+        cu_seqlens: int32 or int64 `(n + 1,)`: sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1]; batch is
+            1.
+        return_varlen_states: refused.
         dt_softplus: whether softplus is applied to dt after the bias.
         dt_limit: the least and the largest dt.
         return_final_states: whether to return `(output, final states)`.
         others: refused.
     """
     name = "mamba_chunk_scan_combined"
-    refuse(name, seq_idx=seq_idx, cu_seqlens=cu_seqlens, return_varlen_states=return_varlen_states, **others)
-    state_dtype, state = torch.promote_types(x.dtype, torch.float32), None
-    if initial_states is not None:
-        state = initial_states.to(state_dtype, copy=True)
-    elif return_final_states:
-        state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1], dtype=state_dtype)
+    refuse(name, return_varlen_states=return_varlen_states, **others)
+    floating(name, x=x)
+    packed = Packed(name, x.shape[:2], seq_idx, cu_seqlens)
+    if packed.cu_seqlens is not None and initial_states is not None:
+        expected = "None: it is not said which sequence of a row they would be of"
+        raise ValueError(f"{name}: initial_states: got states and packed sequences, expected {expected}")
+    tensors = (packed.flat(x), packed.flat(dt), A, packed.flat(B), packed.flat(C), chunk_size)
     dt_min, dt_max = dt_limit
-    out = ops.mamba_chunk_scan(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        chunk_size,
-        D=D,
-        z=z,
-        dt_bias=dt_bias,
-        dt_softplus=dt_softplus,
-        dt_min=dt_min,
-        dt_max=dt_max,
-        ssm_state=state,
-        has_initial_state=all_have(initial_states),
+    options: dict[str, Any] = {
+        "D": D,
+        "z": None if z is None else packed.flat(z),
+        "dt_bias": dt_bias,
+        "dt_softplus": dt_softplus,
+        "dt_min": dt_min,
+        "dt_max": dt_max,
+        "cu_seqlens": packed.cu_seqlens,
+    }
+    if not return_final_states and initial_states is None:
+        return packed.rows(ops.mamba_chunk_scan(*tensors, **options))
+    rows = x.shape[0] if packed.cu_seqlens is None else packed.cu_seqlens.shape[0] - 1
+    out, last = with_states(
+        name,
+        ops.mamba_chunk_scan,
+        *tensors,
+        cache="ssm_state",
+        shape=(rows, *x.shape[2:], B.shape[-1]),
+        dtype=upcast(x),
+        initial=("initial_states", initial_states),
+        **options,
     )
-    return (out, state) if return_final_states and state is not None else out
+    return (packed.rows(out), packed.last(last)) if return_final_states else packed.rows(out)
 
 
 def mamba_split_conv1d_scan_combined(
@@ -180,6 +189,8 @@ def mamba_split_conv1d_scan_combined(
 ) -> Tensor | States:
     """Run a Mamba-2 mixer without caches from its first projection `zxbcdt` on, and return what the mixer returns.
 
+    Differentiable: all tensors but seq_idx.
+
     Args:
         zxbcdt: `(batch, length, heads * dim + conv_dim + heads)`: gate, what is convolved, dt.
         conv1d_weight, conv1d_bias: `(conv_dim, width)` and `(conv_dim,)`, conv_dim = heads * dim + 2 * groups * dstate.
@@ -195,7 +206,10 @@ def mamba_split_conv1d_scan_combined(
         others: refused.
     """
     name = "mamba_split_conv1d_scan_combined"
-    refuse(name, seq_idx=seq_idx, **others)
+    refuse(name, **others)
+    floating(
+        name, zxbcdt=zxbcdt, rmsnorm_weight=rmsnorm_weight, outproj_weight=outproj_weight, outproj_bias=outproj_bias
+    )
     heads, dim = D.shape if D.dim() == 2 else (D.shape[0], headdim)
     if dim is None:
         raise ValueError(f"{name}: headdim: got None, expected the size of a head, as D is per head")
@@ -206,8 +220,9 @@ def mamba_split_conv1d_scan_combined(
         )
         raise ValueError(f"{name}: zxbcdt: got {zxbcdt.shape[-1]} channels, expected {expected}")
     gate, mixed, dt = zxbcdt.split([inner, conv_dim, heads], dim=-1)
-    mixed = ops.causal_conv1d(mixed, conv1d_weight, conv1d_bias, silu=is_silu(name, activation))
-    x, B, C = mixed.split([inner, (conv_dim - inner) // 2, (conv_dim - inner) // 2], dim=-1)
+    packed, silu = Packed(name, zxbcdt.shape[:2], seq_idx), is_silu(name, activation)
+    mixed = ops.causal_conv1d(packed.flat(mixed), conv1d_weight, conv1d_bias, cu_seqlens=packed.cu_seqlens, silu=silu)
+    x, B, C = packed.rows(mixed).split([inner, (conv_dim - inner) // 2, (conv_dim - inner) // 2], dim=-1)
     y = mamba_chunk_scan_combined(
         x.unflatten(-1, (heads, dim)),
         dt,
@@ -219,6 +234,7 @@ def mamba_split_conv1d_scan_combined(
         z=gate.unflatten(-1, (heads, dim)) if rmsnorm_weight is None else None,
         dt_bias=dt_bias,
         initial_states=initial_states,
+        seq_idx=seq_idx,
         dt_softplus=True,
         dt_limit=dt_limit,
         return_final_states=return_final_states,
@@ -230,5 +246,5 @@ def mamba_split_conv1d_scan_combined(
             out, gate, rmsnorm_weight, groups=ngroups, eps=rmsnorm_eps, norm_before_gate=norm_before_gate
         )
     if outproj_weight is not None:
-        out = functional.linear(out, outproj_weight, outproj_bias)
+        out = linear(out, outproj_weight, outproj_bias)
     return (out, states[0]) if states else out

@@ -5,26 +5,24 @@ one was asked for, else to mamba_ssm, causal_conv1d or fla if they are installed
 mixer looks the function up by its name in the file, at every call; `use_mamba_ops` puts functions of this package
 there.
 
-They have the parameters of the originals. Mixers pass them all keyword arguments that the model was called with, and
-Transformers silently drops those that a function does not name. Here each one is honoured or refused, but for those
-that concern the model alone.
+They have the parameters of the originals. Mixers pass them all keyword arguments that the model was called with; as
+Transformers does, those that a function does not name are dropped. None that says where packed documents begin is: it
+is honoured, or refused.
 """
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from mamba_ops.compat import fla
+from mamba_ops.compat.arguments import Packed
 from mamba_ops.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from mamba_ops.compat.fla import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-from mamba_ops.compat.mamba_ssm import (
-    mamba_chunk_scan_combined,
-    mamba_split_conv1d_scan_combined,
-    selective_scan_fn,
-    selective_state_update,
-)
+from mamba_ops.compat.mamba_ssm import mamba_chunk_scan_combined, selective_scan_fn, selective_state_update
 
 
 @dataclass(eq=False)
@@ -67,10 +65,15 @@ _bindings: dict[str, tuple[dict[str, Any], list[Binding]]] = {}  # by file: the 
 def use_mamba_ops(model: nn.Module) -> Binding:
     """Let the recurrent mixers of a Transformers model run on our ops, until `undo()` of what is returned.
 
-    Those are the Mamba, Mamba-2 and gated-delta-net mixers of Mamba, Falcon-Mamba, Jamba, Mamba-2, its hybrids,
-    Qwen3-Next, Qwen3.5, OLMo-hybrid, and of each modeling file that calls the functions of a family by its names.
-    Parameters, cache and `generate()` do not change. As the functions belong to the modeling file, all models that
-    share it change together. The ops record no gradients: call the model under `no_grad`.
+    Those are the Mamba, Mamba-2 and gated-delta-net mixers of Mamba, Falcon-Mamba, Jamba, Zamba, Mamba-2, its hybrids,
+    Qwen3-Next, Qwen3.5, OLMo-hybrid, and of each modeling file that calls the functions of a family by its names; of
+    LFM2, Kimi-Linear and others the short convolutions. Parameters, cache and `generate()` do not change. As the
+    functions belong to the modeling file, all models that share it change together.
+
+    The model trains as it did: in `train()` too its mixers call their projections and norms as modules, and honour the
+    attention mask. Steps that decode one token record no gradients: call them under `no_grad`. Packed documents are
+    kept apart if the model is called with `cu_seq_lens_q`, or `seq_idx`, which waits for the device; not in Mamba-1
+    mixers, which refuse both.
 
     Args:
         model: a model with such mixers, or any module that holds one.
@@ -93,6 +96,7 @@ def use_mamba_ops(model: nn.Module) -> Binding:
         binding._files.append(file)
         binding.bound += [f"{file}.{name}" for name in originals]
         binding.not_bound |= {f"{file}.{name}": "there is none" for name in functions if name not in originals}
+        binding.not_bound |= {f"{file}.{name}": "there is no op for it" for name in _WITHOUT_AN_OP if name in names}
         names.update({name: functions[name] for name in originals})
     return binding
 
@@ -105,37 +109,97 @@ def is_bound(module: nn.Module) -> bool:
 def _functions_of(names: dict[str, Any]) -> dict[str, Callable[..., Any]]:
     """Return the functions for a modeling file with these names: those of every family that it calls."""
     functions: dict[str, Callable[..., Any]] = {}
-    for mark, family in _FAMILIES.items():
-        if callable(names.get(mark)):
+    for marks, family in _FAMILIES.items():
+        if all(callable(names.get(mark)) for mark in marks):
             functions |= _CONVOLUTIONS | family
     return functions
 
 
-def mamba_inner_fn(*args: object, **kwargs: object) -> None:
+def _for_mixers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function take all that mixers pass: it gets what it names, and `cu_seq_lens_q` as its `cu_seqlens`."""
+    kinds = inspect.signature(function).parameters.values()
+    names = frozenset(p.name for p in kinds if p.kind is not p.VAR_KEYWORD)
+
+    @functools.wraps(function)
+    def call(*args: Any, cu_seq_lens_q: Tensor | None = None, **others: Any) -> Any:
+        known = {name: value for name, value in others.items() if name in names}
+        if "cu_seqlens" in names and known.get("cu_seqlens") is None:
+            known["cu_seqlens"] = cu_seq_lens_q
+        return function(*args, **known)
+
+    return call
+
+
+_convolution = _for_mixers(causal_conv1d_fn)
+
+
+@functools.wraps(causal_conv1d_fn)
+def _convolution_of_mamba(*args: Any, **others: Any) -> Any:
+    """Refuse packed documents: a Mamba-1 mixer does not tell its scan of them."""
+    for name in ("cu_seq_lens_q", "cu_seqlens", "seq_idx"):
+        if others.get(name) is not None:
+            expected = "None: Mamba-1 mixers do not hand it to their scan; give each document a row of its own"
+            raise ValueError(f"causal_conv1d_fn: {name}: got packed documents, expected {expected}")
+    return _convolution(*args, **others)
+
+
+@_for_mixers
+def _delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> fla.OutputAndState:
+    """Read rows, of packed documents too; the last states are those of the rows, as a cache keeps them."""
+    packed = Packed("chunk_gated_delta_rule", q.shape[:2], seq_idx, cu_seqlens)
+    tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
+    if packed.cu_seqlens is not None:
+        tensors = {name: packed.flat(tensor).unsqueeze(0) for name, tensor in tensors.items()}
+    out, states = fla.chunk_gated_delta_rule(
+        **tensors,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        cu_seqlens=packed.cu_seqlens,
+    )
+    out = out if packed.cu_seqlens is None else packed.rows(out.squeeze(0))
+    return out, None if states is None else packed.last(states)
+
+
+def _no_fused_mixer(*args: object, **kwargs: object) -> None:
     """Return None, as Transformers' own function does without mamba_ssm: there is no kernel for a whole mixer.
 
-    The mixer then calls its parts. mamba_ssm's kernel is not imitated: it normalises step sizes after their projection,
-    where the mixer's parts, and so every other way to run the model, do so before.
+    The mixer then calls its parts. A fused one would take raw weights, past what wraps a projection, and knows no
+    attention mask; mamba_ssm's for Mamba-1 also normalises step sizes at another place than the parts do.
     """
 
 
 _CONVOLUTIONS: dict[str, Callable[..., Any]] = {
-    "causal_conv1d_fn": causal_conv1d_fn,
-    "causal_conv1d_update": causal_conv1d_update,
+    "causal_conv1d_fn": _convolution,
+    "causal_conv1d_update": _for_mixers(causal_conv1d_update),
 }
-_FAMILIES: dict[str, dict[str, Callable[..., Any]]] = {  # by the function that marks a family: names in modeling files
-    "mamba_selective_scan": {
-        "mamba_inner_fn": mamba_inner_fn,
-        "mamba_selective_scan": selective_scan_fn,
-        "mamba_selective_state_update": selective_state_update,
+_WITHOUT_AN_OP = ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")
+_FAMILIES: dict[tuple[str, ...], dict[str, Callable[..., Any]]] = {  # by functions that mark one: names in such files
+    ("apply_mask_to_padding_states", "causal_conv1d_fn"): {},
+    ("mamba_selective_scan",): {
+        "causal_conv1d_fn": _convolution_of_mamba,
+        "mamba_inner_fn": _no_fused_mixer,
+        "mamba_selective_scan": _for_mixers(selective_scan_fn),
+        "mamba_selective_state_update": _for_mixers(selective_state_update),
     },
-    "mamba2_chunk_scan": {
-        "mamba2_chunk_scan": mamba_chunk_scan_combined,
-        "mamba2_selective_state_update": selective_state_update,
-        "mamba2_split_conv1d_scan_combined": mamba_split_conv1d_scan_combined,
+    ("mamba2_chunk_scan",): {
+        "mamba2_chunk_scan": _for_mixers(mamba_chunk_scan_combined),
+        "mamba2_selective_state_update": _for_mixers(selective_state_update),
+        "mamba2_split_conv1d_scan_combined": _no_fused_mixer,
     },
-    "torch_chunk_gated_delta_rule": {
-        "torch_chunk_gated_delta_rule": chunk_gated_delta_rule,
-        "torch_recurrent_gated_delta_rule": fused_recurrent_gated_delta_rule,
+    ("torch_chunk_gated_delta_rule",): {
+        "torch_chunk_gated_delta_rule": _delta_rule,
+        "torch_recurrent_gated_delta_rule": _for_mixers(fla.fused_recurrent_gated_delta_rule),
     },
 }

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mamba_ops import ops
-from mamba_ops.compat.arguments import all_have, is_silu, per_head, refuse
+from mamba_ops.compat.arguments import all_have, check_states, floating, is_silu, per_head, refuse, upcast
+from mamba_ops.compat.vllm_chunks import Chunks
 from mamba_ops.compat.vllm_layers import gdn_attention_core_xpu as gdn_attention_core_xpu
 from mamba_ops.compat.vllm_layers import mamba_mixer as mamba_mixer
 from mamba_ops.compat.vllm_layers import mamba_mixer2 as mamba_mixer2
@@ -195,6 +196,7 @@ def causal_conv1d_fn(
         null_block_id: the block of padding sequences. Their output is zero (vLLM: undefined).
         pad_slot_id, metadata, validate_data: of no effect: there is no layout on the host, and all calls are checked.
     """
+    floating("causal_conv1d_fn", x=x, conv_states=conv_states)
     rows = x.to(conv_states.dtype).t()
     out = torch.zeros_like(rows, memory_format=torch.contiguous_format)
     ops.causal_conv1d(
@@ -245,6 +247,7 @@ def causal_conv1d_update(
     if out is not None and (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
         got, expected = (f"{tuple(t.shape)} of {t.dtype} on {t.device}" for t in (out, x))
         raise ValueError(f"{name}: out: got {got}, expected {expected}, as x")
+    floating(name, x=x, conv_state=conv_state)
     rows = x.to(conv_state.dtype)
     if query_start_loc is not None and conv_state_indices is not None:
         query_start_loc = query_start_loc[: conv_state_indices.shape[0] + 1]
@@ -316,9 +319,11 @@ def mamba_chunk_scan_combined_varlen(
         raise ValueError(f"{name}: return_intermediate_states: got it with final_states_out, expected one of the two")
     if (final_states_out is None) != (final_state_indices is None):
         raise ValueError(f"{name}: final_state_indices: got it without final_states_out, or not with it")
-    n, compute = cu_seqlens.shape[0] - 1, torch.promote_types(x.dtype, torch.float32)
+    floating(name, x=x, final_states_out=final_states_out)
+    n, compute = cu_seqlens.shape[0] - 1, upcast(x)
     kept = C.dtype if state_dtype is None else state_dtype
     state = x.new_zeros(n, *x.shape[1:], B.shape[-1], dtype=compute)
+    check_states(name, "initial_states", initial_states, state.shape)
     if initial_states is not None:
         state.copy_(initial_states)
     dt_min, dt_max = dt_limit
@@ -326,7 +331,7 @@ def mamba_chunk_scan_combined_varlen(
         states = x.new_empty(cu_chunk_seqlens.shape[0] - 1 + n, *state.shape[1:], dtype=kept)
         d = dt.to(compute) if dt_bias is None else dt.to(compute) + dt_bias.to(compute)
         d = (torch.nn.functional.softplus(d) if dt_softplus else d).clamp(dt_min, dt_max)
-        chunks = _Chunks(cu_chunk_seqlens, x.shape[0], chunk_size)
+        chunks = Chunks(cu_chunk_seqlens, x.shape[0], chunk_size)
         y = ops.mamba_chunk_scan(
             chunks.padded(x),
             chunks.padded(d),
@@ -367,30 +372,6 @@ def mamba_chunk_scan_combined_varlen(
         return state.to(kept)
     store_rows(final_states_out, final_state_indices[:n].long(), state, final_state_indices[:n] >= 0)
     return None
-
-
-class _Chunks:
-    """Tokens with every chunk padded to its full size: a step size of zero leaves the state as it is."""
-
-    def __init__(self, cu_chunk_seqlens: Tensor, tokens: int, size: int) -> None:
-        starts, ends = cu_chunk_seqlens[:-1].long(), cu_chunk_seqlens[1:].long()
-        self.tokens = starts.shape[0] * size
-        index = starts.unsqueeze(1) + torch.arange(size, device=starts.device)
-        self._inside = (index < ends.unsqueeze(1)).flatten()
-        self._index = index.flatten().clamp(max=max(tokens - 1, 0))
-        token = torch.arange(tokens, device=starts.device)
-        chunk = (torch.searchsorted(cu_chunk_seqlens, token, right=True) - 1).clamp(max=max(starts.shape[0] - 1, 0))
-        self._owned = token < cu_chunk_seqlens[-1]
-        self._padded_index = (chunk * size + token - starts[chunk]).clamp(max=max(self.tokens - 1, 0))
-
-    def padded(self, tensor: Tensor) -> Tensor:
-        """Return an activation `(tokens, ...)` in the padded layout."""
-        return torch.where(self._inside.view(-1, *[1] * (tensor.dim() - 1)), tensor[self._index], 0)
-
-    def unpad(self, padded: Tensor, out: Tensor) -> None:
-        """Write what was computed on padded tokens to `out`; tokens outside all chunks stay as they are."""
-        if self.tokens and out.numel():
-            out.copy_(torch.where(self._owned.view(-1, 1, 1), padded[self._padded_index], out))
 
 
 def _is_silu(function: str, activation: str | bool | None) -> bool:

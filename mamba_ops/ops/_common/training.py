@@ -13,7 +13,9 @@ def new_output(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 def dtype_of_states(x: Tensor, initial_states: Tensor | None) -> torch.dtype:
     """Return the dtype of final states: that of the initial ones, else float32 at least."""
-    return torch.promote_types(x.dtype, torch.float32) if initial_states is None else initial_states.dtype
+    if initial_states is not None:
+        return initial_states.dtype
+    return torch.float64 if x.dtype == torch.float64 else torch.float32  # whatever x is: it is not checked yet
 
 
 def check_initial_states(initial_states: Tensor | None, x: Tensor, shape: tuple[int, ...], hint: str) -> None:
