@@ -16,7 +16,7 @@ help:  ## list these targets
 
 $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,triton,transformers]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,triton,finetune]'
 	@touch $@
 
 .venv: $(READY)  ## install everything the targets below use into .venv

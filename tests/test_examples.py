@@ -11,14 +11,21 @@ import torch
 from mamba_ops.audit import absent
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+NEEDS = {"transformers": "transformers", "accelerate": "finetune"}  # what an example names, and the extra with it
+BRIEFLY = {"finetune_transformers.py": ("--steps", "2", "--window", "32")}
+SLOW = ("finetune_transformers.py",)  # imports much; tests/test_finetune_transformers.py has what is quick
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(e, id=e.name, marks=[pytest.mark.slow] if e.name in SLOW else ()) for e in EXAMPLES],
+)
 def test_an_example_runs(example: Path, tmp_path: Path):
-    if "transformers" in example.read_text():
-        pytest.importorskip("transformers", reason="the example needs mamba-ops[transformers]")
+    for package, extra in NEEDS.items():
+        if package in example.read_text():
+            pytest.importorskip(package, reason=f"the example needs mamba-ops[{extra}]")
     # A RuntimeWarning is one of ours; torch has its own, that depend on the machine.
-    command = (sys.executable, "-W", "error::RuntimeWarning", example)
+    command = (sys.executable, "-W", "error::RuntimeWarning", example, *BRIEFLY.get(example.name, ()))
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     if example.name == "continuous_batching.py":
