@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from mamba_ops.registry import check_written
+from mamba_ops.registry.errors import in_call_of
+
 States = tuple[Tensor, Tensor]
 """An output and the last states."""
 
@@ -28,6 +31,14 @@ def refuse(function: str, **arguments: object) -> None:
             raise ValueError(
                 f"{function}: {name}: got a {type(got).__name__}, expected none: it has no effect here{hint}"
             )
+
+
+def written(function: str, **tensors: Tensor | None) -> None:
+    """Raise about a tensor that the function writes after the op has run, if it is none that could be written."""
+    try:
+        check_written({name: tensor for name, tensor in tensors.items() if tensor is not None})
+    except ValueError as error:
+        raise in_call_of(function, error) from None
 
 
 def is_silu(function: str, activation: str | None) -> bool:

@@ -5,8 +5,10 @@ from torch.nn import functional
 
 from mamba_ops import ops
 from mamba_ops.compat.arguments import States, all_have, is_silu, refuse
+from mamba_ops.registry import answering
 
 
+@answering
 def causal_conv1d_fn(
     x: Tensor,
     weight: Tensor,
@@ -33,11 +35,14 @@ def causal_conv1d_fn(
     if not return_final_states:
         refuse("causal_conv1d_fn", final_states_out=final_states_out)
     batch, dim, _ = x.shape
-    state = final_states_out
-    if state is None and (return_final_states or initial_states is not None):
+    state, shape = final_states_out, (batch, dim, weight.shape[1] - 1)
+    if state is not None and state.shape != shape:
+        got, expected = f"shape {tuple(state.shape)}", f"{shape}, (batch, dim, width - 1)"
+        raise ValueError(f"causal_conv1d_fn: final_states_out: got {got}, expected {expected}")
+    if initial_states is not None:  # into final_states_out when all is done, for the call may be refused
+        state = x.new_empty(batch, weight.shape[1] - 1, dim).transpose(1, 2).copy_(initial_states)
+    elif state is None and return_final_states:
         state = x.new_zeros(batch, weight.shape[1] - 1, dim).transpose(1, 2)
-    if state is not None and initial_states is not None:
-        state.copy_(initial_states)
     out = ops.causal_conv1d(
         x.transpose(1, 2),
         weight,
@@ -46,9 +51,14 @@ def causal_conv1d_fn(
         has_initial_state=all_have(initial_states),
         silu=is_silu("causal_conv1d_fn", activation),
     ).transpose(1, 2)
-    return (out, state) if return_final_states and state is not None else out
+    if not return_final_states or state is None:
+        return out
+    if final_states_out is not None and final_states_out is not state:
+        state = final_states_out.copy_(state)
+    return out, state
 
 
+@answering
 def causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,

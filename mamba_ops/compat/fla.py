@@ -13,10 +13,12 @@ from torch.nn import functional
 
 from mamba_ops import ops
 from mamba_ops.compat.arguments import all_have, refuse
+from mamba_ops.registry import answering
 
 OutputAndState = tuple[Tensor, Tensor | None]
 
 
+@answering
 def chunk_gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -79,6 +81,7 @@ def chunk_gated_delta_rule(
     )
 
 
+@answering
 def fused_recurrent_gated_delta_rule(
     q: Tensor,
     k: Tensor,

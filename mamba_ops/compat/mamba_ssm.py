@@ -9,8 +9,10 @@ from torch.nn import functional
 from mamba_ops import ops
 from mamba_ops.compat.arguments import States, all_have, is_silu, per_head, refuse
 from mamba_ops.layers import gated_rms_norm
+from mamba_ops.registry import answering
 
 
+@answering
 def selective_state_update(
     state: Tensor,
     x: Tensor,
@@ -46,6 +48,7 @@ def selective_state_update(
     )
 
 
+@answering
 def selective_scan_fn(
     u: Tensor,
     delta: Tensor,
@@ -94,6 +97,7 @@ def selective_scan_fn(
     return (out, state) if state is not None else out
 
 
+@answering
 def mamba_chunk_scan_combined(
     x: Tensor,
     dt: Tensor,
@@ -156,6 +160,7 @@ def mamba_chunk_scan_combined(
     return (out, state) if return_final_states and state is not None else out
 
 
+@answering
 def mamba_split_conv1d_scan_combined(
     zxbcdt: Tensor,
     conv1d_weight: Tensor,

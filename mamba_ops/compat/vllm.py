@@ -11,16 +11,21 @@ import torch
 from torch import Tensor
 
 from mamba_ops import ops
-from mamba_ops.compat.arguments import all_have, is_silu, per_head, refuse
+from mamba_ops.compat.arguments import all_have, is_silu, per_head, refuse, written
 from mamba_ops.compat.vllm_layers import gdn_attention_core_xpu as gdn_attention_core_xpu
 from mamba_ops.compat.vllm_layers import mamba_mixer as mamba_mixer
 from mamba_ops.compat.vllm_layers import mamba_mixer2 as mamba_mixer2
+from mamba_ops.ops._common.checking import count_of, shape_is, slot_table
 from mamba_ops.ops._common.slots import store_rows
+from mamba_ops.ops._common.values import slots_in_cache
+from mamba_ops.registry import answering
+from mamba_ops.registry.errors import in_call_of
 
 NULL_BLOCK_ID = 0
 PAD_SLOT_ID = -1
 
 
+@answering
 def selective_state_update(
     state: Tensor,
     x: Tensor,
@@ -88,6 +93,7 @@ def selective_state_update(
     )
 
 
+@answering
 def selective_scan_fn(
     u: Tensor,
     ssm_states: Tensor,
@@ -131,6 +137,7 @@ def selective_scan_fn(
     """
     target = delta if z is None else z
     target = target if target.stride(-1) == 1 else target.contiguous()
+    written("selective_scan_fn", ssm_states=ssm_states, **{"delta" if z is None else "z": target})
     packed = query_start_loc is not None
     blocks: dict[str, Tensor | int | None] = {}
     if block_idx_first_scheduled_token is not None:
@@ -168,6 +175,7 @@ def selective_scan_fn(
     return target.copy_(out.t() if packed else out.transpose(1, 2))
 
 
+@answering
 def causal_conv1d_fn(
     x: Tensor,
     weight: Tensor,
@@ -212,6 +220,7 @@ def causal_conv1d_fn(
     return out.t().to(x.dtype)
 
 
+@answering
 def causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,
@@ -245,6 +254,7 @@ def causal_conv1d_update(
     if out is not None and (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
         got, expected = (f"{tuple(t.shape)} of {t.dtype} on {t.device}" for t in (out, x))
         raise ValueError(f"{name}: out: got {got}, expected {expected}, as x")
+    written(name, conv_state=conv_state, **{"x" if out is None else "out": x if out is None else out})
     rows = x.to(conv_state.dtype)
     if query_start_loc is not None and conv_state_indices is not None:
         query_start_loc = query_start_loc[: conv_state_indices.shape[0] + 1]
@@ -266,6 +276,7 @@ def causal_conv1d_update(
     return (x if out is None else out).copy_(result.transpose(1, 2) if long else result)
 
 
+@answering
 def mamba_chunk_scan_combined_varlen(
     x: Tensor,
     dt: Tensor,
@@ -315,8 +326,11 @@ def mamba_chunk_scan_combined_varlen(
     if final_states_out is not None and return_intermediate_states:
         raise ValueError(f"{name}: return_intermediate_states: got it with final_states_out, expected one of the two")
     if (final_states_out is None) != (final_state_indices is None):
-        raise ValueError(f"{name}: final_state_indices: got it without final_states_out, or not with it")
+        raise ValueError(f"{name}: final_state_indices: got one of it and final_states_out, expected both or neither")
+    written(name, out=out, final_states_out=final_states_out)
     n, compute = cu_seqlens.shape[0] - 1, torch.promote_types(x.dtype, torch.float32)
+    if final_states_out is not None and final_state_indices is not None:
+        _check_final_states(final_states_out, (*x.shape[1:], B.shape[-1]), final_state_indices, n)
     kept = C.dtype if state_dtype is None else state_dtype
     state = x.new_zeros(n, *x.shape[1:], B.shape[-1], dtype=compute)
     if initial_states is not None:
@@ -367,6 +381,18 @@ def mamba_chunk_scan_combined_varlen(
         return state.to(kept)
     store_rows(final_states_out, final_state_indices[:n].long(), state, final_state_indices[:n] >= 0)
     return None
+
+
+def _check_final_states(cache: Tensor, sizes: tuple[int, ...], slots: Tensor, n: int) -> None:
+    """Raise, before anything is written, if the last states of n sequences can't be stored in a cache afterwards."""
+    function = "mamba_chunk_scan_combined_varlen"
+    try:
+        shape_is("final_states_out", cache, (count_of(cache), *sizes), hint="(slots, heads, dim, dstate)")
+        slot_table("final_state_indices", slots, rows=n)
+        if slots.device.type == "cpu":  # elsewhere looking would wait
+            slots_in_cache("final_state_indices", slots[:n], slots[:n] >= 0, cache, "final_states_out")
+    except ValueError as error:
+        raise in_call_of(function, error) from None
 
 
 class _Chunks:
