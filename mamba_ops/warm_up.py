@@ -39,7 +39,8 @@ def warm_up(
             else the CPU.
         dtypes: dtypes of activations, each in a pair with that of states (alone: float32 states). None: the layers'
             own, or the samples', with float32 states.
-        sizes: of ops: the static sizes that their samples are functions of (`heads`, `dim`, ...); others are ignored.
+        sizes: of ops: the static sizes that their samples are functions of (`heads`, `dim`, ...). Where there
+            are several ops, each takes those that it has.
         backends: names of the backends to call it on, one after the other. None: the default order.
         processes: how many compile at a time. None: as many as there are cores.
         progress: called with what is being done, how much of it is, and of how much; True for a bar. None: a bar

@@ -20,7 +20,10 @@ from mamba_ops.registry.errors import RegistryError as RegistryError
 from mamba_ops.registry.errors import UnknownNameError as UnknownNameError
 from mamba_ops.registry.errors import bad_argument as bad_argument
 from mamba_ops.registry.jit import no_jit as no_jit
+from mamba_ops.registry.kinds import answering as answering
+from mamba_ops.registry.kinds import is_plain as is_plain
 from mamba_ops.registry.layouts import renew_caches as renew_caches
+from mamba_ops.registry.memory import check_written as check_written
 from mamba_ops.registry.namespace import Namespace as Namespace
 from mamba_ops.registry.op import Op as Op
 from mamba_ops.registry.op import ops as ops

@@ -33,6 +33,7 @@ PRIVATE = (
     "torch.library:Library._destroy",
     "torch._C:_AutoDispatchBelowAutograd",
     "torch._C._functorch:peek_interpreter_stack",
+    "torch._C._functorch:is_functorch_wrapped_tensor",
     "torch.autograd.forward_ad:_current_level",
     "torch._C._autograd:_profiler_enabled",
     "torch._C:_is_torch_function_mode_enabled",
@@ -189,6 +190,14 @@ def _forward_level() -> int:
     except AttributeError:
         _warn_once("forward_ad._current_level", "forward-mode differentiation is not noticed outside torch.func")
         return -1
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Return whether a tensor stands for another one under a transform of torch.func, or has a tangent."""
+    if not is_transformed():
+        return False
+    wraps = _find("torch._C._functorch:is_functorch_wrapped_tensor", "every call under torch.func is refused by decode")
+    return wraps is None or wraps(tensor) or forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def destroy(library: torch.library.Library) -> None:

@@ -23,31 +23,39 @@ def call({header}):
 
 _FRONT = """\
 def __call__(self, {header}):
-    {recording}
-    {allocation}
-    if is_compiling_():
-        {traced_caches}
-        if is_grad_enabled_():
-            {refusals}
-        overload_({passed}, selection=token_({first}.device))
-        return {result}
-    cache_ = decisions_.get(active_())
-    if cache_ is not None and not is_watched_():
-        must_redispatch_, same_tensors_, numbers_, kernel_, _ = cache_.last
-        if (not must_redispatch_() and numbers_ == {numbers} and same_tensors_({compared})):
-            kernel_({passed})
+    try:
+        {recording}
+        {allocation}
+        if is_compiling_():
+            {traced_caches}
+            if is_grad_enabled_():
+                {refusals}
+            overload_({passed}, selection=token_({first}.device))
             return {result}
-    {caches}
-    dispatch_({passed})
-    return {result}
+        cache_ = decisions_.get(active_())
+        if cache_ is not None and not is_watched_():
+            must_redispatch_, same_tensors_, numbers_, kernel_, _ = cache_.last
+            if (not must_redispatch_() and numbers_ == {numbers} and same_tensors_({compared})):
+                {numbers} = numbers_
+                kernel_({passed})
+                return {result}
+        {transforms}
+        {caches}
+        dispatch_({passed})
+        return {result}
+    except Exception as error_:
+        raise explained_(error_, {values})
 """
 
 _FUNCTIONAL_FRONT = """\
 def __call__(self, {header}):
-    if is_compiling_():
-        return overload_({passed}, token_({first}.device))
-    {recording}
-    return dispatch_({passed})
+    try:
+        if is_compiling_():
+            return overload_({passed}, token_({first}.device))
+        {recording}
+        return dispatch_({passed})
+    except Exception as error_:
+        raise explained_(error_, {values})
 """
 
 _BODY = """\
@@ -135,7 +143,10 @@ def fronts(
 
     An eager call like the latest one goes to the kernel at once: what torch's dispatcher would do for it is known. It
     takes the dispatcher where something there may follow it: the comparison tells dispatch modes, subclasses and
-    transforms apart, `is_watched` knows the rest.
+    transforms apart, `is_watched` knows the rest. The kernel gets the latest call's numbers, which are of the schema's
+    types: 2.0 is equal to 2.
+
+    What a failed call raises is looked at again (`explained`): a value of the wrong type costs a right call nothing.
 
     While tracing it also passes the selection token and, where an input requires grad, leaves a call in the graph that
     raises when the graph runs. It reads nothing else, because Dynamo would guard on it.
@@ -164,11 +175,12 @@ def fronts(
     options: dict[str, Any] = {
         "header": _header(shown, closure),
         "allocation": f"if out is None: out = {allocated}" if "out" in names else "",
-        "traced_caches": "\n        ".join(empties),
-        "caches": "\n    ".join(empties),
-        "refusals": "\n            ".join(refusals),
+        "traced_caches": "\n            ".join(empties),
+        "caches": "\n        ".join(empties),
+        "refusals": "\n                ".join(refusals),
         "passed": _passed(parameters, output="out"),
         "numbers": _numbers(parameters),
+        "values": _tuple(shown),
         "compared": _compared(shown),
         "first": first,
         "result": "out" if "out" in names else None,
@@ -176,9 +188,12 @@ def fronts(
     others = [f"{p.name} is None" for p in shown if is_tensor(p) and p.name not in trained]
     handed_on = ", ".join(f"{p.name}={p.name}" for p in shown if p.name in trained)
     conditions = " and ".join([_asks_for_gradients(p for p in shown if p.name in trained), *others])
-    recording = f"if ({conditions}):\n        return forward_({handed_on}){result}" if trained else ""
-    front = _compiled(op, "front", _FRONT.format(recording=recording, **options), closure)
-    inside = _compiled(op, "inside", _FRONT.format(recording="", **options), {**closure, "dispatch": body})
+    recording = f"if ({conditions}):\n            return forward_({handed_on}){result}" if trained else ""
+    transforms = f"if is_transformed_(): refuse_transforms_({options['values']})"
+    front = _compiled(op, "front", _FRONT.format(recording=recording, transforms=transforms, **options), closure)
+    inside = _compiled(
+        op, "inside", _FRONT.format(recording="", transforms="", **options), {**closure, "dispatch": body}
+    )
     return cast(FunctionType, front), cast(FunctionType, inside)
 
 
@@ -197,7 +212,8 @@ def functional_front(op: str, inputs: Parameters, **closure: Any) -> FunctionTyp
         header=_header(inputs, closure),
         passed=passed,
         first=next(p.name for p in inputs if p.annotation is Tensor),
-        recording=f"if ({_asks_for_gradients(inputs)}):\n        return record_({passed})" if records else "",
+        values=_tuple(inputs),
+        recording=f"if ({_asks_for_gradients(inputs)}):\n            return record_({passed})" if records else "",
     )
     return cast(FunctionType, _compiled(op, "front", source, closure))
 
@@ -212,9 +228,11 @@ def body(
 ) -> Callable[..., Any]:
     """Write the op's implementation: recognise the call, then run its kernel.
 
-    A call is known by shape, dtype and device of every tensor, by the strides of those that are written, by which
-    input `output` is (if any), and by every number. So a known call was checked before and its kernel is known: checks
-    cost nothing on a repeated call. The latest call is recognised in one C++ comparison (the one that Dynamo guards
+    A call is known by shape, dtype, layout and device of every tensor, by the strides of those that are written, by
+    which input `output` is (if any), and by every number. So a known call was checked before and its kernel is known:
+    checks cost nothing on a repeated call.
+
+    The latest call is recognised in one C++ comparison (the one that Dynamo guards
     with; it tells inference tensors and mode apart, so the key does too, and tensors that require grad), which is made
     at the second call of its kind; any other by a look-up. What is known does not settle a call in grad mode if a
     tensor requires grad, nor one that is being captured, which the op has to remember.
@@ -231,7 +249,7 @@ def body(
     """
     passed, parameters = _passed(parameters), [p for p in parameters if p.name not in returned]
     tensors = [p for p in parameters if is_tensor(p)]
-    facts = "({0}.size(), {0}.dtype, {0}.get_device(), {0}.is_inference()"
+    facts = "({0}.size(), {0}.dtype, {0}.layout, {0}.get_device(), {0}.is_inference()"
     keys = [
         (f"None if {p.name} is None else " if is_optional(p) else "")
         + facts.format(p.name)

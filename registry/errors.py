@@ -24,15 +24,19 @@ class UnknownNameError(RegistryError):
 class NoBackendError(RegistryError):
     """No backend takes this call; `reasons` maps each backend's name to its sentence."""
 
-    def __init__(self, message: str, reasons: Mapping[str, str]) -> None:
+    def __init__(self, message: str, reasons: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.reasons = dict(reasons)
+        self.reasons = dict(reasons or {})  # none where a DataLoader makes the error again, of its text alone
 
 
 class ConfigError(RegistryError):
     """A configuration is wrong; `problems` has a sentence for each thing that is."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
+    def __init__(self, problems: Sequence[str] | str) -> None:
+        if isinstance(problems, str):  # the whole text, of which a DataLoader makes its worker's error again
+            super().__init__(problems)
+            self.problems = [problems]
+            return
         count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__("\n  ".join([f"the configuration has {count}:", *problems]))
         self.problems = list(problems)
@@ -40,6 +44,15 @@ class ConfigError(RegistryError):
 
 class CompilationError(RegistryError):
     """A kernel would be compiled or tuned where that is forbidden: see `no_jit`."""
+
+
+class ArgumentTypeError(RegistryError, TypeError):
+    """An argument is no tensor, or no number, where one belongs; or a tensor of a kind that no kernel takes."""
+
+
+def shown(name: str) -> str:
+    """Return a parameter's name as callers spell it."""
+    return "out" if name == "output" else name
 
 
 def bad_argument(name: str, *, got: object, expected: object, hint: str = "") -> ValueError:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mamba_ops.registry import codegen, errors, memory
+from mamba_ops.registry import codegen, errors, kinds, memory
 from mamba_ops.registry.dispatcher import dispatcher
 from mamba_ops.registry.samples import ErrorInput, Sample
 
@@ -82,12 +82,19 @@ class Facets:
         self.patterns = names
         return lambda function: self._store("call_patterns", function)
 
-    def check(self, arguments: Mapping[str, Any]) -> None:
-        """Raise the ValueError that a call with these arguments would raise, if any."""
+    def check(self, arguments: Mapping[str, Any], *, has_memory: bool = True) -> None:
+        """Raise the ValueError that a call with these arguments would raise, if any.
+
+        Args:
+            arguments: the call's, by parameter name.
+            has_memory: whether to look at where the tensors lie, too.
+        """
         try:
+            kinds.check(arguments)
             if "validate" in self.facets:
                 self.facets["validate"](**arguments)
-            self.check_memory(arguments)
+            if has_memory:
+                self.check_memory(arguments)
         except ValueError as error:
             raise errors.in_call_of(self.qualname, error) from None
 

@@ -4,11 +4,13 @@ Two kernels read and write elements in different orders, so a call whose tensors
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from mamba_ops.registry.errors import bad_argument
+from mamba_ops.registry import kinds
+from mamba_ops.registry.errors import bad_argument, shown
 
 
 def check(tensors: Mapping[str, Tensor], mutated: Collection[str], out_may_be: str | None = None) -> None:
@@ -19,17 +21,15 @@ def check(tensors: Mapping[str, Tensor], mutated: Collection[str], out_may_be: s
         mutated: names of those that the op writes.
         out_may_be: the input that `output` may be, in the very same place and layout.
     """
-    for name, tensor in tensors.items():
-        if tensor.layout is not torch.strided:
-            got, expected = f"a {str(tensor.layout).removeprefix('torch.')} tensor", "a strided one"
-            raise bad_argument(_shown(name), got=got, expected=expected, hint="convert it with to_dense()")
     for name in mutated:
         if name not in tensors:
             continue
         tensor = tensors[name]
+        if tensor.is_neg():
+            raise negated(shown(name))
         if tensor.is_inference() and not torch.is_inference_mode_enabled():
             raise bad_argument(
-                _shown(name),
+                shown(name),
                 got="a tensor made in inference mode",
                 expected="an ordinary one, as torch updates the former in inference mode alone",
                 hint="make it outside torch.inference_mode(), or call the op inside",
@@ -37,8 +37,18 @@ def check(tensors: Mapping[str, Tensor], mutated: Collection[str], out_may_be: s
         if tensor.numel() and overlaps_itself(tensor):
             got = f"shape {tuple(tensor.shape)} with strides {tuple(tensor.stride())}"
             expected = "a tensor whose elements each have a place of their own"
-            raise bad_argument(_shown(name), got=got, expected=expected, hint="the op writes to it; clone it first")
+            raise bad_argument(shown(name), got=got, expected=expected, hint="the op writes to it; clone it first")
     _check_pairs(tensors, mutated, out_may_be)
+
+
+def check_written(tensors: Mapping[str, Tensor]) -> None:
+    """Raise the ValueError about tensors that will be written later, if they are none that could be."""
+    kinds.check(tensors)
+    for name, tensor in tensors.items():
+        if tensor.requires_grad and torch.is_grad_enabled():
+            got, expected = "a tensor that requires grad while grad mode is on", "one that does not"
+            raise bad_argument(name, got=got, expected=expected, hint="it is written to; detach it")
+    check(tensors, tensors.keys())
 
 
 def are_apart(tensors: Iterable[Tensor]) -> bool:
@@ -76,8 +86,8 @@ def _check_pairs(tensors: Mapping[str, Tensor], mutated: Collection[str], out_ma
                 if not (allowed and _are_the_same(one, two)):
                     same = f", or the very same tensor as {other}" if allowed else ""
                     raise bad_argument(
-                        _shown(name),
-                        got=f"a tensor that shares memory with {_shown(other)}",
+                        shown(name),
+                        got=f"a tensor that shares memory with {shown(other)}",
                         expected=f"one in other memory{same}",
                         hint="clone one of them first",
                     )
@@ -95,17 +105,18 @@ def _are_the_same(one: Tensor, two: Tensor) -> bool:
     return (one.data_ptr(), one.dtype, one.shape, one.stride()) == (two.data_ptr(), two.dtype, two.shape, two.stride())
 
 
-def _shown(name: str) -> str:
-    return "out" if name == "output" else name
-
-
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements of a tensor may have one place.
 
     They have not where every stride steps over all that the smaller strides reach, as in all views of a dense tensor.
     """
+    return _overlap(tuple(tensor.shape), tensor.stride())
+
+
+@lru_cache(maxsize=4096)
+def _overlap(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     reach = 0
-    for stride, size in sorted(_steps(tensor)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1:
             if stride <= reach:
                 return True

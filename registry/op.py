@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import ParamSpec
 
-from mamba_ops.registry import _torch, codegen, errors, schema, selection, token, wrappers
+from mamba_ops.registry import _torch, codegen, errors, kinds, schema, selection, token, wrappers
 from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
 from mamba_ops.registry.capture import capture_query, note
 from mamba_ops.registry.dispatcher import device_of, dispatcher
@@ -142,6 +142,8 @@ class Op(Trainable, Generic[P]):
         cells = self._cells() | {"overload": self.overload, "dispatch": _torch.dispatch_of(self.overload)}
         cells |= {"is_compiling": torch.compiler.is_dynamo_compiling, "token": token.token}
         cells["is_transformed"] = _torch.is_transformed
+        cells["explained"] = partial(kinds.explained, self.qualname, self._called, self._validate)
+        cells["refuse_transforms"] = kinds.refuse_transforms
         inside: Callable[..., Any] = self._body
         if self.returns:
             call = codegen.functional_front(self.qualname, self._called, record=self.record, **cells)
@@ -284,14 +286,27 @@ class Op(Trainable, Generic[P]):
             "torch.inference_mode(), or detach the tensor (parameters count)"
         )
 
+    def _validate(self, given: Mapping[str, Any]) -> None:
+        """Check the shapes and dtypes of a call before it gets to the body, where empty caches are those left out."""
+        caches = codegen.left_out(self.parameters, self.mutates)
+        empty = {n: None for n in caches if isinstance(given.get(n), Tensor) and not given[n].numel()}
+        self.check({p.name: None for p in self.before_the_call} | dict(given) | empty, has_memory=False)
+
     def _fake(self, *args: Any, **kwargs: Any) -> Any:
-        """Allocate what the op returns. Refuse meta tensors among real ones, which would run nothing."""
-        tensors = {n: v for n, v in (*zip(self._names, args, strict=False), *kwargs.items()) if isinstance(v, Tensor)}
+        """Allocate what the op returns. Refuse meta tensors among real ones, which would run nothing.
+
+        A call on meta tensors alone is checked. One on fake tensors is a trace: its checks run with the graph.
+        """
+        given = {p.name: None if p.default is p.empty else p.default for p in self._called}
+        given |= dict(zip(given, args, strict=False)) | {n: v for n, v in kwargs.items() if n in given}
+        tensors = {n: v for n, v in given.items() if isinstance(v, Tensor)}
         if len({t.is_meta for t in tensors.values()}) > 1:
             expected = next(iter(tensors.values())).device
             name = next(n for n, t in tensors.items() if t.is_meta != (expected.type == "meta"))
             got = f"got a tensor on {tensors[name].device}, expected {expected}"
-            raise ValueError(f"{self.qualname}: {name}: {got}; move all arguments to one device")
+            raise ValueError(f"{self.qualname}: {errors.shown(name)}: {got}; move all arguments to one device")
+        if all(map(kinds.is_plain, tensors.values())):
+            self._validate(given)
         if not self.returns:
             return None
         results = self.allocate(*args[: len(self._called)])

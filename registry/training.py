@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from mamba_ops.registry.op import Op
 
 F = TypeVar("F", bound=Callable[..., Any])
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 R = TypeVar("R", bound=Callable[..., Any] | str)
 
 
@@ -251,8 +252,14 @@ class Trainable(Facets):
                 checks(**others, **{name: inputs[name] for name in shared})
             own(**inputs)
             for name, make in results.items():
-                if (got := arguments.get(f"grad_{name}")) is not None and got.shape != (shape := make(**inputs).shape):
+                if (got := arguments.get(f"grad_{name}")) is None:
+                    continue
+                if got.shape != (shape := make(**inputs).shape):
                     raise errors.bad_argument(f"grad_{name}", got=f"shape {tuple(got.shape)}", expected=tuple(shape))
+                if got.dtype not in _FLOATS:
+                    raise errors.bad_argument(
+                        f"grad_{name}", got=got.dtype, expected="a float dtype of 16 bits or more"
+                    )
 
     def _new_op(
         self, function: Callable[..., None], returns: tuple[str, ...], declared: Declaration, **options: Any

@@ -48,6 +48,6 @@ def run_negated(op: "Op[...]", *args: Any, **kwargs: Any) -> Any:
     names = [p.name for p in op.parameters]
     for name, tensor in (*zip(names, args, strict=False), *kwargs.items()):
         if name in op.mutates and isinstance(tensor, Tensor) and tensor.is_neg():
-            raise errors.in_call_of(op.qualname, memory.negated("out" if name == "output" else name))
+            raise errors.in_call_of(op.qualname, memory.negated(errors.shown(name)))
     plain = [a.resolve_neg() if isinstance(a, Tensor) else a for a in args]
     return op.overload(*plain, **{n: a.resolve_neg() if isinstance(a, Tensor) else a for n, a in kwargs.items()})

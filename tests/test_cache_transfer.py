@@ -184,6 +184,11 @@ def test_the_command_warms_up_an_op_and_a_model(tmp_path):
         (["warm-up", "causal_conv1d", "--dtype", "int4"], "--dtype: got 'int4', expected one of"),
         (["warm-up", "causal_conv1d", "--backend", "cutlass"], "unknown backend 'cutlass'"),
         (["warm-up", "--import", "/nowhere"], "there is no mamba_ops_caches.json in /nowhere"),
+        (["warm-up", "causal_conv1d", "--size", "dstate=16"], "unknown size 'dstate'; valid: dim, length, width"),
+        (
+            ["tune", "causal_conv1d", "--out", "/nowhere", "--device", "cpu"],
+            "got cpu, expected a GPU with Triton",
+        ),
         (["tune", "no_such_op", "--out", "/nowhere", "--device", "cpu"], "unknown op 'no_such_op'"),
         (["tune", "mamba2_mixing", "--out", "/nowhere", "--device", "cpu"], "mamba2_mixing has no launches of its own"),
     ],

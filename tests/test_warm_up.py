@@ -174,7 +174,7 @@ def toy():
 
 def test_another_packages_op_is_warmed_up_by_its_samples(toy):
     with torch.no_grad():
-        report = mamba_ops.warm_up([toy.op], device="cpu", dtypes=[torch.float64], sizes={"size": 7, "heads": 2})
+        report = mamba_ops.warm_up([toy.op], device="cpu", dtypes=[torch.float64], sizes={"size": 7})
     assert [(row.op, row.backend, row.variant, row.cached) for row in report] == [
         ("toy_warm_up::twice", "toy_jit", "1 rows", False),
         ("toy_warm_up::twice", "toy_jit", "2 rows", False),
@@ -272,6 +272,7 @@ def test_layers_on_no_device_are_warmed_up_by_random_ones():
         ({"dtypes": ["bf16"]}, "dtypes: got 'bf16', expected dtypes, or pairs of one of activations and one of states"),
         ({"dtypes": [(torch.bfloat16, None)]}, "dtypes: got (torch.bfloat16, None), expected dtypes, or pairs of"),
         ({"sizes": {"dim": -1}}, "dim: got -1, expected a positive number"),
+        ({"sizes": {"dstates": 16}}, "unknown size 'dstates'; valid: "),
         ({"processes": 0}, "processes: got 0, expected a positive number"),
     ],
 )

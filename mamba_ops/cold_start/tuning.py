@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mamba_ops.backends import triton
 from mamba_ops.cold_start.specialization import our_modules
 from mamba_ops.ops._common.random_inputs import RandomInputs
 from mamba_ops.registry import Sample, ops, use_backend
@@ -56,7 +57,8 @@ def tune(
         clock: returns the milliseconds of a call; None: Triton's own benchmark.
 
     Raises:
-        ValueError: a name of no op, or of one without Triton kernels of its own.
+        ValueError: a name of no op, of one without Triton kernels of its own, or of no size; no device with compiled
+            Triton kernels.
     """
     known = sorted(name for name, op in ops().items() if op.patterns and not op.composed)
     for name in names:
@@ -64,6 +66,10 @@ def tune(
             raise unknown("op", name, known)
         if name not in known:
             raise ValueError(f"{name} has no launches of its own; ops to tune: {', '.join(known)}")
+    if clock is None:
+        is_interpreted = "would be interpreted" if device.type == "cpu" else None
+        if reason := triton.why_unusable(device.type, by_name=True) or is_interpreted:
+            raise ValueError(f"tune: device: got {device}, expected a GPU with Triton: triton {reason}")
     from mamba_ops.ops._triton import launch_config
 
     our_modules()  # so that all rules are known
@@ -98,7 +104,10 @@ def _workloads(
     reads = prefill in op.patterns
     for rows, length in READS if reads else UPDATES:
         random = RandomInputs(device, rows, length, sizes=sizes, dtype=dtype, state_dtype=state_dtype)
-        yield op.make_call(random, prefill if reads else op.patterns[0])
+        call = op.make_call(random, prefill if reads else op.patterns[0])
+        if stray := sizes.keys() - random.asked:
+            raise unknown("size", min(stray), random.asked)
+        yield call
 
 
 def _keys_of(name: str, samples: list[Sample], chosen: list[Any]) -> list[dict[str, Any]]:

@@ -117,6 +117,9 @@ def warm_up(
 ) -> WarmUp:
     """Do what `mamba_ops.warm_up` documents."""
     begin, report = time.perf_counter(), WarmUp()
+    known = set() if isinstance(what, nn.Module) else {name for op in _ops(what) for name in _sizes_of(op)}
+    if stray := sizes.keys() - known:
+        raise unknown("size", min(stray), known)
     units: list[_Unit] = []
     for backend in backends:
         common = (str(device), backend or generation())
@@ -171,11 +174,7 @@ def _of_ops(
     backend: str | None,
     common: tuple[Any, ...],
 ) -> Iterator[_Unit]:
-    known = ops()
-    for item in what:
-        if isinstance(item, str) and item not in known:
-            raise unknown("op", item, known)
-        op = known[item] if isinstance(item, str) else item
+    for op in _ops(what):
         names = inspect.signature(op.sampler).parameters
         wanted: dict[str, Any] = {n: size for n, size in sizes.items() if n in names}
         wanted |= {n: d for n, d in zip(("dtype", "state_dtype"), pair, strict=True) if d and n in names}
@@ -189,6 +188,20 @@ def _of_ops(
                 yield sample.name, partial(op, *sample.args, **sample.kwargs)
 
         yield _Unit(op.qualname, (*common, op.qualname, tuple(sorted(wanted.items(), key=str))), calls, backend)
+
+
+def _ops(what: Sequence[Op[...] | str]) -> list[Op[...]]:
+    known = ops()
+    for item in what:
+        if isinstance(item, str) and item not in known:
+            raise unknown("op", item, known)
+    return [known[item] if isinstance(item, str) else item for item in what]
+
+
+def _sizes_of(op: Op[...]) -> set[str]:
+    """Return the names of the static sizes of an op's samples."""
+    names = [*inspect.signature(op.sampler).parameters][1:]  # the first is the device
+    return {*names} - {"dtype", "state_dtype"}
 
 
 class _DrawnOnDevice(TorchFunctionMode):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mamba_ops import functional
 from mamba_ops.ops._common import checking
-from mamba_ops.registry import Op
+from mamba_ops.registry import Op, check_written
+from mamba_ops.registry.errors import in_call_of
 
 States = tuple[Tensor, Tensor]
 """An output and the last states."""
@@ -27,6 +28,14 @@ def floating(function: str, **tensors: Tensor | None) -> None:
         checking.floating(**tensors)
     except ValueError as error:
         raise ValueError(f"{function}: {error}") from None
+
+
+def written(function: str, **tensors: Tensor | None) -> None:
+    """Raise about a tensor that the function writes after the op has run, if it is none that could be written."""
+    try:
+        check_written({name: tensor for name, tensor in tensors.items() if tensor is not None})
+    except ValueError as error:
+        raise in_call_of(function, error) from None
 
 
 def is_silu(function: str, activation: str | None) -> bool:

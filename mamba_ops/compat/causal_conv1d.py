@@ -4,9 +4,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from mamba_ops import ops
-from mamba_ops.compat.arguments import Packed, States, check_states, is_silu, refuse, with_states
+from mamba_ops.compat.arguments import Packed, States, check_states, is_silu, refuse, with_states, written
+from mamba_ops.registry import answering
 
 
+@answering
 def causal_conv1d_fn(
     x: Tensor,
     weight: Tensor,
@@ -51,6 +53,7 @@ def causal_conv1d_fn(
         raise ValueError(f"{name}: seq_idx: got packed sequences, expected {expected}")
     shape = (batch, dim, weight.shape[-1] - 1)
     check_states(name, "final_states_out", final_states_out, shape)
+    written(name, final_states_out=final_states_out)
     out, states = with_states(
         name,
         ops.causal_conv1d,
@@ -66,6 +69,7 @@ def causal_conv1d_fn(
     return (out.transpose(1, 2), states) if return_final_states else out.transpose(1, 2)
 
 
+@answering
 def causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,

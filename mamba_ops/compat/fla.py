@@ -11,10 +11,12 @@ from torch.nn.functional import softplus
 
 from mamba_ops import ops
 from mamba_ops.compat.arguments import check_states, floating, refuse, upcast, with_states
+from mamba_ops.registry import answering
 
 OutputAndState = tuple[Tensor, Tensor | None]
 
 
+@answering
 def chunk_gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -66,6 +68,7 @@ def chunk_gated_delta_rule(
     return _on_states(name, (q, k, v, g, beta), initial_state, output_final_state, state_v_first, **options)
 
 
+@answering
 def fused_recurrent_gated_delta_rule(
     q: Tensor,
     k: Tensor,

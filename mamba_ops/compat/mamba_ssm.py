@@ -9,8 +9,10 @@ from torch.nn.functional import linear
 from mamba_ops import ops
 from mamba_ops.compat.arguments import Packed, States, floating, is_silu, per_head, refuse, upcast, with_states
 from mamba_ops.layers import gated_rms_norm
+from mamba_ops.registry import answering
 
 
+@answering
 def selective_state_update(
     state: Tensor,
     x: Tensor,
@@ -46,6 +48,7 @@ def selective_state_update(
     )
 
 
+@answering
 def selective_scan_fn(
     u: Tensor,
     delta: Tensor,
@@ -89,6 +92,7 @@ def selective_scan_fn(
     return out.transpose(1, 2), last
 
 
+@answering
 def mamba_chunk_scan_combined(
     x: Tensor,
     dt: Tensor,
@@ -165,6 +169,7 @@ def mamba_chunk_scan_combined(
     return (packed.rows(out), packed.last(last)) if return_final_states else packed.rows(out)
 
 
+@answering
 def mamba_split_conv1d_scan_combined(
     zxbcdt: Tensor,
     conv1d_weight: Tensor,

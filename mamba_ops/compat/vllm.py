@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from mamba_ops import ops
-from mamba_ops.compat.arguments import all_have, check_states, floating, is_silu, per_head, refuse, upcast
-from mamba_ops.compat.vllm_chunks import Chunks
+from mamba_ops.compat.arguments import all_have, check_states, floating, is_silu, per_head, refuse, upcast, written
+from mamba_ops.compat.vllm_chunks import Chunks, check_final_states
 from mamba_ops.compat.vllm_layers import gdn_attention_core_xpu as gdn_attention_core_xpu
 from mamba_ops.compat.vllm_layers import mamba_mixer as mamba_mixer
 from mamba_ops.compat.vllm_layers import mamba_mixer2 as mamba_mixer2
 from mamba_ops.ops._common.slots import store_rows
+from mamba_ops.registry import answering
 
 NULL_BLOCK_ID = 0
 PAD_SLOT_ID = -1
 
 
+@answering
 def selective_state_update(
     state: Tensor,
     x: Tensor,
@@ -89,6 +91,7 @@ def selective_state_update(
     )
 
 
+@answering
 def selective_scan_fn(
     u: Tensor,
     ssm_states: Tensor,
@@ -132,6 +135,7 @@ def selective_scan_fn(
     """
     target = delta if z is None else z
     target = target if target.stride(-1) == 1 else target.contiguous()
+    written("selective_scan_fn", ssm_states=ssm_states, **{"delta" if z is None else "z": target})
     packed = query_start_loc is not None
     blocks: dict[str, Tensor | int | None] = {}
     if block_idx_first_scheduled_token is not None:
@@ -169,6 +173,7 @@ def selective_scan_fn(
     return target.copy_(out.t() if packed else out.transpose(1, 2))
 
 
+@answering
 def causal_conv1d_fn(
     x: Tensor,
     weight: Tensor,
@@ -214,6 +219,7 @@ def causal_conv1d_fn(
     return out.t().to(x.dtype)
 
 
+@answering
 def causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,
@@ -248,6 +254,7 @@ def causal_conv1d_update(
         got, expected = (f"{tuple(t.shape)} of {t.dtype} on {t.device}" for t in (out, x))
         raise ValueError(f"{name}: out: got {got}, expected {expected}, as x")
     floating(name, x=x, conv_state=conv_state)
+    written(name, conv_state=conv_state, **{"x" if out is None else "out": x if out is None else out})
     rows = x.to(conv_state.dtype)
     if query_start_loc is not None and conv_state_indices is not None:
         query_start_loc = query_start_loc[: conv_state_indices.shape[0] + 1]
@@ -269,6 +276,7 @@ def causal_conv1d_update(
     return (x if out is None else out).copy_(result.transpose(1, 2) if long else result)
 
 
+@answering
 def mamba_chunk_scan_combined_varlen(
     x: Tensor,
     dt: Tensor,
@@ -318,9 +326,12 @@ def mamba_chunk_scan_combined_varlen(
     if final_states_out is not None and return_intermediate_states:
         raise ValueError(f"{name}: return_intermediate_states: got it with final_states_out, expected one of the two")
     if (final_states_out is None) != (final_state_indices is None):
-        raise ValueError(f"{name}: final_state_indices: got it without final_states_out, or not with it")
+        raise ValueError(f"{name}: final_state_indices: got one of it and final_states_out, expected both or neither")
     floating(name, x=x, final_states_out=final_states_out)
+    written(name, out=out, final_states_out=final_states_out)
     n, compute = cu_seqlens.shape[0] - 1, upcast(x)
+    if final_states_out is not None and final_state_indices is not None:
+        check_final_states(final_states_out, (*x.shape[1:], B.shape[-1]), final_state_indices, n)
     kept = C.dtype if state_dtype is None else state_dtype
     state = x.new_zeros(n, *x.shape[1:], B.shape[-1], dtype=compute)
     check_states(name, "initial_states", initial_states, state.shape)

@@ -1,7 +1,11 @@
-"""Tokens in chunks of vLLM's, which may be shorter than the chunk size anywhere."""
+"""Tokens in chunks of vLLM's, which may be shorter than the chunk size anywhere; and where their last states go."""
 
 import torch
 from torch import Tensor
+
+from mamba_ops.ops._common.checking import count_of, shape_is, slot_table
+from mamba_ops.ops._common.values import slots_in_cache
+from mamba_ops.registry.errors import in_call_of
 
 
 class Chunks:
@@ -26,3 +30,15 @@ class Chunks:
         """Write what was computed on padded tokens to `out`; tokens outside all chunks stay as they are."""
         if self.tokens and out.numel():
             out.copy_(torch.where(self._owned.view(-1, 1, 1), padded[self._padded_index], out))
+
+
+def check_final_states(cache: Tensor, sizes: tuple[int, ...], slots: Tensor, n: int) -> None:
+    """Raise, before anything is written, if the last states of n sequences can't be stored in a cache afterwards."""
+    function = "mamba_chunk_scan_combined_varlen"
+    try:
+        shape_is("final_states_out", cache, (count_of(cache), *sizes), hint="(slots, heads, dim, dstate)")
+        slot_table("final_state_indices", slots, rows=n)
+        if slots.device.type == "cpu":  # elsewhere looking would wait
+            slots_in_cache("final_state_indices", slots[:n], slots[:n] >= 0, cache, "final_states_out")
+    except ValueError as error:
+        raise in_call_of(function, error) from None

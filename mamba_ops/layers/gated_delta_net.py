@@ -55,7 +55,7 @@ class GatedDeltaNet(Mixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(hidden_size)
         if num_v_heads % num_k_heads:
             raise ValueError(f"GatedDeltaNet: num_k_heads: got {num_k_heads}, expected a divisor of {num_v_heads}")
         self.num_k_heads, self.num_v_heads = num_k_heads, num_v_heads
@@ -197,7 +197,7 @@ class GatedDeltaNet(Mixer):
         else:
             mixed, b, a = (p(hidden_states) for p in (self.in_proj_qkv, self.in_proj_b, self.in_proj_a))
             z = self.in_proj_z(hidden_states).unflatten(-1, (self.num_v_heads, self.head_v_dim))
-        require_a_pair(mixed, conv_state, ssm_state, self._state())
+        require_a_pair(type(self).__name__, mixed, conv_state, ssm_state, self._state())
         return mixed, z, b, a
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:

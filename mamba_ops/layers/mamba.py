@@ -50,7 +50,7 @@ class Mamba(Mixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(hidden_size)
         if norms not in NORMS:
             raise ValueError(f"Mamba: norms: got {norms!r}, expected None, 'weightless' or 'weighted'")
         d_inner = 2 * hidden_size if d_inner is None else d_inner
@@ -179,7 +179,7 @@ class Mamba(Mixer):
     ) -> tuple[Tensor, Tensor]:
         """Return what is convolved and the gate; refuse caches that the op after the convolution would refuse."""
         x, z = cast(Tensor, self.in_proj(hidden_states)).chunk(2, dim=-1)
-        require_a_pair(x, conv_state, ssm_state, self._state())
+        require_a_pair(type(self).__name__, x, conv_state, ssm_state, self._state())
         return x, z
 
     def _steps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from mamba_ops.layers.caches import require_a_pair
 from mamba_ops.layers.mixer import Mixer, require_silu
 from mamba_ops.layers.norms import GatedRMSNorm, upcast
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba2_mixing, mamba_chunk_scan, selective_state_update
+from mamba_ops.ops._common.checking import check_chunk_size
 from mamba_ops.ops._common.sequences import DecodeArgs, HasPlan, SequenceArgs
 
 
@@ -53,7 +54,8 @@ class Mamba2(Mixer):
         dtype: torch.dtype | None = None,
         decay_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(hidden_size)
+        check_chunk_size(chunk_size)
         if heads % groups:
             raise ValueError(f"Mamba2: groups: got {groups}, expected a divisor of the {heads} heads")
         self.heads, self.head_dim, self.dstate, self.groups = heads, head_dim, dstate, groups
@@ -192,7 +194,7 @@ class Mamba2(Mixer):
     ) -> tuple[Tensor, ...]:
         """Return gate, what is convolved, and dt; refuse caches that the op after the convolution would refuse."""
         gate, mixed, dt = cast(Tensor, self.in_proj(hidden_states)).split(self.projected, dim=-1)
-        require_a_pair(mixed, conv_state, ssm_state, self._state())
+        require_a_pair(type(self).__name__, mixed, conv_state, ssm_state, self._state())
         return gate, mixed, dt
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba_ops.ops._common.sequences import NULL_SLOT, DecodeArgs, HasPlan, SequenceArgs
+from mamba_ops.registry import answering
+from mamba_ops.registry.errors import ArgumentTypeError
 
 
 class Mixer(nn.Module):
@@ -14,6 +16,11 @@ class Mixer(nn.Module):
     """
 
     conv1d: nn.Conv1d  # for its parameters, never called
+    out_proj: nn.Linear
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
 
     def empty_caches(
         self, slots: int, *, dtype: torch.dtype | None = None, state_dtype: torch.dtype = torch.float32
@@ -30,6 +37,7 @@ class Mixer(nn.Module):
         conv_state = weight.new_zeros((slots, d_conv - 1, dim), dtype=dtype).transpose(1, 2)  # dense channels
         return conv_state, weight.new_zeros((slots, *self._state()), dtype=state_dtype)
 
+    @answering
     def forward(
         self,
         hidden_states: Tensor,
@@ -57,14 +65,17 @@ class Mixer(nn.Module):
             has_initial_state: bool `(n,)`: sequence i continues from its state in the caches. None: none does.
             null_slot: a sequence with this slot, or a negative one, is padding: it is not mixed, no cache is touched.
         """
+        self._check_call(hidden_states, null_slot)
         if plan is not None:
+            if not hasattr(plan, "tensors"):
+                raise self._wrong("plan", f"a {type(plan).__name__}", "a mamba_ops.serving.Plan")
             if conv_state is None or ssm_state is None:
-                got = "a plan without caches"
-                raise ValueError(f"{type(self).__name__}: plan: got {got}, expected both caches; see empty_caches()")
+                raise self._wrong("plan", "a plan without caches", "both caches; see empty_caches()")
             return self._forward_plan(hidden_states, conv_state, ssm_state, plan)
         rows = SequenceArgs(slots, cu_seqlens, has_initial_state, null_slot)
         return self._prefill(hidden_states, conv_state, ssm_state, rows)
 
+    @answering
     def step(
         self,
         hidden_states: Tensor,
@@ -80,7 +91,34 @@ class Mixer(nn.Module):
             hidden_states: `(n, hidden_size)`, or the next few tokens of every sequence `(n, length, hidden_size)`.
             conv_state, ssm_state, slots, null_slot: as for a call of the layer.
         """
+        self._check_call(hidden_states, null_slot)
         return self._decode(hidden_states, conv_state, ssm_state, DecodeArgs(slots, null_slot=null_slot))
+
+    def _check_call(self, hidden_states: Tensor, null_slot: int) -> None:
+        """Raise the error that the projection would raise in words of its own, or only the op after the convolution.
+
+        It reads what Dynamo knows while it traces, so nothing of it is in the graph.
+        """
+        if not isinstance(hidden_states, Tensor):
+            raise self._wrong("hidden_states", f"a {type(hidden_states).__name__}", "a torch.Tensor", ArgumentTypeError)
+        if not isinstance(null_slot, int | torch.SymInt):
+            raise self._wrong("null_slot", repr(null_slot), "a whole number", ArgumentTypeError)
+        shape, dtype, device = hidden_states.shape, hidden_states.dtype, hidden_states.device
+        if len(shape) not in (2, 3) or shape[-1] != self.hidden_size:
+            expected = f"(batch, length, {self.hidden_size}) or (tokens, {self.hidden_size})"
+            raise self._wrong("hidden_states", f"shape {tuple(shape)}", expected)
+        if not hidden_states.is_floating_point() or hidden_states.layout is not torch.strided:
+            got = f"{dtype} in the layout {hidden_states.layout}"
+            raise self._wrong("hidden_states", got, "floating-point numbers in a strided tensor")
+        weight = self.out_proj.weight if type(self.out_proj) is nn.Linear else None  # another one may convert
+        if weight is None or (weight.dtype, weight.device) == (dtype, device):
+            return
+        if weight.device != device or not torch.is_autocast_enabled(device.type):
+            got, expected = f"{dtype} on {device}", f"{weight.dtype} on {weight.device}, as the layer's parameters are"
+            raise self._wrong("hidden_states", got, expected)
+
+    def _wrong(self, name: str, got: str, expected: str, kind: type[ValueError] = ValueError) -> ValueError:
+        return kind(f"{type(self).__name__}: {name}: got {got}, expected {expected}")
 
     # -- what a layer implements; `rows` binds the convolution and the recurrence -------------------------------------
 

@@ -67,6 +67,8 @@ class Plan:
         new_tokens = _whole_numbers("new_tokens", new_tokens)
         (null_slot,) = _whole_numbers("null_slot", [null_slot])
         (max_requests,) = _whole_numbers("max_requests", [max_requests])
+        slots = _entries("slots", slots)
+        accepted = None if accepted is None else _entries("accepted", accepted)
         requests = range(len(new_tokens))
         for name, values in (("num_computed_tokens", num_computed_tokens), ("slots", slots), ("accepted", accepted)):
             if values is not None and len(values) != len(requests):
@@ -173,9 +175,21 @@ def _check_accepted(
 def _whole_numbers(name: str, values: Any) -> list[int]:
     """Return the numbers as ints, those of numpy and of tensors too; raise ValueError about one that is none."""
     try:
-        return [index(value) for value in values]
+        numbers = [index(value) for value in values]
     except TypeError:
         raise _wrong(name, repr(values), "whole numbers") from None
+    for number in numbers:
+        if not -(2**31) <= number < 2**31:
+            raise _wrong(name, str(number), "numbers of 32 bits")
+    return numbers
+
+
+def _entries(name: str, values: Any) -> list[Any]:
+    """Return the entries of a list, or of what is like one; raise ValueError about what is not."""
+    try:
+        return list(values)
+    except TypeError:
+        raise _wrong(name, repr(values), "a list with an entry for each request") from None
 
 
 def _on_device(

@@ -1,6 +1,7 @@
 """The caches of a model's layers, with a slot for each request that an engine runs at a time."""
 
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -108,13 +109,17 @@ class StatePool:
         Raises:
             ValueError: it is not allocated.
         """
-        if slot not in self._allocated:
+        try:
+            number = index(slot)
+        except TypeError:
+            number = -1
+        if number not in self._allocated:
             allocated = ", ".join(map(str, sorted(self._allocated))) or "none"
             raise ValueError(
                 f"StatePool: slot: got {slot}, expected one that is allocated ({allocated}); was it freed twice?"
             )
-        self._allocated.remove(slot)
-        self._free.append(slot)
+        self._allocated.remove(number)
+        self._free.append(number)
 
 
 def _pages(states: tuple[Tensor, ...], slots: int, page_bytes: int) -> tuple[Tensor, ...]:

@@ -320,7 +320,7 @@ def test_errors_survive_pickling(error: errors.RegistryError) -> None:
 
 
 def test_there_is_an_error_of_each_class() -> None:
-    assert len(list(instances())) == 6
+    assert len(list(instances())) == 7
 
 
 def test_settings_of_a_third_partys_backend(backend: Callable[..., Backend], add: Op[...]) -> None:

@@ -136,7 +136,9 @@ def _load(options: Options) -> tuple[Any, list[tuple[tuple[Any, ...], dict[str, 
     from mamba_ops.commands.targets import load_target
 
     found = load_target(options.target, torch.device("cpu"), as_made=True)
-    return found.model.train() if options.train else found.model, [(call.args, dict(call.kwargs or {})) for call in found.calls]
+    return found.model.train() if options.train else found.model, [
+        (call.args, dict(call.kwargs or {})) for call in found.calls
+    ]
 
 
 def _on_our_ops(model: torch.nn.Module) -> contextlib.AbstractContextManager[object]:

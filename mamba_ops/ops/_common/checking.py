@@ -80,6 +80,11 @@ def slot_table(name: str, table: Tensor | None, *, rows: int, columns: int = 1) 
         raise bad_argument(name, got=f"{width} columns", expected=f"at least {columns}", hint=hint)
 
 
+def count_of(cache: Tensor) -> int:
+    """How many slots a cache has, whatever its rank is."""
+    return cache.shape[0] if cache.dim() else 0
+
+
 def slot_for_each(name: str, cache: Tensor, slots: Tensor | None, *, rows: int) -> None:
     """`cache` has a slot for each of `rows` rows, where no table assigns them."""
     if slots is None and cache.shape[0] < rows:
@@ -106,6 +111,12 @@ def packed_rows(cu_seqlens: Tensor | None) -> None:
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         hint = "it begins with 0 and has one entry more than there are rows"
         raise bad_argument("cu_seqlens", got=f"shape {tuple(cu_seqlens.shape)}", expected="(n + 1,)", hint=hint)
+
+
+def check_chunk_size(chunk_size: int) -> None:
+    """`chunk_size` is one that every backend takes: the work of a chunk, and its memory, grow with its square."""
+    if not 1 <= chunk_size <= 4096:
+        raise bad_argument("chunk_size", got=chunk_size, expected="1 to 4096 tokens", hint="models use 64 to 512")
 
 
 def short(dtype: torch.dtype) -> str:

@@ -50,9 +50,11 @@ class RandomInputs:
         self.cache_slots = rows + self._any(1, 9) if slots is None else slots
         self.packed = self.channel_major = False
         self._lead: tuple[int, ...] = (rows,)
+        self.asked: set[str] = set()  # names of the static sizes that were asked for
 
     def size(self, name: str, default: int) -> int:
         """Return a static size."""
+        self.asked.add(name)
         return self._sizes.get(name, default)
 
     def lay_out(self, pattern: str) -> set[str]:

@@ -132,6 +132,7 @@ def check_mixing(op: str, call: Any, projected: Tensor) -> None:
         return
     decoding, _, reading, _ = plan.counts.tolist()
     check_rows(projected[: batch.tokens], plan.cu_seqlens[: decoding + reading + 1])
+    _check_counts_are_those_of(plan, batch.tokens)
     if (decodes := batch.decodes) is not None:
         args = decodes.arguments
         assert isinstance(args, DecodeArgs)  # for mypy: those of decodes are
@@ -144,6 +145,25 @@ def check_mixing(op: str, call: Any, projected: Tensor) -> None:
         rows = check_rows(prefills.of(projected), args.cu_seqlens, name="prefill_cu_seqlens", first=decoding)
         check_sequence_slots(rows, conv_state, "conv_state", args.slots, None, args.null_slot)
         check_counts("num_computed_tokens", batch.num_computed_tokens, 0, first=decoding)
+
+
+def _check_counts_are_those_of(plan: PlanTensors, tokens: int) -> None:
+    """A plan's counts and both of its tensors of ends say the same."""
+    assert plan.counts is not None  # for mypy; the callers looked
+    assert plan.cu_seqlens is not None
+    decodes, decode_tokens, prefills, _ = plan.counts.tolist()
+    ends = plan.cu_seqlens[: decodes + prefills + 1]
+    hint = "the plan's counts and cu_seqlens are of two batches"
+    for rows, count in ((decodes, decode_tokens), (decodes + prefills, tokens)):
+        if int(ends[rows]) != count:
+            expected = f"{count} as the end of row {rows - 1}, as counts says"
+            raise bad_argument("cu_seqlens", got=int(ends[rows]), expected=expected, hint=hint)
+    if plan.num_accepted_tokens is None:
+        refuse("cu_seqlens", ends[1 : decodes + 1], ends[: decodes + 1].diff() != 1, "one token more", what="at row")
+    if plan.prefill_cu_seqlens is not None:
+        found, right = plan.prefill_cu_seqlens[: prefills + 1], ends[decodes:] - ends[decodes]
+        expected = "what cu_seqlens has there, less the decodes' tokens"
+        refuse("prefill_cu_seqlens", found, found != right, expected, what="at entry")
 
 
 def slots_in_cache(

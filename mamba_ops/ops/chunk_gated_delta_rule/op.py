@@ -11,6 +11,7 @@ from torch import Tensor
 from mamba_ops.backends import flashinfer, triton
 from mamba_ops.ops._common.checking import (
     check_tensors,
+    count_of,
     initial_flags,
     packed_rows,
     shape_is,
@@ -141,7 +142,7 @@ def _validate(call: Arguments) -> None:
         shape_is(
             "ssm_state",
             call.ssm_state,
-            (call.ssm_state.shape[0], v_heads, v_dim, k_dim),
+            (count_of(call.ssm_state), v_heads, v_dim, k_dim),
             hint="(slots, v_heads, v_dim, k_dim)",
         )
         slot_for_each("ssm_state", call.ssm_state, call.slots, rows=n)

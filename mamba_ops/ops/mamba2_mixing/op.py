@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mamba_ops.ops._common.checking import check_tensors, shape_is, tensor_rank
+from mamba_ops.ops._common.checking import check_chunk_size, check_tensors, shape_is, tensor_rank
 from mamba_ops.ops._common.mixing import check_plan_and_caches
 from mamba_ops.ops._common.sequences import PlanTensors
 from mamba_ops.ops._common.values import check_mixing
@@ -97,7 +97,7 @@ def mamba2_mixing(
         counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, num_computed_tokens, num_accepted_tokens: the
             plan, see `mamba_ops.serving.Plan` and `PlanTensors` there; all None: no plan.
         heads, head_dim, dstate, groups: the layer's sizes on this rank.
-        chunk_size: tokens of a chunk in prefills, at most; chunks end at multiples of it from a request's first token.
+        chunk_size: tokens of a chunk in prefills, 1 to 4096; they end at multiples of it from a request's first token.
         dt_min, dt_max: limits of the step sizes after their softplus.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.
         out: `(tokens, heads, head_dim)`. Mutated. Zero for padding tokens; all zero without a plan or rows.
@@ -114,7 +114,8 @@ def _output(projected: Tensor, heads: int, head_dim: int) -> Tensor:
 
 @mamba2_mixing.validate
 def _validate(call: Arguments) -> None:
-    for name in ("heads", "head_dim", "dstate", "chunk_size"):
+    check_chunk_size(call.chunk_size)
+    for name in ("heads", "head_dim", "dstate"):
         if (value := getattr(call, name)) < 1:
             raise bad_argument(name, got=value, expected="a positive number")
     if call.groups < 1 or call.heads % call.groups:

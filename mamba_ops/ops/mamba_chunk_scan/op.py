@@ -11,7 +11,9 @@ from torch import Tensor
 
 from mamba_ops.backends import triton
 from mamba_ops.ops._common.checking import (
+    check_chunk_size,
     check_tensors,
+    count_of,
     index_tensor,
     initial_flags,
     packed_rows,
@@ -92,7 +94,7 @@ def mamba_chunk_scan(
         dt: (..., heads), the step sizes.
         A: (heads,); negative. At -inf a step of 0 decays nothing, and any other all.
         B, C: (..., groups, dstate), with heads a multiple of groups.
-        chunk_size: tokens of a chunk, at most; any positive number. Results depend on it by rounding alone.
+        chunk_size: tokens of a chunk, 1 to 4096. Results depend on it by rounding alone.
         D: skip weight, (heads,) or (heads, dim).
         z: gate, like x.
         dt_bias: added to dt, (heads,).
@@ -139,8 +141,7 @@ def _output(x: Tensor) -> Tensor:
 def _validate(call: Arguments) -> None:
     cache, kept = call.ssm_state, call.chunk_states
     check_tensors(call, "x")
-    if call.chunk_size < 1:
-        raise bad_argument("chunk_size", got=call.chunk_size, expected="a positive number of tokens")
+    check_chunk_size(call.chunk_size)
     if not call.dt_min <= call.dt_max:
         raise bad_argument("dt_min", got=call.dt_min, expected=f"at most dt_max, which is {call.dt_max}")
     packed_rows(call.cu_seqlens)
@@ -173,10 +174,10 @@ def _validate(call: Arguments) -> None:
     slot_table("write_slots", call.write_slots, rows=n)
     initial_flags("ssm_state", cache, call.has_initial_state, rows=n)
     if cache is not None:
-        shape_is("ssm_state", cache, (cache.shape[0], heads, dim, dstate), hint="(slots, heads, dim, dstate)")
+        shape_is("ssm_state", cache, (count_of(cache), heads, dim, dstate), hint="(slots, heads, dim, dstate)")
         slot_for_each("ssm_state", cache, call.slots, rows=n)
     if kept is not None:
-        shape_is("chunk_states", kept, (kept.shape[0], heads, dim, dstate), hint="(chunks, heads, dim, dstate)")
+        shape_is("chunk_states", kept, (count_of(kept), heads, dim, dstate), hint="(chunks, heads, dim, dstate)")
         most = most_chunks(math.prod(lead), n, call.chunk_size, call.num_computed_tokens)
         if kept.shape[0] < most:
             got, hint = f"{kept.shape[0]} chunks", "as many as there can be, whatever the rows' lengths"
@@ -189,12 +190,10 @@ def _validate_values(call: Arguments) -> None:
     check_counts("num_computed_tokens", call.num_computed_tokens, 0)
 
 
-def _unsupported(x: Tensor, B: Tensor, chunk_size: int) -> str | None:
-    """Takes no float64 x, a dstate of at most 256, and chunks of at most 4096 tokens."""
+def _unsupported(x: Tensor, B: Tensor) -> str | None:
+    """Takes no float64 x, and a dstate of at most 256."""
     if B.shape[-1] > 256:
         return f"takes a dstate of at most 256, and B has {B.shape[-1]}"
-    if chunk_size > 4096:
-        return f"takes chunks of at most 4096 tokens, and chunk_size is {chunk_size}"
     return "computes in float32, and x is float64" if x.dtype == torch.float64 else None
 
 

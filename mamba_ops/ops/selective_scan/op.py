@@ -8,6 +8,7 @@ from torch import Tensor
 from mamba_ops.backends import triton
 from mamba_ops.ops._common.checking import (
     check_tensors,
+    count_of,
     index_tensor,
     initial_flags,
     packed_rows,
@@ -172,7 +173,7 @@ def _validate(call: Arguments) -> None:
     slot_table("write_slots", call.write_slots, rows=n)
     initial_flags("ssm_state", call.ssm_state, call.has_initial_state, rows=n)
     if call.ssm_state is not None:
-        shape_is("ssm_state", call.ssm_state, (call.ssm_state.shape[0], dim, dstate), hint="(slots, dim, dstate)")
+        shape_is("ssm_state", call.ssm_state, (count_of(call.ssm_state), dim, dstate), hint="(slots, dim, dstate)")
         slot_for_each("ssm_state", call.ssm_state, call.slots, rows=n)
 
     if call.block_size < 0:

@@ -1,0 +1,190 @@
+"""What kind of value each argument of a call is: of the wrong type, or a tensor that no kernel could read.
+
+Types are looked at after a call has failed, so that right calls pay nothing for it. A wrong one never gets to a kernel:
+torch's dispatcher, or what comes before it, has raised by then.
+"""
+
+import functools
+import inspect
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import ParamSpec
+
+from mamba_ops.registry import _torch
+from mamba_ops.registry.errors import ArgumentTypeError, RegistryError, bad_argument, shown
+
+_EXPECTED = {Tensor: "a torch.Tensor", int: "a whole number", float: "a number", bool: "True or False"}
+_PACK = "pack its rows into one tensor, with cu_seqlens where the op has it"
+_OF_PREPARING = (RuntimeError, IndexError, AttributeError, TypeError, ValueError, NotImplementedError)
+_SENTENCE = re.compile(r"[\w.]+::\w+: ")
+P = ParamSpec("P")
+T = TypeVar("T")
+_TAKEN: dict[type, tuple[type, ...]] = {
+    int: (int, torch.SymInt),
+    float: (int, float, torch.SymInt, torch.SymFloat),
+    bool: (bool, torch.SymBool),
+}
+
+
+def check(arguments: Mapping[str, Any]) -> None:
+    """Raise the ValueError about a tensor that is no plain block of memory with strides, if there is one."""
+    for name, tensor in arguments.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.is_nested:
+            raise bad_argument(shown(name), got="a nested tensor", expected="a plain one", hint=_PACK)
+        if tensor.layout is not torch.strided:
+            got = f"a {str(tensor.layout).removeprefix('torch.')} tensor"
+            raise bad_argument(shown(name), got=got, expected="a strided one", hint="convert it with to_dense()")
+        if tensor.is_quantized:
+            hint = "convert it with dequantize()"
+            raise bad_argument(shown(name), got="a quantized tensor", expected="an ordinary one", hint=hint)
+
+
+def is_plain(tensor: object) -> bool:
+    """Whether a tensor is one of torch's own, and stands for nothing else: no fake, distributed or wrapped one."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def refuse_transforms(values: Sequence[Any]) -> None:
+    """Raise, under a transform of torch.func or forward-mode differentiation, if one of the tensors is of that."""
+    if any(isinstance(value, Tensor) and _torch.is_wrapped(value) for value in values):
+        raise NotImplementedError
+
+
+def explained(
+    op: str,
+    parameters: Sequence[inspect.Parameter],
+    validate: Callable[[Mapping[str, Any]], None],
+    error: Exception,
+    values: Sequence[Any],
+) -> Exception:
+    """Return what to raise for a call that ended in `error`: a sentence about an argument that no call can have, if
+    there is one, else the error itself.
+
+    Args:
+        op, parameters: its qualified name, and the parameters of `values`.
+        validate: the op's checks of shapes and dtypes, which may not have been reached.
+        error: what the call raised; a sentence that begins with an op's name stays.
+        values: the call's arguments; `out` is None where the front was to allocate it.
+    """
+    if isinstance(error, RegistryError) or _SENTENCE.match(str(error)):
+        return error
+    given = [(shown(p.name), p, value) for p, value in zip(parameters, values, strict=True)]
+    for name, parameter, value in given:
+        if (expected := _of_wrong_type(parameter, value)) is not None:
+            return _wrong(op, name, _described(value), expected)
+    tensors = [(name, value) for name, _, value in given if isinstance(value, Tensor)]
+    for name, tensor in tensors:
+        if tensor.is_nested:
+            return _wrong(op, name, "a nested tensor", f"a plain one; {_PACK}")
+        if not is_plain(tensor):
+            kind = type(tensor).__name__
+            expected = f"plain tensors; the op has no rule for a {kind} here ({_first_line(error)})"
+            return _wrong(op, name, f"a {kind}", expected)
+    if (wrapped := next((name for name, tensor in tensors if _torch.is_wrapped(tensor)), None)) is not None:
+        expected = "a plain one: the op has no rule for the transform, as it writes to its arguments"
+        return _wrong(op, wrapped, "a tensor under a transform (vmap, grad, jvp, forward-mode AD)", expected)
+    try:
+        validate(_with_stand_in(parameters, values, tensors))
+    except ValueError as wrong:
+        if not str(wrong).startswith((f"{op}: out: ", "out: ")):
+            return wrong
+    except Exception:  # the checks were not made for such a call, and say nothing about it
+        pass
+    return error
+
+
+def answering(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function that prepares tensors for ops answer for arguments that it cannot prepare, in the words of ops.
+
+    Its name in messages is its own, or for a method its object's class. While Dynamo traces it is as it was.
+    """
+    parameters = list(inspect.signature(function).parameters.values())
+    is_method = parameters[0].name == "self"
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            name = type(args[0]).__name__ if is_method else function.__name__
+            given = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs
+            named = [p for p in parameters[is_method:] if p.name in given]
+            if (answer := _answer(name, named, error, [given[p.name] for p in named])) is error:
+                raise
+            raise answer from error
+
+    return call
+
+
+def _answer(name: str, parameters: Sequence[inspect.Parameter], error: Exception, values: Sequence[Any]) -> Exception:
+    """Return what to raise for a call of a function over ops: what torch says of single tensors gets their names."""
+    found = explained(name, parameters, lambda _: None, error, values)
+    if found is not error or type(error) not in _OF_PREPARING or "::" in str(error).partition(": ")[0]:
+        return found
+    tensors = {p.name: v for p, v in zip(parameters, values, strict=True) if isinstance(v, Tensor)}
+    if str(error).startswith(f"{name}: ") or not tensors:
+        return found
+    got = " and ".join(f"{tuple(t.shape)} of {t.dtype}" for t in tensors.values())
+    return bad_argument(f"{name}: {', '.join(tensors)}", got=got, expected=f"tensors that fit ({_first_line(error)})")
+
+
+def _with_stand_in(
+    parameters: Sequence[inspect.Parameter], values: Sequence[Any], tensors: Sequence[tuple[str, Tensor]]
+) -> dict[str, Any]:
+    """Return a call's arguments with an output that has no elements, where it has none."""
+    arguments = {p.name: value for p, value in zip(parameters, values, strict=True)}
+    if "output" in arguments and arguments["output"] is None:
+        arguments["output"] = tensors[0][1].new_empty(0)
+    return arguments
+
+
+def _of_wrong_type(parameter: inspect.Parameter, value: Any) -> str | None:
+    """Return what a parameter expects, if the value is not that; `out` and caches may be left out."""
+    for kind, expected in _EXPECTED.items():
+        if parameter.annotation == kind | None or parameter.name == "output":
+            expected += " or None"
+            if value is None:
+                return None
+        elif parameter.annotation is not kind:
+            continue
+        if kind is Tensor or parameter.name == "output":
+            return None if isinstance(value, Tensor) else expected
+        if isinstance(value, Tensor):
+            return None if value.numel() == 1 else expected
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return f"{expected} of 64 bits"
+        return None if isinstance(value, _TAKEN[kind]) or _is_index(kind, value) else expected
+    return None
+
+
+def _is_index(kind: type, value: Any) -> bool:
+    """Whether a value is a whole number of another library, as numpy's are, where a number belongs."""
+    try:
+        return kind is not bool and operator.index(value) is not None
+    except TypeError:
+        return False
+
+
+def _described(value: Any) -> str:
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value) if len(repr(value)) < 40 else f"a {type(value).__name__}"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__module__}.{type(value).__name__}".replace("builtins.", "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _wrong(op: str, name: str, got: str, expected: str) -> ArgumentTypeError:
+    return ArgumentTypeError(f"{op}: {name}: got {got}, expected {expected}")

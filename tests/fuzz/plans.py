@@ -1,0 +1,100 @@
+"""Random plans and pools: each is what was asked for, or refused in a sentence."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from mamba_ops.serving import Plan, StatePool
+from mamba_ops.serving.pools import NoFreeSlot
+from tests.fuzz.mutations import NUMBERS, Pick
+from tests.fuzz.outcomes import REFUSED, RIGHT, Wrong
+
+
+def plan(pick: Pick) -> str:
+    """Make a plan of random requests, with up to two of its numbers changed to anything."""
+    requests = pick(4)
+    computed: list[Any] = [pick(4) * (1 + pick(3)) for _ in range(requests)]
+    new: list[Any] = [1 + pick(3) * pick(3) for _ in range(requests)]
+    columns = 1 + pick(3)
+    slots: list[Any] = [[i * columns + c for c in range(columns)] for i in range(requests)]
+    accepted: list[Any] | None = None if pick(2) else [pick(columns + 1) for _ in range(requests)]
+    call: dict[str, Any] = {"num_computed_tokens": computed, "new_tokens": new, "slots": slots, "accepted": accepted}
+    call |= {"max_requests": 4, "null_slot": -1}
+    for _ in range(pick(3)):
+        name = [*call][pick(len(call))]
+        value, anything = call[name], NUMBERS[pick(len(NUMBERS))]
+        if isinstance(value, list) and value and pick(4):
+            call[name] = [*value]
+            call[name][pick(len(value))] = anything
+        else:
+            call[name] = [anything, np.array([1, 2]), torch.tensor([1, 2]), [], None][pick(5)]
+    shown = ", ".join(f"{n}={v!r}" for n, v in call.items())
+    try:
+        made = Plan.of(call.pop("num_computed_tokens"), call.pop("new_tokens"), call.pop("slots"), **call)
+    except ValueError as error:
+        if not (str(error).startswith("Plan: ") and ": got " in str(error) and ", expected " in str(error)):
+            raise Wrong(f"Plan.of({shown}) ended in {error!r}") from error
+        return REFUSED
+    except Exception as error:
+        raise Wrong(f"Plan.of({shown}) ended in {error!r}") from error
+    counts, bounds = made.tensors.counts, made.tensors.cu_seqlens
+    assert counts is not None
+    assert bounds is not None
+    decodes, decoding, prefills, reading = counts.tolist()
+    is_right = (
+        sorted(made.order) == list(range(decodes + prefills))
+        and decoding + reading == made.tokens == int(bounds[decodes + prefills])
+        and bool((bounds.diff() >= 0).all())
+        and int(bounds[decodes]) == decoding
+    )
+    if not is_right:
+        raise Wrong(f"Plan.of({shown}) made {made}, {made.tensors}")
+    return RIGHT
+
+
+def pool(pick: Pick) -> str:
+    """Make a pool, then allocate and free at random, beside a set that knows what is right."""
+    templates = {"layer": (torch.zeros(0, 3, 2), torch.zeros(0, 2, dtype=torch.bfloat16))}
+    slots = NUMBERS[pick(len(NUMBERS))] if not pick(3) else 1 + pick(5)
+    if isinstance(slots, int) and slots > 10_000:
+        slots = 7  # not the memory of this machine
+    null_slot = NUMBERS[pick(len(NUMBERS))] if not pick(3) else -1
+    page_bytes = NUMBERS[pick(len(NUMBERS))] if not pick(4) else 0
+    page_bytes = 64 if isinstance(page_bytes, int) and page_bytes > 10_000 else page_bytes
+    shown = f"StatePool(slots={slots!r}, null_slot={null_slot!r}, page_bytes={page_bytes!r})"
+    try:
+        made = StatePool(templates, slots, page_bytes=page_bytes, null_slot=null_slot)
+    except ValueError as error:
+        if not (str(error).startswith("StatePool: ") and ": got " in str(error)):
+            raise Wrong(f"{shown} ended in {error!r}") from error
+        return REFUSED
+    except Exception as error:
+        raise Wrong(f"{shown} ended in {error!r}") from error
+    taken: set[int] = set()
+    free = set(range(made.slots)) - {made.null_slot}
+    for _ in range(pick(12)):
+        slot: Any = None
+        try:
+            if pick(2):
+                slot = made.allocate()
+                is_right = slot in free - taken
+                taken.add(slot)
+            else:
+                slot = NUMBERS[pick(len(NUMBERS))] if not pick(3) else pick(6)
+                made.free(slot)
+                is_right = slot in taken
+                taken.discard(slot)
+        except NoFreeSlot:
+            is_right = free == taken
+        except ValueError as error:
+            is_right = str(error).startswith("StatePool: slot: got ") and not _is_in(slot, taken)
+        except Exception as error:
+            raise Wrong(f"{shown}: free({slot!r}) ended in {error!r}") from error
+        if not is_right or made.allocated != taken or made.num_free != len(free - taken):
+            raise Wrong(f"{shown}: allocate() or free({slot!r}) left {made.allocated}, expected {taken}")
+    return RIGHT
+
+
+def _is_in(slot: Any, taken: set[int]) -> bool:
+    return isinstance(slot, int) and slot in taken

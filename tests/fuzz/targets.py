@@ -1,0 +1,239 @@
+"""What is called: every op on its backends, companions, layers, the functions of other libraries, plans and pools."""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import mamba_ops
+from mamba_ops import registry
+from mamba_ops.compat import causal_conv1d, fla, mamba_ssm, vllm
+from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
+from mamba_ops.serving import Plan
+from tests.fuzz.mutations import Arguments
+from tests.harness import OPS, backends_here, expected, truncates
+
+CPU = torch.device("cpu")
+INSIDE = ("mamba_chunk_scan_combined",)
+"""What functions that call others name in messages, beside the ops."""
+
+Results = dict[str, Tensor]
+
+
+class Target(NamedTuple):
+    """Something to call.
+
+    Attributes:
+        name: how messages call it.
+        call: runs a call and returns its results.
+        bases: right calls, each made anew.
+        truth: what is right for arguments, computed in a dtype; it changes none of them.
+        written: names of the arguments that a call may write.
+        inside: of what calls ops: other functions that messages may name, beside the ops.
+        has_oracle: whether `truth` is an oracle, which rounds where kernels do; else it is the same call in another
+            dtype, which in 16 bits rounds between ops too.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    bases: list[Callable[[], Arguments]]
+    truth: Callable[[Arguments, torch.dtype], Results]
+    written: frozenset[str] = frozenset()
+    inside: tuple[str, ...] = ()
+    has_oracle: bool = False
+
+    def results(self, returned: Any, arguments: Arguments) -> Results:
+        """Return the tensors that a call returned and wrote."""
+        tensors = returned if isinstance(returned, tuple) else (returned,)
+        found = {f"result {i}": t for i, t in enumerate(tensors) if isinstance(t, Tensor)}
+        return found | {n: a for n in self.written if isinstance(a := arguments.get(n), Tensor)}
+
+
+def targets(backend: str = "torch") -> list[Target]:
+    """Return all that there is to call where a backend is asked for."""
+    if backend == "triton":
+        return [t for op in OPS if not op.composed for t in _op(op, "triton")]
+    return [*(t for op in OPS for t in _op(op, "torch")), *_companions(), *_layers(), *_compat()]
+
+
+# -- ops --------------------------------------------------------------------------------------------------------------
+
+
+def _op(op: registry.Op[...], backend: str) -> Iterator[Target]:
+    if backend not in backends_here(op, CPU):
+        return
+
+    def call(**arguments: Any) -> Any:
+        with mamba_ops.use_backend(backend):
+            return op(**arguments)
+
+    def truth(arguments: Arguments, dtype: torch.dtype) -> Results:
+        args = tuple(arguments[p.name] for p in op.parameters if p.kind is not p.KEYWORD_ONLY)
+        kwargs = {n: arguments[n] for n in list(arguments)[len(args) :]}
+        found = expected(op, registry.Sample("fuzz", args, kwargs), dtype)
+        output = found.pop("output")
+        return {"result 0": output, **({"out": output} if arguments.get("out") is not None else {}), **found}
+
+    sizes = {"dtype": torch.float32} if truncates(op, backend, CPU) else {}
+    written = frozenset("out" if n == "output" else n for n in op.mutates)
+    bases = [functools.partial(_arguments_of, op, sample) for sample in op.make_samples("cpu", **sizes)]
+    yield Target(op.name, call, bases, truth, written, INSIDE if op.composed else (), True)
+
+
+def _arguments_of(op: registry.Op[...], sample: registry.Sample) -> Arguments:
+    copied = sample.clone()
+    arguments = {n: a for n, a in op.bind(copied.args, copied.kwargs).items() if n not in op.returns}
+    return {"out" if n == "output" else n: a for n, a in arguments.items()}
+
+
+def _companions() -> Iterator[Target]:
+    for op in registry.ops().values():
+        if op.qualname.startswith("mamba_ops::") and op.returns:
+
+            def call(op: registry.Op[...] = op, **arguments: Any) -> Any:
+                return op(*arguments.values())
+
+            bases = [functools.partial(_arguments_of, op, sample) for sample in op.make_samples("cpu")[:3]]
+            yield Target(op.name, call, bases, functools.partial(_in_dtype, call), inside=INSIDE)
+
+
+def _in_dtype(call: Callable[..., Any], arguments: Arguments, dtype: torch.dtype) -> Results:
+    """What the same call returns with all its floating-point tensors in another dtype, on the reference."""
+
+    def converted(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().to(dtype if value.is_floating_point() else value.dtype, copy=True)
+
+    mine = {n: converted(value) for n, value in arguments.items()}
+    with mamba_ops.use_backend("torch"):
+        returned = call(**mine)
+    tensors = returned if isinstance(returned, tuple) else (returned,)
+    found = {f"result {i}": t for i, t in enumerate(tensors) if isinstance(t, Tensor)}
+    return found | {n: v for n, v in mine.items() if isinstance(v, Tensor)}
+
+
+def _scanned_in_place(arguments: Arguments, dtype: torch.dtype) -> Results:
+    """What vLLM's scan leaves; a z or delta without adjacent tokens, which it should overwrite, stays as it is."""
+    found = _in_dtype(vllm.selective_scan_fn, arguments, dtype)
+    return {n: t for n, t in found.items() if n not in ("z", "delta")}
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+def _layers() -> Iterator[Target]:
+    for layer in (
+        Mamba(16, dstate=4),
+        Mamba2(16, heads=2, head_dim=8, dstate=4, chunk_size=4),
+        GatedDeltaNet(16, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=8),
+    ):
+        layer.requires_grad_(False)
+        for name in ("forward", "step", "plan"):
+            truth = functools.partial(_of_layer, copy.deepcopy(layer), name)
+            call = layer.step if name == "step" else layer
+            base = functools.partial(_layer_call, layer, name)
+            written = frozenset(["conv_state", "ssm_state"])
+            yield Target(type(layer).__name__, call, [base], truth, written, inside=INSIDE)
+
+
+def _layer_call(layer: Any, name: str) -> Arguments:
+    generator = torch.Generator().manual_seed(0)
+    conv_state, ssm_state = (torch.randn(c.shape, generator=generator).to(c) for c in layer.empty_caches(4))
+    shape = {"forward": (2, 5, 16), "step": (2, 16), "plan": (6, 16)}[name]
+    call = {"hidden_states": torch.randn(shape, generator=generator), "conv_state": conv_state, "ssm_state": ssm_state}
+    if name == "plan":
+        return {**call, "plan": Plan.of([3, 0], [1, 5], [2, 0], max_requests=3)}
+    call |= {"slots": torch.tensor([2, 0]), "null_slot": -1}
+    return call if name == "step" else {**call, "cu_seqlens": None, "has_initial_state": torch.tensor([True, False])}
+
+
+def _of_layer(layer: Any, name: str, arguments: Arguments, dtype: torch.dtype) -> Results:
+    mine = layer.to(dtype)
+    return _in_dtype(mine.step if name == "step" else mine, arguments, dtype)
+
+
+# -- functions of other libraries -------------------------------------------------------------------------------------
+
+
+def _compat() -> Iterator[Target]:
+    for module, name, make, written in _compat_calls():
+        function = getattr(module, name)
+        defaults = {
+            p.name: p.default
+            for p in inspect.signature(function).parameters.values()
+            if p.default is not p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+        }
+
+        def base(make: Callable[[], Arguments] = make, defaults: Arguments = defaults) -> Arguments:
+            return {**defaults, **make()}
+
+        truth = _scanned_in_place if function is vllm.selective_scan_fn else functools.partial(_in_dtype, function)
+        yield Target(name, function, [base], truth, frozenset(written.split()), inside=INSIDE)
+
+
+def _compat_calls() -> Iterator[tuple[Any, str, Callable[[], Arguments], str]]:
+    def make(integers: Arguments | None = None, **shapes: tuple[int, ...]) -> Callable[[], Arguments]:
+        def call() -> Arguments:
+            generator = torch.Generator().manual_seed(0)
+            tensors = {n: torch.randn(shape, generator=generator) * 0.5 for n, shape in shapes.items()}
+            for n in ("A", "g"):
+                if n in tensors:
+                    tensors[n] = -tensors[n].abs()
+            return {**tensors, **{n: copy.deepcopy(v) for n, v in (integers or {}).items()}}
+
+        return call
+
+    slots, bounds = torch.tensor([2, 0]), torch.tensor([0, 4, 6])
+    yield causal_conv1d, "causal_conv1d_fn", make(x=(2, 8, 6), weight=(8, 4), bias=(8,)), "final_states_out"
+    initial = make({"return_final_states": True}, x=(2, 8, 6), weight=(8, 4), initial_states=(2, 8, 3))
+    yield causal_conv1d, "causal_conv1d_fn", initial, "final_states_out"
+    shapes: dict[str, tuple[int, ...]] = {"x": (2, 8), "conv_state": (3, 8, 3), "weight": (8, 4), "bias": (8,)}
+    yield causal_conv1d, "causal_conv1d_update", make({"conv_state_indices": slots}, **shapes), "conv_state"
+    shapes = {"state": (3, 2, 8, 4), "x": (2, 2, 8), "dt": (2, 2, 8), "A": (2, 8, 4), "B": (2, 1, 4), "C": (2, 1, 4)}
+    known = {"state_batch_indices": slots, "dt_softplus": True}
+    yield mamba_ssm, "selective_state_update", make(known, **shapes, D=(2, 8)), "state"
+    known = {"state_batch_indices": slots, "out": torch.zeros(2, 2, 8)}
+    yield vllm, "selective_state_update", make(known, **shapes, D=(2, 8), dt_bias=(2, 8)), "state out"
+    shapes = {"u": (2, 8, 6), "delta": (2, 8, 6), "A": (8, 4), "B": (2, 4, 6), "C": (2, 4, 6), "z": (2, 8, 6)}
+    known = {"return_last_state": True, "delta_softplus": True}
+    yield mamba_ssm, "selective_scan_fn", make(known, **shapes), ""
+    shapes = {"x": (2, 6, 2, 8), "dt": (2, 6, 2), "A": (2,), "B": (2, 6, 1, 4), "C": (2, 6, 1, 4), "D": (2,)}
+    known = {"chunk_size": 4, "return_final_states": True, "dt_softplus": True}
+    yield mamba_ssm, "mamba_chunk_scan_combined", make(known, **shapes, initial_states=(2, 2, 8, 4)), ""
+    known = {"chunk_size": 4, "headdim": 8, "return_final_states": True}
+    shapes = {
+        "zxbcdt": (2, 6, 42),
+        "conv1d_weight": (24, 4),
+        "conv1d_bias": (24,),
+        "dt_bias": (2,),
+        "A": (2,),
+        "D": (2,),
+    }
+    yield mamba_ssm, "mamba_split_conv1d_scan_combined", make(known, **shapes), ""
+    shapes = {"q": (2, 6, 1, 8), "k": (2, 6, 1, 8), "v": (2, 6, 2, 8), "g": (2, 6, 2), "beta": (2, 6, 2)}
+    known = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):
+        yield fla, name, make(known, **shapes, initial_state=(2, 2, 8, 8)), ""
+    shapes = {"u": (8, 6), "ssm_states": (3, 8, 4), "delta": (8, 6), "A": (8, 4), "B": (1, 4, 6), "C": (1, 4, 6)}
+    known = {"query_start_loc": bounds, "cache_indices": slots, "null_block_id": -1}
+    yield vllm, "selective_scan_fn", make(known, **shapes), "ssm_states delta z"
+    shapes = {"x": (8, 6), "weight": (8, 4), "bias": (8,), "conv_states": (3, 8, 3)}
+    yield vllm, "causal_conv1d_fn", make(known, **shapes), "conv_states"
+    known = {"conv_state_indices": slots, "null_block_id": -1}
+    shapes = {"x": (2, 8), "conv_state": (3, 8, 3), "weight": (8, 4), "bias": (8,)}
+    yield vllm, "causal_conv1d_update", make(known, **shapes), "x conv_state out"
+    known = {
+        "chunk_size": 4,
+        "cu_seqlens": bounds,
+        "cu_chunk_seqlens": bounds,
+        "last_chunk_indices": torch.tensor([0, 1]),
+    }
+    known |= {"seq_idx": torch.tensor([0, 1]), "out": torch.zeros(6, 2, 8), "dt_bias": None, "z": None, "D": None}
+    shapes = {"x": (6, 2, 8), "dt": (6, 2), "A": (2,), "B": (6, 1, 4), "C": (6, 1, 4), "final_states_out": (3, 2, 8, 4)}
+    known |= {"final_state_indices": slots}
+    yield vllm, "mamba_chunk_scan_combined_varlen", make(known, **shapes), "out final_states_out"
