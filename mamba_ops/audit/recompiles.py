@@ -64,7 +64,7 @@ class Recompiles:
         """Note that a function is compiled again."""
         self.settle()
         guards = failed_guards(reasons, entries, frame)
-        code = frame.f_code
+        code = self._collector.layers.unwrapped(frame.f_code)
         self._open = _Open(
             Recompile(
                 max(self._collector.call, 0),
@@ -133,7 +133,7 @@ class Recompiles:
             named(one.code) if cause == "limit" else subject,
             "; ".join(map(str, one.guards[:8])),
             stack,
-            fallback=self._collector.layers.definition(one.code),
+            fallback=one.made.where,
             values=guards[0].values,
             seconds=seconds,
             mend_first=_described(broken) if broken else None,

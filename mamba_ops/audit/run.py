@@ -85,6 +85,7 @@ def audit(
             f"{where} is not present, and gradients cannot be traced for an absent device; leave train out"
         )
     collector = Collector(report, fn)
+    report.mixers = collector.layers.mixers
     if not is_absent:
         fn = fn.to(where) if isinstance(fn, nn.Module) else fn
         made = _torch.map_tensors(lambda tensor: tensor.to(where), made)
