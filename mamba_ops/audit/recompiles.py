@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.audit import _torch
-from mamba_ops.audit.guards import FOLLOWING, Guard, failed_guards, guard_text
+from mamba_ops.audit.guards import FOLLOWING, Guard, failed_guards, guard_subject, guard_text
 from mamba_ops.audit.remedies import RULES
 from mamba_ops.audit.report import SEVERITIES, ChangedValue, Finding, Recompile, Report
 from mamba_ops.audit.source_locations import (
@@ -125,7 +125,7 @@ class Recompiles:
     def _add(self, one: _Open, cause: str, guards: Sequence[Guard], seconds: float) -> None:
         subjects = list(dict.fromkeys(guard.subject for guard in guards))
         subject = ", ".join(subjects[:_NAMED]) + (f" and {len(subjects) - _NAMED} more" if subjects[_NAMED:] else "")
-        told = next((reason for reason in one.reasons if guard_text(reason) == guards[0].text), "")
+        told = next((reason for reason in one.reasons if guard_subject(guard_text(reason)) == guards[0].subject), "")
         stack = () if cause in _OF_ARGUMENT else guard_location(told, one.code)
         broken = self._break_before(one.code, one.calls) if self._is_consequence(one) else None
         self._collector.add(
