@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compile_tests.planted import breaks, guards, ops
+from compile_tests.planted import breaks, guards, ops, recompiles
 from compile_tests.planted.breaks import x
 
 MARK = "# planted"
@@ -70,7 +70,18 @@ def tensors(*values: Any) -> list[Tensor]:
     return [torch.tensor(value) for value in values]
 
 
-B, G, K = breaks, guards, ops
+def same_or_not() -> Calls:
+    """Two tensors, then one twice."""
+    one = x()
+    return [(x(), x()), (one, one)]
+
+
+def keywords(*names: str) -> Callable[[], Calls]:
+    """Calls with these keyword arguments, one a call; "" is none."""
+    return lambda: [(x(), {name: torch.tensor(2.0)} if name else {}) for name in names]
+
+
+B, G, K, R = breaks, guards, ops, recompiles
 CASES = [
     Case("item", "sync", "item", B.Item, B.ItemTwin),
     Case("item inside a call", "sync", "item", B.ItemInside, B.ItemInsideTwin),
@@ -137,6 +148,97 @@ CASES = [
         with_each(None, torch.zeros(8)),
         with_each(torch.zeros(8), torch.ones(8)),
     ),
+    Case("int that is dynamic", "recompile", "number", R.Repeats, R.Repeats, with_each(*range(3, 10)), with_each(3, 3)),
+    Case("int from 1", "recompile", "number", R.Repeats, R.Repeats, with_each(1, 2, 3), with_each(2, 2)),
+    Case("float", "recompile", "number", R.Scale, R.ScaleTwin, with_each(2.5, 3.5), with_each(*tensors(2.5, 3.5))),
+    Case("flag", "recompile", "flag", R.Flag, R.FlagTwin, with_each(True, False), with_each(*tensors(True, False))),
+    Case(
+        "three strings",
+        "recompile",
+        "string",
+        G.Text,
+        G.TextTwin,
+        with_each("relu", "tanh", "none"),
+        with_each(*tensors(True, False)),
+    ),
+    Case("enum", "recompile", "identity", R.ByEnum, B.Quiet, with_each(*R.Mode), rows(4, 4)),
+    Case(
+        "function",
+        "recompile",
+        "identity",
+        R.ByFunction,
+        R.ByFunctionTwin,
+        with_each(torch.relu, torch.tanh),
+        with_each(torch.relu, torch.tanh),
+    ),
+    Case("rank", "recompile", "rank", R.AnyRank, R.AnyRank, lambda: [(x(),), (torch.randn(2, 4, 8),)], rows(4, 4)),
+    Case(
+        "gradient",
+        "recompile",
+        "requires-grad",
+        R.AnyRank,
+        R.AnyRank,
+        lambda: [(x(),), (x().requires_grad_(),)],
+        rows(4, 4),
+    ),
+    Case(
+        "memory format",
+        "recompile",
+        "strides",
+        R.AnyRank,
+        R.AnyRank,
+        lambda: [(image,) for image in (torch.randn(2, 3, 4, 8), torch.randn(2, 4, 8, 3).permute(0, 3, 1, 2))],
+        rows(4, 4),
+    ),
+    Case("one tensor twice", "recompile", "aliasing", R.TwoTensors, R.TwoTensors, same_or_not, with_each(x(), x())),
+    Case(
+        "keyword arguments",
+        "recompile",
+        "keywords",
+        R.Keywords,
+        R.KeywordsTwin,
+        keywords("", "scale"),
+        keywords("scale", "scale"),
+    ),
+    Case(
+        "keys of a dict",
+        "recompile",
+        "keys",
+        R.Batch,
+        R.BatchTwin,
+        lambda: [({"x": x()},), ({"x": x(), "bias": x()},)],
+    ),
+    Case(
+        "list of tensors",
+        "recompile",
+        "length",
+        R.Items,
+        R.ItemsTwin,
+        lambda: [(x(), [x()] * 0), (x(), [x()]), (x(), [x(), x()])],
+        with_each(torch.randn(2, 4, 8), torch.randn(2, 4, 8)),
+    ),
+    Case(
+        "tensor, then a number",
+        "recompile",
+        "type",
+        R.NumberOrTensor,
+        R.NumberOrTensor,
+        with_each(torch.tensor(2.0), 3),
+        with_each(*tensors(2.0, 3.0)),
+    ),
+    Case("loop over a length", "recompile", "size-fixed", R.OverLength, R.OverLengthTwin, rows(4, 5, 6), rows(4, 5, 6)),
+    Case("lookup by a size", "recompile", "size-fixed", R.ByTable, B.Quiet, rows(4, 5, 6), rows(4, 5, 6)),
+    Case("divides a size", "recompile", "size-again", R.Divides, B.Quiet, rows(4, 6, 7), rows(4, 6, 7)),
+    Case(
+        "compares two sizes",
+        "recompile",
+        "size-again",
+        R.SameLength,
+        R.SameLengthTwin,
+        lambda: [(torch.randn(a, 8), torch.randn(b, 8)) for a, b in ((4, 4), (6, 6), (6, 7))],
+    ),
+    Case("text attribute", "recompile", "attribute", R.TextAttribute, R.TextAttributeTwin, rows(4, 4), rows(4, 4)),
+    Case("second call of a line", "kernel", "disable", R.SecondCall, R.SecondCallTwin),
     Case(
         "strides", "recompile", "strides", G.Contiguity, B.Quiet, lambda: [(x(),), (torch.randn(8, 4).t(),)], rows(4, 4)
     ),

@@ -72,9 +72,9 @@ class TwoTensors(Base):
 
 
 class Keywords(Base):
-    def forward(self, x: Tensor, **kwargs: Tensor) -> Tensor:  # planted
+    def forward(self, x: Tensor, **kwargs: Tensor) -> Tensor:
         y = self.proj(x)
-        return y * kwargs["scale"] if kwargs else y
+        return y * kwargs["scale"] if kwargs else y  # planted
 
 
 class KeywordsTwin(Base):
@@ -107,8 +107,8 @@ class ItemsTwin(Base):
 
 
 class NumberOrTensor(Base):
-    def forward(self, x: Tensor, scale: Any) -> Tensor:
-        return self.proj(x) * scale  # planted
+    def forward(self, x: Tensor, scale: Any) -> Tensor:  # planted
+        return self.proj(x) * scale
 
 
 class OverLength(Base):
@@ -159,28 +159,30 @@ class SameLengthTwin(Base):
 
 
 class TextAttribute(Base):
-    """An attribute that the caller changes between calls, here by an argument that is not guarded on."""
-
     def __init__(self) -> None:
         super().__init__()
-        self.names = iter(("a", "b", "c", "d", "e", "f"))
         self.name = "a"
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.proj(x) + len(self.name)  # planted
-        self.name = self.name + "!"
+        self.name += "!"
         return y
 
 
-def widened(value: Tensor) -> Tensor:  # planted
+class TextAttributeTwin(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x) + 1
+
+
+def widened(value: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
     return value * 2
 
 
 class InHelper(Base):
-    """A break makes the helper a function of its own, which is then compiled again for another rank."""
+    """The helper's break makes it a function of its own, which is compiled again for another rank within one call."""
 
     def forward(self, x: Tensor) -> Tensor:
-        torch._dynamo.graph_break()
         y = self.proj(x)
         return widened(y.flatten()).sum() + widened(y).sum()
 

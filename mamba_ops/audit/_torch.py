@@ -319,12 +319,13 @@ def on_compile(begin: Callable[[str, str], None], end: Callable[[str, str], None
     """Within the block, call these with the trigger and the id of each compile; False where torch does not say."""
     with contextlib.ExitStack() as stack:
         if (handler := find("torch._dynamo.callback:callback_handler")) is not None:
-            for note, when in ((begin, "start"), (end, "end")):
-                called = functools.partial(
-                    lambda note, event: note(event.callback_trigger.name, event.compile_id), note
-                )
-                getattr(handler, f"register_{when}_callback")(called)
-                stack.callback(getattr(handler, f"remove_{when}_callback"), called)
+            for note, name in ((begin, "run_start_callbacks"), (end, "run_end_callbacks")):  # a reset empties its lists
+
+                def run(event: Any, note: Any = note, run: Any = getattr(handler, name)) -> None:
+                    note(event.callback_trigger.name, event.compile_id)
+                    run(event)
+
+                stack.enter_context(mock.patch.object(handler, name, run))
         yield handler is not None
 
 

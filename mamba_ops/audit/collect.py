@@ -22,7 +22,7 @@ from mamba_ops.audit.expressions import called_at
 from mamba_ops.audit.guards import classify_guard, guard_subject, guard_text
 from mamba_ops.audit.recompiles import Recompiles, named
 from mamba_ops.audit.remedies import RULES, classify_break, remedy
-from mamba_ops.audit.report import CallRow, Finding, Graph, Report
+from mamba_ops.audit.report import CallRow, ChangedValue, Finding, Graph, Recompile, Report
 from mamba_ops.audit.source_locations import (
     Layers,
     SourceLocation,
@@ -155,8 +155,13 @@ class Collector:
             row.recompiles += 1
             guard = guard_text(again.guard)
             where = SourceLocation.of(again.file, again.line, function_name(again.function))
+            cause, subject, limit = classify_guard(guard), guard_subject(guard), _torch.recompile_limit()
+            changed = (ChangedValue(subject),)
+            self.report.recompiles.append(
+                Recompile(self.call, "?", again.function, where, changed, 1, limit, cause=cause)
+            )
             if is_user_code(again.file):
-                self.add(classify_guard(guard), guard_subject(guard), guard, (), fallback=where)
+                self.add(cause, subject, guard, (), fallback=where)
 
     def unsupported(self, error: Any, code: types.CodeType | None = None, skipped: bool = False) -> None:
         """Add a graph break."""

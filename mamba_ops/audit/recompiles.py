@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from mamba_ops.audit import _torch
-from mamba_ops.audit.guards import FOLLOWING, Guard, classify_guard_of_optimizer, failed_guards, guard_text
+from mamba_ops.audit.guards import (
+    FOLLOWING,
+    Guard,
+    classify_guard_of_optimizer,
+    failed_guards,
+    guard_subject,
+    guard_text,
+)
 from mamba_ops.audit.remedies import RULES
 from mamba_ops.audit.report import SEVERITIES, ChangedValue, Finding, Recompile, Report
 from mamba_ops.audit.source_locations import (
@@ -63,7 +70,8 @@ class Recompiles:
     def begin(self, reasons: Sequence[str], entries: Sequence[Any], frame: Any) -> None:
         """Note that a function is compiled again."""
         self.settle()
-        guards, code = failed_guards(reasons, entries, frame), frame.f_code
+        guards = failed_guards(reasons, entries, frame)
+        code = self._collector.layers.unwrapped(frame.f_code)
         if "/torch/optim/" in Path(code.co_filename).as_posix():
             guards = [dataclasses.replace(g, cause=classify_guard_of_optimizer(g.text) or g.cause) for g in guards]
         self._open = _Open(
@@ -125,7 +133,7 @@ class Recompiles:
     def _add(self, one: _Open, cause: str, guards: Sequence[Guard], seconds: float) -> None:
         subjects = list(dict.fromkeys(guard.subject for guard in guards))
         subject = ", ".join(subjects[:_NAMED]) + (f" and {len(subjects) - _NAMED} more" if subjects[_NAMED:] else "")
-        told = next((reason for reason in one.reasons if guard_text(reason) == guards[0].text), "")
+        told = next((reason for reason in one.reasons if guard_subject(guard_text(reason)) == guards[0].subject), "")
         if is_user_code(one.code.co_filename):
             stack, callers = () if cause in _OF_ARGUMENT else guard_location(told, one.code), one.calls
         else:  # torch's own, such as a compiled optimizer.step or nn.Sequential
@@ -137,7 +145,7 @@ class Recompiles:
             "; ".join(map(str, one.guards[:8])),
             stack,
             callers=callers,
-            fallback=self._collector.layers.definition(one.code),
+            fallback=one.made.where,
             values=guards[0].values,
             seconds=seconds,
             mend_first=_described(broken) if broken else None,

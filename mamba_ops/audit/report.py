@@ -226,6 +226,7 @@ class Report:
         target, device: what was audited, and where.
         absent: whether the device is not present on this machine, so that nothing ran.
         calls: one row for each call.
+        mixers: the classes of the model's modules that mix tokens: attention, convolutions, recurrences.
         graphs: in the order in which they were made.
         recompiles: in the order in which they were made; each is counted in one finding.
         backends: for our ops: which backend ran how often, and each refusal.
@@ -238,6 +239,7 @@ class Report:
     absent: bool = False
     findings: list[Finding] = dataclasses.field(default_factory=list)
     calls: list[CallRow] = dataclasses.field(default_factory=list)
+    mixers: list[str] = dataclasses.field(default_factory=list)
     graphs: list[Graph] = dataclasses.field(default_factory=list)
     recompiles: list[Recompile] = dataclasses.field(default_factory=list)
     backends: dict[str, str] = dataclasses.field(default_factory=dict)

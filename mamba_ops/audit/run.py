@@ -85,6 +85,7 @@ def audit(
             f"{where} is not present, and gradients cannot be traced for an absent device; leave train out"
         )
     collector = Collector(report, fn)
+    report.mixers = collector.layers.mixers
     if not is_absent:
         made = _torch.map_tensors(lambda tensor: tensor.to(where), made)
     with quiet_torch(), warnings.catch_warnings(), torch.set_grad_enabled(train):

@@ -124,6 +124,8 @@ def show(report: Report, console: "Console") -> None:
 
     absent = ", which is not present" if report.absent else ""
     console.print(Text(f"{report.target} on {report.device}{absent} (torch {report.torch})", "bold"))
+    if report.mixers:
+        console.print(Text(f"It holds {', '.join(report.mixers)}."), soft_wrap=True)
     console.print(Text(report.verdict, "green" if report.clean else "bold red"))
     for finding in report.findings:
         heading, *rest = lines(finding)

@@ -29,6 +29,9 @@ _NOT_USER_CODE = (
 _MADE_BY_OTHERS = "<frozen ", "<eval_with_key>", "<lambdifygenerated", "<unknown", "<built-in", "<torch", "<mamba_ops::"
 _CALLS_THE_MODEL = str(_PACKAGE / "audit" / "run.py"), str(_PACKAGE / "commands") + os.sep
 _STANDARD = str(Path(sysconfig.get_paths()["stdlib"]))
+_MIXER = re.compile(
+    r"(Mixer|Attention|Attn|DeltaNet|ShortConv(olution)?|RecurrentBlock|MambaLayer|LSTMLayer|Retention|Mamba[123]?)$"
+)
 _LINE_IN_TEXT = re.compile(r'File "([^"]+)", line (\d+)(?:, in (\S+))?')
 
 
@@ -166,13 +169,13 @@ class Layers:
         self._of_class: dict[type, list[str]] = {}
         self._known: dict[tuple[SourceLocation, ...], tuple[str, ...]] = {}
         self._paths: dict[int, str] = {}
-        self._wrapped: dict[types.CodeType, SourceLocation] = {}  # by the code of a decorator's wrapper
+        self._wrapped: dict[types.CodeType, types.CodeType] = {}  # by the code of a decorator's wrapper
         if isinstance(model, nn.Module):
             for name, module in model.named_modules():
                 wrapper = getattr(type(module).forward, "__code__", None)
                 code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
                 if wrapper is not None and code is not None and wrapper is not code:
-                    self._wrapped.setdefault(wrapper, SourceLocation.defined(code))
+                    self._wrapped.setdefault(wrapper, code)
                 self._of_class.setdefault(type(module), []).append(name or type(module).__name__)
         self.name(model)
 
@@ -185,9 +188,14 @@ class Layers:
         """Return the name of a module in the model, "" for the model itself and for other modules."""
         return self._paths.get(id(module), "")
 
-    def definition(self, code: types.CodeType) -> SourceLocation:
-        """Return where a function is defined; for the wrapper that a decorator put around a forward, that of this."""
-        return self._wrapped.get(code) or SourceLocation.defined(code)
+    @property
+    def mixers(self) -> list[str]:
+        """The classes of modules that mix tokens, in the order in which the model holds them."""
+        return [name for name in dict.fromkeys(cls.__name__ for cls in self._of_class) if _MIXER.search(name)]
+
+    def unwrapped(self, code: types.CodeType) -> types.CodeType:
+        """Return a function's own code; for the wrapper that a decorator put around a forward, that of the forward."""
+        return self._wrapped.get(code, code)
 
     def of(self, stack: Iterable[SourceLocation]) -> tuple[str, ...]:
         """Return the modules with the innermost location of a stack that is in the code of any module."""

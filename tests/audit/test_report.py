@@ -92,6 +92,18 @@ def test_watch_sees_a_loop_of_theirs():
     assert report.finished
 
 
+def test_a_reset_in_watched_code_is_no_end():
+    def f(x):
+        return x + 1
+
+    with watch() as report:
+        torch._dynamo.reset()
+        for size in (3, 4):
+            torch.compile(f, backend="eager")(torch.ones(size))
+    [made] = report.recompiles
+    assert made.seconds > 0
+
+
 def test_watch_hears_loggers_that_it_has_not_seen_before():
     """Those of Transformers hand nothing on to the root."""
     log = logging.getLogger("somebody.kernels")

@@ -12,9 +12,13 @@ pytest.importorskip("transformers", reason="needs mamba-ops[transformers]")
 pytest.importorskip("typer", reason="the command needs mamba-ops[cli]")
 
 from transformers import MambaConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from mamba_ops.audit import audit
 from mamba_ops.audit.report import Report
+from mamba_ops.audit.source_locations import Layers
 from mamba_ops.commands.audit.models import ModelNameError, build
+from mamba_ops.compat.transformers import use_mamba_ops
 
 MODELS = ("mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "qwen3_next")
 DEVICES = ["cpu", *(name for name in ("cuda", "xpu") if not torch.get_device_module(name).is_available())]
@@ -53,6 +57,66 @@ def test_an_unknown_model_is_a_sentence():
         build("nosuch")
 
 
+@pytest.mark.parametrize(
+    ("name", "mixers"),
+    [
+        ("lfm2", {"Lfm2ShortConv", "Lfm2Attention"}),
+        ("granitemoehybrid", {"GraniteMoeHybridMambaLayer", "GraniteMoeHybridAttention"}),
+        ("kimi_linear", {"KimiLinearDeltaAttention", "KimiLinearAttention"}),
+        ("zamba", {"ZambaMambaMixer", "ZambaAttention"}),
+        ("xlstm", {"xLSTMLayer"}),
+    ],
+)
+def test_a_family_has_one_of_each_kind_of_its_mixers(name, mixers):
+    assert set(Layers(build(name)[0]).mixers) == mixers
+
+
+@pytest.mark.parametrize("name", ["gptj", "codegen", "blt"])
+def test_sizes_under_other_names_are_made_small(name):
+    model, _ = build(name)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 1e6
+
+
+@pytest.mark.parametrize("name", ["vit", "pvt_v2", "clip_vision_model", "aimv2_text_model"])
+def test_what_takes_no_tokens_is_a_sentence(name):
+    with pytest.raises(ModelNameError, match=f"^{name}: it (takes pixel_values|is a part of other models)"):
+        build(name)
+
+
+@pytest.mark.slow
+def test_every_name_is_built_small_or_is_a_sentence():
+    built, said = [], {}
+    for name in sorted(CONFIG_MAPPING_NAMES):
+        try:
+            model, _ = build(name)
+        except ModelNameError as error:
+            said[name] = str(error)
+        else:
+            built.append((name, sum(parameter.numel() for parameter in model.parameters())))
+    assert len(built) > 250
+    assert [name for name, sentence in said.items() if name not in sentence or "\n" in sentence] == []
+    assert max(count for _, count in built) <= 50_000_000
+    recurrent = (
+        "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe lfm3 mamba"
+    )
+    recurrent += (
+        " mamba2 minimax nemotron_h olmo_hybrid qwen3_5 qwen3_next qwen4_exp recurrent_gemma rwkv xlstm zamba zamba2"
+    )
+    assert not set(recurrent.split()) & set(said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lfm2", "kimi_linear"])
+def test_use_mamba_ops_is_advised_where_it_binds_the_model(name):
+    """Followed, the advice would raise for these."""
+    model, inputs = build(name)
+    report = audit(model, **inputs)
+    paths = [finding for finding in report.findings if finding.cause == "reference-path"]
+    with pytest.raises(ValueError, match="expected a model of Transformers 5"):
+        use_mamba_ops(model)
+    assert not any("use_mamba_ops" in finding.remedy for finding in paths)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", MODELS)
@@ -68,7 +132,7 @@ def test_stock_models_are_audited_in_time(name: str, device: str, tmp_path: Path
     report = Report.from_json(file.read_text())
     assert report.finished
     assert report.absent == (device != "cpu")
-    assert len(report.calls) == 3
+    assert len(report.calls) == 4
     assert not any(finding.breaks for finding in report.findings)
     # Each stock mixer says that its kernels are not installed, at a line of its own file.
     fallbacks = [finding for finding in report.findings if finding.cause == "reference-path"]

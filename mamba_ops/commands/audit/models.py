@@ -2,46 +2,19 @@
 
 import contextlib
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mamba_ops.commands.audit.sizes import ALWAYS, OF_TYPE, SMALL, VARIANTS
 from mamba_ops.commands.targets import quiet_transformers
 
-SHAPES = ((1, 32), (1, 33), (2, 80))
-_SMALL = {  # what makes a config small; a name that it does not have is left out
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "d_model": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "state_size": 16,
-    "time_step_rank": 8,
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "mamba_d_state": 16,
-    "mamba_dt_rank": 8,
-    "mamba_n_heads": 4,
-    "mamba_d_head": 32,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-}
-_OF_TYPE: dict[str, dict[str, Any]] = {  # where sizes depend on each other, or two layers need to be of two kinds
-    "mamba": {"intermediate_size": 128},
-    "mamba2": {"num_heads": 4, "head_dim": 32, "n_groups": 1, "chunk_size": 32},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-    "bamba": {"attn_layer_indices": [1], "mamba_chunk_size": 32},
-    "falcon_h1": {"mamba_d_ssm": 128},
-    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "mamba_headdim": 16},
-}
+# First the length alone changes, to two new values, then the batch alone.
+SHAPES = ((1, 32), (1, 33), (1, 48), (2, 48))
+_LARGEST = 50_000_000  # parameters of a model that is to be small
+_KINDS = "layer_types", "layers_block_type", "block_types", "mlp_layer_types"
 
 
 class ModelNameError(ValueError):
@@ -49,11 +22,11 @@ class ModelNameError(ValueError):
 
 
 def build(what: str, *, layers: int | None = None, full: bool = False) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """Return a causal language model in eval mode and the keyword arguments of one call.
+    """Return a language model in eval mode and the keyword arguments of one call.
 
     Args:
         what: a model type of Transformers, or a folder with a config.json. Nothing is downloaded, no weights are read.
-        layers: how many; None: 2, or all of them with `full`.
+        layers: how many; None: 2, or as many as the model has kinds of layers, or all of them with `full`.
         full: whether to keep the config's own sizes.
 
     Raises:
@@ -68,47 +41,122 @@ def build(what: str, *, layers: int | None = None, full: bool = False) -> tuple[
             "transformers is not installed, and this target needs it; pip install 'mamba-ops[transformers]'"
         ) from None
     transformers.utils.logging.disable_progress_bar()
+    failed: Exception | None = None
+    for variant in VARIANTS if not full else VARIANTS[:1]:
+        config = _config(transformers, what)
+        try:
+            if not full:
+                _shrink(config, variant, layers)
+            elif layers is not None:
+                _set_layers(config.get_text_config(), layers, {})
+            return _made(transformers, config, what, full)
+        except ModelNameError:
+            raise
+        except Exception as error:
+            failed = failed or error
+    hint = "" if full else "; take a folder with a config.json whose sizes are small and fit, and --full"
+    sentence = f"{type(failed).__name__}: {str(failed).strip().partition(chr(10))[0][:200]}"
+    how = "build it" if full else "run it with small sizes"
+    raise ModelNameError(f"{what}: Transformers cannot {how} ({sentence}){hint}") from failed
+
+
+def _config(transformers: Any, what: str) -> Any:
     try:
         if Path(what).is_dir():
-            config = transformers.AutoConfig.from_pretrained(what, local_files_only=True)
-        else:
-            config = transformers.AutoConfig.for_model(what)
-    except (ValueError, OSError) as error:
-        sentence = str(error).partition("\n")[0].partition(". Should contain")[0]
+            return transformers.AutoConfig.from_pretrained(what, local_files_only=True)
+        return transformers.AutoConfig.for_model(what)
+    except Exception as error:  # some configs of Transformers cannot be made without arguments
+        sentence = str(error).strip().partition("\n")[0].partition(". Should contain")[0]
         raise ModelNameError(
             f"got {what}, expected a model type of Transformers or a folder: {sentence[:200]}"
         ) from None
-    wanted: dict[str, Any] = {} if full else {**_SMALL, **_OF_TYPE.get(config.model_type, {})}
-    count = layers or (None if full else 2)
+
+
+def _made(transformers: Any, config: Any, what: str, full: bool) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Build a model, and call it once if it is small."""
+    make = _factory(transformers, config, what)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet_transformers():
+        torch.manual_seed(0)
+        if not full:
+            with torch.device("meta"):
+                count = sum(parameter.numel() for parameter in make(config).parameters())
+            if count > _LARGEST:
+                raise ValueError(f"it has {count:,} parameters even so")
+        model = make(config).eval()
+        vocabulary = int(getattr(config.get_text_config(), "vocab_size", None) or SMALL["vocab_size"])
+        tokens = torch.randint(vocabulary, (1, SHAPES[0][1]), generator=torch.Generator().manual_seed(0))
+        inputs: dict[str, Any] = {"use_cache": False, "input_ids": tokens}
+        if config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = tokens.clone()
+        if not full:
+            model(**inputs)
+    return model, inputs
+
+
+def _factory(transformers: Any, config: Any, what: str) -> Any:
+    """Return what makes a model of a config: as a causal language model if there is one, else without a head."""
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM, transformers.AutoModel):
+        if type(config) in auto._model_mapping:
+            taken = auto._model_mapping[type(config)]
+            taken = taken[0] if isinstance(taken, tuple) else taken
+            if taken.main_input_name == "input_ids":
+                return auto.from_config
+            said = f"{what}: it takes {taken.main_input_name}, and this target calls models with tokens"
+            raise ModelNameError(f"{said}; write a factory, file.py:make, that returns (model, inputs)")
+    raise ModelNameError(f"{what}: it is a part of other models, and Transformers has no model of this type alone")
+
+
+def _shrink(config: Any, variant: dict[str, Any], layers: int | None) -> None:
+    """Make the sizes of a config small, and those of the configs in it."""
     text = config.get_text_config()
-    if count is not None:
-        wanted["num_hidden_layers"] = count
-    for name, value in wanted.items():
-        if name in text.to_dict():
-            setattr(text, name, value)
-    for name, value in text.to_dict().items():  # such as that of padding
-        if name.endswith("_token_id") and isinstance(value, int) and value >= text.vocab_size:
-            setattr(text, name, None)
-    for name in ("layer_types", "layers_block_type"):
-        if count is not None and getattr(text, name, None):
+    for part in _parts(config):
+        own = OF_TYPE.get(part.model_type, {})
+        given = {**SMALL, **variant, **own}
+        if hasattr(part, "kv_lora_rank"):  # multi-head latent attention: its heads have their own sizes
+            given |= {"head_dim": 16, "qk_head_dim": 32, "num_key_value_heads": SMALL["num_attention_heads"]}
+        for name, value in given.items():
+            with contextlib.suppress(Exception):  # a property, which follows from others, or one that layers differ in
+                if name in own or name in ALWAYS or getattr(part, name, None) is not None:
+                    setattr(part, name, value)
+        _set_layers(part, layers if part is text else None, given)
+        for name, value in part.to_dict().items():  # such as that of padding
+            size = getattr(part, "vocab_size", None)
+            if name.endswith("_token_id") and isinstance(value, int) and size and value >= size:
+                try:
+                    setattr(part, name, None)
+                except Exception:  # it has to be a number
+                    setattr(part, name, 0)
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """Return a config and the configs in it."""
+    yield config
+    for value in vars(config).values():
+        if hasattr(value, "get_text_config"):
+            yield from _parts(value)
+
+
+def _set_layers(text: Any, layers: int | None, given: dict[str, Any]) -> None:
+    """Set the number of layers, so that there is one of each kind if they are to be that many."""
+    kinds = next((list(getattr(text, name)) for name in _KINDS if isinstance(getattr(text, name, None), list)), [])
+    count = layers or max(2, len(given.get("layer_types", ())), len(dict.fromkeys(kinds)))
+    for name in (
+        "num_hidden_layers",
+        "num_blocks",
+        "num_layers",
+        "encoder_layers",
+        "decoder_layers",
+        "num_decoder_layers",
+    ):
+        if isinstance(getattr(text, name, None), int):
+            with contextlib.suppress(AttributeError, NotImplementedError):
+                setattr(text, name, count)
+    for name in _KINDS:
+        if isinstance(found := getattr(text, name, None), (list, tuple)) and found:
             with contextlib.suppress(AttributeError):  # some configs compute it from the number of layers
-                setattr(text, name, _kinds(list(getattr(text, name)), count))
+                setattr(text, name, _kinds(list(found), count))
                 if hasattr(text, "hybrid_layer_ids"):
                     text.hybrid_layer_ids = [i for i, kind in enumerate(getattr(text, name)) if kind == "hybrid"]
-    inputs: dict[str, Any] = {"use_cache": False}
-    inputs["input_ids"] = torch.randint(int(text.vocab_size), (1, 32), generator=torch.Generator().manual_seed(0))
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet_transformers():
-            torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(config).eval()
-            if not full:
-                model(**inputs)
-    except Exception as error:
-        hint = "" if full else "; take a folder with a config.json whose sizes are small and fit, and --full"
-        sentence = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-        how = "build it" if full else "run it with small sizes"
-        raise ModelNameError(f"{what}: Transformers cannot {how} ({sentence}){hint}") from error
-    return model, inputs
 
 
 def _kinds(types: list[str], count: int) -> list[str]:
