@@ -67,6 +67,7 @@ PRIVATE = {
     "torch._ops:OpOverload._schema": Private("ops are not compared with their schemas"),
     "torch.fx:Node._pretty_print_target": Private("functions in traces have no module names"),
     "torch.fx.experimental.proxy_tensor:CONSTANT_NUMEL_LIMIT": Private("small constants may stop traces"),
+    "torch.fx.experimental.symbolic_shapes:ShapeEnv": Private("while_loop may stop traces for absent devices"),
     "torch.storage:UntypedStorage._cdata": Private("memory is identified by its address"),
     "torch.utils._python_dispatch:TorchDispatchMode": Private("waits and writes inside ops are not seen"),
     "torch.utils._pytree:tree_leaves": Private("tensors are found in tuples, lists and dicts alone"),
@@ -184,9 +185,12 @@ def intercept_ops(handler: Callable[[Any, Any, Any], Any]) -> contextlib.Abstrac
     def dispatch(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return handler(func, args, kwargs or {})
 
-    intercepting: contextlib.AbstractContextManager[Any] = type(
-        "Intercepting", (mode,), {"__torch_dispatch__": dispatch}
-    )()
+    members = {
+        "__torch_dispatch__": dispatch,
+        "supports_higher_order_operators": True,  # cond, scan, flex_attention
+        "ignore_compile_internals": classmethod(lambda cls: True),  # some of which compile themselves
+    }
+    intercepting: contextlib.AbstractContextManager[Any] = type("Intercepting", (mode,), members)()
     return intercepting
 
 

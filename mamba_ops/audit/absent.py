@@ -158,7 +158,11 @@ def fake(value: _T, device: str) -> _T:
 def _fake_mode() -> Any:
     # Where another accelerator is present, torch would initialise the absent one.
     _torch.set_value("torch._subclasses.fake_tensor:init_gpu_context", lambda device: None)
-    return _torch.require("torch._subclasses.fake_tensor:FakeTensorMode")(allow_non_fake_inputs=True)
+    mode = _torch.require("torch._subclasses.fake_tensor:FakeTensorMode")
+    shapes = _torch.find("torch.fx.experimental.symbolic_shapes:ShapeEnv")
+    if shapes is not None:  # while_loop asks the mode for one; what is read between two graphs stays a number
+        shapes = shapes(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+    return mode(allow_non_fake_inputs=True, shape_env=shapes)
 
 
 class _DeepCopyFakes(TorchFunctionMode):

@@ -49,6 +49,7 @@ class Collector:
     def __init__(self, report: Report, model: Any = None, *, watches: bool = False) -> None:
         """`watches`: whether the code calls torch.compile itself, so that nobody makes a failed call once more."""
         self._watches = watches
+        self._tell: Callable[[], None] = lambda: None
         self.report = report
         self.layers = Layers(model)
         self.call = -1
@@ -56,6 +57,11 @@ class Collector:
         self._early = 0  # Triton's compiles before the first call that counts
         self._grown: set[tuple[types.CodeType, str]] = set()
         self._unwrapped: set[str] = set()  # functions that this torch does not have
+
+    def begin_anew(self, report: Report, tell: Callable[[], None]) -> None:
+        """Go on in another report, as a new process does; `tell` is called whenever something was added to it."""
+        self.report, self._tell, self.call = report, tell, len(report.calls) - 1
+        self._failures.clear()
 
     def add(
         self,
@@ -89,6 +95,7 @@ class Collector:
             **more,
         )
         self.report.add(finding)
+        self._tell()
         return finding
 
     @contextlib.contextmanager
@@ -237,6 +244,7 @@ class Collector:
         if not self.report.device.startswith("cpu"):
             for cause, op, message, stack in graphs.mutated_inputs(module):
                 self.add(cause, op, message, stack, severity="note", needs_device=True)
+        self._tell()
         return compiled
 
     def _recompile(self, original: Any, entries: Any, frame: Any, *args: Any, **kwargs: Any) -> Any:

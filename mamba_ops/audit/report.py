@@ -58,6 +58,7 @@ class Finding:
         skipped_frame: the function that was not compiled at all because of this.
         needs_device: whether only the real device can confirm it.
         bytes: of a copy, where it is known.
+        processes: the names of those in which it was seen, such as "rank 0", where there were several.
     """
 
     kind: str
@@ -74,6 +75,7 @@ class Finding:
     skipped_frame: str | None = None
     needs_device: bool = False
     bytes: int | None = None
+    processes: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -142,6 +144,7 @@ class Report:
         graphs: in the order in which they were made.
         backends: for our ops: which backend ran how often, and each refusal.
         notes: what was left out or replaced, in sentences.
+        unwatched: how many processes in Python were started and not watched.
         finished: False if it was interrupted or ran out of time; the rest is what was known then.
     """
 
@@ -154,23 +157,41 @@ class Report:
     backends: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
     torch: str = ""
+    unwatched: int = 0
     finished: bool = True
 
     @property
     def clean(self) -> bool:
         """Whether there is nothing to change: no finding above a note."""
-        return self.finished and all(finding.severity == "note" for finding in self.findings)
+        return self.finished and not self.incomplete and not self.failing(KINDS)
+
+    @property
+    def compiled_nothing(self) -> bool:
+        """Whether torch.compile did nothing at all that was seen: there is no graph, and nothing that prevented one."""
+        return not self.graphs and not any(finding.severity != "note" for finding in self.findings)
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether the report cannot say that all is well: nothing was compiled, or a process was not watched."""
+        return self.compiled_nothing or self.unwatched > 0
 
     @property
     def verdict(self) -> str:
         """The report in one sentence; a finding that ends a graph counts as a graph break."""
+        if self.unwatched:
+            were = "1 process was" if self.unwatched == 1 else f"{self.unwatched} processes were"
+            return f"{were} not watched. {self._found}"
+        return self._found
+
+    @property
+    def _found(self) -> str:
         serious = ["break" if f.breaks else f.kind for f in self.findings if f.severity != "note"]
         counts = ", ".join(counted(kind, serious.count(kind)) for kind in KINDS if kind in serious)
         if not self.finished:
             return f"Interrupted. Found by then: {counts or 'nothing'}."
         if counts:
             return f"Found: {counts}."
-        if not self.graphs:
+        if self.compiled_nothing:
             return "Nothing was compiled."
         count = len(self.graphs)
         return f"Nothing to change: {count} graph{'s' if count != 1 else ''}, no break."
@@ -188,6 +209,7 @@ class Report:
                 known.layers = tuple(dict.fromkeys(known.layers + finding.layers))
                 known.skipped_frame = known.skipped_frame or finding.skipped_frame
                 known.breaks |= finding.breaks
+                known.processes = tuple(dict.fromkeys(known.processes + finding.processes))
                 if SEVERITIES.index(finding.severity) < SEVERITIES.index(known.severity):
                     known.severity = finding.severity
                 return
@@ -231,7 +253,8 @@ def _segment(facts: Mapping[str, Any]) -> GraphSegment:
 def _finding(facts: Mapping[str, Any]) -> Finding:
     where = SourceLocation(**facts["where"]) if facts["where"] else None
     stack = tuple(SourceLocation(**location) for location in facts["stack"])
-    return Finding(**{**facts, "where": where, "stack": stack, "layers": tuple(facts["layers"])})
+    named = {name: tuple(facts[name]) for name in ("layers", "processes")}
+    return Finding(**{**facts, "where": where, "stack": stack, **named})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from mamba_ops.audit import _torch, absent
 from mamba_ops.audit import graph as graphs
 from mamba_ops.audit.eager import add_hidden_syncs, hear_fallbacks, run_eagerly
 from mamba_ops.audit.isolation import deep_copy, isolated
+from mamba_ops.audit.processes import watch_processes
 from mamba_ops.audit.report import Report
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def _install(device: torch.device, report: Report) -> bool:
 
 @contextlib.contextmanager
 def watch(target: str = "watched code", report: Report | None = None) -> Iterator[Report]:
-    """Within the block, record what torch.compile does with the user's own code.
+    """Within the block, record what torch.compile does with the user's own code, here and in processes started there.
 
     Args:
         target: what the report calls it.
@@ -137,7 +138,12 @@ def watch(target: str = "watched code", report: Report | None = None) -> Iterato
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     report.device = str(accelerator or "cpu")
     try:
-        with hear_fallbacks(collector, compiled=True), collector.listen(), collector.one_call("watched"):
+        with (
+            watch_processes(collector),
+            hear_fallbacks(collector, compiled=True),
+            collector.listen(),
+            collector.one_call("watched"),
+        ):
             yield report
     finally:
         report.notes += _torch.losses()

@@ -76,6 +76,8 @@ def lines(finding: Finding) -> list[str]:
         text.append(f"All of {finding.skipped_frame} runs without the compiler because of this.")
     if finding.layers:
         text.append(f"In {grouped(finding.layers)}")
+    if finding.processes:
+        text.append(f"In {', '.join(finding.processes)}")
     if finding.needs_device:
         text.append("Only the device itself can confirm this.")
     return [*text, f"-> {finding.remedy}"]
@@ -112,8 +114,10 @@ def show(report: Report, console: "Console") -> None:
     from rich.text import Text
 
     absent = ", which is not present" if report.absent else ""
-    console.print(Text(f"{report.target} on {report.device}{absent} (torch {report.torch})", "bold"))
-    console.print(Text(report.verdict, "green" if report.clean else "bold red"))
+    title = Text(f"{report.target} on {report.device}{absent} (torch {report.torch})", "bold")
+    verdict = Text(report.verdict, "green" if report.clean else "bold red")
+    for line in (verdict, title) if report.unwatched else (title, verdict):  # what was not seen comes first
+        console.print(line)
     for finding in report.findings:
         heading, *rest = lines(finding)
         console.print()
