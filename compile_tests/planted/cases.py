@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compile_tests.planted import breaks, guards, ops
+from compile_tests.planted import breaks, guards, ops, unseen
 from compile_tests.planted.breaks import x
 
 MARK = "# planted"
@@ -70,7 +70,7 @@ def tensors(*values: Any) -> list[Tensor]:
     return [torch.tensor(value) for value in values]
 
 
-B, G, K = breaks, guards, ops
+B, G, K, U = breaks, guards, ops, unseen
 CASES = [
     Case("item", "sync", "item", B.Item, B.ItemTwin),
     Case("item inside a call", "sync", "item", B.ItemInside, B.ItemInsideTwin),
@@ -95,6 +95,8 @@ CASES = [
     Case("unrolled", "fallback", "unrolled", B.Unrolled, B.UnrolledTwin, rows(32)),
     Case("loop", "break", "explicit", B.LoopWithBreak, B.LoopTwin),
     Case("deep", "kernel", "disable", deep, B.LoopTwin),
+    Case("made in the first call", "sync", "tolist", U.Table, U.TableTwin),
+    Case("after torch.cond", "break", "print", U.Cond, U.CondTwin),
     Case("no fake", "kernel", "no-fake", K.NoFake, K.WithFake),
     Case("hidden mutation", "kernel", "hidden-mutation", K.Hidden, K.Told),
     Case("alias", "kernel", "alias", K.Alias, K.WithFake),

@@ -3,6 +3,7 @@
 It is copied into a folder of its own, needs nothing but Python, and waits for torch.compile to be imported.
 """
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -17,10 +18,8 @@ _ROOT = os.environ.get("MAMBA_OPS_AUDIT_ROOT", "")
 
 
 def _announce(ending: str = "started") -> None:
-    try:
+    with contextlib.suppress(OSError):  # the watched script has ended
         Path(_FOLDER, f"{os.getpid()}.{ending}").write_text(str(os.getppid()))
-    except OSError:
-        pass  # the watched script has ended
 
 
 class _Finder(importlib.abc.MetaPathFinder):

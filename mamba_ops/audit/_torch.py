@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from traceback import FrameSummary
@@ -35,6 +36,7 @@ BREAKS = "torch._dynamo.symbolic_convert:InstructionTranslatorBase.log_graph_bre
 GRAPHS = "torch._dynamo.output_graph:OutputGraph.call_user_compiler"
 RECOMPILES = "torch._dynamo.guards:get_and_maybe_log_recompilation_reasons"
 FAILURES = "torch._dynamo.convert_frame:exception_handler"
+LOOPS = "torch._dynamo.symbolic_convert:InstructionTranslatorBase.maybe_has_backedge"
 CUDA_GRAPHS = "torch._inductor.cudagraph_utils:log_cudagraph_skip_and_bump_counter"
 COPIES = "torch._inductor.compile_fx:post_grad_passes"
 HAS_TRITON = "torch.utils._triton:has_triton"
@@ -46,12 +48,14 @@ PRIVATE = {
     GRAPHS: Private("graphs are counted, but what is in them is not seen"),
     RECOMPILES: Private("recompiles are read from torch's metrics, with less detail", ("torch._dynamo.convert_frame",)),
     FAILURES: Private("errors of the compiler that a script catches are not seen"),
+    LOOPS: Private("what stands behind a break in a loop is not seen until that is mended"),
     CUDA_GRAPHS: Private("reasons why no CUDA graph is recorded are not seen", _INDUCTOR),
     COPIES: Private("copies for mutated inputs are not looked for"),
     HAS_TRITON: Private("launches of Triton kernels may be missing from graphs for absent devices"),
     "torch._dynamo.exc:Unsupported": Private("graph breaks are classified by their messages alone"),
     "torch._dynamo.exc:TorchRuntimeError": Private("errors of ops may be told as errors of the compiler"),
     "torch._dynamo.config:recompile_limit": Private("it is taken to be 8"),
+    "torch._dynamo.config:patch": Private("behind breaks in long loops nothing is seen"),
     "torch._dynamo.utils:counters": Private("graphs are not counted by the commands"),
     "torch._dynamo.utils:graph_break_reasons": Private("graph breaks of absent devices are not listed"),
     "torch._dynamo.utils:get_compilation_metrics": Private("recompiles of absent devices are not listed"),
@@ -76,6 +80,7 @@ PRIVATE = {
     "torch._subclasses.fake_tensor:FakeTensorMode": Private(_ABSENT),
     "torch._subclasses.fake_tensor:FakeTensorMode.avoid_device_init": Private("a device that is present may be needed"),
     "torch._subclasses.fake_tensor:init_gpu_context": Private("a device that is present may be needed"),
+    "torch._subclasses.fake_tensor:unset_fake_temporarily": Private("traces that need values stop there"),
     "torch._subclasses.fake_tensor:DataDependentOutputException": Private("traces that need values end as errors"),
     "torch._subclasses.fake_tensor:DynamicOutputShapeException": Private("traces that need values end as errors"),
 }
@@ -168,12 +173,38 @@ def set_value(name: str, value: Any) -> None:
 
 @contextlib.contextmanager
 def patched(name: str, value: Any) -> Iterator[None]:
-    """Within the block, a name of a module has another value."""
+    """Within the block, a name of a module or class has another value."""
     if find(name) is None:
         yield
         return
-    with mock.patch(name.replace(":", "."), value):
+    module, _, path = name.partition(":")
+    owner, _, last = path.rpartition(".")
+    holder = importlib.import_module(module)
+    with mock.patch.object(getattr(holder, owner) if owner else holder, last, value):
         yield
+
+
+def without_recompile_limits() -> contextlib.AbstractContextManager[Any]:
+    """Within this, Dynamo makes as many versions of a function as it needs."""
+    patch = find("torch._dynamo.config:patch")
+    limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 10_000)
+    return contextlib.nullcontext() if patch is None else patch(limits)
+
+
+class TimeIsOverError(BaseException):
+    """Ends the calls that `end_compiles` was told to end; no handler of Dynamo's or the user's stops it."""
+
+
+def end_compiles(stack: contextlib.ExitStack, seconds: float) -> None:
+    """Until the stack closes, a graph that is made after this time raises TimeIsOverError."""
+    end = time.monotonic() + seconds
+
+    def make(original: Any, *args: Any, **kwargs: Any) -> Any:
+        if time.monotonic() > end:
+            raise TimeIsOverError
+        return original(*args, **kwargs)
+
+    replace(stack, GRAPHS, make)
 
 
 def intercept_ops(handler: Callable[[Any, Any, Any], Any]) -> contextlib.AbstractContextManager[Any]:
@@ -244,6 +275,20 @@ def lowering_facts() -> Any:
     """Return AOTAutograd's metadata of the graph compiled last, such as the inputs it writes to; or None."""
     get = find("torch._guards:TracingContext.try_get")
     return getattr(get() if get is not None else None, "fw_metadata", None)
+
+
+def is_tracing() -> bool:
+    """Return whether Dynamo or AOTAutograd traces a graph now."""
+    get = find("torch._guards:TracingContext.try_get")
+    return get is not None and get() is not None
+
+
+def without_fake_modes() -> contextlib.AbstractContextManager[Any]:
+    """Within this, ops run on real tensors."""
+    unset: Callable[[], contextlib.AbstractContextManager[Any]] | None = find(
+        "torch._subclasses.fake_tensor:unset_fake_temporarily"
+    )
+    return unset() if unset is not None else contextlib.nullcontext()
 
 
 def compile_id() -> str:

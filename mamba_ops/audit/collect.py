@@ -216,10 +216,11 @@ class Collector:
         """
         for error, stack, callers, fallback in self._failures:
             name = type(error).__name__
+            said = " ".join(str(error).split("\n")[:2])  # a backend's error stands in the second line
             self.add(
                 "compiler-error",
                 name,
-                f"{name}: {error}",
+                f"{name}: {said}",
                 stack or callers,
                 callers=callers if stack else (),
                 fallback=fallback,
@@ -277,6 +278,22 @@ class Collector:
         stack = () if cause in ("size", "size-one") else _guard_stack(text, code)
         self.add(cause, subject, guard, stack, callers=callers, fallback=definition)
         return reasons
+
+    def assumption(self, op: str) -> None:
+        """Add that Python asked for values between two graphs of an absent device: they were taken to be 1."""
+        message = f"{op} asked for values, which are not here: they were taken to be 1, and the trace went on"
+        self.add(
+            "assumed-values",
+            op.removeprefix("aten.").partition(".")[0],
+            message,
+            current_locations(),
+            needs_device=True,
+        )
+
+    def layers_not_reached(self) -> tuple[str, ...]:
+        """Return the layers with parameters of which no graph has an op."""
+        seen = {layer for graph in self.report.graphs for segment in graph.segments for layer in segment.layers}
+        return tuple(layer for layer in self.layers.with_parameters if layer not in seen)
 
     def _no_capture(self, original: Any, message: str) -> None:
         reason = message.removeprefix("skipping cudagraphs due to ").partition(". Found from")[0]

@@ -145,7 +145,7 @@ def _is_python(args: Any) -> bool:
         return False
     if _PYTHON.search(Path(program).name):
         return True
-    with contextlib.suppress(OSError), open(program, "rb") as file:
+    with contextlib.suppress(OSError), Path(program).open("rb") as file:
         return b"python" in (file.readline(200) if file.read(2) == b"#!" else b"")
     return False
 

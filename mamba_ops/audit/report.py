@@ -58,6 +58,8 @@ class Finding:
         skipped_frame: the function that was not compiled at all because of this.
         needs_device: whether only the real device can confirm it.
         bytes: of a copy, where it is known.
+        behind: the number of the finding that hides this one from the compiler, 1 for the report's first; None if it is
+            met as things are.
         processes: the names of those in which it was seen, such as "rank 0", where there were several.
     """
 
@@ -75,6 +77,7 @@ class Finding:
     skipped_frame: str | None = None
     needs_device: bool = False
     bytes: int | None = None
+    behind: int | None = None
     processes: tuple[str, ...] = ()
 
     @property
@@ -217,8 +220,12 @@ class Report:
 
     def sort(self) -> None:
         """Put the worst first."""
-        kinds = list(KINDS)
+        kinds, before = list(KINDS), list(self.findings)
         self.findings.sort(key=lambda f: (SEVERITIES.index(f.severity), kinds.index(f.kind), -f.count))
+        for finding in self.findings:
+            if finding.behind is not None:
+                hiding = before[finding.behind - 1]
+                finding.behind = 1 + next(i for i, f in enumerate(self.findings) if f is hiding)
 
     def to_json(self) -> str:
         """Return the report as JSON; `from_json` reads it."""

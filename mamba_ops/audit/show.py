@@ -76,6 +76,8 @@ def lines(finding: Finding) -> list[str]:
         text.append(f"All of {finding.skipped_frame} runs without the compiler because of this.")
     if finding.layers:
         text.append(f"In {grouped(finding.layers)}")
+    if finding.behind is not None:
+        text.append(f"Behind {finding.behind}: the compiler meets it once that is mended.")
     if finding.processes:
         text.append(f"In {', '.join(finding.processes)}")
     if finding.needs_device:
@@ -116,12 +118,13 @@ def show(report: Report, console: "Console") -> None:
     absent = ", which is not present" if report.absent else ""
     title = Text(f"{report.target} on {report.device}{absent} (torch {report.torch})", "bold")
     verdict = Text(report.verdict, "green" if report.clean else "bold red")
-    for line in (verdict, title) if report.unwatched else (title, verdict):  # what was not seen comes first
-        console.print(line)
-    for finding in report.findings:
+    for text in (verdict, title) if report.unwatched else (title, verdict):  # what was not seen comes first
+        console.print(text)
+    numbered = any(finding.behind is not None for finding in report.findings)
+    for number, finding in enumerate(report.findings, 1):
         heading, *rest = lines(finding)
         console.print()
-        console.print(Text(heading, _STYLES[finding.severity]))
+        console.print(Text(f"{number}. {heading}" if numbered else heading, _STYLES[finding.severity]))
         for line in rest:
             console.print(Text(f"  {line}", "bold" if line.startswith("->") else ""), soft_wrap=True)
     if report.calls:

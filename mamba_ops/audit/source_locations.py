@@ -147,6 +147,7 @@ class Layers:
         self._of_class: dict[type, list[str]] = {}
         self._known: dict[tuple[SourceLocation, ...], tuple[str, ...]] = {}
         self._paths: dict[int, str] = {}
+        self.with_parameters: list[str] = []  # the names of modules that have some of their own
         self.forward: SourceLocation | None = None  # where the model's own forward is defined
         if isinstance(model, nn.Module):
             code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
@@ -154,6 +155,8 @@ class Layers:
                 self.forward = SourceLocation.defined(code)
             for name, module in model.named_modules():
                 self._of_class.setdefault(type(module), []).append(name or type(module).__name__)
+                if next(module.parameters(recurse=False), None) is not None:
+                    self.with_parameters.append(name or type(module).__name__)
         self.name(model)
 
     def name(self, model: Any) -> None:

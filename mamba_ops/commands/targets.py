@@ -45,9 +45,7 @@ class Target:
     calls: list[Call]
 
 
-def load_target(
-    what: str, device: torch.device, *, layers: int | None = None, as_made: bool = False
-) -> Target:
+def load_target(what: str, device: torch.device, *, layers: int | None = None, as_made: bool = False) -> Target:
     """Find a model and example inputs.
 
     Args:
