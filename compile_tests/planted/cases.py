@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compile_tests.planted import breaks, guards, ops, recompiles
+from compile_tests.planted import breaks, guards, ops, recompiles, unseen
 from compile_tests.planted.breaks import x
 
 MARK = "# planted"
@@ -81,7 +81,7 @@ def keywords(*names: str) -> Callable[[], Calls]:
     return lambda: [(x(), {name: torch.tensor(2.0)} if name else {}) for name in names]
 
 
-B, G, K, R = breaks, guards, ops, recompiles
+B, G, K, R, U = breaks, guards, ops, recompiles, unseen
 CASES = [
     Case("item", "sync", "item", B.Item, B.ItemTwin),
     Case("item inside a call", "sync", "item", B.ItemInside, B.ItemInsideTwin),
@@ -106,6 +106,8 @@ CASES = [
     Case("unrolled", "fallback", "unrolled", B.Unrolled, B.UnrolledTwin, rows(32)),
     Case("loop", "break", "explicit", B.LoopWithBreak, B.LoopTwin),
     Case("deep", "kernel", "disable", deep, B.LoopTwin),
+    Case("made in the first call", "sync", "tolist", U.Table, U.TableTwin),
+    Case("after torch.cond", "break", "print", U.Cond, U.CondTwin),
     Case("no fake", "kernel", "no-fake", K.NoFake, K.WithFake),
     Case("hidden mutation", "kernel", "hidden-mutation", K.Hidden, K.Told),
     Case("alias", "kernel", "alias", K.Alias, K.WithFake),

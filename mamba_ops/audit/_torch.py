@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from traceback import FrameSummary
@@ -35,6 +36,7 @@ BREAKS = "torch._dynamo.symbolic_convert:InstructionTranslatorBase.log_graph_bre
 GRAPHS = "torch._dynamo.output_graph:OutputGraph.call_user_compiler"
 RECOMPILES = "torch._dynamo.guards:get_and_maybe_log_recompilation_reasons"
 FAILURES = "torch._dynamo.convert_frame:exception_handler"
+LOOPS = "torch._dynamo.symbolic_convert:InstructionTranslatorBase.maybe_has_backedge"
 CUDA_GRAPHS = "torch._inductor.cudagraph_utils:log_cudagraph_skip_and_bump_counter"
 COPIES = "torch._inductor.compile_fx:post_grad_passes"
 HAS_TRITON = "torch.utils._triton:has_triton"
@@ -46,6 +48,7 @@ PRIVATE = {
     GRAPHS: Private("graphs are counted, but what is in them is not seen"),
     RECOMPILES: Private("recompiles are read from torch's metrics, with less detail", ("torch._dynamo.convert_frame",)),
     FAILURES: Private("errors of the compiler that a script catches are not seen"),
+    LOOPS: Private("what stands behind a break in a loop is not seen until that is mended"),
     CUDA_GRAPHS: Private("reasons why no CUDA graph is recorded are not seen", _INDUCTOR),
     COPIES: Private("copies for mutated inputs are not looked for"),
     HAS_TRITON: Private("launches of Triton kernels may be missing from graphs for absent devices"),
@@ -53,6 +56,7 @@ PRIVATE = {
     "torch._dynamo.exc:TorchRuntimeError": Private("errors of ops may be told as errors of the compiler"),
     "torch._dynamo.config:recompile_limit": Private("it is taken to be 8"),
     "torch._dynamo.guards:GuardManagerWrapper": Private("of the guards that failed, one of each version is told"),
+    "torch._dynamo.config:patch": Private("behind breaks in long loops nothing is seen"),
     "torch._dynamo.utils:counters": Private("graphs are not counted by the commands"),
     "torch._dynamo.utils:graph_break_reasons": Private("graph breaks of absent devices are not listed"),
     "torch._dynamo.utils:get_compilation_metrics": Private("recompiles of absent devices are not listed"),
@@ -68,6 +72,7 @@ PRIVATE = {
     "torch._ops:OpOverload._schema": Private("ops are not compared with their schemas"),
     "torch.fx:Node._pretty_print_target": Private("functions in traces have no module names"),
     "torch.fx.experimental.proxy_tensor:CONSTANT_NUMEL_LIMIT": Private("small constants may stop traces"),
+    "torch.fx.experimental.symbolic_shapes:ShapeEnv": Private("while_loop may stop traces for absent devices"),
     "torch.storage:UntypedStorage._cdata": Private("memory is identified by its address"),
     "torch.utils._python_dispatch:TorchDispatchMode": Private("waits and writes inside ops are not seen"),
     "torch.utils._pytree:tree_leaves": Private("tensors are found in tuples, lists and dicts alone"),
@@ -76,6 +81,7 @@ PRIVATE = {
     "torch._subclasses.fake_tensor:FakeTensorMode": Private(_ABSENT),
     "torch._subclasses.fake_tensor:FakeTensorMode.avoid_device_init": Private("a device that is present may be needed"),
     "torch._subclasses.fake_tensor:init_gpu_context": Private("a device that is present may be needed"),
+    "torch._subclasses.fake_tensor:unset_fake_temporarily": Private("traces that need values stop there"),
     "torch._subclasses.fake_tensor:DataDependentOutputException": Private("traces that need values end as errors"),
     "torch._subclasses.fake_tensor:DynamicOutputShapeException": Private("traces that need values end as errors"),
 }
@@ -168,12 +174,38 @@ def set_value(name: str, value: Any) -> None:
 
 @contextlib.contextmanager
 def patched(name: str, value: Any) -> Iterator[None]:
-    """Within the block, a name of a module has another value."""
+    """Within the block, a name of a module or class has another value."""
     if find(name) is None:
         yield
         return
-    with mock.patch(name.replace(":", "."), value):
+    module, _, path = name.partition(":")
+    owner, _, last = path.rpartition(".")
+    holder = importlib.import_module(module)
+    with mock.patch.object(getattr(holder, owner) if owner else holder, last, value):
         yield
+
+
+def without_recompile_limits() -> contextlib.AbstractContextManager[Any]:
+    """Within this, Dynamo makes as many versions of a function as it needs."""
+    patch = find("torch._dynamo.config:patch")
+    limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 10_000)
+    return contextlib.nullcontext() if patch is None else patch(limits)
+
+
+class TimeIsOverError(BaseException):
+    """Ends the calls that `end_compiles` was told to end; no handler of Dynamo's or the user's stops it."""
+
+
+def end_compiles(stack: contextlib.ExitStack, seconds: float) -> None:
+    """Until the stack closes, a graph that is made after this time raises TimeIsOverError."""
+    end = time.monotonic() + seconds
+
+    def make(original: Any, *args: Any, **kwargs: Any) -> Any:
+        if time.monotonic() > end:
+            raise TimeIsOverError
+        return original(*args, **kwargs)
+
+    replace(stack, GRAPHS, make)
 
 
 def intercept_ops(handler: Callable[[Any, Any, Any], Any]) -> contextlib.AbstractContextManager[Any]:
@@ -185,9 +217,12 @@ def intercept_ops(handler: Callable[[Any, Any, Any], Any]) -> contextlib.Abstrac
     def dispatch(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return handler(func, args, kwargs or {})
 
-    intercepting: contextlib.AbstractContextManager[Any] = type(
-        "Intercepting", (mode,), {"__torch_dispatch__": dispatch}
-    )()
+    members = {
+        "__torch_dispatch__": dispatch,
+        "supports_higher_order_operators": True,  # cond, scan, flex_attention
+        "ignore_compile_internals": classmethod(lambda cls: True),  # some of which compile themselves
+    }
+    intercepting: contextlib.AbstractContextManager[Any] = type("Intercepting", (mode,), members)()
     return intercepting
 
 
@@ -241,6 +276,20 @@ def lowering_facts() -> Any:
     """Return AOTAutograd's metadata of the graph compiled last, such as the inputs it writes to; or None."""
     get = find("torch._guards:TracingContext.try_get")
     return getattr(get() if get is not None else None, "fw_metadata", None)
+
+
+def is_tracing() -> bool:
+    """Return whether Dynamo or AOTAutograd traces a graph now."""
+    get = find("torch._guards:TracingContext.try_get")
+    return get is not None and get() is not None
+
+
+def without_fake_modes() -> contextlib.AbstractContextManager[Any]:
+    """Within this, ops run on real tensors."""
+    unset: Callable[[], contextlib.AbstractContextManager[Any]] | None = find(
+        "torch._subclasses.fake_tensor:unset_fake_temporarily"
+    )
+    return unset() if unset is not None else contextlib.nullcontext()
 
 
 def compile_id() -> str:
@@ -320,13 +369,14 @@ def on_compile(begin: Callable[[str, str], None], end: Callable[[str, str], None
     with contextlib.ExitStack() as stack:
         if (handler := find("torch._dynamo.callback:callback_handler")) is not None:
             for note, name in ((begin, "run_start_callbacks"), (end, "run_end_callbacks")):  # a reset empties its lists
-
-                def run(event: Any, note: Any = note, run: Any = getattr(handler, name)) -> None:
-                    note(event.callback_trigger.name, event.compile_id)
-                    run(event)
-
-                stack.enter_context(mock.patch.object(handler, name, run))
+                around = functools.partial(_tell, note, getattr(handler, name))
+                stack.enter_context(mock.patch.object(handler, name, around))
         yield handler is not None
+
+
+def _tell(note: Callable[[str, str], None], run: Callable[[Any], None], event: Any) -> None:
+    note(event.callback_trigger.name, event.compile_id)
+    run(event)
 
 
 def guard_parts(version: Any) -> tuple[Sequence[str], dict[str, Any]]:

@@ -5,6 +5,7 @@ has none. `install` gives it one that does nothing. This cannot be undone, so `r
 Dynamo and AOTAutograd can be traced so, under `no_grad`; Inductor, gradients, streams and values cannot.
 """
 
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,8 +90,17 @@ class Tracer:
     function closes over are not replaced. A new tracer resets Dynamo and its counts: use one at a time.
     """
 
-    def __init__(self, fn: Callable[..., Any], *, device: str = "xpu", dynamic: bool | None = None) -> None:
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        *,
+        device: str = "xpu",
+        dynamic: bool | None = None,
+        on_assumption: Callable[[str], None] | None = None,
+    ) -> None:
+        """`on_assumption` is called with an op whose values were taken to be 1; None stops the call there."""
         install(device)
+        self._on_assumption = on_assumption
         torch.compiler.reset()
         self.trace = Trace(device)
         self.fn = fake(fn, device)
@@ -104,7 +114,7 @@ class Tracer:
         self.trace.stopped = None
         _torch.forget_compiles()
         try:
-            with torch.no_grad(), _fake_mode(), no_constants:
+            with torch.no_grad(), _fake_mode(), no_constants, _assuming(self._on_assumption):
                 return self._compiled(*args, **kwargs)
         except _torch.needs_values_errors() as error:
             self.trace.stopped = f"{error.func} needs values, which a fake tensor does not have"
@@ -158,7 +168,48 @@ def fake(value: _T, device: str) -> _T:
 def _fake_mode() -> Any:
     # Where another accelerator is present, torch would initialise the absent one.
     _torch.set_value("torch._subclasses.fake_tensor:init_gpu_context", lambda device: None)
-    return _torch.require("torch._subclasses.fake_tensor:FakeTensorMode")(allow_non_fake_inputs=True)
+    mode = _torch.require("torch._subclasses.fake_tensor:FakeTensorMode")
+    shapes = _torch.find("torch.fx.experimental.symbolic_shapes:ShapeEnv")
+    if shapes is not None:  # while_loop asks the mode for one; what is read between two graphs stays a number
+        shapes = shapes(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+    return type("AssumingMode", (mode,), {"dispatch": _dispatch})(allow_non_fake_inputs=True, shape_env=shapes)
+
+
+_MOST = 10**7  # elements of a tensor whose values are assumed
+_assumes: list[Callable[[str], None]] = []
+
+
+@contextlib.contextmanager
+def _assuming(tell: Callable[[str], None] | None) -> Iterator[None]:
+    """Within the block, values of fake tensors that Python asks for are 1, outside of graphs."""
+    if tell is not None:
+        _assumes.append(tell)
+    try:
+        yield
+    finally:
+        if tell is not None:
+            _assumes.remove(tell)
+
+
+def _dispatch(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    try:
+        return super(type(self), self).dispatch(func, types, args, kwargs)
+    except _torch.needs_values_errors():
+        tensors = _torch.tensors_in((args, kwargs or {}))
+        if not _assumes or _torch.is_tracing() or any(tensor.numel() > _MOST for tensor in tensors):
+            raise
+        _assumes[-1](str(func))
+        return _with_ones(func, args, kwargs or {})
+
+
+def _with_ones(func: Any, args: Any, kwargs: Any) -> Any:
+    """Return what an op returns for tensors of ones, as fakes on the device of the tensors given."""
+    device = next(tensor.device for tensor in _torch.tensors_in((args, kwargs)))
+    with _torch.without_fake_modes():
+        args, kwargs = _torch.map_tensors(
+            lambda tensor: torch.ones(tuple(tensor.shape), dtype=tensor.dtype), (args, kwargs)
+        )
+        return fake(func(*args, **kwargs), device.type)
 
 
 class _DeepCopyFakes(TorchFunctionMode):

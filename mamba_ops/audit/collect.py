@@ -46,6 +46,7 @@ class Collector:
         and calls are not ours to tell apart.
         """
         self.watches = watches
+        self._tell: Callable[[], None] = lambda: None
         self.report = report
         self.layers = Layers(model)
         self._model = model
@@ -56,6 +57,11 @@ class Collector:
         self.recompiles = Recompiles(self)
         self.broken: list[tuple[Finding, Sequence[SourceLocation]]] = []  # each break with its stack
         self._unwrapped: set[str] = set()  # functions that this torch does not have
+
+    def begin_anew(self, report: Report, tell: Callable[[], None]) -> None:
+        """Go on in another report, as a new process does; `tell` is called whenever something was added to it."""
+        self.report, self._tell, self.call = report, tell, len(report.calls) - 1
+        self._failures.clear()
 
     def add(
         self,
@@ -91,6 +97,7 @@ class Collector:
         kept = self.report.add(finding)
         if finding.breaks:
             self.broken.append((kept, tuple(stack)))
+        self._tell()
         return kept
 
     def _is_bound(self, cause: str, stack: Sequence[SourceLocation]) -> bool:
@@ -236,10 +243,11 @@ class Collector:
         """
         for error, stack, callers, fallback in self._failures:
             name = type(error).__name__
+            said = " ".join(str(error).split("\n")[:2])  # a backend's error stands in the second line
             self.add(
                 "compiler-error",
                 name,
-                f"{name}: {error}",
+                f"{name}: {said}",
                 stack or callers,
                 callers=callers if stack else (),
                 fallback=fallback,
@@ -266,6 +274,7 @@ class Collector:
         if not self.report.device.startswith("cpu"):
             for cause, op, message, stack in graphs.mutated_inputs(module):
                 self.add(cause, op, message, stack, severity="note", needs_device=True)
+        self._tell()
         return compiled
 
     def _recompile(self, original: Any, entries: Any, frame: Any, *args: Any, **kwargs: Any) -> Any:
@@ -276,6 +285,22 @@ class Collector:
             self.report.calls[self.call].recompiles += 1
         self.recompiles.begin(reasons, _listed(entries), frame)
         return reasons
+
+    def assumption(self, op: str) -> None:
+        """Add that Python asked for values between two graphs of an absent device: they were taken to be 1."""
+        message = f"{op} asked for values, which are not here: they were taken to be 1, and the trace went on"
+        self.add(
+            "assumed-values",
+            op.removeprefix("aten.").partition(".")[0],
+            message,
+            current_locations(),
+            needs_device=True,
+        )
+
+    def layers_not_reached(self) -> tuple[str, ...]:
+        """Return the layers with parameters of which no graph has an op."""
+        seen = {layer for graph in self.report.graphs for segment in graph.segments for layer in segment.layers}
+        return tuple(layer for layer in self.layers.with_parameters if layer not in seen)
 
     def _no_capture(self, original: Any, message: str) -> None:
         reason = message.removeprefix("skipping cudagraphs due to ").partition(". Found from")[0]

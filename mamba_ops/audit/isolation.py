@@ -35,8 +35,8 @@ def isolated(fn: Any, tell: Callable[[str], None]) -> Iterator[Any]:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     if reason:
         tell(
-            f"The model cannot be copied ({reason}), so it was called itself. Its attributes, buffers and requires_grad "
-            "were put back; what it wrote to its parameters and to objects that it holds was not."
+            f"The model cannot be copied ({reason}), so it was called itself. Its attributes, buffers and "
+            "requires_grad were put back; what it wrote to its parameters and to objects that it holds was not."
         )
     with _put_back(fn):
         yield taken
@@ -82,11 +82,14 @@ def _put_back(fn: Any) -> Iterator[None]:
             _restore(vars(module), snapshot)
         with torch.no_grad():
             for tensor, requires_grad, gradient, value in tensors.values():
-                if value is not None and not value.is_meta and not torch.equal(value, tensor):
-                    tensor.set_(value) if value.shape != tensor.shape else tensor.copy_(value)
                 if tensor.is_leaf:
                     tensor.requires_grad_(requires_grad)
                     tensor.grad = gradient
+                if value is None or value.is_meta or torch.equal(value, tensor):
+                    continue
+                if value.shape != tensor.shape:
+                    tensor.resize_(value.shape)
+                tensor.copy_(value)
 
 
 def _modules_of(fn: Any) -> list[nn.Module]:
@@ -104,7 +107,7 @@ _Snapshot = list[tuple[Any, Any, Any]]  # of a container: key, value, and what t
 
 
 def _snapshot(attributes: dict[Any, Any]) -> _Snapshot:
-    kinds = {dict: dict, OrderedDict: dict, list: list, set: set}
+    kinds: dict[type, Callable[[Any], Any]] = {dict: dict, OrderedDict: dict, list: list, set: set}
     return [
         (key, value, kinds[type(value)](value) if type(value) in kinds else None) for key, value in attributes.items()
     ]

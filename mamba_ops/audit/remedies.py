@@ -210,6 +210,11 @@ RULES = {
     "jit-later": Rule(
         "jit", "error", "Do not specialise {op} on what varies (do_not_specialize): a new shape compiles it again."
     ),
+    "assumed-values": Rule(
+        "stopped",
+        "note",
+        "Keep the values on the device; with other values than 1 the trace may go another way from here.",
+    ),
     "needs-values": Rule(
         "stopped", "note", "Audit on the device itself, or with --device cpu, to see what comes after."
     ),

@@ -87,6 +87,9 @@ class Finding:
         values: of a recompile, what the argument or size was, in the order in which it was seen.
         seconds: that were spent on compiling again because of it.
         mend_first: the break without which this would not be, as "file:line in function, op".
+        behind: the number of the finding that hides this one from the compiler, 1 for the report's first; None if it is
+            met as things are.
+        processes: the names of those in which it was seen, such as "rank 0", where there were several.
     """
 
     kind: str
@@ -106,6 +109,8 @@ class Finding:
     values: tuple[str, ...] = ()
     seconds: float = 0.0
     mend_first: str | None = None
+    behind: int | None = None
+    processes: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -231,6 +236,7 @@ class Report:
         recompiles: in the order in which they were made; each is counted in one finding.
         backends: for our ops: which backend ran how often, and each refusal.
         notes: what was left out or replaced, in sentences.
+        unwatched: how many processes in Python were started and not watched.
         finished: False if it was interrupted or ran out of time; the rest is what was known then.
     """
 
@@ -245,22 +251,40 @@ class Report:
     backends: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
     torch: str = ""
+    unwatched: int = 0
     finished: bool = True
 
     @property
     def clean(self) -> bool:
         """Whether there is nothing to change: no finding above a note."""
-        return self.finished and all(finding.severity == "note" for finding in self.findings)
+        return self.finished and not self.incomplete and not self.failing(KINDS)
+
+    @property
+    def compiled_nothing(self) -> bool:
+        """Whether torch.compile did nothing at all that was seen: there is no graph, and nothing that prevented one."""
+        return not self.graphs and not any(finding.severity != "note" for finding in self.findings)
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether the report cannot say that all is well: nothing was compiled, or a process was not watched."""
+        return self.compiled_nothing or self.unwatched > 0
 
     @property
     def verdict(self) -> str:
         """The report in one sentence; a finding that ends a graph counts as a graph break."""
+        if self.unwatched:
+            were = "1 process was" if self.unwatched == 1 else f"{self.unwatched} processes were"
+            return f"{were} not watched. {self._found}"
+        return self._found
+
+    @property
+    def _found(self) -> str:
         counts = ", ".join(total.words for total in self.totals if total.findings)
         if not self.finished:
             return f"Interrupted. Found by then: {counts or 'nothing'}."
         if counts:
             return f"Found: {counts}."
-        if not self.graphs:
+        if self.compiled_nothing:
             return "Nothing was compiled."
         count = len(self.graphs)
         return f"Nothing to change: {count} graph{'s' if count != 1 else ''}, no break."
@@ -295,6 +319,7 @@ class Report:
                 known.values = tuple(dict.fromkeys(known.values + finding.values))
                 known.seconds = round(known.seconds + finding.seconds, 3)
                 known.mend_first = known.mend_first and finding.mend_first  # one that stands alone is to be mended
+                known.processes = tuple(dict.fromkeys(known.processes + finding.processes))
                 if SEVERITIES.index(finding.severity) < SEVERITIES.index(known.severity):
                     known.severity = finding.severity
                 return known
@@ -303,8 +328,12 @@ class Report:
 
     def sort(self) -> None:
         """Put first what cost the most seconds, and of what cost none, the worst."""
-        kinds = list(KINDS)
+        kinds, before = list(KINDS), list(self.findings)
         self.findings.sort(key=lambda f: (-f.seconds, SEVERITIES.index(f.severity), kinds.index(f.kind), -f.count))
+        for finding in self.findings:
+            if finding.behind is not None:
+                hiding = before[finding.behind - 1]
+                finding.behind = 1 + next(i for i, f in enumerate(self.findings) if f is hiding)
 
     def to_json(self) -> str:
         """Return the report as JSON; `from_json` reads it."""
@@ -346,7 +375,7 @@ def _recompile(facts: Mapping[str, Any]) -> Recompile:
 def _finding(facts: Mapping[str, Any]) -> Finding:
     where = SourceLocation(**facts["where"]) if facts["where"] else None
     stack = tuple(SourceLocation(**location) for location in facts["stack"])
-    tuples = {name: tuple(facts[name]) for name in ("layers", "values")}
+    tuples = {name: tuple(facts[name]) for name in ("layers", "values", "processes")}
     return Finding(**{**facts, "where": where, "stack": stack, **tuples})
 
 

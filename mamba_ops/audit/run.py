@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from mamba_ops.audit import _torch, absent
 from mamba_ops.audit import graph as graphs
+from mamba_ops.audit.answers import ASSUMED, on_host, present
 from mamba_ops.audit.eager import add_hidden_syncs, hear_fallbacks, run_eagerly
 from mamba_ops.audit.isolation import deep_copy, isolated
+from mamba_ops.audit.processes import watch_processes
 from mamba_ops.audit.report import Report
+from mamba_ops.audit.show import grouped
 
 if TYPE_CHECKING:
     from mamba_ops.audit.collect import Collector
@@ -43,9 +46,9 @@ def audit(
 ) -> Report:
     """Compile a function or a module, call it, and return a report of graph breaks, recompiles and slow paths.
 
-    It resets torch.compile. The model is not changed: a copy of it is called, with copies of its arguments. A model that
-    cannot be copied is put back as far as that goes, and a note says so. A device that is not present is traced in this process, which cannot be undone: `mamba-ops audit` uses a
-    child process.
+    It resets torch.compile. The model is not changed: a copy of it is called, with copies of its arguments. A model
+    that cannot be copied is put back as far as that goes, and a note says so. A device that is not present is traced in
+    this process, which cannot be undone: `mamba-ops audit` uses a child process.
 
     There is no time limit: a compile cannot be stopped safely in the process that runs it. Ctrl-C ends an audit, and
     `report` then holds what was known; `mamba-ops audit --limit` runs it in a child process, and ends that.
@@ -98,6 +101,9 @@ def audit(
             _trace_absent(collector, fn, made, where, dynamic, progress, runs_here=syncs is not None)
         elif not is_absent:
             _compile(collector, fn, made, where, train, dynamic, mode, progress)
+        if (can_trace or not is_absent) and any(finding.skipped_frame for finding in report.findings):
+            progress("behind the breaks")
+            _look_behind(collector, fn, made, where, dynamic)
         add_hidden_syncs(collector, syncs or ())
         if copies:
             progress("copies, through Inductor")
@@ -124,7 +130,7 @@ def _install(device: torch.device, report: Report) -> bool:
 
 @contextlib.contextmanager
 def watch(target: str = "watched code", report: Report | None = None) -> Iterator[Report]:
-    """Within the block, record what torch.compile does with the user's own code.
+    """Within the block, record what torch.compile does with the user's own code, here and in processes started there.
 
     Args:
         target: what the report calls it.
@@ -138,7 +144,12 @@ def watch(target: str = "watched code", report: Report | None = None) -> Iterato
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     report.device = str(accelerator or "cpu")
     try:
-        with hear_fallbacks(collector, compiled=True), collector.listen(), collector.one_call("watched"):
+        with (
+            watch_processes(collector),
+            hear_fallbacks(collector, compiled=True),
+            collector.listen(),
+            collector.one_call("watched"),
+        ):
             yield report
     finally:
         report.notes += _torch.losses()
@@ -216,7 +227,10 @@ def _first(
     device = None if absent_device else where
     args, kwargs = _copied(made)
     try:
-        with _isolated(collector, fn, device) as model, collector.listen_to_triton():
+        with _isolated(collector, fn, device) as model, collector.listen_to_triton(), contextlib.ExitStack() as stack:
+            if absent_device:
+                stack.enter_context(present(where))
+                stack.enter_context(on_host(where))
             return run_eagerly(collector, lambda: model(*args, **kwargs), absent_device)
     except Exception as error:
         if absent_device is None:
@@ -292,7 +306,8 @@ def _trace_absent(
     report = collector.report
     report.notes.append(
         f"{device} is not present: Dynamo and AOTAutograd ran, Inductor and kernels did not. Copies, CUDA graphs and "
-        "compiled Triton kernels need the device itself."
+        f"compiled Triton kernels need the device itself. "
+        f"Code that asks for the device is told of {ASSUMED[device.type]}."
     )
     if device.type == "xpu":
         report.notes.append(
@@ -304,7 +319,8 @@ def _trace_absent(
         # Dynamo recognises a Triton launch only where a device could run it.
         _torch.replace(stack, _torch.HAS_TRITON, lambda original: has_triton)
         _torch.let_devices_be_entered(stack, device)
-        tracer = absent.Tracer(fn, device=device.type, dynamic=dynamic)
+        stack.enter_context(present(device))
+        tracer = absent.Tracer(fn, device=device.type, dynamic=dynamic, on_assumption=collector.assumption)
         collector.layers.name(tracer.fn)
         for made in calls:
             shapes = describe(made)
@@ -318,17 +334,45 @@ def _trace_absent(
                     if not any(finding.breaks for finding in report.findings):
                         collector.add_failures(error)
                     else:  # Python between two graphs may need values
-                        _stop(collector, error)
+                        sentence = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                        _stop(collector, f"what runs between two graphs failed, {sentence}")
             if tracer.trace.stopped:
-                collector.add("needs-values", "fake tensor", tracer.trace.stopped, (), needs_device=True)
+                _stop(collector, tracer.trace.stopped)
     torch.compiler.reset()
 
 
-def _stop(collector: "Collector", error: Exception) -> None:
-    sentence = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    collector.add(
-        "needs-values", "fake tensor", f"what runs between two graphs failed, {sentence}", (), needs_device=True
-    )
+def _stop(collector: "Collector", why: str) -> None:
+    """Add a call that could not be traced to its end, with the layers that nothing was seen of."""
+    missed = collector.layers_not_reached()
+    unseen = f"; not reached: {grouped(missed)}" if missed else ""
+    collector.add("needs-values", "fake tensor", f"{why}{unseen}", (), needs_device=True)
+
+
+def _look_behind(
+    collector: "Collector", fn: Any, calls: Sequence[Arguments], device: torch.device, dynamic: bool | None
+) -> None:
+    """Add what a function does that a break made Dynamo give up: see `behind`."""
+    from mamba_ops.audit import behind  # brings torch.compile
+
+    is_absent = collector.report.absent
+    probe = behind.Probe(fn, collector.report.device)
+
+    def make_calls(model: Any) -> None:
+        for made in calls:
+            args, kwargs = _copied(made)
+            with probe.one_call(describe(made)):
+                model(*args, **kwargs)
+
+    torch.compiler.reset()
+    with _isolated(probe, fn, None if is_absent else device) as model, contextlib.ExitStack() as stack:
+        if is_absent:
+            stack.enter_context(present(device))
+            model = absent.Tracer(model, device=device.type, dynamic=dynamic, on_assumption=lambda op: None)
+            probe.layers.name(model.fn)
+        else:
+            model = torch.compile(model, backend="eager", dynamic=dynamic)
+        behind.look(collector, probe, lambda: make_calls(model))
+    torch.compiler.reset()
 
 
 def _find_copies(

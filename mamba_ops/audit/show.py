@@ -77,6 +77,10 @@ def lines(finding: Finding) -> list[str]:
         text.append(f"All of {finding.skipped_frame} runs without the compiler because of this.")
     if finding.layers:
         text.append(f"In {grouped(finding.layers)}")
+    if finding.behind is not None:
+        text.append(f"Behind {finding.behind}: the compiler meets it once that is mended.")
+    if finding.processes:
+        text.append(f"In {', '.join(finding.processes)}")
     if finding.needs_device:
         text.append("Only the device itself can confirm this.")
     return [*text, f"-> {finding.remedy}"]
@@ -123,14 +127,17 @@ def show(report: Report, console: "Console") -> None:
     from rich.text import Text
 
     absent = ", which is not present" if report.absent else ""
-    console.print(Text(f"{report.target} on {report.device}{absent} (torch {report.torch})", "bold"))
+    title = Text(f"{report.target} on {report.device}{absent} (torch {report.torch})", "bold")
+    verdict = Text(report.verdict, "green" if report.clean else "bold red")
+    for text in (verdict, title) if report.unwatched else (title, verdict):  # what was not seen comes first
+        console.print(text)
     if report.mixers:
         console.print(Text(f"It holds {', '.join(report.mixers)}."), soft_wrap=True)
-    console.print(Text(report.verdict, "green" if report.clean else "bold red"))
-    for finding in report.findings:
+    numbered = any(finding.behind is not None for finding in report.findings)
+    for number, finding in enumerate(report.findings, 1):
         heading, *rest = lines(finding)
         console.print()
-        console.print(Text(heading, _STYLES[finding.severity]))
+        console.print(Text(f"{number}. {heading}" if numbered else heading, _STYLES[finding.severity]))
         for line in rest:
             console.print(Text(f"  {line}", "bold" if line.startswith("->") else ""), soft_wrap=True)
     if report.calls:

@@ -170,6 +170,7 @@ class Layers:
         self._known: dict[tuple[SourceLocation, ...], tuple[str, ...]] = {}
         self._paths: dict[int, str] = {}
         self._wrapped: dict[types.CodeType, types.CodeType] = {}  # by the code of a decorator's wrapper
+        self.with_parameters: list[str] = []  # the names of modules that have some of their own
         if isinstance(model, nn.Module):
             for name, module in model.named_modules():
                 wrapper = getattr(type(module).forward, "__code__", None)
@@ -177,6 +178,8 @@ class Layers:
                 if wrapper is not None and code is not None and wrapper is not code:
                     self._wrapped.setdefault(wrapper, code)
                 self._of_class.setdefault(type(module), []).append(name or type(module).__name__)
+                if next(module.parameters(recurse=False), None) is not None:
+                    self.with_parameters.append(name or type(module).__name__)
         self.name(model)
 
     def name(self, model: Any) -> None:

@@ -113,7 +113,9 @@ def audit(
         raise typer.Exit(2)
     if not report.finished:
         raise typer.Exit(130)
-    raise typer.Exit(1 if report.failing(wanted) else 0)
+    if report.failing(wanted):
+        raise typer.Exit(1)
+    raise typer.Exit(3 if report.compiled_nothing or (wanted and report.incomplete) else 0)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mamba_ops.audit.answers import on_host, present
 from mamba_ops.audit.report import Report
 from mamba_ops.audit.run import ModelError, audit, quiet_torch, watch
 from mamba_ops.audit.source_locations import is_audit_code, is_user_code
@@ -91,7 +92,11 @@ def run_here(options: Options, report: Report, progress: Callable[[str], None]) 
         return
     with _user_errors(), contextlib.ExitStack() as stack:
         progress("loading the model")
-        model, calls = _load(options)
+        with contextlib.ExitStack() as loading:
+            if is_absent(options.device):  # the factory may ask for the device, and make tensors there
+                loading.enter_context(present(torch.device(options.device)))
+                loading.enter_context(on_host(torch.device(options.device)))
+            model, calls = _load(options)
         if model.training and not options.train:
             report.notes.append("The model is in training mode, as it was made; eval() in the factory changes that.")
         (args, kwargs), *more = calls

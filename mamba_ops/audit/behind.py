@@ -1,0 +1,97 @@
+"""What stands behind a break in a loop, and is not seen until that break is mended.
+
+After a break inside a loop Dynamo gives the whole function up, and runs it in Python: what else breaks in it is not
+looked at. Here the same calls are made once more, and Dynamo breaks in loops as it does elsewhere. That is right, and
+slow: each turn of the loop is compiled for itself. So it is done for the findings alone, within a time.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+from torch import nn
+
+from mamba_ops.audit import _torch
+from mamba_ops.audit.collect import Collector
+from mamba_ops.audit.guards import classify_guard, guard_subject, guard_text
+from mamba_ops.audit.report import Finding, Report
+from mamba_ops.audit.source_locations import SourceLocation, guard_location
+
+_SECONDS = 20.0  # at least, for the compiles of this; more where the calls themselves took longer
+# What Dynamo cannot carry from one turn of a loop to the next, and recompiles because there are several turns.
+_OF_THE_METHOD = re.compile(r"econstruct|iterator|resume|graph break in loop", re.IGNORECASE)
+_VALUES = ("constant", "flag", "number", "string")
+_ACROSS_CALLS = ("attribute", "keys", "length", *_VALUES)
+
+
+class Probe(Collector):
+    """Collects what the calls show with breaks in loops; its report is its own."""
+
+    def __init__(self, model: Any, device: str) -> None:
+        super().__init__(Report("behind", device), model)
+        self._of_turns: set[str] = set()  # what differs from one turn of a loop to the next
+
+    def _recompile(self, original: Any, entries: Any, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        """Add attributes that changed between two calls: within one call, turns of a loop recompile."""
+        reasons = original(entries, frame, *args, **kwargs)
+        for text in map(str, reasons):
+            guard = guard_text(text)
+            cause, subject = classify_guard(guard), guard_subject(guard)
+            attribute = re.match(r"(\w+)[.\[]", subject)
+            if attribute is None or cause not in _ACROSS_CALLS or _OF_THE_METHOD.search(guard):
+                continue
+            if self.call == 0:
+                self._of_turns.add(subject)
+            elif subject not in self._of_turns or self._is_no_layer(frame.f_locals.get(attribute[1])):
+                stack, defined = guard_location(text, frame.f_code), SourceLocation.defined(frame.f_code)
+                self.add("attribute" if cause in _VALUES else cause, subject, guard, stack, fallback=defined)
+        return reasons
+
+    def _is_no_layer(self, value: Any) -> bool:
+        """Return whether a value is a module of the model, and none of a list, which a loop runs through."""
+        is_in_list = any(part.isdigit() for part in self.layers.path(value).split("."))
+        return isinstance(value, nn.Module) and not is_in_list
+
+
+@contextlib.contextmanager
+def breaks_in_loops(seconds: float) -> Iterator[None]:
+    """Within the block, Dynamo goes on after a break in a loop; the block ends early when the time is over."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_torch.patched(_torch.LOOPS, lambda translator: False))
+        for container in (nn.ModuleList, nn.Sequential):
+            stack.enter_context(mock.patch.object(container, "__iter__", _iterate))
+        stack.enter_context(_torch.without_recompile_limits())
+        with contextlib.suppress(_torch.TimeIsOverError):
+            _torch.end_compiles(stack, seconds)
+            yield
+
+
+def _iterate(modules: Any) -> Iterator[nn.Module]:
+    """Stand in for the iterator over a dict that torch gives: Dynamo cannot carry that one from turn to turn."""
+    return iter(tuple(modules._modules.values()))
+
+
+def look(collector: Collector, probe: Probe, make_calls: Callable[[], None]) -> None:
+    """Make the calls with breaks in loops, and add what is new to the collector's report, as behind what hid it."""
+    report = collector.report
+    spent = sum(row.seconds for row in report.calls)
+    with contextlib.suppress(Exception), probe.listen(), breaks_in_loops(max(_SECONDS, spent)):
+        make_calls()  # of calls that fail the report speaks already
+    hiding = [number for number, finding in enumerate(report.findings, 1) if finding.skipped_frame]
+    known = {finding.key for finding in report.findings}
+    broken = {finding.where for finding in report.findings if finding.breaks}
+    for finding in probe.report.findings:
+        at_known_line = finding.breaks and finding.where in broken
+        if finding.key in known or at_known_line or _OF_THE_METHOD.search(finding.message):
+            continue
+        finding.behind = next((n for n in hiding if _hides(report.findings[n - 1], finding)), hiding[0])
+        report.add(finding)
+
+
+def _hides(hiding: Finding, finding: Finding) -> bool:
+    """Return whether a finding is in the function that another one made Dynamo give up."""
+    function = (hiding.skipped_frame or "").partition(" after line ")[0].rpartition(".")[2]
+    files = {location.file for location in hiding.stack}
+    return any(location.function == function and location.file in files for location in finding.stack)
