@@ -25,7 +25,10 @@ FAMILY = {
     **dict.fromkeys(("qwen3_next", "qwen3_5", "olmo_hybrid", "qwen3_5_moe"), "gdn"),
     **dict.fromkeys(("lfm2", "kimi_linear"), "convolution"),
 }
-WITHOUT_AN_OP = {"kimi_linear": {"chunk_kimi_delta_attention", "recurrent_kimi_delta_attention"}}
+NOT_BOUND = {  # there is no op, or Transformers has no such function
+    "kimi_linear": {"chunk_kimi_delta_attention", "recurrent_kimi_delta_attention"},
+    "zamba": {"mamba_inner_fn"},
+}
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -51,17 +54,22 @@ def test_logits_are_as_near_to_the_truth_as_stock(name: str, device: torch.devic
     much on a CPU, and by so much on this device: ours may be by as much as the two, the first counted twice.
     """
     model, tokens = new_model(name, device), torch.randint(3, VOCABULARY, (2, 21), device=device)
-    stock = logits(model, tokens, 9)
-    low = logits(model.cpu(), tokens.cpu(), 9)
-    model.to(device)
-    truth = logits(new_model_like(model, name, device), tokens, 9)
+
+    def readings(model: Any) -> tuple[Tensor, Tensor]:
+        """With a cache and whole; of Bamba in Transformers 5.23 the two differ, as its cache counts no tokens."""
+        at = tokens.to(model.device)
+        return logits(model, at, 9), model(at, use_cache=False).logits.cpu()
+
+    stock = readings(model)
+    low = readings(model.cpu())
+    truth = readings(new_model_like(model.to(device), name, device))
     with use_mamba_ops(model), record_selections() as record:
-        ours, whole = logits(model, tokens, 9), model(tokens, use_cache=False).logits.cpu()
+        ours = readings(model)
     assert {selection.op.split("::")[1] for selection in record} == OPS[FAMILY[name]]
-    slip = 2 * (low - truth).abs().max() + (stock - truth).abs().max()
-    bounds = {"rtol": torch.finfo(torch.float32).eps, "atol": float(slip)}
-    torch.testing.assert_close(ours, truth.to(ours.dtype), **bounds)
-    torch.testing.assert_close(whole, truth.to(whole.dtype), **bounds)
+    for of_ours, of_stock, of_low, true in zip(ours, stock, low, truth, strict=True):
+        slip = 2 * (of_low - true).abs().max() + (of_stock - true).abs().max()
+        bounds = {"rtol": torch.finfo(torch.float32).eps, "atol": float(slip)}
+        torch.testing.assert_close(of_ours, true.to(of_ours.dtype), **bounds)
 
 
 def new_model_like(model: Any, name: str, device: torch.device) -> Any:
@@ -83,7 +91,7 @@ def test_every_function_is_bound_and_put_back(name: str) -> None:
     [file] = {type(m).__module__ for m in model.modules() if "modeling_" in type(m).__module__}
     before = dict(vars(sys.modules[file]))
     with use_mamba_ops(model) as binding:
-        assert {n.rpartition(".")[2] for n in binding.not_bound} == WITHOUT_AN_OP.get(name, set())
+        assert {n.rpartition(".")[2] for n in binding.not_bound} == NOT_BOUND.get(name, set())
         ours = {n for n, f in vars(sys.modules[file]).items() if f is not before[n]}
         assert {f"{file}.{n}" for n in ours} == set(binding.bound)
         assert all(vars(sys.modules[file])[n].__module__.startswith("mamba_ops.compat.") for n in ours)

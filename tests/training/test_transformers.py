@@ -203,13 +203,12 @@ def loss(model: Any, tokens: Tensor) -> Tensor:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
-@models()
+@pytest.mark.parametrize("name", ["mamba", "jamba", "mamba2", "falcon_h1", "nemotron_h", "qwen3_5", "lfm2"])
 def test_a_compiled_training_step_is_one_graph_each_way(name: str) -> None:
     """For three lengths, with the gradients of the eager step."""
-    # the one implementation of experts in which stock is one graph
-    changes = {"experts_implementation": "grouped_mm"} if name == "qwen3_5_moe" else {}
-    model = new_model(name, "cpu", **changes).train()
+    model = new_model(name, "cpu").train()
     step = torch.compile(partial(loss, model), fullgraph=True, dynamic=True, backend="aot_eager")
     with use_mamba_ops(model):
         for length in (21, 33, 47):
@@ -268,6 +267,20 @@ def pulled(model: Any, logits: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     logits.sin().sum().backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("name", ["falcon_h1", "qwen3_5"])
+def test_packed_documents_are_one_graph(name: str) -> None:
+    """With cu_seq_lens_q nothing waits for where documents begin, seq_idx given too or not."""
+    model = new_model(name, "cpu").train()
+    step = torch.compile(partial(read, model), fullgraph=True, backend="aot_eager")
+    with use_mamba_ops(model):
+        _, packed = documents(seq_idx=True, cu_seqlens=True)
+        expected = pulled(model, read(model, packed))
+        assert furthest(pulled(model, step(packed)), expected) < 1e-4
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("name", MAMBA_1)
