@@ -8,7 +8,9 @@ from torch import Tensor
 
 import mamba_ops
 from compile_tests.test_ops import DAILY_STEPS, step
-from mamba_ops.audit.absent import Tracer
+from mamba_ops import registry
+from mamba_ops.audit.absent import Tracer, fake, fake_mode, install
+from tests.layers import HIDDEN, KINDS, new_layer
 
 
 def step_of_each_op(*, device: str) -> dict[str, Any]:
@@ -25,6 +27,45 @@ def step_of_each_op(*, device: str) -> dict[str, Any]:
             out = tracer(*sample.args, **sample.kwargs)
         real = op(*sample.args, **sample.kwargs)
         found[op.name] = dataclasses.asdict(tracer.trace) | {"out": [out.device.type, out.shape == real.shape]}
+    return found
+
+
+def training_step_of_each_layer(*, device: str) -> dict[str, Any]:
+    """Trace the forward of every layer's training step over three lengths, and each backward op that it needs; and try
+    the pass of autograd that would join them.
+    """
+    install(device)
+    found = {}
+    for name, kind in KINDS.items():
+        layer = fake(new_layer(name, "cpu"), device).requires_grad_()
+        graphs: list[list[str]] = []
+
+        def keep(module: torch.fx.GraphModule, inputs: Any, graphs: list[list[str]] = graphs) -> Any:
+            graphs.append([str(node.target) for node in module.graph.nodes if "mamba_ops" in str(node.target)])
+            return module.forward
+
+        torch.compiler.reset()
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=keep)
+        for length in (5, 6, 11):
+            x = fake(torch.randn(2, length, HIDDEN), device).requires_grad_()
+            with fake_mode():
+                y = compiled(x)
+        reason = None
+        try:
+            with fake_mode():
+                y.sum().backward()
+        except RuntimeError as error:
+            reason = str(error)
+        backwards = {}
+        for op in (registry.ops()[op_name].backward_op for op_name in kind.prefill):
+            sample = op.make_samples("cpu")[0]
+            with fake_mode():
+                made = op.overload(*fake(sample.args, device))
+            real = op(*sample.args)
+            same = [(g.shape, g.device.type) == (t.shape, device) for g, t in zip(made, real, strict=True)]
+            backwards[op.name] = all(same)
+        recorded = y.requires_grad and y.device.type == device
+        found[name] = {"graphs": graphs, "recorded": recorded, "backwards": backwards, "reason": reason}
     return found
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from mamba_ops.audit import absent
 from tests.conftest import ABSENT
+from tests.layers import KINDS
 
 
 @pytest.mark.parametrize("device", ABSENT)
@@ -15,6 +16,24 @@ def test_every_op_is_one_graph(device: str) -> None:
         [graph] = trace["graphs"]
         assert f"mamba_ops.{name}.default" in graph["ops"]
         assert any(f"mamba_ops.{name}.default" in op for op in graph["aot_ops"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ABSENT)
+def test_a_training_step_of_each_layer_is_one_graph(device: str) -> None:
+    """The forward is, with the ops that record gradients, and every backward op can be traced on the device.
+
+    What joins them is autograd's engine, in C++: it asks for the streams of an accelerator, and there is none. When it
+    asks no more, this fails, and both directions can be traced.
+    """
+    found = absent.run("compile_tests.absent_targets:training_step_of_each_layer", device=device)
+    assert set(found) == set(KINDS)
+    for name, trace in found.items():
+        [graph] = trace["graphs"]
+        assert graph == [f"mamba_ops.{op}_forward.default" for op in KINDS[name].prefill]
+        assert trace["recorded"]
+        assert trace["backwards"] == {f"{op}_backward": True for op in KINDS[name].prefill}
+        assert "Cannot access accelerator device when none is available" in trace["reason"]
 
 
 @pytest.mark.parametrize("device", ABSENT)

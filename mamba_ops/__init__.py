@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 else:  # to type checkers no name that is not here exists
 
     def __getattr__(name: str) -> object:
-        """Import what takes a moment when it is first asked for: `compare`, and the modules `audit` and `testing`."""
+        """Import what takes a moment when it is first asked for: `compare`, and modules."""
         if name == "compare":
             return import_module("mamba_ops.commands.compare.comparison").compare
-        if name in ("audit", "testing"):
+        if name in ("audit", "testing", "training"):
             return import_module(f"mamba_ops.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

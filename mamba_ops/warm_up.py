@@ -19,10 +19,11 @@ def warm_up(
     dtypes: "Sequence[torch.dtype | tuple[torch.dtype | None, torch.dtype]] | None" = None,
     sizes: Mapping[str, int] | None = None,
     backends: Sequence[str] | None = None,
+    training: bool = False,
     processes: int | None = None,
     progress: Callable[[str, int, int], None] | bool | None = None,
 ) -> "WarmUp":
-    """Compile, load and call once every kernel that serving can ask for, so that no later call is a slow first one.
+    """Compile, load and call once every kernel that will be asked for, so that no later call is a slow first one.
 
     Of a model, each kind of layer is called in every way in which it can be: whole sequences and packed ones, cached or
     not, with slots and initial states or not, one token and a few, with plans, speculative or not. Those are the layers
@@ -42,6 +43,8 @@ def warm_up(
         sizes: of ops: the static sizes that their samples are functions of (`heads`, `dim`, ...). Where there
             are several ops, each takes those that it has.
         backends: names of the backends to call it on, one after the other. None: the default order.
+        training: warm up what training asks for, too: forwards that record gradients, of whole sequences and packed
+            ones, and backwards. No gradient is left behind.
         processes: how many compile at a time. None: as many as there are cores.
         progress: called with what is being done, how much of it is, and of how much; True for a bar. None: a bar
             where the standard error is a terminal and rich is installed.
@@ -61,4 +64,4 @@ def warm_up(
     arguments.check_numbers(sizes or {}, processes)
     names: Sequence[Any] = arguments.known_backends(backends)
     with arguments.shown(progress) as show:
-        return warming.warm_up(what, where, pairs, sizes or {}, names, processes, show)
+        return warming.warm_up(what, where, pairs, sizes or {}, names, training, processes, show)

@@ -47,3 +47,5 @@ from mamba_ops.registry.splitting import partition_at_splitting_ops as partition
 from mamba_ops.registry.splitting import split_graph as split_graph
 from mamba_ops.registry.splitting import splitting_ops as splitting_ops
 from mamba_ops.registry.training import flop_formulas as flop_formulas
+from mamba_ops.registry.training import register_flop_formulas as register_flop_formulas
+from mamba_ops.registry.training import save_ops as save_ops

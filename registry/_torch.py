@@ -163,9 +163,15 @@ def below_autograd() -> AbstractContextManager[object]:
 
 
 def is_watched() -> bool:
-    """Return whether a profiler or a TorchFunctionMode follows what torch's dispatcher calls."""
+    """Return whether a profiler or a TorchFunctionMode follows what torch's dispatcher calls, or tensors may carry
+    tangents.
+    """
     try:
-        return torch._C._autograd._profiler_enabled() or torch._C._is_torch_function_mode_enabled()
+        return (
+            torch._C._autograd._profiler_enabled()
+            or torch._C._is_torch_function_mode_enabled()
+            or forward_ad._current_level >= 0
+        )
     except AttributeError:
         _warn_once("_profiler_enabled", "every call takes the dispatcher, which takes microseconds")
         return True
@@ -174,6 +180,12 @@ def is_watched() -> bool:
 def is_transformed() -> bool:
     """Return whether a transform of torch.func (grad, vmap, jvp) or forward-mode differentiation is in force."""
     return _has_transform() or _forward_level() >= 0
+
+
+@constant
+def is_transform_traced() -> bool:
+    """Return, in traced code, whether Dynamo traces such a transform: while it does, it is in force."""
+    return is_transformed()
 
 
 def _has_transform() -> bool:

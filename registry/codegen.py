@@ -27,6 +27,7 @@ def __call__(self, {header}):
         {recording}
         {allocation}
         if is_compiling_():
+            if is_transform_traced_(): refuse_traced_transform_()
             {traced_caches}
             if is_grad_enabled_():
                 {refusals}
@@ -39,7 +40,7 @@ def __call__(self, {header}):
                 {numbers} = numbers_
                 kernel_({passed})
                 return {result}
-        {transforms}
+        {transformed}
         {caches}
         dispatch_({passed})
         return {result}
@@ -51,6 +52,7 @@ _FUNCTIONAL_FRONT = """\
 def __call__(self, {header}):
     try:
         if is_compiling_():
+            if is_transform_traced_(): refuse_traced_transform_()
             return overload_({passed}, token_({first}.device))
         {recording}
         return dispatch_({passed})
@@ -187,13 +189,15 @@ def fronts(
     }
     others = [f"{p.name} is None" for p in shown if is_tensor(p) and p.name not in trained]
     handed_on = ", ".join(f"{p.name}={p.name}" for p in shown if p.name in trained)
-    conditions = " and ".join([_asks_for_gradients(p for p in shown if p.name in trained), *others])
-    recording = f"if ({conditions}):\n            return forward_({handed_on}){result}" if trained else ""
-    transforms = f"if is_transformed_(): refuse_transforms_({options['values']})"
-    front = _compiled(op, "front", _FRONT.format(recording=recording, transforms=transforms, **options), closure)
-    inside = _compiled(
-        op, "inside", _FRONT.format(recording="", transforms="", **options), {**closure, "dispatch": body}
-    )
+    forward, recording = f"return forward_({handed_on}){result}", ""
+    transformed = f"if is_transformed_(): refuse_transformed_({options['values']})"
+    if trained:
+        asks, given = _asks_for_gradients(p for p in shown if p.name in trained), " and ".join(others)
+        recording = f"is_forward_ = ({given})\n        if is_forward_ and ({asks}):\n            {forward}"
+        transformed = f"if is_forward_ and is_transformed_(): {forward}\n        {transformed}"
+    front = _compiled(op, "front", _FRONT.format(recording=recording, transformed=transformed, **options), closure)
+    source = _FRONT.format(recording="", transformed="", **options)
+    inside = _compiled(op, "inside", source, {**closure, "dispatch": body})
     return cast(FunctionType, front), cast(FunctionType, inside)
 
 
@@ -207,13 +211,13 @@ def functional_front(op: str, inputs: Parameters, **closure: Any) -> FunctionTyp
         closure: the values of the template's names that end in `_`; `record` is None for an op that records none.
     """
     passed = _passed(inputs)
-    records = closure["record"] is not None
+    records, asks = closure["record"] is not None, _asks_for_gradients(inputs)
     source = _FUNCTIONAL_FRONT.format(
         header=_header(inputs, closure),
         passed=passed,
         first=next(p.name for p in inputs if p.annotation is Tensor),
         values=_tuple(inputs),
-        recording=f"if ({_asks_for_gradients(inputs)}):\n            return record_({passed})" if records else "",
+        recording=f"if is_transformed_() or {asks}:\n            return record_({passed})" if records else "",
     )
     return cast(FunctionType, _compiled(op, "front", source, closure))
 
@@ -285,9 +289,9 @@ def _compared(parameters: Parameters) -> str:
 
 
 def _asks_for_gradients(parameters: Iterable[inspect.Parameter]) -> str:
-    """Write whether a call is to be differentiated: by autograd, or by a transform of torch.func."""
+    """Write whether autograd is to record a call."""
     require = " or ".join(f"{_is_given(p)}{p.name}.requires_grad" for p in parameters if is_tensor(p))
-    return f"is_grad_enabled_() and ({require} or not is_compiling_() and is_transformed_())"
+    return f"is_grad_enabled_() and ({require})"
 
 
 def _compiled(op: str, role: str, source: str, closure: dict[str, Any]) -> Callable[..., Any]:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mamba_ops.registry import _torch, codegen
 from mamba_ops.registry.dispatcher import dispatcher
+from mamba_ops.registry.token import token as selection_token
 
 if TYPE_CHECKING:
     from mamba_ops.registry.op import Op
@@ -68,9 +70,13 @@ class Formula:
                 if given.get(name) is None and name != f"grad_{self.declared.optional}":
                     result = self.forward.allocate(*values)[self.forward.returns.index(name.removeprefix("grad_"))]
                     given[name] = torch.zeros_like(result)
-            snapshot = dispatcher.current() if dispatcher.active.get().requests else ctx.snapshot
-            with dispatcher.override(snapshot):
-                found = self.backward(*(given.get(name) for name in self.gradients_of), *values, *tensors, token)
+            inputs = *(given.get(name) for name in self.gradients_of), *values, *tensors
+            if torch.compiler.is_dynamo_compiling():  # compiled autograd traces this
+                found = self.backward(*inputs, selection_token(saved[0].device) if token is None else token)
+            else:
+                snapshot = dispatcher.current() if dispatcher.active.get().requests else ctx.snapshot
+                with dispatcher.override(snapshot):
+                    found = self.backward(*inputs, token)
         found = (found,) if isinstance(found, Tensor) else found
         if torch.is_grad_enabled():  # create_graph=True, or torch.func: whoever differentiates the gradient is told
             sources = [t for t in (*grads, *saved) if t is not None]
@@ -128,9 +134,11 @@ class Formula:
                     return output.unflatten(0, (info.batch_size, -1)), 0
                 return tuple(o.unflatten(0, (info.batch_size, -1)) for o in output), tuple(0 for _ in output)
 
+        metaclass: Any = type(Recorded)
+        recorded = metaclass(self.name.partition("::")[2], (Recorded,), {})  # as profiles and `grad_fn` show it
+
         def record(*inputs: Any) -> Any:
-            function = Transformed if _torch.is_transformed() else Recorded
-            return function.apply(*inputs)  # type: ignore[no-untyped-call]
+            return (Transformed if _torch.is_transformed() else recorded).apply(*inputs)
 
         return record
 
@@ -173,6 +181,26 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise no_jvp(ctx.name)
+
+
+def refuse_traced_transform(op: str) -> None:
+    """Refuse a transform of torch.func in traced code: it would lose tangents, and Dynamo can't trace what records a
+    call. Dynamo traces this, so that it goes on without a graph where it may.
+    """
+    raise NotImplementedError(
+        f"{op}: got a call under a transform of torch.func (grad, vjp, vmap, jvp) that torch.compile traces, expected "
+        "one or the other; compile the function without the transform and call backward(), or use the transform in "
+        "eager mode"
+    )
+
+
+def refuse_transformed(op: str, values: Iterable[Any]) -> None:
+    """Refuse a call, under a transform of torch.func or forward-mode differentiation, with a tensor of that."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise no_jvp(op)
+    if any(map(_torch.is_wrapped, tensors)):
+        raise NotImplementedError  # the front names the argument
 
 
 def no_jvp(op: str) -> NotImplementedError:

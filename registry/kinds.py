@@ -51,12 +51,6 @@ def is_plain(tensor: object) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
 
 
-def refuse_transforms(values: Sequence[Any]) -> None:
-    """Raise, under a transform of torch.func or forward-mode differentiation, if one of the tensors is of that."""
-    if any(isinstance(value, Tensor) and _torch.is_wrapped(value) for value in values):
-        raise NotImplementedError
-
-
 def explained(
     op: str,
     parameters: Sequence[inspect.Parameter],

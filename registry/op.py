@@ -15,8 +15,9 @@ from mamba_ops.registry import _torch, codegen, errors, kinds, schema, selection
 from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
 from mamba_ops.registry.capture import capture_query, note
 from mamba_ops.registry.dispatcher import device_of, dispatcher
+from mamba_ops.registry.gradients import refuse_traced_transform, refuse_transformed
 from mamba_ops.registry.snapshot import CachedDecision, DecisionCache, Requests, never_matches, redispatch_query
-from mamba_ops.registry.training import Trainable
+from mamba_ops.registry.training import Trainable, register_flop_formulas
 
 if TYPE_CHECKING:
     from mamba_ops.registry.namespace import Namespace
@@ -141,9 +142,10 @@ class Op(Trainable, Generic[P]):
         """Write what users call; again when the op learns to record gradients."""
         cells = self._cells() | {"overload": self.overload, "dispatch": _torch.dispatch_of(self.overload)}
         cells |= {"is_compiling": torch.compiler.is_dynamo_compiling, "token": token.token}
-        cells["is_transformed"] = _torch.is_transformed
+        cells |= {"is_transformed": _torch.is_transformed, "is_transform_traced": _torch.is_transform_traced}
+        cells["refuse_transformed"] = partial(refuse_transformed, self.qualname)
+        cells["refuse_traced_transform"] = partial(refuse_traced_transform, self.qualname)
         cells["explained"] = partial(kinds.explained, self.qualname, self._called, self._validate)
-        cells["refuse_transforms"] = kinds.refuse_transforms
         inside: Callable[..., Any] = self._body
         if self.returns:
             call = codegen.functional_front(self.qualname, self._called, record=self.record, **cells)
@@ -309,5 +311,7 @@ class Op(Trainable, Generic[P]):
             self._validate(given)
         if not self.returns:
             return None
+        if self.flop_formula is not None:  # this trace may be partitioned by FLOPs
+            register_flop_formulas()
         results = self.allocate(*args[: len(self._called)])
         return results if len(results) > 1 else results[0]

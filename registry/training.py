@@ -172,10 +172,14 @@ class Trainable(Facets):
         assert self._training is not None
         count = self.adapted(function, self._training.inputs)
         names = [p.name for p in self._training.inputs]
-        for number, op in enumerate((self.forward_op, self.forward_states_op, self.backward_op)):
-            if op is not None:
-                op.flop_formula = _flop_formula(count, [p.name for p in op._called], names, number // 2)
+        for op in self.companions:
+            op.flop_formula = _flop_formula(count, [p.name for p in op._called], names, int(op is self.backward_op))
         return function
+
+    @property
+    def companions(self) -> "list[Op[...]]":
+        """The ops that record this one's gradients; none where it records none."""
+        return [op for op in (self.forward_op, self.forward_states_op, self.backward_op) if op is not None]
 
     def _gradient_entry(self) -> str:
         """Return when the op records gradients and what to call then, or ""."""
@@ -272,11 +276,32 @@ class Trainable(Facets):
 
 def flop_formulas() -> dict[Any, Callable[..., int]]:
     """Return the formulas of all ops that have one, as `torch.utils.flop_counter.FlopCounterMode(custom_mapping=...)`
-    takes them. They are not registered there by themselves: importing that module imports Triton.
+    takes them.
     """
     return {
         op.overload.overloadpacket: op.flop_formula for op in dispatcher.ops.values() if op.flop_formula is not None
     }
+
+
+def register_flop_formulas() -> None:
+    """Register them with `torch.utils.flop_counter`, for every `FlopCounterMode`, and for AOTAutograd's partitioner.
+
+    The first trace does that, and `mamba_ops.training`. It is not done sooner: that module imports Triton.
+    """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    for packet, formula in flop_formulas().items():
+        if packet not in flop_registry:
+            register_flop_formula(packet)(formula)
+
+
+def save_ops() -> list[Any]:
+    """Return the forward ops that record gradients, as selective activation checkpointing takes ops to save.
+
+    `torch.utils.checkpoint.create_selective_checkpoint_contexts` takes the list itself; a policy function, or a list of
+    ops of others, may contain it. What these ops return is then kept, and a recomputation does not run them again.
+    """
+    return [op.overload for op in dispatcher.ops.values() if op.record is not None]
 
 
 def _flop_formula(

@@ -26,7 +26,7 @@ MAX_LINES = 400
 # Third-party packages. What is optional, or takes a moment to load, is imported inside functions alone; except here,
 # where nothing works without it. A module is loaded only when it is asked for then.
 NEEDED = {"torch", "typing_extensions"}
-OPTIONAL = {"flashinfer", "jinja2", "packaging", "pytest", "rich", "transformers", "triton", "typer"}
+OPTIONAL = {"flashinfer", "jinja2", "matplotlib", "packaging", "pytest", "rich", "transformers", "triton", "typer"}
 AT_THE_TOP = {
     "mamba_ops/commands/*": {"rich", "typer"},
     "mamba_ops/ops/*/triton.py": {"triton"},

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from mamba_ops.audit import absent
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+TRAINING = "train_bytes.py"  # trains for two minutes, as it is
+EXAMPLES = [e for e in sorted((Path(__file__).parents[1] / "examples").glob("*.py")) if e.name != TRAINING]
 NEEDS = {"transformers": "transformers", "accelerate": "finetune"}  # what an example names, and the extra with it
 BRIEFLY = {"finetune_transformers.py": ("--steps", "2", "--window", "32")}
 SLOW = ("finetune_transformers.py",)  # imports much; tests/test_finetune_transformers.py has what is quick
@@ -18,7 +20,11 @@ SLOW = ("finetune_transformers.py",)  # imports much; tests/test_finetune_transf
 
 @pytest.mark.parametrize(
     "example",
-    [pytest.param(e, id=e.name, marks=[pytest.mark.slow] if e.name in SLOW else ()) for e in EXAMPLES],
+    [
+        pytest.param(e, id=e.name, marks=[pytest.mark.slow] if e.name in SLOW else ())
+        for e in EXAMPLES
+        if e.name != TRAINING
+    ],
 )
 def test_an_example_runs(example: Path, tmp_path: Path):
     for package, extra in NEEDS.items():
@@ -36,6 +42,25 @@ def test_an_example_runs(example: Path, tmp_path: Path):
     if example.name == "decode_step.py":
         assert "torch: mamba_ops::causal_conv1d_update on torch" in done.stdout
         assert "graphs compiled for all of this: 1\n" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mamba2", "mamba", "gdn"])
+def test_training_on_bytes_learns(family: str, tmp_path: Path):
+    options = ("--size", "tiny", "--steps", "60", "--rate", "0.01", "--length", "20", "--family", family)
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 20)
+    command = (sys.executable, "-W", "error::RuntimeWarning", EXAMPLES[0].parent / TRAINING, text, *options)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = torch.load(tmp_path / "train_bytes.pt")["losses"]
+    assert len(losses) == 60
+    assert losses[0] > 5
+    assert losses[-1] < 1.5
+    if find_spec("matplotlib"):
+        assert (tmp_path / "train_bytes.png").stat().st_size > 0
+    else:
+        assert "no plot: it needs mamba-ops[plot]" in done.stdout
 
 
 @pytest.mark.slow

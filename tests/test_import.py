@@ -13,6 +13,7 @@ OPTIONAL = {
     "flashinfer",
     "jinja2",
     "mamba_ssm",
+    "matplotlib",
     "numpy",
     "rich",
     "transformers",
@@ -20,7 +21,7 @@ OPTIONAL = {
     "typer",
     "vllm",
 }
-ON_REQUEST = ("absent", "audit", "cold_start", "commands", "compat", "ops._triton", "testing")
+ON_REQUEST = ("absent", "audit", "cold_start", "commands", "compat", "ops._triton", "testing", "training")
 BUDGET_MS = 50
 
 # Torch comes first, so that only what mamba_ops adds is looked at.

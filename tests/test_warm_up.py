@@ -31,6 +31,42 @@ def test_after_a_warm_up_random_calls_compile_nothing(name):
     assert {row[1] for row in result["rows"]} == {"triton", "composed"}
 
 
+COVER_TRAINING = "from tests.warm_up_cover import cover\nprint(json.dumps(cover(sys.argv[1], training=True)))"
+
+
+@pytest.mark.parametrize("name", ["tidy", pytest.param("odd", marks=pytest.mark.slow)])
+def test_after_a_warm_up_for_training_random_steps_compile_nothing(name):
+    result = compiled_for_a_gpu(COVER_TRAINING, name, compiles=False)
+    assert result["skipped"] == []
+    assert result["again"] == 0
+    assert result["again_cached"]
+    backwards = {f"mamba_ops::{op.name}_backward" for op in OPS if op.backward_op is not None}
+    assert len(backwards) >= 4
+    assert {(name, "triton") for name in backwards} <= {(row[0], row[1]) for row in result["rows"]}
+
+
+BACKWARDS = """
+import mamba_ops
+from mamba_ops.registry import ops
+
+warmed = {}
+for name, op in ((name, op) for name, op in list(ops().items()) if not op.returns and op.backward_op is not None):
+    warmed[name] = sorted({row.op for row in mamba_ops.warm_up(op, device="cpu", training=True)})
+    with mamba_ops.no_jit():
+        for sample in op.backward_op.make_samples("cpu"):
+            op.backward_op(*sample.args)
+print(json.dumps(warmed))
+"""
+
+
+@pytest.mark.slow
+def test_an_ops_warm_up_for_training_has_its_backward():
+    warmed = compiled_for_a_gpu(BACKWARDS, compiles=False)
+    assert len(warmed) >= 4
+    for name, rows in warmed.items():
+        assert {f"mamba_ops::{name}", f"mamba_ops::{name}_forward", f"mamba_ops::{name}_backward"} <= set(rows)
+
+
 FORBIDDEN = """
 import warnings
 import torch, mamba_ops

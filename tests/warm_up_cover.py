@@ -60,19 +60,31 @@ def call_at_random(layer: Any, rng: random.Random) -> None:
         layer(hidden(plan.tokens), conv_state, caches[1], plan=plan)
 
 
-def cover(name: str, *, steps: int = 30) -> dict[str, Any]:
+def train_at_random(layer: Any, rng: random.Random) -> None:
+    """A training step on rows of one length, and one on packed rows."""
+    weight, rows, length = layer.out_proj.weight, rng.randint(1, 6), rng.choice([1, 2, 16, 64, 65, 100])
+    lengths = [rng.randint(0, 90) for _ in range(rows)]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    with torch.enable_grad():
+        for lead, ends in (((rows, length), None), ((sum(lengths) + 1,), cu_seqlens)):
+            hidden = torch.randn(*lead, weight.shape[0], dtype=weight.dtype, requires_grad=True)
+            layer(hidden, cu_seqlens=ends).square().mean().backward()
+
+
+def cover(name: str, *, steps: int = 30, training: bool = False) -> dict[str, Any]:
     """Return the rows of the warm-up and what it compiled; raises if anything compiles after it."""
     rng = random.Random(0)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     model = nn.ModuleList(MODELS[name]())
-    warmed = mamba_ops.warm_up(model, device="cpu")
-    again = mamba_ops.warm_up(model, device="cpu")
+    warmed = mamba_ops.warm_up(model, device="cpu", training=training)
+    again = mamba_ops.warm_up(model, device="cpu", training=training)
+    assert all(parameter.grad is None for parameter in model.parameters())
     with mamba_ops.no_jit():
         for layer in model:
             for _ in range(steps):
-                call_at_random(layer, rng)
+                (train_at_random if training else call_at_random)(layer, rng)
     return {
         "rows": warmed,
         "compiled": warmed.compiled,

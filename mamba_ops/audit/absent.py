@@ -114,7 +114,7 @@ class Tracer:
         self.trace.stopped = None
         _torch.forget_compiles()
         try:
-            with torch.no_grad(), _fake_mode(), no_constants, _assuming(self._on_assumption):
+            with torch.no_grad(), fake_mode(), no_constants, _assuming(self._on_assumption):
                 return self._compiled(*args, **kwargs)
         except _torch.needs_values_errors() as error:
             self.trace.stopped = f"{error.func} needs values, which a fake tensor does not have"
@@ -165,7 +165,8 @@ def fake(value: _T, device: str) -> _T:
 
 
 @functools.cache
-def _fake_mode() -> Any:
+def fake_mode() -> Any:
+    """Return the mode in which fake tensors made by `fake` run; the one of the process."""
     # Where another accelerator is present, torch would initialise the absent one.
     _torch.set_value("torch._subclasses.fake_tensor:init_gpu_context", lambda device: None)
     mode = _torch.require("torch._subclasses.fake_tensor:FakeTensorMode")
@@ -238,7 +239,7 @@ class _DeepCopyFakes(TorchFunctionMode):
         _, storage = self.storages.setdefault(_torch.storage_key(real), new)
         meta = torch.empty(0, dtype=tensor.dtype, device="meta")
         meta.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
-        result = self.fake_tensor(_fake_mode(), meta, self.device)
+        result = self.fake_tensor(fake_mode(), meta, self.device)
         vars(result).update(vars(tensor))
         return result
 

@@ -80,6 +80,28 @@ def calls_of(layer: Layer, module: nn.Module, state_dtype: torch.dtype) -> Itera
         yield from _calls_of_transformers(layer, module)
 
 
+def training_calls_of(layer: Layer, module: nn.Module) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the steps of training that a layer may be in, each with a forward and a backward, and their names."""
+    weight = next(m for m in module.modules() if isinstance(m, nn.Linear)).weight
+    parameters = {n: p.detach().requires_grad_(p.is_floating_point()) for n, p in module.named_parameters()}
+    size: Any = getattr(module, "hidden_size", weight.shape[1])
+
+    def step(lead: tuple[int, ...], **options: Any) -> None:
+        hidden = torch.randn(*lead, size, device=weight.device, dtype=weight.dtype, requires_grad=True)
+        # In one thread: in autograd's own for a device nothing is known of this warm-up.
+        with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+            output = torch.func.functional_call(module, parameters, (hidden,), options)
+            output = output[0] if isinstance(output, tuple) else output
+            inputs = [hidden, *(p for p in parameters.values() if p.requires_grad)]
+            torch.autograd.grad(output, inputs, torch.randn_like(output), allow_unused=True)
+
+    for tokens, short in ((TOKENS, ""), (SHORT, ", short")):
+        yield f"training, whole sequences{short}", partial(step, (2, tokens))
+        if isinstance(module, Mamba | Mamba2 | GatedDeltaNet):
+            packed = torch.tensor([0, 1, tokens], dtype=torch.int32, device=weight.device)
+            yield f"training, packed{short}", partial(step, (tokens,), cu_seqlens=packed)
+
+
 def before_calls_of(module: nn.Module) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield calls without ops that are slow the first time on a GPU."""
     for name, linear in module.named_modules():

@@ -15,7 +15,15 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from mamba_ops.cold_start.layers import Layer, before_calls_of, calls_of, layers_of, on_device, rehearsal_of
+from mamba_ops.cold_start.layers import (
+    Layer,
+    before_calls_of,
+    calls_of,
+    layers_of,
+    on_device,
+    rehearsal_of,
+    training_calls_of,
+)
 from mamba_ops.cold_start.loading import Load, Loader, cores, seconds_by_kernel
 from mamba_ops.ops._triton import _triton
 from mamba_ops.registry import Op, Selection, backends, generation, ops, record_selections, use_backend
@@ -112,6 +120,7 @@ def warm_up(
     pairs: Sequence[Dtypes],
     sizes: Mapping[str, int],
     backends: Sequence[str | None],
+    training: bool,
     processes: int | None,
     progress: Progress,
 ) -> WarmUp:
@@ -125,9 +134,9 @@ def warm_up(
         common = (str(device), backend or generation())
         for pair in pairs:
             if isinstance(what, nn.Module):
-                units += _of_model(what, device, pair, backend, common)
+                units += _of_model(what, device, pair, backend, training, common)
             else:
-                units += _of_ops(what, device, pair, sizes, backend, common)
+                units += _of_ops(what, device, pair, sizes, backend, training, common)
     new = [unit for unit in units if unit.key not in _done]
     if new:
         _make(new, device, processes, progress, report)
@@ -142,7 +151,12 @@ def warm_up(
 
 
 def _of_model(
-    model: nn.Module, device: torch.device, pair: Dtypes, backend: str | None, common: tuple[Any, ...]
+    model: nn.Module,
+    device: torch.device,
+    pair: Dtypes,
+    backend: str | None,
+    training: bool,
+    common: tuple[Any, ...],
 ) -> Iterator[_Unit]:
     dtype, state_dtype = pair
     if not (layers := layers_of(model)):
@@ -163,7 +177,12 @@ def _of_model(
         def after(here: Callable[[], nn.Module] = here) -> Calls:
             return rehearsal_of(here(), state_dtype)
 
+        def steps(layer: Layer = layer, here: Callable[[], nn.Module] = here) -> Calls:
+            return training_calls_of(layer, here())
+
         yield _Unit(layer.name, (*common, *layer.kind, *pair), calls, backend, before, after)
+        if training:
+            yield _Unit(layer.name, (*common, *layer.kind, *pair, "training"), steps, backend)
 
 
 def _of_ops(
@@ -172,9 +191,10 @@ def _of_ops(
     pair: Dtypes,
     sizes: Mapping[str, int],
     backend: str | None,
+    training: bool,
     common: tuple[Any, ...],
 ) -> Iterator[_Unit]:
-    for op in _ops(what):
+    for op in _ops(what, training):
         names = inspect.signature(op.sampler).parameters
         wanted: dict[str, Any] = {n: size for n, size in sizes.items() if n in names}
         wanted |= {n: d for n, d in zip(("dtype", "state_dtype"), pair, strict=True) if d and n in names}
@@ -190,12 +210,14 @@ def _of_ops(
         yield _Unit(op.qualname, (*common, op.qualname, tuple(sorted(wanted.items(), key=str))), calls, backend)
 
 
-def _ops(what: Sequence[Op[...] | str]) -> list[Op[...]]:
+def _ops(what: Sequence[Op[...] | str], training: bool = False) -> list[Op[...]]:
+    """Return ops by their names; for training each with its companions behind it."""
     known = ops()
     for item in what:
         if isinstance(item, str) and item not in known:
             raise unknown("op", item, known)
-    return [known[item] if isinstance(item, str) else item for item in what]
+    found = (known[item] if isinstance(item, str) else item for item in what)
+    return [each for op in found for each in (op, *(op.companions if training else ()))]
 
 
 def _sizes_of(op: Op[...]) -> set[str]:

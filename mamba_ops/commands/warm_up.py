@@ -24,6 +24,7 @@ def warm_up(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, xpu, cuda:1", show_default="this machine's accelerator")
     ] = None,
+    training: Annotated[bool, typer.Option("--training", help="Warm up what training asks for, too.")] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="That compile.", show_default="one a core")] = None,
     rows: Annotated[bool, typer.Option("--rows", help="Show every op in every way in which it was called.")] = False,
     export: Annotated[Path | None, typer.Option(file_okay=False, help="Copy the caches there, afterwards.")] = None,
@@ -48,12 +49,14 @@ def warm_up(
         if target is not None:
             names = [name.strip() for name in backend.split(",")] if backend else None
             dtypes = None if dtype is None else [read_dtypes(dtype)]
-            _show(console, _warm_up(target, where, dtypes, read_sizes(size), names, processes), rows)
+            _show(console, _warm_up(target, where, dtypes, read_sizes(size), names, training, processes), rows)
         if export is not None:
             console.print(f"{transfer.export(export, where)} files to {export}")
 
 
-def _warm_up(target: str, device: torch.device, dtypes: Any, sizes: Any, backends: Any, processes: int | None) -> Any:
+def _warm_up(
+    target: str, device: torch.device, dtypes: Any, sizes: Any, backends: Any, training: bool, processes: int | None
+) -> Any:
     from mamba_ops.warm_up import warm_up
 
     with ExitStack() as stack:
@@ -64,7 +67,8 @@ def _warm_up(target: str, device: torch.device, dtypes: Any, sizes: Any, backend
                 from mamba_ops.compat.transformers import use_mamba_ops
 
                 stack.enter_context(use_mamba_ops(what))
-        return warm_up(what, device=device, dtypes=dtypes, sizes=sizes, backends=backends, processes=processes)
+        options: dict[str, Any] = {"dtypes": dtypes, "sizes": sizes, "backends": backends}
+        return warm_up(what, device=device, **options, training=training, processes=processes)
 
 
 def _show(console: Console, report: Any, rows: bool) -> None:

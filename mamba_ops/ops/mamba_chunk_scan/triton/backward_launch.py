@@ -53,10 +53,11 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
         return x.new_empty(shape, dtype=dtype)
 
     steps = scratch(6, heads, tokens)
-    starts, ends = scratch(2, chunks, heads, dim, dstate, dtype=operand)
+    # Each in memory of its own: kernels are compiled for how these lie, and a half of a tensor may lie anywhere.
+    starts, ends = (scratch(chunks, heads, dim, dstate, dtype=operand) for _ in range(2))
     shares = x.new_zeros(2, chunks, heads, dtype=torch.float32)
     of_D = x.new_zeros((chunks, *(() if D is None else D.shape)), dtype=torch.float32)
-    of_B, of_C = x.new_zeros(2, splits, tokens, groups, dstate, dtype=torch.float32)
+    of_B, of_C = (x.new_zeros(splits, tokens, groups, dstate, dtype=torch.float32) for _ in range(2))
     aligned = all(
         t is None or (t.data_ptr() | t.stride(0) * t.itemsize | t.shape[-1] * t.itemsize) % 16 == 0
         for t in (x, B, C, z, grad)
