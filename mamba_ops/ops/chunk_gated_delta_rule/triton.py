@@ -30,6 +30,7 @@ from mamba_ops.ops._triton.common import (
 from mamba_ops.ops._triton.decay import exact_sums, split, to_log2
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
+from mamba_ops.ops._triton.limits import Limits
 
 if TYPE_CHECKING:
     from mamba_ops.ops.chunk_gated_delta_rule.op import Arguments
@@ -105,6 +106,7 @@ def _solve(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     program = tl.program_id(0)
     chunk = program // V_HEADS
@@ -143,9 +145,9 @@ def _solve(
     of_key *= up * strength
     turned = tl.trans(keys.to(operand))
     place = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
-    weight = tl.dot(queries.to(operand), turned, input_precision="ieee") * between * of_query[:, None]
+    weight = tl.dot(queries.to(operand), turned, input_precision=EXACT) * between * of_query[:, None]
     tl.store(weights + place, weight)
-    system = tl.dot(keys.to(operand), turned, input_precision="ieee") * between * of_key[:, None]
+    system = tl.dot(keys.to(operand), turned, input_precision=EXACT) * between * of_key[:, None]
     system = tl.where(i[:, None] > i[None, :], system, 0.0)
     tl.store(solved + place, _inverse(system, CHUNK, PRECISION) * strength[None, :])
 
@@ -187,6 +189,7 @@ def _scan(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = (V_DIM + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
@@ -240,12 +243,12 @@ def _scan(
 
         known = s.to(operand)
         new = tl.trans(values).to(tl.float32)
-        new -= tl.dot(known, tl.trans(keys), input_precision="ieee") * tl.load(factors + i)[None, :]
-        y = tl.dot(known, tl.trans(queries), input_precision="ieee") * query_factor[None, :]
-        new = tl.dot(new.to(operand), tl.trans(inverse), input_precision="ieee")
+        new -= tl.dot(known, tl.trans(keys), input_precision=PRECISION) * tl.load(factors + i)[None, :]
+        y = tl.dot(known, tl.trans(queries), input_precision=PRECISION) * query_factor[None, :]
+        new = tl.dot(new.to(operand), tl.trans(inverse), input_precision=PRECISION)
         kept = (new * tl.load(factors + 2 * CHUNK + i)[None, :]).to(operand)
-        s = tl.dot(kept, keys, s * decay, input_precision="ieee")
-        y = tl.dot(new.to(operand), tl.trans(weight), y, input_precision="ieee")
+        s = tl.dot(kept, keys, s * decay, input_precision=PRECISION)
+        y = tl.dot(new.to(operand), tl.trans(weight), y, input_precision=PRECISION)
         tl.store(tile_ptrs(output, t, output_stride, value, ALIGNED), tl.trans(y), there & in_value)
         factors += V_HEADS * 4 * CHUNK
         solved += V_HEADS * CHUNK * CHUNK
@@ -365,11 +368,23 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
 
 
 @tunable_launch(_solve="num_warps num_stages", _scan="BLOCK num_warps num_stages")
-def _launches(k_dim: int, v_dim: int, operand: str) -> Launches:
-    """What is multiplied in which precision, too; a block of v has a matrix product's shortest side at least."""
+def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launches:
+    """What is multiplied in which precision, too; a block of v has a matrix product's shortest side at least.
+
+    On GPUs that multiply what lies in registers, large blocks spill.
+    """
     block_k, block_v = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))
-    precision = {"bfloat16": "tf32", "float16": "tf32x3"}.get(operand, "ieee")
-    solve = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, "PRECISION": precision, "num_warps": 4}
-    wide, stages = (32, 1) if operand == "float32" else (64, 2)
-    scan = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, "BLOCK": min(block_v, wide), "num_warps": 4, "num_stages": stages}
-    return {"_solve": solve, "_scan": scan}
+    itemsize = 4 if operand == "float32" else 2
+    block = min(block_v, 64 if limits.is_large and itemsize == 2 else 32)
+    read_ahead = (CHUNK * (2 * block_k + block + 2 * CHUNK) + block * block_k) * itemsize
+    stages = 2 if itemsize == 2 and 4 * read_ahead <= 3 * limits.shared_memory else 1
+    precisions = precisions_of(operand, limits)
+    solve = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, **precisions, "num_warps": 4}
+    scan = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, "BLOCK": block, "PRECISION": precisions["EXACT"]}
+    return {"_solve": solve, "_scan": scan | {"num_warps": 4, "num_stages": stages}}
+
+
+def precisions_of(operand: str, limits: Limits) -> dict[str, str]:
+    """Return in which precision chunks' systems are inverted, and in which operands are multiplied."""
+    bits = {"bfloat16": 11, "float16": 16}.get(operand, 24)
+    return {"PRECISION": limits.precision(bits), "EXACT": limits.precision(24) if bits == 24 else "ieee"}
