@@ -9,7 +9,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format docs gpu-test clean
+.PHONY: help demo test test-all lint format docs matrix gpu-test clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ format: $(READY)  ## let ruff rewrite what it can
 docs: $(READY)  ## the documentation site, in build/docs
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	$(BIN)/mkdocs build --strict
+
+matrix:  ## the tests on several versions of torch, Triton and Transformers; NAMES="2.11 newest" for some
+	$(PYTHON) scripts/matrix.py $(NAMES)
 
 gpu-test:  ## tests and benchmarks on a GPU machine, with that machine's own python and torch
 	bash benchmarks/gpu_test.sh

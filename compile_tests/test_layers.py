@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 from mamba_ops.audit import absent
-from mamba_ops.compat.transformers import use_mamba_ops
+from mamba_ops.compat.transformers import cache_of, use_mamba_ops
 from tests.conftest import ABSENT, ACCELERATOR
 from tests.layers import HIDDEN, KINDS
 from tests.layers import new_layer as new_layer_on
@@ -134,7 +134,7 @@ def test_transformers_decodes_in_one_graph(family: str, backend: str) -> None:
     with use_mamba_ops(model):
         expected = model(tokens, use_cache=False).logits
         out = model(tokens[:, :7], use_cache=True)
-        cache = {key: out[key] for key in ("cache_params", "past_key_values") if out.get(key) is not None}
+        cache = cache_of(out)
         for t in range(7, 19):
             logits = compiled(tokens[:, t : t + 1].contiguous(), **cache, use_cache=True).logits
             torch.testing.assert_close(logits[:, 0], expected[:, t])

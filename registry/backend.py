@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from mamba_ops.registry import codegen, errors
+from mamba_ops.registry.capture import is_capturing
 from mamba_ops.registry.dispatcher import caller, dispatcher
 from mamba_ops.registry.snapshot import COMPOSED as COMPOSED_NAME
 
@@ -32,6 +35,8 @@ class Kernel:
     unsupported: Refusal | None = None  # its verdict is remembered
     unsupported_layout: Refusal | None = None  # asked before every call
     layouts: Mapping[str, Layout] = field(default_factory=dict, hash=False)
+    rehearsed: dict[Any, str] = field(default_factory=dict, hash=False, compare=False, repr=False)
+    """Kind of call to why the device cannot run it, or ""."""
 
     @cached_property
     def function(self) -> Callable[..., None]:
@@ -39,7 +44,8 @@ class Kernel:
         named = self.implementation
         found = pkgutil.resolve_name(named) if isinstance(named, str) else named
         if codegen.takes_a_call(self.op.parameters, found):
-            return codegen.adapted(self.op.qualname, self.op.parameters, self.op.arguments, found)
+            failed = None if self.backend.why_failed is None else self._failed
+            return codegen.adapted(self.op.qualname, self.op.parameters, self.op.arguments, found, failed)
         if problem := _difference(self.op.parameters, found):
             what = f"{self.backend.name} for {self.op.qualname} ({errors.source_of(found)})"
             raise errors.declaration(what, problem)
@@ -53,6 +59,39 @@ class Kernel:
     def why_not(self, arguments: Mapping[str, Any]) -> str | None:
         """Return why the kernel takes no calls like this one, whatever their strides, or None."""
         return None if self.unsupported is None else self.unsupported(**arguments)
+
+    def why_not_here(self, arguments: Mapping[str, Any], *, rehearses: bool = True) -> str | None:
+        """Return why the device cannot run the kernel in calls like this one, or None.
+
+        It is found out before the first call of a kind. Without `rehearses`, and during a capture, only what is known
+        already counts.
+        """
+        if (rehearse := self.backend.rehearse) is None:
+            return None
+        kind = _kind_of(arguments)
+        found = self.rehearsed.get(kind)
+        if found is None and rehearses and not is_capturing():
+            made = zip(self.op.returns, self.op.allocate(**arguments), strict=True) if self.op.returns else ()
+            found = rehearse(self.function, {**arguments, **dict(made)})
+            if found is not None:
+                self.rehearsed[kind] = found
+        return found or None
+
+    def _failed(self, error: Exception, *values: Any) -> Exception:
+        """Return what to raise for an error of a call; of one that says that the device cannot run the kernel, remember
+        it, so that later calls like this one go elsewhere.
+        """
+        assert self.backend.why_failed is not None  # for mypy: it is asked for alone where there is one
+        if (reason := self.backend.why_failed(error)) is None:
+            return error
+        named = dict(zip((parameter.name for parameter in self.op.parameters), values, strict=True))
+        self.rehearsed[_kind_of({n: value for n, value in named.items() if n not in self.op.returns})] = reason
+        dispatcher.changed()
+        return errors.NoBackendError(
+            f"{self.op.qualname}: {self.backend.name} cannot run this call here: {reason}; it refuses such calls from "
+            "now on, and other backends take them; what the op mutates may be written in part",
+            {self.backend.name: reason},
+        )
 
     def why_not_now(self, arguments: Mapping[str, Any]) -> str | None:
         """Return why a kernel that takes calls like this one does not take these very arguments, or None."""
@@ -75,6 +114,11 @@ class Backend:
         devices_by_name: device types, beyond `devices`, where it runs if asked for by name; a function, because it may
             depend on the environment.
         prepare: called once, when `requires` has been imported.
+        rehearse: given a kernel's function and the arguments of a call, returns why the device cannot run it, "" if it
+            can, None if that is not known yet. Asked before the first call of a kind (dtypes, ranks, last sizes and
+            numbers); nothing that the op mutates may be written.
+        why_failed: given an error that a kernel raised, returns why the device cannot run it, None if the error says
+            something else. Asked of kernels that take a call as one value.
     """
 
     def __init__(
@@ -90,6 +134,8 @@ class Backend:
         settings: Mapping[str, Sequence[str]] | None = None,
         why_not_setting: "Callable[[str, str, torch.device], str | None] | None" = None,
         prepare: Callable[[], None] | None = None,
+        rehearse: Callable[[Callable[..., None], Mapping[str, Any]], str | None] | None = None,
+        why_failed: Callable[[Exception], str | None] | None = None,
     ) -> None:
         if name != name.lower():
             raise errors.declaration(f"backend {name!r}", "names are lower case")
@@ -101,6 +147,7 @@ class Backend:
         self.choices = {name: tuple(values) for name, values in (settings or {}).items()}
         self.why_not_setting = why_not_setting
         self._priority, self._prepare = priority, prepare
+        self.rehearse, self.why_failed = rehearse, why_failed
         self._import_problem = cache(self._try_import)
         self._unwarned: str | None = None  # why a package that is installed cannot be imported, until it is warned of
         dispatcher.backends[name] = self
@@ -212,6 +259,16 @@ class Backend:
             )
             return self._unwarned
         return None if self.usable is None else self.usable()
+
+
+def _kind_of(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a call shares with those for which the same kernels are compiled: numbers, what is None, and of
+    tensors the device, dtype, rank and last size. The sizes of batches, rows and caches are not in it.
+    """
+    return tuple(
+        (v.device, v.dtype, v.dim(), v.shape[-1] if v.dim() > 1 else 0) if isinstance(v, Tensor) else v
+        for v in arguments.values()
+    )
 
 
 def _difference(parameters: list[inspect.Parameter], adapter: Callable[..., Any]) -> str | None:

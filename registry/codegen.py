@@ -21,6 +21,15 @@ def call({header}):
     return function_({passed})
 """
 
+_GUARDED_ADAPTER = """\
+def call({header}):
+    try:
+        return function_({passed})
+    except Exception as error_:
+        if (other_ := failed_(error_, *{values})) is error_: raise
+        raise other_ from error_
+"""
+
 _FRONT = """\
 def __call__(self, {header}):
     try:
@@ -108,15 +117,19 @@ def takes_a_call(parameters: Parameters, function: Callable[..., Any]) -> bool:
 
 
 def adapted(
-    op: str, parameters: Parameters, arguments: type[tuple[Any, ...]], function: Callable[..., Any]
+    op: str,
+    parameters: Parameters,
+    arguments: type[tuple[Any, ...]],
+    function: Callable[..., Any],
+    failed: Callable[..., Exception] | None = None,
 ) -> Callable[..., Any]:
     """Return a function of the op's signature that calls another one with what that one takes.
 
     That is one `arguments` of the whole call, any arguments, or the parameters that it names; a declared function may
-    name the output `out`.
+    name the output `out`. `failed` is given an error that it raises, and all arguments, and returns what to raise.
     """
     wanted = inspect.signature(function).parameters
-    closure = {"function": function, "make": tuple.__new__, "arguments": arguments}
+    closure = {"function": function, "make": tuple.__new__, "arguments": arguments, "failed": failed}
     if takes_a_call(parameters, function):
         passed = f"make_(arguments_, {_tuple(parameters)})"
     elif any("VAR_" in p.kind.name for p in wanted.values()):
@@ -124,7 +137,8 @@ def adapted(
     else:
         values = {"out" if p.name == "output" and "out" in wanted else p.name: p.name for p in parameters}
         passed = ", ".join(f"{name}={value}" for name, value in values.items() if name in wanted)
-    source = _ADAPTER.format(header=_header(parameters, closure), passed=passed)
+    template = _ADAPTER if failed is None else _GUARDED_ADAPTER
+    source = template.format(header=_header(parameters, closure), passed=passed, values=_tuple(parameters))
     made = _compiled(op, function.__name__, source, closure)
     made.__doc__ = function.__doc__
     return made

@@ -65,7 +65,7 @@ def has_explicit_backend(*ops: "Op[...]") -> bool:
 
 
 def _candidates(
-    op: "Op[...]", arguments: Mapping[str, Any], snapshot: Snapshot
+    op: "Op[...]", arguments: Mapping[str, Any], snapshot: Snapshot, *, rehearses: bool = True
 ) -> Iterator[tuple["Kernel", str | None]]:
     """Yield the kernels that a call may go to, in order, each with the reason why not that holds for all calls like
     this one (None: it takes such calls).
@@ -73,7 +73,8 @@ def _candidates(
     device = device_of(arguments).type
     kernels, requested = snapshot.order(op)
     for kernel in kernels:
-        yield kernel, kernel.backend.why_unusable(device, by_name=requested is not None) or kernel.why_not(arguments)
+        reason = kernel.backend.why_unusable(device, by_name=requested is not None) or kernel.why_not(arguments)
+        yield kernel, reason or kernel.why_not_here(arguments, rehearses=rehearses)
 
 
 def _why_not_now(kernel: "Kernel", arguments: Mapping[str, Any]) -> str | None:
@@ -211,6 +212,8 @@ def record_selections() -> Iterator[list[Selection]]:
 def explain(op: "Op[...] | str", /, *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend a call would run on and why not the others, without running it.
 
+    Nothing is compiled: that a device cannot run a kernel is known from the first call like this one on.
+
     Args:
         op: the op or its name.
         args, kwargs: the call's arguments, as for the op itself.
@@ -230,7 +233,7 @@ def explain(op: "Op[...] | str", /, *args: Any, **kwargs: Any) -> Explanation:
     asked, by = snapshot.order(op).requested or ((), None)
     chosen: str | None = None
     reasons: dict[str, str] = {}
-    for kernel, refusal in _candidates(op, arguments, snapshot):
+    for kernel, refusal in _candidates(op, arguments, snapshot, rehearses=False):
         reason = refusal or _why_not_now(kernel, arguments)
         if reason is None and chosen is None:
             chosen = kernel.backend.name

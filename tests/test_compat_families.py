@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from mamba_ops.compat.transformers import use_mamba_ops
+from mamba_ops.compat.transformers import cache_of, use_mamba_ops
 from mamba_ops.registry import record_selections
 from tests.transformers_models import ALL_MODELS, MODELS, VOCABULARY, new_model
 
@@ -43,7 +43,7 @@ def logits(model: Any, tokens: Tensor, first: int) -> Tensor:
     out = model(tokens[:, :first], use_cache=True)
     parts = [out.logits]
     for token in tokens[:, first:].split(1, dim=1):
-        cache = {key: out[key] for key in ("cache_params", "past_key_values") if out.get(key) is not None}
+        cache = cache_of(out)
         out = model(token.contiguous(), **cache, use_cache=True)
         parts.append(out.logits)
     return torch.cat(parts, dim=1).cpu()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mamba_ops.compat.transformers import use_mamba_ops
+from mamba_ops.compat.transformers import cache_of, use_mamba_ops
 from mamba_ops.layers import Mamba2
 from mamba_ops.testing import assert_within_budget
 from tests.ops.common.layers import Mamba2Oracle
@@ -61,7 +61,7 @@ def read(model: Any, tokens: Tensor, first: int) -> Tensor:
     out = model(tokens[:, :first], use_cache=True)
     logits = [out.logits]
     for token in tokens[:, first:].split(1, dim=1):
-        logits.append(model(token.contiguous(), cache_params=out.cache_params, use_cache=True).logits)
+        logits.append(model(token.contiguous(), **cache_of(out), use_cache=True).logits)
     return torch.cat(logits, dim=1)
 
 
@@ -95,8 +95,9 @@ def test_caches_are_those_of_stock(model: Any, prompt: Tensor) -> None:
     def caches() -> list[Tensor]:
         out = model(prompt[:, :9], use_cache=True)
         for part in (prompt[:, 9:10], prompt[:, 10:11], prompt[:, 11:]):
-            out = model(part, cache_params=out.cache_params, use_cache=True)
-        return [t for layer in out.cache_params.layers for t in (layer.conv_states[0], layer.recurrent_states[0])]
+            out = model(part, **cache_of(out), use_cache=True)
+        (cache,) = cache_of(out).values()
+        return [t for layer in cache.layers for t in (layer.conv_states[0], layer.recurrent_states[0])]
 
     stock = caches()
     with use_mamba_ops(model):

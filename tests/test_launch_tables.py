@@ -10,10 +10,13 @@ import torch
 from mamba_ops.cold_start import tuning
 from mamba_ops.cold_start.specialization import our_modules
 from mamba_ops.ops._triton import _triton, launch_config
+from mamba_ops.ops._triton.common import options
+from mamba_ops.ops._triton.limits import Limits
 from mamba_ops.registry import use_backend
 from tests.harness import compiled_for_a_gpu, environment
 
 our_modules()  # so that all rules are known
+H100 = Limits(232_448, ("tf32", "ieee"), "parts")
 LAUNCHES = launch_config.choosers["gated_delta_rule_update"]
 
 
@@ -37,7 +40,7 @@ def own_table(folder, launches, op="gated_delta_rule_update", **sizes):
 def test_a_shipped_table_says_what_was_chosen_when_the_kernels_were_measured(path):
     for op, entries in launch_config.load(path)["kernels"].items():
         for entry in entries:
-            rule = launch_config.rules[op](*entry["sizes"].values())
+            rule = launch_config.rules[op](H100, *entry["sizes"].values())
             assert entry["launches"].keys() == launch_config.tunable[op].keys()
             for kernel, launch in entry["launches"].items():
                 assert launch.items() <= rule[kernel].items()
@@ -63,11 +66,12 @@ def test_an_own_table_comes_before_the_rule_and_is_looked_at_once(tmp_path):
     with environment(MAMBA_OPS_CONFIG_DIR=str(tmp_path)):
         launch_config.forget("gated_delta_rule_update")
         launch = LAUNCHES(-1, 24, 16, 4)
-        assert launch == {"_kernel": {"BLOCK": 4, "WIDTH": 16, "num_warps": 2}}
+        assert launch == {"_kernel": options(BLOCK=4, WIDTH=16, num_warps=2)}
         path.unlink()
         assert LAUNCHES(-1, 24, 16, 4) is launch
         assert launch_config.chosen[-1].source == str(path)
-        assert LAUNCHES(-1, 24, 16, 2) == launch_config.rules["gated_delta_rule_update"](24, 16, 2)
+        (rule,) = launch_config.rules["gated_delta_rule_update"](H100, 24, 16, 2).values()
+        assert LAUNCHES(-1, 24, 16, 2) == {"_kernel": options(**rule)}
 
 
 def test_a_kernel_runs_as_its_table_says(tmp_path, device):
@@ -164,7 +168,7 @@ def tune(tmp_path, monkeypatch, device):
         state = args[0].clone()
         call()
         assert not torch.equal(state, args[0])  # it is mutated, so what the next trial gets has to be a copy
-        launch = launch_config.rules[op](16, 16, 4)["_kernel"] | launch_config.forced[op].get("_kernel", {})
+        launch = launch_config.rules[op](H100, 16, 16, 4)["_kernel"] | launch_config.forced[op].get("_kernel", {})
         seen.append((dict(launch), state))
         if launch["num_warps"] > 4:
             raise RuntimeError("out of resource: shared memory")

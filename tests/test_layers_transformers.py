@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from mamba_ops.compat.transformers import cache_keyword
 from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
 from mamba_ops.testing import assert_within_budget
 from tests.layers import KINDS, oracles, set_weights
@@ -75,7 +76,7 @@ def test_equals_the_module_of_transformers(name: str, device: torch.device) -> N
 
         cache, caches = transformers.DynamicCache(config=config), layer.empty_caches(2)
         parts = [hidden[:, :PROMPT], *hidden[:, PROMPT:].split(1, dim=1)]
-        theirs = torch.cat([mixer(part, cache_params=cache) for part in parts], dim=1).cpu()
+        theirs = torch.cat([mixer(part, **{cache_keyword(mixer): cache}) for part in parts], dim=1).cpu()
         ours = torch.cat([layer(parts[0], *caches), *(layer.step(part, *caches) for part in parts[1:])], dim=1).cpu()
     assert_within_budget(ours, truth, low)
     slip = 2 * (low - truth).abs().max() + (theirs - truth).abs().max()

@@ -31,7 +31,7 @@ def remove(name):
     assert holders or last == "device_caches", name  # which kernels that are interpreted do not have
     for holder in holders:
         delattr(holder, last)
-    assert not hasattr(owner, last), name
+    assert not hasattr(owner, last) or last == "run", name  # which the base of kernels has, too
 
 def check():
     import mamba_ops
@@ -73,7 +73,10 @@ for names in sys.argv[1:]:
     assert os.waitpid(child, 0)[1] == 0, names
 """
 DAILY = [" ".join(_triton.PRIVATE), _triton.LOAD]
-WATCHED = {_triton.LOAD: "JITFunction._do_compile: no_jit()", _triton.TUNE: "Autotuner._bench: no_jit()"}
+WATCHED = {
+    _triton.LOAD: "JITFunction._do_compile: no_jit()",
+    _triton.TUNE: "Autotuner._bench: no_jit()",
+}
 
 
 interpreted = pytest.mark.skipif(ACCELERATOR is not None, reason="its forks interpret kernels, on a CPU")

@@ -180,3 +180,28 @@ def test_as_many_variants_are_compiled_on_a_gpu(device):
     sys.stdout.write(str(audit))
     assert audit.problems == []
     torch.get_device_module(device).synchronize()
+
+
+LARGE = """
+import torch, triton
+import mamba_ops
+from mamba_ops.cold_start.specialization import our_modules
+from mamba_ops.cold_start.targets import StandIn, target_of
+from mamba_ops.cold_start.variants import variants_of
+from mamba_ops.ops._triton import launch_config
+
+triton.runtime.driver.set_active(StandIn(target_of("gfx942")))
+launch_config.forget_device()
+
+def call(slots):
+    sample = mamba_ops.selective_state_update.make_samples("cpu")[0]
+    state = torch.empty(slots, *sample.args[0].shape[1:])  # memory that is never touched
+    mamba_ops.selective_state_update(state, *sample.args[1:], **sample.kwargs)
+
+asked = variants_of(our_modules(), [lambda n=n: call(n) for n in (9, 3 * 2**30 // (4 * 4 * 8 * 16) + 9)])
+print(json.dumps({function: len(keys) for (_, function), keys in asked.items()}))
+"""
+
+
+def test_a_cache_of_more_than_2_gib_makes_no_variant_on_amd():
+    assert compiled_for_a_gpu(LARGE) == {"_kernel": 1}

@@ -1,9 +1,12 @@
 """The backend `triton`: one source for CUDA, ROCm and XPU; interpreted on the CPU, by name only."""
 
 import os
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Any
 
-from mamba_ops.registry import Backend
+from mamba_ops.registry import Backend, RegistryError
+from mamba_ops.registry.dispatcher import device_of
 from mamba_ops.registry.jit import announce
 
 
@@ -19,6 +22,19 @@ def _watch_compiler() -> None:
         watch(announce)
 
 
+def _rehearse(function: Callable[..., None], arguments: Mapping[str, Any]) -> str | None:
+    from mamba_ops.ops._triton.rehearsal import rehearse
+
+    device = device_of(arguments)
+    return rehearse(function, arguments, -1 if device.index is None else device.index, RegistryError)
+
+
+def _why_failed(error: Exception) -> str | None:
+    from mamba_ops.ops._triton.rehearsal import why_failed
+
+    return why_failed(error)
+
+
 triton = Backend(
     "triton",
     devices=("cuda", "xpu"),
@@ -27,4 +43,6 @@ triton = Backend(
     install="mamba-ops[triton]",
     priority=20,
     prepare=_watch_compiler,
+    rehearse=_rehearse,
+    why_failed=_why_failed,
 )

@@ -200,9 +200,11 @@ def _calls_of_transformers(layer: Layer, module: nn.Module) -> Iterator[tuple[st
     def cached(tokens: int) -> None:
         from transformers import DynamicCache
 
+        from mamba_ops.compat.transformers import cache_keyword
+
         cache = DynamicCache(config=layer.config)
         for count in (tokens, 1, 1):
-            module(hidden(2, count), cache_params=cache)
+            module(hidden(2, count), **{cache_keyword(module): cache})
 
     for tokens, what in ((TOKENS, "whole sequences"), (SHORT, "short ones"), (1, "one token")):
         yield what, partial(lambda tokens: module(hidden(2, tokens)), tokens)

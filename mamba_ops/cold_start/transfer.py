@@ -34,9 +34,9 @@ def export(folder: Path, device: torch.device) -> int:
     Raises:
         CachesError: there are no caches, or the folder has another machine's.
     """
-    found = {name: path for name, path in _caches().items() if any(p.is_file() for p in path.rglob("*"))}
+    found = {name: path for name, path in caches().items() if any(p.is_file() for p in path.rglob("*"))}
     if not found:
-        expected = " or ".join(str(path) for path in _caches().values())
+        expected = " or ".join(str(path) for path in caches().values())
         raise CachesError(f"there are no caches in {expected}; warm up first")
     facts = facts_of(device)
     if (folder / MANIFEST).is_file() and (before := _manifest(folder)) != facts:
@@ -64,7 +64,7 @@ def bring(folder: Path, device: torch.device) -> int:
         raise CachesError(f"there is no {MANIFEST} in {folder}, expected a folder that --export made")
     if (made := _manifest(folder)) != (here := facts_of(device)):
         raise CachesError(f"the caches in {folder} are not for this machine: {_difference(made, here)}")
-    return sum(_copy(folder / name, path) for name, path in _caches().items() if (folder / name).is_dir())
+    return sum(_copy(folder / name, path) for name, path in caches().items() if (folder / name).is_dir())
 
 
 def _check_trust(folder: Path) -> None:
@@ -116,7 +116,7 @@ def _driver() -> str | None:
     return next((path.read_text(encoding="utf-8").strip() for path in paths if path.is_file()), None)
 
 
-def _caches() -> dict[str, Path]:
+def caches() -> dict[str, Path]:
     """Return the folders of Triton's and Inductor's caches."""
     folders = {"inductor": _inductor_cache()}
     return {"triton": _triton.cache_dir(), **folders} if find_spec("triton") else folders

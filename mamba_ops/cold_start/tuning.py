@@ -13,7 +13,7 @@ from mamba_ops.backends import triton
 from mamba_ops.cold_start.specialization import our_modules
 from mamba_ops.ops._common.random_inputs import RandomInputs
 from mamba_ops.registry import Sample, ops, use_backend
-from mamba_ops.registry.errors import unknown
+from mamba_ops.registry.errors import NoBackendError, unknown
 from mamba_ops.registry.jit import allow_jit
 
 WORTH = 0.98  # of the time: a smaller saving is noise
@@ -118,7 +118,10 @@ def _keys_of(name: str, samples: list[Sample], chosen: list[Any]) -> list[dict[s
 
     launch_config.forget(name)
     for sample in samples:
-        _run(name, sample)()
+        try:
+            _run(name, sample)()
+        except NoBackendError:  # the device cannot run what the rule says: another launch may do
+            continue
     return [dict(choice.sizes) for choice in chosen[before:] if choice.op == name]
 
 
@@ -138,6 +141,8 @@ def _tune(
 ) -> Tuned:
     """Change one number after the other, and keep each change that makes the workloads faster."""
 
+    from mamba_ops.ops._triton.limits import limits_of
+
     def cost(launches: dict[str, dict[str, int]]) -> float:
         launch_config.force(name, launches)
         try:
@@ -150,7 +155,7 @@ def _tune(
         finally:
             launch_config.force(name, None)
 
-    rule = launch_config.rules[name](*key.values())
+    rule = launch_config.rules[name](limits_of(samples[0].args[0].get_device()), *key.values())
     best: dict[str, dict[str, int]] = {}
     before = least = cost(best)
     free = [(kernel, number) for kernel, numbers in launch_config.tunable[name].items() for number in numbers]
@@ -168,6 +173,8 @@ def _tune(
                     break
                 best, least = trial, taken
     progress(f"{name}: done", len(free), len(free))
+    if least == math.inf:
+        raise ValueError(f"{name}: this device runs none of the launches that were tried, for sizes {key}")
     launch_config.forget(name)
     return Tuned(name, key, best, before, least)
 

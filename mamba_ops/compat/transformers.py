@@ -13,7 +13,7 @@ is honoured, or refused.
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +99,17 @@ def use_mamba_ops(model: nn.Module) -> Binding:
         binding.not_bound |= {f"{file}.{name}": "there is no op for it" for name in _WITHOUT_AN_OP if name in names}
         names.update({name: functions[name] for name in originals})
     return binding
+
+
+def cache_keyword(module: nn.Module) -> str:
+    """Return what a mixer calls its cache: Transformers 5.24 renamed `cache_params` to `cache`."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "cache_params"
+
+
+def cache_of(output: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the cache in what a model returned, as the keyword of its next call."""
+    fields = set(output.keys())  # and not what it takes for one under an older name
+    return {name: output[name] for name in ("cache", "cache_params", "past_key_values") if name in fields}
 
 
 def is_bound(module: nn.Module) -> bool:

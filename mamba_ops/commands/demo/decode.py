@@ -77,6 +77,8 @@ def _greedy(
     model: Any, step: Callable[..., Any], prompt: Tensor, count: int, swap_to: str | None
 ) -> tuple[tuple[int, ...], float]:
     """Write `count` tokens, from the middle on with another backend, if one is named; return them and the tokens/s."""
+    from mamba_ops.compat.transformers import cache_of
+
     out = model(prompt, use_cache=True)
     written = [out.logits[:, -1:].argmax(-1)]
     synchronize = torch.get_device_module(prompt.device).synchronize
@@ -84,7 +86,7 @@ def _greedy(
         for i in range(count - 1):
             if swap_to is not None and i == count // 2:
                 swapped.enter_context(use_backend(swap_to))
-            out = step(written[-1], cache_params=out.cache_params, use_cache=True)
+            out = step(written[-1], **cache_of(out), use_cache=True)
             written.append(out.logits[:, -1:].argmax(-1))
             if i == count // 2:
                 synchronize()

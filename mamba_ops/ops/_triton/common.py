@@ -11,12 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mamba_ops.ops._triton import _triton
+
 
 def kernel(*, first_number: str, static: str = "") -> Callable[[Callable[..., Any]], Any]:
     """Make a Triton kernel that is compiled for none of the numbers and addresses that vary from call to call.
 
-    Triton itself compiles a kernel again for a number that is 1 or a multiple of 16, and for an address that is a
-    multiple of 16. Here it does so for the addresses named in `static` only, and for every `constexpr`.
+    Triton itself compiles a kernel again for a number that is 1 or a multiple of 16, for an address that is a multiple
+    of 16, and on AMD for a tensor of at most 2 GiB. Here it does so for the tensors named in `static` only, and for
+    every `constexpr`.
 
     Args:
         first_number: the first parameter that is a number: tensors come before it, constexprs after all numbers.
@@ -30,8 +33,10 @@ def kernel(*, first_number: str, static: str = "") -> Callable[[Callable[..., An
         numbers = names[names.index(first_number) :]
         if unknown := set(static.split()) - set(names) | set(static.split()) & set(numbers):
             raise ValueError(f"{function.__name__}: static: got {', '.join(sorted(unknown))}, expected tensors")
-        unaligned = [name for name in names if name not in static.split()]
-        return triton.jit(function, do_not_specialize=numbers, do_not_specialize_on_alignment=unaligned)
+        # Of tensors whose size varies this leaves out, beside the alignment, whether one has at most 2 GiB, for which
+        # Triton compiles on AMD: a warm-up with small caches would miss the variant of large ones.
+        varying = [name for name in names if name not in static.split()]
+        return triton.jit(function, do_not_specialize=varying, do_not_specialize_on_alignment=varying)
 
     return decorate
 
@@ -52,6 +57,8 @@ def softplus(v):
 
 INTERPRETED = not isinstance(softplus, triton.JITFunction)
 """Whether Triton runs kernels on the CPU, in Python."""
+if INTERPRETED:
+    _triton.mend_interpreter()
 
 
 @triton.jit
@@ -192,6 +199,11 @@ def or_placeholder(tensor: Tensor | None, like: Tensor, dtype: tl.dtype) -> tupl
     numbers of the usual `dtype`, and the stride -1, which tells it to read nothing there.
     """
     return (triton.reinterpret(like, dtype), -1) if tensor is None else (tensor, tensor.stride(0))
+
+
+def options(**launch: Any) -> dict[str, Any]:
+    """Return the options of a launch: products are fused with sums, which Triton does not do unasked from 3.10 on."""
+    return {**launch, "enable_fp_fusion": True}
 
 
 def cdiv(numerator: int, denominator: int) -> int:

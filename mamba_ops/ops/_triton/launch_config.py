@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from mamba_ops.ops._triton import _triton, op_of
-from mamba_ops.ops._triton.common import INTERPRETED
+from mamba_ops.ops._triton.common import INTERPRETED, options
+from mamba_ops.ops._triton.limits import Limits, limits_of
 
 Launches = dict[str, dict[str, Any]]
 """Kernel name to its launch configuration: constexprs that are free to choose, warps and stages."""
@@ -54,20 +55,25 @@ forced: dict[str, Launches] = {}
 def tunable_launch(**free: str) -> Callable[[Callable[..., Launches]], Callable[..., Launches]]:
     """Make a rule's launches tunable: a table's come first.
 
-    The rule takes static sizes (numbers, bools and strings) and returns the launches of all of an op's kernels. The
-    decorated function takes the device's index (-1 for the CPU) before them, and remembers its results.
+    The rule takes static sizes (numbers, bools and strings) and returns the launches of all of an op's kernels. If it
+    has a keyword `limits`, it is given those of the device. The decorated function takes the device's index (-1 for the
+    CPU) before the sizes, and remembers its results.
 
     Args:
         free: for each kernel the names that a table may set: they make it fast or slow, and never wrong.
     """
 
     def decorate(rule: Callable[..., Launches]) -> Callable[..., Launches]:
-        op, names = op_of(rule.__module__), list(inspect.signature(rule).parameters)
+        op, parameters = op_of(rule.__module__), inspect.signature(rule).parameters.values()
+        names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+
+        def by_rule(limits: Limits, *values: Any) -> Launches:
+            return rule(*values, limits=limits) if len(names) < len(parameters) else rule(*values)
 
         @functools.cache
         def choose(device: int, *values: Any) -> Launches:
             sizes = dict(zip(names, values, strict=True))
-            launches, source = rule(*values), "rule"
+            launches, source = by_rule(limits_of(device), *values), "rule"
             found, path = (forced[op], "tuning") if op in forced else _entry(op, family(device), sizes)
             for kernel, changes in (found or {}).items():
                 _check(path, op, kernel, changes, tunable[op])
@@ -75,10 +81,10 @@ def tunable_launch(**free: str) -> Callable[[Callable[..., Launches]], Callable[
                 source = path
             if op not in forced:
                 chosen.append(Choice(op, family(device), sizes, launches, source))
-            return launches
+            return {kernel: options(**launch) for kernel, launch in launches.items()}
 
         tunable[op] = {kernel: names.split() for kernel, names in free.items()}
-        rules[op], choosers[op] = rule, choose
+        rules[op], choosers[op] = by_rule, choose
         return choose
 
     return decorate
@@ -87,7 +93,7 @@ def tunable_launch(**free: str) -> Callable[[Callable[..., Launches]], Callable[
 tunable: dict[str, dict[str, list[str]]] = {}
 """Op to kernel to the names that a table may set; this and the next two have the ops whose launchers are imported."""
 rules: dict[str, Callable[..., Launches]] = {}
-"""Op to the rule as it was written."""
+"""Op to its rule, which takes the limits of a device before the sizes."""
 choosers: dict[str, Any] = {}
 """Op to the decorated rule."""
 
@@ -105,6 +111,14 @@ def forget(op: str) -> None:
     """Choose again at the op's next call, as its table may have changed."""
     choosers[op].cache_clear()
     _table.cache_clear()
+
+
+def forget_device() -> None:
+    """Look at the device again, and choose all launches again: tests and `cold_start.fitting` change it."""
+    family.cache_clear()
+    limits_of.cache_clear()
+    for op in rules:
+        forget(op)
 
 
 @functools.cache

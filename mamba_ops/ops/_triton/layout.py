@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.ops._triton.common import cdiv, kernel, on_device_of
+from mamba_ops.ops._triton.common import cdiv, kernel, on_device_of, options
 
 NARROW = 16  # channels, at most: such a tensor is small, and torch's own copy takes the host less time
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # dtypes that are copied as: fewer variants than dtypes
@@ -111,5 +111,5 @@ def _copy(source: Tensor, target: Tensor) -> None:
             target.stride(0),
             target.stride(1),
             BLOCK=block,
-            num_warps=4,
+            **options(num_warps=4),
         )

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import cdiv, kernel, offset_ptr, on_device_of, row_tokens, within
+from mamba_ops.ops._triton.common import cdiv, kernel, offset_ptr, on_device_of, options, row_tokens, within
 from mamba_ops.ops._triton.layout import by_channel
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def causal_conv1d_backward(call: "BackwardArguments") -> None:
             SEGMENT=_SEGMENT,
             UNROLL=_UNROLL,
             BLOCK=block,
-            num_warps=max(block // _CHANNELS, 1),
+            **options(num_warps=max(block // _CHANNELS, 1)),
         )
     total = shares.sum(0)
     call.grad_weight.copy_(total[:width].t())

@@ -14,11 +14,13 @@ import torch
 import triton
 from torch import Tensor
 
-from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of
+from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options
 from mamba_ops.ops._triton.layout import by_token, write_back
+from mamba_ops.ops._triton.limits import Limits, limits_of
 from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_chunks import _gradients, _products, _systems
 from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_walks import _adjoints, _replay
 from mamba_ops.ops.chunk_gated_delta_rule.triton.kernels import CHUNK
+from mamba_ops.ops.chunk_gated_delta_rule.triton.launch import precisions_of
 
 if TYPE_CHECKING:
     from mamba_ops.ops.chunk_gated_delta_rule.training import BackwardArguments
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
     """Write the gradients; shapes and meaning are the op's, and are not checked again.
 
-    What matrix units are given is rounded to the dtype of q, k and v; float32 is multiplied in three parts (tf32x3).
+    What matrix units are given is rounded to the dtype of q, k and v; float32 is multiplied in parts, or without them.
     Every token of an activation must be dense: others are copied first, as are states that are not, and gradients that
     are not are written through a copy. Keeps, in that dtype, two states of every chunk while it runs.
     """
@@ -68,7 +70,7 @@ def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
     def scratch(*shape: int, dtype: torch.dtype = operand) -> Tensor:
         return torch.empty((chunks, *shape), dtype=dtype, device=v.device)
 
-    launches = _backward_launches(v_padded, operand)
+    launches = _backward_launches(v_padded, str(operand).removeprefix("torch."), limits_of(v.get_device()))
     heads = {"K_HEADS": k_heads, "V_HEADS": v_heads, "K_DIM": k_dim, "ALIGNED": places % 16 == 0}
     sizes = {**heads, "CHUNK": CHUNK, "BLOCK_ROWS": 128, "BLOCK_K": block_k}
     of_values = {**sizes, "V_DIM": v_dim, "V_PADDED": v_padded}
@@ -122,14 +124,14 @@ def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
         write_back(written[name], gradient, flat)
 
 
-def _backward_launches(v_padded: int, operand: torch.dtype) -> dict[str, dict[str, Any]]:
+def _backward_launches(v_padded: int, operand: str, limits: Limits) -> dict[str, dict[str, Any]]:
     """What is multiplied in which precision, too; blocks of v are so wide that few registers are spilled."""
-    precision = {"PRECISION": "tf32" if operand == torch.bfloat16 else "tf32x3"}
+    precision = {"PRECISION": precisions_of(operand, limits)["PRECISION"]}
     block = {"BLOCK": min(v_padded, 32), "num_warps": 4, "num_stages": 1, **precision}
     return {
-        "_systems": {**precision, "num_warps": 4},
-        "_replay": block,
-        "_adjoints": block,
-        "_products": block,
-        "_gradients": {**block, "num_warps": 8},
+        "_systems": options(**precision, num_warps=4),
+        "_replay": options(**block),
+        "_adjoints": options(**block),
+        "_products": options(**block),
+        "_gradients": options(**{**block, "num_warps": 8}),
     }

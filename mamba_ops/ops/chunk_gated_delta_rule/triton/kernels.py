@@ -92,6 +92,7 @@ def _solve(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     program = tl.program_id(0)
     chunk = program // V_HEADS
@@ -130,9 +131,9 @@ def _solve(
     of_key *= up * strength
     turned = tl.trans(keys.to(operand))
     place = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
-    weight = tl.dot(queries.to(operand), turned, input_precision="ieee") * between * of_query[:, None]
+    weight = tl.dot(queries.to(operand), turned, input_precision=EXACT) * between * of_query[:, None]
     tl.store(weights + place, weight)
-    system = tl.dot(keys.to(operand), turned, input_precision="ieee") * between * of_key[:, None]
+    system = tl.dot(keys.to(operand), turned, input_precision=EXACT) * between * of_key[:, None]
     system = tl.where(i[:, None] > i[None, :], system, 0.0)
     tl.store(solved + place, _inverse(system, CHUNK, PRECISION) * strength[None, :])
 
@@ -174,6 +175,7 @@ def _scan(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = (V_DIM + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
@@ -227,12 +229,12 @@ def _scan(
 
         known = s.to(operand)
         new = tl.trans(values).to(tl.float32)
-        new -= tl.dot(known, tl.trans(keys), input_precision="ieee") * tl.load(factors + i)[None, :]
-        y = tl.dot(known, tl.trans(queries), input_precision="ieee") * query_factor[None, :]
-        new = tl.dot(new.to(operand), tl.trans(inverse), input_precision="ieee")
+        new -= tl.dot(known, tl.trans(keys), input_precision=PRECISION) * tl.load(factors + i)[None, :]
+        y = tl.dot(known, tl.trans(queries), input_precision=PRECISION) * query_factor[None, :]
+        new = tl.dot(new.to(operand), tl.trans(inverse), input_precision=PRECISION)
         kept = (new * tl.load(factors + 2 * CHUNK + i)[None, :]).to(operand)
-        s = tl.dot(kept, keys, s * decay, input_precision="ieee")
-        y = tl.dot(new.to(operand), tl.trans(weight), y, input_precision="ieee")
+        s = tl.dot(kept, keys, s * decay, input_precision=PRECISION)
+        y = tl.dot(new.to(operand), tl.trans(weight), y, input_precision=PRECISION)
         tl.store(tile_ptrs(output, t, output_stride, value, ALIGNED), tl.trans(y), there & in_value)
         factors += V_HEADS * 4 * CHUNK
         solved += V_HEADS * CHUNK * CHUNK

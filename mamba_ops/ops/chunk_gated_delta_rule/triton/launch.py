@@ -9,6 +9,7 @@ import triton.language as tl
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_placeholder, slots_of
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
+from mamba_ops.ops._triton.limits import Limits
 from mamba_ops.ops.chunk_gated_delta_rule.triton.kernels import CHUNK, _scan, _solve
 
 if TYPE_CHECKING:
@@ -124,11 +125,23 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
 
 
 @tunable_launch(_solve="num_warps num_stages", _scan="BLOCK num_warps num_stages")
-def _launches(k_dim: int, v_dim: int, operand: str) -> Launches:
-    """What is multiplied in which precision, too; a block of v has a matrix product's shortest side at least."""
+def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launches:
+    """What is multiplied in which precision, too; a block of v has a matrix product's shortest side at least.
+
+    On GPUs that multiply what lies in registers, large blocks spill.
+    """
     block_k, block_v = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))
-    precision = {"bfloat16": "tf32", "float16": "tf32x3"}.get(operand, "ieee")
-    solve = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, "PRECISION": precision, "num_warps": 4}
-    wide, stages = (32, 1) if operand == "float32" else (64, 2)
-    scan = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, "BLOCK": min(block_v, wide), "num_warps": 4, "num_stages": stages}
-    return {"_solve": solve, "_scan": scan}
+    itemsize = 4 if operand == "float32" else 2
+    block = min(block_v, 64 if limits.is_large and itemsize == 2 else 32)
+    read_ahead = (CHUNK * (2 * block_k + block + 2 * CHUNK) + block * block_k) * itemsize
+    stages = 2 if itemsize == 2 and 4 * read_ahead <= 3 * limits.shared_memory else 1
+    precisions = precisions_of(operand, limits)
+    solve = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, **precisions, "num_warps": 4}
+    scan = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, "BLOCK": block, "PRECISION": precisions["EXACT"]}
+    return {"_solve": solve, "_scan": scan | {"num_warps": 4, "num_stages": stages}}
+
+
+def precisions_of(operand: str, limits: Limits) -> dict[str, str]:
+    """Return in which precision chunks' systems are inverted, and in which operands are multiplied."""
+    bits = {"bfloat16": 11, "float16": 16}.get(operand, 24)
+    return {"PRECISION": limits.precision(bits), "EXACT": limits.precision(24) if bits == 24 else "ieee"}

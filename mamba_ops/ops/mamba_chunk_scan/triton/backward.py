@@ -206,6 +206,7 @@ def _chunks(
     D_PER_CHANNEL: tl.constexpr,
     ALIGNED: tl.constexpr,
     SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_STATE: tl.constexpr,
@@ -234,7 +235,7 @@ def _chunks(
     operand = starts.dtype.element_ty
     b = tl.load(tile_ptrs(B + group * DSTATE, token, B_stride, entry, ALIGNED), of_entries, other=0.0).to(operand)
     c = tl.load(tile_ptrs(C + group * DSTATE, token, C_stride, entry, ALIGNED), of_entries, other=0.0).to(operand)
-    products = tl.dot(c, tl.trans(b), input_precision="ieee")
+    products = tl.dot(c, tl.trans(b), input_precision=PRECISION)
     grad_products = tl.zeros([CHUNK, CHUNK], tl.float32)
     grad_b = tl.zeros([CHUNK, BLOCK_STATE], tl.float32)
     grad_c = tl.zeros([CHUNK, BLOCK_STATE], tl.float32)
@@ -269,13 +270,13 @@ def _chunks(
                 skip += tl.load(D + head).to(tl.float32)
 
         out_ptrs = token.to(tl.int64)[:, None] * (HEADS * DIM) + (head * DIM + channel)[None, :]
-        y = tl.dot(c, tl.trans(start), input_precision="ieee") * since[:, None]
+        y = tl.dot(c, tl.trans(start), input_precision=PRECISION) * since[:, None]
         read = y
         if z is not None:
             gate = tl.load(tile_ptrs(z + head * DIM, token, z_stride, channel, ALIGNED), of_tokens, other=0.0)
             gate = gate.to(tl.float32)
             opened = tl.sigmoid(gate)
-            y = tl.dot((decay * products * d[None, :]).to(operand), u, y, input_precision="ieee")
+            y = tl.dot((decay * products * d[None, :]).to(operand), u, y, input_precision=PRECISION)
             y += u.to(tl.float32) * skip[None, :]
             g = g.to(tl.float32)
             tl.store(grad_z + out_ptrs, g * y * opened * (1.0 + gate * (1.0 - opened)), of_tokens)
@@ -287,15 +288,15 @@ def _chunks(
         # that state at the chunk's end.
         reach = tl.cumsum(tl.sum(read * exact, 1), 0, reverse=True)
         reach += whole * tl.sum(tl.sum(start.to(tl.float32) * end.to(tl.float32), 1), 0)
-        grad_c = tl.dot((exact * since[:, None]).to(operand), start, grad_c, input_precision="ieee")
+        grad_c = tl.dot((exact * since[:, None]).to(operand), start, grad_c, input_precision=PRECISION)
         wide = u.to(tl.float32)
-        grad_b = tl.dot((wide * (until * d)[:, None]).to(operand), end, grad_b, input_precision="ieee")
+        grad_b = tl.dot((wide * (until * d)[:, None]).to(operand), end, grad_b, input_precision=PRECISION)
 
         # What the chunk's end keeps of the tokens, and what they read of each other.
-        grad_u = tl.dot(b, tl.trans(end), input_precision="ieee") * until[:, None]
+        grad_u = tl.dot(b, tl.trans(end), input_precision=PRECISION) * until[:, None]
         kept = tl.sum(grad_u * wide, 1) * d
-        grad_u = tl.dot(tl.trans((decay * products).to(operand)), g, grad_u, input_precision="ieee")
-        pairs = tl.dot(g, tl.trans(u), input_precision="ieee") * decay * d[None, :]
+        grad_u = tl.dot(tl.trans((decay * products).to(operand)), g, grad_u, input_precision=PRECISION)
+        pairs = tl.dot(g, tl.trans(u), input_precision=PRECISION) * decay * d[None, :]
         grad_products += pairs
         between = tl.cumsum(tl.where(is_later, pairs * products, 0.0), 0, reverse=True) + kept[None, :]
         reach += tl.sum(tl.where(is_later, between, 0.0), 1)
@@ -323,8 +324,8 @@ def _chunks(
                 tl.store(of_D + share, tl.sum(of_channels, 0))
 
     grad_products = grad_products.to(operand)
-    grad_b = tl.dot(tl.trans(grad_products), c, grad_b, input_precision="ieee")
-    grad_c = tl.dot(grad_products, b, grad_c, input_precision="ieee")
+    grad_b = tl.dot(tl.trans(grad_products), c, grad_b, input_precision=PRECISION)
+    grad_c = tl.dot(grad_products, b, grad_c, input_precision=PRECISION)
     at = (split.to(tl.int64) * tokens + token)[:, None] * (GROUPS * DSTATE) + (group * DSTATE + entry)[None, :]
     tl.store(of_B + at, grad_b, of_entries)
     tl.store(of_C + at, grad_c, of_entries)

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 
-from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of
+from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options
 from mamba_ops.ops._triton.layout import by_token
+from mamba_ops.ops._triton.limits import limits_of
 from mamba_ops.ops.mamba_chunk_scan.triton.backward import _carry, _chunks, _step_sizes
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             SOFTPLUS=call.dt_softplus,
             BLOCK_ROWS=128,
             BLOCK_HEADS=block_heads,
-            num_warps=4,
+            **options(num_warps=4),
         )
         carry_dim, carry_state = min(block_dim, 64), min(block_state, 64 if operand.itemsize < 4 else 32)
         _carry[(rows * heads * cdiv(dim, carry_dim) * cdiv(dstate, carry_state), 2)](
@@ -108,8 +109,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             **shape,
             BLOCK_DIM=carry_dim,
             BLOCK_STATE=carry_state,
-            num_warps=4,
-            num_stages=3,
+            **options(num_warps=4, num_stages=3),
         )
         _chunks[(chunks * groups * splits,)](
             x,
@@ -143,10 +143,10 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             SOFTPLUS=call.dt_softplus,
             D_PER_CHANNEL=D is not None and D.dim() == 2,
             SPLITS=splits,
+            PRECISION=limits_of(x.get_device()).precision(24) if operand == torch.float32 else "ieee",
             BLOCK_DIM=block_dim,
             BLOCK_STATE=block_state,
-            num_warps=8,
-            num_stages=1,
+            **options(num_warps=8, num_stages=1),
         )
     call.grad_B.copy_(of_B.sum(0).view(call.grad_B.shape))
     call.grad_C.copy_(of_C.sum(0).view(call.grad_C.shape))

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of
+from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options
 from mamba_ops.ops._triton.layout import by_token, write_back
 from mamba_ops.ops.selective_scan.triton.backward_kernels import _boundaries, _gradients
 from mamba_ops.ops.selective_scan.triton.backward_sums import _arrange, _carry, _sum_blocks, _sum_chunks
@@ -92,7 +92,7 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
             BLOCK=block,
             PARTS=parts,
             WIDTH=width,
-            num_warps=1,
+            **options(num_warps=1),
         )
         _carry[(rows * cdiv(dim, 128) * dstate * 2,)](
             *(call.A, initial_states, grad_final_states, summed.get("initial_states"), cu_seqlens),
@@ -100,7 +100,7 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
             *(rows, length, *call.A.stride()),
             **sizes,
             BLOCK=128,
-            num_warps=1,
+            **options(num_warps=1),
         )
         _arrange[(chunks * TILES * groups,)](
             *(B, C, cu_seqlens, arranged, rows, length, B.stride(0), C.stride(0)),
@@ -110,7 +110,7 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
             TILES=TILES,
             BLOCK_ROWS=128,
             BLOCK=triton.next_power_of_2(dstate),
-            num_warps=4,
+            **options(num_warps=4),
         )
         _gradients[(chunks * groups * blocks,)](
             *(x, dt, call.A, arranged, D, z, dt_bias, grad_output, cu_seqlens),
@@ -122,7 +122,7 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
             **of_group,
             BLOCK=BLOCK,
             LEVELS=(2 * TILE).bit_length() - 1,
-            num_warps=1,
+            **options(num_warps=1),
         )
         _sum_chunks[(cdiv(dim, 64) * (dstate + 2),)](
             of_chunks,
@@ -132,7 +132,7 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
             DSTATE=dstate,
             BLOCK_CHUNKS=16,
             BLOCK=64,
-            num_warps=4,
+            **options(num_warps=4),
         )
         _sum_blocks[(chunks * TILES * groups,)](
             *(of_blocks, written["B"], written["C"], cu_seqlens, rows, length, chunks),
@@ -140,7 +140,7 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
             GROUPS=groups,
             BLOCK_STATE=triton.next_power_of_2(dstate),
             BLOCK=BLOCK,
-            num_warps=4,
+            **options(num_warps=4),
         )
     for name, gradient in gradients.items():
         write_back(written[name], gradient, flat)

@@ -1,0 +1,181 @@
+"""Which kernels fit a GPU that need not be here: what Triton asks of it, found out without a full compile.
+
+Ops are called with a driver that stands for the GPU and a hook that ends each launch where its variant is known. Each
+variant then goes through the part of Triton's compiler that allocates shared memory. That part refuses what the whole
+compiler refuses, and counts the same bytes, in a tenth of the time.
+"""
+
+import inspect
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from mamba_ops.cold_start.targets import Target
+
+DTYPES = ("bfloat16", "float16", "float32")
+SIZES: Mapping[str, int] = {
+    "heads": 4,
+    "k_heads": 2,
+    "v_heads": 4,
+    "dim": 64,
+    "dstate": 128,
+    "k_dim": 128,
+    "v_dim": 128,
+    "chunk_size": 256,
+}
+"""Sizes of large models, by the names of the ops' samples; of heads a few: kernels do not depend on how many."""
+OF_OP: Mapping[str, Mapping[str, int]] = {"selective_scan": {"dim": 1024, "dstate": 16}}
+
+
+class Fit(NamedTuple):
+    """What one variant of a kernel asks of a GPU.
+
+    Attributes:
+        target, op, kernel, dtype: for what it was compiled; `kernel` is `op.function`.
+        launch: what was chosen for it: blocks, warps, stages.
+        shared: bytes of shared memory; -1 where it does not compile.
+        limit: how many there are.
+        problem: why it does not compile, or "".
+    """
+
+    target: str
+    op: str
+    kernel: str
+    dtype: str
+    launch: str
+    shared: int
+    limit: int
+    problem: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether the GPU can run it."""
+        return not self.problem and self.shared <= self.limit
+
+    def __str__(self) -> str:
+        asks = self.problem or f"{self.shared:,} bytes of shared memory, of {self.limit:,}"
+        return f"{self.kernel} of {self.op}, {self.dtype}, on {self.target} ({self.launch}): {asks}"
+
+
+def fits(
+    targets: "Iterable[str | Target]",
+    *,
+    ops: Sequence[str] = (),
+    dtypes: Sequence[str] = DTYPES,
+    sizes: Mapping[str, int] | None = None,
+    samples: int | None = 1,
+) -> Iterator[Fit]:
+    """Compile the variants that calls of ops ask for, as far as shared memory is known, for GPUs by name.
+
+    Yields each when it is done. It runs in a child process, which needs no GPU.
+
+    Args:
+        targets: names of `targets.TARGETS`, or any others.
+        ops: names of ops; none: all that have Triton kernels, those that compute gradients included.
+        dtypes: of activations; states are float32.
+        sizes: static sizes that replace those of `SIZES`.
+        samples: how many samples of each op are called, from the first one on; None: all.
+    """
+    request = {"targets": list(targets), "ops": list(ops), "dtypes": list(dtypes), "sizes": sizes, "samples": samples}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
+    command = [sys.executable, "-m", __name__, json.dumps(request)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None  # for mypy: it is a pipe
+        for line in child.stdout:
+            yield Fit(*json.loads(line))
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, command)
+
+
+class _Variant(NamedTuple):
+    module: str
+    function: str
+    kernel: Any
+    asked: Any
+    """What Triton's hook is given of what it would compile."""
+
+    @property
+    def launch(self) -> str:
+        """Its constexprs that a rule chooses, its warps and stages."""
+        names, constants = self.kernel.arg_names, self.asked["constants"]
+        chosen = {names[at]: value for (at, *_), value in constants.items()}
+        shown = {n: v for n, v in chosen.items() if n.startswith("BLOCK") or n in ("PRECISION", "WIDTH", "PARTS")}
+        shown |= {"warps": self.asked["num_warps"], "stages": self.asked["num_stages"]}
+        return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def main() -> None:
+    """Do what `fits` asks, in a process of its own: print a line for each variant."""
+    from mamba_ops.cold_start.specialization import kernel_name
+    from mamba_ops.cold_start.targets import Target, target_of
+    from mamba_ops.ops._triton import _triton
+
+    request = json.loads(sys.argv[1])
+    for given in request["targets"]:
+        target = target_of(given) if isinstance(given, str) else Target(*given)
+        for dtype in request["dtypes"]:
+            for op, asked in _asked(target, request["ops"], dtype, request["sizes"] or {}, request["samples"]):
+                for variant in asked:
+                    shared, problem = -1, ""
+                    try:
+                        shared = _triton.shared_memory(variant.kernel, variant.asked)
+                    except Exception as error:  # whatever Triton's compiler raises
+                        problem = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+                    kernel = kernel_name(variant.module, variant.function)
+                    row = (target.name, op, kernel, dtype, variant.launch, shared, target.shared_memory, problem)
+                    print(json.dumps(row), flush=True)  # noqa: T201
+
+
+def _asked(
+    target: Any, names: Sequence[str], dtype: str, sizes: Mapping[str, int], samples: int | None
+) -> Iterator[tuple[str, list[_Variant]]]:
+    """Call ops as on a GPU; yield the name of each, and the variants that it was the first to ask for."""
+    import torch
+    import triton
+
+    from mamba_ops import backends
+    from mamba_ops.cold_start.specialization import our_modules
+    from mamba_ops.cold_start.targets import StandIn
+    from mamba_ops.ops._triton import _triton, launch_config
+    from mamba_ops.registry import ops, use_backend
+
+    modules = our_modules()
+    kernels = [f for m in modules for f in vars(m).values() if isinstance(f, triton.JITFunction)]
+    triton.runtime.driver.set_active(StandIn(target))
+    backends.triton.devices = ("cpu",)
+    launch_config.forget_device()
+    seen: set[Any] = set()
+    asked: list[_Variant] = []
+
+    def note(*_: object, key: str, fn: Any, compile: Any, **__: object) -> bool:
+        if (fn.module, fn.name, key) not in seen:
+            seen.add((fn.module, fn.name, key))
+            asked.append(_Variant(fn.module, fn.name, fn.jit_function, compile))
+        return True
+
+    noting = _triton.hook(_triton.BEFORE_LOAD, note, "which variants calls ask for is not known")
+    with noting, _triton.unloaded(kernels), use_backend("triton"), torch.no_grad():
+        for name, op in ops().items():
+            if "triton" not in op.kernels or (names and name not in names):
+                continue
+            base = next(
+                (other for other in ops().values() if other.backward_op is op), op
+            )  # the backward's sampler takes its sizes
+            known = inspect.signature(base.sampler).parameters
+            wanted = {"dtype": getattr(torch, dtype), "state_dtype": torch.float32, **SIZES}
+            wanted |= {**OF_OP.get(base.name, {}), **sizes}
+            wanted = {n: size for n, size in wanted.items() if n in known}
+            for sample in itertools.islice(op.sampler(torch.device("cpu"), **wanted), samples):
+                op(*sample.args, **sample.kwargs)
+            yield name, asked
+            asked.clear()
+
+
+if __name__ == "__main__":
+    main()

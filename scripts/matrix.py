@@ -1,0 +1,98 @@
+"""`make matrix`: the tests on several versions of torch, Triton and Transformers, one environment after the other.
+
+Each environment is a virtual environment in a temporary folder, deleted when its tests are done. There is no GPU in it:
+Triton's kernels are interpreted. A summary comes last; the exit status is 1 where tests failed, 2 where an environment
+could not be made.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
+ENVIRONMENTS = {
+    "2.11": ("torch==2.11.*", "triton==3.6.*", "transformers==5.22.*"),
+    "2.13": ("torch==2.13.*", "triton==3.7.*", "transformers==5.23.*"),
+    "2.14": ("torch==2.14.*", "triton==3.8.*", "transformers==5.24.*"),
+    "newest": ("torch", "triton", "transformers"),
+}
+NEEDS = 8  # GiB of disk, with a CUDA build of torch, where there is no other
+VERSIONS = """
+import platform, torch, transformers, triton
+print("Python", platform.python_version(), *(f"{m.__name__} {m.__version__}" for m in (torch, triton, transformers)))
+"""
+SUMMARY = re.compile(r"^(?:\d+ \w+,? ?)+in .*$", re.MULTILINE)  # of pytest
+
+
+class Result(NamedTuple):
+    """What came of one environment."""
+
+    name: str
+    versions: str
+    tests: str
+    status: int
+    seconds: float
+
+
+def main() -> int:
+    """Run what the arguments say; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ENVIRONMENTS)}; all by default")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter of the environments")
+    parser.add_argument(
+        "--index", default=CPU_BUILDS, help="an index with CPU builds of torch beside PyPI; '' for none"
+    )
+    parser.add_argument("--tests", nargs="*", default=[], help="files of tests; all by default")
+    parser.add_argument("--folder", type=Path, help="where environments are made; a temporary folder by default")
+    asked = parser.parse_args()
+    if unknown := set(asked.names) - set(ENVIRONMENTS):
+        parser.error(f"got {', '.join(sorted(unknown))}, expected names of {', '.join(ENVIRONMENTS)}")
+    results = [run(name, asked) for name in asked.names or ENVIRONMENTS]
+    print("\nenvironment  seconds  tests")
+    for result in results:
+        print(f"{result.name:<11}  {result.seconds:7.0f}  {result.tests}\n{'':22}{result.versions}")
+    return max(result.status for result in results)
+
+
+def run(name: str, asked: argparse.Namespace) -> Result:
+    """Make an environment, run the tests in it, delete it."""
+    begin = time.perf_counter()
+    free = shutil.disk_usage(asked.folder or tempfile.gettempdir()).free / 2**30
+    if free < NEEDS:
+        return Result(name, "", f"not run: got {free:.0f} GiB of free disk, expected {NEEDS}", 2, 0.0)
+    with tempfile.TemporaryDirectory(prefix=f"matrix-{name}-", dir=asked.folder) as folder:
+        python = Path(folder, "bin", "python")
+        print(f"\n{name}: {' '.join(ENVIRONMENTS[name])}", flush=True)
+        extra = ["--extra-index-url", asked.index] if asked.index else []
+        steps = [
+            [asked.python, "-m", "venv", folder],
+            [str(python), "-m", "pip", "install", "-q", *extra, *ENVIRONMENTS[name], f"{ROOT}[test]"],
+            [str(python), "-m", "pip", "uninstall", "-q", "-y", "mamba-ops"],  # the tests run on the checkout
+        ]
+        for step in steps:
+            if subprocess.run(step, check=False).returncode:
+                return Result(name, "", "not run: the environment could not be made", 2, time.perf_counter() - begin)
+        wanted = (
+            "import platform, torch, triton, transformers as t; print('Python', platform.python_version(), 'torch', "
+        )
+        wanted += "torch.__version__, 'Triton', triton.__version__, 'Transformers', t.__version__)"
+        versions = subprocess.run([python, "-c", wanted], capture_output=True, text=True, check=False).stdout.strip()
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [str(python), "-m", "pytest", "-q", "-m", "not slow", "-n", os.environ.get("WORKERS", "2")]
+        command += ["--dist", "loadgroup", "-p", "no:cacheprovider", "-p", "mamba_ops_pytest", *asked.tests]
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+        print(done.stdout, flush=True)
+        tests = (SUMMARY.findall(done.stdout) or [f"no summary, exit status {done.returncode}"])[-1]
+        return Result(name, versions, tests, int(done.returncode != 0), time.perf_counter() - begin)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

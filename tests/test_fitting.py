@@ -1,0 +1,101 @@
+"""Every Triton kernel on every GPU: within its shared memory, or refused by name. Nothing is launched."""
+
+from itertools import groupby
+
+import pytest
+
+from mamba_ops.cold_start import fitting
+from mamba_ops.cold_start.targets import TARGETS, target_of
+from mamba_ops.registry import ops
+from tests.harness import compiled_for_a_gpu
+
+pytest.importorskip("triton")
+
+ALIKE = {"sm_89": "sm_86", "sm_103": "sm_100", "gfx1200": "gfx1100"}
+"""GPUs of equal limits for which every kernel takes the same bytes as for another one."""
+DELTA_RULE, SSD = "chunk_gated_delta_rule", "mamba_chunk_scan"
+BACKWARD = f"{DELTA_RULE}_backward"
+REFUSED = {
+    # No matrix units that Triton knows: all of what is multiplied lies in shared memory, in float32.
+    ("sm_75", DELTA_RULE, "bfloat16"),
+    ("sm_75", DELTA_RULE, "float16"),
+    ("sm_75", DELTA_RULE, "float32"),
+    ("sm_75", BACKWARD, "bfloat16"),
+    ("sm_75", BACKWARD, "float16"),
+    ("sm_75", BACKWARD, "float32"),
+    ("sm_75", f"{SSD}_backward", "bfloat16"),
+    ("sm_75", f"{SSD}_backward", "float16"),
+    ("sm_75", f"{SSD}_backward", "float32"),
+    # Gradients in float32 that need the memory of a data centre's GPU.
+    ("sm_86", BACKWARD, "float32"),
+    ("sm_120", BACKWARD, "float32"),
+    ("gfx90a", BACKWARD, "float32"),
+    ("gfx942", BACKWARD, "float32"),
+}
+"""GPU, op and dtype that the backend `triton` refuses; then `torch` runs them."""
+LAUNCHED = sorted(name for name, op in ops().items() if "triton" in op.kernels)
+
+
+def refused(rows):
+    return {(row.target, row.op, row.dtype) for row in rows if not row.fits}
+
+
+def test_kernels_fit_a_small_gpu():
+    """A sample of what follows."""
+    rows = list(fitting.fits(["sm_86"], ops=[DELTA_RULE], dtypes=["bfloat16"]))
+    assert [row.kernel.rpartition(".")[2] for row in rows] == ["_solve", "_scan"]
+    assert all(0 < row.shared <= row.limit == 101_376 for row in rows), rows
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("target", sorted(set(TARGETS) - set(ALIKE)))
+def test_every_kernel_fits_or_is_refused_by_name(target):
+    rows = list(fitting.fits([target]))
+    print(f"{target}: {len(rows)} variants of {len({row.kernel for row in rows})} kernels")  # noqa: T201
+    assert {row.op for row in rows} == set(LAUNCHED)
+    assert {row.dtype for row in rows} == set(fitting.DTYPES)
+    assert not [str(row) for row in rows if row.problem]
+    assert refused(rows) == {entry for entry in REFUSED if entry[0] == target}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "other"), ALIKE.items())
+def test_gpus_that_are_taken_to_be_alike_are(name, other):
+    assert target_of(name).shared_memory == target_of(other).shared_memory
+    rows = list(fitting.fits([name, other], ops=[DELTA_RULE, SSD], dtypes=["bfloat16"]))
+    both = [[row._replace(target="") for row in found] for _, found in groupby(rows, lambda row: row.target)]
+    assert len(both) == 2
+    assert both[0] == both[1]
+
+
+TABLES = """
+from mamba_ops.ops._triton import launch_config
+print(json.dumps([[path.stem, launch_config.load(path)["kernels"]] for path in launch_config.TABLES.glob("*.json")]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_what_tables_say_fits_the_gpus_that_they_are_for():
+    tables = compiled_for_a_gpu(TABLES, compiles=False)
+    assert tables
+    for family, kernels in tables:
+        target = target_of(family.removeprefix("hip-"))
+        for op, entries in kernels.items():
+            sizes = {
+                tuple((n, v) for n, v in e["sizes"].items() if isinstance(v, int) and n != "itemsize") for e in entries
+            }
+            for each in sizes:
+                rows = list(fitting.fits([target], ops=[op], sizes=dict(each)))
+                assert rows
+                assert not [str(row) for row in rows if not row.fits]
+
+
+def test_gpus_are_known_by_their_usual_names():
+    assert [target_of(name).name for name in ("8.6", "86", "sm_86", "cuda-86", "SM86", "gfx942")] == [
+        *["sm_86"] * 5,
+        "gfx942",
+    ]
+    with pytest.raises(ValueError, match="unknown GPU 'gfx7'; valid: gfx1100"):
+        target_of("gfx7")

@@ -1,0 +1,116 @@
+"""What a GPU cannot run is refused in a sentence before anything runs, on stand-ins for GPUs that are not here."""
+
+import json
+
+import pytest
+
+from tests.harness import compiled_for_a_gpu
+
+pytest.importorskip("triton")
+
+CALL = """
+import torch, warnings
+import mamba_ops
+from mamba_ops.cold_start.targets import StandIn, Target, target_of
+from mamba_ops.ops._triton import launch_config
+from mamba_ops.registry import record_selections
+import triton
+
+name, k_dim, dtype = sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3])
+given = json.loads(name) if name.startswith("[") else None
+triton.runtime.driver.set_active(StandIn(Target(*given) if given else target_of(name)))
+launch_config.forget_device()
+op = mamba_ops.chunk_gated_delta_rule
+found = []
+with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        sample = op.make_samples("cpu", dtype=dtype, k_dim=k_dim, v_dim=k_dim)[0]
+        state = sample.kwargs["ssm_state"]
+        before = state.clone()
+        with record_selections() as ran:
+            op(*sample.args, **sample.kwargs)
+        found.append([ran[-1].backend, bool(torch.equal(state, before))])
+print(json.dumps([found, [str(w.message) for w in said], op.kernels["triton"].rehearsed and
+    sorted(op.kernels["triton"].rehearsed.values())]))
+"""
+"""The default order, twice. Triton's kernels write nothing here; a state that changed was changed by `torch`."""
+
+B580 = ["b580", "hip", "gfx1100", 32, 131_072]
+"""As much shared memory as an Intel B580 has; its compiler is not here, and RDNA 3 has matrix units alike."""
+
+
+def ran_on(target, k_dim=128, dtype="bfloat16"):
+    return compiled_for_a_gpu(CALL, target if isinstance(target, str) else json.dumps(target), k_dim, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("target", ["sm_86", "sm_120", "gfx1100", "gfx90a", B580], ids=str)
+def test_the_gated_delta_rule_runs_on_gpus(target, dtype):
+    found, said, _ = ran_on(target, dtype=dtype)
+    assert found == [["triton", True]] * 2
+    assert said == []
+
+
+def test_what_does_not_fit_goes_on_to_the_next_backend_with_one_sentence():
+    found, said, remembered = ran_on("sm_75")
+    assert found == [["torch", False]] * 2  # each new tensor of these sizes, and nothing was written by half
+    [sentence] = said
+    assert sentence == (
+        "mamba_ops::chunk_gated_delta_rule runs on torch because triton does not take the call: "
+        "_solve takes 65,792 bytes of shared memory, and cuda-75 has 65,536"
+    )
+    assert remembered == ["_solve takes 65,792 bytes of shared memory, and cuda-75 has 65,536"]
+
+
+BY_NAME = """
+import torch
+import mamba_ops
+from mamba_ops.cold_start.targets import StandIn, target_of
+from mamba_ops.ops._triton import launch_config
+from mamba_ops.registry import NoBackendError, use_backend
+import triton
+
+triton.runtime.driver.set_active(StandIn(target_of("sm_75")))
+launch_config.forget_device()
+op, errors = mamba_ops.chunk_gated_delta_rule, []
+sample = op.make_samples("cpu", k_dim=128, v_dim=128)[0]
+with torch.no_grad():
+    try:
+        with use_backend("triton"):
+            op(*sample.args, **sample.kwargs)
+    except NoBackendError as error:
+        errors.append(str(error))
+
+    # A kernel that fails at its launch all the same: a variant that no rehearsal has seen.
+    from triton.runtime.errors import OutOfResources
+    from mamba_ops.ops.causal_conv1d_update import triton as conv
+
+    op = mamba_ops.causal_conv1d_update
+    sample = op.make_samples("cpu")[0]
+    op(*sample.args, **sample.kwargs)
+    run = triton.runtime.jit.JITFunction.run
+    def fails(self, *args, **kwargs):
+        raise OutOfResources(70_000, 65_536, "shared memory")
+    triton.runtime.jit.JITFunction.run = fails
+    try:
+        op(*sample.args, **sample.kwargs)
+    except NoBackendError as error:
+        errors.append(str(error))
+    triton.runtime.jit.JITFunction.run = run
+    op(*sample.args, **sample.kwargs)  # the next backend's
+    errors.append(str(mamba_ops.explain(op, *sample.args, **sample.kwargs)))
+print(json.dumps(errors))
+"""
+
+
+def test_by_name_it_is_an_error_and_a_failure_at_a_launch_is_remembered():
+    by_name, at_launch, explained = compiled_for_a_gpu(BY_NAME)
+    assert "the backend asked for refuses this call" in by_name
+    assert "triton  _solve takes 65,792 bytes of shared memory, and cuda-75 has 65,536" in by_name
+    assert (
+        "triton cannot run this call here: OutOfResources: out of resource: shared memory, Required: 70000" in at_launch
+    )
+    assert "torch   runs (default order)" in explained
+    assert "triton  OutOfResources" in explained
