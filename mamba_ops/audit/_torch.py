@@ -312,13 +312,14 @@ def on_compile(begin: Callable[[str, str], None], end: Callable[[str, str], None
     with contextlib.ExitStack() as stack:
         if (handler := find("torch._dynamo.callback:callback_handler")) is not None:
             for note, name in ((begin, "run_start_callbacks"), (end, "run_end_callbacks")):  # a reset empties its lists
-
-                def run(event: Any, note: Any = note, run: Any = getattr(handler, name)) -> None:
-                    note(event.callback_trigger.name, event.compile_id)
-                    run(event)
-
+                run = functools.partial(_noted, note, getattr(handler, name))
                 stack.enter_context(mock.patch.object(handler, name, run))
         yield handler is not None
+
+
+def _noted(note: Callable[[str, str], None], run: Callable[[Any], None], event: Any) -> None:
+    note(event.callback_trigger.name, event.compile_id)
+    run(event)
 
 
 def guard_parts(version: Any) -> tuple[Sequence[str], dict[str, Any]]:
