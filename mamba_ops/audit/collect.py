@@ -261,8 +261,7 @@ class Collector:
     def _graph(self, original: Any, output: Any, module: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         found = graphs.walk(module)
         compiled = original(output, module, *args, **kwargs)  # first: it may send Dynamo back for another attempt
-        code = getattr(getattr(output, "root_tx", None), "f_code", None)
-        self.recompiles.add_graph(module, _torch.compile_id(), code)
+        self.recompiles.add_graph(output, module, _torch.compile_id())
         inside = self.layers.path((getattr(output, "local_scope", None) or {}).get("self"))
         segments = graphs.segments(module, self.layers, inside)
         ops = sum(segment.ops for segment in segments)

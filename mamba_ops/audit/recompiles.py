@@ -90,11 +90,12 @@ class Recompiles:
             current_locations(),
         )
 
-    def add_graph(self, module: torch.fx.GraphModule, compile_id: str, code: types.CodeType | None) -> None:
+    def add_graph(self, output: Any, module: torch.fx.GraphModule, compile_id: str) -> None:
         """Note what is dynamic in a graph, and after which break it goes on."""
         self._calls_of[compile_id] = self._collector.call
         if self._open is not None and self._open.made.compile_id == compile_id:
-            self._open.dynamic = set(_dynamic(module))
+            self._open.dynamic = {*_dynamic_inputs(module), *_dynamic_sizes(output)}
+        code = getattr(getattr(output, "root_tx", None), "f_code", None)
         if code is not None and (broken := self._break_before(code, ())) is not None:
             self._after[compile_id] = broken
 
@@ -115,11 +116,12 @@ class Recompiles:
         one, self._open = self._open, None
         if one is None:
             return
-        dynamic = [one.dynamic is None or guard.source in one.dynamic for guard in one.guards]
+        known = one.dynamic
+        dynamic = [known is None or not guard.source or guard.source in known for guard in one.guards]
         causes = [_settled(guard, is_dynamic) for guard, is_dynamic in zip(one.guards, dynamic, strict=True)]
         changed = tuple(
-            ChangedValue(guard.name, guard.before, guard.now, one.dynamic is not None and is_dynamic)
-            for guard, is_dynamic in zip(one.guards, dynamic, strict=True)
+            ChangedValue(guard.name, guard.before, guard.now, known is not None and guard.source in known)
+            for guard in one.guards
         )
         # A cause that torch can make dynamic matters only if there is no other: the others stand first.
         cause = causes[0] if one.guards[0].cause not in FOLLOWING else min(causes, key=_severity)
@@ -187,8 +189,8 @@ def _settled(guard: Guard, is_dynamic: bool) -> str:
     return guard.cause
 
 
-def _dynamic(module: torch.fx.GraphModule) -> list[str]:
-    """Return torch's expressions for the inputs, and sizes of inputs, that a graph takes any value of."""
+def _dynamic_inputs(module: torch.fx.GraphModule) -> list[str]:
+    """Return torch's expressions for the numbers, and sizes of tensors, that a graph is given as inputs."""
     found: list[str] = []
     for node in module.graph.nodes:
         source = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", None)
@@ -202,6 +204,15 @@ def _dynamic(module: torch.fx.GraphModule) -> list[str]:
         elif _is_symbol(value):
             found.append(name)
     return found
+
+
+def _dynamic_sizes(output: Any) -> list[str]:
+    """Return torch's expressions for what Dynamo traced as a symbol, also where the graph has no use for it."""
+    shapes = getattr(output, "shape_env", None)
+    symbols = getattr(shapes, "var_to_sources", None) or {}
+    fixed = {symbol for symbol, value in getattr(shapes, "replacements", {}).items() if value.is_number}
+    sources = [source for symbol, found in symbols.items() if symbol not in fixed for source in found]
+    return [str(source.name() if callable(source.name) else source.name) for source in sources]
 
 
 def _is_symbol(size: Any) -> bool:
