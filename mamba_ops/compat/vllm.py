@@ -15,7 +15,7 @@ from mamba_ops.compat.arguments import all_have, is_silu, per_head, refuse, writ
 from mamba_ops.compat.vllm_layers import gdn_attention_core_xpu as gdn_attention_core_xpu
 from mamba_ops.compat.vllm_layers import mamba_mixer as mamba_mixer
 from mamba_ops.compat.vllm_layers import mamba_mixer2 as mamba_mixer2
-from mamba_ops.ops._common.checking import count_of, shape_is, slot_table
+from mamba_ops.ops._common.checking import count_of, shape_is, slot_table, tensor_rank
 from mamba_ops.ops._common.slots import store_rows
 from mamba_ops.ops._common.values import slots_in_cache
 from mamba_ops.registry import answering
@@ -388,6 +388,7 @@ def _check_final_states(cache: Tensor, sizes: tuple[int, ...], slots: Tensor, n:
     function = "mamba_chunk_scan_combined_varlen"
     try:
         shape_is("final_states_out", cache, (count_of(cache), *sizes), hint="(slots, heads, dim, dstate)")
+        tensor_rank("final_state_indices", slots, {1: "(n,)"})
         slot_table("final_state_indices", slots, rows=n)
         if slots.device.type == "cpu":  # elsewhere looking would wait
             slots_in_cache("final_state_indices", slots[:n], slots[:n] >= 0, cache, "final_states_out")
