@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import ParamSpec
 
 from mamba_ops.registry import _torch
-from mamba_ops.registry.errors import ArgumentTypeError, RegistryError, bad_argument, shown
+from mamba_ops.registry.errors import ArgumentTypeError, RegistryError, bad_argument, in_call_of, shown
 
 _EXPECTED = {Tensor: "a torch.Tensor", int: "a whole number", float: "a number", bool: "True or False"}
 _PACK = "pack its rows into one tensor, with cu_seqlens where the op has it"
@@ -121,11 +121,17 @@ def answering(function: Callable[P, T]) -> Callable[P, T]:
 
 def _answer(name: str, parameters: Sequence[inspect.Parameter], error: Exception, values: Sequence[Any]) -> Exception:
     """Return what to raise for a call of a function over ops: what torch says of single tensors gets their names."""
-    found = explained(name, parameters, lambda _: None, error, values)
-    if found is not error or type(error) not in _OF_PREPARING or "::" in str(error).partition(": ")[0]:
-        return found
     tensors = {p.name: v for p, v in zip(parameters, values, strict=True) if isinstance(v, Tensor)}
-    if str(error).startswith(f"{name}: ") or not tensors:
+
+    def validate(_: object) -> None:
+        try:
+            check(tensors)
+        except ValueError as wrong:
+            raise in_call_of(name, wrong) from None
+
+    found = explained(name, parameters, validate, error, values)
+    is_known = re.match(rf"(\w+::\w+|{name}): ", str(error))  # by an op, or by the function itself
+    if found is not error or is_known or type(error) not in _OF_PREPARING or not tensors:
         return found
     got = " and ".join(f"{tuple(t.shape)} of {t.dtype}" for t in tensors.values())
     return bad_argument(f"{name}: {', '.join(tensors)}", got=got, expected=f"tensors that fit ({_first_line(error)})")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.checking import count_of, shape_is, slot_table
+from mamba_ops.ops._common.checking import count_of, shape_is, slot_table, tensor_rank
 from mamba_ops.ops._common.values import slots_in_cache
 from mamba_ops.registry.errors import in_call_of
 
@@ -37,6 +37,7 @@ def check_final_states(cache: Tensor, sizes: tuple[int, ...], slots: Tensor, n: 
     function = "mamba_chunk_scan_combined_varlen"
     try:
         shape_is("final_states_out", cache, (count_of(cache), *sizes), hint="(slots, heads, dim, dstate)")
+        tensor_rank("final_state_indices", slots, {1: "(n,)"})
         slot_table("final_state_indices", slots, rows=n)
         if slots.device.type == "cpu":  # elsewhere looking would wait
             slots_in_cache("final_state_indices", slots[:n], slots[:n] >= 0, cache, "final_states_out")

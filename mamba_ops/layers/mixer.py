@@ -65,13 +65,14 @@ class Mixer(nn.Module):
             has_initial_state: bool `(n,)`: sequence i continues from its state in the caches. None: none does.
             null_slot: a sequence with this slot, or a negative one, is padding: it is not mixed, no cache is touched.
         """
-        self._check_call(hidden_states, null_slot)
         if plan is not None:
             if not hasattr(plan, "tensors"):
                 raise self._wrong("plan", f"a {type(plan).__name__}", "a mamba_ops.serving.Plan")
             if conv_state is None or ssm_state is None:
                 raise self._wrong("plan", "a plan without caches", "both caches; see empty_caches()")
+            self._check_call(hidden_states, null_slot)
             return self._forward_plan(hidden_states, conv_state, ssm_state, plan)
+        self._check_call(hidden_states, null_slot)
         rows = SequenceArgs(slots, cu_seqlens, has_initial_state, null_slot)
         return self._prefill(hidden_states, conv_state, ssm_state, rows)
 

@@ -147,7 +147,7 @@ KINDS: dict[str, _Change] = {
     "sparse": lambda t, pick: t.to_sparse(),
     "quantized": lambda t, pick: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
     "nested": _nested,
-    "negated": lambda t, pick: torch._neg_view(t) if t.is_floating_point() else -t.int(),
+    "negated": lambda t, pick: torch._neg_view(t) if t.is_floating_point() and t.itemsize > 1 else -t.int(),
     "imaginary part of a conjugate": lambda t, pick: torch.conj(t.to(torch.complex64)).imag,
     "fake": lambda t, pick: FakeTensorMode().from_tensor(t),
     "of inference mode": _in_inference_mode,

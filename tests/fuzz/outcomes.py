@@ -110,7 +110,7 @@ def _assert_right(target: Target, before: Arguments, arguments: Arguments, retur
     truth, low = (_truth(target, before, dtype) for dtype in (torch.float64, torch.float32))
     results = target.results(returned, arguments)
     for name, actual in results.items():
-        if name not in truth or not actual.is_floating_point():
+        if truth.get(name) is None or not actual.is_floating_point():
             continue
         exact, rounded = truth[name].double(), low[name].double()
         if actual.shape != exact.shape:
@@ -148,8 +148,8 @@ def _fingerprint(arguments: Arguments) -> bytes:
     found = hashlib.sha1(usedforsecurity=False)
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested:
-            dense = value.detach().contiguous()
-            facts = dense.view(-1).view(torch.uint8).numpy().tobytes() if dense.numel() else b""
+            dense = value.detach().reshape(-1).clone(memory_format=torch.contiguous_format)
+            facts = dense.view(torch.uint8).numpy().tobytes() if dense.numel() else b""
             found.update(f"{name}{value.dtype}{tuple(value.shape)}".encode() + facts)
         else:
             plan = getattr(value, "tensors", None)
@@ -181,7 +181,7 @@ def _storages(arguments: Arguments) -> Storages:
     """Return each block of memory that the arguments are in, as bytes, with a copy."""
     found: Storages = {}
     for value in arguments.values():
-        if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or value.is_nested:
+        if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or value.is_nested or value.is_quantized:
             continue
         if value.layout is not torch.strided or value.is_meta or not (place := _address(value)):
             continue

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.mixing import batch_of
+from mamba_ops.ops._common.mixing import Batch, batch_of
 from mamba_ops.ops._common.sequences import DecodeArgs, PlanTensors
-from mamba_ops.ops._common.slots import row_ends, update_ends
+from mamba_ops.ops._common.slots import is_padding, row_ends, update_ends
 from mamba_ops.registry import bad_argument
 
 
@@ -132,12 +132,13 @@ def check_mixing(op: str, call: Any, projected: Tensor) -> None:
         return
     decoding, _, reading, _ = plan.counts.tolist()
     check_rows(projected[: batch.tokens], plan.cu_seqlens[: decoding + reading + 1])
-    _check_counts_are_those_of(plan, batch.tokens)
+    _check_ends(batch, plan.cu_seqlens, decoding, reading)
     if (decodes := batch.decodes) is not None:
         args = decodes.arguments
         assert isinstance(args, DecodeArgs)  # for mypy: those of decodes are
         rows = check_rows(decodes.of(projected), args.cu_seqlens)
         tables = (args.slots, None, args.num_accepted_tokens)
+        _check_padding(args)
         check_update_slots(rows, ssm_state, "ssm_state", *tables, args.null_slot)
         check_sequence_slots(rows, conv_state, "conv_state", args.slots, None, args.null_slot)
     if (prefills := batch.prefills) is not None:
@@ -147,23 +148,36 @@ def check_mixing(op: str, call: Any, projected: Tensor) -> None:
         check_counts("num_computed_tokens", batch.num_computed_tokens, 0, first=decoding)
 
 
-def _check_counts_are_those_of(plan: PlanTensors, tokens: int) -> None:
-    """A plan's counts and both of its tensors of ends say the same."""
-    assert plan.counts is not None  # for mypy; the callers looked
-    assert plan.cu_seqlens is not None
-    decodes, decode_tokens, prefills, _ = plan.counts.tolist()
-    ends = plan.cu_seqlens[: decodes + prefills + 1]
-    hint = "the plan's counts and cu_seqlens are of two batches"
-    for rows, count in ((decodes, decode_tokens), (decodes + prefills, tokens)):
-        if int(ends[rows]) != count:
-            expected = f"{count} as the end of row {rows - 1}, as counts says"
-            raise bad_argument("cu_seqlens", got=int(ends[rows]), expected=expected, hint=hint)
-    if plan.num_accepted_tokens is None:
-        refuse("cu_seqlens", ends[1 : decodes + 1], ends[: decodes + 1].diff() != 1, "one token more", what="at row")
-    if plan.prefill_cu_seqlens is not None:
-        found, right = plan.prefill_cu_seqlens[: prefills + 1], ends[decodes:] - ends[decodes]
+def _check_padding(args: DecodeArgs) -> None:
+    """A speculative decode is padding for both caches or for none: one reads column 0, the other a later one."""
+    if args.slots is None or args.slots.dim() == 1 or args.num_accepted_tokens is None:
+        return
+    first = (args.num_accepted_tokens.long() - 1).clamp(0, args.slots.shape[1] - 1)
+    start = args.slots.gather(1, first.unsqueeze(1)).squeeze(1)
+    wrong = is_padding(start, args.null_slot) != is_padding(args.slots[:, 0], args.null_slot)
+    expected = "a slot there and in column 0, or padding in both"
+    refuse("slots", start, wrong, expected, what="for the accepted token of row")
+
+
+def _check_ends(batch: Batch, cu_seqlens: Tensor, decoding: int, reading: int) -> None:
+    """A plan's two tensors of ends say the same as its counts; a decode that is padding may have no token."""
+    ends = cu_seqlens[: decoding + reading + 1]
+    if batch.decodes is not None and batch.decodes.arguments.cu_seqlens is None:
+        args = batch.decodes.arguments
+        assert args.slots is not None  # for mypy; a plan has them
+        right = torch.arange(1, decoding + 1, device=ends.device)
+        wrong = (ends[1 : decoding + 1] != right) & ~is_padding(args.slots, args.null_slot)
+        expected = "one more than for the row before: a decode has one token"
+        refuse("cu_seqlens", ends[1:], wrong, expected, what="for the end of row")
+    if batch.prefills is not None and (prefill_ends := batch.prefills.arguments.cu_seqlens) is not None:
+        hint = "the counts and cu_seqlens are of two batches"
+        for row, count in ((decoding, batch.prefills.tokens.start), (decoding + reading, batch.tokens)):
+            if int(ends[row]) != count:
+                got, expected = f"{int(ends[row])} as the start of row {row}", f"{count}, as counts says"
+                raise bad_argument("cu_seqlens", got=got, expected=expected, hint=hint)
+        wrong = prefill_ends != ends[decoding:] - ends[decoding]
         expected = "what cu_seqlens has there, less the decodes' tokens"
-        refuse("prefill_cu_seqlens", found, found != right, expected, what="at entry")
+        refuse("prefill_cu_seqlens", prefill_ends, wrong, expected, what="at entry")
 
 
 def slots_in_cache(
