@@ -6,7 +6,6 @@ one of them, its lists are read instead.
 """
 
 import contextlib
-import importlib.util
 import re
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mamba_ops.audit import _torch
+from mamba_ops.audit import _torch, triton_compiles
 from mamba_ops.audit import graph as graphs
 from mamba_ops.audit.remedies import (
     RULES,
@@ -38,7 +37,6 @@ from mamba_ops.audit.source_locations import (
     locations_in_text,
     user_frames,
 )
-from mamba_ops.ops._triton import _triton
 
 Stack = tuple[SourceLocation, ...]
 
@@ -129,7 +127,7 @@ class Collector:
             self._unwrapped = {name for name, around in wrapped.items() if not _torch.replace(stack, name, around)}
             if torch.accelerator.is_available():  # else nothing records, and Inductor takes a second to load
                 _torch.replace(stack, _torch.CUDA_GRAPHS, self._no_capture)
-            _hook_triton(stack, self._jit)
+            triton_compiles.hook(stack, self._jit)
             yield
 
     def _read_lists(self, row: CallRow, graph_count: int) -> None:
@@ -316,7 +314,7 @@ class Collector:
     def listen_to_triton(self) -> Iterator[None]:
         """Within the block, count Triton's compiles alone."""
         with contextlib.ExitStack() as stack:
-            _hook_triton(stack, self._jit)
+            triton_compiles.hook(stack, self._jit)
             yield
 
 
@@ -392,16 +390,3 @@ def _subject(cause: str, message: str, source: str) -> str:
     if entered := re.search(r"\bwith ([\w.]+)", source):
         return entered[1]
     return {"branch": "if"}.get(cause) or (called[1] if called else cause)
-
-
-def _hook_triton(stack: contextlib.ExitStack, on_compile: Callable[[str], None]) -> None:
-    """Call `on_compile` with the kernel's name after each compile, where Triton is installed."""
-
-    def compiled(*_: Any, **kwargs: Any) -> None:
-        function = kwargs.get("fn")
-        name = getattr(function, "name", None) or str(kwargs.get("repr", "a kernel"))
-        if not name.rpartition(".")[2].startswith("triton_"):  # those are Inductor's own
-            on_compile(name.rpartition(".")[2])
-
-    if importlib.util.find_spec("triton") is not None:
-        stack.enter_context(_triton.hook(_triton.COMPILED, compiled, "the audit does not see what Triton compiles"))
