@@ -52,7 +52,6 @@ PRIVATE = {
     COPIES: Private("copies for mutated inputs are not looked for"),
     HAS_TRITON: Private("launches of Triton kernels may be missing from graphs for absent devices"),
     "torch._dynamo.exc:Unsupported": Private("graph breaks are classified by their messages alone"),
-    "torch._dynamo.exc:TorchRuntimeError": Private("errors of ops may be told as errors of the compiler"),
     "torch._dynamo.config:recompile_limit": Private("it is taken to be 8"),
     "torch._dynamo.config:patch": Private("behind breaks in long loops nothing is seen"),
     "torch._dynamo.utils:counters": Private("graphs are not counted by the commands"),
@@ -217,11 +216,6 @@ def needs_values_errors() -> tuple[type[Any], ...]:
     """Return the classes of errors that fake tensors raise where values are needed."""
     names = "DataDependentOutputException", "DynamicOutputShapeException"
     return tuple(find(f"torch._subclasses.fake_tensor:{name}") or _NeverRaisedError for name in names)
-
-
-def errors_of_ops() -> type[Any]:
-    """Return the class of errors that an op raised while it was traced: most come without the compiler too."""
-    return find("torch._dynamo.exc:TorchRuntimeError") or _NeverRaisedError
 
 
 def recompile_limit() -> int:
