@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from traceback import FrameSummary
@@ -53,7 +52,6 @@ PRIVATE = {
     COPIES: Private("copies for mutated inputs are not looked for"),
     HAS_TRITON: Private("launches of Triton kernels may be missing from graphs for absent devices"),
     "torch._dynamo.exc:Unsupported": Private("graph breaks are classified by their messages alone"),
-    "torch._dynamo.exc:TorchRuntimeError": Private("errors of ops may be told as errors of the compiler"),
     "torch._dynamo.config:recompile_limit": Private("it is taken to be 8"),
     "torch._dynamo.guards:GuardManagerWrapper": Private("of the guards that failed, one of each version is told"),
     "torch._dynamo.config:patch": Private("behind breaks in long loops nothing is seen"),
@@ -185,29 +183,6 @@ def patched(name: str, value: Any) -> Iterator[None]:
         yield
 
 
-def without_recompile_limits() -> contextlib.AbstractContextManager[Any]:
-    """Within this, Dynamo makes as many versions of a function as it needs."""
-    patch = find("torch._dynamo.config:patch")
-    limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 10_000)
-    return contextlib.nullcontext() if patch is None else patch(limits)
-
-
-class TimeIsOverError(BaseException):
-    """Ends the calls that `end_compiles` was told to end; no handler of Dynamo's or the user's stops it."""
-
-
-def end_compiles(stack: contextlib.ExitStack, seconds: float) -> None:
-    """Until the stack closes, a graph that is made after this time raises TimeIsOverError."""
-    end = time.monotonic() + seconds
-
-    def make(original: Any, *args: Any, **kwargs: Any) -> Any:
-        if time.monotonic() > end:
-            raise TimeIsOverError
-        return original(*args, **kwargs)
-
-    replace(stack, GRAPHS, make)
-
-
 def intercept_ops(handler: Callable[[Any, Any, Any], Any]) -> contextlib.AbstractContextManager[Any]:
     """Within the block, call `handler(op, args, kwargs)` in place of each op that torch dispatches."""
     mode = find("torch.utils._python_dispatch:TorchDispatchMode")
@@ -224,18 +199,6 @@ def intercept_ops(handler: Callable[[Any, Any, Any], Any]) -> contextlib.Abstrac
     }
     intercepting: contextlib.AbstractContextManager[Any] = type("Intercepting", (mode,), members)()
     return intercepting
-
-
-def let_devices_be_entered(stack: contextlib.ExitStack, device: torch.device) -> None:
-    """Let `with torch.cuda.device(...)` be traced where torch was built without CUDA: no device is exchanged."""
-    module = torch.get_device_module(device)
-    for name in ("_exchange_device", "_maybe_exchange_device"):
-        if hasattr(module, name):
-            stack.enter_context(mock.patch.object(module, name, return_value=0))
-    for cls in vars(find("torch._dynamo.variables:ctx_manager") or object).values():
-        for name in ("_exchange_fn", "_maybe_exchange_fn"):  # Dynamo's classes keep the functions of their import
-            if isinstance(cls, type) and callable(vars(cls).get(name)):
-                stack.enter_context(mock.patch.object(cls, name, staticmethod(lambda index: 0)))
 
 
 # -- records of Dynamo's ----------------------------------------------------------------------------------------------
@@ -256,11 +219,6 @@ def needs_values_errors() -> tuple[type[Any], ...]:
     return tuple(find(f"torch._subclasses.fake_tensor:{name}") or _NeverRaisedError for name in names)
 
 
-def errors_of_ops() -> type[Any]:
-    """Return the class of errors that an op raised while it was traced: most come without the compiler too."""
-    return find("torch._dynamo.exc:TorchRuntimeError") or _NeverRaisedError
-
-
 def recompile_limit() -> int:
     """Return how many versions of a function Dynamo makes."""
     return int(find("torch._dynamo.config:recompile_limit") or 8)
@@ -276,20 +234,6 @@ def lowering_facts() -> Any:
     """Return AOTAutograd's metadata of the graph compiled last, such as the inputs it writes to; or None."""
     get = find("torch._guards:TracingContext.try_get")
     return getattr(get() if get is not None else None, "fw_metadata", None)
-
-
-def is_tracing() -> bool:
-    """Return whether Dynamo or AOTAutograd traces a graph now."""
-    get = find("torch._guards:TracingContext.try_get")
-    return get is not None and get() is not None
-
-
-def without_fake_modes() -> contextlib.AbstractContextManager[Any]:
-    """Within this, ops run on real tensors."""
-    unset: Callable[[], contextlib.AbstractContextManager[Any]] | None = find(
-        "torch._subclasses.fake_tensor:unset_fake_temporarily"
-    )
-    return unset() if unset is not None else contextlib.nullcontext()
 
 
 def compile_id() -> str:

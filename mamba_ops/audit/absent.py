@@ -173,7 +173,9 @@ def fake_mode() -> Any:
     shapes = _torch.find("torch.fx.experimental.symbolic_shapes:ShapeEnv")
     if shapes is not None:  # while_loop asks the mode for one; what is read between two graphs stays a number
         shapes = shapes(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
-    return type("AssumingMode", (mode,), {"dispatch": _dispatch})(allow_non_fake_inputs=True, shape_env=shapes)
+    made = mode(allow_non_fake_inputs=True, shape_env=shapes)
+    made.dispatch = functools.partial(_dispatch, made.dispatch)
+    return made
 
 
 _MOST = 10**7  # elements of a tensor whose values are assumed
@@ -192,12 +194,12 @@ def _assuming(tell: Callable[[str], None] | None) -> Iterator[None]:
             _assumes.remove(tell)
 
 
-def _dispatch(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+def _dispatch(dispatch: Callable[..., Any], func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     try:
-        return super(type(self), self).dispatch(func, types, args, kwargs)
+        return dispatch(func, types, args, kwargs)
     except _torch.needs_values_errors():
         tensors = _torch.tensors_in((args, kwargs or {}))
-        if not _assumes or _torch.is_tracing() or any(tensor.numel() > _MOST for tensor in tensors):
+        if not _assumes or _is_tracing() or any(tensor.numel() > _MOST for tensor in tensors):
             raise
         _assumes[-1](str(func))
         return _with_ones(func, args, kwargs or {})
@@ -206,11 +208,25 @@ def _dispatch(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = No
 def _with_ones(func: Any, args: Any, kwargs: Any) -> Any:
     """Return what an op returns for tensors of ones, as fakes on the device of the tensors given."""
     device = next(tensor.device for tensor in _torch.tensors_in((args, kwargs)))
-    with _torch.without_fake_modes():
+    with _without_fake_modes():
         args, kwargs = _torch.map_tensors(
             lambda tensor: torch.ones(tuple(tensor.shape), dtype=tensor.dtype), (args, kwargs)
         )
         return fake(func(*args, **kwargs), device.type)
+
+
+def _is_tracing() -> bool:
+    """Return whether Dynamo or AOTAutograd traces a graph now."""
+    get = _torch.find("torch._guards:TracingContext.try_get")
+    return get is not None and get() is not None
+
+
+def _without_fake_modes() -> contextlib.AbstractContextManager[Any]:
+    """Within this, ops run on real tensors."""
+    unset: Callable[[], contextlib.AbstractContextManager[Any]] | None = _torch.find(
+        "torch._subclasses.fake_tensor:unset_fake_temporarily"
+    )
+    return unset() if unset is not None else contextlib.nullcontext()
 
 
 class _DeepCopyFakes(TorchFunctionMode):

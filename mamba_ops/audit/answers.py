@@ -14,6 +14,8 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
+from mamba_ops.audit import _torch
+
 _TOLD_THE_TRUTH = (str(Path(torch.__file__).parent), str(Path(__file__).resolve().parents[1]))
 _PROPERTIES = {
     "cuda": {"major": 9, "minor": 0, "multi_processor_count": 132, "warp_size": 32, "total_memory": 80 * 2**30},
@@ -62,6 +64,18 @@ def _answering(original: Callable[..., Any], answer: Any) -> Callable[..., Any]:
         return answer
 
     return answering
+
+
+def let_devices_be_entered(stack: contextlib.ExitStack, device: torch.device) -> None:
+    """Let `with torch.cuda.device(...)` be traced where torch was built without CUDA: no device is exchanged."""
+    module = torch.get_device_module(device)
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        if hasattr(module, name):
+            stack.enter_context(mock.patch.object(module, name, return_value=0))
+    for cls in vars(_torch.find("torch._dynamo.variables:ctx_manager") or object).values():
+        for name in ("_exchange_fn", "_maybe_exchange_fn"):  # Dynamo's classes keep the functions of their import
+            if isinstance(cls, type) and callable(vars(cls).get(name)):
+                stack.enter_context(mock.patch.object(cls, name, staticmethod(lambda index: 0)))
 
 
 def on_host(device: torch.device) -> "TorchFunctionMode":

@@ -7,6 +7,7 @@ slow: each turn of the loop is compiled for itself. So it is done for the findin
 
 import contextlib
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -55,6 +56,29 @@ class Probe(Collector):
         return isinstance(value, nn.Module) and not is_in_list
 
 
+def _without_recompile_limits() -> contextlib.AbstractContextManager[Any]:
+    """Within this, Dynamo makes as many versions of a function as it needs."""
+    patch = _torch.find("torch._dynamo.config:patch")
+    limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 10_000)
+    return contextlib.nullcontext() if patch is None else patch(limits)
+
+
+class _TimeIsOverError(BaseException):
+    """Ends the calls that `_end_compiles` was told to end; no handler of Dynamo's or the user's stops it."""
+
+
+def _end_compiles(stack: contextlib.ExitStack, seconds: float) -> None:
+    """Until the stack closes, a graph that is made after this time raises _TimeIsOverError."""
+    end = time.monotonic() + seconds
+
+    def make(original: Any, *args: Any, **kwargs: Any) -> Any:
+        if time.monotonic() > end:
+            raise _TimeIsOverError
+        return original(*args, **kwargs)
+
+    _torch.replace(stack, _torch.GRAPHS, make)
+
+
 @contextlib.contextmanager
 def breaks_in_loops(seconds: float) -> Iterator[None]:
     """Within the block, Dynamo goes on after a break in a loop; the block ends early when the time is over."""
@@ -62,9 +86,9 @@ def breaks_in_loops(seconds: float) -> Iterator[None]:
         stack.enter_context(_torch.patched(_torch.LOOPS, lambda translator: False))
         for container in (nn.ModuleList, nn.Sequential):
             stack.enter_context(mock.patch.object(container, "__iter__", _iterate))
-        stack.enter_context(_torch.without_recompile_limits())
-        with contextlib.suppress(_torch.TimeIsOverError):
-            _torch.end_compiles(stack, seconds)
+        stack.enter_context(_without_recompile_limits())
+        with contextlib.suppress(_TimeIsOverError):
+            _end_compiles(stack, seconds)
             yield
 
 

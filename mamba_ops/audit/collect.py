@@ -6,7 +6,6 @@ one of them, its lists are read instead.
 """
 
 import contextlib
-import importlib.util
 import re
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mamba_ops.audit import _torch
+from mamba_ops.audit import _torch, triton_compiles
 from mamba_ops.audit import graph as graphs
 from mamba_ops.audit.expressions import called_at
 from mamba_ops.audit.guards import classify_guard, guard_subject, guard_text
@@ -33,7 +32,6 @@ from mamba_ops.audit.source_locations import (
     locations_in_text,
     user_frames,
 )
-from mamba_ops.ops._triton import _triton
 
 Stack = tuple[SourceLocation, ...]
 
@@ -138,7 +136,7 @@ class Collector:
             self._unwrapped = {name for name, around in wrapped.items() if not _torch.replace(stack, name, around)}
             if torch.accelerator.is_available():  # else nothing records, and Inductor takes a second to load
                 _torch.replace(stack, _torch.CUDA_GRAPHS, self._no_capture)
-            _hook_triton(stack, self._jit)
+            triton_compiles.hook(stack, self._jit)
             stack.enter_context(_torch.on_compile(self._begin, self._end))
             yield
 
@@ -231,7 +229,7 @@ class Collector:
                 self.unsupported(error, code)  # fullgraph=True: it stops at the first break
         else:
             self._failures.append((error, stack, current_locations(), SourceLocation.defined(code)))
-            if self.watches and not isinstance(error, _torch.errors_of_ops()):
+            if self.watches and type(error).__name__ != "TorchRuntimeError":  # of an op: it fails in Python too
                 self.add_failures()
         return original(error, code, *args, **kwargs)
 
@@ -322,7 +320,7 @@ class Collector:
     def listen_to_triton(self) -> Iterator[None]:
         """Within the block, count Triton's compiles alone."""
         with contextlib.ExitStack() as stack:
-            _hook_triton(stack, self._jit)
+            triton_compiles.hook(stack, self._jit)
             yield
 
 
@@ -386,16 +384,3 @@ def _subject(cause: str, message: str, source: str, called: str | None = None) -
         return entered[1]
     first = re.search(r"([\w.]+)\(", source)
     return first[1] if first else cause
-
-
-def _hook_triton(stack: contextlib.ExitStack, on_compile: Callable[[str], None]) -> None:
-    """Call `on_compile` with the kernel's name after each compile, where Triton is installed."""
-
-    def compiled(*_: Any, **kwargs: Any) -> None:
-        function = kwargs.get("fn")
-        name = getattr(function, "name", None) or str(kwargs.get("repr", "a kernel"))
-        if not name.rpartition(".")[2].startswith("triton_"):  # those are Inductor's own
-            on_compile(name.rpartition(".")[2])
-
-    if importlib.util.find_spec("triton") is not None:
-        stack.enter_context(_triton.hook(_triton.COMPILED, compiled, "the audit does not see what Triton compiles"))

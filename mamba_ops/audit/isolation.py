@@ -7,24 +7,28 @@ import inspect
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+if TYPE_CHECKING:
+    from mamba_ops.audit.collect import Collector
+
 _T = TypeVar("_T")
 
 
 @contextlib.contextmanager
-def isolated(fn: Any, tell: Callable[[str], None]) -> Iterator[Any]:
+def isolated(fn: Any, device: torch.device | None, collector: "Collector") -> Iterator[Any]:
     """Within the block, call the copy that it gives; `fn` is as before after it.
 
-    Where `fn` cannot be copied it is given itself, and put back as far as that goes.
+    Where `fn` cannot be copied it is given itself, and put back as far as that goes; the report says so.
 
     Args:
         fn: a module, a method of one, or a function.
-        tell: called with a sentence if there is no copy.
+        device: where a module's copy goes; None leaves it where it is.
+        collector: is told the names of the copy's layers.
     """
     taken, reason = fn, ""
     try:
@@ -33,13 +37,24 @@ def isolated(fn: Any, tell: Callable[[str], None]) -> Iterator[Any]:
             reason = "a function reaches it by name"
     except Exception as error:  # whatever a class raises in its __deepcopy__
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    if reason:
-        tell(
-            f"The model cannot be copied ({reason}), so it was called itself. Its attributes, buffers and "
-            "requires_grad were put back; what it wrote to its parameters and to objects that it holds was not."
-        )
+    note = (
+        f"The model cannot be copied ({reason}), so it was called itself. Its attributes, buffers and requires_grad "
+        "were put back; what it wrote to its parameters and to objects that it holds was not."
+    )
+    if reason and note not in collector.report.notes:
+        collector.report.notes.append(note)
     with _put_back(fn):
+        if device is not None and isinstance(taken, nn.Module):
+            taken = taken.to(device)
+        collector.layers.name(taken)
         yield taken
+
+
+def copied(arguments: _T) -> _T:
+    """Return a copy of arguments, or themselves where an object among them cannot be copied."""
+    with contextlib.suppress(Exception):
+        return deep_copy(arguments)
+    return arguments
 
 
 def deep_copy(value: _T) -> _T:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from mamba_ops.audit import _torch, absent
 from mamba_ops.audit import graph as graphs
-from mamba_ops.audit.answers import ASSUMED, on_host, present
+from mamba_ops.audit.answers import ASSUMED, let_devices_be_entered, on_host, present
 from mamba_ops.audit.eager import add_hidden_syncs, hear_fallbacks, run_eagerly
-from mamba_ops.audit.isolation import deep_copy, isolated
+from mamba_ops.audit.isolation import copied, isolated
 from mamba_ops.audit.processes import watch_processes
 from mamba_ops.audit.report import Report
 from mamba_ops.audit.show import grouped
@@ -197,37 +197,15 @@ def quiet_torch() -> Iterator[None]:
             log.setLevel(level)
 
 
-def _copied(made: Arguments) -> Arguments:
-    """Return a copy of arguments, or themselves where an object among them cannot be copied."""
-    with contextlib.suppress(Exception):
-        return deep_copy(made)
-    return made
-
-
-@contextlib.contextmanager
-def _isolated(collector: "Collector", fn: Any, device: torch.device | None) -> Iterator[Any]:
-    """Within the block, call the copy of a model that it gives, on a device; None leaves it where it is."""
-
-    def tell(sentence: str) -> None:
-        if sentence not in collector.report.notes:
-            collector.report.notes.append(sentence)
-
-    with isolated(fn, tell) as model:
-        if device is not None and isinstance(model, nn.Module):
-            model = model.to(device)
-        collector.layers.name(model)
-        yield model
-
-
 def _first(
     collector: "Collector", fn: Any, made: Arguments, where: torch.device
 ) -> list[tuple[str, tuple[Any, ...]]] | None:
     """Run the first call eagerly, on the CPU if the device is absent; None if it does not run there."""
     absent_device = where.type if collector.report.absent else None
     device = None if absent_device else where
-    args, kwargs = _copied(made)
+    args, kwargs = copied(made)
     try:
-        with _isolated(collector, fn, device) as model, collector.listen_to_triton(), contextlib.ExitStack() as stack:
+        with isolated(fn, device, collector) as model, collector.listen_to_triton(), contextlib.ExitStack() as stack:
             if absent_device:
                 stack.enter_context(present(where))
                 stack.enter_context(on_host(where))
@@ -255,12 +233,12 @@ def _compile(
     torch.compiler.reset()
     inductor = mode is not None or device.type != "cpu"
     options: dict[str, Any] = {"mode": mode} if inductor else {"backend": "aot_eager"}
-    with _isolated(collector, fn, device) as model, collector.listen():
+    with isolated(fn, device, collector) as model, collector.listen():
         compiled: Callable[..., Any] = torch.compile(model, dynamic=dynamic, **options)
         for made in calls:
             shapes = describe(made)
             progress(f"compiled, {shapes}")
-            args, kwargs = _copied(made)
+            args, kwargs = copied(made)
             with collector.one_call(shapes):
                 try:
                     out = compiled(*args, **kwargs)
@@ -276,9 +254,9 @@ def _compile(
 
 def _try_without(collector: "Collector", fn: Any, made: Arguments, device: torch.device | None = None) -> None:
     """Make a call without the compiler that failed with it: where that fails too, it is not the compiler's fault."""
-    args, kwargs = _copied(made)
+    args, kwargs = copied(made)
     try:
-        with _isolated(collector, fn, device) as model:
+        with isolated(fn, device, collector) as model:
             model(*args, **kwargs)
     except Exception as error:
         error.__context__ = None  # the error with the compiler
@@ -318,7 +296,7 @@ def _trace_absent(
         stack.enter_context(collector.listen())
         # Dynamo recognises a Triton launch only where a device could run it.
         _torch.replace(stack, _torch.HAS_TRITON, lambda original: has_triton)
-        _torch.let_devices_be_entered(stack, device)
+        let_devices_be_entered(stack, device)
         stack.enter_context(present(device))
         tracer = absent.Tracer(fn, device=device.type, dynamic=dynamic, on_assumption=collector.assumption)
         collector.layers.name(tracer.fn)
@@ -359,12 +337,12 @@ def _look_behind(
 
     def make_calls(model: Any) -> None:
         for made in calls:
-            args, kwargs = _copied(made)
+            args, kwargs = copied(made)
             with probe.one_call(describe(made)):
                 model(*args, **kwargs)
 
     torch.compiler.reset()
-    with _isolated(probe, fn, None if is_absent else device) as model, contextlib.ExitStack() as stack:
+    with isolated(fn, None if is_absent else device, probe) as model, contextlib.ExitStack() as stack:
         if is_absent:
             stack.enter_context(present(device))
             model = absent.Tracer(model, device=device.type, dynamic=dynamic, on_assumption=lambda op: None)
@@ -386,8 +364,8 @@ def _find_copies(
         found.extend(graphs.copies(module))
 
     torch.compiler.reset()
-    args, kwargs = _copied(made)
-    with _isolated(collector, fn, device) as model, contextlib.ExitStack() as stack:
+    args, kwargs = copied(made)
+    with isolated(fn, device, collector) as model, contextlib.ExitStack() as stack:
         if not _torch.replace(stack, _torch.COPIES, read):
             return
         stack.enter_context(torch.compiler.config.patch(force_disable_caches=True))  # type: ignore[attr-defined]

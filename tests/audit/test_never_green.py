@@ -157,7 +157,7 @@ def test_what_a_break_in_a_loop_hides_is_found_in_the_same_run():
 @pytest.mark.parametrize(
     ("model", "layer", "causes"),
     [
-        (unseen.LoopTwin, unseen.Scaled, {"item"}),  # nothing is behind the break
+        (unseen.LoopTwin, unseen.Scaled, {"item", "attribute"}),  # of the layers: nothing is behind
         (unseen.LoopTwin, unseen.ScaledTwin, set()),
         (unseen.Loop, unseen.ScaledTwin, {"dynamic-shape", "attribute"}),  # all is in sight
     ],

@@ -127,6 +127,9 @@ def audited(device, name):
     return audit(Several(), *calls[0], calls=calls[1:], copies=name == _torch.COPIES)
 
 
+NEED_LOOPS = (_torch.LOOPS, "torch._dynamo.config:patch")
+
+
 def watched():
     with watch_compiler() as watch:
         for size in (3, 4):
@@ -145,6 +148,8 @@ def check(device, name):
             stack.callback(setattr, torch.accelerator, "is_available", is_available)
             torch.accelerator.is_available = lambda: is_asked_by("audit/collect.py", 2) or is_available()
         report = audited(device, name)
+        if name in NEED_LOOPS:
+            audit(breaks.LoopWithBreak(2), breaks.x())
         if device == "cpu":
             watch = watched()
             _torch.traced_stack()
@@ -179,6 +184,7 @@ FOR_ABSENT_DEVICES = (
     "torch._higher_order_ops.triton_kernel_wrap:kernel_side_table",
     "torch.fx:Node._pretty_print_target",
     "torch.fx.experimental.proxy_tensor:CONSTANT_NUMEL_LIMIT",
+    "torch.fx.experimental.symbolic_shapes:ShapeEnv",
     *(name for name in _torch.PRIVATE if name.startswith("torch._subclasses")),
 )
 NEED_TRITON = (_torch.HAS_TRITON, "torch._higher_order_ops.triton_kernel_wrap:kernel_side_table")
