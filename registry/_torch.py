@@ -166,12 +166,10 @@ def is_watched() -> bool:
     """Return whether a profiler or a TorchFunctionMode follows what torch's dispatcher calls, or tensors may carry
     tangents.
     """
+    if _forward_level() >= 0:
+        return True
     try:
-        return (
-            torch._C._autograd._profiler_enabled()
-            or torch._C._is_torch_function_mode_enabled()
-            or forward_ad._current_level >= 0
-        )
+        return torch._C._autograd._profiler_enabled() or torch._C._is_torch_function_mode_enabled()
     except AttributeError:
         _warn_once("_profiler_enabled", "every call takes the dispatcher, which takes microseconds")
         return True
