@@ -216,9 +216,9 @@ def _with_ones(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _is_tracing() -> bool:
-    """Return whether Dynamo or AOTAutograd traces a graph now."""
+    """Return whether Dynamo or AOTAutograd traces a graph now; True where this torch does not say."""
     get = _torch.find("torch._guards:TracingContext.try_get")
-    return get is not None and get() is not None
+    return get is None or get() is not None
 
 
 def _without_fake_modes() -> contextlib.AbstractContextManager[Any]:
