@@ -84,6 +84,7 @@ def test_what_takes_no_tokens_is_a_sentence(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # 800 names
 def test_every_name_is_built_small_or_is_a_sentence():
     built, said = [], {}
     for name in sorted(CONFIG_MAPPING_NAMES):
