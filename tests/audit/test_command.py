@@ -234,6 +234,7 @@ def test_what_hangs_with_signals_blocked_is_ended_at_the_limit(tmp_path, options
     assert f"{options[-1]} was ended at the limit of 1 s." in result.output
 
 
+@pytest.mark.slow
 def test_in_time_a_child_says_what_this_process_would_say(tmp_path):
     """Of a model that fails, of a script's own arguments, output and status."""
     file = tmp_path / "made.py"

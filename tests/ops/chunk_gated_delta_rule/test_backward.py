@@ -119,6 +119,7 @@ def test_strong_decays_of_the_kernel(kernel: Backward, device: torch.device) -> 
     check_strong_decays(kernel, device)
 
 
+@pytest.mark.slow
 def test_rows_of_the_kernel(kernel: Backward, device: torch.device) -> None:
     check_rows(kernel, rows_call(device), TOKENS)
 
@@ -167,7 +168,7 @@ KERNEL_BUGS = {
 
 
 @pytest.mark.parametrize(
-    "bug", [pytest.param(bug, marks=pytest.mark.slow if number > 3 else ()) for number, bug in enumerate(KERNEL_BUGS)]
+    "bug", [pytest.param(bug, marks=pytest.mark.slow if number else ()) for number, bug in enumerate(KERNEL_BUGS)]
 )
 def test_bug_planted_in_the_kernel_is_caught(bug: str, device: torch.device, tmp_path: Path) -> None:
     pytest.importorskip("triton")

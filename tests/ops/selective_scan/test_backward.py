@@ -26,14 +26,14 @@ from tests.training.backward import (
     packed,
 )
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 
 
 oracle = oracle_by_name(selective_scan)
 reference = front_of(reference_backward.selective_scan_backward, BackwardArguments)
 
 
-@pytest.mark.parametrize("left_out", [None, *OPTIONAL])
+@pytest.mark.parametrize("left_out", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in OPTIONAL)])
 def test_gradcheck(left_out: str | None) -> None:
     arguments = call(1, 18, dim=2, dstate=2)
     if left_out != "grad_final_states":  # gradcheck asks for the gradients of all results
@@ -122,6 +122,7 @@ def test_kernel_on_all_calls(kernel: Backward, device: torch.device, dtype: torc
     judge_all(kernel, dtype, device)
 
 
+@pytest.mark.slow
 def test_rows_of_the_kernel(kernel: Backward, device: torch.device) -> None:
     check_rows(kernel, rows_call(device), TOKENS)
 
@@ -169,7 +170,7 @@ KERNEL_BUGS = {
 
 
 @pytest.mark.parametrize(
-    "bug", [pytest.param(bug, marks=pytest.mark.slow if number > 3 else ()) for number, bug in enumerate(KERNEL_BUGS)]
+    "bug", [pytest.param(bug, marks=pytest.mark.slow if number else ()) for number, bug in enumerate(KERNEL_BUGS)]
 )
 def test_bug_planted_in_the_kernel_is_caught(bug: str, device: torch.device, tmp_path: Path) -> None:
     pytest.importorskip("triton")
