@@ -40,6 +40,7 @@ def __call__(self, {header}):
                 kernel_({passed})
                 return {result}
         {transforms}
+        {typing}
         {caches}
         dispatch_({passed})
         return {result}
@@ -53,6 +54,7 @@ def __call__(self, {header}):
         if is_compiling_():
             return overload_({passed}, token_({first}.device))
         {recording}
+        {typing}
         return dispatch_({passed})
     except Exception as error_:
         raise explained_(error_, {values})
@@ -189,10 +191,13 @@ def fronts(
     handed_on = ", ".join(f"{p.name}={p.name}" for p in shown if p.name in trained)
     conditions = " and ".join([_asks_for_gradients(p for p in shown if p.name in trained), *others])
     recording = f"if ({conditions}):\n            return forward_({handed_on}){result}" if trained else ""
+    typing = _typing(shown)
     transforms = f"if is_transformed_(): refuse_transforms_({options['values']})"
-    front = _compiled(op, "front", _FRONT.format(recording=recording, transforms=transforms, **options), closure)
+    front = _compiled(
+        op, "front", _FRONT.format(recording=recording, transforms=transforms, typing=typing, **options), closure
+    )
     inside = _compiled(
-        op, "inside", _FRONT.format(recording="", transforms="", **options), {**closure, "dispatch": body}
+        op, "inside", _FRONT.format(recording="", transforms="", typing="", **options), {**closure, "dispatch": body}
     )
     return cast(FunctionType, front), cast(FunctionType, inside)
 
@@ -213,6 +218,7 @@ def functional_front(op: str, inputs: Parameters, **closure: Any) -> FunctionTyp
         passed=passed,
         first=next(p.name for p in inputs if p.annotation is Tensor),
         values=_tuple(inputs),
+        typing=_typing(inputs),
         recording=f"if ({_asks_for_gradients(inputs)}):\n            return record_({passed})" if records else "",
     )
     return cast(FunctionType, _compiled(op, "front", source, closure))
@@ -276,6 +282,14 @@ def body(
 
 def _numbers(parameters: Parameters) -> str:
     return _tuple(p for p in parameters if not is_tensor(p))
+
+
+def _typing(parameters: Iterable[inspect.Parameter]) -> str:
+    """Write what looks at the types of a call's numbers, which torch's dispatcher converts: 0.5 of numpy is its 0."""
+    kinds = {int: "type({0}) is int", bool: "type({0}) is bool", float: "type({0}) is float"}
+    optional = {kind | None: f"({{0}} is None or {check})" for kind, check in kinds.items()}
+    checks = [(kinds | optional)[p.annotation].format(p.name) for p in parameters if not is_tensor(p)]
+    return f"if not ({' and '.join(checks)}): check_numbers_({_tuple(parameters)})" if checks else ""
 
 
 def _compared(parameters: Parameters) -> str:

@@ -143,6 +143,7 @@ class Op(Trainable, Generic[P]):
         cells |= {"is_compiling": torch.compiler.is_dynamo_compiling, "token": token.token}
         cells["is_transformed"] = _torch.is_transformed
         cells["explained"] = partial(kinds.explained, self.qualname, self._called, self._validate)
+        cells["check_numbers"] = partial(kinds.check_numbers, self._called)
         cells["refuse_transforms"] = kinds.refuse_transforms
         inside: Callable[..., Any] = self._body
         if self.returns:

@@ -216,5 +216,7 @@ def test_a_cache_and_all_states_exclude_each_other() -> None:
     cache = {"final_states_out": normal(3, 2, 3, 4), "final_state_indices": ints(1)}
     with pytest.raises(ValueError, match="return_intermediate_states: got it with final_states_out"):
         vllm.mamba_chunk_scan_combined_varlen(*arguments, *chunks, return_intermediate_states=True, **cache)
-    with pytest.raises(ValueError, match="final_state_indices: got it without final_states_out, or not with it"):
+    with pytest.raises(
+        ValueError, match="final_state_indices: got one of it and final_states_out, expected both or neither"
+    ):
         vllm.mamba_chunk_scan_combined_varlen(*arguments, *chunks, final_states_out=cache["final_states_out"])

@@ -12,14 +12,12 @@ from torch import Tensor
 
 from mamba_ops import ops
 from mamba_ops.compat.arguments import all_have, is_silu, per_head, refuse, written
+from mamba_ops.compat.vllm_chunks import Chunks, check_final_states
 from mamba_ops.compat.vllm_layers import gdn_attention_core_xpu as gdn_attention_core_xpu
 from mamba_ops.compat.vllm_layers import mamba_mixer as mamba_mixer
 from mamba_ops.compat.vllm_layers import mamba_mixer2 as mamba_mixer2
-from mamba_ops.ops._common.checking import count_of, shape_is, slot_table, tensor_rank
 from mamba_ops.ops._common.slots import store_rows
-from mamba_ops.ops._common.values import slots_in_cache
 from mamba_ops.registry import answering
-from mamba_ops.registry.errors import in_call_of
 
 NULL_BLOCK_ID = 0
 PAD_SLOT_ID = -1
@@ -330,7 +328,7 @@ def mamba_chunk_scan_combined_varlen(
     written(name, out=out, final_states_out=final_states_out)
     n, compute = cu_seqlens.shape[0] - 1, torch.promote_types(x.dtype, torch.float32)
     if final_states_out is not None and final_state_indices is not None:
-        _check_final_states(final_states_out, (*x.shape[1:], B.shape[-1]), final_state_indices, n)
+        check_final_states(final_states_out, (*x.shape[1:], B.shape[-1]), final_state_indices, n)
     kept = C.dtype if state_dtype is None else state_dtype
     state = x.new_zeros(n, *x.shape[1:], B.shape[-1], dtype=compute)
     if initial_states is not None:
@@ -340,7 +338,7 @@ def mamba_chunk_scan_combined_varlen(
         states = x.new_empty(cu_chunk_seqlens.shape[0] - 1 + n, *state.shape[1:], dtype=kept)
         d = dt.to(compute) if dt_bias is None else dt.to(compute) + dt_bias.to(compute)
         d = (torch.nn.functional.softplus(d) if dt_softplus else d).clamp(dt_min, dt_max)
-        chunks = _Chunks(cu_chunk_seqlens, x.shape[0], chunk_size)
+        chunks = Chunks(cu_chunk_seqlens, x.shape[0], chunk_size)
         y = ops.mamba_chunk_scan(
             chunks.padded(x),
             chunks.padded(d),
@@ -381,43 +379,6 @@ def mamba_chunk_scan_combined_varlen(
         return state.to(kept)
     store_rows(final_states_out, final_state_indices[:n].long(), state, final_state_indices[:n] >= 0)
     return None
-
-
-def _check_final_states(cache: Tensor, sizes: tuple[int, ...], slots: Tensor, n: int) -> None:
-    """Raise, before anything is written, if the last states of n sequences can't be stored in a cache afterwards."""
-    function = "mamba_chunk_scan_combined_varlen"
-    try:
-        shape_is("final_states_out", cache, (count_of(cache), *sizes), hint="(slots, heads, dim, dstate)")
-        tensor_rank("final_state_indices", slots, {1: "(n,)"})
-        slot_table("final_state_indices", slots, rows=n)
-        if slots.device.type == "cpu":  # elsewhere looking would wait
-            slots_in_cache("final_state_indices", slots[:n], slots[:n] >= 0, cache, "final_states_out")
-    except ValueError as error:
-        raise in_call_of(function, error) from None
-
-
-class _Chunks:
-    """Tokens with every chunk padded to its full size: a step size of zero leaves the state as it is."""
-
-    def __init__(self, cu_chunk_seqlens: Tensor, tokens: int, size: int) -> None:
-        starts, ends = cu_chunk_seqlens[:-1].long(), cu_chunk_seqlens[1:].long()
-        self.tokens = starts.shape[0] * size
-        index = starts.unsqueeze(1) + torch.arange(size, device=starts.device)
-        self._inside = (index < ends.unsqueeze(1)).flatten()
-        self._index = index.flatten().clamp(max=max(tokens - 1, 0))
-        token = torch.arange(tokens, device=starts.device)
-        chunk = (torch.searchsorted(cu_chunk_seqlens, token, right=True) - 1).clamp(max=max(starts.shape[0] - 1, 0))
-        self._owned = token < cu_chunk_seqlens[-1]
-        self._padded_index = (chunk * size + token - starts[chunk]).clamp(max=max(self.tokens - 1, 0))
-
-    def padded(self, tensor: Tensor) -> Tensor:
-        """Return an activation `(tokens, ...)` in the padded layout."""
-        return torch.where(self._inside.view(-1, *[1] * (tensor.dim() - 1)), tensor[self._index], 0)
-
-    def unpad(self, padded: Tensor, out: Tensor) -> None:
-        """Write what was computed on padded tokens to `out`; tokens outside all chunks stay as they are."""
-        if self.tokens and out.numel():
-            out.copy_(torch.where(self._owned.view(-1, 1, 1), padded[self._padded_index], out))
 
 
 def _is_silu(function: str, activation: str | bool | None) -> bool:
