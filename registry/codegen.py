@@ -50,6 +50,7 @@ def __call__(self, {header}):
                 kernel_({passed})
                 return {result}
         {transformed}
+        {typing}
         {caches}
         dispatch_({passed})
         return {result}
@@ -64,6 +65,7 @@ def __call__(self, {header}):
             if is_transform_traced_(): refuse_traced_transform_()
             return overload_({passed}, token_({first}.device))
         {recording}
+        {typing}
         return dispatch_({passed})
     except Exception as error_:
         raise explained_(error_, {values})
@@ -209,8 +211,9 @@ def fronts(
         asks, given = _asks_for_gradients(p for p in shown if p.name in trained), " and ".join(others)
         recording = f"is_forward_ = ({given})\n        if is_forward_ and ({asks}):\n            {forward}"
         transformed = f"if is_forward_ and is_transformed_(): {forward}\n        {transformed}"
-    front = _compiled(op, "front", _FRONT.format(recording=recording, transformed=transformed, **options), closure)
-    source = _FRONT.format(recording="", transformed="", **options)
+    source = _FRONT.format(recording=recording, transformed=transformed, typing=_typing(shown), **options)
+    front = _compiled(op, "front", source, closure)
+    source = _FRONT.format(recording="", transformed="", typing="", **options)
     inside = _compiled(op, "inside", source, {**closure, "dispatch": body})
     return cast(FunctionType, front), cast(FunctionType, inside)
 
@@ -231,6 +234,7 @@ def functional_front(op: str, inputs: Parameters, **closure: Any) -> FunctionTyp
         passed=passed,
         first=next(p.name for p in inputs if p.annotation is Tensor),
         values=_tuple(inputs),
+        typing=_typing(inputs),
         recording=f"if is_transformed_() or {asks}:\n            return record_({passed})" if records else "",
     )
     return cast(FunctionType, _compiled(op, "front", source, closure))
@@ -294,6 +298,14 @@ def body(
 
 def _numbers(parameters: Parameters) -> str:
     return _tuple(p for p in parameters if not is_tensor(p))
+
+
+def _typing(parameters: Iterable[inspect.Parameter]) -> str:
+    """Write what looks at the types of a call's numbers, which torch's dispatcher converts: 0.5 of numpy is its 0."""
+    kinds = {int: "type({0}) is int", bool: "type({0}) is bool", float: "type({0}) is float"}
+    optional = {kind | None: f"({{0}} is None or {check})" for kind, check in kinds.items()}
+    checks = [(kinds | optional)[p.annotation].format(p.name) for p in parameters if not is_tensor(p)]
+    return f"if not ({' and '.join(checks)}): check_numbers_({_tuple(parameters)})" if checks else ""
 
 
 def _compared(parameters: Parameters) -> str:

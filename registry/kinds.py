@@ -15,20 +15,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import ParamSpec
 
-from mamba_ops.registry import _torch
+from mamba_ops.registry import _torch, codegen
 from mamba_ops.registry.errors import ArgumentTypeError, RegistryError, bad_argument, in_call_of, shown
 
 _EXPECTED = {Tensor: "a torch.Tensor", int: "a whole number", float: "a number", bool: "True or False"}
 _PACK = "pack its rows into one tensor, with cu_seqlens where the op has it"
 _OF_PREPARING = (RuntimeError, IndexError, AttributeError, TypeError, ValueError, NotImplementedError)
-_SENTENCE = re.compile(r"[\w.]+::\w+: ")
 P = ParamSpec("P")
 T = TypeVar("T")
-_TAKEN: dict[type, tuple[type, ...]] = {
-    int: (int, torch.SymInt),
-    float: (int, float, torch.SymInt, torch.SymFloat),
-    bool: (bool, torch.SymBool),
-}
 
 
 def check(arguments: Mapping[str, Any]) -> None:
@@ -67,7 +61,7 @@ def explained(
         error: what the call raised; a sentence that begins with an op's name stays.
         values: the call's arguments; `out` is None where the front was to allocate it.
     """
-    if isinstance(error, RegistryError) or _SENTENCE.match(str(error)):
+    if isinstance(error, RegistryError) or re.match(rf"(\w+::\w+|{op}): ", str(error)):  # a sentence of an op's own
         return error
     given = [(shown(p.name), p, value) for p, value in zip(parameters, values, strict=True)]
     for name, parameter, value in given:
@@ -92,6 +86,13 @@ def explained(
     except Exception:  # the checks were not made for such a call, and say nothing about it
         pass
     return error
+
+
+def check_numbers(parameters: Sequence[inspect.Parameter], values: Sequence[Any]) -> None:
+    """Raise TypeError if one of a call's numbers is of a wrong type; `explained` names it."""
+    for parameter, value in zip(parameters, values, strict=True):
+        if not codegen.is_tensor(parameter) and _of_wrong_type(parameter, value) is not None:
+            raise TypeError
 
 
 def answering(function: Callable[P, T]) -> Callable[P, T]:
@@ -130,8 +131,8 @@ def _answer(name: str, parameters: Sequence[inspect.Parameter], error: Exception
             raise in_call_of(name, wrong) from None
 
     found = explained(name, parameters, validate, error, values)
-    is_known = re.match(rf"(\w+::\w+|{name}): ", str(error))  # by an op, or by the function itself
-    if found is not error or is_known or type(error) not in _OF_PREPARING or not tensors:
+    is_sentence = re.match(rf"(\w+::\w+|{name}): ", str(error))
+    if found is not error or is_sentence or type(error) not in _OF_PREPARING or not tensors:
         return found
     got = " and ".join(f"{tuple(t.shape)} of {t.dtype}" for t in tensors.values())
     return bad_argument(f"{name}: {', '.join(tensors)}", got=got, expected=f"tensors that fit ({_first_line(error)})")
@@ -158,20 +159,22 @@ def _of_wrong_type(parameter: inspect.Parameter, value: Any) -> str | None:
             continue
         if kind is Tensor or parameter.name == "output":
             return None if isinstance(value, Tensor) else expected
-        if isinstance(value, Tensor):
-            return None if value.numel() == 1 else expected
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             return f"{expected} of 64 bits"
-        return None if isinstance(value, _TAKEN[kind]) or _is_index(kind, value) else expected
+        return None if _is_number(kind, value) else expected
     return None
 
 
-def _is_index(kind: type, value: Any) -> bool:
-    """Whether a value is a whole number of another library, as numpy's are, where a number belongs."""
+def _is_number(kind: type, value: Any) -> bool:
+    """Whether a value is a number of that kind, of numpy, a tensor of one element or a symbol too."""
+    if isinstance(value, torch.SymBool):
+        return kind is bool
     try:
-        return kind is not bool and operator.index(value) is not None
+        return operator.index(value) is not None
     except TypeError:
-        return False
+        if kind is float:
+            return hasattr(value, "__float__") and getattr(value, "size", 1) == 1
+        return kind is bool and type(value).__name__ in ("bool", "bool_")  # numpy's are no whole numbers
 
 
 def _described(value: Any) -> str:

@@ -146,6 +146,7 @@ class Op(Trainable, Generic[P]):
         cells["refuse_transformed"] = partial(refuse_transformed, self.qualname)
         cells["refuse_traced_transform"] = partial(refuse_traced_transform, self.qualname)
         cells["explained"] = partial(kinds.explained, self.qualname, self._called, self._validate)
+        cells["check_numbers"] = partial(kinds.check_numbers, self._called)
         inside: Callable[..., Any] = self._body
         if self.returns:
             call = codegen.functional_front(self.qualname, self._called, record=self.record, **cells)

@@ -317,6 +317,7 @@ def test_errors_survive_pickling(error: errors.RegistryError) -> None:
     back = pickle.loads(pickle.dumps(error))
     assert type(back) is type(error)
     assert (str(back), vars(back)) == (str(error), vars(error))
+    assert str(type(error)(str(error))) == str(error)  # as a DataLoader makes a worker's error again
 
 
 def test_there_is_an_error_of_each_class() -> None:

@@ -132,7 +132,7 @@ def test_the_companions_are_ordinary_ops(scale: Op[...], inputs: list[Tensor], b
     assert [run.op for run in runs][:3] == ["toys::scale_forward", "toys::scale", "toys::scale_backward"]
     with torch.no_grad():
         assert explain(forward, *inputs).backend == "composed"
-    with pytest.raises(ValueError, match=r"toys::scale: w: got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"toys::scale_forward: w: got shape \(3,\)"):
         scale(inputs[0], inputs[1][:3])
     with torch.no_grad(), pytest.raises(ValueError, match=r"grad_output: got shape \(2, 4\), expected \(3, 4\)"):
         backward(inputs[0][:2], None, *inputs, 2.0, inputs[0])
