@@ -12,9 +12,12 @@ from collections.abc import Callable, Collection, Iterable
 from types import FunctionType
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 Parameters = list[inspect.Parameter]
+
+LARGEST = torch.finfo(torch.float32).max
 
 _ADAPTER = """\
 def call({header}):
@@ -23,13 +26,14 @@ def call({header}):
 
 _FRONT = """\
 def __call__(self, {header}):
+    {limits}
     {recording}
     {allocation}
     if is_compiling_():
         {traced_caches}
         if is_grad_enabled_():
             {refusals}
-        overload_({passed}, selection=token_({first}.device))
+        overload_({passed}, selection=token_({first}))
         return {result}
     cache_ = decisions_.get(active_())
     if cache_ is not None and not is_watched_():
@@ -37,6 +41,8 @@ def __call__(self, {header}):
         if (not must_redispatch_() and numbers_ == {numbers} and same_tensors_({compared})):
             kernel_({passed})
             return {result}
+    if 'torch.distributed.tensor' in modules_:
+        refuse_distributed_({tensors})
     {caches}
     dispatch_({passed})
     return {result}
@@ -44,8 +50,11 @@ def __call__(self, {header}):
 
 _FUNCTIONAL_FRONT = """\
 def __call__(self, {header}):
+    {limits}
     if is_compiling_():
-        return overload_({passed}, token_({first}.device))
+        return overload_({passed}, token_({first}))
+    if type({first}) is not tensor_ and is_distributed_({first}):
+        register_shardings_()
     {recording}
     return dispatch_({passed})
 """
@@ -140,14 +149,17 @@ def fronts(
     While tracing it also passes the selection token and, where an input requires grad, leaves a call in the graph that
     raises when the graph runs. It reads nothing else, because Dynamo would guard on it.
 
+    Where a number is infinite by default, the largest float32 stands for infinity: packages of AOTInductor are written
+    as JSON, which has none.
+
     Args:
         op, parameters: qualified name and parameters of the op.
         mutated, caches: names of the mutated parameters, and of those among them that may be left out.
         first_code: number of the sentence that refuses a gradient of the first parameter; the others follow.
         trained: those of the parameters that the op's `forward` takes, which runs instead of the op where gradients are
-            asked for and no other tensor is given; none if it does not record gradients.
+            asked for, or tensors are spread over devices, and no other tensor is given; none if it does not record any.
         result: what takes the output out of that which `forward` returns.
-        closure: the values of the template's names that end in `_`, and `body`, which the second calls for `dispatch_`.
+        closure: the values of the template's names that end in `_`, and `inside`, those that the second has instead.
     """
     shown = [p.replace(name="out", default=None) if p.name == "output" else p for p in parameters]
     names = [p.name for p in shown]
@@ -160,9 +172,10 @@ def fronts(
         for number, p in enumerate(shown)
         if is_tensor(p)
     ]
-    body = closure.pop("body")
+    inside_ = closure.pop("inside")
     options: dict[str, Any] = {
         "header": _header(shown, closure),
+        "limits": _limits(parameters),
         "allocation": f"if out is None: out = {allocated}" if "out" in names else "",
         "traced_caches": "\n        ".join(empties),
         "caches": "\n    ".join(empties),
@@ -171,14 +184,16 @@ def fronts(
         "numbers": _numbers(parameters),
         "compared": _compared(shown),
         "first": first,
+        "tensors": _tuple(p for p in shown if is_tensor(p)),
         "result": "out" if "out" in names else None,
     }
     others = [f"{p.name} is None" for p in shown if is_tensor(p) and p.name not in trained]
     handed_on = ", ".join(f"{p.name}={p.name}" for p in shown if p.name in trained)
-    conditions = " and ".join([_asks_for_gradients(p for p in shown if p.name in trained), *others])
+    asked = _asks_for_gradients(p for p in shown if p.name in trained)
+    conditions = " and ".join([f"({asked} or type({first}) is not tensor_ and is_distributed_({first}))", *others])
     recording = f"if ({conditions}):\n        return forward_({handed_on}){result}" if trained else ""
     front = _compiled(op, "front", _FRONT.format(recording=recording, **options), closure)
-    inside = _compiled(op, "inside", _FRONT.format(recording="", **options), {**closure, "dispatch": body})
+    inside = _compiled(op, "inside", _FRONT.format(recording="", **options), {**closure, **inside_})
     return cast(FunctionType, front), cast(FunctionType, inside)
 
 
@@ -195,6 +210,7 @@ def functional_front(op: str, inputs: Parameters, **closure: Any) -> FunctionTyp
     records = closure["record"] is not None
     source = _FUNCTIONAL_FRONT.format(
         header=_header(inputs, closure),
+        limits=_limits(inputs),
         passed=passed,
         first=next(p.name for p in inputs if p.annotation is Tensor),
         recording=f"if ({_asks_for_gradients(inputs)}):\n        return record_({passed})" if records else "",
@@ -308,6 +324,16 @@ def _header(parameters: Iterable[inspect.Parameter], closure: dict[str, Any]) ->
         else:
             parts.append(f"{p.name}={p.default}")
     return ", ".join(parts)
+
+
+def _limits(parameters: Iterable[inspect.Parameter]) -> str:
+    """Write what keeps numbers that are infinite by default within float32."""
+    lines = []
+    for p in parameters:
+        if isinstance(p.default, float) and math.isinf(p.default):
+            sign, limit = ("<", -LARGEST) if p.default < 0 else (">", LARGEST)
+            lines.append(f"if {p.name} {sign} {limit}: {p.name} = {limit}")
+    return "\n    ".join(lines)
 
 
 def _passed(parameters: Iterable[inspect.Parameter], **renamed: str) -> str:
