@@ -12,6 +12,7 @@ if __name__ == "registry":
 from mamba_ops.registry.backend import Backend as Backend
 from mamba_ops.registry.backend import backends as backends
 from mamba_ops.registry.capture import noticing_swaps as noticing_swaps
+from mamba_ops.registry.decomposition import decompositions as decompositions
 from mamba_ops.registry.errors import CompilationError as CompilationError
 from mamba_ops.registry.errors import ConfigError as ConfigError
 from mamba_ops.registry.errors import DeclarationError as DeclarationError

@@ -6,7 +6,7 @@
 import pkgutil
 import sys
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
@@ -37,6 +37,8 @@ PRIVATE = (
     "torch.autograd.forward_ad:_current_level",
     "torch._C._autograd:_profiler_enabled",
     "torch._C:_is_torch_function_mode_enabled",
+    "torch._ops:OpOverload.py_impl",
+    "torch.fx.experimental.proxy_tensor:get_proxy_mode",
 )
 """`module:name` of each; `_dynamo_marked_constant` is a word in that module's source."""
 
@@ -83,6 +85,40 @@ def dispatch_of(overload: Any) -> Callable[..., None]:
     if dispatch is None:
         _warn_once("OpOverload._op", "each call of an op has one Python frame more")
     return overload if dispatch is None else dispatch
+
+
+def honour_decompositions(overload: Any) -> None:
+    """Let a table of decompositions hold for an op, mutating ones included, while torch turns a program functional.
+
+    torch asks the table for what is left after that, when an op that mutates has become another. What it asks before is
+    whether the op is composite. So this one says that it is where the table has it.
+    """
+    register = getattr(overload, "py_impl", None)
+    if register is None:
+        _warn_once("OpOverload.py_impl", "programs keep ops that mutate when they are decomposed")
+        return
+
+    def decompose(*args: Any, **kwargs: Any) -> Any:
+        entry = _decomposition_table().get(overload)
+        return NotImplemented if entry is None else entry(*args, **kwargs)
+
+    register(torch._C.DispatchKey.CompositeImplicitAutograd)(decompose)
+
+
+def _decomposition_table() -> Mapping[Any, Callable[..., Any]]:
+    """Return the table that the program being traced is decomposed by; an empty one without."""
+    if (tracing := sys.modules.get("torch.fx.experimental.proxy_tensor")) is None:
+        return {}
+    if (find := getattr(tracing, "get_proxy_mode", None)) is None:
+        _warn_once("proxy_tensor.get_proxy_mode", "programs keep ops that mutate when they are decomposed")
+        return {}
+    if (mode := find()) is None:
+        return {}
+    table = getattr(mode, "decomposition_table", None)  # that of the mode; in torch 2.11 and 2.12 a global one
+    found: Mapping[Any, Callable[..., Any]] = (
+        getattr(tracing, "CURRENT_DECOMPOSITION_TABLE", {}) if table is None else table
+    )
+    return found
 
 
 def mark_dynamic(tensor: Tensor) -> None:

@@ -12,9 +12,12 @@ from collections.abc import Callable, Collection, Iterable
 from types import FunctionType
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 Parameters = list[inspect.Parameter]
+
+LARGEST = torch.finfo(torch.float32).max
 
 _ADAPTER = """\
 def call({header}):
@@ -33,6 +36,7 @@ def call({header}):
 _FRONT = """\
 def __call__(self, {header}):
     try:
+        {limits}
         {recording}
         {allocation}
         if is_compiling_():
@@ -40,7 +44,7 @@ def __call__(self, {header}):
             {traced_caches}
             if is_grad_enabled_():
                 {refusals}
-            overload_({passed}, selection=token_({first}.device))
+            overload_({passed}, selection=token_({first}))
             return {result}
         cache_ = decisions_.get(active_())
         if cache_ is not None and not is_watched_():
@@ -51,6 +55,8 @@ def __call__(self, {header}):
                 return {result}
         {transformed}
         {typing}
+        if 'torch.distributed.tensor' in modules_:
+            refuse_distributed_({tensors})
         {caches}
         dispatch_({passed})
         return {result}
@@ -61,9 +67,12 @@ def __call__(self, {header}):
 _FUNCTIONAL_FRONT = """\
 def __call__(self, {header}):
     try:
+        {limits}
         if is_compiling_():
             if is_transform_traced_(): refuse_traced_transform_()
-            return overload_({passed}, token_({first}.device))
+            return overload_({passed}, token_({first}))
+        if type({first}) is not tensor_ and is_distributed_({first}):
+            register_shardings_()
         {recording}
         {typing}
         return dispatch_({passed})
@@ -169,14 +178,17 @@ def fronts(
     While tracing it also passes the selection token and, where an input requires grad, leaves a call in the graph that
     raises when the graph runs. It reads nothing else, because Dynamo would guard on it.
 
+    Where a number is infinite by default, the largest float32 stands for infinity: packages of AOTInductor are written
+    as JSON, which has none.
+
     Args:
         op, parameters: qualified name and parameters of the op.
         mutated, caches: names of the mutated parameters, and of those among them that may be left out.
         first_code: number of the sentence that refuses a gradient of the first parameter; the others follow.
         trained: those of the parameters that the op's `forward` takes, which runs instead of the op where gradients are
-            asked for and no other tensor is given; none if it does not record gradients.
+            asked for, or tensors are spread over devices, and no other tensor is given; none if it does not record any.
         result: what takes the output out of that which `forward` returns.
-        closure: the values of the template's names that end in `_`, and `body`, which the second calls for `dispatch_`.
+        closure: the values of the template's names that end in `_`, and `inside`, those that the second has instead.
     """
     shown = [p.replace(name="out", default=None) if p.name == "output" else p for p in parameters]
     names = [p.name for p in shown]
@@ -189,9 +201,10 @@ def fronts(
         for number, p in enumerate(shown)
         if is_tensor(p)
     ]
-    body = closure.pop("body")
+    inside_ = closure.pop("inside")
     options: dict[str, Any] = {
         "header": _header(shown, closure),
+        "limits": _limits(parameters),
         "allocation": f"if out is None: out = {allocated}" if "out" in names else "",
         "traced_caches": "\n            ".join(empties),
         "caches": "\n        ".join(empties),
@@ -201,6 +214,7 @@ def fronts(
         "values": _tuple(shown),
         "compared": _compared(shown),
         "first": first,
+        "tensors": _tuple(p for p in shown if is_tensor(p)),
         "result": "out" if "out" in names else None,
     }
     others = [f"{p.name} is None" for p in shown if is_tensor(p) and p.name not in trained]
@@ -209,12 +223,13 @@ def fronts(
     transformed = f"if is_transformed_(): refuse_transformed_({options['values']})"
     if trained:
         asks, given = _asks_for_gradients(p for p in shown if p.name in trained), " and ".join(others)
+        asks = f"{asks} or type({first}) is not tensor_ and is_distributed_({first})"
         recording = f"is_forward_ = ({given})\n        if is_forward_ and ({asks}):\n            {forward}"
         transformed = f"if is_forward_ and is_transformed_(): {forward}\n        {transformed}"
     source = _FRONT.format(recording=recording, transformed=transformed, typing=_typing(shown), **options)
     front = _compiled(op, "front", source, closure)
     source = _FRONT.format(recording="", transformed="", typing="", **options)
-    inside = _compiled(op, "inside", source, {**closure, "dispatch": body})
+    inside = _compiled(op, "inside", source, {**closure, **inside_})
     return cast(FunctionType, front), cast(FunctionType, inside)
 
 
@@ -231,6 +246,7 @@ def functional_front(op: str, inputs: Parameters, **closure: Any) -> FunctionTyp
     records, asks = closure["record"] is not None, _asks_for_gradients(inputs)
     source = _FUNCTIONAL_FRONT.format(
         header=_header(inputs, closure),
+        limits=_limits(inputs),
         passed=passed,
         first=next(p.name for p in inputs if p.annotation is Tensor),
         values=_tuple(inputs),
@@ -356,6 +372,16 @@ def _header(parameters: Iterable[inspect.Parameter], closure: dict[str, Any]) ->
         else:
             parts.append(f"{p.name}={p.default}")
     return ", ".join(parts)
+
+
+def _limits(parameters: Iterable[inspect.Parameter]) -> str:
+    """Write what keeps numbers that are infinite by default within float32."""
+    lines = []
+    for p in parameters:
+        if isinstance(p.default, float) and math.isinf(p.default):
+            sign, limit = ("<", -LARGEST) if p.default < 0 else (">", LARGEST)
+            lines.append(f"if {p.name} {sign} {limit}: {p.name} = {limit}")
+    return "\n        ".join(lines)
 
 
 def _passed(parameters: Iterable[inspect.Parameter], **renamed: str) -> str:

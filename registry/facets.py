@@ -66,6 +66,12 @@ class Facets:
         """
         return self._store("default_arguments", function, self.parameters)
 
+    def decomposition(self, function: F) -> F:
+        """Register what the op is decomposed to in exported programs, where that is not its reference: it names any of
+        the op's parameters, and neither reads values on the host nor branches on sizes that may vary.
+        """
+        return self._store("decomposition", function, self.before_the_call)
+
     def samples(self, function: F) -> F:
         """Register the samples: called with a device and static sizes by keyword, yields `Sample`s."""
         return self._store("samples", function)

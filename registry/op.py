@@ -2,6 +2,7 @@
 
 import inspect
 import linecache
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,7 +12,18 @@ import torch
 from torch import Tensor
 from typing_extensions import ParamSpec
 
-from mamba_ops.registry import _torch, codegen, errors, kinds, schema, selection, token, wrappers
+from mamba_ops.registry import (
+    _torch,
+    codegen,
+    decomposition,
+    errors,
+    kinds,
+    schema,
+    selection,
+    sharding,
+    token,
+    wrappers,
+)
 from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
 from mamba_ops.registry.capture import capture_query, note
 from mamba_ops.registry.dispatcher import device_of, dispatcher
@@ -105,7 +117,7 @@ class Op(Trainable, Generic[P]):
 
     def _register(self, namespace: "Namespace") -> None:
         """Define op, body and fake in torch, and write the front."""
-        caches = codegen.left_out(self.parameters, self.mutates)
+        caches = self._left_out = codegen.left_out(self.parameters, self.mutates)
         self._body = codegen.body(
             self.qualname,
             self.parameters,
@@ -126,6 +138,7 @@ class Op(Trainable, Generic[P]):
         namespace._define(self.name, self.schema, self._body, self._fake, *tags)
         namespace._library.impl(self.name, partial(wrappers.run_negated, self), "Negative")
         self.overload = getattr(getattr(torch.ops, namespace.name), self.name).default
+        _torch.honour_decompositions(self.overload)
         self._write_front()
 
     def _cells(self) -> dict[str, Any]:
@@ -147,6 +160,8 @@ class Op(Trainable, Generic[P]):
         cells["refuse_traced_transform"] = partial(refuse_traced_transform, self.qualname)
         cells["explained"] = partial(kinds.explained, self.qualname, self._called, self._validate)
         cells["check_numbers"] = partial(kinds.check_numbers, self._called)
+        cells |= {"tensor": Tensor, "is_distributed": sharding.is_distributed}
+        cells["register_shardings"] = sharding.register
         inside: Callable[..., Any] = self._body
         if self.returns:
             call = codegen.functional_front(self.qualname, self._called, record=self.record, **cells)
@@ -156,12 +171,19 @@ class Op(Trainable, Generic[P]):
                 self.qualname,
                 self.parameters,
                 sorted(self.mutates),
-                codegen.left_out(self.parameters, self.mutates),
+                self._left_out,
                 namespace._number(self._gradient_sentence(p.name) for p in self.parameters),
                 [] if forward is None else [p.name for p in forward._called],
                 "[0]" if forward is not None and len(forward.returns) > 1 else "",
-                body=self._body,
+                inside={
+                    "dispatch": self._body,
+                    "is_compiling": decomposition.is_decomposing,
+                    "overload": self.decompose,
+                    "token": lambda tensor: None,
+                },
                 is_watched=_torch.is_watched,
+                modules=sys.modules,
+                refuse_distributed=partial(sharding.refuse_distributed, self),
                 refuse=getattr(torch.ops, self.namespace).refuse.default,
                 forward=forward,
                 **cells,
@@ -174,6 +196,10 @@ class Op(Trainable, Generic[P]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         """Run the op (each op has its own front, generated with its literal signature)."""
         raise NotImplementedError
+
+    def decompose(self, *args: Any, **kwargs: Any) -> Any:
+        """Run what the op is decomposed to in a program that is to run without it: `registry/decomposition.py`."""
+        return decomposition.decompose(self, *args, **kwargs)
 
     def source_code(self) -> str:
         """Return the Python that was generated for this op: its front, and the body that torch's dispatcher calls."""

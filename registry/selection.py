@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mamba_ops.registry import errors, layouts
+from mamba_ops.registry.decomposition import is_decomposing
 from mamba_ops.registry.dispatcher import device_of, dispatcher
 from mamba_ops.registry.snapshot import Snapshot
 
@@ -61,7 +62,7 @@ def prewarm() -> None:
 def has_explicit_backend(*ops: "Op[...]") -> bool:
     """Return whether backends are asked for by name for any of these ops: only then may `check_supported` raise."""
     snapshot = dispatcher.current()
-    return any(snapshot.order(op).requested is not None for op in ops)
+    return not is_decomposing() and any(snapshot.order(op).requested is not None for op in ops)
 
 
 def _candidates(

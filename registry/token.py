@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mamba_ops.registry import _torch
 from mamba_ops.registry.dispatcher import dispatcher
+from mamba_ops.registry.sharding import is_distributed, register
 
 if TYPE_CHECKING:
     from mamba_ops.registry.op import Op
@@ -77,10 +78,20 @@ def _fill(tokens: dict[str, Any], snapshot: "Snapshot | None") -> None:
 _mirror = _Mirror()
 
 
-def token(device: torch.device) -> Tensor | None:
-    """Return the token of a device, for traced code; None where there can be none (export, absent devices)."""
-    name = _name(device.type, device.index)
+def token(tensor: Tensor) -> Tensor | None:
+    """Return the token of a tensor's device, for traced code; None where there can be none (export, absent devices), or
+    where the tensor is a DTensor, which stands no ordinary tensor beside it.
+    """
+    if is_distributed(tensor):
+        _register_shardings()
+        return None
+    name = _name(tensor.device.type, tensor.device.index)
     return None if name is None else getattr(_mirror, name)
+
+
+@_torch.constant
+def _register_shardings() -> None:
+    register()
 
 
 def renew() -> None:

@@ -163,6 +163,20 @@ class Trainable(Facets):
 
         return function
 
+    def sharding(
+        self, function: Callable[..., Sequence[Mapping[str, int]]]
+    ) -> Callable[..., Sequence[Mapping[str, int]]]:
+        """Register how the companions run on DTensors, `registry/sharding.py`: the function names any of the forward's
+        inputs, which are None or have a shape and an ndim, and returns the ways to split them.
+        """
+        if self._training is None:
+            raise errors.declaration(f"{self.qualname}: sharding", "declare @op.training first")
+        split = self.adapted(function, self._training.inputs)
+        for op in (self.forward_op, self.forward_states_op, self.backward_op):
+            if op is not None:
+                op.facets["sharding"] = split
+        return function
+
     def flops(self, function: Callable[..., tuple[int, int]]) -> Callable[..., tuple[int, int]]:
         """Register how many floating-point operations a call makes, for `flop_formulas`.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba_ops.layers.caches import require_a_pair
-from mamba_ops.layers.mixer import Mixer, require_silu
+from mamba_ops.layers.mixer import Mixer, Taps, require_silu
 from mamba_ops.layers.norms import GatedRMSNorm
 from mamba_ops.ops import (
     causal_conv1d,
@@ -73,7 +73,7 @@ class GatedDeltaNet(Mixer):
             self.in_proj_z = nn.Linear(hidden_size, values, bias=False, **new)
             self.in_proj_b = nn.Linear(hidden_size, num_v_heads, bias=False, **new)
             self.in_proj_a = nn.Linear(hidden_size, num_v_heads, bias=False, **new)
-        self.conv1d = nn.Conv1d(dim, dim, d_conv, groups=dim, bias=False, **new)
+        self.conv1d = Taps(dim, dim, d_conv, groups=dim, bias=False, **new)
         self.dt_bias = nn.Parameter(torch.empty(num_v_heads, **new))
         self.A_log = nn.Parameter(torch.empty(num_v_heads, **new))
         self.norm = GatedRMSNorm(head_v_dim, eps=eps, norm_before_gate=True, **new)
@@ -132,8 +132,7 @@ class GatedDeltaNet(Mixer):
         self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: SequenceArgs
     ) -> Tensor:
         mixed, z, b, a = self._project(hidden_states, conv_state, ssm_state)
-        weight = self.conv1d.weight.squeeze(1)
-        q, k, v = self._split(rows.bind(causal_conv1d)(mixed, weight, conv_state=conv_state))
+        q, k, v = self._split(rows.bind(causal_conv1d)(mixed, *self.conv1d(), conv_state=conv_state))
         g, beta = delta_rule_gates(a, b, self.A_log, self.dt_bias)
         y = rows.bind(chunk_gated_delta_rule)(q, k, v, g, beta, ssm_state=ssm_state, qk_l2norm=True)
         return self._output(y, z)
@@ -155,8 +154,7 @@ class GatedDeltaNet(Mixer):
             ba,
             conv_state,
             ssm_state,
-            self.conv1d.weight.squeeze(1),
-            None,
+            *self.conv1d(),
             self.A_log,
             self.dt_bias,
             num_k_heads=self.num_k_heads,
@@ -180,7 +178,7 @@ class GatedDeltaNet(Mixer):
 
     def _decode(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: DecodeArgs) -> Tensor:
         mixed, z, b, a = self._project(hidden_states, conv_state, ssm_state)
-        q, k, v = self._split(rows.bind(causal_conv1d_update)(mixed, conv_state, self.conv1d.weight.squeeze(1)))
+        q, k, v = self._split(rows.bind(causal_conv1d_update)(mixed, conv_state, *self.conv1d()))
         y = rows.bind(gated_delta_rule_update)(
             ssm_state, q, k, v, a=a, b=b, A_log=self.A_log, dt_bias=self.dt_bias, qk_l2norm=True
         )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mamba_ops.layers.caches import require_a_pair
-from mamba_ops.layers.mixer import Mixer, require_silu
+from mamba_ops.layers.mixer import Mixer, Taps, require_silu
 from mamba_ops.layers.norms import RMSNorm, upcast
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba_mixing, selective_scan, selective_state_update
 from mamba_ops.ops._common.sequences import DecodeArgs, HasPlan, SequenceArgs
@@ -59,7 +59,7 @@ class Mamba(Mixer):
 
         new: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(hidden_size, 2 * d_inner, bias=bias, **new)
-        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, bias=conv_bias, **new)
+        self.conv1d = Taps(d_inner, d_inner, d_conv, groups=d_inner, bias=conv_bias, **new)
         self.x_proj = nn.Linear(d_inner, dt_rank + 2 * dstate, bias=False, **new)
         self.dt_proj = nn.Linear(dt_rank, d_inner, **new)
         self.A_log = nn.Parameter(torch.empty(d_inner, dstate, **new))
@@ -136,8 +136,7 @@ class Mamba(Mixer):
         self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: SequenceArgs
     ) -> Tensor:
         x, z = self._project(hidden_states, conv_state, ssm_state)
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        x = rows.bind(causal_conv1d)(x, weight, bias, conv_state=conv_state)
+        x = rows.bind(causal_conv1d)(x, *self.conv1d(), conv_state=conv_state)
         dt, B, C = self._steps(x)
         y = rows.bind(selective_scan)(
             x, dt, self._A(), B, C, D=self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True, ssm_state=ssm_state
@@ -145,6 +144,11 @@ class Mamba(Mixer):
         return cast(Tensor, self.out_proj(y))
 
     def _forward_plan(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
+        if self.checkpoint_map is not None:
+            hint = "mamba_mixing projects all channels inside the op; call the layer, or step, without a plan"
+            raise ValueError(
+                f"Mamba: plan: got a layer whose channels are split over ranks, expected a whole one; {hint}"
+            )
         norms: tuple[Tensor | None, ...] = (None, None, None)
         if self.norms is not None:
             norms = self.dt_layernorm.weight, self.b_layernorm.weight, self.c_layernorm.weight
@@ -152,8 +156,7 @@ class Mamba(Mixer):
             self.in_proj(hidden_states),
             conv_state,
             ssm_state,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
+            *self.conv1d(),
             self.x_proj.weight,
             self.dt_proj.weight,
             self.dt_proj.bias,
@@ -167,7 +170,7 @@ class Mamba(Mixer):
 
     def _decode(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: DecodeArgs) -> Tensor:
         x, z = self._project(hidden_states, conv_state, ssm_state)
-        x = rows.bind(causal_conv1d_update)(x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        x = rows.bind(causal_conv1d_update)(x, conv_state, *self.conv1d())
         dt, B, C = self._steps(x)
         y = rows.bind(selective_state_update)(
             ssm_state, x, dt, self._A(), B, C, D=self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True
@@ -187,6 +190,7 @@ class Mamba(Mixer):
         dt, B, C = cast(Tensor, self.x_proj(x)).split([self.dt_rank, self.dstate, self.dstate], dim=-1)
         if self.norms is not None:
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
+        dt, B, C = self.share(dt), self.share(B), self.share(C)
         return functional.linear(dt, self.dt_proj.weight), B, C
 
     def _A(self) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mamba_ops.layers.caches import require_a_pair
-from mamba_ops.layers.mixer import Mixer, require_silu
+from mamba_ops.layers.mixer import Mixer, Taps, require_silu
 from mamba_ops.layers.norms import GatedRMSNorm, upcast
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba2_mixing, mamba_chunk_scan, selective_state_update
 from mamba_ops.ops._common.checking import check_chunk_size
@@ -68,7 +68,7 @@ class Mamba2(Mixer):
         decay: dict[str, Any] = {"device": device, "dtype": dtype if decay_dtype is None else decay_dtype}
         dim = sum(self.convolved)
         self.in_proj = nn.Linear(hidden_size, sum(self.projected), bias=bias, **new)
-        self.conv1d = nn.Conv1d(dim, dim, d_conv, groups=dim, bias=conv_bias, **new)
+        self.conv1d = Taps(dim, dim, d_conv, groups=dim, bias=conv_bias, **new)
         self.dt_bias = nn.Parameter(torch.empty(heads, **decay))
         self.A_log = nn.Parameter(torch.empty(heads, **decay))
         self.D = nn.Parameter(torch.empty(heads, **decay))
@@ -130,7 +130,7 @@ class Mamba2(Mixer):
         self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: SequenceArgs
     ) -> Tensor:
         gate, mixed, dt = self._project(hidden_states, conv_state, ssm_state)
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        weight, bias = self.conv1d()
         x, B, C = self._split(rows.bind(causal_conv1d)(mixed, weight, bias, conv_state=conv_state))
         y = rows.bind(mamba_chunk_scan)(
             x,
@@ -156,8 +156,7 @@ class Mamba2(Mixer):
             projected,
             conv_state,
             ssm_state,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
+            *self.conv1d(),
             self._A(),
             self.D,
             self.dt_bias,
@@ -179,7 +178,7 @@ class Mamba2(Mixer):
 
     def _decode(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: DecodeArgs) -> Tensor:
         gate, mixed, dt = self._project(hidden_states, conv_state, ssm_state)
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        weight, bias = self.conv1d()
         x, B, C = self._split(rows.bind(causal_conv1d_update)(mixed, conv_state, weight, bias))
         dt_bias: Tensor | None = self.dt_bias
         if limited := self.dt_min > 0 or self.dt_max < math.inf:  # the update has no limits of its own

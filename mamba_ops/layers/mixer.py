@@ -1,5 +1,8 @@
 """What all layers have in common: their calls and their caches."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +18,12 @@ class Mixer(nn.Module):
     of every sequence (decode). Caches are passed in and changed in place; what is returned is the output.
     """
 
-    conv1d: nn.Conv1d  # for its parameters, never called
+    conv1d: "Taps"
     out_proj: nn.Linear
+    share: Callable[[Tensor], Tensor] = staticmethod(lambda tensor: tensor)
+    """Called with what heads share; `mamba_ops.distributed` sets it where heads are on several ranks."""
+    checkpoint_map: Any = None
+    """Which part of a whole layer this is; `mamba_ops.distributed` sets it."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -137,6 +144,14 @@ class Mixer(nn.Module):
 
     def _forward_plan(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
         raise NotImplementedError
+
+
+class Taps(nn.Conv1d):
+    """The parameters of a depthwise convolution, under nn.Conv1d's names; a call returns them as ops take them."""
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        """Return the weight, `(dim, width)`, and the bias, `(dim,)` or None."""
+        return self.weight.squeeze(1), self.bias
 
 
 def require_silu(layer: str, activation: str) -> None:

@@ -26,9 +26,11 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """Gate `x` and normalise it."""
-        return gated_rms_norm(
-            x, gate, self.weight, groups=self.groups, eps=self.eps, norm_before_gate=self.norm_before_gate
-        )
+        return self.norm(x, gate, self.weight)
+
+    def norm(self, x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+        """Do it with this weight."""
+        return gated_rms_norm(x, gate, weight, groups=self.groups, eps=self.eps, norm_before_gate=self.norm_before_gate)
 
     def extra_repr(self) -> str:
         """Return the sizes."""

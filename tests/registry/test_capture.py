@@ -120,10 +120,10 @@ def test_a_recording_holds_the_selection_that_its_token_names(add: Op[...], capt
     """Whatever another thread has swapped between the start of a compiled call and its kernels."""
     token = registry.token.token
     with use_backend("two"):
-        two = token(torch.device("cpu"))
+        two = token(torch.empty(0))
     total, x, out = torch.zeros(3), torch.ones(3), torch.empty(3)
     with use_backend("one"):
-        one = token(torch.device("cpu"))
+        one = token(torch.empty(0))
         for named, mark in ((one, 2.0), (two, 3.0), (one, 2.0)):
             with noticing_swaps(), capture():
                 add.overload(total, x, bias=None, scale=1.0, output=out, selection=named)

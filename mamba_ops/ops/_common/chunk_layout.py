@@ -1,5 +1,10 @@
-"""How references of chunked ops arrange the tokens of all rows in chunks, without reading lengths on the host."""
+"""How references of chunked ops arrange the tokens of all rows in chunks, without reading lengths on the host.
 
+A reference is also what an exported program is decomposed to, and then a length may be a symbol (`torch.SymInt`). So
+nothing here, and nothing in a forward reference, branches on a length or counts to it.
+"""
+
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -75,3 +80,65 @@ def chunk_layout(
     inside = exists.unsqueeze(1) & (place >= 0) & (place < lengths[row].unsqueeze(1))
     token = torch.where(inside, starts[row].unsqueeze(1) + place, 0)
     return ChunkLayout(row, number, closes, token, inside, of_row, end, longest, cu_seqlens is not None)
+
+
+_MOST_TURNS = 20
+
+
+def turns(longest: int) -> Iterator[int]:
+    """Yield 1, 2, 4, ... as long as they are less than `longest`; of a symbol, less than the most that it may be.
+
+    For a symbol without a limit there are 20 turns, which is enough for a million pieces.
+    """
+    for turn in range(63 if isinstance(longest, int) else _MOST_TURNS):
+        reach = 2**turn
+        if _is_at_most(longest, reach):
+            return
+        yield reach
+
+
+def _is_at_most(size: int, limit: int) -> bool:
+    if isinstance(size, int):
+        return size <= limit
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(size <= limit)
+
+
+def carried(
+    states: Tensor,
+    steps: Tensor,
+    number: Tensor,
+    longest: int,
+    through: Callable[[Tensor, Tensor], Tensor] = torch.mul,
+) -> Tensor:
+    """Return the state after every piece, (pieces, ...), in log2(longest) turns.
+
+    Args:
+        states: what each piece leaves of nothing; of the first one of a row, also what it leaves of the initial state.
+        steps: what becomes of a state over a piece: `through(state, step)`.
+        number: (pieces,), the number of each within its row.
+        longest: the most pieces that a row can have.
+        through: an associative product of a state and a step, and of two steps.
+    """
+    for reach in turns(longest):
+        near = (number < reach).view(-1, *[1] * (states.dim() - 1))  # no piece of the row is that far before
+        earlier_states, earlier_steps = states.roll(reach, 0), steps.roll(reach, 0)
+        states = states + through(earlier_states, steps).masked_fill_(near, 0)
+        steps = torch.where(near, steps, through(earlier_steps, steps))
+    return states
+
+
+def before(states: Tensor, is_first: Tensor) -> Tensor:
+    """Return the state before every piece, given the state after each: zero before the first one of a row."""
+    return states.roll(1, 0).masked_fill_(is_first.view(-1, *[1] * (states.dim() - 1)), 0)
+
+
+def fixed(longest: int) -> int:
+    """Return a number to count to; raise ValueError if it is a symbol, for which there is no loop."""
+    if isinstance(longest, int):
+        return longest
+    raise ValueError(
+        "got a program in which the tokens of a row vary, expected one number of them: what the op is decomposed to "
+        "counts them; export it at one length, or keep the op"
+    )

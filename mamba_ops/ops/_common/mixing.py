@@ -23,6 +23,7 @@ from mamba_ops.ops._common.checking import (
 )
 from mamba_ops.ops._common.sequences import DecodeArgs, PlanTensors, SequenceArgs
 from mamba_ops.registry import Op, bad_argument
+from mamba_ops.registry.decomposition import is_decomposing
 from mamba_ops.registry.errors import in_call_of
 
 
@@ -61,12 +62,20 @@ class Rows(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A plan's rows; None where there are none of a kind."""
+    """A plan's rows; None where there are none of a kind.
+
+    Attributes:
+        decodes, prefills: the rows of either kind.
+        num_computed_tokens: of the prefills.
+        tokens: how many of the batch's tokens rows have; they come first.
+        owned: (tokens,): which of the tokens rows have, where their number is not known on the host.
+    """
 
     decodes: Rows | None
     prefills: Rows | None
     num_computed_tokens: Tensor | None
     tokens: int
+    owned: Tensor | None = None
 
     def check_only(self) -> "Batch":
         """Return this batch with rows for which ops are only asked if they take the call.
@@ -86,7 +95,9 @@ class Batch(NamedTuple):
 
     def clear_rest(self, output: Tensor) -> None:
         """Set to zero the output for tokens that no row has."""
-        if self.tokens < output.shape[0]:
+        if self.owned is not None:
+            output.masked_fill_(~self.owned.view(-1, *[1] * (output.dim() - 1)), 0)
+        elif self.tokens < output.shape[0]:
             output[self.tokens :].zero_()
 
 
@@ -181,6 +192,8 @@ def require_window(op: str, call: Any) -> None:
 def batch_of(op: str, call: Any, tokens: int) -> Batch:
     """Read a plan's counts, on the host, and take the decodes' and the prefills' part of every tensor.
 
+    In an exported program that is decomposed nothing can be read: there all rows are prefills, which compute the same.
+
     All layers of a step have one plan, so the latest batch is kept for as long as its plan lives.
 
     Raises:
@@ -189,6 +202,8 @@ def batch_of(op: str, call: Any, tokens: int) -> Batch:
     plan, null_slot = PlanTensors.of(call), call.null_slot
     if plan.counts is None or plan.slots is None or plan.cu_seqlens is None:
         return Batch(None, None, None, 0)
+    if is_decomposing():
+        return _all_as_prefills(op, plan, tokens, null_slot)
     global _latest
     counts, others, latest = plan.counts.tolist(), plan[1:], _latest
     key = tokens, null_slot, counts, [None if t is None else t.data_ptr() for t in others]
@@ -202,6 +217,21 @@ def batch_of(op: str, call: Any, tokens: int) -> Batch:
     batch = _batch_of(op, plan, counts, tokens, null_slot)
     _latest = _Latest(weakref.ref(plan.counts, _forget), key, others, batch)
     return batch
+
+
+def _all_as_prefills(op: str, plan: PlanTensors, tokens: int, null_slot: int) -> Batch:
+    counts, slots, ends, initial = plan.counts, plan.slots, plan.cu_seqlens, plan.has_initial_state
+    assert counts is not None and slots is not None and ends is not None and initial is not None  # noqa: PT018
+    if plan.num_accepted_tokens is not None:
+        expected = "None in an exported program that is decomposed"
+        hint = "how many tokens a decode has would be read on the host; keep the op, or decode one token a row"
+        raise in_call_of(op, bad_argument("num_accepted_tokens", got="a tensor", expected=expected, hint=hint))
+    device, rows = slots.device, ends.shape[0] - 1
+    goes_on = initial | (torch.arange(rows, device=device) < counts[0].to(device))
+    first = slots[:rows] if slots.dim() == 1 else slots[:rows, 0]
+    arguments = SequenceArgs(first, ends, goes_on, null_slot)
+    owned = torch.arange(tokens, device=device) < ends[-1]
+    return Batch(None, Rows(slice(0, tokens), arguments), None, tokens, owned)
 
 
 class _Latest(NamedTuple):

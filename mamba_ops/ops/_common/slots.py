@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mamba_ops.registry import bad_argument
+from mamba_ops.registry.decomposition import is_decomposing
+
 
 def is_padding(slots: Tensor, null_slot: int, slot_count: int | None = None) -> Tensor:
     """Whether each slot is that of a padding row: negative, null, or beyond a cache of `slot_count` slots."""
@@ -136,6 +139,10 @@ def padded_rows(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
     Both are `(n, longest)`; padding has index 0. Reads the longest length on the host.
     """
+    if is_decomposing():
+        expected = "None in an exported program that is decomposed"
+        hint = "the longest row would be read on the host; keep the op, or give all rows as many tokens"
+        raise bad_argument("cu_seqlens", got="a tensor", expected=expected, hint=hint)
     starts, ends = row_bounds(cu_seqlens, tokens)
     lengths = ends - starts
     longest = int(lengths.max()) if lengths.numel() else 0

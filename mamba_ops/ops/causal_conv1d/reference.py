@@ -49,32 +49,46 @@ def causal_conv1d(call: Arguments) -> None:
         if call.silu:  # not torch.sigmoid: on a CPU its last bit depends on an element's place
             acc /= torch.neg(acc, out=scratch).exp_().add_(1)
 
-    # All tokens as if they were one sequence; then those again that look back into their own past.
+    # All tokens as if they were one sequence, in blocks; then those again that look back into their own past.
     token = torch.arange(total, device=call.x.device)
     row = torch.bucketize(token, ends.contiguous(), right=True).clamp(max=n - 1)
     if call.slots is not None:
         is_padding_token = ~is_active[row].unsqueeze(1)
     if call.cu_seqlens is not None:
         owned = ((token >= starts[row, 0]) & (token < ends[row])).unsqueeze(1)
-    flat = call.output.reshape(-1, dim)
-    block = min(max(_BLOCK // dim, 1), total)
-    buffers = taps.new_empty(2, block, dim)
-    for begin in range(history, total, block):
-        part = slice(begin, min(begin + block, total))
-        acc, scratch = buffers[:, : part.stop - begin]
-        convolve(tokens[begin - history : part.stop].to(compute), acc, scratch)
+    if isinstance(total, int):
+        flat, block = call.output.reshape(-1, dim), min(max(_BLOCK // dim, 1), total)
+        buffers = taps.new_empty(2, block, dim)
+        for begin in range(history, total, block):
+            part = slice(begin, min(begin + block, total))
+            acc, scratch = buffers[:, : part.stop - begin]
+            convolve(tokens[begin - history : part.stop].to(compute), acc, scratch)
+            if call.slots is not None:
+                acc.masked_fill_(is_padding_token[part], 0)
+            flat[part] = acc if call.cu_seqlens is None else torch.where(owned[part], acc.to(flat.dtype), flat[part])
+        if not call.output.is_contiguous():
+            call.output.copy_(flat.view(call.output.shape))
+        acc, scratch = taps.new_empty(2, n, history, dim)
+        convolve(torch.cat((past, firsts), dim=1).to(compute), acc, scratch)
+        acc.masked_fill_(~is_active[:, None, None], 0)
+        if call.cu_seqlens is None:
+            call.output[:, :history] = acc[:, : call.x.shape[1]]
+        else:
+            store_rows(call.output, first.flatten(), acc.flatten(0, 1), (entry < lengths).flatten())
+    else:  # in a program for any length: every token looks its entries up
+        place, result = token - starts[row, 0], start
+        for tap in range(width):
+            steps = history - tap
+            known = past[row, (history + place - steps).clamp(0, history - 1)]
+            looked_up = torch.where((place >= steps).unsqueeze(1), tokens[(token - steps).clamp(min=0)], known)
+            result = result + looked_up.to(compute) * taps[tap]
+        if call.silu:
+            result = result / (1 + torch.exp(-result))
         if call.slots is not None:
-            acc.masked_fill_(is_padding_token[part], 0)
-        flat[part] = acc if call.cu_seqlens is None else torch.where(owned[part], acc.to(flat.dtype), flat[part])
-    if flat.data_ptr() != call.output.data_ptr():
-        call.output.copy_(flat.view(call.output.shape))
-    acc, scratch = taps.new_empty(2, n, history, dim)
-    convolve(torch.cat((past, firsts), dim=1).to(compute), acc, scratch)
-    acc.masked_fill_(~is_active[:, None, None], 0)
-    if call.cu_seqlens is None:
-        call.output[:, :history] = acc[:, : call.x.shape[1]]
-    else:
-        store_rows(call.output, first.flatten(), acc.flatten(0, 1), (entry < lengths).flatten())
+            result = result.masked_fill(is_padding_token, 0)
+        if call.cu_seqlens is not None:
+            result = torch.where(owned, result.to(call.output.dtype), call.output)
+        call.output.copy_(result.view(call.output.shape))
 
     if call.conv_state is not None:  # old entries move as they are, new ones are rounded to the state's dtype
         entry = lengths + entry

@@ -137,6 +137,15 @@ def _backward(call: BackwardArguments) -> None:
         call.grad_initial_states.copy_(grad_past.transpose(1, 2))
 
 
+@causal_conv1d.sharding
+def _sharding(x: Any, cu_seqlens: Any) -> list[dict[str, int]]:
+    """By channels, and by sequences."""
+    last = x.ndim - 1
+    channels = {"x": last, "weight": 0, "bias": 0, "initial_states": 1, "output": last, "final_states": 1}
+    rows = dict.fromkeys(("x", "initial_states", "output", "final_states"), 0)
+    return [channels, *([rows] if cu_seqlens is None else [])]
+
+
 @causal_conv1d.flops
 def _flops(x: torch.Size, weight: torch.Size) -> tuple[int, int]:
     """Multiply-adds count as two; the backward computes the inputs of silu again, and two correlations."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.chunk_layout import chunk_layout, row_count
+from mamba_ops.ops._common.chunk_layout import before, carried, chunk_layout, row_count
 from mamba_ops.ops._common.decay import log_decay_between
 from mamba_ops.ops._common.slots import initial_states, row_ends, store_rows
 from mamba_ops.ops.chunk_gated_delta_rule.op import Arguments
@@ -75,15 +75,25 @@ def chunk_gated_delta_rule(call: Arguments) -> None:
     alone, through = (_inverse(system) @ sides).split([v_dim, k_dim], dim=3)
     opened, closing, decay = since * queries, between[:, :, -1].unsqueeze(3) * keys, since[:, :, -1:]
 
-    y = torch.zeros_like(values)
-    first = layout.end - layout.of_row
-    for number in range(layout.longest):
-        exists = number < layout.of_row
-        piece = torch.where(exists, first + number, 0)
-        new = alone[piece] - through[piece] @ last.transpose(2, 3)
-        store_rows(y, piece, opened[piece] @ last.transpose(2, 3) + weights[piece] @ new, exists)
-        after = decay[piece] * last + new.transpose(2, 3) @ closing[piece]
-        last = torch.where(exists.view(n, 1, 1, 1), after, last)
+    if isinstance(layout.longest, int):
+        y = torch.zeros_like(values)
+        first = layout.end - layout.of_row
+        for number in range(layout.longest):
+            exists = number < layout.of_row
+            piece = torch.where(exists, first + number, 0)
+            new = alone[piece] - through[piece] @ last.mT
+            store_rows(y, piece, opened[piece] @ last.mT + weights[piece] @ new, exists)
+            after = decay[piece] * last + new.mT @ closing[piece]
+            last = torch.where(exists.view(n, 1, 1, 1), after, last)
+    else:  # in a program for any length: a chunk multiplies the state by a matrix, and the product of all takes turns
+        steps = decay * torch.eye(k_dim, dtype=compute, device=decay.device) - through.mT @ closing
+        begins = (layout.number == 0).view(-1, 1, 1, 1)
+        initial = torch.where(begins, last[layout.row], 0)
+        states = alone.mT @ closing + initial @ steps
+        states = carried(states, steps, layout.number, layout.longest, torch.matmul)
+        begun = initial + before(states, begins)
+        y = opened @ begun.mT + weights @ (alone - through @ begun.mT)
+        last = torch.where(empty.view(n, 1, 1, 1), last, states[(layout.end - 1).clamp(min=0)])
 
     layout.store(call.output, y.transpose(1, 2))
     if call.ssm_state is not None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.chunk_layout import chunk_layout, row_count
+from mamba_ops.ops._common.chunk_layout import chunk_layout, fixed, row_count
 from mamba_ops.ops._common.decay import log_decay_between
 from mamba_ops.ops._common.slots import store_rows
 from mamba_ops.ops.chunk_gated_delta_rule.reference import CHUNK, _inverse
@@ -88,7 +88,7 @@ def chunk_gated_delta_rule_backward(call: BackwardArguments) -> None:
     state, first = torch.zeros_like(grad_state), layout.end - layout.of_row
     if call.initial_states is not None:
         state = call.initial_states.to(compute)
-    for number in range(layout.longest):
+    for number in range(fixed(layout.longest)):
         exists = number < layout.of_row
         piece = torch.where(exists, first + number, 0)
         lacking = values[piece] - opened_k[piece] @ state.mT
@@ -100,7 +100,7 @@ def chunk_gated_delta_rule_backward(call: BackwardArguments) -> None:
 
     # The gradient of the state with which each piece ends, and of what its tokens find missing, by their strength.
     grad_ended, grad_solved = torch.zeros_like(begun), torch.zeros_like(values)
-    for number in reversed(range(layout.longest)):
+    for number in reversed(range(fixed(layout.longest))):
         exists = number < layout.of_row
         piece = torch.where(exists, first + number, 0)
         grad_new = query_products[piece].mT @ grad_output[piece] + closing[piece] @ grad_state.mT

@@ -93,6 +93,23 @@ chunk_gated_delta_rule.backward(
 )
 
 
+@chunk_gated_delta_rule.sharding
+def _sharding(v: Any, q: Any, cu_seqlens: Any) -> list[dict[str, int]]:
+    """By heads, with one head of q and k whole everywhere or several split as those of v are; and by rows."""
+    of_heads = v.ndim - 2
+    keys = {} if q.shape[-2] == 1 else {"q": of_heads, "k": of_heads}
+    values = {
+        "v": of_heads,
+        "g": of_heads,
+        "beta": of_heads,
+        "initial_states": 1,
+        "output": of_heads,
+        "final_states": 1,
+    }
+    rows = dict.fromkeys(("q", "k", "v", "g", "beta", "initial_states", "output", "final_states"), 0)
+    return [keys | values, *([rows] if cu_seqlens is None else [])]
+
+
 @chunk_gated_delta_rule.flops
 def _flops(q: torch.Size, v: torch.Size) -> tuple[int, int]:
     """Of the matrix products of chunks of 64 tokens, in which half of all pairs of tokens count."""

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mamba_ops.ops._common.chunk_layout import fixed
 from mamba_ops.ops._common.decay import finite_rates
 from mamba_ops.ops._common.slots import padded_rows, store_rows, update_ends
 from mamba_ops.ops.gated_delta_rule_update.op import Arguments
@@ -67,7 +68,7 @@ def gated_delta_rule_update(call: Arguments) -> None:
         .unflatten(1, (k_heads, per_key))
     )
     y = torch.empty_like(values)
-    for t in range(length):
+    for t in range(fixed(length)):
         here = inside[:, t] & is_active
         key, query = (x[:, t, :, None, :, None] for x in (keys, queries))
         by = decay[:, t].view(n, k_heads, per_key, 1, 1)

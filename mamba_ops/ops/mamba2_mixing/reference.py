@@ -1,7 +1,5 @@
 """The plain-torch kernel of mamba2_mixing: its reference, which runs on any device."""
 
-import math
-
 import torch
 from torch.nn import functional
 
@@ -12,6 +10,7 @@ from mamba_ops.ops.mamba2_mixing.op import Arguments
 from mamba_ops.ops.mamba_chunk_scan import mamba_chunk_scan
 from mamba_ops.ops.selective_state_update import selective_state_update
 from mamba_ops.registry import has_explicit_backend
+from mamba_ops.registry.codegen import LARGEST
 
 
 def mamba2_mixing(call: Arguments) -> None:
@@ -25,7 +24,7 @@ def mamba2_mixing(call: Arguments) -> None:
         if (rows := batch.decodes) is not None:
             x, B, C = by_head(rows.convolve(causal_conv1d_update, call, mixed), *sizes)
             d = rows.of(dt)
-            if limited := call.dt_min > 0 or call.dt_max < math.inf:  # the update has no limits of its own
+            if limited := call.dt_min > 0 or call.dt_max < LARGEST:  # the update has no limits of its own
                 upcast = torch.promote_types(d.dtype, torch.float32)
                 d = functional.softplus(d.to(upcast) + call.dt_bias.to(upcast)).clamp(call.dt_min, call.dt_max)
             rows.bind(selective_state_update)(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.chunk_layout import ChunkLayout, chunk_layout, row_count
+from mamba_ops.ops._common.chunk_layout import ChunkLayout, before, carried, chunk_layout, row_count
 from mamba_ops.ops._common.decay import finite_rates, log_decay_between
 from mamba_ops.ops._common.slots import initial_states, row_ends, store_rows
 from mamba_ops.ops.mamba_chunk_scan.op import Arguments
@@ -29,19 +29,14 @@ def _scan(
     begins = (layout.number == 0).view(-1, 1, 1, 1)
     if initial is not None:
         initial = torch.where(begins, initial[layout.row], 0)
-        states += decay * initial
-    reach = 1  # how many pieces a state has in it; each turn doubles that, without passing its row's first
-    while reach < layout.longest:
-        near = (layout.number[reach:] < reach).view(-1, 1, 1, 1)
-        states[reach:] += (decay[reach:] * states[:-reach]).masked_fill_(near, 0)
-        decay[reach:] *= decay[:-reach].masked_fill(near, 1)
-        reach *= 2
-    before = states.roll(1, 0).masked_fill_(begins, 0)
+        states = states + decay * initial
+    states = carried(states, decay, layout.number, layout.longest)
+    begun = before(states, begins)
     if initial is not None:
-        before += initial
+        begun = begun + initial
 
     # What a token reads of the state before the piece, and of the piece's tokens up to itself.
-    y = (C @ before.view(count, groups, -1, dstate).transpose(-1, -2)).view(count, groups, size, -1, dim)
+    y = (C @ begun.view(count, groups, -1, dstate).transpose(-1, -2)).view(count, groups, size, -1, dim)
     y = y.transpose(2, 3).reshape(count, heads, size, dim) * since.unsqueeze(3)
     weights = between
     weights.view(count, groups, -1, size, size).mul_((C @ B.transpose(-1, -2)).unsqueeze(2))

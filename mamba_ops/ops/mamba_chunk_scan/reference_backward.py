@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.chunk_layout import ChunkLayout, chunk_layout, row_count
+from mamba_ops.ops._common.chunk_layout import ChunkLayout, before, carried, chunk_layout, row_count
 from mamba_ops.ops._common.decay import finite_rates, log_decay_between
 from mamba_ops.ops.mamba_chunk_scan.training import BackwardArguments
 
@@ -62,36 +62,36 @@ def mamba_chunk_scan_backward(call: BackwardArguments) -> None:
     if initial is not None:
         begins = torch.where(is_first.view(-1, 1, 1, 1), initial[layout.row], 0)
     own = (u * end).transpose(-1, -2) @ B + whole * begins
-    before = _before(_carried(own, whole, layout.number, layout), is_first) + begins
+    begun = before(carried(own, whole, layout.number, layout.longest), is_first) + begins
     skip = None if call.D is None else call.D.to(compute).view(heads, 1, -1)
     if call.z is not None:
         z = gather(call.z)
-        y = begin * (C @ before.transpose(-1, -2)) + (between * products) @ u
+        y = begin * (C @ begun.transpose(-1, -2)) + (between * products) @ u
         y = y if skip is None else y + skip * x
         opened = torch.sigmoid(z)
         _store(layout, call.grad_z, grad * y * opened * (1 + z * (1 - opened)))
         grad = grad * z * opened
 
     # The gradients of the states before and after the pieces, as the recurrence carries them back.
-    last = torch.zeros_like(before)
+    last = torch.zeros_like(begun)
     if final is not None:
         last = torch.where(is_last.view(-1, 1, 1, 1), final[layout.row], 0)
     own = (grad * begin).transpose(-1, -2) @ C + whole * last
     from_end = (layout.of_row[layout.row] - 1 - layout.number).flip(0)
-    grad_before = _carried(own.flip(0), whole.flip(0), from_end, layout).flip(0)
-    grad_after = _before(grad_before.flip(0), from_end <= 0).flip(0) + last
+    grad_begun = carried(own.flip(0), whole.flip(0), from_end, layout.longest).flip(0)
+    grad_after = before(grad_begun.flip(0), from_end <= 0).flip(0) + last
 
     pairs = grad @ u.transpose(-1, -2) * between
     ends = B @ grad_after.transpose(-1, -2) * end
-    begun = grad @ before * begin
+    read = grad @ begun * begin
     grad_u = (between * products).transpose(-1, -2) @ grad + ends
     _store(layout, call.grad_B, _by_group(pairs.transpose(-1, -2) @ C + u @ grad_after * end, call.B.shape[-2]))
-    _store(layout, call.grad_C, _by_group(pairs @ B + begun, call.C.shape[-2]))
+    _store(layout, call.grad_C, _by_group(pairs @ B + read, call.C.shape[-2]))
 
     # The gradient of a step's decay: of all that reaches past the step.
     reach = _earlier((pairs * products).tril(-1)).mul(lower).sum(-2)
-    reach += (begun * C).sum(-1).flip(-1).cumsum(-1).flip(-1) + _earlier((ends * u).sum(-1))
-    reach += whole.squeeze(-1) * (grad_after * before).sum((-1, -2)).unsqueeze(-1)
+    reach += (read * C).sum(-1).flip(-1).cumsum(-1).flip(-1) + _earlier((ends * u).sum(-1))
+    reach += whole.squeeze(-1) * (grad_after * begun).sum((-1, -2)).unsqueeze(-1)
 
     grad_x, grad_d = grad_u * d.unsqueeze(-1), (x * grad_u).sum(-1) + rate * reach
     if skip is not None and call.D is not None:
@@ -110,23 +110,7 @@ def mamba_chunk_scan_backward(call: BackwardArguments) -> None:
         has_tokens = (layout.of_row > 0).view(-1, 1, 1, 1)
         untouched = torch.zeros_like(initial) if final is None else final
         first = (layout.end - layout.of_row).clamp(max=layout.row.shape[0] - 1)
-        call.grad_initial_states.copy_(torch.where(has_tokens, grad_before[first], untouched))
-
-
-def _carried(states: Tensor, decay: Tensor, number: Tensor, layout: ChunkLayout) -> Tensor:
-    """Add to every piece's state the decayed one of the piece before it in its row, in log2(pieces) turns."""
-    states, decay, reach = states.clone(), decay.clone(), 1
-    while reach < layout.longest:
-        near = (number[reach:] < reach).view(-1, 1, 1, 1)
-        states[reach:] += (decay[reach:] * states[:-reach]).masked_fill_(near, 0)
-        decay[reach:] *= decay[:-reach].masked_fill(near, 1)
-        reach *= 2
-    return states
-
-
-def _before(states: Tensor, is_first: Tensor) -> Tensor:
-    """The state before every piece, zero before a row's first one."""
-    return states.roll(1, 0).masked_fill(is_first.view(-1, 1, 1, 1), 0)
+        call.grad_initial_states.copy_(torch.where(has_tokens, grad_begun[first], untouched))
 
 
 def _earlier(values: Tensor) -> Tensor:

@@ -107,6 +107,17 @@ mamba_chunk_scan.backward(
 )
 
 
+@mamba_chunk_scan.sharding
+def _sharding(x: Any, B: Any, cu_seqlens: Any) -> list[dict[str, int]]:
+    """By heads, with one group whole everywhere or several split as heads are; and by rows."""
+    last = x.ndim - 1
+    groups = {} if B.shape[-2] == 1 else {"B": last - 1, "C": last - 1}
+    states = {"initial_states": 1, "final_states": 1}
+    heads = {"x": last - 1, "dt": last - 1, "A": 0, "D": 0, "z": last - 1, "dt_bias": 0, "output": last - 1}
+    rows = dict.fromkeys(("x", "dt", "B", "C", "z", "initial_states", "output", "final_states"), 0)
+    return [heads | groups | states, *([rows] if cu_seqlens is None else [])]
+
+
 @mamba_chunk_scan.flops
 def _flops(x: torch.Size, B: torch.Size, chunk_size: int) -> tuple[int, int]:
     """Of the matrix products of chunks of this size, in which half of all pairs of tokens count."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.chunk_layout import chunk_layout, row_count
+from mamba_ops.ops._common.chunk_layout import before, carried, chunk_layout, row_count
 from mamba_ops.ops._common.decay import finite_rates
 from mamba_ops.ops._common.slots import initial_states, is_padding, row_ends, slot_columns, store_rows
 from mamba_ops.ops.selective_scan.blocks import kept_states
@@ -69,19 +69,16 @@ def selective_scan(call: Arguments) -> None:
     left = x.new_zeros(x.shape[1], dim, dstate)
     for t in range(PIECE):
         left = advance(left, t)
-    decay, begun, state = torch.exp(rates * d.sum(0).unsqueeze(2)), torch.zeros_like(left), initial
-    first = layout.end - layout.of_row
-    for number in range(layout.longest):
-        exists = number < layout.of_row
-        piece = torch.where(exists, first + number, 0)
-        store_rows(begun, piece, state, exists)
-        state = torch.where(exists.view(n, 1, 1), state * decay[piece] + left[piece], state)
-    after, y = begun, torch.empty_like(x)
+    begins, decay = (layout.number == 0).view(-1, 1, 1), torch.exp(rates * d.sum(0).unsqueeze(2))
+    begun = torch.where(begins, initial[layout.row], 0)
+    ended = carried(left + decay * begun, decay, layout.number, layout.longest)
+    after, read = begun + before(ended, begins), []
     for t in range(PIECE):
         after = advance(after, t)
-        y[t] = (after.view(-1, *by_group[:2], dstate) * c[t]).sum(-1).flatten(1)
+        read.append((after.view(-1, *by_group[:2], dstate) * c[t]).sum(-1).flatten(1))
         if kept is not None and call.ssm_state is not None:
             store_rows(call.ssm_state, targets[:, t], after, stored[:, t])
+    y = torch.stack(read)
     if call.D is not None:
         y = y + call.D.to(compute) * x
     if call.z is not None:
@@ -89,4 +86,5 @@ def selective_scan(call: Arguments) -> None:
         y = y * (gate / (1 + torch.exp(-gate)))
     layout.store(call.output, y.transpose(0, 1))
     if call.ssm_state is not None and not blocks:
-        store_rows(call.ssm_state, ends.target, state, ends.stored)
+        last = torch.where(empty.view(n, 1, 1), initial, ended[(layout.end - 1).clamp(min=0)])
+        store_rows(call.ssm_state, ends.target, last, ends.stored)

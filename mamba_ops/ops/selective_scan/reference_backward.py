@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.chunk_layout import chunk_layout, row_count
+from mamba_ops.ops._common.chunk_layout import before, carried, chunk_layout, row_count
 from mamba_ops.ops._common.decay import finite_rates
-from mamba_ops.ops._common.slots import store_rows
 from mamba_ops.ops.selective_scan.training import BackwardArguments
 
 PIECE = 16  # tokens that are read one after the other, of all pieces at once
@@ -89,21 +88,17 @@ def selective_scan_backward(call: BackwardArguments) -> None:
         gained = (gained + outer(grad_gated[t], c[t])) * decay(t)
 
     # The state with which each piece begins, and the gradient of the one with which it ends.
-    through, first = torch.exp(rates * d.sum(0).unsqueeze(2)), layout.end - layout.of_row
-    begun, grad_ended, state = torch.zeros_like(left), torch.zeros_like(left), torch.zeros_like(state_gradient)
+    through, from_end = torch.exp(rates * d.sum(0).unsqueeze(2)), layout.of_row[layout.row] - 1 - layout.number
+    begins, ends = ((number == 0).view(-1, 1, 1) for number in (layout.number, from_end))
+    begun = torch.zeros_like(left)
     if call.initial_states is not None:
-        state = call.initial_states.to(compute)
-    for number in range(layout.longest):
-        exists = number < layout.of_row
-        piece = torch.where(exists, first + number, 0)
-        store_rows(begun, piece, state, exists)
-        state = torch.where(exists.view(n, 1, 1), state * through[piece] + left[piece], state)
-    for number in reversed(range(layout.longest)):
-        exists = number < layout.of_row
-        piece = torch.where(exists, first + number, 0)
-        store_rows(grad_ended, piece, state_gradient, exists)
-        after = state_gradient * through[piece] + gained[piece]
-        state_gradient = torch.where(exists.view(n, 1, 1), after, state_gradient)
+        begun = torch.where(begins, call.initial_states.to(compute)[layout.row], 0)
+    ended = carried(left + through * begun, through, layout.number, layout.longest)
+    begun = begun + before(ended, begins)
+    grad_ended = torch.where(ends, state_gradient[layout.row], 0)
+    own, from_end = (gained + through * grad_ended).flip(0), from_end.flip(0)
+    grad_begun = carried(own, through.flip(0), from_end, layout.longest)
+    grad_ended = grad_ended + before(grad_begun, from_end <= 0).flip(0)
 
     kept, state, read = [], begun, torch.empty_like(x)
     for t in range(PIECE):
@@ -136,7 +131,9 @@ def selective_scan_backward(call: BackwardArguments) -> None:
     if call.dt_bias is not None:
         call.grad_dt_bias.copy_(grad_d.sum((0, 1)))
     if call.initial_states is not None:
-        call.grad_initial_states.copy_(state_gradient)
+        first = (layout.end - layout.of_row).clamp(max=left.shape[0] - 1)
+        begun_with = torch.where((layout.of_row > 0).view(n, 1, 1), grad_begun.flip(0)[first], state_gradient)
+        call.grad_initial_states.copy_(begun_with)
     scatter(grad_x, call.grad_x)
     scatter(grad_d, call.grad_dt)
     call.grad_A.copy_(grad_A.sum(0))

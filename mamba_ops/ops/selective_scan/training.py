@@ -96,6 +96,17 @@ def _forward(
 selective_scan.backward("mamba_ops.ops.selective_scan.reference_backward:selective_scan_backward", BackwardArguments)
 
 
+@selective_scan.sharding
+def _sharding(x: Any, B: Any, cu_seqlens: Any) -> list[dict[str, int]]:
+    """By channels, with one group whole everywhere or several split as channels are; and by rows."""
+    last = x.ndim - 1
+    groups = {} if B.ndim == x.ndim or B.shape[-2] == 1 else {"B": last, "C": last}
+    states = {"initial_states": 1, "final_states": 1}
+    channels = {"x": last, "dt": last, "A": 0, "D": 0, "z": last, "dt_bias": 0, "output": last}
+    rows = dict.fromkeys(("x", "dt", "B", "C", "z", "initial_states", "output", "final_states"), 0)
+    return [channels | groups | states, *([rows] if cu_seqlens is None else [])]
+
+
 @selective_scan.flops
 def _flops(x: torch.Size, A: torch.Size) -> tuple[int, int]:
     """Of the recurrence: decay, add and read every number of the state; twice that and the rates' gradients back."""

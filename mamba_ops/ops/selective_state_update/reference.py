@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mamba_ops.ops._common.chunk_layout import fixed
 from mamba_ops.ops._common.decay import finite_rates
 from mamba_ops.ops._common.rounding import round_stochastically
 from mamba_ops.ops._common.slots import padded_rows, store_rows, update_ends
@@ -66,7 +67,7 @@ def selective_state_update(call: Arguments) -> None:
     # Rows in order are a view: a cache of the dtype that is computed in then advances where it is.
     s = (cache[:n] if in_order else cache[torch.where(is_active, source, 0)]).to(compute)
     sums = []
-    for t in range(length):
+    for t in range(fixed(length)):
         decay, written = torch.exp(a * d[:, t]), (b[:, t] * d[:, t]) * u[:, t].unsqueeze(-1)
         if index is None:
             s = s.mul_(decay).add_(written)

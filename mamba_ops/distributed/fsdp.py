@@ -1,0 +1,73 @@
+"""FSDP2 with decays in float32: what is lost of a decay in bfloat16 is lost again at every token."""
+
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import fully_shard as shard
+
+from mamba_ops.layers.mixer import Mixer
+
+M = TypeVar("M", bound=Mixer)
+DECAYS = ("A_log", "D", "dt_bias")
+
+
+class Decays(nn.Module):
+    """The decay parameters of a layer, a module of their own, as FSDP2's policies are of modules."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        for name, parameter in parameters.items():
+            self.register_parameter(name, nn.Parameter(parameter.detach().float(), parameter.requires_grad))
+
+    def forward(self) -> dict[str, Tensor]:
+        """Return them by name; copies, because FSDP2 frees what it has gathered."""
+        return {name: parameter.clone() for name, parameter in self.named_parameters()}
+
+
+def fully_shard(layer: M, **options: Any) -> M:
+    """Apply `torch.distributed.fsdp.fully_shard` to a layer, with A_log, D and dt_bias in float32, and return it.
+
+    They become a submodule with a policy of its own, `layer.decays`, which is gathered and reduced in float32 whatever
+    `mp_policy` says of the rest; they are float32 also where the layer is not. State dicts have them under the layer's
+    own names, both ways. The optimizer is made after this call, as always with FSDP2. Calls of the layer gather them;
+    `step` does not, as with any method but forward.
+
+    Args:
+        layer: a Mamba, Mamba2 or GatedDeltaNet.
+        options: of `fully_shard`: mesh, mp_policy, reshard_after_forward, offload_policy.
+
+    Raises:
+        TypeError: the layer is none of this package's.
+    """
+    if not isinstance(layer, Mixer):
+        expected = "a mamba_ops.layers Mamba, Mamba2 or GatedDeltaNet"
+        raise TypeError(f"fully_shard: layer: got a {type(layer).__name__}, expected {expected}; shard each by itself")
+    names = [name for name in DECAYS if name in dict(layer.named_parameters(recurse=False))]
+    layer.decays = Decays({name: layer.get_parameter(name) for name in names})
+    for name in names:
+        delattr(layer, name)
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    shard(cast(nn.Module, layer.decays), **options | {"mp_policy": policy})
+    layer.register_forward_pre_hook(_fetch)
+    layer.register_state_dict_post_hook(_rename)  # type: ignore[no-untyped-call]
+    layer.register_load_state_dict_pre_hook(_rename_back)  # type: ignore[no-untyped-call]
+    shard(layer, **options)
+    return layer
+
+
+def _fetch(layer: Any, args: Any) -> None:
+    """Let the layer find its decays under their names."""
+    vars(layer).update(layer.decays())
+
+
+def _rename(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    for name in dict(layer.decays.named_parameters()):
+        state_dict[prefix + name] = state_dict.pop(f"{prefix}decays.{name}")
+
+
+def _rename_back(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in dict(layer.decays.named_parameters()):
+        if prefix + name in state_dict:
+            state_dict[f"{prefix}decays.{name}"] = state_dict.pop(prefix + name)
