@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from traceback import FrameSummary
@@ -48,6 +49,9 @@ PRIVATE = {
     COPIES: Private("copies for mutated inputs are not looked for"),
     HAS_TRITON: Private("launches of Triton kernels may be missing from graphs for absent devices"),
     "torch._dynamo.exc:Unsupported": Private("graph breaks are classified by their messages alone"),
+    "torch._dynamo:config": Private("no flags of Dynamo's are tried"),
+    "torch._dynamo.decorators:mark_dynamic": Private("no sizes are marked dynamic for a try"),
+    "torch._dynamo.decorators:mark_unbacked": Private("no sizes are marked unbacked for a try"),
     "torch._dynamo.config:recompile_limit": Private("it is taken to be 8"),
     "torch._dynamo.utils:counters": Private("graphs are not counted by the commands"),
     "torch._dynamo.utils:graph_break_reasons": Private("graph breaks of absent devices are not listed"),
@@ -64,6 +68,7 @@ PRIVATE = {
     "torch._ops:OpOverload._schema": Private("ops are not compared with their schemas"),
     "torch.fx:Node._pretty_print_target": Private("functions in traces have no module names"),
     "torch.fx.experimental.proxy_tensor:CONSTANT_NUMEL_LIMIT": Private("small constants may stop traces"),
+    "torch.nn:Module._apply": Private("modules that a script moves to an absent device may not be traced"),
     "torch.storage:UntypedStorage._cdata": Private("memory is identified by its address"),
     "torch.utils._python_dispatch:TorchDispatchMode": Private("waits and writes inside ops are not seen"),
     "torch.utils._pytree:tree_leaves": Private("tensors are found in tuples, lists and dicts alone"),
@@ -222,6 +227,20 @@ def recompile_limit() -> int:
     return int(find("torch._dynamo.config:recompile_limit") or 8)
 
 
+def flag(name: str) -> Any:
+    """Return the value of a flag of Dynamo's, or None, if this torch does not have it."""
+    return getattr(find("torch._dynamo:config"), name, None)
+
+
+def flags(values: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """Within the block, flags of Dynamo's have these values."""
+    config = find("torch._dynamo:config")
+    patched_config: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if config is not None and values:
+        patched_config = config.patch(values)
+    return patched_config
+
+
 def traced_stack() -> Sequence[Any]:
     """Return the frames of the code that Dynamo traces now."""
     extract = find("torch._guards:TracingContext.extract_stack")
@@ -292,6 +311,25 @@ def compiles() -> tuple[list[Break], list[Recompile]]:
 def compile_ids() -> list[str]:
     """Return the ids of what Dynamo compiled since `forget_compiles`."""
     return [str(frame.compile_id) for frame in _metrics()]
+
+
+def compile_seconds() -> dict[str, float]:
+    """Return the seconds of each compile that torch has metrics of, by its id."""
+    seconds = {str(frame.compile_id): getattr(frame, "entire_frame_compile_time_s", None) for frame in _metrics()}
+    return {name: round(value, 3) for name, value in seconds.items() if value}
+
+
+def hints(message: str) -> tuple[str, ...]:
+    """Return what torch says can be done about a graph break, each a sentence on one line."""
+    told = message.partition("Developer debug context:")[0]
+    found = re.findall(r"^\s*Hint: (.*?)(?=^\s*Hint: |\n\s*\n|\Z)", told, re.MULTILINE | re.DOTALL)
+    return tuple(dict.fromkeys(" ".join(hint.split()) for hint in found))
+
+
+def link(message: str) -> str | None:
+    """Return the address of torch's page about a graph break, where its message has one."""
+    found = re.search(r"please visit: (https://\S+)", message)
+    return found[1] if found else None
 
 
 def _metrics() -> Sequence[Any]:

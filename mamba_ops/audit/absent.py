@@ -104,7 +104,7 @@ class Tracer:
         self.trace.stopped = None
         _torch.forget_compiles()
         try:
-            with torch.no_grad(), _fake_mode(), no_constants:
+            with torch.no_grad(), fake_mode(), no_constants:
                 return self._compiled(*args, **kwargs)
         except _torch.needs_values_errors() as error:
             self.trace.stopped = f"{error.func} needs values, which a fake tensor does not have"
@@ -155,7 +155,8 @@ def fake(value: _T, device: str) -> _T:
 
 
 @functools.cache
-def _fake_mode() -> Any:
+def fake_mode() -> Any:
+    """Return the mode that all fake tensors of this process belong to."""
     # Where another accelerator is present, torch would initialise the absent one.
     _torch.set_value("torch._subclasses.fake_tensor:init_gpu_context", lambda device: None)
     return _torch.require("torch._subclasses.fake_tensor:FakeTensorMode")(allow_non_fake_inputs=True)
@@ -187,7 +188,7 @@ class _DeepCopyFakes(TorchFunctionMode):
         _, storage = self.storages.setdefault(_torch.storage_key(real), new)
         meta = torch.empty(0, dtype=tensor.dtype, device="meta")
         meta.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
-        result = self.fake_tensor(_fake_mode(), meta, self.device)
+        result = self.fake_tensor(fake_mode(), meta, self.device)
         vars(result).update(vars(tensor))
         return result
 

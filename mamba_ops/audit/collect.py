@@ -18,6 +18,7 @@ import torch
 
 from mamba_ops.audit import _torch
 from mamba_ops.audit import graph as graphs
+from mamba_ops.audit.outcomes import Event
 from mamba_ops.audit.remedies import RULES, classify_break, classify_guard, guard_subject, remedy
 from mamba_ops.audit.report import CallRow, Finding, Graph, Report
 from mamba_ops.audit.source_locations import (
@@ -39,6 +40,7 @@ class Collector:
         self.report = report
         self.layers = Layers(model)
         self.call = -1
+        self._begin = time.perf_counter()
         self._early = 0  # Triton's compiles before the first call that counts
         self._grown: set[tuple[types.CodeType, str]] = set()
         self._unwrapped: set[str] = set()  # functions that this torch does not have
@@ -68,10 +70,19 @@ class Collector:
             where,
             tuple(stack),
             layers=self.layers.of(stack or ([fallback] if fallback else [])),
+            hints=_torch.hints(message),
+            link=_torch.link(message),
             **more,
         )
-        self.report.add(finding)
+        finding = self.report.add(finding)
+        if finding.breaks or finding.kind == "recompile":
+            what = "break" if finding.breaks else "recompile"
+            self._record(what, f"{cause} at {where}" if where else cause, finding.fingerprint)
         return finding
+
+    def _record(self, what: str, text: str, fingerprint: str = "") -> None:
+        at = round(time.perf_counter() - self._begin, 3)
+        self.report.events.append(Event(what, max(self.call, 0), _torch.compile_id(), at, text, fingerprint))
 
     @contextlib.contextmanager
     def one_call(self, shapes: str) -> Iterator[CallRow]:
@@ -88,6 +99,7 @@ class Collector:
             yield row
         finally:
             row.seconds = round(time.perf_counter() - start, 3)
+            self.report.compile_seconds |= _torch.compile_seconds()
             if self._unwrapped:
                 self._read_lists(row, _torch.graph_count() - graph_count)
 
@@ -171,6 +183,7 @@ class Collector:
         segments = graphs.segments(module, self.layers, inside)
         ops = sum(segment.ops for segment in segments)
         self.report.graphs.append(Graph(max(self.call, 0), _torch.compile_id(), ops, segments))
+        self._record("graph", f"{ops} ops")
         if 0 <= self.call < len(self.report.calls):
             self.report.calls[self.call].graphs += 1
         for cause, op, message, stack in found:

@@ -1,14 +1,11 @@
 """A report as one page that needs no server and no network."""
 
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from mamba_ops.audit.report import KINDS, Finding, Report, compare, counted
-from mamba_ops.audit.show import caller, cells, describe, grouped, headings, short
-from mamba_ops.audit.source_locations import SourceLocation
+from mamba_ops.audit.show import caller, cells, describe, excerpt, grouped, headings, short
 
-_AROUND = 3  # lines of source on each side
 _CELLS = 60  # of a strip, at most
 
 
@@ -57,17 +54,6 @@ def _shown(name: str, finding: Finding) -> dict[str, Any]:
         "source": excerpt(finding.where) if finding.where else [],
         "caller": caller(finding),
     }
-
-
-def excerpt(location: SourceLocation) -> list[tuple[int, str, bool]]:
-    """Return the lines around a location, each with its number and whether it is that line."""
-    try:
-        lines = Path(location.file).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return [(location.line, location.source, True)] if location.source else []
-    first = max(location.line - _AROUND, 1)
-    shown = lines[first - 1 : location.line + _AROUND]
-    return [(number, text, number == location.line) for number, text in enumerate(shown, first)]
 
 
 def strips(report: Report) -> list[dict[str, Any]]:

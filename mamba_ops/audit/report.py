@@ -3,12 +3,13 @@
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from mamba_ops.audit.fingerprints import fingerprint
+from mamba_ops.audit.outcomes import Event, Try
 from mamba_ops.audit.source_locations import SourceLocation
 
-VERSION = 2  # of the JSON; raised when a name in it changes its meaning
+SCHEMA_VERSION = 3  # of the JSON; raised when a name in it changes its meaning
 SEVERITIES = ("error", "warning", "note")
 KINDS = {
     "break": "graph breaks",
@@ -58,6 +59,10 @@ class Finding:
         skipped_frame: the function that was not compiled at all because of this.
         needs_device: whether only the real device can confirm it.
         bytes: of a copy, where it is known.
+        hints: what torch says can be done, in its own words.
+        link: torch's page about a break of this type.
+        fingerprint: the same for this finding in another report, where code was moved in its file or formatted.
+        ranks: of several processes, those in which it was found.
     """
 
     kind: str
@@ -74,6 +79,14 @@ class Finding:
     skipped_frame: str | None = None
     needs_device: bool = False
     bytes: int | None = None
+    hints: tuple[str, ...] = ()
+    link: str | None = None
+    fingerprint: str = ""
+    ranks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.fingerprint:
+            self.fingerprint = fingerprint(self.kind, self.cause, self.op, self.where)
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -143,6 +156,10 @@ class Report:
         backends: for our ops: which backend ran how often, and each refusal.
         notes: what was left out or replaced, in sentences.
         finished: False if it was interrupted or ran out of time; the rest is what was known then.
+        events: graphs, breaks and recompiles in the order in which they came.
+        compile_seconds: of each compile, by torch's name for it.
+        tries: changes that were tried without touching the code.
+        ranks: of the processes that this report was merged from.
     """
 
     target: str
@@ -155,6 +172,10 @@ class Report:
     notes: list[str] = dataclasses.field(default_factory=list)
     torch: str = ""
     finished: bool = True
+    events: list[Event] = dataclasses.field(default_factory=list)
+    compile_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    tries: list[Try] = dataclasses.field(default_factory=list)
+    ranks: tuple[int, ...] = ()
 
     @property
     def clean(self) -> bool:
@@ -175,13 +196,33 @@ class Report:
         count = len(self.graphs)
         return f"Nothing to change: {count} graph{'s' if count != 1 else ''}, no break."
 
-    def failing(self, classes: Iterable[str]) -> list[Finding]:
-        """Return the findings above a note that belong to one of these kinds."""
-        wanted = set(classes)
-        return [finding for finding in self.findings if finding.classes & wanted and finding.severity != "note"]
+    def failing(self, classes: Iterable[str], before: "Report | None" = None) -> list[Finding]:
+        """Return the findings above a note that belong to one of these kinds.
 
-    def add(self, finding: Finding) -> None:
-        """Add a finding, or count it if it is known already."""
+        Args:
+            classes: kinds; "new" among them restricts the others to findings that `before` does not hold, and alone
+                stands for all of these.
+            before: an older report.
+
+        Raises:
+            ValueError: "new" is asked for, and there is no older report.
+        """
+        wanted = set(classes)
+        found = [finding for finding in self.findings if finding.severity != "note"]
+        if "new" in wanted:
+            if before is None:
+                raise ValueError(
+                    "failing: before: got None, expected an older report, in which to look for what is new"
+                )
+            new = {id(change.finding) for change in compare(self, before) if change.what == "new"}
+            found = [finding for finding in found if id(finding) in new]
+            wanted.discard("new")
+            if not wanted:
+                return found
+        return [finding for finding in found if finding.classes & wanted]
+
+    def add(self, finding: Finding) -> Finding:
+        """Add a finding, or count it if it is known already; return the one that is in the report."""
         for known in self.findings:
             if known.key == finding.key:
                 known.count += finding.count
@@ -190,8 +231,9 @@ class Report:
                 known.breaks |= finding.breaks
                 if SEVERITIES.index(finding.severity) < SEVERITIES.index(known.severity):
                     known.severity = finding.severity
-                return
+                return known
         self.findings.append(finding)
+        return finding
 
     def sort(self) -> None:
         """Put the worst first."""
@@ -200,7 +242,7 @@ class Report:
 
     def to_json(self) -> str:
         """Return the report as JSON; `from_json` reads it."""
-        facts = {"version": VERSION, "verdict": self.verdict, **dataclasses.asdict(self)}
+        facts = {"schema_version": SCHEMA_VERSION, "verdict": self.verdict, **dataclasses.asdict(self)}
         return json.dumps(facts, indent=1)
 
     @classmethod
@@ -211,16 +253,19 @@ class Report:
             ValueError: it is no report, or one of another version.
         """
         facts = json.loads(text)
-        if not isinstance(facts, dict) or facts.get("version") != VERSION:
-            got = facts.get("version") if isinstance(facts, dict) else type(facts).__name__
-            raise ValueError(f"got a report of version {got}, expected {VERSION}")
-        facts = {name: value for name, value in facts.items() if name not in ("version", "verdict")}
+        got = facts.get("schema_version") if isinstance(facts, dict) else type(facts).__name__
+        if not isinstance(facts, dict) or got != SCHEMA_VERSION:
+            raise ValueError(f"got a report of version {got}, expected {SCHEMA_VERSION}; audit once more to write one")
+        facts = {name: value for name, value in facts.items() if name not in ("schema_version", "verdict")}
         facts["findings"] = [_finding(finding) for finding in facts["findings"]]
         facts["calls"] = [CallRow(**row) for row in facts["calls"]]
         facts["graphs"] = [
             Graph(**{**graph, "segments": [_segment(segment) for segment in graph["segments"]]})
             for graph in facts["graphs"]
         ]
+        facts["events"] = [Event(**event) for event in facts["events"]]
+        facts["tries"] = [Try.read(tried) for tried in facts["tries"]]
+        facts["ranks"] = tuple(facts["ranks"])
         return cls(**facts)
 
 
@@ -231,7 +276,8 @@ def _segment(facts: Mapping[str, Any]) -> GraphSegment:
 def _finding(facts: Mapping[str, Any]) -> Finding:
     where = SourceLocation(**facts["where"]) if facts["where"] else None
     stack = tuple(SourceLocation(**location) for location in facts["stack"])
-    return Finding(**{**facts, "where": where, "stack": stack, "layers": tuple(facts["layers"])})
+    several = {name: tuple(facts[name]) for name in ("layers", "hints", "ranks")}
+    return Finding(**{**facts, **several, "where": where, "stack": stack})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,21 +291,24 @@ class Change:
 
 
 def compare(now: Report, before: Report) -> list[Change]:
-    """Return what got worse or better; lines may have moved, so findings are matched by file and source line."""
-    found, found_before = _by_source(now), _by_source(before)
+    """Return what got worse or better; findings are matched by their fingerprints, as lines may have moved.
+
+    Of equal statements in one function, as many are new as there are more of them.
+    """
+    found, found_before = _by_fingerprint(now), _by_fingerprint(before)
     changes = []
     for key in dict.fromkeys([*found, *found_before]):
         old, new = found_before.get(key, []), found.get(key, [])
-        counts = sum(f.count for f in old), sum(f.count for f in new)
-        if counts[0] != counts[1]:
-            what = "new" if not old else "gone" if not new else "more" if counts[1] > counts[0] else "fewer"
-            changes.append(Change(what, (new or old)[0], *counts))
+        changes += [Change("new", finding, 0, finding.count) for finding in new[len(old) :]]
+        changes += [Change("gone", finding, finding.count, 0) for finding in old[len(new) :]]
+        for one, other in zip(old, new, strict=False):
+            if one.count != other.count:
+                changes.append(Change("more" if other.count > one.count else "fewer", other, one.count, other.count))
     return changes
 
 
-def _by_source(report: Report) -> dict[tuple[str, ...], list[Finding]]:
-    found: dict[tuple[str, ...], list[Finding]] = {}
+def _by_fingerprint(report: Report) -> dict[str, list[Finding]]:
+    found: dict[str, list[Finding]] = {}
     for finding in report.findings:
-        where = (Path(finding.where.file).name, finding.where.source) if finding.where else ("", "")
-        found.setdefault((finding.kind, finding.cause, finding.op, *where), []).append(finding)
+        found.setdefault(finding.fingerprint, []).append(finding)
     return found

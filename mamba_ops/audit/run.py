@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mamba_ops.audit import _torch, absent
 from mamba_ops.audit import graph as graphs
+from mamba_ops.audit.absent_code import traced_as_if_present
 from mamba_ops.audit.eager import add_hidden_syncs, hear_fallbacks, run_eagerly
 from mamba_ops.audit.report import Report
 
@@ -112,6 +113,35 @@ def audit(
     return report
 
 
+def recorded(
+    fn: Callable[..., Any],
+    calls: Sequence[Arguments],
+    device: torch.device,
+    *,
+    train: bool = False,
+    dynamic: bool | None = None,
+    mode: str | None = None,
+) -> Report:
+    """Return a report of what torch.compile does with calls, as in `audit`, and of nothing else.
+
+    Args:
+        fn, calls: what is called, on the device where that is present.
+        device, train, dynamic, mode: as for `audit`.
+    """
+    from mamba_ops.audit.collect import Collector
+
+    is_absent = device.type != "cpu" and not torch.get_device_module(device).is_available()
+    report = Report("", str(device), is_absent, torch=str(torch.__version__))
+    collector = Collector(report, fn)
+    with quiet_torch(), warnings.catch_warnings(), torch.set_grad_enabled(train):
+        warnings.simplefilter("ignore")
+        if not is_absent:
+            _compile(collector, fn, calls, device, train, dynamic, mode, lambda step: None)
+        elif _install(device, report):
+            _trace_absent(collector, fn, calls, device, dynamic, lambda step: None, runs_here=False)
+    return report
+
+
 def _install(device: torch.device, report: Report) -> bool:
     """Return whether an absent device can be traced; a note says why not."""
     try:
@@ -123,12 +153,16 @@ def _install(device: torch.device, report: Report) -> bool:
 
 
 @contextlib.contextmanager
-def watch(target: str = "watched code", report: Report | None = None) -> Iterator[Report]:
+def watch(
+    target: str = "watched code", report: Report | None = None, *, absent_device: str | None = None
+) -> Iterator[Report]:
     """Within the block, record what torch.compile does with the user's own code.
 
     Args:
         target: what the report calls it.
         report: filled in as things become known. None: a new one, which is complete after the block.
+        absent_device: a device that is not present, for which the code is traced; this cannot be undone in the process.
+            The block ends where the code needs values, and the report says so.
     """
     from mamba_ops.audit.collect import Collector
 
@@ -136,10 +170,15 @@ def watch(target: str = "watched code", report: Report | None = None) -> Iterato
     report.torch, report.finished = str(torch.__version__), False
     collector = Collector(report)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    report.device = str(accelerator or "cpu")
+    report.device, report.absent = absent_device or str(accelerator or "cpu"), absent_device is not None
+    as_if = traced_as_if_present(absent_device) if absent_device else contextlib.nullcontext()
     try:
-        with hear_fallbacks(collector, compiled=True), collector.listen(), collector.one_call("watched"):
+        with hear_fallbacks(collector, compiled=True), collector.listen(), as_if, collector.one_call("watched"):
             yield report
+    except _torch.needs_values_errors() as error:
+        if absent_device is None:
+            raise
+        _stop(collector, error)
     finally:
         report.notes += _torch.losses()
         report.finished = True

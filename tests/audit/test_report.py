@@ -32,8 +32,8 @@ def test_identical_findings_of_layers_are_one(deep):
 def test_json_and_back(deep):
     again = Report.from_json(deep.to_json())
     assert dataclasses.asdict(again) == dataclasses.asdict(deep)
-    with pytest.raises(ValueError, match="version 99, expected 2"):
-        Report.from_json(deep.to_json().replace('"version": 2', '"version": 99', 1))
+    with pytest.raises(ValueError, match="version 99, expected 3"):
+        Report.from_json(deep.to_json().replace('"schema_version": 3', '"schema_version": 99', 1))
 
 
 def test_comparison(deep):
