@@ -65,6 +65,7 @@ PRIVATE = {
     "torch._guards:TracingContext.try_get": Private("inputs that a graph writes to are not seen"),
     "torch._guards:CompileContext.current_compile_id": Private("graphs have no compile ids"),
     "torch._higher_order_ops.triton_kernel_wrap:kernel_side_table": Private("raw Triton launches have no names"),
+    "torch._logging:_internal": Private("tlparse is given no trace"),
     "torch._ops:OpOverload._schema": Private("ops are not compared with their schemas"),
     "torch.fx:Node._pretty_print_target": Private("functions in traces have no module names"),
     "torch.fx.experimental.proxy_tensor:CONSTANT_NUMEL_LIMIT": Private("small constants may stop traces"),
@@ -317,6 +318,23 @@ def compile_seconds() -> dict[str, float]:
     """Return the seconds of each compile that torch has metrics of, by its id."""
     seconds = {str(frame.compile_id): getattr(frame, "entire_frame_compile_time_s", None) for frame in _metrics()}
     return {name: round(value, 3) for name, value in seconds.items() if value}
+
+
+@contextlib.contextmanager
+def traced_to(folder: str | None) -> Iterator[None]:
+    """Within the block, torch.compile writes its structured trace to a folder, as with TORCH_TRACE."""
+    logging_of_torch = find("torch._logging:_internal") if folder else None
+    if logging_of_torch is None:
+        yield
+        return
+    handler = logging_of_torch.LazyTraceHandler(folder)
+    handler.setFormatter(logging_of_torch.TorchLogsFormatter(trace=True))
+    logging_of_torch.trace_log.addHandler(handler)
+    try:
+        yield
+    finally:
+        logging_of_torch.trace_log.removeHandler(handler)
+        handler.close()
 
 
 def hints(message: str) -> tuple[str, ...]:

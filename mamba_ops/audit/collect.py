@@ -183,7 +183,7 @@ class Collector:
         segments = graphs.segments(module, self.layers, inside)
         ops = sum(segment.ops for segment in segments)
         self.report.graphs.append(Graph(max(self.call, 0), _torch.compile_id(), ops, segments))
-        self._record("graph", f"{ops} ops")
+        self._record("graph", f"{ops} op{'s' * (ops != 1)}")
         if 0 <= self.call < len(self.report.calls):
             self.report.calls[self.call].graphs += 1
         for cause, op, message, stack in found:

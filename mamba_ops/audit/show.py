@@ -84,6 +84,8 @@ def lines(finding: Finding, tries: Sequence[Try] = ()) -> list[str]:
         text.append(f"All of {finding.skipped_frame} runs without the compiler because of this.")
     if finding.layers:
         text.append(f"In {grouped(finding.layers)}")
+    if finding.ranks:
+        text.append(f"In the ranks {', '.join(map(str, finding.ranks))}")
     if finding.needs_device:
         text.append("Only the device itself can confirm this.")
     text.append(f"-> {finding.remedy}")
@@ -105,14 +107,15 @@ def tried_line(tried: Try, finding: Finding | None = None) -> str:
 def closing_lines(report: Report) -> list[str]:
     """Return what the changes that helped come to together, and what `use_mamba_ops` would change in the model."""
     text = []
+    together = [tried for tried in report.tries if not tried.findings and not tried.ours]
+    for tried in [tried for tried in together if tried.after is not None][-1:] or together[-1:]:
+        text.append(f"All that helped, together: {tried_line(tried)}")
     for tried in report.tries:
         if tried.ours and tried.before is not None and tried.after is not None:
             text += [f"{tried.change}, tried on this model:"]
             text += [f"  before: {told(tried.before)}", f"  after:  {told(tried.after)}"]
         elif tried.ours:
             text.append(f"{tried.change}, tried on this model: {tried.problem}")
-        elif not tried.findings:
-            text.append(f"All that helped, together: {tried_line(tried)}")
     return text
 
 

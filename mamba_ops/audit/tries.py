@@ -170,7 +170,7 @@ def outcome(tweak: Tweak, findings: Sequence[str], before: Report, after: Report
 
 
 def together(wanted: Sequence[tuple[Tweak, tuple[str, ...]]], tries: Sequence[Try]) -> Tweak | None:
-    """Return the changes that mend what they are for, as one: of each finding the first; None if it is one change."""
+    """Return the changes that mend what they are for, as one: of each finding the first; None if nothing helped."""
     gone = {tried.change: tried.gone for tried in tries if tried.after is not None}
     chosen: dict[str, Tweak] = {}
     for tweak, findings in wanted:
@@ -178,4 +178,4 @@ def together(wanted: Sequence[tuple[Tweak, tuple[str, ...]]], tries: Sequence[Tr
             if name in gone.get(str(tweak), ()):
                 chosen.setdefault(name, tweak)
     distinct = {str(tweak): tweak for tweak in chosen.values()}
-    return functools.reduce(Tweak.__or__, distinct.values()) if len(distinct) > 1 else None
+    return functools.reduce(Tweak.__or__, distinct.values()) if distinct else None

@@ -63,7 +63,7 @@ def run(tmp_path):
 
     def run(target, *options):
         sys.modules.pop("theirs", None)
-        arguments = [target.replace("theirs.py", str(file))]
+        arguments = [target.replace("theirs.py", str(file)), "--no-try"]
         return CliRunner().invoke(app, [*arguments, *options])
 
     return run
@@ -87,7 +87,7 @@ def test_who_asks_for_copies_has_them_looked_for(tmp_path):
         "def twin(): return ops.CacheTwin(), breaks.x()\n"
     )
     for factory, status in (("bad", 1), ("twin", 0)):
-        result = CliRunner().invoke(app, [f"{file}:{factory}", "--fail-on", "copy"])
+        result = CliRunner().invoke(app, [f"{file}:{factory}", "--fail-on", "copy", "--no-try"])
         assert result.exit_code == status, result.output
 
 
@@ -118,6 +118,7 @@ def test_shapes_make_calls(run):
         ("nowhere.py:net", (), "there is no file nowhere.py"),
         ("theirs.py:net", ("--shapes", "2by3"), "expected sizes such as"),
         ("theirs.py:net", ("--fail-on", "rain"), "expected some of break"),
+        ("theirs.py:net", ("--fail-on", "new"), "expected --compare OTHER.json with it"),
         ("theirs.py:net", ("--device", "toaster"), "expected cpu, cuda or xpu"),
         ("theirs.py:net", ("--layers", "3"), "--layers, --full and --ours are for transformers:NAME alone"),
     ],
@@ -156,6 +157,81 @@ def test_a_script_is_watched(tmp_path):
     result = CliRunner().invoke(app, ["--run", str(script), "3", "--lr", "0.1", "--fail-on", "break"])
     assert result.exit_code == 1, result.output
     assert "loop.py:4 in f" in result.output.replace("\n", "")
+
+
+def test_a_module_is_watched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / "their_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "train.py").write_text(
+        "import sys, torch\n"
+        "from . import __name__ as package\n"
+        "def f(x):\n"
+        "    return x * x.sum().item()\n"
+        "if __name__ == '__main__':\n"
+        "    assert sys.argv[1:] == ['--lr', '3'] and package == 'their_package'\n"
+        "    torch.compile(f, backend='aot_eager')(torch.ones(3))\n"
+    )
+    result = CliRunner().invoke(app, ["-m", "their_package.train", "--lr", "3", "--fail-on", "break"])
+    assert result.exit_code == 1, result.output
+    assert "train.py:4 in f" in result.output.replace("\n", "")
+    for missing in ("their_package", "their_package.nothing", "nothing_of_that_name.train"):
+        result = CliRunner().invoke(app, ["-m", missing])
+        assert result.exit_code == 2
+        assert f"there is no module {missing} that can be run" in result.output
+
+
+def test_new_findings_fail_and_old_ones_do_not(run, tmp_path):
+    file = tmp_path / "report.json"
+    assert run("theirs.py:net", "--json", str(file), "--fail-on", "break").exit_code == 1
+    (tmp_path / "theirs.py").write_text(MODEL.replace("class Net", "# moved\n\nclass Net"))
+    assert run("theirs.py:net", "--compare", str(file), "--fail-on", "new").exit_code == 0
+    assert run("theirs.py:net", "--compare", str(file), "--fail-on", "break").exit_code == 1
+    (tmp_path / "theirs.py").write_text(MODEL.replace("return -y", "return -y * y.sum().item()"))
+    assert run("theirs.py:net", "--compare", str(file), "--fail-on", "new").exit_code == 1
+    assert run("theirs.py:net", "--compare", str(file), "--fail-on", "new,jit").exit_code == 0
+
+
+def test_ranks_write_files_of_their_own_and_are_read_as_one(run, tmp_path, monkeypatch):
+    file = tmp_path / "report.json"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert run("theirs.py:net", "--json", str(file)).exit_code == 0
+    monkeypatch.delenv("RANK")
+    assert not file.exists()
+    files = [str(tmp_path / f"report.rank{rank}.json") for rank in (1, 0)]
+    result = CliRunner().invoke(app, [*files, "--json", str(file), "--fail-on", "break"])
+    assert result.exit_code == 1, result.output
+    assert "In the ranks 0, 1" in result.output
+    [finding] = Report.from_json(file.read_text()).findings
+    assert finding.ranks == (0, 1)
+    assert CliRunner().invoke(app, [files[0], files[0]]).exit_code == 2
+
+
+@pytest.mark.slow
+def test_a_script_on_an_absent_device(tmp_path):
+    import torch
+
+    absent = next(name for name in ("cuda", "xpu") if not torch.get_device_module(name).is_available())
+    script = tmp_path / "serve.py"
+    script.write_text(
+        "import torch\n"
+        f"layer = torch.nn.Linear(8, 8).to('{absent}')\n"
+        "@torch.compile(mode='max-autotune')\n"
+        "def f(x):\n"
+        f"    assert x.device.type == '{absent}'\n"
+        "    print('here')\n"
+        "    return layer(x).cpu()\n"
+        f"y = f(torch.ones(3, 8, device='{absent}'))\n"
+        "print(y.sum().item())\n"
+    )
+    result = CliRunner().invoke(app, ["--run", str(script), "--device", absent])
+    assert result.exit_code == 0, result.output
+    assert "break/print: print" in result.output
+    assert "sync/host-copy" in result.output
+    assert "stopped/needs-values" in result.output
 
 
 def test_gradients_of_an_absent_device_are_refused(run):
@@ -238,7 +314,7 @@ def test_in_time_a_child_says_what_this_process_would_say(tmp_path):
     """Of a model that fails, of a script's own arguments, output and status."""
     file = tmp_path / "made.py"
     file.write_text(MODEL)
-    result = CliRunner().invoke(app, [f"{file}:net", "--limit", "500", "--fail-on", "break"])
+    result = CliRunner().invoke(app, [f"{file}:net", "--limit", "500", "--fail-on", "break", "--no-try"])
     assert result.exit_code == 1
     assert f"{file}:7 in forward" in result.output.replace("\n", "")
     assert CliRunner().invoke(app, [f"{file}:fails", "--limit", "500"]).exit_code == 2
@@ -288,7 +364,7 @@ def test_our_ops_on_an_absent_device(tmp_path, factory, expected, backend):
 
     absent = next(kind for kind in ("cuda", "xpu") if not torch.get_device_module(kind).is_available())
     file = tmp_path / "report.json"
-    command = [f"compile_tests.planted.decode:{factory}", "--device", absent, "--json", str(file)]
+    command = [f"compile_tests.planted.decode:{factory}", "--no-try", "--device", absent, "--json", str(file)]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     report = Report.from_json(file.read_text())
@@ -317,7 +393,7 @@ def test_planted_for_an_absent_device(tmp_path, name, cause):
     )
     for factory, expected in (("bad", [cause]), ("twin", [])):
         file = tmp_path / f"{factory}.json"
-        result = CliRunner().invoke(app, [f"{target}:{factory}", "--device", absent, "--json", str(file)])
+        result = CliRunner().invoke(app, [f"{target}:{factory}", "--no-try", "--device", absent, "--json", str(file)])
         assert result.exit_code == 0, result.output
         report = Report.from_json(file.read_text())
         assert report.absent

@@ -127,7 +127,7 @@ def audited(device, name):
             pass
         return audit(OnDevice(), breaks.x(), torch.zeros(4, 8), device=device)
     calls = [(torch.randn(rows, 8),) for rows in (4, 12)]
-    with _torch.flags({"recompile_limit": 8}):
+    with _torch.flags({"recompile_limit": 8}), _torch.traced_to(sys.argv[0]):
         for how in ("dynamic", "unbacked"):
             tries.mark([torch.randn(rows, 8) for rows in (4, 12)], how)
     return audit(Several(), *calls[0], calls=calls[1:], copies=name == _torch.COPIES)

@@ -88,7 +88,9 @@ def cleaned(text: str) -> str:
         text = re.sub(pattern, "[left out]", text)
     text = _NAMED.sub(r'\1"[left out]"', text)
     text = re.sub(r"(?:[A-Za-z]:)?[^\s\"'`]*site-packages[/\\]", "", text)
-    text = text.replace(f"{Path.cwd()}{os.sep}", "").replace(str(Path.home()), "~")
+    folders = {f"{Path.cwd()}{os.sep}": "", str(Path.home()): "~"}
+    for folder in sorted(folders, key=len, reverse=True):  # the inner one first
+        text = text.replace(folder, folders[folder])
     text = _FOLDERS.sub(".../", text)
     for name in _names():
         text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", "[name]", text)

@@ -126,6 +126,7 @@ def audit(
             limit=limit,
             arguments=(arguments or []) if script else None,
             module=module,
+            trace=outputs.trace,
         )
         with printed, configured(backend, None if script else device):
             if limit is not None or auditing.is_absent(device):

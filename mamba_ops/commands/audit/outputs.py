@@ -1,6 +1,8 @@
 """What the subcommand reads and writes: reports as files of several forms, and as text."""
 
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +37,14 @@ class Outputs:
     github: bool = False
 
     @property
+    def trace(self) -> str | None:
+        """The folder for torch's trace, beside the page; None without a page or without tlparse, which shows it."""
+        if self.html is None or shutil.which("tlparse") is None:
+            return None
+        html = _of_rank(self.html, _rank())
+        return str(html.with_suffix(".trace"))
+
+    @property
     def take_stdout(self) -> bool:
         """Whether stdout is a file, so that the text goes to stderr."""
         return _STDOUT in (str(self.json), str(self.issue))
@@ -50,7 +60,7 @@ class Outputs:
             if self.html is not None:
                 from mamba_ops.audit.html import page
 
-                _write(self.html, page(report, before), rank)
+                _write(self.html, page(report, before, _parsed(self.trace)), rank)
             if self.sarif is not None:
                 _write(self.sarif, sarif(report, before) + "\n", rank)
             if self.issue is not None:
@@ -70,12 +80,29 @@ def _rank() -> int | None:
     return int(rank) if rank.isdigit() and size.isdigit() and int(size) > 1 else None
 
 
+def _parsed(folder: str | None) -> str | None:
+    """Let tlparse make pages of a trace; return the address of the first, relative to a page beside the folder."""
+    logs = sorted(Path(folder).glob("*.log"), key=lambda log: log.stat().st_mtime) if folder is not None else []
+    if folder is None or not logs:
+        return None
+    pages = Path(folder, "tlparse")
+    command = ["tlparse", str(logs[-1]), "--overwrite", "--no-browser", "-o", str(pages)]
+    try:
+        subprocess.run(command, capture_output=True, timeout=120, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{Path(folder).name}/tlparse/index.html" if (pages / "index.html").is_file() else None
+
+
+def _of_rank(file: Path, rank: int | None) -> Path:
+    return file if rank is None else file.with_suffix(f".rank{rank}{file.suffix}")
+
+
 def _write(file: Path, text: str, rank: int | None) -> None:
     if str(file) == _STDOUT:
         sys.stdout.write(text)
-        return
-    named = file if rank is None else file.with_suffix(f".rank{rank}{file.suffix}")
-    named.write_text(text, encoding="utf-8")
+    else:
+        _of_rank(file, rank).write_text(text, encoding="utf-8")
 
 
 def read_report(file: Path) -> Report:

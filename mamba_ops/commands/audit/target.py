@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mamba_ops.audit import _torch
 from mamba_ops.audit.report import Report
 from mamba_ops.audit.run import Arguments, ModelError, audit, quiet_torch, resize, watch
 from mamba_ops.audit.source_locations import is_audit_code, is_user_code
@@ -31,6 +32,7 @@ class Options:
         target, device, shapes, mode, backend, train, copies, layers, full, ours: as for the command.
         limit: seconds, after which a child process is ended. None: no limit.
         arguments: of a script. None: the target is a model.
+        trace: the folder for torch's structured trace. None: no trace.
         module: whether the script is named as a module, as for `python -m`.
     """
 
@@ -47,6 +49,7 @@ class Options:
     limit: float | None = None
     arguments: list[str] | None = None
     module: bool = False
+    trace: str | None = None
 
 
 class UserError(Exception):
@@ -90,9 +93,10 @@ def run_here(options: Options, report: Report, progress: Callable[[str], None]) 
         UserError: the target cannot be found or run.
     """
     if options.arguments is not None:
-        _run_script(options, report)
+        with _torch.traced_to(options.trace):
+            _run_script(options, report)
         return
-    with _user_errors(), contextlib.ExitStack() as stack:
+    with _user_errors(), _torch.traced_to(options.trace), contextlib.ExitStack() as stack:
         progress("loading the model")
         model, calls = load_calls(options)
         (args, kwargs), *more = calls

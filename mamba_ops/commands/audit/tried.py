@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -29,6 +30,16 @@ _BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from mamba_ops.commands.audit.tried import main; main(*sys.argv[2:])"
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a child says of a change: the outcome, None if it does not fit, and changes for what came to be seen."""
+
+    tried: Try | None
+    more: tuple[Tweak, ...] = ()
+
+
 Wanted = tuple[Tweak, tuple[str, ...]]  # a change, and the fingerprints of the findings that it may mend
 
 
@@ -44,10 +55,17 @@ def try_changes(options: Options, report: Report, seconds: float, progress: Call
     script = options.arguments is not None
     wanted = tweaks_for(report, ours=not (script or options.ours or options.train), script=script)
     end = time.monotonic() + seconds
-    left, tries = _run_all(options, wanted, end, progress)
-    if not left and (best := together(wanted, tries)) is not None:
-        left, more = _run_all(options, [(best, ())], end, progress)
-        tries += more
+    left, answers = _run_all(options, wanted, end, progress)
+    tries = [answer.tried for answer in answers if answer.tried is not None]
+    best = together(wanted, tries)
+    known = {tried.change for tried in tries}
+    while best is not None and not left:  # what stood behind a break is seen once that is gone
+        best = functools.reduce(Tweak.__or__, (more for answer in answers for more in answer.more), best)
+        if str(best) in known:
+            break
+        known.add(str(best))
+        left, answers = _run_all(options, [(best, ())], end, progress)
+        tries += [answer.tried for answer in answers if answer.tried is not None]
     report.tries += tries
     if left:
         names = "; ".join(str(tweak) for tweak, _ in left)
@@ -56,25 +74,31 @@ def try_changes(options: Options, report: Report, seconds: float, progress: Call
 
 def _run_all(
     options: Options, wanted: list[Wanted], end: float, progress: Callable[[str], None]
-) -> tuple[list[Wanted], list[Try]]:
-    """Return what was not reached, and the outcomes; a child that was ended by a change is followed by another one."""
-    tries: list[Try] = []
+) -> tuple[list[Wanted], list[Answer]]:
+    """Return what was not reached, and the answers; a child that was ended by a change is followed by another one."""
+    answers: list[Answer] = []
     while wanted and time.monotonic() < end:
         done = _run_child(options, wanted, end, progress)
         if not done:  # not even the calls without a change came to an end
             break
-        tries += [tried for tried in done if tried is not None]
+        answers += done
         wanted = wanted[len(done) :]
-    return wanted, tries
+    return wanted, answers
 
 
-def _run_child(options: Options, wanted: list[Wanted], end: float, progress: Callable[[str], None]) -> list[Try | None]:
-    """Return the outcomes as far as a child came; None for a change that does not fit the target."""
+def _run_child(options: Options, wanted: list[Wanted], end: float, progress: Callable[[str], None]) -> list[Answer]:
+    """Return the answers, as far as a child came."""
     with tempfile.TemporaryDirectory() as folder:
         answers = Path(folder, "answers")
         answers.touch()
         facts = json.dumps([[dataclasses.asdict(tweak), findings] for tweak, findings in wanted])
-        command = [sys.executable, "-c", _BOOTSTRAP, json.dumps(sys.path), json.dumps(dataclasses.asdict(options))]
+        command = [
+            sys.executable,
+            "-c",
+            _BOOTSTRAP,
+            json.dumps(sys.path),
+            json.dumps({**dataclasses.asdict(options), "trace": None}),
+        ]
         process = subprocess.Popen(
             [*command, facts, str(answers)],
             stdin=subprocess.DEVNULL,
@@ -94,9 +118,9 @@ def _follow(
     wanted: list[Wanted],
     end: float,
     progress: Callable[[str], None],
-) -> list[Try | None]:
+) -> list[Answer]:
     """Wait for a child's answers, one a line: first that without a change, then one for each change."""
-    done: list[Try | None] = []
+    done: list[Answer] = []
     count, limit, since = 0, float("inf"), time.monotonic()
     while count <= len(wanted):
         ended = process.poll() is not None  # before the file is read: it is complete then
@@ -104,7 +128,8 @@ def _follow(
         for line in lines[count:]:
             facts = json.loads(line)
             if count:
-                done.append(Try.read(facts) if facts else None)
+                more = tuple(Tweak(**tweak) for tweak in facts["more"])
+                done.append(Answer(Try.read(facts["tried"]) if facts["tried"] else None, more))
             else:
                 limit = max(_LEAST, _TIMES * facts)
             if count < len(wanted):
@@ -117,7 +142,7 @@ def _follow(
             if count:
                 tweak, findings = wanted[count - 1]
                 how = f"crashed, {_status(process.returncode)}" if ended else f"ended after {took:.0f} s"
-                done.append(Try(str(tweak), findings, problem=how, ours=tweak.ours))
+                done.append(Answer(Try(str(tweak), findings, problem=how, ours=tweak.ours)))
             break
         time.sleep(_POLL)
     return done
@@ -161,12 +186,14 @@ def main(options_text: str, wanted_text: str, answers: str) -> None:
             try:
                 after = _calls(options, tweak)
             except NotApplicableError:
-                answer(None)
+                answer(dataclasses.asdict(Answer(None)))
             except Exception as error:
                 sentence = f"raised {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-                answer(dataclasses.asdict(Try(str(tweak), findings, problem=sentence, ours=tweak.ours)))
+                answer(dataclasses.asdict(Answer(Try(str(tweak), findings, problem=sentence, ours=tweak.ours))))
             else:
-                answer(dataclasses.asdict(outcome(tweak, findings, before, after)))
+                script = options.arguments is not None
+                more = tuple(one for one, _ in tweaks_for(after, ours=False, script=script) if not one.mark)
+                answer(dataclasses.asdict(Answer(outcome(tweak, findings, before, after), more)))
 
 
 def _calls(options: Options, tweak: Tweak) -> Report:
