@@ -38,6 +38,7 @@ def statement(where: SourceLocation) -> str:
     Of a statement that holds others, such as `if`, that is its first lines. Where the file cannot be parsed, the line
     without its spaces.
     """
+    linecache.checkcache(where.file)  # the file may have been written since it was read
     lines = linecache.getlines(where.file)
     found = _innermost(_parsed("".join(lines)), where.line) if lines else None
     if found is None:

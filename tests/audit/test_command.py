@@ -188,7 +188,7 @@ def test_new_findings_fail_and_old_ones_do_not(run, tmp_path):
     (tmp_path / "theirs.py").write_text(MODEL.replace("class Net", "# moved\n\nclass Net"))
     assert run("theirs.py:net", "--compare", str(file), "--fail-on", "new").exit_code == 0
     assert run("theirs.py:net", "--compare", str(file), "--fail-on", "break").exit_code == 1
-    (tmp_path / "theirs.py").write_text(MODEL.replace("return -y", "return -y * y.sum().item()"))
+    (tmp_path / "theirs.py").write_text(MODEL.replace("y = x * 2", "y = x * x.sum().item()"))
     assert run("theirs.py:net", "--compare", str(file), "--fail-on", "new").exit_code == 1
     assert run("theirs.py:net", "--compare", str(file), "--fail-on", "new,jit").exit_code == 0
 

@@ -1,6 +1,5 @@
 """The names of findings: the same where code is moved in its file or formatted, another where it is another."""
 
-import linecache
 from pathlib import Path
 
 from mamba_ops.audit.fingerprints import fingerprint, statement
@@ -42,7 +41,6 @@ def names(folder: Path, text: str, *wanted: str) -> list[str]:
     folder.mkdir(exist_ok=True)
     file = folder / "model.py"
     file.write_text(text)
-    linecache.checkcache(str(file))
     lines = text.splitlines()
     numbers = [next(n for n, line in enumerate(lines, 1) if word in line) for word in wanted]
     places = [SourceLocation.of(str(file), number, "forward") for number in numbers]
