@@ -1,7 +1,7 @@
 """Holds audits to torch's own records: the same calls under `mamba-ops audit` and under torch's structured trace.
 
-`python -m compile_tests --against-torch TARGET` lists the graph breaks and recompiles that either has alone. Torch's are
-those of a process of its own, in which nothing but torch.compile runs: the trace is what TORCH_TRACE writes.
+`python -m compile_tests --against-torch TARGET` lists the graph breaks and recompiles that either has alone. Torch's
+are those of a process of its own, in which nothing but torch.compile runs: the trace is what TORCH_TRACE writes.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from mamba_ops.audit.report import Report
 from mamba_ops.audit.run import quiet_torch
@@ -26,6 +27,10 @@ from mamba_ops.audit.source_locations import is_user_code
 from mamba_ops.commands.audit.target import Options, load_calls, run_here
 
 _LINE = re.compile(r'^\s*File "([^"]+)", line (\d+), in', re.MULTILINE)
+_BOOTSTRAP = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from compile_tests import against_torch; against_torch._main()"
+)
 _SECONDS = 900  # for one side of one target
 
 
@@ -39,7 +44,7 @@ class Comparison:
         missed, false: lines of breaks that torch has alone, and that the audit has alone.
         elsewhere: breaks that the audit has at another line of the same stack, as "torch's -> the audit's".
         recompiles: how many torch logs.
-        recompiles_missed, recompiles_false: torch's names for compiles that torch, or the audit, has alone as recompiles.
+        recompiles_missed, recompiles_false: torch's names for recompiles that torch, or the audit, has alone.
         seconds, seconds_of_audit: of the bare compiles and calls, and of the whole audit without tries.
     """
 
@@ -95,8 +100,7 @@ def compare_with_torch(target: str, **options: Any) -> Comparison:
 def _side(side: str, options: Options) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
-        code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import compile_tests.against_torch as a; a._main()"
-        command = [sys.executable, "-c", code, json.dumps(sys.path), side, json.dumps(vars(options)), str(answer)]
+        command = [sys.executable, "-c", _BOOTSTRAP, json.dumps(sys.path), side, json.dumps(vars(options)), str(answer)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
         if not answer.exists():
             raise RuntimeError(f"{options.target}: {side}: status {done.returncode}\n{done.stderr[-2000:]}")
@@ -208,14 +212,14 @@ def main(target: str) -> int:
     """Print the comparison of a target, or of all packages' targets that are installed for "all"; 1 if they differ."""
     from compile_tests.pypi_targets import installed
 
-    differ = 0
+    differ, console = 0, Console(highlight=False)
     for one in installed() if target == "all" else [target]:
         try:
             found = compare_with_torch(one)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
-            print(f"{one}: not compared, {error}", flush=True)
+            console.print(f"{one}: not compared, {error}", markup=False)
             differ += 1
             continue
-        print("\n".join(show(found)), flush=True)
+        console.print("\n".join(show(found)), markup=False, soft_wrap=True)
         differ += not found.agrees
     return int(bool(differ))
