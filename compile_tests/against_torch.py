@@ -72,7 +72,11 @@ def compare_with_torch(target: str, **options: Any) -> Comparison:
         RuntimeError: one of the two did not come to an end; the message has its output.
     """
     made = Options(target, **options)
-    torch_has, audit_has = _side("bare", made), _side("audited", made)
+    return compare(target, _side("bare", made), _side("audited", made))
+
+
+def compare(target: str, torch_has: dict[str, Any], audit_has: dict[str, Any]) -> Comparison:
+    """Return what either has alone, from what the two processes said."""
     report = Report.from_json(audit_has["report"])
     found = Comparison(target, seconds=torch_has["seconds"], seconds_of_audit=audit_has["seconds"])
     lines = {str(f.where) for f in report.findings if f.breaks and f.where is not None}

@@ -19,6 +19,7 @@ import torch
 from mamba_ops.audit import _torch
 from mamba_ops.audit import graph as graphs
 from mamba_ops.audit.outcomes import Event
+from mamba_ops.audit.package_remedies import for_caller
 from mamba_ops.audit.remedies import RULES, classify_break, classify_guard, guard_subject, remedy
 from mamba_ops.audit.report import CallRow, Finding, Graph, Report
 from mamba_ops.audit.source_locations import (
@@ -60,13 +61,16 @@ class Collector:
         where = stack[-1] if stack else fallback
         around = [where.source if where else "", message[:500], *(location.function for location in reversed(stack))]
         severity = more.pop("severity", rule.severity)
+        sentence = remedy(cause, op, *around)
+        if "mamba_ops." not in sentence:  # else an op of ours takes the place of the package's
+            sentence = for_caller(rule.kind, cause, op, tuple(stack)) or sentence
         finding = Finding(
             rule.kind,
             cause,
             severity,
             op,
             _sentence(message),
-            remedy(cause, op, *around),
+            sentence,
             where,
             tuple(stack),
             layers=self.layers.of(stack or ([fallback] if fallback else [])),

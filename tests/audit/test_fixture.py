@@ -39,3 +39,42 @@ def test_the_fixture(how: str, tmp_path: Path) -> None:
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     assert "test_theirs.py:6 in forward" in done.stdout
     assert "-> Remove the print" in done.stdout
+
+
+BASELINE_TESTS = """
+import os
+import torch
+
+class Breaks(torch.nn.Module):
+    def forward(self, x):
+        print("here")
+        if os.environ.get("WORSE"):
+            torch._dynamo.graph_break()
+        return x * 2
+
+def test_nothing_new(audit_baseline):
+    audit_baseline(Breaks(), torch.ones(4, 8), baseline="audit.json")
+"""
+
+
+@pytest.mark.slow
+def test_the_baseline_holds_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "test_theirs.py").write_text(BASELINE_TESTS)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    options = ["-p", "no:cacheprovider", "-p", "no:mamba_ops", "-p", "mamba_ops_pytest", "-q", "test_theirs.py"]
+
+    def run(**more: str) -> str:
+        command = [sys.executable, "-m", "pytest", *options]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment | more, capture_output=True, text=True, check=False
+        )
+        return done.stdout
+
+    assert "MAMBA_OPS_WRITE_BASELINE=1 writes it" in run()
+    assert "1 passed" in run(MAMBA_OPS_WRITE_BASELINE="1")
+    assert "1 passed" in run()
+    worse = run(WORSE="1")
+    assert "1 failed" in worse
+    assert "1 new since audit.json" in worse
+    assert "-> Remove the call of torch._dynamo.graph_break." in worse
+    assert "Remove the print" not in worse
