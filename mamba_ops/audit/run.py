@@ -122,11 +122,14 @@ def recorded(
     dynamic: bool | None = None,
     mode: str | None = None,
 ) -> Report:
-    """Return a report of what torch.compile does with calls, as in `audit`, and of nothing else.
+    """Return a report of calls as in `audit`, without copies and notes.
 
     Args:
         fn, calls: what is called, on the device where that is present.
         device, train, dynamic, mode: as for `audit`.
+
+    Raises:
+        ModelError: the model fails without the compiler.
     """
     from mamba_ops.audit.collect import Collector
 
@@ -135,10 +138,13 @@ def recorded(
     collector = Collector(report, fn)
     with quiet_torch(), warnings.catch_warnings(), torch.set_grad_enabled(train):
         warnings.simplefilter("ignore")
-        if not is_absent:
-            _compile(collector, fn, calls, device, train, dynamic, mode, lambda step: None)
-        elif _install(device, report):
+        can_trace = is_absent and _install(device, report)
+        syncs = _first(collector, fn, calls[0], device.type if is_absent else None)
+        if can_trace:
             _trace_absent(collector, fn, calls, device, dynamic, lambda step: None, runs_here=False)
+        elif not is_absent:
+            _compile(collector, fn, calls, device, train, dynamic, mode, lambda step: None)
+        add_hidden_syncs(collector, syncs or ())
     return report
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import pkgutil
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mamba_ops.audit import _torch
@@ -24,6 +24,7 @@ _FLAGS: dict[str, dict[str, Any]] = {  # causes that a flag of torch._dynamo.con
     },
 }
 _SIZES = ("size", "size-again", "size-one", "limit", "constant")  # causes that `dynamic=True` may mend
+_NOT_SEEN = ("copy", "jit")  # kinds that a try does not look for
 _IN_HINT = re.compile(r"(?:torch\._dynamo\.)?\bconfig\.(\w+)\s*=\s*(True|False)")
 
 
@@ -145,28 +146,47 @@ def mark(calls: Sequence[Any], how: str) -> None:
                         function(tensor, dim)
 
 
-def counted(report: Report) -> Counts:
-    """Return what the calls of a report came to; the last one is a repetition, made to take its time."""
-    rows = report.calls[:-1] or report.calls  # of a script there is one, which is not repeated
+def counted(report: Report, *, repeated: bool) -> Counts:
+    """Return what the calls of a report came to; with `repeated` the last one was made once more to take its time."""
+    repeated &= len(report.calls) > 1
+    rows = report.calls[:-1] if repeated else report.calls
     return Counts(
         graphs=sum(graph.call == 0 for graph in report.graphs),
         breaks=len({event.fingerprint for event in report.events if event.what == "break" and event.call == 0}),
         recompiles=sum(row.recompiles for row in rows),
         seconds=round(sum(row.seconds for row in rows), 2),
-        warm=round(report.calls[-1].seconds, 4) if len(report.calls) > 1 else None,
+        warm=round(report.calls[-1].seconds, 4) if repeated else None,
     )
 
 
-def outcome(tweak: Tweak, findings: Sequence[str], before: Report, after: Report) -> Try:
-    """Return what a change came to, from the reports without and with it."""
-    left = {finding.fingerprint for finding in after.findings}
-    gone = tuple(finding.fingerprint for finding in before.findings if finding.fingerprint not in left)
-    told = {finding.fingerprint for finding in before.findings}
-    failed = [f for f in after.findings if f.cause == "compiler-error" and f.fingerprint not in told]
-    if failed:
-        problem = f"the compiler failed, {failed[0].message}"
-        return Try(str(tweak), tuple(findings), counted(before), problem=problem, ours=tweak.ours)
-    return Try(str(tweak), tuple(findings), counted(before), counted(after), gone, ours=tweak.ours)
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What calls came to: the counts, the fingerprints of all findings, and those of the compiler's own failures."""
+
+    counts: Counts
+    findings: tuple[str, ...]
+    failures: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, report: Report, *, repeated: bool = False) -> "Facts":
+        """Return those of a report; `repeated` as for `counted`."""
+        failures = tuple(f.fingerprint for f in report.findings if f.cause == "compiler-error")
+        seen = tuple(f.fingerprint for f in report.findings if f.kind not in _NOT_SEEN)
+        return cls(counted(report, repeated=repeated), seen, failures)
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any]) -> "Facts":
+        """Return what was written as JSON."""
+        return cls(Counts(**facts["counts"]), tuple(facts["findings"]), tuple(facts["failures"]))
+
+
+def outcome(tweak: Tweak, findings: Sequence[str], before: Facts, after: Facts) -> Try:
+    """Return what a change came to, from what was found without and with it."""
+    gone = tuple(name for name in before.findings if name not in after.findings)
+    if set(after.failures) - set(before.findings):
+        problem = "the compiler failed"
+        return Try(str(tweak), tuple(findings), before.counts, problem=problem, ours=tweak.ours)
+    return Try(str(tweak), tuple(findings), before.counts, after.counts, gone, ours=tweak.ours)
 
 
 def together(wanted: Sequence[tuple[Tweak, tuple[str, ...]]], tries: Sequence[Try]) -> Tweak | None:

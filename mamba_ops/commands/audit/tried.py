@@ -19,7 +19,7 @@ from mamba_ops.audit import _torch
 from mamba_ops.audit.outcomes import Try
 from mamba_ops.audit.report import Report
 from mamba_ops.audit.run import recorded
-from mamba_ops.audit.tries import NotApplicableError, Tweak, applied, mark, outcome, together, tweaks_for
+from mamba_ops.audit.tries import Facts, NotApplicableError, Tweak, applied, mark, outcome, together, tweaks_for
 from mamba_ops.commands.audit.target import Options, load_calls, run_here
 from mamba_ops.commands.options import configured
 
@@ -32,15 +32,29 @@ _BOOTSTRAP = (
 )
 
 
+Wanted = tuple[Tweak, tuple[str, ...]]  # a change, and the fingerprints of the findings that it may mend
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a child says of a change: the outcome, None if it does not fit, and changes for what came to be seen."""
+    """What a child says of a change.
 
-    tried: Try | None
+    Attributes:
+        facts: what came of it; None if it does not fit the target, or did not come to an end.
+        problem: how it ended, in that case.
+        more: changes for what came to be seen with it.
+    """
+
+    facts: Facts | None = None
+    problem: str = ""
     more: tuple[Tweak, ...] = ()
 
-
-Wanted = tuple[Tweak, tuple[str, ...]]  # a change, and the fingerprints of the findings that it may mend
+    @classmethod
+    def read(cls, text: str) -> "Answer":
+        """Return what a child wrote."""
+        facts = json.loads(text)
+        more = tuple(Tweak(**tweak) for tweak in facts["more"])
+        return cls(Facts.read(facts["facts"]) if facts["facts"] else None, facts["problem"], more)
 
 
 def try_changes(options: Options, report: Report, seconds: float, progress: Callable[[str], None]) -> None:
@@ -54,98 +68,108 @@ def try_changes(options: Options, report: Report, seconds: float, progress: Call
     """
     script = options.arguments is not None
     wanted = tweaks_for(report, ours=not (script or options.ours or options.train), script=script)
-    end = time.monotonic() + seconds
-    left, answers = _run_all(options, wanted, end, progress)
-    tries = [answer.tried for answer in answers if answer.tried is not None]
-    best = together(wanted, tries)
-    known = {tried.change for tried in tries}
+    if not wanted:
+        return
+    first = 1 if wanted[0][0].ours else 0  # our ops first: the calls without them may take much longer
+    wanted.insert(first, (Tweak(), ()))
+    runs = _Runs(options, report, time.monotonic() + seconds, progress)
+    left = runs.run(wanted)
+    best = together(wanted, runs.tries)
+    known = {tried.change for tried in runs.tries}
     while best is not None and not left:  # what stood behind a break is seen once that is gone
-        best = functools.reduce(Tweak.__or__, (more for answer in answers for more in answer.more), best)
+        best = functools.reduce(Tweak.__or__, runs.more, best)
         if str(best) in known:
             break
         known.add(str(best))
-        left, answers = _run_all(options, [(best, ())], end, progress)
-        tries += [answer.tried for answer in answers if answer.tried is not None]
-    report.tries += tries
-    if left:
+        left = runs.run([(best, ())])
+    report.tries += runs.tries
+    if left := [(tweak, findings) for tweak, findings in left if tweak != Tweak()]:
         names = "; ".join(str(tweak) for tweak, _ in left)
         report.notes.append(f"Not tried within {seconds:g} s (--try-seconds): {names}.")
 
 
-def _run_all(
-    options: Options, wanted: list[Wanted], end: float, progress: Callable[[str], None]
-) -> tuple[list[Wanted], list[Answer]]:
-    """Return what was not reached, and the answers; a child that was ended by a change is followed by another one."""
-    answers: list[Answer] = []
-    while wanted and time.monotonic() < end:
-        done = _run_child(options, wanted, end, progress)
-        if not done:  # not even the calls without a change came to an end
-            break
-        answers += done
-        wanted = wanted[len(done) :]
-    return wanted, answers
+class _Runs:
+    """Runs changes in child processes, one after the other, until the time is over."""
 
+    def __init__(self, options: Options, report: Report, end: float, progress: Callable[[str], None]) -> None:
+        self.options, self.end, self.progress = options, end, progress
+        self.without = Facts.of(report)  # those of the audit, until the calls without a change have been made anew
+        self.limit = float("inf")  # seconds for one change
+        self.more: list[Tweak] = []
+        self._answers: list[tuple[Wanted, Answer]] = []
 
-def _run_child(options: Options, wanted: list[Wanted], end: float, progress: Callable[[str], None]) -> list[Answer]:
-    """Return the answers, as far as a child came."""
-    with tempfile.TemporaryDirectory() as folder:
-        answers = Path(folder, "answers")
-        answers.touch()
-        facts = json.dumps([[dataclasses.asdict(tweak), findings] for tweak, findings in wanted])
-        command = [
-            sys.executable,
-            "-c",
-            _BOOTSTRAP,
-            json.dumps(sys.path),
-            json.dumps({**dataclasses.asdict(options), "trace": None}),
-        ]
-        process = subprocess.Popen(
-            [*command, facts, str(answers)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            return _follow(process, answers, wanted, end, progress)
-        finally:
-            _kill(process)
+    @property
+    def tries(self) -> list[Try]:
+        """The outcomes; those of changes that do not fit are left out."""
+        tries = []
+        for (tweak, findings), answer in self._answers:
+            if answer.problem:
+                tries.append(Try(str(tweak), findings, problem=answer.problem, ours=tweak.ours))
+            elif answer.facts is not None:
+                tries.append(outcome(tweak, findings, self.without, answer.facts))
+        return tries
 
+    def run(self, wanted: list[Wanted]) -> list[Wanted]:
+        """Return what was not reached; a child that was ended by a change is followed by another one."""
+        while wanted and time.monotonic() < self.end:
+            done = self._run_child(wanted)
+            for (tweak, findings), answer in zip(wanted, done, strict=False):
+                if tweak != Tweak():
+                    self._answers.append(((tweak, findings), answer))
+                    self.more += answer.more
+                elif answer.facts is not None:
+                    self.without = answer.facts
+            if not done:
+                break
+            wanted = wanted[len(done) :]
+        return wanted
 
-def _follow(
-    process: "subprocess.Popen[bytes]",
-    answers: Path,
-    wanted: list[Wanted],
-    end: float,
-    progress: Callable[[str], None],
-) -> list[Answer]:
-    """Wait for a child's answers, one a line: first that without a change, then one for each change."""
-    done: list[Answer] = []
-    count, limit, since = 0, float("inf"), time.monotonic()
-    while count <= len(wanted):
-        ended = process.poll() is not None  # before the file is read: it is complete then
-        lines = answers.read_text(encoding="utf-8").split("\n")[:-1]
-        for line in lines[count:]:
-            facts = json.loads(line)
-            if count:
-                more = tuple(Tweak(**tweak) for tweak in facts["more"])
-                done.append(Answer(Try.read(facts["tried"]) if facts["tried"] else None, more))
-            else:
-                limit = max(_LEAST, _TIMES * facts)
-            if count < len(wanted):
-                progress(f"trying {wanted[count][0]}")
-            count, since = count + 1, time.monotonic()
-        if count > len(wanted) or time.monotonic() > end:
-            break
-        took = time.monotonic() - since
-        if ended or took > limit:
-            if count:
-                tweak, findings = wanted[count - 1]
-                how = f"crashed, {_status(process.returncode)}" if ended else f"ended after {took:.0f} s"
-                done.append(Answer(Try(str(tweak), findings, problem=how, ours=tweak.ours)))
-            break
-        time.sleep(_POLL)
-    return done
+    def _run_child(self, wanted: list[Wanted]) -> list[Answer]:
+        """Return the answers, as far as a child came."""
+        with tempfile.TemporaryDirectory() as folder:
+            answers = Path(folder, "answers")
+            answers.touch()
+            command = [sys.executable, "-c", _BOOTSTRAP, json.dumps(sys.path)]
+            command.append(json.dumps({**dataclasses.asdict(self.options), "trace": None}))
+            command += [json.dumps([dataclasses.asdict(tweak) for tweak, _ in wanted]), str(answers)]
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            try:
+                return self._follow(process, answers, wanted)
+            finally:
+                _kill(process)
+
+    def _follow(self, process: "subprocess.Popen[bytes]", answers: Path, wanted: list[Wanted]) -> list[Answer]:
+        """Wait for a child's answers: a line when it begins, and one for each change."""
+        done: list[Answer] = []
+        count, since = 0, time.monotonic()
+        while count <= len(wanted):
+            ended = process.poll() is not None  # before the file is read: it is complete then
+            lines = answers.read_text(encoding="utf-8").split("\n")[:-1]
+            for line in lines[count:]:
+                took, since = time.monotonic() - since, time.monotonic()
+                if count:
+                    done.append(Answer.read(line))
+                    if wanted[count - 1][0] == Tweak():
+                        self.limit = max(_LEAST, _TIMES * took)
+                if count < len(wanted):
+                    self.progress(f"trying {wanted[count][0]}")
+                count += 1
+            took = time.monotonic() - since
+            if count > len(wanted) or time.monotonic() > self.end:
+                break
+            if ended or (count and took > self.limit):
+                if count:
+                    how = f"crashed, {_status(process.returncode)}" if ended else f"ended after {took:.0f} s"
+                    done.append(Answer(problem=how))
+                break
+            time.sleep(_POLL)
+        return done
 
 
 def _status(code: int | None) -> str:
@@ -168,32 +192,30 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
 # -- in the child -----------------------------------------------------------------------------------------------------
 
 
-def main(options_text: str, wanted_text: str, answers: str) -> None:
-    """Make the calls without a change, then with each, and write a line about each to a file."""
+def main(options_text: str, tweaks_text: str, answers: str) -> None:
+    """Make the calls with each change, and write a line about each to a file."""
     options = Options(**json.loads(options_text))
-    wanted = [(Tweak(**facts), tuple(findings)) for facts, findings in json.loads(wanted_text)]
+    script = options.arguments is not None
     with Path(answers).open("a", encoding="utf-8") as file, configured(options.backend, options.device):
 
-        def answer(facts: object) -> None:
-            file.write(json.dumps(facts) + "\n")
+        def write(line: str) -> None:
+            file.write(line + "\n")
             file.flush()
 
         torch.compile(torch.relu, backend="eager")(torch.ones(1))  # what the first compile loads is no change's cost
-        begin = time.monotonic()
-        before = _calls(options, Tweak())
-        answer(time.monotonic() - begin)
-        for tweak, findings in wanted:
+        write("begin")
+        for facts in json.loads(tweaks_text):
+            answer = Answer()
             try:
-                after = _calls(options, tweak)
+                report = _calls(options, Tweak(**facts))
             except NotApplicableError:
-                answer(dataclasses.asdict(Answer(None)))
+                pass
             except Exception as error:
-                sentence = f"raised {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-                answer(dataclasses.asdict(Answer(Try(str(tweak), findings, problem=sentence, ours=tweak.ours))))
+                answer = Answer(problem=f"raised {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
             else:
-                script = options.arguments is not None
-                more = tuple(one for one, _ in tweaks_for(after, ours=False, script=script) if not one.mark)
-                answer(dataclasses.asdict(Answer(outcome(tweak, findings, before, after), more)))
+                more = tuple(one for one, _ in tweaks_for(report, ours=False, script=script) if not one.mark)
+                answer = Answer(Facts.of(report, repeated=not script), more=more)
+            write(json.dumps(dataclasses.asdict(answer)))
 
 
 def _calls(options: Options, tweak: Tweak) -> Report:
