@@ -20,7 +20,6 @@ from mamba_ops.testing.op_checks import check_op as check_op
 if TYPE_CHECKING:
     from mamba_ops.audit import Report
 
-_WRITE = "MAMBA_OPS_WRITE_BASELINE"
 
 with contextlib.suppress(ModuleNotFoundError):  # without pytest no test asks for the fixtures
     import pytest
@@ -59,19 +58,20 @@ def assert_nothing_new(
     from mamba_ops.audit.show import lines
 
     file = Path(baseline)
-    if os.environ.get(_WRITE) == "1":
+    if os.environ.get("MAMBA_OPS_WRITE_BASELINE") == "1":
         report = audit(model, *inputs, **kwargs)
         file.write_text(report.to_json() + "\n", encoding="utf-8")
         return report
     if not file.is_file():
         raise FileNotFoundError(
-            f"assert_nothing_new: baseline: got {file}, expected a report of an earlier run; {_WRITE}=1 writes it"
+            f"assert_nothing_new: baseline: got {file}, expected a report of an earlier run; "
+            "MAMBA_OPS_WRITE_BASELINE=1 writes it"
         )
     before = Report.from_json(file.read_text(encoding="utf-8"))
     report = audit(model, *inputs, **kwargs)
     found = report.failing(fail_on, before)
     if found:
-        text = [f"{report.target}: {len(found)} new since {file.name}; {_WRITE}=1 accepts what is there now."]
+        text = [f"{report.target}: {len(found)} new since {file.name}; MAMBA_OPS_WRITE_BASELINE=1 accepts them."]
         raise AssertionError("\n".join(text + ["\n".join(["", *lines(finding)]) for finding in found]))
     return report
 

@@ -99,7 +99,7 @@ def cleaned(text: str) -> str:
 
 def _names() -> list[str]:
     """Return the names of the user and the machine, where they are no words that code holds anyhow."""
-    names = {os.environ.get(name, "") for name in ("USER", "LOGNAME", "USERNAME", "HOSTNAME")}
+    names = {value for name, value in os.environ.items() if name in ("USER", "LOGNAME", "USERNAME", "HOSTNAME")}
     with contextlib.suppress(KeyError, OSError, ImportError):  # a user without an entry in the table of passwords
         names |= {getpass.getuser(), socket.gethostname()}
     return sorted((name for name in names - {"root", "user", "localhost"} if len(name) > 2), key=len, reverse=True)
