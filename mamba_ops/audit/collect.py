@@ -18,6 +18,7 @@ import torch
 
 from mamba_ops.audit import _torch
 from mamba_ops.audit import graph as graphs
+from mamba_ops.audit.hints import hints, link
 from mamba_ops.audit.outcomes import Event
 from mamba_ops.audit.package_remedies import for_caller
 from mamba_ops.audit.remedies import RULES, classify_break, classify_guard, guard_subject, remedy
@@ -74,8 +75,8 @@ class Collector:
             where,
             tuple(stack),
             layers=self.layers.of(stack or ([fallback] if fallback else [])),
-            hints=_torch.hints(message),
-            link=_torch.link(message),
+            hints=hints(message),
+            link=link(message),
             **more,
         )
         finding = self.report.add(finding)

@@ -113,41 +113,6 @@ def audit(
     return report
 
 
-def recorded(
-    fn: Callable[..., Any],
-    calls: Sequence[Arguments],
-    device: torch.device,
-    *,
-    train: bool = False,
-    dynamic: bool | None = None,
-    mode: str | None = None,
-) -> Report:
-    """Return a report of calls as in `audit`, without copies and notes.
-
-    Args:
-        fn, calls: what is called, on the device where that is present.
-        device, train, dynamic, mode: as for `audit`.
-
-    Raises:
-        ModelError: the model fails without the compiler.
-    """
-    from mamba_ops.audit.collect import Collector
-
-    is_absent = device.type != "cpu" and not torch.get_device_module(device).is_available()
-    report = Report("", str(device), is_absent, torch=str(torch.__version__))
-    collector = Collector(report, fn)
-    with quiet_torch(), warnings.catch_warnings(), torch.set_grad_enabled(train):
-        warnings.simplefilter("ignore")
-        can_trace = is_absent and _install(device, report)
-        syncs = _first(collector, fn, calls[0], device.type if is_absent else None)
-        if can_trace:
-            _trace_absent(collector, fn, calls, device, dynamic, lambda step: None, runs_here=False)
-        elif not is_absent:
-            _compile(collector, fn, calls, device, train, dynamic, mode, lambda step: None)
-        add_hidden_syncs(collector, syncs or ())
-    return report
-
-
 def _install(device: torch.device, report: Report) -> bool:
     """Return whether an absent device can be traced; a note says why not."""
     try:

@@ -111,7 +111,7 @@ def test_a_try_that_ends_badly_is_told(tries, monkeypatch, trap, problem):
 def test_what_our_ops_would_change_ends_the_report(tmp_path):
     """On Transformers' own Mamba-2, whose slow path runs without mamba_ssm."""
     pytest.importorskip("transformers")
-    options = Options("transformers:mamba2", shapes=[[1, 32], [2, 48]], layers=1)
+    options = Options("transformers:mamba2", shapes=[[1, 32]], layers=1)
     report = Report(options.target)
     run_here(options, report, lambda step: None)
     tried.try_changes(options, report, 600.0, lambda step: None)

@@ -17,8 +17,8 @@ import torch
 
 from mamba_ops.audit import _torch
 from mamba_ops.audit.outcomes import Try
+from mamba_ops.audit.recorded import recorded
 from mamba_ops.audit.report import Report
-from mamba_ops.audit.run import recorded
 from mamba_ops.audit.tries import Facts, NotApplicableError, Tweak, applied, mark, outcome, together, tweaks_for
 from mamba_ops.commands.audit.target import Options, load_calls, run_here
 from mamba_ops.commands.options import configured
