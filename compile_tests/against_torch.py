@@ -131,6 +131,7 @@ def _bare(options: Options) -> dict[str, Any]:
 
 
 def _call(options: Options) -> float:
+    torch.manual_seed(0)  # the same weights and inputs on both sides
     model, calls = load_calls(options)
     begin = time.perf_counter()
     with torch.set_grad_enabled(options.train), quiet_torch(), contextlib.suppress(Exception):
@@ -150,6 +151,7 @@ def _audited(options: Options) -> dict[str, Any]:
         elif not begin:
             begin = time.perf_counter()
 
+    torch.manual_seed(0)
     run_here(options, report, step)
     return {"seconds": time.perf_counter() - begin, "report": report.to_json()}
 

@@ -145,7 +145,7 @@ def geometric_pool() -> Made:
 
 
 @_target("torch_geometric")
-def geometric_schnet() -> Made:
+def geometric_sag_pool() -> Made:
     from torch_geometric.nn import SAGPooling
 
     return SAGPooling(8), _graphs()
