@@ -23,7 +23,8 @@ _FLAGS: dict[str, dict[str, Any]] = {  # causes that a flag of torch._dynamo.con
         "ignore_logging_functions": [f"logging:Logger.{name}" for name in ("debug", "info", "warning", "error", "log")]
     },
 }
-_SIZES = ("size", "size-again", "size-one", "limit", "constant")  # causes that `dynamic=True` may mend
+_SIZES = ("size", "size-again", "size-one")  # causes that marked sizes may mend
+_DYNAMIC = (*_SIZES, "number", "constant", "limit")  # causes that `dynamic=True` may mend
 _NOT_SEEN = ("copy", "jit")  # kinds that a try does not look for
 _IN_HINT = re.compile(r"(?:torch\._dynamo\.)?\bconfig\.(\w+)\s*=\s*(True|False)")
 
@@ -87,9 +88,9 @@ def tweaks_for(report: Report, *, ours: bool = True, script: bool = False) -> li
     for finding in _met(report):
         for config in _configs(finding):
             add(Tweak(config), finding)
-        if finding.cause in _SIZES:
+        if finding.cause in _DYNAMIC:
             add(Tweak({"assume_static_by_default": False}) if script else Tweak(dynamic=True), finding)
-        if finding.cause in _SIZES[:3] and not script:
+        if finding.cause in _SIZES and not script:
             add(Tweak(mark="unbacked" if finding.cause == "size-one" else "dynamic"), finding)
     tweaks = [(tweak, tuple(dict.fromkeys(fingerprints))) for tweak, fingerprints in found]
     kernels = tuple(finding.fingerprint for finding in _met(report) if finding.kind in ("kernel", "fallback"))
