@@ -1,6 +1,6 @@
-"""The fixture `graph_audit`, which pytest finds where mamba-ops is installed.
+"""The fixtures `graph_audit` and `audit_baseline`, which pytest finds where mamba-ops is installed.
 
-It stands outside the package, because pytest loads it in every run, and the package brings torch.
+They stand outside the package, because pytest loads it in every run, and the package brings torch.
 """
 
 import pytest
@@ -12,3 +12,11 @@ def graph_audit():
     from mamba_ops.testing import assert_one_graph
 
     return assert_one_graph
+
+
+@pytest.fixture
+def audit_baseline():
+    """Return `mamba_ops.testing.assert_nothing_new`."""
+    from mamba_ops.testing import assert_nothing_new
+
+    return assert_nothing_new

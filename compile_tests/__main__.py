@@ -1,7 +1,8 @@
 """The library's own gate: `python -m compile_tests [--device DEVICE]` prints op x check and layer x check as a table.
 
 A device that is not present is traced as absent, in a child process: what runs kernels or Inductor is left out there.
-The layers come as such and on an engine's mixed batches, with a plan.
+The layers come as such and on an engine's mixed batches, with a plan. `--against-torch TARGET` compares instead what an
+audit says with what torch logs.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from compile_tests import against_torch
 from compile_tests.test_layers import new_layer_on
 from compile_tests.test_ops import DAILY_STEPS, step
 from compile_tests.test_plans import caches_of, random_plans
@@ -137,7 +139,15 @@ def main() -> int:
     """Print the table; 1 if a check failed."""
     parser = argparse.ArgumentParser(prog="python -m compile_tests", description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or xpu; one that is not here is traced as absent")
-    device = torch.device(parser.parse_args().device)
+    parser.add_argument(
+        "--against-torch",
+        metavar="TARGET",
+        help="hold the audit of a target of `mamba-ops audit` to torch's own trace instead; all: of PyPI packages here",
+    )
+    arguments = parser.parse_args()
+    if arguments.against_torch:
+        return against_torch.main(arguments.against_torch)
+    device = torch.device(arguments.device)
     here = device.type == "cpu" or torch.get_device_module(device).is_available()
     with torch.no_grad():
         if here:

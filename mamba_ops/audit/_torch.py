@@ -5,7 +5,6 @@ that, once in a process, and reports end with the same sentence.
 """
 
 import contextlib
-import dataclasses
 import functools
 import importlib
 import warnings
@@ -17,72 +16,15 @@ from unittest import mock
 import torch
 from torch import Tensor, fx
 
-
-@dataclasses.dataclass(frozen=True)
-class Private:
-    """A private name.
-
-    Attributes:
-        loss: what the audit does without it.
-        also_in: further modules that hold the same function under the same name.
-    """
-
-    loss: str
-    also_in: tuple[str, ...] = ()
-
-
-BREAKS = "torch._dynamo.symbolic_convert:InstructionTranslatorBase.log_graph_break"
-GRAPHS = "torch._dynamo.output_graph:OutputGraph.call_user_compiler"
-RECOMPILES = "torch._dynamo.guards:get_and_maybe_log_recompilation_reasons"
-FAILURES = "torch._dynamo.convert_frame:exception_handler"
-LOOPS = "torch._dynamo.symbolic_convert:InstructionTranslatorBase.maybe_has_backedge"
-CUDA_GRAPHS = "torch._inductor.cudagraph_utils:log_cudagraph_skip_and_bump_counter"
-COPIES = "torch._inductor.compile_fx:post_grad_passes"
-HAS_TRITON = "torch.utils._triton:has_triton"
-_ABSENT = "absent devices are not traced; audit on the device itself, or with --device cpu"
-_INDUCTOR = "torch._inductor.compile_fx", "torch._inductor.cudagraph_trees", "torch._inductor.output_code"
-
-PRIVATE = {
-    BREAKS: Private("graph breaks are read from torch's own lists, with less detail"),
-    GRAPHS: Private("graphs are counted, but what is in them is not seen"),
-    RECOMPILES: Private("recompiles are read from torch's metrics, with less detail", ("torch._dynamo.convert_frame",)),
-    FAILURES: Private("errors of the compiler that a script catches are not seen"),
-    LOOPS: Private("what stands behind a break in a loop is not seen until that is mended"),
-    CUDA_GRAPHS: Private("reasons why no CUDA graph is recorded are not seen", _INDUCTOR),
-    COPIES: Private("copies for mutated inputs are not looked for"),
-    HAS_TRITON: Private("launches of Triton kernels may be missing from graphs for absent devices"),
-    "torch._dynamo.exc:Unsupported": Private("graph breaks are classified by their messages alone"),
-    "torch._dynamo.config:recompile_limit": Private("it is taken to be 8"),
-    "torch._dynamo.guards:GuardManagerWrapper": Private("of the guards that failed, one of each version is told"),
-    "torch._dynamo.config:patch": Private("behind breaks in long loops nothing is seen"),
-    "torch._dynamo.utils:counters": Private("graphs are not counted by the commands"),
-    "torch._dynamo.utils:graph_break_reasons": Private("graph breaks of absent devices are not listed"),
-    "torch._dynamo.utils:get_compilation_metrics": Private("recompiles of absent devices are not listed"),
-    "torch._dynamo.utils:clear_compilation_metrics": Private("torch keeps the metrics of earlier compiles"),
-    "torch._dynamo.utils:set_compilation_metrics_limit": Private("of large models the first recompiles may be missing"),
-    "torch._dynamo.callback:callback_handler": Private("no seconds of compiles, no count of CUDA graphs recorded"),
-    "torch._dynamo.backends.common:aot_autograd": Private("graphs of absent devices are not lowered by AOTAutograd"),
-    "torch._dynamo.variables:ctx_manager": Private("`with torch.cuda.device(...)` breaks graphs for absent devices"),
-    "torch._guards:TracingContext.extract_stack": Private("graph breaks of user errors have no line"),
-    "torch._guards:TracingContext.try_get": Private("inputs that a graph writes to are not seen"),
-    "torch._guards:CompileContext.current_compile_id": Private("graphs have no compile ids"),
-    "torch._higher_order_ops.triton_kernel_wrap:kernel_side_table": Private("raw Triton launches have no names"),
-    "torch._ops:OpOverload._schema": Private("ops are not compared with their schemas"),
-    "torch.fx:Node._pretty_print_target": Private("functions in traces have no module names"),
-    "torch.fx.experimental.proxy_tensor:CONSTANT_NUMEL_LIMIT": Private("small constants may stop traces"),
-    "torch.fx.experimental.symbolic_shapes:ShapeEnv": Private("while_loop may stop traces for absent devices"),
-    "torch.storage:UntypedStorage._cdata": Private("memory is identified by its address"),
-    "torch.utils._python_dispatch:TorchDispatchMode": Private("waits and writes inside ops are not seen"),
-    "torch.utils._pytree:tree_leaves": Private("tensors are found in tuples, lists and dicts alone"),
-    "torch.utils._pytree:tree_map_only": Private("tensors are replaced in tuples, lists and dicts alone"),
-    "torch._subclasses.fake_tensor:FakeTensor": Private(_ABSENT),
-    "torch._subclasses.fake_tensor:FakeTensorMode": Private(_ABSENT),
-    "torch._subclasses.fake_tensor:FakeTensorMode.avoid_device_init": Private("a device that is present may be needed"),
-    "torch._subclasses.fake_tensor:init_gpu_context": Private("a device that is present may be needed"),
-    "torch._subclasses.fake_tensor:unset_fake_temporarily": Private("traces that need values stop there"),
-    "torch._subclasses.fake_tensor:DataDependentOutputException": Private("traces that need values end as errors"),
-    "torch._subclasses.fake_tensor:DynamicOutputShapeException": Private("traces that need values end as errors"),
-}
+from mamba_ops.audit.private_names import BREAKS as BREAKS
+from mamba_ops.audit.private_names import COPIES as COPIES
+from mamba_ops.audit.private_names import CUDA_GRAPHS as CUDA_GRAPHS
+from mamba_ops.audit.private_names import FAILURES as FAILURES
+from mamba_ops.audit.private_names import GRAPHS as GRAPHS
+from mamba_ops.audit.private_names import HAS_TRITON as HAS_TRITON
+from mamba_ops.audit.private_names import LOOPS as LOOPS
+from mamba_ops.audit.private_names import PRIVATE
+from mamba_ops.audit.private_names import RECOMPILES as RECOMPILES
 
 _missing: dict[str, str] = {}
 
@@ -224,6 +166,20 @@ def recompile_limit() -> int:
     return int(find("torch._dynamo.config:recompile_limit") or 8)
 
 
+def flag(name: str) -> Any:
+    """Return the value of a flag of Dynamo's, or None, if this torch does not have it."""
+    return getattr(find("torch._dynamo:config"), name, None)
+
+
+def flags(values: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """Within the block, flags of Dynamo's have these values."""
+    config = find("torch._dynamo:config")
+    patched_config: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if config is not None and values:
+        patched_config = config.patch(values)
+    return patched_config
+
+
 def traced_stack() -> Sequence[Any]:
     """Return the frames of the code that Dynamo traces now."""
     extract = find("torch._guards:TracingContext.extract_stack")
@@ -294,6 +250,23 @@ def compiles() -> tuple[list[Break], list[Recompile]]:
 def compile_ids() -> list[str]:
     """Return the ids of what Dynamo compiled since `forget_compiles`."""
     return [str(frame.compile_id) for frame in _metrics()]
+
+
+@contextlib.contextmanager
+def traced_to(folder: str | None) -> Iterator[None]:
+    """Within the block, torch.compile writes its structured trace to a folder, as with TORCH_TRACE."""
+    logging_of_torch = find("torch._logging:_internal") if folder else None
+    if logging_of_torch is None:
+        yield
+        return
+    handler = logging_of_torch.LazyTraceHandler(folder)
+    handler.setFormatter(logging_of_torch.TorchLogsFormatter(trace=True))
+    logging_of_torch.trace_log.addHandler(handler)
+    try:
+        yield
+    finally:
+        logging_of_torch.trace_log.removeHandler(handler)
+        handler.close()
 
 
 def _metrics() -> Sequence[Any]:

@@ -114,7 +114,7 @@ class Tracer:
         self.trace.stopped = None
         _torch.forget_compiles()
         try:
-            with torch.no_grad(), fake_mode(), no_constants, _assuming(self._on_assumption):
+            with torch.no_grad(), fake_mode(), no_constants, assuming(self._on_assumption):
                 return self._compiled(*args, **kwargs)
         except _torch.needs_values_errors() as error:
             self.trace.stopped = f"{error.func} needs values, which a fake tensor does not have"
@@ -183,7 +183,7 @@ _assumes: list[Callable[[str], None]] = []
 
 
 @contextlib.contextmanager
-def _assuming(tell: Callable[[str], None] | None) -> Iterator[None]:
+def assuming(tell: Callable[[str], None] | None) -> Iterator[None]:
     """Within the block, values of fake tensors that Python asks for are 1, outside of graphs."""
     if tell is not None:
         _assumes.append(tell)

@@ -56,13 +56,6 @@ class Probe(Collector):
         return isinstance(value, nn.Module) and not is_in_list
 
 
-def _without_recompile_limits() -> contextlib.AbstractContextManager[Any]:
-    """Within this, Dynamo makes as many versions of a function as it needs."""
-    patch = _torch.find("torch._dynamo.config:patch")
-    limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 10_000)
-    return contextlib.nullcontext() if patch is None else patch(limits)
-
-
 class _TimeIsOverError(BaseException):
     """Ends the calls that `_end_compiles` was told to end; no handler of Dynamo's or the user's stops it."""
 
@@ -82,11 +75,12 @@ def _end_compiles(stack: contextlib.ExitStack, seconds: float) -> None:
 @contextlib.contextmanager
 def breaks_in_loops(seconds: float) -> Iterator[None]:
     """Within the block, Dynamo goes on after a break in a loop; the block ends early when the time is over."""
+    without_limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 10_000)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_torch.patched(_torch.LOOPS, lambda translator: False))
         for container in (nn.ModuleList, nn.Sequential):
             stack.enter_context(mock.patch.object(container, "__iter__", _iterate))
-        stack.enter_context(_without_recompile_limits())
+        stack.enter_context(_torch.flags(without_limits))
         with contextlib.suppress(_TimeIsOverError):
             _end_compiles(stack, seconds)
             yield

@@ -19,9 +19,12 @@ from mamba_ops.audit import _torch, triton_compiles
 from mamba_ops.audit import graph as graphs
 from mamba_ops.audit.expressions import called_at
 from mamba_ops.audit.guards import classify_guard, guard_subject, guard_text
+from mamba_ops.audit.messages import hints, link, sentence, subject_of
+from mamba_ops.audit.outcomes import CallRow, ChangedValue, Event, Graph, Recompile
+from mamba_ops.audit.package_remedies import for_caller
 from mamba_ops.audit.recompiles import Recompiles, named
 from mamba_ops.audit.remedies import RULES, classify_break, remedy
-from mamba_ops.audit.report import CallRow, ChangedValue, Finding, Graph, Recompile, Report
+from mamba_ops.audit.report import Finding, Report
 from mamba_ops.audit.source_locations import (
     Layers,
     SourceLocation,
@@ -50,6 +53,7 @@ class Collector:
         self._model = model
         self._bound: set[str] | None = None  # the files of the model that use_mamba_ops changes
         self.call = -1
+        self._since = time.perf_counter()
         self._failures: list[tuple[Exception, Stack, Stack, SourceLocation]] = []  # that are no findings yet
         self._early = 0  # Triton's compiles before the first call that counts
         self.recompiles = Recompiles(self)
@@ -59,6 +63,7 @@ class Collector:
     def begin_anew(self, report: Report, tell: Callable[[], None]) -> None:
         """Go on in another report, as a new process does; `tell` is called whenever something was added to it."""
         self.report, self._tell, self.call = report, tell, len(report.calls) - 1
+        self._since = time.perf_counter()
         self._failures.clear()
 
     def add(
@@ -80,21 +85,28 @@ class Collector:
         where = stack[-1] if stack else fallback
         around = [where.source if where else "", message[:500], *(location.function for location in reversed(stack))]
         severity = more.pop("severity", rule.severity)
+        calls = called_from(callers, tuple(stack))
+        mended = remedy(cause, op, *around, binds=self._is_bound(cause, stack))
+        if stack and "mamba_ops." not in mended:  # else an op of ours takes the place of the package's
+            mended = for_caller(rule.kind, cause, op, calls) or mended
         finding = Finding(
             rule.kind,
             cause,
             severity,
             op,
-            _sentence(message),
-            _first_of(more.get("mend_first"), remedy(cause, op, *around, binds=self._is_bound(cause, stack))),
+            sentence(message),
+            _first_of(more.get("mend_first"), mended),
             where,
-            called_from(callers, tuple(stack)),
+            calls,
             layers=self.layers.of(stack or ([fallback] if fallback else [])),
+            hints=hints(message),
+            link=link(message),
             **more,
         )
         kept = self.report.add(finding)
         if finding.breaks:
             self.broken.append((kept, tuple(stack)))
+            self._record("break", f"{cause} at {where}" if where else cause, kept.fingerprint)
         self._tell()
         return kept
 
@@ -103,6 +115,10 @@ class Collector:
         if self._bound is None and cause == "reference-path":
             self._bound = _bound_files(self._model)
         return any(location.file in (self._bound or ()) for location in stack)
+
+    def _record(self, what: str, text: str, fingerprint: str = "") -> None:
+        at = round(time.perf_counter() - self._since, 3)
+        self.report.events.append(Event(what, max(self.call, 0), _torch.compile_id(), at, text, fingerprint))
 
     @contextlib.contextmanager
     def one_call(self, shapes: str) -> Iterator[CallRow]:
@@ -185,7 +201,7 @@ class Collector:
             name = classify_break(message.partition("\n")[0], message, source)
         fallback = SourceLocation.defined(code) if code else None
         frame = named(code) if code and skipped else None
-        op = _subject(name, message, source, called_at(error.real_stack[-1] if stack else None))
+        op = subject_of(name, message, source, called_at(error.real_stack[-1] if stack else None))
         finding = self.add(
             name, op, message, stack, callers=callers, fallback=fallback, breaks=True, skipped_frame=frame
         )
@@ -219,7 +235,7 @@ class Collector:
         """Add a graph break of which the reason alone is known, not Dynamo's type of it."""
         source = stack[-1].source if stack else ""
         cause = classify_break(reason.partition("\n")[0], reason, source)
-        self.add(cause, _subject(cause, reason, source), reason, stack, callers=current_locations(), breaks=True)
+        self.add(cause, subject_of(cause, reason, source), reason, stack, callers=current_locations(), breaks=True)
 
     def _failure(self, original: Any, error: Exception, code: types.CodeType, *args: Any, **kwargs: Any) -> Any:
         """Stand in for `exception_handler(e, code, frame, export)`, through which each failed compile goes."""
@@ -264,6 +280,7 @@ class Collector:
         segments = graphs.segments(module, self.layers, inside)
         ops = sum(segment.ops for segment in segments)
         self.report.graphs.append(Graph(max(self.call, 0), _torch.compile_id(), ops, segments))
+        self._record("graph", f"{ops} op{'s' * (ops != 1)}")
         if 0 <= self.call < len(self.report.calls):
             self.report.calls[self.call].graphs += 1
         for cause, op, message, stack in found:
@@ -350,37 +367,3 @@ def _listed(entries: Any) -> Sequence[Any]:
         found.append(entries)
         entries = entries.next
     return found
-
-
-def _sentence(message: str) -> str:
-    """Shorten torch's message to its heading and its explanation."""
-    message = re.sub(r" at 0x[0-9a-f]+", "", message)  # addresses differ from run to run
-    message = re.sub(r"\.pybind11_detail_\w+", "", message)  # the prefix of functions of pybind11
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    explained = [line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: ")]
-    heading = lines[0] if lines else ""
-    return f"{heading}: {explained[0]}" if explained and explained[0] != "Explanation:" else heading
-
-
-def _subject(cause: str, message: str, source: str, called: str | None = None) -> str:
-    """Return the function or op that a break is about; `called` is what the line calls where it broke."""
-    patterns = {
-        "item": r"call_method \S+ (item)\b",
-        "dynamic-shape": r"`(aten\.\w+)",
-        "no-fake": r"unsupported operator: ([\w:.]+)|`([\w:.]+)`",
-        "disable": r"<(?:bound method|function) ([\w.]+)",
-        "builtin": r"builtin `([\w.]+?)\.?`|builtin (?:operator )?`?([\w.]+)",
-    }
-    fallback = r"<built-in (?:method|function) (\w+)|<(?:function|bound method) ([\w.]+)|call_function ([\w.]+)"
-    for pattern in (patterns.get(cause), fallback):
-        if pattern and (found := re.search(pattern, message)):
-            name = next(group for group in found.groups() if group)
-            return f".{name}()" if cause in ("item", "tolist") else name
-    if cause == "branch":
-        return "if"
-    if called:
-        return called
-    if entered := re.search(r"\bwith ([\w.]+)", source):
-        return entered[1]
-    first = re.search(r"([\w.]+)\(", source)
-    return first[1] if first else cause

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from mamba_ops.audit import _torch
-from mamba_ops.audit.report import GraphSegment
+from mamba_ops.audit.outcomes import GraphSegment
 from mamba_ops.audit.source_locations import Layers, SourceLocation, locations_in_text
 from mamba_ops.registry import splitting_ops
 

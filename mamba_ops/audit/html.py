@@ -1,20 +1,28 @@
 """A report as one page that needs no server and no network."""
 
+import os
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from mamba_ops.audit.outcomes import Graph
+from mamba_ops.audit.outputs.issue import issue
 from mamba_ops.audit.recompiles import HEADINGS, story, summary
 from mamba_ops.audit.report import Finding, Report, compare
-from mamba_ops.audit.show import caller, cells, describe, grouped, headings, short, told
-from mamba_ops.audit.source_locations import SourceLocation
+from mamba_ops.audit.show import cells, closing_lines, describe, excerpt, grouped, headings, short, told, tried_line
+from mamba_ops.audit.timeline import bars, in_call_order
 
-_AROUND = 3  # lines of source on each side
 _CELLS = 60  # of a strip, at most
 
 
-def page(report: Report, before: Report | None = None) -> str:
-    """Return the HTML; `before` is an older report to compare with.
+def page(report: Report, before: Report | None = None, trace: str | None = None) -> str:
+    """Return the HTML.
+
+    Args:
+        report: what was found.
+        before: an older report to compare with.
+        trace: the address of tlparse's page about the same run, relative to this one.
 
     Raises:
         ModuleNotFoundError: jinja2 is not installed.
@@ -25,13 +33,20 @@ def page(report: Report, before: Report | None = None) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["short"] = short
+    environment.filters["shortened"] = lambda text: text.replace(f"{Path.cwd()}{os.sep}", "")
     text = resources.files("mamba_ops.audit").joinpath("report.html.j2").read_text(encoding="utf-8")
     changes = [(change.what, describe(change)) for change in compare(report, before)] if before else None
-    findings = [_shown(f"f{number}", finding) for number, finding in enumerate(report.findings, 1)]
+    names = {finding.fingerprint: f"f{number}" for number, finding in enumerate(report.findings, 1)}
+    findings = [_shown(f"f{number}", finding, report) for number, finding in enumerate(report.findings, 1)]
     return environment.from_string(text).render(
         report=report,
         findings=findings,
         strips=strips(report),
+        order=[(event, names.get(event.fingerprint)) for event in in_call_order(report)],
+        bars=bars(report),
+        closing=closing_lines(report),
+        issue=issue(report) if report.findings else None,
+        trace=trace,
         changes=changes,
         kinds=_kinds(report),
         headings=headings(report),
@@ -51,52 +66,23 @@ def _kinds(report: Report) -> list[tuple[str, str]]:
     return shown
 
 
-def _shown(name: str, finding: Finding) -> dict[str, Any]:
+def _shown(name: str, finding: Finding, report: Report) -> dict[str, Any]:
     return {
         "id": name,
         "finding": finding,
         "layers": grouped(finding.layers),
         "source": excerpt(finding.where) if finding.where else [],
-        "caller": caller(finding),
         "told": told(finding),
+        "chain": [location for location in reversed(finding.stack) if location != finding.where],
+        "tries": [tried_line(tried, finding) for tried in report.tries if finding.fingerprint in tried.findings],
     }
 
 
-def excerpt(location: SourceLocation) -> list[tuple[int, str, bool]]:
-    """Return the lines around a location, each with its number and whether it is that line."""
-    try:
-        lines = Path(location.file).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return [(location.line, location.source, True)] if location.source else []
-    first = max(location.line - _AROUND, 1)
-    shown = lines[first - 1 : location.line + _AROUND]
-    return [(number, text, number == location.line) for number, text in enumerate(shown, first)]
-
-
 def strips(report: Report) -> list[dict[str, Any]]:
-    """Return the picture's rows: for each layer, its segments of the graphs of the first call, and the breaks in it."""
-    breaks = [(f"f{n}", finding) for n, finding in enumerate(report.findings, 1) if finding.breaks]
+    """Return the picture's rows: for each layer, its segments of the first call's graphs and the breaks, in order."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    for number, graph in enumerate(graph for graph in report.graphs if graph.call == 0):
-        for at, segment in enumerate(graph.segments):
-            kind = "split" if segment.splitting else "segment"
-            name = f"graph {number + 1}" + (f".{at + 1}" if len(graph.segments) > 1 else "")
-            title = f"{name}: {segment.splitting or f'{segment.ops} ops in all'}"
-            colour = (number * 3 + at) % 5
-            cell = {
-                "kind": kind,
-                "label": (segment.splitting or name).rpartition("::")[2],
-                "title": title,
-                "link": None,
-                "colour": colour,
-            }
-            for layer in dict.fromkeys(_layer(name, report) for name in segment.layers) or [""]:
-                rows.setdefault(layer, []).append(cell)
-    for link, finding in breaks:
-        for layer in dict.fromkeys(_layer(name, report) for name in finding.layers) or [""]:
-            title = f"{finding.cause}: {finding.op}, {short(finding.where) if finding.where else 'nowhere'}"
-            cell = {"kind": "break", "label": finding.cause, "title": title, "link": link, "colour": 0}
-            rows.setdefault(layer, []).append(cell)
+    for layer, cell in _cells(report):
+        rows.setdefault(layer, []).append(cell)
     shown: list[dict[str, Any]] = []
     for name in sorted(rows, key=_order):
         cells = rows[name]
@@ -108,6 +94,40 @@ def strips(report: Report) -> list[dict[str, Any]]:
         first, last = row["names"][0], row["names"][-1]
         row["layer"] = (first or "the model") if first == last else f"{first} to {last.rpartition('.')[2]}"
     return shown
+
+
+def _cells(report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what the first call runs through, each with its layer; a break is shown where it comes first."""
+    findings = {finding.fingerprint: (f"f{n}", finding) for n, finding in enumerate(report.findings, 1)}
+    graphs = [(number, graph) for number, graph in enumerate(report.graphs) if graph.call == 0]
+    for event in in_call_order(report):
+        if event.what == "graph":
+            at = next(at for at, (_, graph) in enumerate(graphs) if graph.compile_id == event.compile_id)
+            number, graph = graphs.pop(at)
+            yield from _graph_cells(number, graph, report)
+        elif event.fingerprint in findings:
+            link, finding = findings.pop(event.fingerprint)
+            where = short(finding.where) if finding.where else "nowhere"
+            title = f"{finding.cause}: {finding.op}, {where}"
+            cell = {"kind": "break", "label": finding.cause, "title": title, "link": link, "colour": 0}
+            yield from ((layer, cell) for layer in _layers(finding.layers, report))
+
+
+def _graph_cells(number: int, graph: Graph, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
+    for at, segment in enumerate(graph.segments):
+        name = f"graph {number + 1}" + (f".{at + 1}" if len(graph.segments) > 1 else "")
+        cell = {
+            "kind": "split" if segment.splitting else "segment",
+            "label": (segment.splitting or name).rpartition("::")[2],
+            "title": f"{name}: {segment.splitting or f'{segment.ops} ops in all'}",
+            "link": None,
+            "colour": (number * 3 + at) % 5,
+        }
+        yield from ((layer, cell) for layer in _layers(segment.layers, report))
+
+
+def _layers(names: Sequence[str], report: Report) -> list[str]:
+    return list(dict.fromkeys(_layer(name, report) for name in names)) or [""]
 
 
 def _order(name: str) -> list[tuple[bool, int, str]]:

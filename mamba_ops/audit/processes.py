@@ -6,6 +6,7 @@ such as `python -I`, was not watched, and the report begins with that.
 """
 
 import contextlib
+import dataclasses
 import multiprocessing
 import multiprocessing.process
 import os
@@ -15,14 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from unittest import mock
 
 import torch
 
-from mamba_ops.audit.report import CallRow, Report
+from mamba_ops.audit.outcomes import CallRow, Event, Recompile
+from mamba_ops.audit.report import Report
 
 if TYPE_CHECKING:
     from mamba_ops.audit.collect import Collector
@@ -62,12 +64,23 @@ _session: _Session | None = None
 _until_the_end = contextlib.ExitStack()  # kept, as what it holds would be undone with it
 
 
+def rank() -> int | None:
+    """Return the number of this process in a distributed run, as torchrun gives it; None in a run of one process."""
+    number, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "1")
+    return int(number) if number.isdigit() and size.isdigit() and int(size) > 1 else None
+
+
+def name_of_rank(number: int) -> str:
+    """Return what findings call a process of a distributed run."""
+    return f"rank {number}"
+
+
 def _name_of_process() -> str:
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return f"rank {distributed.get_rank()}"
-    if (rank := os.environ.get("RANK")) is not None:
-        return f"rank {rank}"
+    is_distributed = distributed.is_available() and distributed.is_initialized()
+    number = distributed.get_rank() if is_distributed else rank()
+    if number is not None:
+        return name_of_rank(number)
     name = multiprocessing.current_process().name
     return name if name != "MainProcess" else f"process {os.getpid()}"
 
@@ -161,17 +174,36 @@ def _merge_folder(report: Report, folder: Path, started: list[tuple[int, int]]) 
     for finding in report.findings if children else ():
         finding.processes = (_MAIN,)
     for child in children:
-        merge(report, child)
+        add_process(report, child)
     report.unwatched += len(missed)
 
 
-def merge(report: Report, child: Report) -> None:
-    """Add what was found in another process, whose name is the report's target."""
+def add_process(report: Report, child: Report) -> None:
+    """Add what was found in another process, whose name is the report's target; its calls follow the report's."""
+    before = len(report.calls)
     for graph in child.graphs:
-        graph.call += len(report.calls)
+        graph.call += before
+        graph.compile_id = _in_process(child, graph.compile_id)
     for finding in child.findings:
         finding.processes = (child.target,)
         report.add(finding)
     report.graphs += child.graphs
+    report.recompiles += _renamed(child, child.recompiles, before)
+    report.events += _renamed(child, child.events, before)
+    report.compile_seconds |= {_in_process(child, name): value for name, value in child.compile_seconds.items()}
     report.calls += child.calls
     report.notes += [note for note in child.notes if note not in report.notes]
+
+
+_Made = TypeVar("_Made", Event, Recompile)
+
+
+def _renamed(child: Report, made: Sequence[_Made], before: int) -> list[_Made]:
+    """Return what a process made, in the calls after the first so many, and under names that no other process has."""
+    return [
+        dataclasses.replace(one, call=one.call + before, compile_id=_in_process(child, one.compile_id)) for one in made
+    ]
+
+
+def _in_process(child: Report, compile_id: str) -> str:
+    return f"{compile_id} in {child.target}"

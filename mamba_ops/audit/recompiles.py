@@ -20,8 +20,9 @@ from mamba_ops.audit.guards import (
     guard_subject,
     guard_text,
 )
+from mamba_ops.audit.outcomes import ChangedValue, Recompile
 from mamba_ops.audit.remedies import RULES
-from mamba_ops.audit.report import SEVERITIES, ChangedValue, Finding, Recompile, Report
+from mamba_ops.audit.report import SEVERITIES, Finding, Report
 from mamba_ops.audit.source_locations import (
     SourceLocation,
     current_locations,
@@ -106,6 +107,7 @@ class Recompiles:
     def end_compile(self, compile_id: str) -> None:
         """Note that a compile is over, and what it cost."""
         seconds = round(time.perf_counter() - self._began, 3)
+        self._collector.report.compile_seconds[compile_id] = seconds
         if self._open is not None and self._open.made.compile_id == compile_id:
             self.settle(seconds)
         elif (broken := self._after.get(compile_id)) is not None:

@@ -4,12 +4,13 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from mamba_ops.audit.fingerprints import fingerprint
+from mamba_ops.audit.outcomes import CallRow, Event, Graph, Recompile, Try
 from mamba_ops.audit.source_locations import SourceLocation
 
-VERSION = 3  # of the JSON; raised when a name in it changes its meaning
+SCHEMA_VERSION = 3  # of the JSON; raised when a name in it changes its meaning
 SEVERITIES = ("error", "warning", "note")
 KINDS = {
     "break": "graph breaks",
@@ -85,11 +86,14 @@ class Finding:
         needs_device: whether only the real device can confirm it.
         bytes: of a copy, where it is known.
         values: of a recompile, what the argument or size was, in the order in which it was seen.
-        seconds: that were spent on compiling again because of it.
+        seconds: of compiling: again because of it, or of what follows a break.
         mend_first: the break without which this would not be, as "file:line in function, op".
         behind: the number of the finding that hides this one from the compiler, 1 for the report's first; None if it is
             met as things are.
         processes: the names of those in which it was seen, such as "rank 0", where there were several.
+        hints: what torch says can be done, in its own words.
+        link: torch's page about a break of this type.
+        fingerprint: the same for this finding in another report, where code was moved in its file or formatted.
     """
 
     kind: str
@@ -111,6 +115,21 @@ class Finding:
     mend_first: str | None = None
     behind: int | None = None
     processes: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+    link: str | None = None
+    fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.fingerprint:
+            self.fingerprint = fingerprint(self.kind, self.cause, self.op, self.where)
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any]) -> "Finding":
+        """Return what was written as JSON."""
+        where = SourceLocation(**facts["where"]) if facts["where"] else None
+        stack = tuple(SourceLocation(**location) for location in facts["stack"])
+        several = {name: tuple(facts[name]) for name in ("layers", "values", "processes", "hints")}
+        return cls(**{**facts, **several, "where": where, "stack": stack})
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -139,91 +158,6 @@ class Finding:
 
 
 @dataclasses.dataclass
-class GraphSegment:
-    """A part of a graph between splitting ops.
-
-    Attributes:
-        ops: how many ops it has.
-        splitting: the splitting op that it is, or None for what can be captured.
-        layers: the modules that its ops belong to, in order.
-    """
-
-    ops: int
-    splitting: str | None = None
-    layers: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass
-class Graph:
-    """One graph that Dynamo made.
-
-    Attributes:
-        call: the number of the call that it was made in; 0 is the first.
-        compile_id: torch's name for it; "0/1" is a second version of the first frame.
-        ops: how many ops it has.
-        segments: how splitting ops divide it.
-    """
-
-    call: int
-    compile_id: str
-    ops: int
-    segments: list[GraphSegment] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass
-class CallRow:
-    """What one call cost: the table of recompiles over shapes."""
-
-    shapes: str
-    graphs: int = 0
-    recompiles: int = 0
-    seconds: float = 0.0
-    jit: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class ChangedValue:
-    """What a function was compiled again for: an argument, size or attribute with another value.
-
-    Attributes:
-        subject: its name, such as "x.shape[1]".
-        before, now: the values; "" where they are not known.
-        dynamic: whether the new version takes other values too.
-    """
-
-    subject: str
-    before: str = ""
-    now: str = ""
-    dynamic: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Recompile:
-    """One function that was compiled again.
-
-    Attributes:
-        call: the number of the call; 0 is the first.
-        compile_id: torch's name for the new version, such as "0/1".
-        function: its name, and the line after which it begins where it is the rest of one after a break.
-        where: where it is defined.
-        changed: why no version fitted.
-        versions: how many there were before, of at most `limit`.
-        seconds: that the compile took.
-        cause: of the finding that it is counted in.
-    """
-
-    call: int
-    compile_id: str
-    function: str
-    where: SourceLocation
-    changed: tuple[ChangedValue, ...]
-    versions: int
-    limit: int
-    seconds: float = 0.0
-    cause: str = ""
-
-
-@dataclasses.dataclass
 class Report:
     """All findings of one audit.
 
@@ -238,6 +172,10 @@ class Report:
         notes: what was left out or replaced, in sentences.
         unwatched: how many processes in Python were started and not watched.
         finished: False if it was interrupted or ran out of time; the rest is what was known then.
+        events: graphs and breaks in the order in which they came.
+        compile_seconds: of each compile, by torch's name for it.
+        tries: changes that were tried without touching the code.
+        ranks: of a distributed run, those that the report is of.
     """
 
     target: str
@@ -253,6 +191,10 @@ class Report:
     torch: str = ""
     unwatched: int = 0
     finished: bool = True
+    events: list[Event] = dataclasses.field(default_factory=list)
+    compile_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    tries: list[Try] = dataclasses.field(default_factory=list)
+    ranks: tuple[int, ...] = ()
 
     @property
     def clean(self) -> bool:
@@ -303,10 +245,30 @@ class Report:
             total.seconds = round(total.seconds + finding.seconds, 3)
         return [found[kind] for kind in KINDS if kind in found]
 
-    def failing(self, classes: Iterable[str]) -> list[Finding]:
-        """Return the findings above a note that belong to one of these kinds."""
+    def failing(self, classes: Iterable[str], before: "Report | None" = None) -> list[Finding]:
+        """Return the findings above a note that belong to one of these kinds.
+
+        Args:
+            classes: kinds; "new" among them restricts the others to findings that `before` does not hold, and alone
+                stands for all of these.
+            before: an older report.
+
+        Raises:
+            ValueError: "new" is asked for, and there is no older report.
+        """
         wanted = set(classes)
-        return [finding for finding in self.findings if finding.classes & wanted and finding.severity != "note"]
+        found = [finding for finding in self.findings if finding.severity != "note"]
+        if "new" in wanted:
+            if before is None:
+                raise ValueError(
+                    "failing: before: got None, expected an older report, in which to look for what is new"
+                )
+            new = {id(change.finding) for change in compare(self, before) if change.what == "new"}
+            found = [finding for finding in found if id(finding) in new]
+            wanted.discard("new")
+            if not wanted:
+                return found
+        return [finding for finding in found if finding.classes & wanted]
 
     def add(self, finding: Finding) -> Finding:
         """Add a finding, or count it if it is known already; return the one that is kept."""
@@ -338,8 +300,8 @@ class Report:
     def to_json(self) -> str:
         """Return the report as JSON; `from_json` reads it."""
         totals = [dataclasses.asdict(total) for total in self.totals]
-        facts = {"version": VERSION, "verdict": self.verdict, "totals": totals, **dataclasses.asdict(self)}
-        return json.dumps(facts, indent=1)
+        told = {"schema_version": SCHEMA_VERSION, "verdict": self.verdict, "totals": totals}
+        return json.dumps({**told, **dataclasses.asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
@@ -349,34 +311,19 @@ class Report:
             ValueError: it is no report, or one of another version.
         """
         facts = json.loads(text)
-        if not isinstance(facts, dict) or facts.get("version") != VERSION:
-            got = facts.get("version") if isinstance(facts, dict) else type(facts).__name__
-            raise ValueError(f"got a report of version {got}, expected {VERSION}")
-        facts = {name: value for name, value in facts.items() if name not in ("version", "verdict", "totals")}
-        facts["findings"] = [_finding(finding) for finding in facts["findings"]]
+        got = facts.get("schema_version") if isinstance(facts, dict) else type(facts).__name__
+        if not isinstance(facts, dict) or got != SCHEMA_VERSION:
+            raise ValueError(f"got a report of version {got}, expected {SCHEMA_VERSION}; audit once more to write one")
+        told = ("schema_version", "verdict", "totals")
+        facts = {name: value for name, value in facts.items() if name not in told}
+        facts["findings"] = [Finding.read(finding) for finding in facts["findings"]]
         facts["calls"] = [CallRow(**row) for row in facts["calls"]]
-        facts["graphs"] = [
-            Graph(**{**graph, "segments": [_segment(segment) for segment in graph["segments"]]})
-            for graph in facts["graphs"]
-        ]
-        facts["recompiles"] = [_recompile(recompile) for recompile in facts["recompiles"]]
+        facts["graphs"] = [Graph.read(graph) for graph in facts["graphs"]]
+        facts["recompiles"] = [Recompile.read(recompile) for recompile in facts["recompiles"]]
+        facts["events"] = [Event(**event) for event in facts["events"]]
+        facts["tries"] = [Try.read(tried) for tried in facts["tries"]]
+        facts["ranks"] = tuple(facts["ranks"])
         return cls(**facts)
-
-
-def _segment(facts: Mapping[str, Any]) -> GraphSegment:
-    return GraphSegment(**{**facts, "layers": tuple(facts["layers"])})
-
-
-def _recompile(facts: Mapping[str, Any]) -> Recompile:
-    changed = tuple(ChangedValue(**value) for value in facts["changed"])
-    return Recompile(**{**facts, "where": SourceLocation(**facts["where"]), "changed": changed})
-
-
-def _finding(facts: Mapping[str, Any]) -> Finding:
-    where = SourceLocation(**facts["where"]) if facts["where"] else None
-    stack = tuple(SourceLocation(**location) for location in facts["stack"])
-    tuples = {name: tuple(facts[name]) for name in ("layers", "values", "processes")}
-    return Finding(**{**facts, "where": where, "stack": stack, **tuples})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,21 +337,24 @@ class Change:
 
 
 def compare(now: Report, before: Report) -> list[Change]:
-    """Return what got worse or better; lines may have moved, so findings are matched by file and source line."""
-    found, found_before = _by_source(now), _by_source(before)
+    """Return what got worse or better; findings are matched by their fingerprints, as lines may have moved.
+
+    Of equal statements in one function, as many are new as there are more of them.
+    """
+    found, found_before = _by_fingerprint(now), _by_fingerprint(before)
     changes = []
     for key in dict.fromkeys([*found, *found_before]):
         old, new = found_before.get(key, []), found.get(key, [])
-        counts = sum(f.count for f in old), sum(f.count for f in new)
-        if counts[0] != counts[1]:
-            what = "new" if not old else "gone" if not new else "more" if counts[1] > counts[0] else "fewer"
-            changes.append(Change(what, (new or old)[0], *counts))
+        changes += [Change("new", finding, 0, finding.count) for finding in new[len(old) :]]
+        changes += [Change("gone", finding, finding.count, 0) for finding in old[len(new) :]]
+        for one, other in zip(old, new, strict=False):
+            if one.count != other.count:
+                changes.append(Change("more" if other.count > one.count else "fewer", other, one.count, other.count))
     return changes
 
 
-def _by_source(report: Report) -> dict[tuple[str, ...], list[Finding]]:
-    found: dict[tuple[str, ...], list[Finding]] = {}
+def _by_fingerprint(report: Report) -> dict[str, list[Finding]]:
+    found: dict[str, list[Finding]] = {}
     for finding in report.findings:
-        where = (Path(finding.where.file).name, finding.where.source) if finding.where else ("", "")
-        found.setdefault((finding.kind, finding.cause, finding.op, *where), []).append(finding)
+        found.setdefault(finding.fingerprint, []).append(finding)
     return found

@@ -2,16 +2,19 @@
 
 import contextlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mamba_ops.audit.outcomes import CallRow, Counts, Graph, Try
 from mamba_ops.audit.recompiles import HEADINGS, story, summary
-from mamba_ops.audit.report import KINDS, CallRow, Change, Finding, Graph, Report, compare
+from mamba_ops.audit.report import KINDS, Change, Finding, Report, compare
 from mamba_ops.audit.source_locations import SourceLocation, has_no_file
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+_AROUND = 3  # lines of source on each side
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
@@ -63,8 +66,19 @@ def short(location: SourceLocation) -> str:
     return str(location)
 
 
-def lines(finding: Finding) -> list[str]:
-    """Return a finding as lines of text; the first is its heading."""
+def excerpt(location: SourceLocation) -> list[tuple[int, str, bool]]:
+    """Return the lines around a location, each with its number and whether it is that line."""
+    try:
+        lines = Path(location.file).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return [(location.line, location.source, True)] if location.source else []
+    first = max(location.line - _AROUND, 1)
+    shown = lines[first - 1 : location.line + _AROUND]
+    return [(number, text, number == location.line) for number, text in enumerate(shown, first)]
+
+
+def lines(finding: Finding, tries: Sequence[Try] = ()) -> list[str]:
+    """Return a finding as lines of text; the first is its heading. `tries` are those of the report."""
     times = f" (seen {finding.count} times)" if finding.count > 1 else ""
     text = [f"{finding.severity}: {finding.kind}/{finding.cause}: {finding.op}{times}"]
     if finding.where:
@@ -83,7 +97,41 @@ def lines(finding: Finding) -> list[str]:
         text.append(f"In {', '.join(finding.processes)}")
     if finding.needs_device:
         text.append("Only the device itself can confirm this.")
-    return [*text, f"-> {finding.remedy}"]
+    text.append(f"-> {finding.remedy}")
+    text += [f"torch's hint: {hint}" for hint in finding.hints]
+    text += [f"torch's page: {finding.link}"] if finding.link else []
+    return [*text, *(tried_line(tried, finding) for tried in tries if finding.fingerprint in tried.findings)]
+
+
+def tried_line(tried: Try, finding: Finding | None = None) -> str:
+    """Return what came of a change in a line; for a finding, also whether that is gone."""
+    text = f"{tried.change}, tried: {tried.outcome}"
+    if tried.after is None:
+        return text
+    if finding is not None:
+        text += "; this is gone" if finding.fingerprint in tried.gone else "; this stays"
+    return f"{text} (without: {tried.before})" if tried.before else text
+
+
+def closing_lines(report: Report) -> list[str]:
+    """Return what the changes that helped come to together, and what `use_mamba_ops` would change in the model."""
+    text = []
+    together = [tried for tried in report.tries if not tried.findings and not tried.ours]
+    for tried in [tried for tried in together if tried.after is not None][-1:] or together[-1:]:
+        text.append(f"All that helped, together: {tried_line(tried)}")
+    for tried in report.tries:
+        if tried.ours and tried.before is not None and tried.after is not None:
+            text += [f"{tried.change}, tried on this model:"]
+            text += [f"  before: {timed(tried.before)}", f"  after:  {timed(tried.after)}"]
+        elif tried.ours:
+            text.append(f"{tried.change}, tried on this model: {tried.problem}")
+    return text
+
+
+def timed(counts: Counts) -> str:
+    """Return counts with the seconds that they took."""
+    warm = f", {counts.warm:.3g} s for a call that compiles nothing" if counts.warm is not None else ""
+    return f"{counts}, {counts.seconds:.1f} s with compiling{warm}"
 
 
 def told(finding: Finding) -> list[str]:
@@ -135,7 +183,7 @@ def show(report: Report, console: "Console") -> None:
         console.print(Text(f"It holds {', '.join(report.mixers)}."), soft_wrap=True)
     numbered = any(finding.behind is not None for finding in report.findings)
     for number, finding in enumerate(report.findings, 1):
-        heading, *rest = lines(finding)
+        heading, *rest = lines(finding, report.tries)
         console.print()
         console.print(Text(f"{number}. {heading}" if numbered else heading, _STYLES[finding.severity]))
         for line in rest:
@@ -165,6 +213,8 @@ def show(report: Report, console: "Console") -> None:
         console.print(Text(f"{op} {'would run' if report.absent else 'ran'} on {ran}"), soft_wrap=True)
     for note in report.notes:
         console.print(Text(f"Note: {note}"), soft_wrap=True)
+    for line in closing_lines(report):
+        console.print(Text(line, "bold"), soft_wrap=True)
 
 
 def show_changes(report: Report, before: Report, console: "Console") -> None:

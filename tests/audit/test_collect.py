@@ -9,8 +9,10 @@ from compile_tests.planted import CASES, breaks, guards
 from mamba_ops.audit import Report, audit
 from mamba_ops.audit.collect import Collector
 from mamba_ops.audit.guards import classify_guard, guard_subject
+from mamba_ops.audit.package_remedies import for_caller, package_of
 from mamba_ops.audit.remedies import RULES, remedy
 from mamba_ops.audit.report import KINDS, SEVERITIES
+from mamba_ops.audit.source_locations import SourceLocation
 from mamba_ops.testing import assert_one_graph
 
 
@@ -131,3 +133,15 @@ def test_assert_one_graph():
 
 def test_every_case_has_a_name_of_its_own():
     assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_a_line_in_a_package_has_a_remedy_for_its_caller():
+    own = SourceLocation("/src/train.py", 3, "step", "y = layer(x)")
+    package = "/venv/lib/python3.11/site-packages/theirs/layer.py"
+    stack = (own, SourceLocation(package, 9, "forward", "self.mix(x)"), SourceLocation(package, 5, "mix", "x.item()"))
+    said = for_caller("sync", "item", ".item()", stack)
+    assert said.startswith("The line is in theirs: leave forward out of the compiled model at `y = layer(x)`")
+    assert "keep self.n the same" in for_caller("recompile", "attribute", "self.n", stack)
+    assert for_caller("sync", "item", ".item()", (own,)) is None
+    assert for_caller("fallback", "optional-package", "mamba_ssm", stack) is None
+    assert package_of("/venv/lib/site-packages/single.py") == "single"

@@ -63,7 +63,7 @@ def run(tmp_path):
 
     def run(target, *options):
         sys.modules.pop("theirs", None)
-        arguments = [target.replace("theirs.py", str(file))]
+        arguments = [target.replace("theirs.py", str(file)), "--no-try"]
         return CliRunner().invoke(app, [*arguments, *options])
 
     return run
@@ -87,7 +87,7 @@ def test_who_asks_for_copies_has_them_looked_for(tmp_path):
         "def twin(): return ops.CacheTwin(), breaks.x()\n"
     )
     for factory, status in (("bad", 1), ("twin", 0)):
-        result = CliRunner().invoke(app, [f"{file}:{factory}", "--fail-on", "copy"])
+        result = CliRunner().invoke(app, [f"{file}:{factory}", "--fail-on", "copy", "--no-try"])
         assert result.exit_code == status, result.output
 
 
@@ -118,6 +118,7 @@ def test_shapes_make_calls(run):
         ("nowhere.py:net", (), "there is no file nowhere.py"),
         ("theirs.py:net", ("--shapes", "2by3"), "expected sizes such as"),
         ("theirs.py:net", ("--fail-on", "rain"), "expected some of break"),
+        ("theirs.py:net", ("--fail-on", "new"), "expected --compare OTHER.json with it"),
         ("theirs.py:net", ("--device", "toaster"), "expected cpu, cuda or xpu"),
         ("theirs.py:net", ("--layers", "3"), "--layers, --full and --ours are for transformers:NAME alone"),
     ],
@@ -239,7 +240,7 @@ def test_in_time_a_child_says_what_this_process_would_say(tmp_path):
     """Of a model that fails, of a script's own arguments, output and status."""
     file = tmp_path / "made.py"
     file.write_text(MODEL)
-    result = CliRunner().invoke(app, [f"{file}:net", "--limit", "500", "--fail-on", "break"])
+    result = CliRunner().invoke(app, [f"{file}:net", "--limit", "500", "--fail-on", "break", "--no-try"])
     assert result.exit_code == 1
     assert f"{file}:7 in forward" in result.output.replace("\n", "")
     assert CliRunner().invoke(app, [f"{file}:fails", "--limit", "500"]).exit_code == 2
@@ -289,7 +290,7 @@ def test_our_ops_on_an_absent_device(tmp_path, factory, expected, backend):
 
     absent = next(kind for kind in ("cuda", "xpu") if not torch.get_device_module(kind).is_available())
     file = tmp_path / "report.json"
-    command = [f"compile_tests.planted.decode:{factory}", "--device", absent, "--json", str(file)]
+    command = [f"compile_tests.planted.decode:{factory}", "--no-try", "--device", absent, "--json", str(file)]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     report = Report.from_json(file.read_text())
@@ -318,7 +319,7 @@ def test_planted_for_an_absent_device(tmp_path, name, cause):
     )
     for factory, expected in (("bad", [cause]), ("twin", [])):
         file = tmp_path / f"{factory}.json"
-        result = CliRunner().invoke(app, [f"{target}:{factory}", "--device", absent, "--json", str(file)])
+        result = CliRunner().invoke(app, [f"{target}:{factory}", "--no-try", "--device", absent, "--json", str(file)])
         assert result.exit_code == 0, result.output
         report = Report.from_json(file.read_text())
         assert report.absent

@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from mamba_ops.audit import Report
+from mamba_ops.testing import assert_nothing_new
 
 ROOT = Path(__file__).parents[2]
 TESTS = """
@@ -39,3 +43,49 @@ def test_the_fixture(how: str, tmp_path: Path) -> None:
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     assert "test_theirs.py:6 in forward" in done.stdout
     assert "-> Remove the print" in done.stdout
+
+
+BASELINE_TESTS = """
+import os
+import torch
+
+class Breaks(torch.nn.Module):
+    def forward(self, x):
+        print("here")
+        if os.environ.get("WORSE"):
+            torch._dynamo.graph_break()
+        return x * 2
+
+def test_nothing_new(audit_baseline):
+    audit_baseline(Breaks(), torch.ones(4, 8), baseline="audit.json")
+"""
+
+
+def test_what_was_not_compiled_has_nothing_new_and_fails_all_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "audit.json"
+    file.write_text(Report("before").to_json())
+    with pytest.raises(AssertionError, match="Nothing was compiled"):
+        assert_nothing_new(lambda x: x, torch.ones(3), baseline=file)
+
+
+@pytest.mark.slow
+def test_the_baseline_holds_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "test_theirs.py").write_text(BASELINE_TESTS)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    options = ["-p", "no:cacheprovider", "-p", "no:mamba_ops", "-p", "mamba_ops_pytest", "-q", "test_theirs.py"]
+
+    def run(**more: str) -> str:
+        command = [sys.executable, "-m", "pytest", *options]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment | more, capture_output=True, text=True, check=False
+        )
+        return done.stdout
+
+    assert "MAMBA_OPS_WRITE_BASELINE=1 writes it" in run()
+    assert "1 passed" in run(MAMBA_OPS_WRITE_BASELINE="1")
+    assert "1 passed" in run()
+    worse = run(WORSE="1")
+    assert "1 failed" in worse
+    assert "1 new since audit.json" in worse
+    assert "-> Remove the call of torch._dynamo.graph_break." in worse
+    assert "Remove the print" not in worse

@@ -25,7 +25,8 @@ import torch
 import torch._dynamo
 
 from compile_tests.planted import breaks, ops
-from mamba_ops.audit import _torch, absent, audit
+from mamba_ops.audit import _torch, absent, audit, tries
+from mamba_ops.audit.absent_code import traced_as_if_present
 from mamba_ops.commands.watch import watch_compiler
 
 INSTANCES = "Node", "OpOverload", "UntypedStorage"  # classes whose attributes are read of their instances
@@ -127,13 +128,18 @@ if HAS_TRITON:
 def audited(device, name):
     if device != "cpu":
         absent._installed.clear()
-        absent._fake_mode.cache_clear()
+        absent.fake_mode.cache_clear()
+        with contextlib.suppress(_torch.MissingNameError), traced_as_if_present(device):
+            pass
         return audit(OnDevice(), breaks.x(), torch.zeros(4, 8), device=device)
     calls = [(torch.randn(rows, 8),) for rows in (4, 12)]
+    with _torch.flags({"recompile_limit": 8}), _torch.traced_to(sys.argv[0]):
+        for how in ("dynamic", "unbacked"):
+            tries.mark([torch.randn(rows, 8) for rows in (4, 12)], how)
     return audit(Several(), *calls[0], calls=calls[1:], copies=name == _torch.COPIES)
 
 
-NEED_LOOPS = (_torch.LOOPS, "torch._dynamo.config:patch")
+NEED_LOOPS = (_torch.LOOPS,)
 
 
 def watched():
@@ -189,6 +195,7 @@ FOR_ABSENT_DEVICES = (
     "torch._guards:TracingContext.try_get",
     "torch._higher_order_ops.triton_kernel_wrap:kernel_side_table",
     "torch.fx:Node._pretty_print_target",
+    "torch.nn:Module._apply",
     "torch.fx.experimental.proxy_tensor:CONSTANT_NUMEL_LIMIT",
     "torch.fx.experimental.symbolic_shapes:ShapeEnv",
     *(name for name in _torch.PRIVATE if name.startswith("torch._subclasses")),

@@ -11,7 +11,11 @@ import torch
 pytest.importorskip("typer")
 
 from mamba_ops.audit import watch
+from mamba_ops.audit.outcomes import CallRow, ChangedValue, Event, Graph, Recompile
+from mamba_ops.audit.processes import add_process
 from mamba_ops.audit.report import Report
+from mamba_ops.audit.source_locations import SourceLocation
+from mamba_ops.audit.timeline import bars
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -96,6 +100,24 @@ def test_nothing_compiled_is_a_status_of_its_own(tmp_path, what, status):
     first = report.verdict
     assert first == ("1 process was not watched. " if what == "isolated" else "") + "Nothing was compiled."
     assert not report.clean
+
+
+def made_by(process: str) -> Report:
+    where = SourceLocation("/train.py", 3, "f", "x")
+    report = Report(
+        process, calls=[CallRow(process, seconds=3.0)], graphs=[Graph(0, "0/1", 2)], compile_seconds={"0/1": 2.0}
+    )
+    report.recompiles = [Recompile(0, "0/1", "f", where, (ChangedValue("n"),), 1, 8, 2.0)]
+    report.events = [Event("graph", 0, "0/1", 0.5, "2 ops")]
+    return report
+
+
+def test_what_another_process_made_has_a_call_and_names_of_its_own():
+    report = made_by("watched")
+    add_process(report, made_by("rank 1"))
+    for made in (report.graphs, report.recompiles, report.events):
+        assert [(one.call, one.compile_id) for one in made] == [(0, "0/1"), (1, "0/1 in rank 1")]
+    assert [[part["kind"] for part in bar.parts] for bar in bars(report)] == [["again"], ["again"]]
 
 
 def broken(x):

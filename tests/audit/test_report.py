@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 import subprocess
 import sys
 
@@ -33,7 +34,7 @@ def test_json_and_back(deep):
     again = Report.from_json(deep.to_json())
     assert dataclasses.asdict(again) == dataclasses.asdict(deep)
     with pytest.raises(ValueError, match="version 99, expected 3"):
-        Report.from_json(deep.to_json().replace('"version": 3', '"version": 99', 1))
+        Report.from_json(deep.to_json().replace('"schema_version": 3', '"schema_version": 99', 1))
 
 
 def test_comparison(deep):
@@ -54,20 +55,27 @@ def test_the_page_holds_each_finding_and_its_links_work(deep):
 
     from mamba_ops.audit.html import page
 
-    links, names = set(), set()
+    links, names, loaded = set(), set(), []
 
     class Parser(HTMLParser):
         def handle_starttag(self, tag, attrs):
             facts = dict(attrs)
             names.add(facts.get("id"))
+            loaded.extend(facts[name] for name in ("src", "srcset", "data", "poster") if name in facts)
+            if tag in ("link", "script", "iframe", "object", "img"):
+                loaded.append(tag)
             if tag == "a" and "href" in facts:
                 links.add(facts["href"])
 
     text = page(deep, deep)
     Parser().feed(text)
     assert links
-    assert all(link.startswith("#") and link[1:] in names for link in links)
-    assert "http" not in text
+    outside = {finding.link for finding in deep.findings}
+    assert all(link in outside or (link.startswith("#") and link[1:] in names) for link in links)
+    assert loaded == []
+    assert not re.search(r"url\(|@import|<script", text)
+    assert text.index('remedy">') < text.index("called from") < text.index("torch's page about")
+    assert "compile 0/0" in text
     assert "disabled_rule(y) + x" in text
     assert f"breaks.py:{deep.findings[0].where.line}</code> in forward" in text
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,12 +10,13 @@ import typer
 from rich.console import Console
 
 from mamba_ops.audit.report import Report
-from mamba_ops.audit.show import show, show_changes
 from mamba_ops.commands.audit import target as auditing
+from mamba_ops.commands.audit import tried
 from mamba_ops.commands.audit.child import ReportedError, run_in_child
+from mamba_ops.commands.audit.outputs import Outputs, read_merged, read_report
 from mamba_ops.commands.options import Config, configured, fail
 
-FAIL_ON = ("break", "recompile", "fallback", "copy", "jit", "sync", "kernel", "capture")
+FAIL_ON = ("break", "recompile", "fallback", "copy", "jit", "sync", "kernel", "capture", "new")
 
 
 def audit(
@@ -24,14 +25,18 @@ def audit(
         typer.Argument(
             metavar="TARGET",
             help="package.module:factory or file.py:factory, which returns (model, inputs); transformers:TYPE or "
-            "transformers:FOLDER. With --run, a script.",
+            "transformers:FOLDER. With --run, a script; with -m, a module. Or files of --json, one of each rank.",
         ),
     ],
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[ARGS]...", help="With --run: the script's; -- before any dash.")
+        list[str] | None,
+        typer.Argument(metavar="[ARGS]...", help="With --run and -m: the script's; -- before any dash."),
     ] = None,
     script: Annotated[
         bool, typer.Option("--run", help="Run TARGET as a script and watch its own torch.compile.")
+    ] = False,
+    module: Annotated[
+        bool, typer.Option("-m", "--module", help="Run TARGET as `python -m TARGET`, and watch it as --run does.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or xpu; one that is not here is traced as absent.")] = "cpu",
     shapes: Annotated[str | None, typer.Option(help="Leading sizes of the inputs: 1x128,1x129,4x512.")] = None,
@@ -46,25 +51,52 @@ def audit(
         Path | None, typer.Option("--json", metavar="FILE", help="Write it as data; - for stdout.")
     ] = None,
     html_file: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as one page.")] = None,
+    sarif_file: Annotated[
+        Path | None, typer.Option("--sarif", metavar="FILE", help="Write it as SARIF, for code hosts and editors.")
+    ] = None,
+    issue_file: Annotated[
+        Path | None, typer.Option("--issue", metavar="FILE", help="Write an issue to paste; - for stdout.")
+    ] = None,
+    github: Annotated[bool, typer.Option("--github", help="Print annotations for GitHub's runner.")] = False,
     fail_on: Annotated[
         str | None, typer.Option(metavar="KINDS", help=f"Exit with 1 on any of {','.join(FAIL_ON)}.")
     ] = None,
     other: Annotated[
         Path | None, typer.Option("--compare", metavar="OTHER.json", help="Say what changed since.", dir_okay=False)
     ] = None,
+    try_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="For trying what needs no change of code, in all.",
+            show_default=f"{tried.SECONDS:g}; 0 with --run, as a script would run again",
+        ),
+    ] = None,
+    no_try: Annotated[bool, typer.Option("--no-try", help="Try nothing.")] = False,
     limit: Annotated[
         float | None,
         typer.Option(min=1, metavar="SECONDS", help="Audit in a child process, end it then, and show what is known."),
     ] = None,
 ) -> None:
     """Say why a model breaks under torch.compile, on which line, and what to change."""
-    stdout_is_json = json_file is not None and str(json_file) == "-"
-    console = Console(stderr=stdout_is_json, highlight=False)
+    outputs = Outputs(json_file, html_file, sarif_file, issue_file, github)
+    console = Console(stderr=outputs.take_stdout, highlight=False)
     errors = Console(stderr=True, highlight=False)
     wanted = [kind.strip() for kind in fail_on.split(",")] if fail_on else []
     if unknown := [kind for kind in wanted if kind not in FAIL_ON]:
         fail(f"--fail-on: got {', '.join(unknown)}, expected some of {', '.join(FAIL_ON)}")
-    before = _read(other) if other else None
+    if "new" in wanted and other is None:
+        fail("--fail-on: got new, expected --compare OTHER.json with it: what is new is told from an older report")
+    before = read_report(other) if other else None
+    if target.endswith(".json"):
+        report = read_merged([target, *(arguments or [])])
+        outputs.write(report, console, before)
+        raise typer.Exit(_status(report, wanted, before) if report.finished else 130)
+    script |= module
+    seconds = tried.SECONDS if try_seconds is None else try_seconds
+    if no_try or (script and try_seconds is None):
+        seconds = 0.0
     failed: Exception | None = None
     report = Report(target, device, finished=False)
     try:
@@ -72,9 +104,11 @@ def audit(
     except RuntimeError:
         fail(f"--device: got {device}, expected cpu, cuda or xpu")
     # What the user's code prints must not be mixed into the JSON.
-    printed = contextlib.redirect_stdout(sys.stderr) if stdout_is_json else contextlib.nullcontext()
-    if script and (shapes or mode or train or copies or layers or full or ours or device != "cpu"):
-        fail("--run goes with --backend, --json, --html, --fail-on, --compare, --limit: the script says the rest")
+    printed = contextlib.redirect_stdout(sys.stderr) if outputs.take_stdout else contextlib.nullcontext()
+    if script and (shapes or mode or train or copies or layers or full or ours):
+        fail(
+            "--run goes without --shapes, --mode, --train, --copies, --layers, --full, --ours: the script says the rest"
+        )
     try:
         if arguments and not script:
             fail(f"got {' '.join(arguments)} after the target, expected that with --run alone")
@@ -91,21 +125,26 @@ def audit(
             ours=ours,
             limit=limit,
             arguments=(arguments or []) if script else None,
+            module=module,
+            trace=outputs.trace,
         )
         with printed, configured(backend, None if script else device):
             if limit is not None or auditing.is_absent(device):
                 auditing.check(options)
-                run_in_child(options, report, keep_stdout=script and not stdout_is_json)
+                run_in_child(options, report, keep_stdout=script and not outputs.take_stdout)
             else:
                 with _shown_steps(errors, target, device, script) as progress:
                     auditing.run_here(options, report, progress)
+            if seconds and report.finished:
+                with _shown_steps(errors, target, device, script) as progress:
+                    tried.try_changes(options, report, seconds, progress)
     except (auditing.UserError, ReportedError) as error:
         failed = error
     except KeyboardInterrupt:
         report.finished = False
     report.sort()
     if failed is None or report.calls:  # else the report is empty
-        _write(report, console, json_file, html_file, before)
+        outputs.write(report, console, before)
     if isinstance(failed, auditing.UserError):
         auditing.show_cause(failed)
         fail(failed)
@@ -113,9 +152,14 @@ def audit(
         raise typer.Exit(2)
     if not report.finished:
         raise typer.Exit(130)
-    if report.failing(wanted):
-        raise typer.Exit(1)
-    raise typer.Exit(3 if report.compiled_nothing or (wanted and report.incomplete) else 0)
+    raise typer.Exit(_status(report, wanted, before))
+
+
+def _status(report: Report, wanted: Sequence[str], before: Report | None) -> int:
+    """Return the exit status of a finished report: 3 where it cannot say that all is well."""
+    if report.failing(wanted, before):
+        return 1
+    return 3 if report.compiled_nothing or (wanted and report.incomplete) else 0
 
 
 @contextlib.contextmanager
@@ -126,31 +170,3 @@ def _shown_steps(console: Console, target: str, device: str, script: bool) -> It
         return
     with console.status(f"{target} on {device}") as status:
         yield status.update
-
-
-def _write(
-    report: Report, console: Console, json_file: Path | None, html_file: Path | None, before: Report | None
-) -> None:
-    try:
-        if json_file is not None and str(json_file) == "-":
-            sys.stdout.write(report.to_json() + "\n")
-        elif json_file is not None:
-            json_file.write_text(report.to_json() + "\n", encoding="utf-8")
-        if html_file is not None:
-            from mamba_ops.audit.html import page
-
-            html_file.write_text(page(report, before), encoding="utf-8")
-    except OSError as error:
-        fail(f"{error.filename} cannot be written: {error.strerror}")
-    show(report, console)
-    if before is not None:
-        show_changes(report, before, console)
-
-
-def _read(file: Path) -> Report:
-    try:
-        return Report.from_json(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        fail(f"{file} cannot be read: {error.strerror}")
-    except (ValueError, TypeError, KeyError) as error:
-        fail(f"{file} is no report: {error}")

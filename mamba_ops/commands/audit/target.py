@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import runpy
 import sys
@@ -14,9 +15,10 @@ from typing import Any
 
 import torch
 
+from mamba_ops.audit import _torch
 from mamba_ops.audit.answers import on_host, present
 from mamba_ops.audit.report import Report
-from mamba_ops.audit.run import ModelError, audit, quiet_torch, watch
+from mamba_ops.audit.run import Arguments, ModelError, audit, quiet_torch, resize, watch
 from mamba_ops.audit.source_locations import is_audit_code, is_user_code
 from mamba_ops.commands.audit.models import SHAPES, ModelNameError, build
 
@@ -31,6 +33,8 @@ class Options:
         target, device, shapes, mode, backend, train, copies, layers, full, ours: as for the command.
         limit: seconds, after which a child process is ended. None: no limit.
         arguments: of a script. None: the target is a model.
+        trace: the folder for torch's structured trace. None: no trace.
+        module: whether the script is named as a module, as for `python -m`.
     """
 
     target: str
@@ -45,6 +49,8 @@ class Options:
     ours: bool = False
     limit: float | None = None
     arguments: list[str] | None = None
+    module: bool = False
+    trace: str | None = None
 
 
 class UserError(Exception):
@@ -88,31 +94,24 @@ def run_here(options: Options, report: Report, progress: Callable[[str], None]) 
         UserError: the target cannot be found or run.
     """
     if options.arguments is not None:
-        _run_script(options.target, options.arguments, report)
+        with _torch.traced_to(options.trace):
+            _run_script(options, report)
         return
-    with _user_errors(), contextlib.ExitStack() as stack:
+    with _user_errors(), _torch.traced_to(options.trace), contextlib.ExitStack() as stack:
         progress("loading the model")
-        with contextlib.ExitStack() as loading:
-            if is_absent(options.device):  # the factory may ask for the device, and make tensors there
-                loading.enter_context(present(torch.device(options.device)))
-                loading.enter_context(on_host(torch.device(options.device)))
-            model, calls = _load(options)
+        model, calls = load_calls(options)
         if model.training and not options.train:
             report.notes.append("The model is in training mode, as it was made; eval() in the factory changes that.")
         (args, kwargs), *more = calls
         if options.ours:
             stack.enter_context(_on_our_ops(model))
-        shapes = options.shapes
         if options.mode and is_absent(options.device):
             report.notes.append(
                 f"--mode {options.mode} was left out: Inductor does not run for a device that is not here."
             )
-        if shapes is None and options.target.startswith(TRANSFORMERS):
-            shapes = [list(shape) for shape in SHAPES]
         audit(
             model,
             *args,
-            shapes=shapes,
             device=options.device,
             train=options.train,
             mode=options.mode,
@@ -132,7 +131,27 @@ def run_here(options: Options, report: Report, progress: Callable[[str], None]) 
         report.notes += [kernels.summary, *kernels.problems]
 
 
-def _load(options: Options) -> tuple[Any, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+def load_calls(options: Options) -> tuple[Any, list[Arguments]]:
+    """Return a model, and the arguments of each call that an audit makes.
+
+    Raises:
+        TargetError, ModelNameError, ValueError: it cannot be found, or the shapes do not fit.
+    """
+    with contextlib.ExitStack() as loading:
+        if is_absent(options.device):  # the factory may ask for the device, and make tensors there
+            loading.enter_context(present(torch.device(options.device)))
+            loading.enter_context(on_host(torch.device(options.device)))
+        model, calls = _load(options)
+    shapes = options.shapes
+    if shapes is None and options.target.startswith(TRANSFORMERS):
+        shapes = [list(shape) for shape in SHAPES]
+    if shapes:
+        (args, kwargs), *more = calls
+        calls = [*((resize(args, shape), resize(kwargs, shape)) for shape in shapes), *more]
+    return model, calls
+
+
+def _load(options: Options) -> tuple[Any, list[Arguments]]:
     if options.target.startswith(TRANSFORMERS):
         model, kwargs = build(options.target.removeprefix(TRANSFORMERS), layers=options.layers, full=options.full)
         return model.train(options.train), [((), kwargs)]
@@ -179,21 +198,40 @@ def show_cause(error: UserError) -> None:
 # -- a script ---------------------------------------------------------------------------------------------------------
 
 
-def _run_script(script: str, arguments: list[str], report: Report) -> None:
-    """Run a script as Python would, watching torch.compile."""
-    path = Path(script)
-    if not path.is_file():
-        raise UserError(f"there is no file {script}")
+def _run_script(options: Options, report: Report) -> None:
+    """Run a script or a module as Python would, watching torch.compile."""
+    name = options.target
+    if not options.module and not Path(name).is_file():
+        raise UserError(f"there is no file {name}")
     argv, paths = sys.argv, list(sys.path)
-    sys.argv, sys.path[:] = [script, *arguments], [str(path.resolve().parent), *sys.path]
+    first = Path.cwd() if options.module else Path(name).resolve().parent
+    sys.argv, sys.path[:] = [name, *(options.arguments or ())], [str(first), *sys.path]
+    absent_device = options.device if is_absent(options.device) else None
     try:
-        with watch(script, report), quiet_torch(), warnings.catch_warnings():
+        if options.module and not _module_exists(name):
+            raise UserError(f"there is no module {name} that can be run")
+        with watch(name, report, absent_device=absent_device), quiet_torch(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._dynamo")
-            runpy.run_path(script, run_name="__main__")
+            if options.module:
+                runpy.run_module(name, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(name, run_name="__main__")
     except SystemExit as error:
         if error.code not in (None, 0):
-            raise UserError(f"{script} ended with status {error.code}") from None
+            raise UserError(f"{name} ended with status {error.code}") from None
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(f"{script} raised {type(error).__name__}") from error
+        raise UserError(f"{name} raised {type(error).__name__}") from error
     finally:
         sys.argv, sys.path[:] = argv, paths
+
+
+def _module_exists(name: str) -> bool:
+    """Return whether there is a module, or a package with a `__main__`."""
+    with contextlib.suppress(ImportError, ValueError):
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+        return spec is not None
+    return False
