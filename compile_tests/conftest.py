@@ -7,9 +7,24 @@ from torch import Tensor
 
 import mamba_ops
 from mamba_ops.registry import Backend
-from tests.conftest import ACCELERATOR, device, forget_captures, fresh_dynamo, no_grad, pytest_runtest_setup
+from tests.conftest import (
+    ACCELERATOR,
+    device,
+    forget_captures,
+    fresh_dynamo,
+    no_grad,
+    pytest_collection_modifyitems,
+    pytest_runtest_setup,
+)
 
-__all__ = ["device", "forget_captures", "fresh_dynamo", "no_grad", "pytest_runtest_setup"]
+__all__ = [
+    "device",
+    "forget_captures",
+    "fresh_dynamo",
+    "no_grad",
+    "pytest_collection_modifyitems",
+    "pytest_runtest_setup",
+]
 
 MARK = 1000.0
 

@@ -12,6 +12,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mod
 import pytest
 import torch
 
+from tests import daily
+
 ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
 if ACCELERATOR is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it once, at import
@@ -29,6 +31,11 @@ with contextlib.suppress(ImportError):  # a bare GPU machine has none
     # No deadline, an interpreted kernel is slow; no database and no randomness, a red test stays red.
     hypothesis.settings.register_profile("mamba_ops", deadline=None, derandomize=True, database=None)
     hypothesis.settings.load_profile("mamba_ops")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    daily.mark(items)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests import daily
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ("mamba_ops", "registry")
 AROUND = ("benchmarks", "compile_tests", "examples", "tests")
@@ -226,6 +228,14 @@ def test_the_oracles_share_no_code_with_the_package():
         if is_ours(name)
     ]
     assert shared == []
+
+
+def test_the_tests_that_are_not_for_every_day_are_there():
+    names = (*daily.FIRST_CASE, *daily.NOT_DAILY)
+    assert len(set(names)) == len(names)
+    for name in names:
+        file, _, function = name.partition("::")
+        assert f"def {function}(" in (ROOT / file).read_text(encoding="utf-8"), name
 
 
 # -- every file -------------------------------------------------------------------------------------------------------
