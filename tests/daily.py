@@ -1,14 +1,29 @@
 """What `make test` leaves to `make test-all`, so that it ends in time on two cores.
 
-Of the tests in `FIRST_CASE` it runs the first case alone, of those in `NOT_DAILY` none. Each is named by file and
-function, and is dear for what it adds to the others.
+Of the tests in `ONE_CASE_IN_FOUR` it runs every fourth case, of those in `FIRST_CASE` the first, of those in
+`NOT_DAILY` none. Each is named by file and function, and is dear for what it adds to the others.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 
 import pytest
 
+ONE_CASE_IN_FOUR = (
+    "compile_tests/test_layers.py::test_decoding_is_one_graph",
+    "compile_tests/test_layers.py::test_prefill_without_caches_is_one_graph",
+    "compile_tests/test_ops.py::test_compiled_equals_eager_in_one_graph",
+    "compile_tests/test_ops.py::test_no_copy_of_a_cache",
+    "compile_tests/test_ops.py::test_opcheck",
+    "compile_tests/test_ops.py::test_swaps_of_all_backends_keep_the_graph_and_the_bits",
+)
 FIRST_CASE = (
+    "compile_tests/test_cold_start.py::test_in_a_whole_models_graph_all_layers_look_alike",
+    "compile_tests/test_layers.py::test_decoding_copies_no_cache",
+    "compile_tests/test_layers.py::test_packed_prefill_is_one_graph",
+    "compile_tests/test_layers.py::test_prefill_into_slots_is_one_graph",
+    "compile_tests/test_layers.py::test_transformers_decodes_in_one_graph",
+    "compile_tests/test_layers.py::test_transformers_reads_prompts_in_one_graph",
     "tests/registry/test_private_names.py::test_without",
     "tests/test_backend_mamba_ssm.py::test_the_convolution",
     "tests/test_backend_mamba_ssm.py::test_the_selective_scan",
@@ -19,6 +34,8 @@ FIRST_CASE = (
     "tests/test_cli.py::test_a_missing_extra_is_named",
 )
 NOT_DAILY = (
+    "compile_tests/test_absent.py::test_a_module_of_both_ops_is_one_graph",
+    "compile_tests/test_layers.py::test_each_is_one_graph_for_an_absent_device",
     "tests/audit/test_command.py::test_in_time_a_child_says_what_this_process_would_say",
     "tests/test_absent.py::test_sizes_seen_one_after_the_other_recompile_once",
     "tests/test_absent.py::test_the_guard_is_compiled_once_per_torch",
@@ -31,9 +48,11 @@ NOT_DAILY = (
 
 def mark(items: Iterable[pytest.Item]) -> None:
     """Mark as slow what is left out, of the tests that were collected."""
-    seen = set[str]()
+    before = Counter[str]()
     for item in items:
         name = item.nodeid.partition("[")[0]
-        if name in NOT_DAILY or (name in FIRST_CASE and name in seen):
+        number = before[name]
+        before[name] += 1
+        later = (name in FIRST_CASE and number > 0) or (name in ONE_CASE_IN_FOUR and number % 4 > 0)
+        if later or name in NOT_DAILY:
             item.add_marker(pytest.mark.slow)
-        seen.add(name)
