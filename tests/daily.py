@@ -16,6 +16,11 @@ ONE_CASE_IN_FOUR = (
     "compile_tests/test_ops.py::test_no_copy_of_a_cache",
     "compile_tests/test_ops.py::test_opcheck",
     "compile_tests/test_ops.py::test_swaps_of_all_backends_keep_the_graph_and_the_bits",
+    "tests/test_layers.py::test_nothing_is_half_updated",
+    "tests/test_mutants.py::test_planted_bug_is_caught",
+    "tests/test_numerics.py::test_against_the_oracle",
+    "tests/test_numerics.py::test_dtype_pairs",
+    "tests/test_strong_decay.py::test_it_is_the_recurrence",
 )
 FIRST_CASE = (
     "compile_tests/test_cold_start.py::test_in_a_whole_models_graph_all_layers_look_alike",
@@ -24,6 +29,8 @@ FIRST_CASE = (
     "compile_tests/test_layers.py::test_prefill_into_slots_is_one_graph",
     "compile_tests/test_layers.py::test_transformers_decodes_in_one_graph",
     "compile_tests/test_layers.py::test_transformers_reads_prompts_in_one_graph",
+    "compile_tests/test_plans.py::test_mixed_batches_are_one_graph_for_an_absent_device",
+    "compile_tests/test_plans.py::test_thirty_mixed_batches_are_one_graph",
     "tests/registry/test_private_names.py::test_without",
     "tests/test_backend_mamba_ssm.py::test_the_convolution",
     "tests/test_backend_mamba_ssm.py::test_the_selective_scan",
@@ -32,6 +39,8 @@ FIRST_CASE = (
     "tests/test_check_op.py::test_a_fault_of_one_backend_is_its_own",
     "tests/test_check_op.py::test_a_planted_fault_is_found",
     "tests/test_cli.py::test_a_missing_extra_is_named",
+    "tests/test_numerics.py::test_a_row_does_not_depend_on_the_others",
+    "tests/test_serving.py::test_every_step_is_as_in_the_eager_model",
 )
 NOT_DAILY = (
     "compile_tests/test_absent.py::test_a_module_of_both_ops_is_one_graph",
@@ -43,6 +52,7 @@ NOT_DAILY = (
     "tests/test_absent.py::test_without_a_compiler_the_guard_is_borrowed",
     "tests/test_add_an_op.py::test_a_fault_in_its_kernel_fails_its_test",
     "tests/test_backend_plugin.py::test_its_kernel_is_right_where_it_does_not_refuse",
+    "tests/test_rehearsal.py::test_what_does_not_fit_goes_on_to_the_next_backend_with_one_sentence",
 )
 
 
