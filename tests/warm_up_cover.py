@@ -10,7 +10,7 @@ import mamba_ops
 from mamba_ops import layers
 from mamba_ops.serving import Plan
 
-SLOTS = 9
+SLOTS = 12
 HALF: dict[str, Any] = {"dtype": torch.bfloat16}
 GDN: dict[str, Any] = {"num_k_heads": 2, "num_v_heads": 4, "head_k_dim": 16, "head_v_dim": 16}
 MODELS: dict[str, Any] = {
@@ -53,7 +53,7 @@ def call_at_random(layer: Any, rng: random.Random) -> None:
     plan = Plan.of(computed, new, range(rows), max_requests=8)
     layer(hidden(plan.tokens + rng.randint(0, 3)), *caches, plan=plan)
     accepted = [2 if c and n < 3 else 0 for c, n in zip(computed, new, strict=True)]
-    table = [[row, -1] for row in range(rows)]
+    table = [[row, rows + row] for row in range(rows)]
     if all(n < 3 for n, a in zip(new, accepted, strict=True) if a):
         plan = Plan.of(computed, new, table, accepted=accepted, max_requests=8)
         conv_state = weight.new_zeros(SLOTS, caches[0].shape[2] + 1, caches[0].shape[1]).transpose(1, 2)
