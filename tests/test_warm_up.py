@@ -317,7 +317,7 @@ def test_what_makes_no_sense_is_answered_before_anything_is_called(given, said):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(RegistryError, match="unknown size 'dstates'; valid: dim, .* did you mean dstate?"):
+    with pytest.raises(RegistryError, match=r"unknown size 'dstates'; valid: dim, .* did you mean dstate\?"):
         mamba_ops.warm_up("selective_scan", device="cpu", sizes={"dstates": 16})
     with pytest.raises(RegistryError, match="unknown op 'no_such_op'"):
         mamba_ops.warm_up("no_such_op", device="cpu")
