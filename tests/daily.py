@@ -21,6 +21,10 @@ ONE_CASE_IN_FOUR = (
     "tests/test_numerics.py::test_against_the_oracle",
     "tests/test_numerics.py::test_dtype_pairs",
     "tests/test_strong_decay.py::test_it_is_the_recurrence",
+    "tests/training/test_gradients.py::test_against_the_oracle",
+    "tests/training/test_gradients.py::test_packed_rows_are_as_alone",
+    "tests/training/test_gradients.py::test_the_same_bits_again_and_in_company",
+    "tests/training/test_training.py::test_opcheck",
 )
 FIRST_CASE = (
     "compile_tests/test_cold_start.py::test_in_a_whole_models_graph_all_layers_look_alike",
@@ -41,6 +45,7 @@ FIRST_CASE = (
     "tests/test_cli.py::test_a_missing_extra_is_named",
     "tests/test_numerics.py::test_a_row_does_not_depend_on_the_others",
     "tests/test_serving.py::test_every_step_is_as_in_the_eager_model",
+    "tests/training/test_planted_bugs.py::test_planted_bug_is_caught",
 )
 NOT_DAILY = (
     "compile_tests/test_absent.py::test_a_module_of_both_ops_is_one_graph",
@@ -52,7 +57,10 @@ NOT_DAILY = (
     "tests/test_absent.py::test_without_a_compiler_the_guard_is_borrowed",
     "tests/test_add_an_op.py::test_a_fault_in_its_kernel_fails_its_test",
     "tests/test_backend_plugin.py::test_its_kernel_is_right_where_it_does_not_refuse",
+    "tests/test_examples.py::test_the_decode_step_is_one_graph_on_xpu",
+    "tests/test_launch_tables.py::test_tuning_goes_on_where_it_was",
     "tests/test_rehearsal.py::test_what_does_not_fit_goes_on_to_the_next_backend_with_one_sentence",
+    "tests/training/test_hooks.py::test_a_memory_budget",
 )
 
 
