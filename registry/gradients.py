@@ -72,7 +72,7 @@ class Formula:
                     given[name] = torch.zeros_like(result)
             inputs = *(given.get(name) for name in self.gradients_of), *values, *tensors
             if torch.compiler.is_dynamo_compiling():  # compiled autograd traces this
-                found = self.backward(*inputs, selection_token(saved[0].device) if token is None else token)
+                found = self.backward(*inputs, selection_token(saved[0]) if token is None else token)
             else:
                 snapshot = dispatcher.current() if dispatcher.active.get().requests else ctx.snapshot
                 with dispatcher.override(snapshot):

@@ -6,6 +6,7 @@ from torch import nn
 
 from mamba_ops.distributed import checkpoint_map, fully_shard, tensor_parallel
 from mamba_ops.layers import Mamba, Mamba2
+from mamba_ops.serving import Plan
 from tests.distributed.bodies import LAYERS, new_layer
 from tests.distributed.ranks import single_mesh
 
@@ -45,4 +46,4 @@ def test_a_split_layer_is_not_split_again_and_takes_no_plan_where_it_cannot() ->
         with pytest.raises(ValueError, match="got one that is split already"):
             tensor_parallel(layer, mesh)
         with pytest.raises(ValueError, match="channels are split over ranks"):
-            layer(torch.zeros(2, 8), *layer.empty_caches(2), plan=object())
+            layer(torch.zeros(2, 8), *layer.empty_caches(2), plan=Plan.of([0, 0], [1, 1], [0, 1]))
