@@ -190,7 +190,7 @@ def test_speculative_decodes(vendor: Calls, slots: list[list[int]], accepted: li
     ("slots", "told"),
     [
         ([[1, 2, 3], [4, 5, -1]], [[1, 2, 3], [4, 5, 0]]),  # a state that is not stored
-        ([[1, -1, 3], [4, 5, 6]], [[0, 0, 0], [4, 5, 6]]),  # its initial state is in a null slot
+        ([[-1, -1, 3], [4, 5, 6]], [[0, 0, 0], [4, 5, 6]]),  # padding
     ],
 )
 def test_what_goes_to_the_spare_slot(vendor: Calls, slots: list[list[int]], told: list[list[int]]) -> None:

@@ -68,7 +68,7 @@ def _call(random: RandomInputs, pattern: str) -> Sample:
 _ERROR_INPUTS = error_table(
     ("base", "dt_max", lambda m: -1.0, "dt_min: got 0.0, expected at most dt_max, which is -1.0"),
     ("base", "heads", lambda h: 0, "got 0, expected a positive number"),
-    ("base", "chunk_size", lambda c: -1, "got -1, expected a positive number"),
+    ("base", "chunk_size", lambda c: -1, "got -1, expected 1 to 4096 tokens"),
     ("base", "groups", lambda g: 3, "got 3, expected a divisor of the 4 heads"),
     ("base", "projected", lambda p: p[None], r"got shape \(1, 25, 132\), expected \(tokens, size\)"),
     ("base", "projected", lambda p: p[:, :-1], r"got shape \(25, 131\), expected \(25, 132\); gate, x, B, C and dt"),

@@ -160,7 +160,7 @@ _ERROR_INPUTS = error_table(
     ("base", "B", lambda b: b[0], r"got shape \(20, 2, 16\), expected like x"),
     ("base", "B", lambda b: b[:, :9], r"got shape \(3, 9, 2, 16\), expected \(3, 20, 2, 16\); tokens are those of x"),
     ("base", "C", lambda c: c[..., :8], r"got shape \(3, 20, 2, 8\), expected \(3, 20, 2, 16\); C is like B"),
-    ("base", "chunk_size", lambda _: 0, "got 0, expected a positive number of tokens"),
+    ("base", "chunk_size", lambda _: 0, "got 0, expected 1 to 4096 tokens"),
     ("dt limits", "dt_max", lambda _: 0.125, "dt_min: got 0.25, expected at most dt_max, which is 0.125"),
     ("base", "D", lambda d: d[:2], r"got shape \(2,\), expected \(4,\) or \(4, 16\)"),
     ("gate", "z", lambda z: z[:1], r"got shape \(1, 20, 4, 16\), expected \(3, 20, 4, 16\); z is like x"),

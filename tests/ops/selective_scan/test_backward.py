@@ -129,8 +129,8 @@ def test_rows_of_the_kernel(kernel: Backward, device: torch.device) -> None:
 
 BUGS = {
     "final gradient dropped": ("state_gradient = call.grad_final_states.to(compute)", "pass"),
-    "pieces not joined": ("store_rows(grad_ended, piece, state_gradient, exists)", "pass"),
-    "gradient not decayed": ("after = state_gradient * through[piece]", "after = state_gradient"),
+    "pieces not joined": ("grad_ended = grad_ended + before(grad_begun, from_end <= 0).flip(0)", "pass"),
+    "gradient not decayed": ("gained + through * grad_ended", "gained + grad_ended"),
     "groups mixed": (
         "* per_group(grad_state)).sum(2)",
         "* per_group(grad_state)).sum((1, 2), keepdim=True).squeeze(2)",
