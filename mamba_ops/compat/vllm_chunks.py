@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.checking import count_of, shape_is, slot_table, tensor_rank
+from mamba_ops.ops._common.checking import count_of, one_device, shape_is, slot_table, tensor_rank
 from mamba_ops.ops._common.values import slots_in_cache
+from mamba_ops.registry import bad_argument, is_plain
 from mamba_ops.registry.errors import in_call_of
 
 
@@ -15,6 +16,10 @@ def check_final_states(cache: Tensor, sizes: tuple[int, ...], slots: Tensor, n: 
         shape_is("final_states_out", cache, (count_of(cache), *sizes), hint="(slots, heads, dim, dstate)")
         tensor_rank("final_state_indices", slots, {1: "(n,)"})
         slot_table("final_state_indices", slots, rows=n)
+        one_device(slots.device, "final_state_indices", final_states_out=cache)
+        if is_plain(cache) != is_plain(slots):
+            got, expected = f"a {type(cache).__name__}", f"a {type(slots).__name__}, as final_state_indices is"
+            raise bad_argument("final_states_out", got=got, expected=expected)
         if slots.device.type == "cpu":  # elsewhere looking would wait
             slots_in_cache("final_state_indices", slots[:n], slots[:n] >= 0, cache, "final_states_out")
     except ValueError as error:
