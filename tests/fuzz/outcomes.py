@@ -82,11 +82,13 @@ def unclear(error: Exception, target: Target, arguments: Arguments) -> str | Non
 def has_no_truth(arguments: Arguments) -> bool:
     """Whether a contract says that the caller must not make this call, and that it is not noticed.
 
-    Two rows have one slot: which of them stores last is open. All tensors are fake, on meta or under a mode: nothing is
-    computed. A tensor of a class without rules counts as what it is.
+    Two rows have one slot, or one stores to a slot of another's: which of them comes first is open. All tensors are
+    fake, on meta or under a mode: nothing is computed. A tensor of a class without rules counts as what it is.
     """
     tensors = [a for a in arguments.values() if isinstance(a, Tensor)]
     if any(isinstance(t, FakeTensor) or t.is_meta for t in tensors):
+        return True
+    if _crosses(arguments.get("slots"), arguments.get("write_slots")):
         return True
     for name, other in arguments.items():
         is_table = "slots" in name or "indices" in name
@@ -94,6 +96,15 @@ def has_no_truth(arguments: Arguments) -> bool:
         if isinstance(table, Tensor) and _has_twice(table):
             return True
     return False
+
+
+def _crosses(slots: Any, write_slots: Any) -> bool:
+    """Whether a row stores to a slot of another row."""
+    tables = [t for t in (slots, write_slots) if isinstance(t, Tensor) and t.dtype in (torch.int32, torch.int64)]
+    if len(tables) < 2 or any(t.layout is not torch.strided or t.is_nested or not t.dim() for t in tables):
+        return False
+    read, stored = ([{*row.flatten().tolist()} for row in table] for table in tables)
+    return any(i != j and s & r - {-1} for i, s in enumerate(stored) for j, r in enumerate(read))
 
 
 def _has_twice(table: Tensor) -> bool:
