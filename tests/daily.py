@@ -16,6 +16,7 @@ ONE_CASE_IN_FOUR = (
     "compile_tests/test_ops.py::test_no_copy_of_a_cache",
     "compile_tests/test_ops.py::test_opcheck",
     "compile_tests/test_ops.py::test_swaps_of_all_backends_keep_the_graph_and_the_bits",
+    "tests/test_bad_input.py::test_bad_argument",
     "tests/test_layers.py::test_nothing_is_half_updated",
     "tests/test_mutants.py::test_planted_bug_is_caught",
     "tests/test_numerics.py::test_against_the_oracle",
@@ -60,6 +61,8 @@ NOT_DAILY = (
     "tests/test_examples.py::test_the_decode_step_is_one_graph_on_xpu",
     "tests/test_launch_tables.py::test_tuning_goes_on_where_it_was",
     "tests/test_rehearsal.py::test_what_does_not_fit_goes_on_to_the_next_backend_with_one_sentence",
+    "tests/test_typing.py::test_the_signature_survives",
+    "tests/test_warm_up.py::test_a_second_process_compiles_nothing",
     "tests/training/test_hooks.py::test_a_memory_budget",
 )
 
