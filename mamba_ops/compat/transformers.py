@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mamba_ops.compat import fla
 from mamba_ops.compat.arguments import Packed
 from mamba_ops.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from mamba_ops.compat.fla import delta_rule
 from mamba_ops.compat.mamba_ssm import mamba_chunk_scan_combined, selective_scan_fn, selective_state_update
 
 
@@ -166,13 +166,13 @@ def _delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
     seq_idx: Tensor | None = None,
-) -> fla.OutputAndState:
+) -> delta_rule.OutputAndState:
     """Read rows, of packed documents too; the last states are those of the rows, as a cache keeps them."""
     packed = Packed("chunk_gated_delta_rule", q.shape[:2], seq_idx, cu_seqlens)
     tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
     if packed.cu_seqlens is not None:
         tensors = {name: packed.flat(tensor).unsqueeze(0) for name, tensor in tensors.items()}
-    out, states = fla.chunk_gated_delta_rule(
+    out, states = delta_rule.chunk_gated_delta_rule(
         **tensors,
         initial_state=initial_state,
         output_final_state=output_final_state,
@@ -211,6 +211,6 @@ _FAMILIES: dict[tuple[str, ...], dict[str, Callable[..., Any]]] = {  # by functi
     },
     ("torch_chunk_gated_delta_rule",): {
         "torch_chunk_gated_delta_rule": _delta_rule,
-        "torch_recurrent_gated_delta_rule": _for_mixers(fla.fused_recurrent_gated_delta_rule),
+        "torch_recurrent_gated_delta_rule": _for_mixers(delta_rule.fused_recurrent_gated_delta_rule),
     },
 }
