@@ -31,7 +31,12 @@ def floating(function: str, **tensors: Tensor | None) -> None:
 
 
 def written(function: str, **tensors: Tensor | None) -> None:
-    """Raise about a tensor that the function writes after the op has run, if it is none that could be written."""
+    """Raise about a tensor that the function writes after the op has run, if it is none that could be written.
+
+    A trace has no memory to look at.
+    """
+    if torch.compiler.is_compiling():
+        return
     try:
         check_written({name: tensor for name, tensor in tensors.items() if tensor is not None})
     except ValueError as error:
@@ -99,58 +104,3 @@ def per_head(tensor: Tensor, axes: int) -> Tensor:
     if any(tensor.stride(-1 - axis) for axis in range(axes)):
         return tensor
     return tensor.flatten(-axes)[..., 0]
-
-
-class Packed:
-    """Sequences behind each other in the rows of a batch, as the ops take them: one row of all tokens.
-
-    Attributes:
-        cu_seqlens: (n + 1,), sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1] of all rows.
-    """
-
-    def __init__(
-        self, function: str, rows: Sequence[int], seq_idx: Tensor | None, cu_seqlens: Tensor | None = None
-    ) -> None:
-        """Take sequences from `cu_seqlens` where it is given, else from `seq_idx`, which waits for the device.
-
-        Args:
-            function: who was called, for errors.
-            rows: (batch, length) of the call's tensors.
-            seq_idx: integers `(batch, length)`: a sequence begins where a row does, and where the number changes.
-            cu_seqlens: int32 or int64 `(n + 1,)`; batch is 1 then.
-        """
-        batch, length = rows
-        if seq_idx is not None and (seq_idx.shape != (batch, length) or seq_idx.dtype not in _INTEGERS):
-            got = f"{str(seq_idx.dtype).removeprefix('torch.')} of shape {tuple(seq_idx.shape)}"
-            expected = f"int32 or int64 of shape {(batch, length)}: which sequence each token is of"
-            raise ValueError(f"{function}: seq_idx: got {got}, expected {expected}")
-        if cu_seqlens is not None:
-            if batch != 1:
-                expected = "1: all sequences are packed into one row"
-                raise ValueError(f"{function}: cu_seqlens: got a batch of {batch}, expected {expected}")
-        elif seq_idx is not None:
-            first = torch.ones_like(seq_idx, dtype=torch.bool)
-            first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-            begins = first.flatten().nonzero().flatten()
-            cu_seqlens = torch.cat((begins, begins.new_full((1,), batch * length)))
-        self.cu_seqlens, self._rows = cu_seqlens, (batch, length)
-
-    def flat(self, tensor: Tensor) -> Tensor:
-        """Return `(batch, length, ...)` as the op takes it: `(batch * length, ...)` where sequences are packed."""
-        return tensor if self.cu_seqlens is None else tensor.flatten(0, 1)
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """Return the op's output as `(batch, length, ...)`."""
-        return tensor if self.cu_seqlens is None else tensor.unflatten(0, self._rows)
-
-    def last(self, states: Tensor) -> Tensor:
-        """Return the states of each row's last sequence, of those of all sequences."""
-        if self.cu_seqlens is None:
-            return states
-        batch, length = self._rows
-        ends = torch.arange(1, batch + 1, device=states.device, dtype=self.cu_seqlens.dtype) * length
-        last = torch.bucketize(ends, self.cu_seqlens[1:].contiguous())
-        return states[last.clamp(max=states.shape[0] - 1)]
-
-
-_INTEGERS = (torch.int32, torch.int64)

@@ -42,7 +42,15 @@ _CAUSAL_CONV1D = Library(
     ("causal-conv1d",),
     {
         "causal_conv1d": {"causal_conv1d": _CONV},
-        "causal_conv1d.causal_conv1d_interface": {"causal_conv1d": _CONV},
+        "causal_conv1d.causal_conv1d_interface": {
+            "causal_conv1d": f"{_CONV} causal_conv1d_ref causal_conv1d_update_ref",
+        },
+        "causal_conv1d.causal_conv1d_varlen": {
+            "causal_conv1d": "causal_conv1d_varlen_states causal_conv1d_varlen_states_ref",
+        },
+        "causal_conv1d.cpp_functions": {
+            "causal_conv1d": "causal_conv1d_fwd_function causal_conv1d_bwd_function causal_conv1d_update_function",
+        },
     },
     "it has the functions alone",
 )

@@ -19,10 +19,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mamba_ops.compat.arguments import Packed
 from mamba_ops.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ops.compat.fla import delta_rule
 from mamba_ops.compat.mamba_ssm import mamba_chunk_scan_combined, selective_scan_fn, selective_state_update
+from mamba_ops.compat.packing import Packed
 
 
 @dataclass(eq=False)
