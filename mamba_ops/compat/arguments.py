@@ -1,7 +1,8 @@
 """Arguments of the imitated functions that have no effect here, or that the ops take in another form."""
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from mamba_ops.ops._common import checking
 from mamba_ops.registry import Op, check_written
 from mamba_ops.registry.errors import in_call_of
 
+P = ParamSpec("P")
+T = TypeVar("T")
 States = tuple[Tensor, Tensor]
 """An output and the last states."""
 
@@ -47,6 +50,14 @@ def is_silu(function: str, activation: str | None) -> bool:
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"{function}: activation: got {activation!r}, expected None, 'silu' or 'swish'")
     return activation is not None
+
+
+def only(result: Tensor | tuple[Tensor | None, ...]) -> Tensor:
+    """Return the first of what a function returns, which returns more on demand."""
+    first = result[0] if isinstance(result, tuple) else result
+    if first is None:
+        raise TypeError("only: result: got None, expected a tensor")
+    return first
 
 
 def all_have(initial_states: Tensor | None) -> Tensor | None:
@@ -104,3 +115,43 @@ def per_head(tensor: Tensor, axes: int) -> Tensor:
     if any(tensor.stride(-1 - axis) for axis in range(axes)):
         return tensor
     return tensor.flatten(-axes)[..., 0]
+
+
+class _NoBackward(torch.autograd.Function):
+    """Gives tensors on; their backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, function: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.function = function
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            f"{ctx.function}: backward: got a gradient of its output, expected none: a step of decoding has none, as "
+            "in the original; train with the function for whole sequences, or call this under torch.no_grad()"
+        )
+
+
+def without_gradients(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function of a decode step take tensors that require gradients; what it returns has none, and says so.
+
+    In a graph the op refuses such tensors, as a step would be compiled for a backward that there is not.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        wanted = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
+        if not wanted:
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            result: Any = function(*args, **kwargs)
+        results = result if isinstance(result, tuple) else (result,)
+        tensors = [t for t in results if isinstance(t, Tensor)]
+        given = iter(_NoBackward.apply(function.__name__, len(tensors), *tensors, *wanted))  # type: ignore[no-untyped-call]
+        found = tuple(next(given) if isinstance(t, Tensor) else t for t in results)
+        return found if isinstance(result, tuple) else found[0]  # type: ignore[return-value]
+
+    return call

@@ -7,7 +7,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from mamba_ops import ops
-from mamba_ops.compat.arguments import States, check_states, floating, is_silu, refuse, with_states, written
+from mamba_ops.compat.arguments import (
+    States,
+    check_states,
+    floating,
+    is_silu,
+    only,
+    refuse,
+    with_states,
+    without_gradients,
+    written,
+)
 from mamba_ops.compat.packing import Packed, convolved_apart
 from mamba_ops.ops._common.checking import one_device, shape_is, slot_table
 from mamba_ops.ops._common.slots import is_padding, store_rows
@@ -95,6 +105,7 @@ def _outside(out: Tensor, packed: Packed) -> Tensor:
 
 
 @answering
+@without_gradients
 def causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,
@@ -228,9 +239,9 @@ def causal_conv1d_fwd_function(
     options: dict[str, Any] = {"seq_idx": seq_idx, "initial_states": initial_states}
     options["activation"] = "silu" if silu_activation else None
     if final_states_out is None:
-        return _output(causal_conv1d_fn(x, weight, bias, **options))
+        return only(causal_conv1d_fn(x, weight, bias, **options))
     options |= {"return_final_states": True, "final_states_out": final_states_out}
-    return _output(causal_conv1d_fn(x, weight, bias, **options))
+    return only(causal_conv1d_fn(x, weight, bias, **options))
 
 
 def causal_conv1d_bwd_function(
@@ -315,7 +326,3 @@ def causal_conv1d_update_ref(
 def causal_conv1d_varlen_states_ref(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
     """Do what `causal_conv1d_varlen_states` does."""
     return causal_conv1d_varlen_states(x, cu_seqlens, state_len)
-
-
-def _output(result: Tensor | States) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result

@@ -60,12 +60,54 @@ _MAMBA_SSM = Library(
     "2.3.2.post1",
     ("mamba-ssm",),
     {
-        "mamba_ssm": {"mamba_ssm": _SCAN},
+        "mamba_ssm": {"mamba_ssm": f"{_SCAN} mamba_inner_fn Mamba Mamba2 MambaLMHeadModel"},
+        "mamba_ssm.models": {},
+        "mamba_ssm.models.config_mamba": {"mamba_ssm.models": "MambaConfig"},
+        "mamba_ssm.models.mixer_seq_simple": {
+            "mamba_ssm.models": "MambaConfig MambaLMHeadModel MixerModel create_block",
+        },
+        "mamba_ssm.modules": {},
+        "mamba_ssm.modules.block": {"mamba_ssm": "Block"},
+        "mamba_ssm.modules.mamba2": {"mamba_ssm": "Mamba2"},
+        "mamba_ssm.modules.mamba2_simple": {"mamba_ssm": "Mamba2Simple"},
+        "mamba_ssm.modules.mamba_simple": {"mamba_ssm": "Mamba Block"},
+        "mamba_ssm.modules.mha": {"mamba_ssm": "MHA"},
+        "mamba_ssm.modules.mlp": {"mamba_ssm": "GatedMLP"},
         "mamba_ssm.ops": {},
-        "mamba_ssm.ops.selective_scan_interface": {"mamba_ssm": _SCAN},
+        "mamba_ssm.ops.selective_scan_interface": {
+            "mamba_ssm": f"{_SCAN} mamba_inner_fn",
+            "mamba_ssm.parts": "mamba_inner_ref=mamba_inner_fn selective_scan_ref",
+        },
         "mamba_ssm.ops.triton": {},
-        "mamba_ssm.ops.triton.selective_state_update": {"mamba_ssm": "selective_state_update"},
-        "mamba_ssm.ops.triton.ssd_combined": {"mamba_ssm": _SSD},
+        "mamba_ssm.ops.triton.k_activations": {"mamba_ssm.norms": "swiglu"},
+        "mamba_ssm.ops.triton.layer_norm": {
+            "mamba_ssm.norms": "RMSNorm layer_norm_fn rms_norm_fn layer_norm_linear_fn",
+        },
+        "mamba_ssm.ops.triton.layernorm": {  # before 2.0
+            "mamba_ssm.norms": "RMSNorm layer_norm_fn rms_norm_fn layer_norm_linear_fn",
+        },
+        "mamba_ssm.ops.triton.layernorm_gated": {
+            "mamba_ssm.norms": "LayerNorm=LayerNormGated RMSNorm=RMSNormGated layernorm_fn rmsnorm_fn",
+        },
+        "mamba_ssm.ops.triton.selective_state_update": {
+            "mamba_ssm": "selective_state_update",
+            "mamba_ssm.parts": "selective_state_update_ref",
+        },
+        "mamba_ssm.ops.triton.ssd_chunk_scan": {"mamba_ssm.parts": "chunk_scan chunk_scan_ref=chunk_scan"},
+        "mamba_ssm.ops.triton.ssd_chunk_state": {"mamba_ssm.parts": "chunk_state chunk_state_ref=chunk_state"},
+        "mamba_ssm.ops.triton.ssd_combined": {
+            "mamba_ssm": _SSD,
+            "mamba_ssm.parts": "mamba_chunk_scan ssd_chunk_scan_combined_ref=mamba_chunk_scan ssd_selective_scan",
+        },
+        "mamba_ssm.ops.triton.ssd_state_passing": {
+            "mamba_ssm.parts": "state_passing state_passing_ref=state_passing",
+        },
+        "mamba_ssm.utils": {},
+        "mamba_ssm.utils.generation": {
+            "mamba_ssm.generation": "DecodingCGCache GenerationMixin InferenceParams decode "
+            "modify_logit_for_repetition_penalty sample update_graph_cache",
+        },
+        "mamba_ssm.utils.hf": {"mamba_ssm.checkpoints": "load_config_hf load_state_dict_hf"},
     },
     "it has Mamba-1 and Mamba-2, and neither Mamba-3 nor what splits models over ranks",
 )

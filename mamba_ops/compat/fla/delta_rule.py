@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from mamba_ops import ops
-from mamba_ops.compat.arguments import check_states, floating, refuse, upcast, with_states
+from mamba_ops.compat.arguments import check_states, floating, refuse, upcast, with_states, without_gradients
 from mamba_ops.registry import answering
 
 OutputAndState = tuple[Tensor, Tensor | None]
@@ -69,6 +69,7 @@ def chunk_gated_delta_rule(
 
 
 @answering
+@without_gradients
 def fused_recurrent_gated_delta_rule(
     q: Tensor,
     k: Tensor,

@@ -8,7 +8,17 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from mamba_ops import ops
-from mamba_ops.compat.arguments import States, floating, is_silu, per_head, refuse, upcast, with_states
+from mamba_ops.compat.arguments import (
+    States,
+    floating,
+    is_silu,
+    only,
+    per_head,
+    refuse,
+    upcast,
+    with_states,
+    without_gradients,
+)
 from mamba_ops.compat.causal_conv1d import causal_conv1d_fn
 from mamba_ops.compat.packing import Packed, with_skip_and_gate, without_past
 from mamba_ops.layers import gated_rms_norm
@@ -16,6 +26,7 @@ from mamba_ops.registry import answering
 
 
 @answering
+@without_gradients
 def selective_state_update(
     state: Tensor,
     x: Tensor,
@@ -49,50 +60,6 @@ def selective_state_update(
     return ops.selective_state_update(
         state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, slots=state_batch_indices
     )
-
-
-@answering
-def selective_scan_fn(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: bool = False,
-    **others: object,
-) -> Tensor | States:
-    """Scan sequences of length `length`; with `return_last_state` also return their last states, in float32.
-
-    Differentiable: u, delta, A, B, C, D, z and delta_bias; unlike in the original, last states have gradients too.
-
-    Args:
-        u, delta, z: `(batch, dim, length)`.
-        A: `(dim, dstate)`, real.
-        B, C: `(batch, dstate, length)` or `(batch, groups, dstate, length)`.
-        D, delta_bias: `(dim,)`.
-        delta_softplus: whether softplus is applied to delta after the bias.
-        return_last_state: whether to return `(output, last states)`, the latter `(batch, dim, dstate)`.
-        others: refused.
-    """
-    name = "selective_scan_fn"
-    refuse(name, **others)
-    floating(name, u=u, delta=delta, delta_bias=delta_bias)  # which the op calls otherwise
-    for argument, tensor in (("B", B), ("C", C)):
-        if tensor.dim() not in (3, 4):
-            expected = "(batch, dstate, length) or (batch, groups, dstate, length)"
-            raise ValueError(f"{name}: {argument}: got shape {tuple(tensor.shape)}, expected {expected}")
-    tensors = (u.transpose(1, 2), delta.transpose(1, 2), A, B.movedim(-1, 1), C.movedim(-1, 1))
-    z = None if z is None else z.transpose(1, 2)
-    options: dict[str, Any] = {"D": D, "z": z, "dt_bias": delta_bias, "dt_softplus": delta_softplus}
-    if not return_last_state:
-        return ops.selective_scan(*tensors, **options).transpose(1, 2)
-    states: dict[str, Any] = {"cache": "ssm_state", "shape": (u.shape[0], *A.shape), "dtype": upcast(u)}
-    out, last = with_states(name, ops.selective_scan, *tensors, **states, **options)
-    return out.transpose(1, 2), last
 
 
 @answering
@@ -234,9 +201,11 @@ def mamba_split_conv1d_scan_combined(
     mlp_gate, mlp_value, gate, mixed, dt = zxbcdt.split([mlp, mlp, inner, conv_dim, heads], dim=-1)
     is_silu(name, activation)
     Packed(name, zxbcdt.shape[:2], seq_idx)  # which would complain of the parts below otherwise
-    convolved = causal_conv1d_fn(mixed.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, activation=activation)
+    convolved = only(
+        causal_conv1d_fn(mixed.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, activation=activation)
+    )
     half = (conv_dim - inner) // 2
-    x, B, C = convolved.transpose(1, 2).split([inner, half, half], dim=-1)  # type: ignore[union-attr]
+    x, B, C = convolved.transpose(1, 2).split([inner, half, half], dim=-1)
     y = mamba_chunk_scan_combined(
         x.unflatten(-1, (heads, dim)),
         dt,
