@@ -34,6 +34,9 @@ class Library:
 _CONV = "causal_conv1d_fn causal_conv1d_update"
 _SCAN = "selective_scan_fn"
 _SSD = "mamba_chunk_scan_combined mamba_split_conv1d_scan_combined"
+_SHORT = "ShortConvolution causal_conv1d causal_conv1d_update causal_conv1d_update_states"
+_GATED = "FusedLayerNormGated FusedRMSNormGated FusedRMSNormSwishGate layer_norm_gated rms_norm_gated"
+_GDN = "chunk_gdn=chunk_gated_delta_rule fused_recurrent_gdn=fused_recurrent_gated_delta_rule"
 _DELTA_RULE = "chunk_gated_delta_rule fused_recurrent_gated_delta_rule"
 
 _CAUSAL_CONV1D = Library(
@@ -118,10 +121,35 @@ _FLA = Library(
     ("flash-linear-attention", "fla-core"),
     {
         "fla": {},
-        "fla.ops": {"fla": _DELTA_RULE},
-        "fla.ops.gated_delta_rule": {"fla": _DELTA_RULE},
-        "fla.ops.gated_delta_rule.chunk": {"fla": "chunk_gated_delta_rule"},
-        "fla.ops.gated_delta_rule.fused_recurrent": {"fla": "fused_recurrent_gated_delta_rule"},
+        "fla.modules": {
+            "fla": "FusedRMSNormGated RMSNorm ShortConvolution",
+            "fla.norms": "FusedLayerNormGated FusedRMSNormSwishGate L2Norm",
+        },
+        "fla.modules.causal_conv1d": {"fla.convolution": _SHORT},
+        "fla.modules.conv": {"fla.convolution": _SHORT},  # before 0.6, as four more
+        "fla.modules.convolution": {"fla.convolution": _SHORT},
+        "fla.modules.fused_norm_gate": {"fla.norms": _GATED},
+        "fla.modules.l2norm": {"fla.norms": "L2Norm l2_norm=l2norm l2norm"},
+        "fla.modules.layernorm": {"fla.norms": "RMSNorm layer_norm rms_norm"},
+        "fla.modules.norm": {"fla.norms": "FusedLayerNormGated FusedRMSNormGated FusedRMSNormSwishGate L2Norm RMSNorm"},
+        "fla.modules.norm.fused_norm_gate": {"fla.norms": _GATED},
+        "fla.modules.norm.l2norm": {"fla.norms": "L2Norm l2_norm=l2norm l2norm"},
+        "fla.modules.norm.layernorm": {"fla.norms": "RMSNorm layer_norm rms_norm"},
+        "fla.ops": {"fla": _DELTA_RULE, "fla.delta_rule": _GDN},
+        "fla.ops.gated_delta_rule": {
+            "fla": _DELTA_RULE,
+            "fla.delta_rule": f"{_GDN} naive_chunk_gated_delta_rule naive_recurrent_gated_delta_rule",
+        },
+        "fla.ops.gated_delta_rule.chunk": {
+            "fla": "chunk_gated_delta_rule chunk_gdn=chunk_gated_delta_rule",
+        },
+        "fla.ops.gated_delta_rule.fused_recurrent": {
+            "fla": "fused_recurrent_gated_delta_rule fused_recurrent_gdn=fused_recurrent_gated_delta_rule",
+        },
+        "fla.ops.gated_delta_rule.gate": {"fla.delta_rule": "fused_gdn_gate naive_gdn_gate=fused_gdn_gate"},
+        "fla.ops.gated_delta_rule.naive": {
+            "fla.delta_rule": "naive_chunk_gated_delta_rule naive_recurrent_gated_delta_rule",
+        },
     },
     "it has the gated delta rule and the modules beside it, and no other kind of attention",
 )

@@ -70,7 +70,7 @@ def layer_norm_fn(
     else:
         kept = torch.float32 if residual_in_fp32 else x.dtype
     results: list[Tensor | None] = [
-        _normalised(total, w, b, eps, is_rms_norm).to(x.dtype)
+        normalised(total, w, b, eps, is_rms_norm).to(x.dtype)
         for w, b in ((weight, bias), (weight1, bias1))
         if w is not None
     ]
@@ -184,7 +184,7 @@ def layernorm_fn(
     if z is not None and not norm_before_gate:
         h = h * silu(upcast(z))
     grouped = h.unflatten(-1, (-1, group_size or size))
-    h = _normalised(grouped, None, None, eps, is_rms_norm).flatten(-2) * upcast(weight)
+    h = normalised(grouped, None, None, eps, is_rms_norm).flatten(-2) * upcast(weight)
     h = h if bias is None else h + upcast(bias)
     if z is not None and norm_before_gate:
         h = h * silu(upcast(z))
@@ -254,7 +254,7 @@ def swiglu(xy: Tensor) -> Tensor:
     return (silu(x) * y).to(xy.dtype)
 
 
-def _normalised(h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_rms_norm: bool) -> Tensor:
+def normalised(h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_rms_norm: bool) -> Tensor:
     """Return a tensor normalised over its last axis, in its own dtype."""
     size = h.shape[-1:]
     weight, bias = (None if t is None else t.to(h.dtype) for t in (weight, bias))
