@@ -115,19 +115,29 @@ class _Known(NamedTuple):
 _known: dict[int, _Known] = {}  # by a tensor's id: all layers of a model get the same one
 
 
-def _read(seq_idx: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return where sequences end, and the tokens of none if there are any; waits for the device once a tensor."""
+def remember(seq_idx: Tensor) -> Tensor:
+    """Return a tensor that this package has made and that nobody changes: it is read once, in inference mode too."""
+    _read(seq_idx, is_own=True)
+    return seq_idx
+
+
+def _read(seq_idx: Tensor, is_own: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Return where sequences end, and the tokens of none if there are any; waits for the device once a tensor.
+
+    A tensor of inference mode does not say whether it changed; it is read each time.
+    """
     known = _known.get(id(seq_idx))
     version = -1 if seq_idx.is_inference() else seq_idx._version
-    if known is not None and known.tensor() is seq_idx and version >= 0 and known.version == version:
+    if known is not None and known.tensor() is seq_idx and known.version == version:
         return known.cu_seqlens, known.outside
-    first = begins_anew(seq_idx)
-    first[:, :1] = True
-    begins = first.flatten().nonzero().flatten()
-    cu_seqlens = torch.cat((begins, begins.new_full((1,), seq_idx.numel())))
-    outside = seq_idx < 0
+    with torch.inference_mode(seq_idx.is_inference()):  # so that what is kept may be used where gradients are recorded
+        first = begins_anew(seq_idx)
+        first[:, :1] = True
+        begins = first.flatten().nonzero().flatten()
+        cu_seqlens = torch.cat((begins, begins.new_full((1,), seq_idx.numel())))
+        outside = seq_idx < 0
     found = cu_seqlens, outside if bool(outside.any()) else None
-    if version >= 0:
+    if version >= 0 or is_own:
         for key in [key for key, old in list(_known.items()) if old.tensor() is None]:
             _known.pop(key, None)
         _known[id(seq_idx)] = _Known(weakref.ref(seq_idx), version, *found)
