@@ -62,9 +62,10 @@ class Documents(NamedTuple):
 
 
 class _Here(threading.local):
-    mixing: Mixing | None = None
-    documents: Documents | None = None
-    is_inside: bool = False
+    def __init__(self) -> None:  # in every thread: Dynamo guards that what a graph sets was there, or was not
+        self.mixing: Mixing | None = None
+        self.documents: Documents | None = None
+        self.is_inside = False
 
 
 _here = _Here()
