@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import chunk_bounds, kernel, softplus, tile_ptrs
-from mamba_ops.ops._triton.decay import finite_rate
+from mamba_ops.ops._triton.decay import finite_rate, sums_from
 
 
 @triton.jit
@@ -197,7 +197,6 @@ def _of_heads(
     c = tl.load(tile_ptrs(C + group * DSTATE, token, C_stride, entry, ALIGNED), of_entries, other=0.0).to(operand)
     products = tl.dot(b, tl.trans(c), input_precision=PRECISION)
     products = tl.where(place[None, :] >= place[:, None], products, 0.0)
-    from_on = (place[:, None] >= place[None, :]).to(operand)
 
     for index in range(PER_SPLIT):
         head = (group * SPLITS + split) * PER_SPLIT + index
@@ -249,7 +248,7 @@ def _of_heads(
         tl.store(out + 3 * CHUNK, tl.sum(direct, 1))
         if D_PER_CHANNEL:
             tl.store(of_D + of_head * DIM + channel, tl.sum(direct, 0), in_dim)
-        later = tl.dot(pairs.to(operand), from_on, input_precision=PRECISION)
+        later = sums_from(pairs, operand, PRECISION)
         later += (tl.sum(kept * wide, 1) * d)[:, None]
         tl.store(out + CHUNK, tl.sum(tl.where(place[None, :] > place[:, None], later, 0.0), 0))
         tl.store(met + of_head, tl.sum(tl.sum(start.to(tl.float32) * end.to(tl.float32), 1), 0))
