@@ -4,7 +4,6 @@ Agreement is that of all gradients with our torch reference in float32, relative
 alone, in Triton's interpreter on small sizes, and only agreement is shown.
 """
 
-import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import measure, peers
 from benchmarks.measure import Row, number, ratio
 
 Inputs = dict[str, Any]
@@ -94,20 +93,20 @@ def our_delta_rule(inputs: Inputs) -> Tensor:
 
 
 def peer_selective_scan(inputs: Inputs) -> Tensor:
-    scan = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    scan = peers.module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
     x, dt, B, C = (inputs[name].transpose(1, 2) for name in ("x", "dt", "B", "C"))
     output: Tensor = scan(x, dt, inputs["A"], B, C, inputs["D"], None, inputs["dt_bias"], True)
     return output.transpose(1, 2)
 
 
 def peer_scan(inputs: Inputs, chunk_size: int) -> Tensor:
-    scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    scan = peers.module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     output: Tensor = scan(**inputs, chunk_size=chunk_size, dt_softplus=True)
     return output
 
 
 def peer_conv(inputs: Inputs) -> Tensor:
-    conv = importlib.import_module("causal_conv1d").causal_conv1d_fn
+    conv = peers.module("causal_conv1d").causal_conv1d_fn
     x = inputs["x"].transpose(1, 2)
     output: Tensor = conv(x, inputs["weight"], inputs["bias"], activation="silu")
     return output.transpose(1, 2)

@@ -58,8 +58,8 @@ def split(total):
 
 @triton.jit
 def sums_from(pairs, operand: tl.constexpr, PRECISION: tl.constexpr):
-    # For matrices of pairs of tokens: the sums of every row from each column on. By a matrix product, in which sums cost
-    # no exchange between threads; float16 has too narrow a range for what is not a product's operand already.
+    # For matrices of pairs of tokens: the sums of every row from each column on. By a matrix product, in which sums
+    # cost no exchange between threads; float16 has too narrow a range for what is no product's operand already.
     if operand == tl.float16:
         return tl.cumsum(pairs, 1, reverse=True)
     else:

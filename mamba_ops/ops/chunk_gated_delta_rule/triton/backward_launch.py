@@ -4,9 +4,9 @@
 written every query reads. `_replay` walks over the chunks of a row and leaves the state before each and what its tokens
 write; `_adjoints` walks back, and leaves the gradient of the state after each and that of what its tokens find missing.
 With these all chunks are independent again. `_products` finds the gradients of the products of keys and queries;
-`_gradients` makes those of q and k of them, and adds up in order what heads of v find that share a head of k. Both leave
-for every token how much it counts, of which `_of_gates` makes the gradients of g and beta. The formulas are in the
-reference.
+`_gradients` makes those of q and k of them, and adds up in order what heads of v find that share a head of k. Both
+leave for every token how much it counts, of which `_of_gates` makes the gradients of g and beta. The formulas are in
+the reference.
 """
 
 from typing import TYPE_CHECKING, Any
