@@ -22,7 +22,7 @@ def _through_gate(grad, gate):
     return grad.to(tl.float32) * gate * tl.sigmoid(gate)
 
 
-@kernel(first_number="x_stride", static="steps starts ends of_B of_C")
+@kernel(first_number="x_stride", static="steps starts ends of_B of_C found met")
 def _of_groups(
     x,
     B,
@@ -35,6 +35,8 @@ def _of_groups(
     ends,
     of_B,  # out: this and the next: (splits, tokens, groups, dstate)
     of_C,
+    found,  # out: (chunks, heads, 4, CHUNK): its first, what a token reads of the state before the chunk
+    met,  # out: (chunks, heads), what that state counts at the chunk's end
     x_stride,  # this and the next four: from token to token
     B_stride,
     C_stride,
@@ -55,9 +57,9 @@ def _of_groups(
     BLOCK_DIM: tl.constexpr,
     BLOCK_STATE: tl.constexpr,
 ):
-    # Two programs have the same tokens and heads, one for each of B and C.
+    # Three programs have the same tokens and heads: for C, for B, and for what is read of states.
     PER_SPLIT: tl.constexpr = HEADS // (GROUPS * SPLITS)
-    program = tl.program_id(0) // 2
+    program = tl.program_id(0) // 3
     chunk = program // (SPLITS * GROUPS)
     group = program // SPLITS % GROUPS
     split = program % SPLITS
@@ -80,7 +82,7 @@ def _of_groups(
     pairs = tl.zeros([CHUNK, CHUNK], tl.float32)  # gradients of the products of C and B, or of B and C
     total = tl.zeros([CHUNK, BLOCK_STATE], tl.float32)
     at_out = (split.to(tl.int64) * tokens + token)[:, None] * (GROUPS * DSTATE) + (group * DSTATE + entry)[None, :]
-    if tl.program_id(0) % 2 == 0:
+    if tl.program_id(0) % 3 == 0:
         reaches = place[:, None] >= place[None, :]
         for index in range(PER_SPLIT):
             head = (group * SPLITS + split) * PER_SPLIT + index
@@ -107,7 +109,7 @@ def _of_groups(
         other = tl.load(tile_ptrs(B + group * DSTATE, token, B_stride, entry, ALIGNED), of_entries, other=0.0)
         total = tl.dot(pairs.to(operand), other.to(operand), total, input_precision=PRECISION)
         tl.store(of_C + at_out, total, of_entries)
-    else:
+    elif tl.program_id(0) % 3 == 1:
         reaches = place[None, :] >= place[:, None]
         for index in range(PER_SPLIT):
             head = (group * SPLITS + split) * PER_SPLIT + index
@@ -132,9 +134,27 @@ def _of_groups(
         other = tl.load(tile_ptrs(C + group * DSTATE, token, C_stride, entry, ALIGNED), of_entries, other=0.0)
         total = tl.dot(pairs.to(operand), other.to(operand), total, input_precision=PRECISION)
         tl.store(of_B + at_out, total, of_entries)
+    else:
+        c = tl.load(tile_ptrs(C + group * DSTATE, token, C_stride, entry, ALIGNED), of_entries, other=0.0).to(operand)
+        for index in tl.range(0, PER_SPLIT, num_stages=2):  # reading no further ahead, as two states are large
+            head = (group * SPLITS + split) * PER_SPLIT + index
+            of_head = chunk.to(tl.int64) * HEADS + head
+            g = tl.load(tile_ptrs(grad + head * DIM, token, grad_stride, channel, ALIGNED), of_tokens, other=0.0)
+            if z is not None:
+                gate = tl.load(tile_ptrs(z + head * DIM, token, z_stride, channel, ALIGNED), of_tokens, other=0.0)
+                g = _through_gate(g, gate)
+            start = tl.load(starts + of_head * (DIM * DSTATE) + of_state, in_state, other=0.0)
+            end = tl.load(ends + of_head * (DIM * DSTATE) + of_state, in_state, other=0.0)
+            read = tl.sum(tl.dot(c, tl.trans(start), input_precision=PRECISION) * g.to(tl.float32), 1)
+            since = tl.load(steps + of_head * (7 * CHUNK) + CHUNK + place)
+            tl.store(found + of_head * (4 * CHUNK) + place, read * since)
+            # What two states have in common, by matrix units: of a product, its diagonal.
+            meet = tl.dot(start, tl.trans(end), input_precision=PRECISION)
+            meet = tl.where(channel[:, None] == channel[None, :], meet, 0.0)
+            tl.store(met + of_head, tl.sum(tl.sum(meet, 1), 0))
 
 
-@kernel(first_number="x_stride", static="steps starts ends grad_x grad_z found met of_D")
+@kernel(first_number="x_stride", static="steps starts ends grad_x grad_z found of_D")
 def _of_heads(
     x,
     B,
@@ -148,8 +168,7 @@ def _of_heads(
     ends,
     grad_x,  # out: this and the next are dense
     grad_z,
-    found,  # out: (chunks, heads, 4, CHUNK), described where they are stored
-    met,  # out: (chunks, heads), what the state before a chunk counts at its end
+    found,  # out: (chunks, heads, 4, CHUNK): all but the first, described where they are stored
     of_D,  # out: (chunks, heads, dim), where D is so
     x_stride,  # this and the next four: from token to token
     B_stride,
@@ -204,7 +223,6 @@ def _of_heads(
         sizes = steps + of_head * (7 * CHUNK) + place
         u = tl.load(tile_ptrs(x + head * DIM, token, x_stride, channel, ALIGNED), of_tokens, other=0.0).to(operand)
         g = tl.load(tile_ptrs(grad + head * DIM, token, grad_stride, channel, ALIGNED), of_tokens, other=0.0)
-        start = tl.load(starts + of_head * (DIM * DSTATE) + of_state, in_state, other=0.0)
         end = tl.load(ends + of_head * (DIM * DSTATE) + of_state, in_state, other=0.0)
         d = tl.load(sizes)
         near = tl.load(sizes + 3 * CHUNK)
@@ -219,14 +237,14 @@ def _of_heads(
         weights = tl.exp2(tl.minimum(near[None, :] - near[:, None], 0.0)) * products
         weights *= tl.load(sizes + 4 * CHUNK)[None, :] * tl.load(sizes + 5 * CHUNK)[:, None]
         out_ptrs = token.to(tl.int64)[:, None] * (HEADS * DIM) + (head * DIM + channel)[None, :]
-        y = tl.dot(c, tl.trans(start), input_precision=PRECISION) * tl.load(sizes + CHUNK)[:, None]
-        read = y
         if z is not None:
+            start = tl.load(starts + of_head * (DIM * DSTATE) + of_state, in_state, other=0.0)
+            y = tl.dot(c, tl.trans(start), input_precision=PRECISION) * tl.load(sizes + CHUNK)[:, None]
+            y = tl.dot(tl.trans((weights * d[:, None]).to(operand)), u, y, input_precision=PRECISION)
+            y += u.to(tl.float32) * skip[None, :]
             gate = tl.load(tile_ptrs(z + head * DIM, token, z_stride, channel, ALIGNED), of_tokens, other=0.0)
             gate = gate.to(tl.float32)
             opened = tl.sigmoid(gate)
-            y = tl.dot(tl.trans((weights * d[:, None]).to(operand)), u, y, input_precision=PRECISION)
-            y += u.to(tl.float32) * skip[None, :]
             g = g.to(tl.float32)
             tl.store(grad_z + out_ptrs, g * y * opened * (1.0 + gate * (1.0 - opened)), of_tokens)
             g *= gate * opened
@@ -234,24 +252,21 @@ def _of_heads(
         g = g.to(operand)
         wide = u.to(tl.float32)
 
-        # Of every token: what it reads of the state before the chunk; what later tokens, from each one on, read of
-        # those before that one, and what the chunk's end keeps of these; how much x counts, and how much beside the
-        # state.
+        # Of every token: what later tokens, from each one on, read of those before that one, and what the chunk's end
+        # keeps of these; how much x counts, by way of states and of D.
         out = found + of_head * (4 * CHUNK) + place
-        tl.store(out, tl.sum(read * exact, 1))
+        is_same = place[None, :] == place[:, None]
         kept = tl.dot(b, tl.trans(end), input_precision=PRECISION) * tl.load(sizes + 2 * CHUNK)[:, None]
-        pairs = tl.dot(u, tl.trans(g), input_precision=PRECISION) * weights * d[:, None]
+        pairs = tl.dot(u, tl.trans(g), input_precision=PRECISION)
+        tl.store(out + 3 * CHUNK, tl.sum(tl.where(is_same, pairs, 0.0), 1))
         grad_u = tl.dot(weights.to(operand), g, kept, input_precision=PRECISION)
         tl.store(grad_x + out_ptrs, grad_u * d[:, None] + exact * skip[None, :], of_tokens)
         tl.store(out + 2 * CHUNK, tl.sum(wide * grad_u, 1))
-        direct = exact * wide
-        tl.store(out + 3 * CHUNK, tl.sum(direct, 1))
         if D_PER_CHANNEL:
-            tl.store(of_D + of_head * DIM + channel, tl.sum(direct, 0), in_dim)
-        later = sums_from(pairs, operand, PRECISION)
+            tl.store(of_D + of_head * DIM + channel, tl.sum(exact * wide, 0), in_dim)
+        later = sums_from(pairs * weights * d[:, None], operand, PRECISION)
         later += (tl.sum(kept * wide, 1) * d)[:, None]
         tl.store(out + CHUNK, tl.sum(tl.where(place[None, :] > place[:, None], later, 0.0), 0))
-        tl.store(met + of_head, tl.sum(tl.sum(start.to(tl.float32) * end.to(tl.float32), 1), 0))
 
 
 @kernel(first_number="dt_stride", static="steps found met grad_dt shares of_D")

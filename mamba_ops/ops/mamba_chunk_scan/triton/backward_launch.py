@@ -113,7 +113,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
         )
         of_chunks = {"SPLITS": splits, "BLOCK_DIM": block_dim, "BLOCK_STATE": block_state}
         of_chunks["PRECISION"] = limits_of(x.get_device()).precision(24) if operand == torch.float32 else "ieee"
-        _of_groups[(chunks * groups * splits * 2,)](
+        _of_groups[(chunks * groups * splits * 3,)](
             x,
             B,
             C,
@@ -125,6 +125,8 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             ends,
             of_B,
             of_C,
+            found,
+            met,
             strides[0],
             *strides[2:],
             length,
@@ -132,7 +134,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             tokens,
             **shape,
             **of_chunks,
-            **options(num_warps=8, num_stages=2),
+            **options(num_warps=4, num_stages=3),
         )
         _of_heads[(chunks * groups * splits,)](
             x,
@@ -148,7 +150,6 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             call.grad_x,
             call.grad_z,
             found,
-            met,
             of_D,
             strides[0],
             *strides[2:],
@@ -157,7 +158,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             **shape,
             **of_chunks,
             D_PER_CHANNEL=D is not None and D.dim() == 2,
-            **options(num_warps=8, num_stages=1),
+            **options(num_warps=4, num_stages=2),
         )
         _of_steps[(chunks, cdiv(heads, block_heads))](
             dt,
