@@ -111,7 +111,7 @@ def _products(
     found,
     weights,  # out: gradients of the products of keys and queries
     inverses,  # out: of the products of keys, and their transpose added
-    numbers,  # out: (chunks, v_heads, 5, CHUNK): the first two, described where they are stored
+    numbers,  # out: (chunks, v_heads, 6, CHUNK): the first two, described where they are stored
     beta_stride,
     grad_stride,
     length,
@@ -171,7 +171,7 @@ def _products(
     tl.store(inverses + square, grad_system + tl.trans(grad_system))
 
     # Of every token: what tokens from it on read of those before it; and its strength's share of the system.
-    numbers += number * (5 * CHUNK) + i
+    numbers += number * (6 * CHUNK) + i
     later = sums_from(pairs, operand, PRECISION)
     tl.store(numbers, tl.sum(tl.where(is_later, later, 0.0), axis=0))
     tl.store(numbers + CHUNK, tl.sum(by_strength, axis=0))
@@ -194,7 +194,7 @@ def _gradients(
     found,
     weights,
     inverses,
-    numbers,  # out: the last three, described where they are stored
+    numbers,  # out: the last four, described where they are stored
     met,  # out: (chunks, v_heads), what the state before a chunk counts at its end
     grad_q,
     grad_k,
@@ -221,83 +221,94 @@ def _gradients(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # Two programs have the same head of k: for queries and for keys. What rows of two matrices have in common is the
+    # diagonal of a product: matrix units find it without holding both in registers.
     PER_KEY: tl.constexpr = V_HEADS // K_HEADS
-    chunk = tl.program_id(0) // K_HEADS
-    k_head = tl.program_id(0) % K_HEADS
+    chunk = tl.program_id(0) // (2 * K_HEADS)
+    k_head = tl.program_id(0) // 2 % K_HEADS
     row, low, high, _, _ = chunk_bounds(chunk, cu_seqlens, rows, length, CHUNK, BLOCK_ROWS)
     if row >= rows:
         return
     key = tl.arange(0, BLOCK_K)
     i = tl.arange(0, CHUNK)
     t = low + i
+    there = (t < high)[:, None] & (key < K_DIM)[None, :]
     operand = states.dtype.element_ty
     of_tile = i[:, None] * BLOCK_K + key[None, :]
+    of_square = i[:, None] * CHUNK + i[None, :]
     queries += (chunk.to(tl.int64) * K_HEADS + k_head) * (CHUNK * BLOCK_K)
     keys += (chunk.to(tl.int64) * K_HEADS + k_head) * (CHUNK * BLOCK_K)
-    sum_q = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-    sum_k = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-    for head in range(k_head * PER_KEY, (k_head + 1) * PER_KEY):
-        number = chunk.to(tl.int64) * V_HEADS + head
-        out = numbers + number * (5 * CHUNK) + i
-        of_head = factors + number * (6 * CHUNK) + i
-        of_values = number * (CHUNK * V_PADDED) + i[:, None] * V_PADDED
-        of_state = number * (V_PADDED * BLOCK_K)
-        strength = load_numbers(beta, head, t, beta_stride, high)
-        unit_q = tl.load(queries + of_tile)
-        unit_k = tl.load(keys + of_tile)
-
-        opened = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-        known = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-        given = tl.zeros([CHUNK], tl.float32)
-        for start in range(0, V_PADDED, BLOCK):
-            value = start + tl.arange(0, BLOCK)
-            there = (t < high)[:, None] & (value < V_DIM)[None, :]
-            before = tl.load(states + of_state + value[:, None] * BLOCK_K + key[None, :])
-            grad = tl.load(tile_ptrs(grad_output + head * V_DIM, t, grad_stride, value, ALIGNED), there, other=0.0)
-            opened = tl.dot(grad.to(operand), before, opened, input_precision=PRECISION)
-            solved = tl.load(found + of_values + value[None, :])
-            known = tl.dot(solved, before, known, input_precision=PRECISION)
-            values = tl.load(tile_ptrs(v + head * V_DIM, t, v_stride, value, ALIGNED), there, other=0.0)
-            given += tl.sum(solved.to(tl.float32) * values.to(tl.float32), axis=1)
-        # Of every token: how much of the state before the chunk it reads; what the state after it keeps of it; how much
-        # its strength counts.
-        opened *= tl.load(of_head)[:, None]
-        known *= tl.load(of_head)[:, None]
-        knows = tl.sum(known * unit_k.to(tl.float32), axis=1)
-        tl.store(out + 2 * CHUNK, tl.sum(opened * unit_q.to(tl.float32), axis=1) - knows * strength)
-        tl.store(out + 4 * CHUNK, given - knows)
-        sum_q += opened
-        sum_k -= known * strength[:, None]
-
-        leaving = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-        meets = tl.zeros([BLOCK_K], tl.float32)
-        for start in range(0, V_PADDED, BLOCK):
-            value = start + tl.arange(0, BLOCK)
-            tile = of_state + value[:, None] * BLOCK_K + key[None, :]
-            after = tl.load(adjoints + tile)
-            leaving = tl.dot(tl.load(written + of_values + value[None, :]), after, leaving, input_precision=PRECISION)
-            meets += tl.sum(tl.load(states + tile).to(tl.float32) * after.to(tl.float32), axis=0)
-        leaving *= tl.load(of_head + CHUNK)[:, None]
-        tl.store(out + 3 * CHUNK, tl.sum(leaving * unit_k.to(tl.float32), axis=1))
-        tl.store(met + number, tl.sum(meets, axis=0))
-        sum_k += leaving
-        square = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
-        weight = tl.load(weights + square)
-        sum_q = tl.dot(tl.trans(weight), unit_k, sum_q, input_precision=PRECISION)
-        sum_k = tl.dot(weight, unit_q, sum_k, input_precision=PRECISION)
-        sum_k = tl.dot(tl.load(inverses + square), unit_k, sum_k, input_precision=PRECISION)
-
-    there = (t < high)[:, None] & (key < K_DIM)[None, :]
-    sum_q *= scale
-    if L2NORM:
-        sum_q = _through_norm(
-            tl.load(tile_ptrs(q + k_head * K_DIM, t, q_stride, key, ALIGNED), there, other=0.0), sum_q
-        )
-        sum_k = _through_norm(
-            tl.load(tile_ptrs(k + k_head * K_DIM, t, k_stride, key, ALIGNED), there, other=0.0), sum_k
-        )
-    tl.store(tile_ptrs(grad_q + k_head * K_DIM, t, grad_q_stride, key, ALIGNED), sum_q, there)
-    tl.store(tile_ptrs(grad_k + k_head * K_DIM, t, grad_k_stride, key, ALIGNED), sum_k, there)
+    total = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+    if tl.program_id(0) % 2 == 0:
+        for head in range(k_head * PER_KEY, (k_head + 1) * PER_KEY):
+            number = chunk.to(tl.int64) * V_HEADS + head
+            opened = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+            for start in range(0, V_PADDED, BLOCK):
+                value = start + tl.arange(0, BLOCK)
+                of_value = (t < high)[:, None] & (value < V_DIM)[None, :]
+                grad = tl.load(
+                    tile_ptrs(grad_output + head * V_DIM, t, grad_stride, value, ALIGNED), of_value, other=0.0
+                )
+                before = tl.load(states + number * (V_PADDED * BLOCK_K) + value[:, None] * BLOCK_K + key[None, :])
+                opened = tl.dot(grad.to(operand), before, opened, input_precision=PRECISION)
+            opened *= tl.load(factors + number * (6 * CHUNK) + i)[:, None]
+            # Of every token: how much of the state before the chunk it reads.
+            read = tl.sum(opened * tl.load(queries + of_tile).to(tl.float32), axis=1)
+            tl.store(numbers + number * (6 * CHUNK) + 2 * CHUNK + i, read)
+            total += opened
+            weight = tl.load(weights + number * (CHUNK * CHUNK) + of_square)
+            total = tl.dot(tl.trans(weight), tl.load(keys + of_tile), total, input_precision=PRECISION)
+        total *= scale
+        if L2NORM:
+            x = tl.load(tile_ptrs(q + k_head * K_DIM, t, q_stride, key, ALIGNED), there, other=0.0)
+            total = _through_norm(x, total)
+        tl.store(tile_ptrs(grad_q + k_head * K_DIM, t, grad_q_stride, key, ALIGNED), total, there)
+    else:
+        for head in range(k_head * PER_KEY, (k_head + 1) * PER_KEY):
+            number = chunk.to(tl.int64) * V_HEADS + head
+            out = numbers + number * (6 * CHUNK) + i
+            known = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+            given = tl.zeros([CHUNK, CHUNK], tl.float32)
+            for start in range(0, V_PADDED, BLOCK):
+                value = start + tl.arange(0, BLOCK)
+                of_value = (t < high)[:, None] & (value < V_DIM)[None, :]
+                values = tl.load(tile_ptrs(v + head * V_DIM, t, v_stride, value, ALIGNED), of_value, other=0.0)
+                solved = tl.load(found + number * (CHUNK * V_PADDED) + i[:, None] * V_PADDED + value[None, :])
+                before = tl.load(states + number * (V_PADDED * BLOCK_K) + value[:, None] * BLOCK_K + key[None, :])
+                known = tl.dot(solved, before, known, input_precision=PRECISION)
+                given = tl.dot(solved, tl.trans(values.to(operand)), given, input_precision=PRECISION)
+            strength = load_numbers(beta, head, t, beta_stride, high)
+            known *= tl.load(factors + number * (6 * CHUNK) + i)[:, None]
+            # Of every token: how much its strength counts, and by way of what is known already; what the state after
+            # the chunk keeps of it.
+            knows = tl.sum(known * tl.load(keys + of_tile).to(tl.float32), axis=1)
+            given = tl.sum(tl.where(i[:, None] == i[None, :], given, 0.0), axis=1)
+            tl.store(out + 3 * CHUNK, given - knows)
+            tl.store(out + 4 * CHUNK, knows * strength)
+            total -= known * strength[:, None]
+            leaving = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+            meets = tl.zeros([BLOCK, BLOCK], tl.float32)
+            for start in range(0, V_PADDED, BLOCK):
+                value = start + tl.arange(0, BLOCK)
+                new = tl.load(written + number * (CHUNK * V_PADDED) + i[:, None] * V_PADDED + value[None, :])
+                of_state = number * (V_PADDED * BLOCK_K) + value[:, None] * BLOCK_K + key[None, :]
+                after = tl.load(adjoints + of_state)
+                leaving = tl.dot(new, after, leaving, input_precision=PRECISION)
+                meets = tl.dot(tl.load(states + of_state), tl.trans(after), meets, input_precision=PRECISION)
+            leaving *= tl.load(factors + number * (6 * CHUNK) + CHUNK + i)[:, None]
+            tl.store(out + 5 * CHUNK, tl.sum(leaving * tl.load(keys + of_tile).to(tl.float32), axis=1))
+            value = tl.arange(0, BLOCK)
+            meets = tl.where(value[:, None] == value[None, :], meets, 0.0)
+            tl.store(met + number, tl.sum(tl.sum(meets, axis=1), axis=0))
+            total += leaving
+            weight = tl.load(weights + number * (CHUNK * CHUNK) + of_square)
+            total = tl.dot(weight, tl.load(queries + of_tile), total, input_precision=PRECISION)
+            system = tl.load(inverses + number * (CHUNK * CHUNK) + of_square)
+            total = tl.dot(system, tl.load(keys + of_tile), total, input_precision=PRECISION)
+        if L2NORM:
+            x = tl.load(tile_ptrs(k + k_head * K_DIM, t, k_stride, key, ALIGNED), there, other=0.0)
+            total = _through_norm(x, total)
+        tl.store(tile_ptrs(grad_k + k_head * K_DIM, t, grad_k_stride, key, ALIGNED), total, there)
 
 
 @kernel(first_number="g_stride", static="factors numbers met")
@@ -326,13 +337,13 @@ def _of_gates(
     i = tl.arange(0, CHUNK)
     t = (low + i)[:, None]
     number = (chunk.to(tl.int64) * V_HEADS + head)[None, :]
-    numbers += number * (5 * CHUNK) + i[:, None]
-    leaves = tl.load(numbers + 3 * CHUNK - 1, in_head & (i > 0)[:, None], other=0.0)  # of the token before
+    numbers += number * (6 * CHUNK) + i[:, None]
+    leaves = tl.load(numbers + 5 * CHUNK - 1, in_head & (i > 0)[:, None], other=0.0)  # of the token before
+    reads = tl.load(numbers + 2 * CHUNK, in_head, other=0.0) - tl.load(numbers + 4 * CHUNK, in_head, other=0.0)
     whole = tl.load(factors + number * (6 * CHUNK) + 2 * CHUNK, in_head, other=0.0)
     grad_decay = tl.load(numbers, in_head, other=0.0) + whole * tl.load(met + number, in_head, other=0.0)
-    grad_decay += tl.cumsum(leaves, 0)
-    grad_decay += tl.cumsum(tl.load(numbers + 2 * CHUNK, in_head, other=0.0), 0, reverse=True)
+    grad_decay += tl.cumsum(leaves, 0) + tl.cumsum(reads, 0, reverse=True)
     there = (t < high) & in_head
     tl.store(grad_g + t.to(tl.int64) * g_stride + head[None, :], grad_decay, there)
-    strength = tl.load(numbers + CHUNK, in_head, other=0.0) + tl.load(numbers + 4 * CHUNK, in_head, other=0.0)
+    strength = tl.load(numbers + CHUNK, in_head, other=0.0) + tl.load(numbers + 3 * CHUNK, in_head, other=0.0)
     tl.store(grad_beta + t.to(tl.int64) * beta_stride + head[None, :], strength, there)

@@ -103,7 +103,7 @@ def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
             **of_values,
             **launches["_adjoints"],
         )
-        numbers = scratch(v_heads, 5, CHUNK, dtype=torch.float32)
+        numbers = scratch(v_heads, 6, CHUNK, dtype=torch.float32)
         met = scratch(v_heads, dtype=torch.float32)
         _products[(chunks * v_heads,)](
             *(beta, grad_output, cu_seqlens, queries, keys, factors, new, found, weights, inverses, numbers),
@@ -111,7 +111,7 @@ def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
             **{name: size for name, size in of_values.items() if name != "K_DIM"},
             **launches["_products"],
         )
-        _gradients[(chunks * k_heads,)](
+        _gradients[(chunks * k_heads * 2,)](
             *(q, k, v, beta, grad_output, cu_seqlens, queries, keys, factors, states, adjoints, new, found),
             *(weights, inverses, numbers, met, written["q"], written["k"]),
             *(scale, q.stride(0), k.stride(0), v.stride(0), beta.stride(0), grad_output.stride(0)),
@@ -150,6 +150,6 @@ def _backward_launches(v_padded: int, operand: str, limits: Limits) -> dict[str,
         "_systems": options(**precision, num_warps=4),
         "_replay": options(**walk),
         "_adjoints": options(**walk),
-        "_products": options(**block, num_warps=4),
-        "_gradients": options(**block, num_warps=8),
+        "_products": options(**{**block, "BLOCK": min(v_padded, 128 if is_wide else 32)}, num_warps=4),
+        "_gradients": options(**block, num_warps=4),
     }
