@@ -147,9 +147,9 @@ def _backward_launches(v_padded: int, operand: str, limits: Limits) -> dict[str,
     }
     block = {"BLOCK": min(v_padded, 64 if is_wide else 32), "num_stages": 1, **precision}
     return {
-        "_systems": options(**precision, num_warps=4),
+        "_systems": options(**precision, num_warps=4, **limits.registers(168)),
         "_replay": options(**walk),
         "_adjoints": options(**walk),
         "_products": options(**{**block, "BLOCK": min(v_padded, 128 if is_wide else 32)}, num_warps=4),
-        "_gradients": options(**block, num_warps=4),
+        "_gradients": options(**{**block, "num_stages": 2 if is_wide else 1}, num_warps=4),
     }

@@ -149,13 +149,13 @@ def _across(values, BLOCK: tl.constexpr):
 def _halve(values, APART: tl.constexpr):
     # Half as many tensors of 32: of every two, adds the numbers that are APART, and has the sums of the first tensor
     # where that bit of the place is not set, those of the second where it is.
-    place = tl.arange(0, 32)
-    is_other = place // APART % 2 == 1
     sums = ()
     for pair in tl.static_range(len(values) // 2):
-        kept = tl.where(is_other, values[2 * pair + 1], values[2 * pair])
-        given = tl.where(is_other, values[2 * pair], values[2 * pair + 1])
-        sums += (kept + tl.gather(given, place ^ APART, axis=0),)
+        one = tl.sum(tl.reshape(values[2 * pair], [16 // APART, 2, APART]), axis=1)
+        other = tl.sum(tl.reshape(values[2 * pair + 1], [16 // APART, 2, APART]), axis=1)
+        is_one = (tl.arange(0, 2) == 0)[None, :, None]
+        both = tl.where(is_one, tl.expand_dims(one, 1), tl.expand_dims(other, 1))
+        sums += (tl.reshape(both, [32]),)
     return sums
 
 
