@@ -69,6 +69,8 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
     shape: dict[str, Any] = {"HEADS": heads, "DIM": dim, "GROUPS": groups, "DSTATE": dstate}
     shape |= {"CHUNK": chunk, "ALIGNED": aligned, "BLOCK_ROWS": 128}
     block_heads = 512 // chunk
+    limits = limits_of(x.get_device())
+    ahead = limits.is_large and operand.itemsize < 4  # whether tiles of the next head fit beside those of this one
     with on_device_of(x):
         _step_sizes[(chunks, cdiv(heads, block_heads))](
             dt,
@@ -112,7 +114,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             **options(num_warps=4, num_stages=3),
         )
         of_chunks = {"SPLITS": splits, "BLOCK_DIM": block_dim, "BLOCK_STATE": block_state}
-        of_chunks["PRECISION"] = limits_of(x.get_device()).precision(24) if operand == torch.float32 else "ieee"
+        of_chunks["PRECISION"] = limits.precision(24) if operand == torch.float32 else "ieee"
         _of_groups[(chunks * groups * splits * 3,)](
             x,
             B,
@@ -134,7 +136,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             tokens,
             **shape,
             **of_chunks,
-            **options(num_warps=4, num_stages=3),
+            **options(num_warps=4, num_stages=3 if ahead else 1),
         )
         _of_heads[(chunks * groups * splits,)](
             x,
@@ -158,7 +160,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             **shape,
             **of_chunks,
             D_PER_CHANNEL=D is not None and D.dim() == 2,
-            **options(num_warps=4, num_stages=2),
+            **options(num_warps=4, num_stages=2 if ahead else 1),
         )
         _of_steps[(chunks, cdiv(heads, block_heads))](
             dt,
