@@ -39,3 +39,9 @@ def test_layers(ranks: int, compiled: bool) -> None:
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_decays_under_fsdp(compiled: bool) -> None:
     run_on(2, bodies.decays_stay_in_float32, compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_heads_and_shards(compiled: bool) -> None:
+    run_on(4, bodies.heads_and_shards, compiled)
