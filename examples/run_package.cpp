@@ -1,6 +1,7 @@
 // Run a package of AOTInductor without Python: run_package PACKAGE INPUTS OUTPUTS
 //
-// INPUTS is a list of tensors that torch.save wrote; torch.load reads OUTPUTS. How to build it: docs/export.md.
+// INPUTS is a list of tensors that torch.save wrote; OUTPUTS is a tuple that torch.load reads. docs/export.md says how to
+// build it.
 
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/pickle.h>
@@ -9,13 +10,18 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <stdexcept>
+#include <string>
+#include <utility>
 #include <vector>
 
 namespace {
 
 std::vector<char> read(const char* path) {
   std::ifstream file(path, std::ios::binary);
-  file.exceptions(std::ios::failbit);
+  if (!file) {
+    throw std::runtime_error(std::string("run_package: cannot read ") + path);
+  }
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
@@ -26,8 +32,15 @@ void run(const char* package, const char* inputs, const char* outputs) {
   for (const auto& value : loaded.toListRef()) {
     tensors.push_back(value.toTensor());
   }
-  const auto bytes = torch::jit::pickle_save(c10::IValue(model.run(tensors)));
-  std::ofstream(outputs, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  std::vector<c10::IValue> results;  // a tuple, which torch.load takes for plain data
+  for (auto& result : model.run(tensors)) {
+    results.emplace_back(std::move(result));
+  }
+  const auto bytes = torch::jit::pickle_save(c10::ivalue::Tuple::create(std::move(results)));
+  std::ofstream file(outputs, std::ios::binary);
+  if (!file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()))) {
+    throw std::runtime_error(std::string("run_package: cannot write ") + outputs);
+  }
 }
 
 }  // namespace

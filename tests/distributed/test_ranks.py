@@ -5,6 +5,8 @@ import pytest
 from tests.distributed import bodies
 from tests.distributed.ranks import run_on, single_mesh
 
+pytestmark = pytest.mark.timeout(900)  # where many processes share a core
+
 
 def test_mutating_ops_refuse_in_a_process() -> None:
     with single_mesh():

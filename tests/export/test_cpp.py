@@ -9,16 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.export.programs import FLOAT32, LAYERS, cached_program, decomposed, layer_program
+from tests.export.programs import FLOAT32, cached_program, decomposed, layer_program
 from tests.pages import ROOT, blocks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-PROGRAMS = {
-    "call": lambda kind: layer_program(kind),
-    "prefill": lambda kind: cached_program(kind, is_step=False),
-    "step": lambda kind: cached_program(kind, is_step=True),
-}
+CASES = [("mamba", "call"), ("mamba2", "prefill"), ("mamba2", "step"), ("gdn", "call")]
 
 
 class Runner:
@@ -48,10 +44,9 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     return Runner(tmp_path_factory.mktemp("runner"))
 
 
-@pytest.mark.parametrize("what", PROGRAMS)
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(("kind", "what"), CASES)
 def test_decomposed_layers_run(kind: str, what: str, runner: Runner, record_property: Any) -> None:
-    program = PROGRAMS[what](kind)
+    program = layer_program(kind) if what == "call" else cached_program(kind, is_step=what == "step")
     runner.package(decomposed(program.export()))
     difference = program.largest_difference(runner.run)
     record_property("difference", difference)

@@ -7,7 +7,7 @@ import torch
 
 from tests.training.on_two_ranks import WORLD, on_a_rank
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
