@@ -178,8 +178,8 @@ def fronts(
     While tracing it also passes the selection token and, where an input requires grad, leaves a call in the graph that
     raises when the graph runs. It reads nothing else, because Dynamo would guard on it.
 
-    Where a number is infinite by default, the largest float32 stands for infinity: packages of AOTInductor are written
-    as JSON, which has none.
+    Of an op with a number that is infinite by default, the largest float32 stands for infinity in all numbers: packages
+    of AOTInductor are written as JSON, which has none.
 
     Args:
         op, parameters: qualified name and parameters of the op.
@@ -374,14 +374,13 @@ def _header(parameters: Iterable[inspect.Parameter], closure: dict[str, Any]) ->
     return ", ".join(parts)
 
 
-def _limits(parameters: Iterable[inspect.Parameter]) -> str:
-    """Write what keeps numbers that are infinite by default within float32."""
-    lines = []
-    for p in parameters:
-        if isinstance(p.default, float) and math.isinf(p.default):
-            sign, limit = ("<", -LARGEST) if p.default < 0 else (">", LARGEST)
-            lines.append(f"if {p.name} {sign} {limit}: {p.name} = {limit}")
-    return "\n        ".join(lines)
+def _limits(parameters: Parameters) -> str:
+    """Write what keeps an op's numbers within float32, where one of them is infinite by default."""
+    names = [p.name for p in parameters if p.annotation is float]
+    if not any(isinstance(p.default, float) and math.isinf(p.default) for p in parameters):
+        return ""
+    within = "if not -{1} <= {0} <= {1}: {0} = min(max({0}, -{1}), {1})"
+    return "\n        ".join(within.format(name, LARGEST) for name in names)
 
 
 def _passed(parameters: Iterable[inspect.Parameter], **renamed: str) -> str:

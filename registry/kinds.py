@@ -17,6 +17,7 @@ from typing_extensions import ParamSpec
 
 from mamba_ops.registry import _torch, codegen
 from mamba_ops.registry.errors import ArgumentTypeError, RegistryError, bad_argument, in_call_of, shown
+from mamba_ops.registry.sharding import is_distributed
 
 _EXPECTED = {Tensor: "a torch.Tensor", int: "a whole number", float: "a number", bool: "True or False"}
 _PACK = "pack its rows into one tensor, with cu_seqlens where the op has it"
@@ -73,6 +74,10 @@ def explained(
             return _wrong(op, name, "a nested tensor", f"a plain one; {_PACK}")
         if not is_plain(tensor):
             kind = type(tensor).__name__
+            others = ", ".join(other for other, plain in tensors if is_plain(plain))
+            if is_distributed(tensor) and others:
+                what_to_do = f"distribute_tensor also {others}, or pass each device's part, tensor.to_local()"
+                return _wrong(op, name, f"a {kind} beside ordinary tensors", f"one or the other; {what_to_do}")
             expected = f"plain tensors; the op has no rule for a {kind} here ({_first_line(error)})"
             return _wrong(op, name, f"a {kind}", expected)
     if (wrapped := next((name for name, tensor in tensors if _torch.is_wrapped(tensor)), None)) is not None:

@@ -56,7 +56,7 @@ class Rows(NamedTuple):
         because a slice of a projection has other strides and another alignment.
         """
         x = self.of(mixed)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else self.of(out)
+        out = x.new_empty(x.shape) if out is None else self.of(out)
         self.bind(op)(x, weight=call.conv_weight, bias=call.conv_bias, conv_state=call.conv_state, out=out)
         return out
 
