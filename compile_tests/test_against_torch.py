@@ -17,7 +17,7 @@ def report(*lines: int, recompiles: tuple[str, ...] = ()) -> dict[str, object]:
         for line in lines
     ]
     made = [Recompile(1, name, "f", SourceLocation("/m.py", 1), (), 1, 8) for name in recompiles]
-    return {"seconds": 1.1, "report": Report("m", findings=findings, recompiles=made).to_json()}
+    return {"seconds": 1.1, "seconds_behind": 0.0, "report": Report("m", findings=findings, recompiles=made).to_json()}
 
 
 def test_what_either_has_alone_is_listed():

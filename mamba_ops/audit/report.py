@@ -152,6 +152,11 @@ class Finding:
         return "break" if self.breaks else self.kind
 
     @property
+    def hides(self) -> bool:
+        """Whether what stands behind it in the same function is not looked at by the compiler."""
+        return self.skipped_frame is not None or self.cause == "compiler-error"
+
+    @property
     def classes(self) -> set[str]:
         """The names for it in `--fail-on`."""
         return {self.kind} | ({"break"} if self.breaks else set())

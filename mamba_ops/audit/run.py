@@ -99,7 +99,7 @@ def audit(
             _trace_absent(collector, fn, made, where, dynamic, progress, runs_here=syncs is not None)
         elif not is_absent:
             _compile(collector, fn, made, where, train, dynamic, mode, progress)
-        if (can_trace or not is_absent) and any(finding.skipped_frame for finding in report.findings):
+        if (can_trace or not is_absent) and any(finding.hides for finding in report.findings):
             progress("behind the breaks")
             _look_behind(collector, fn, made, where, dynamic)
         add_hidden_syncs(collector, syncs or ())
@@ -289,21 +289,21 @@ def _look_behind(
     is_absent = collector.report.absent
     probe = behind.Probe(fn, collector.report.device)
 
-    def make_calls(model: Any) -> None:
-        for made in calls:
-            args, kwargs = copied(made)
-            with probe.one_call(describe(made)):
-                model(*args, **kwargs)
+    def make_calls() -> None:
+        torch.compiler.reset()
+        with isolated(fn, None if is_absent else device, probe) as model, contextlib.ExitStack() as stack:
+            if is_absent:
+                stack.enter_context(present(device))
+                model = absent.Tracer(model, device=device.type, dynamic=dynamic, on_assumption=lambda op: None)
+                probe.layers.name(model.fn)
+            else:
+                model = torch.compile(model, backend="eager", dynamic=dynamic)
+            for made in calls:
+                args, kwargs = copied(made)
+                with probe.one_call(describe(made)):
+                    model(*args, **kwargs)
 
-    torch.compiler.reset()
-    with isolated(fn, None if is_absent else device, probe) as model, contextlib.ExitStack() as stack:
-        if is_absent:
-            stack.enter_context(present(device))
-            model = absent.Tracer(model, device=device.type, dynamic=dynamic, on_assumption=lambda op: None)
-            probe.layers.name(model.fn)
-        else:
-            model = torch.compile(model, backend="eager", dynamic=dynamic)
-        behind.look(collector, probe, lambda: make_calls(model))
+    behind.look(collector, probe, make_calls)
     torch.compiler.reset()
 
 

@@ -50,6 +50,11 @@ def watch(
             raise
         collector.stop(str(error))
     finally:
+        if any(finding.hides for finding in report.findings):
+            report.notes.append(
+                "What stands behind a break that gave a whole function up was not looked for, as the code would run "
+                "once more: mend that break, or audit the model by a factory."
+            )
         report.notes += _torch.losses()
         report.finished = True
         report.sort()

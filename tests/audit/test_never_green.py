@@ -171,6 +171,25 @@ def test_nothing_else_is_behind(model, layer, causes):
     assert all(f.behind is None for f in report.findings)
 
 
+@pytest.mark.parametrize(
+    ("model", "cause"),
+    [
+        (unseen.InTry, "item"),
+        pytest.param(unseen.InWith, "item", marks=pytest.mark.slow),
+        pytest.param(unseen.InGenerator, "item", marks=pytest.mark.slow),
+        pytest.param(unseen.AfterError, "compiler-error", marks=pytest.mark.slow),
+    ],
+)
+def test_what_other_breaks_hide_is_found_too(model, cause):
+    code = model.forward.__code__
+    with torch.no_grad():
+        report, twin = audit(model(), x()), audit(model(quiet=True), x())
+    hiding = next(n for n, f in enumerate(report.findings, 1) if f.hides)
+    assert {(f.cause, f.behind) for f in report.findings} == {(cause, None), ("print", hiding)}
+    assert [(f.cause, f.behind) for f in twin.findings] == [(cause, None)]
+    assert model.forward.__code__ is code  # which ran otherwise meanwhile
+
+
 HAS_TYPER = importlib.util.find_spec("typer") is not None
 
 
