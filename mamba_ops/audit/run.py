@@ -14,6 +14,7 @@ from mamba_ops.audit import _torch, absent
 from mamba_ops.audit import graph as graphs
 from mamba_ops.audit.answers import let_devices_be_entered, note_absence, on_host, present
 from mamba_ops.audit.eager import add_hidden_syncs, run_eagerly
+from mamba_ops.audit.fronts import fronts
 from mamba_ops.audit.isolation import copied, isolated
 from mamba_ops.audit.report import Report
 
@@ -86,7 +87,7 @@ def audit(
             f"{where} is not present, and gradients cannot be traced for an absent device; leave train out"
         )
     collector = Collector(report, fn)
-    report.mixers = collector.layers.mixers
+    report.mixers, report.fronts = collector.layers.mixers, fronts(fn)
     if not is_absent:
         made = _torch.map_tensors(lambda tensor: tensor.to(where), made)
     with quiet_torch(), warnings.catch_warnings(), torch.set_grad_enabled(train):
