@@ -99,7 +99,8 @@ def compare(target: str, torch_has: dict[str, Any], audit_has: dict[str, Any]) -
     found = Comparison(target, seconds=torch_has["seconds"], seconds_of_audit=audit_has["seconds"])
     found.seconds_behind = audit_has["seconds_behind"]
     found.ratio = found.seconds_of_audit / found.seconds
-    lines = {str(f.where) for f in report.findings if f.breaks and f.where is not None}
+    met = [f for f in report.findings if f.breaks and f.where is not None and f.behind is None]
+    lines = {str(finding.where) for finding in met}  # torch does not meet what stands behind a break
     stacks: dict[str, set[str]] = {}
     for stack in torch_has["breaks"]:
         user = [line for line in stack if is_user_code(line.rpartition(":")[0])] or stack
@@ -143,26 +144,34 @@ def _main() -> None:
 
 def _bare(options: Options) -> dict[str, Any]:
     """Time the calls under torch.compile alone, then make them once more under torch's trace."""
-    seconds = _call(options)
+    seconds, _ = _call(options)
     torch.compiler.reset()
     with _trace() as records:
-        _call(options)
-    return {"seconds": seconds, **_read(records)}
+        _, raised = _call(options)
+    found = _read(records)
+    if raised:  # where the compiler fails, the trace has no break
+        found["breaks"].append([f"{file}:{line}" for file, line in _LINE.findall(raised)])
+    return {"seconds": seconds, **found}
 
 
 def _timed(options: Options) -> dict[str, Any]:
-    return {"seconds": _call(options)}
+    return {"seconds": _call(options)[0]}
 
 
-def _call(options: Options) -> float:
+def _call(options: Options) -> tuple[float, str]:
+    """Return the seconds of the compiles and calls, and the compiler's error with torch's stack of the user's code."""
     torch.manual_seed(0)  # the same weights and inputs on both sides
     model, calls = load_calls(options)
+    raised = ""
     begin = time.process_time()
-    with torch.set_grad_enabled(options.train), quiet_torch(), contextlib.suppress(Exception):
-        compiled = torch.compile(model, backend="aot_eager")
-        for args, kwargs in calls:
-            compiled(*args, **kwargs)
-    return time.process_time() - begin
+    with torch.set_grad_enabled(options.train), quiet_torch():
+        try:
+            compiled = torch.compile(model, backend="aot_eager")
+            for args, kwargs in calls:
+                compiled(*args, **kwargs)
+        except Exception as error:
+            raised = str(error).partition("from user code:")[2]
+    return time.process_time() - begin, raised
 
 
 def _audited(options: Options) -> dict[str, Any]:

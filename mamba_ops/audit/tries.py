@@ -18,6 +18,7 @@ _FLAGS: dict[str, dict[str, Any]] = {  # causes that a flag of torch._dynamo.con
     "tolist": {"capture_scalar_outputs": True},
     "dynamic-shape": {"capture_dynamic_output_shape_ops": True},
     "attribute": {"allow_unspec_int_on_nn_module": True},
+    "backward": {"trace_autograd_ops": True},
     "limit": {"recompile_limit": 64},
     "print": {"reorderable_logging_functions": ["builtins:print"]},
     "logging": {

@@ -17,12 +17,12 @@ def severe(report):
     return [(f.kind, f.cause) for f in report.findings if f.severity != "note"]
 
 
-def stepping(lr):
+def stepping(lr, backend="aot_eager"):
     """Compile an optimizer's step, and make it with other learning rates."""
     weight = nn.Parameter(torch.ones(4))
     weight.grad = torch.ones(4)
     optimizer = torch.optim.SGD([weight], lr=lr(0), foreach=False)
-    step = torch.compile(optimizer.step, backend="eager")
+    step = torch.compile(optimizer.step, backend=backend)
     for i in range(12):
         if isinstance(optimizer.param_groups[0]["lr"], torch.Tensor):
             optimizer.param_groups[0]["lr"].fill_(0.01 * i)
@@ -35,8 +35,16 @@ def test_a_compiled_step_recompiles_at_the_line_that_calls_it():
     torch.compiler.reset()
     with watch() as report:
         stepping(lambda i: 0.01 * (i + 1))
-    assert set(severe(report)) == {("recompile", "hyperparameter")}
+    assert set(severe(report)) == {("recompile", "hyperparameter"), ("recompile", "limit")}
     assert all(f.where.file == __file__ and "# planted" in f.where.source for f in report.findings)
+
+
+def test_a_rate_that_became_dynamic_is_a_note():
+    torch.compiler.reset()
+    with watch() as report:
+        stepping(lambda i: 0.01 * (i + 1), "eager")
+    assert severe(report) == []
+    assert [f.count for f in report.findings if f.cause == "number"] == [1]
 
 
 @pytest.mark.slow
