@@ -226,6 +226,7 @@ RULES = {
 
 _TYPES = [  # patterns for torch's type of a break and for its message, then the cause
     (r"Tensor\.item\(\)", r"", "item"),
+    (r"Tensor\.tolist\(\)", r"", "tolist"),
     (r"Data dependent operator", r"_local_scalar_dense|item", "item"),
     (r"Data.dependent branching|data-dependent jump|Data-dependent assertion|^generic_jump", r"", "branch"),
     (r"Data dependent operator|Could not guard on data-dependent", r"", "branch"),
