@@ -144,9 +144,10 @@ def main() -> int:
         metavar="TARGET",
         help="hold the audit of a target of `mamba-ops audit` to torch's own trace instead; all: of PyPI packages here",
     )
+    parser.add_argument("--times", type=int, default=1, help="with --against-torch: how often the seconds are taken")
     arguments = parser.parse_args()
     if arguments.against_torch:
-        return against_torch.main(arguments.against_torch)
+        return against_torch.main(arguments.against_torch, arguments.times)
     device = torch.device(arguments.device)
     here = device.type == "cpu" or torch.get_device_module(device).is_available()
     with torch.no_grad():

@@ -18,8 +18,9 @@ import torch
 from mamba_ops.audit import _torch
 from mamba_ops.audit.answers import on_host, present
 from mamba_ops.audit.report import Report
-from mamba_ops.audit.run import Arguments, ModelError, audit, quiet_torch, resize, watch
+from mamba_ops.audit.run import Arguments, ModelError, audit, quiet_torch, resize
 from mamba_ops.audit.source_locations import is_audit_code, is_user_code
+from mamba_ops.audit.watching import watch
 from mamba_ops.commands.audit.models import SHAPES, ModelNameError, build
 
 TRANSFORMERS = "transformers:"
