@@ -245,7 +245,14 @@ def is_wrapped(tensor: Tensor) -> bool:
     if not is_transformed():
         return False
     wraps = _find("torch._C._functorch:is_functorch_wrapped_tensor", "every call under torch.func is refused by decode")
-    return wraps is None or wraps(tensor) or forward_ad.unpack_dual(tensor).tangent is not None
+    return wraps is None or wraps(tensor) or has_tangent(tensor)
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Return whether a tensor has a tangent of forward-mode differentiation; sparse ones have none, and may not be
+    asked.
+    """
+    return tensor.layout is torch.strided and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def destroy(library: torch.library.Library) -> None:

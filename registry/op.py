@@ -27,7 +27,7 @@ from mamba_ops.registry import (
 from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
 from mamba_ops.registry.capture import capture_query, note
 from mamba_ops.registry.dispatcher import device_of, dispatcher
-from mamba_ops.registry.gradients import refuse_traced_transform, refuse_transformed
+from mamba_ops.registry.gradients import refuse_tangents, refuse_traced_transform, refuse_transformed
 from mamba_ops.registry.snapshot import CachedDecision, DecisionCache, Requests, never_matches, redispatch_query
 from mamba_ops.registry.training import Trainable, register_flop_formulas
 
@@ -164,7 +164,8 @@ class Op(Trainable, Generic[P]):
         cells["register_shardings"] = sharding.register
         inside: Callable[..., Any] = self._body
         if self.returns:
-            call = codegen.functional_front(self.qualname, self._called, record=self.record, **cells)
+            cells |= {"record": self.record, "refuse_tangents": partial(refuse_tangents, self.qualname)}
+            call = codegen.functional_front(self.qualname, self._called, **cells)
         else:
             forward, namespace = self.forward_op, dispatcher.namespaces[self.namespace]
             call, function = codegen.fronts(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 import mamba_ops
 from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
@@ -188,6 +189,20 @@ def test_a_layer_refuses_an_ssm_state_before_it_convolves(layer: Any, wrong: str
             pytest.raises(ValueError, match=rf"^{type(layer).__name__}: .*ssm_state: got "),
         ):
             call(torch.randn(shape), conv_state, STATES[wrong](ssm_state))
+        assert not conv_state.any()
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_a_layer_refuses_an_ssm_state_under_a_transform_before_it_convolves(layer: Any) -> None:
+    layer.requires_grad_(False)
+    said = rf"^{type(layer).__name__}: ssm_state: got a tensor under a transform"
+    for call, shape in ((layer, (2, 5, 16)), (layer.step, (2, 16))):
+        conv_state, ssm_state = layer.empty_caches(2)
+        x = torch.randn(shape)
+        with torch.no_grad(), pytest.raises(ValueError, match=said):
+            torch.vmap(lambda state: call(x, conv_state, state))(ssm_state.expand(2, *ssm_state.shape))  # noqa: B023
+        with torch.no_grad(), forward_ad.dual_level(), pytest.raises(ValueError, match=said):
+            call(x, conv_state, forward_ad.make_dual(ssm_state, ssm_state))
         assert not conv_state.any()
 
 
