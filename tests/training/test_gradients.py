@@ -156,6 +156,20 @@ def test_a_token_that_is_no_number_spoils_its_own_row_alone(op: Op[...], backend
         assert torch.equal(found[1][name], expected), name
 
 
+@pytest.mark.parametrize(("op", "backend"), BITWISE)
+def test_tokens_of_no_row_at_all(op: Op[...], backend: str) -> None:
+    sample = next(s for s in op.backward_op.make_samples(DEVICE) if "packed" in s.name)
+    call, states = named(op.backward_op, sample), op.forward_states_op
+    none = {n: call[n][:0] for n in ("cu_seqlens", "initial_states", "grad_final_states") if call[n] is not None}
+    call |= none | {"cu_seqlens": call["cu_seqlens"].new_zeros(1)}
+    with torch.no_grad(), use_backend(backend):
+        output, final = states(**{p.name: call[p.name] for p in states._called})
+        found = op.backward_op(**call)
+    assert output.numel()
+    assert final.shape[0] == 0
+    assert not any(tensor.count_nonzero() for tensor in (output, *found))
+
+
 @pytest.mark.parametrize("op", TRAINED, ids=lambda op: op.name)
 def test_two_halves_are_the_whole(op: Op[...]) -> None:
     """The final states of the first half as initial states of the second: their gradients go through."""
