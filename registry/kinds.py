@@ -9,7 +9,8 @@ import inspect
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +117,9 @@ def answering(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
         except Exception as error:
             name = type(args[0]).__name__ if is_method else function.__name__
+            if isinstance(error, TypeError) and cast(TracebackType, error.__traceback__).tb_next is None:
+                said = str(error).partition("() ")[2]  # the arguments are not those of the function
+                raise ArgumentTypeError(f"{name}() {said or error}") from None
             given = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs
             named = [p for p in parameters[is_method:] if p.name in given]
             if (answer := _answer(name, named, error, [given[p.name] for p in named])) is error:

@@ -3,9 +3,7 @@
 import math
 from typing import Any
 
-import torch
-
-from mamba_ops.ops._common.checking import check_chunk_size
+from mamba_ops.ops._common.checking import check_chunk_size, device_or_none, floating_dtype, whole_number
 from mamba_ops.registry import bad_argument
 from mamba_ops.registry.errors import in_call_of
 
@@ -31,7 +29,7 @@ def check_layer(
     """
     try:
         for name, size in {**sizes, "d_conv": d_conv}.items():
-            _whole(name, size)
+            whole_number(name, size)
         if not 2 <= d_conv <= 8:
             raise bad_argument("d_conv", got=d_conv, expected="2 to 8 taps")
         if "chunk_size" in sizes:
@@ -42,25 +40,7 @@ def check_layer(
             if name == "eps" and number < 0:
                 raise bad_argument(name, got=number, expected="0 or more")
         for name, dtype in dtypes.items():
-            if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-                raise bad_argument(name, got=repr(dtype), expected="a floating-point torch.dtype, or None")
-        _check_device(device)
+            floating_dtype(name, dtype)
+        device_or_none("device", device)
     except ValueError as error:
         raise in_call_of(layer, error) from None
-
-
-def _whole(name: str, size: Any) -> None:
-    if isinstance(size, bool) or not hasattr(size, "__index__") or isinstance(size, torch.Tensor):
-        raise bad_argument(name, got=repr(size), expected="a whole number")
-    if size < 1:
-        raise bad_argument(name, got=size, expected="1 at least")
-
-
-def _check_device(device: Any) -> None:
-    if device is None or isinstance(device, torch.device):
-        return
-    try:
-        torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise bad_argument("device", got=repr(device), expected="a device, its name or None", hint=reason) from None

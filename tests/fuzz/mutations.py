@@ -142,7 +142,7 @@ VALUES: dict[str, _Change] = {
     "a zero": _entry(lambda t, pick: 0.0),
     "an infinity": _entry(lambda t, pick: (float("inf"), -float("inf"))[pick(2)]),
     "a NaN": _entry(lambda t, pick: float("nan")),
-    "a large number": _entry(lambda t, pick: (3e4, -3e4, 1e30, -1e30)[pick(4)]),
+    "a large number": _entry(lambda t, pick: (3e4, -3e4, 1e12, -1e12)[pick(4)]),
     "a tiny number": _entry(lambda t, pick: (1e-30, -1e-40)[pick(2)]),
     "negative": lambda t, pick: -t,
     "a thousand times as much": lambda t, pick: 1000 * t,

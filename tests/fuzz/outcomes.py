@@ -213,7 +213,7 @@ def _assert_right(target: Target, before: Arguments, arguments: Arguments, retur
         exact, rounded = truth[name].double(), low[name].double()
         if actual.shape != exact.shape:
             raise Wrong(f"{name} has shape {tuple(actual.shape)}, expected {tuple(exact.shape)}")
-        known = _is_known(exact, rounded)
+        known = _is_known(exact, rounded, actual.dtype)
         actual, exact, rounded = (t.detach().double().where(known, 0) for t in (actual, exact, rounded))
         stored = results[name].dtype
         if not target.has_oracle and _is_of_16_bits(before):
@@ -230,9 +230,10 @@ def _assert_right(target: Target, before: Arguments, arguments: Arguments, retur
 LARGEST = 1e18  # its square is less than what float32 holds
 
 
-def _is_known(exact: Tensor, rounded: Tensor) -> Tensor:
-    """Where there is a claim: not about what float32 cannot hold, or barely, so that steps on the way may overflow."""
-    return exact.isfinite() & rounded.isfinite() & (exact.abs() < LARGEST)
+def _is_known(exact: Tensor, rounded: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where there is a claim: not about what its dtype holds barely or not, so that steps on the way may overflow."""
+    most = min(LARGEST, torch.finfo(dtype).max / 2)
+    return exact.isfinite() & rounded.isfinite() & (exact.abs() < most)
 
 
 def _assert_together(target: Target, results: Results, truth: Results, low: Results) -> None:
@@ -241,7 +242,7 @@ def _assert_together(target: Target, results: Results, truth: Results, low: Resu
     shapes = [{name: tuple(found[name].shape) for name in results} for found in (results, truth)]
     if shapes[0] != shapes[1]:
         raise Wrong(f"it returned {shapes[0]}, expected {shapes[1]}")
-    known = {n: _is_known(truth[n], low[n]) for n in results}
+    known = {n: _is_known(truth[n], low[n], results[n].dtype) for n in results}
     found = {n: t.detach().where(known[n], 0) for n, t in results.items()}
     exact, rounded = ({n: t[n].double().where(known[n], 0) for n in results} for t in (truth, low))
     try:
