@@ -73,8 +73,8 @@ def __call__(self, {header}):
             return overload_({passed}, token_({first}))
         if type({first}) is not tensor_ and is_distributed_({first}):
             register_shardings_()
-        {recording}
         {typing}
+        {recording}
         return dispatch_({passed})
     except Exception as error_:
         raise explained_(error_, {values})
@@ -244,6 +244,7 @@ def functional_front(op: str, inputs: Parameters, **closure: Any) -> FunctionTyp
     """
     passed = _passed(inputs)
     records, asks = closure["record"] is not None, _asks_for_gradients(inputs)
+    refusal = f"if is_transformed_(): refuse_tangents_({_tuple(inputs)})"
     source = _FUNCTIONAL_FRONT.format(
         header=_header(inputs, closure),
         limits=_limits(inputs),
@@ -251,7 +252,7 @@ def functional_front(op: str, inputs: Parameters, **closure: Any) -> FunctionTyp
         first=next(p.name for p in inputs if p.annotation is Tensor),
         values=_tuple(inputs),
         typing=_typing(inputs),
-        recording=f"if is_transformed_() or {asks}:\n            return record_({passed})" if records else "",
+        recording=f"if is_transformed_() or {asks}:\n            return record_({passed})" if records else refusal,
     )
     return cast(FunctionType, _compiled(op, "front", source, closure))
 

@@ -58,6 +58,15 @@ class UserError(Exception):
     """The command ends with status 2: a sentence; the cause is an error in the user's code, if any."""
 
 
+def read_mode(mode: str) -> str:
+    """Return the value of --mode, or raise UserError for one that torch.compile does not have."""
+    try:
+        torch.compile(lambda: None, mode=mode)
+    except RuntimeError as error:
+        raise UserError(f"--mode: got {mode}, expected {str(error).partition('one of: ')[2] or error}") from None
+    return mode
+
+
 def read_shapes(text: str) -> list[list[int]]:
     """Read "1x128,4x512".
 

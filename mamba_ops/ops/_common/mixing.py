@@ -269,6 +269,9 @@ def _batch_of(op: str, plan: PlanTensors, counts: list[int], tokens: int, null_s
     if plan.num_accepted_tokens is None and decode_tokens != decodes:
         hint = "decodes of several tokens need num_accepted_tokens"
         raise wrong(f"{decode_tokens} tokens of {decodes} decodes", "one each", hint)
+    for what, requests, its_tokens in (("decodes", decodes, decode_tokens), ("prefills", prefills, prefill_tokens)):
+        if its_tokens and not requests:
+            raise wrong(f"{its_tokens} tokens of 0 {what}", "0 tokens")
 
     decoding, reading, computed = None, None, None
     first = plan.slots if plan.slots.dim() == 1 else plan.slots[:, 0]
