@@ -266,10 +266,10 @@ def test_delta_rule_keeps_packed_sequences_apart(device: torch.device, name: str
         ("causal_conv1d_fn", "seq_idx"),
         ("causal_conv1d_update", "activation"),
         ("causal_conv1d_update", "cache_seqlens"),
-        ("chunk_gated_delta_rule", "A_log"),
+        ("chunk_gated_delta_rule", "allow_neg_eigval"),
+        ("chunk_gated_delta_rule", "chunk_size"),
         ("chunk_gated_delta_rule", "cp_context"),
-        ("fused_recurrent_gated_delta_rule", "gk"),
-        ("fused_recurrent_gated_delta_rule", "gv"),
+        ("fused_recurrent_gated_delta_rule", "allow_neg_eigval"),
         ("selective_scan_fn", "B"),
         ("selective_scan_fn", "cu_seqlens"),
         ("mamba_chunk_scan_combined", "cu_seqlens"),
@@ -287,6 +287,7 @@ def test_what_cannot_be_honoured_is_refused(device: torch.device, function: str,
     call, arguments = getattr(compat, function), good_arguments(function, device)
     call(**arguments)
     bad = {"activation": "gelu", "headdim": None, "return_varlen_states": True, "zxbcdt": torch.zeros(2, 7, 131)}
+    bad |= {"allow_neg_eigval": True, "chunk_size": 24}
     bad["seq_idx"] = torch.zeros(2, 3, dtype=torch.int32)
     with pytest.raises(ValueError, match=f"^{function}: {argument}: got .*, expected "):
         call(**{**arguments, argument: bad.get(argument, torch.zeros(2, 7, dtype=torch.int32, device=device))})

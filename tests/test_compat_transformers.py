@@ -127,7 +127,7 @@ def test_all_five_are_bound_and_put_back(model: Any, prompt: Tensor) -> None:
     binding = use_mamba_ops(model)
     assert {f.__module__ for f in in_file().values()} == {
         "mamba_ops.compat.causal_conv1d",
-        "mamba_ops.compat.mamba_ssm",
+        "mamba_ops.compat.mamba_ssm.scans",
         "mamba_ops.compat.transformers",  # no kernel for a whole mixer
     }
     assert binding.bound == [f"{modeling.__name__}.{name}" for name in before]
@@ -175,14 +175,19 @@ def test_what_is_the_models_own_is_let_through(model: Any, prompt: Tensor) -> No
     backbone = model.backbone
     stock = backbone(prompt).last_hidden_state
     with use_mamba_ops(model):
-        ours = backbone(prompt, output_attentions=True, num_items_in_batch=3, position_ids=prompt, seq_idx=None)
+        places = torch.arange(PROMPT, device=prompt.device).expand(2, -1)
+        ours = backbone(prompt, output_attentions=True, num_items_in_batch=3, position_ids=places, seq_idx=None)
     torch.testing.assert_close(ours.last_hidden_state, stock)
 
 
-def test_documents_on_top_of_a_cache_are_refused(model: Any, prompt: Tensor) -> None:
+def test_documents_on_top_of_a_cache(model: Any, prompt: Tensor) -> None:
+    """The first goes on from the cache; a decode from the last."""
+    idx = torch.repeat_interleave(torch.arange(3, device=prompt.device), torch.tensor([9, 5, 7], device=prompt.device))
     with use_mamba_ops(model):
-        cache = model(prompt, use_cache=True).cache_params
-        with pytest.raises(
-            ValueError, match=r"seq_idx: got int64 of shape \(2, 21\), expected int32 or int64 of shape"
-        ):
-            model.backbone(prompt, cache_params=cache, use_cache=True, seq_idx=torch.zeros_like(prompt))
+        first = model(prompt[:, :9]).logits
+        want = [first, model(prompt[:, 9:14]).logits, model(prompt[:, 14:]).logits]
+        out = model(prompt[:, :4], use_cache=True)
+        logits = [out.logits]
+        out = model(prompt[:, 4:-1], **cache_of(out), use_cache=True, seq_idx=idx[4:-1].expand(2, -1).contiguous())
+        logits += [out.logits, model(prompt[:, -1:], **cache_of(out), use_cache=True).logits]
+    torch.testing.assert_close(torch.cat(logits, 1), torch.cat(want, 1))

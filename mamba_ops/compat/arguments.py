@@ -1,7 +1,8 @@
 """Arguments of the imitated functions that have no effect here, or that the ops take in another form."""
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from mamba_ops.ops._common import checking
 from mamba_ops.registry import Op, check_written
 from mamba_ops.registry.errors import in_call_of
 
+P = ParamSpec("P")
+T = TypeVar("T")
 States = tuple[Tensor, Tensor]
 """An output and the last states."""
 
@@ -31,7 +34,12 @@ def floating(function: str, **tensors: Tensor | None) -> None:
 
 
 def written(function: str, **tensors: Tensor | None) -> None:
-    """Raise about a tensor that the function writes after the op has run, if it is none that could be written."""
+    """Raise about a tensor that the function writes after the op has run, if it is none that could be written.
+
+    A trace has no memory to look at.
+    """
+    if torch.compiler.is_compiling():
+        return
     try:
         check_written({name: tensor for name, tensor in tensors.items() if tensor is not None})
     except ValueError as error:
@@ -42,6 +50,14 @@ def is_silu(function: str, activation: str | None) -> bool:
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"{function}: activation: got {activation!r}, expected None, 'silu' or 'swish'")
     return activation is not None
+
+
+def only(result: Tensor | tuple[Tensor | None, ...]) -> Tensor:
+    """Return the first of what a function returns, which returns more on demand."""
+    first = result[0] if isinstance(result, tuple) else result
+    if first is None:
+        raise TypeError("only: result: got None, expected a tensor")
+    return first
 
 
 def all_have(initial_states: Tensor | None) -> Tensor | None:
@@ -101,56 +117,41 @@ def per_head(tensor: Tensor, axes: int) -> Tensor:
     return tensor.flatten(-axes)[..., 0]
 
 
-class Packed:
-    """Sequences behind each other in the rows of a batch, as the ops take them: one row of all tokens.
+class _NoBackward(torch.autograd.Function):
+    """Gives tensors on; their backward raises."""
 
-    Attributes:
-        cu_seqlens: (n + 1,), sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1] of all rows.
+    @staticmethod
+    def forward(ctx: Any, function: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.function = function
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            f"{ctx.function}: backward: got a gradient of its output, expected none: a step of decoding has none, as "
+            "in the original; train with the function for whole sequences, or call this under torch.no_grad()"
+        )
+
+
+def without_gradients(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function of a decode step take tensors that require gradients; what it returns has none, and says so.
+
+    In a graph the op refuses such tensors, as a step would be compiled for a backward that there is not.
     """
 
-    def __init__(
-        self, function: str, rows: Sequence[int], seq_idx: Tensor | None, cu_seqlens: Tensor | None = None
-    ) -> None:
-        """Take sequences from `cu_seqlens` where it is given, else from `seq_idx`, which waits for the device.
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        wanted = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
+        if not wanted:
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            result: Any = function(*args, **kwargs)
+        results = result if isinstance(result, tuple) else (result,)
+        tensors = [t for t in results if isinstance(t, Tensor)]
+        given = iter(_NoBackward.apply(function.__name__, len(tensors), *tensors, *wanted))  # type: ignore[no-untyped-call]
+        found = tuple(next(given) if isinstance(t, Tensor) else t for t in results)
+        return found if isinstance(result, tuple) else found[0]  # type: ignore[return-value]
 
-        Args:
-            function: who was called, for errors.
-            rows: (batch, length) of the call's tensors.
-            seq_idx: integers `(batch, length)`: a sequence begins where a row does, and where the number changes.
-            cu_seqlens: int32 or int64 `(n + 1,)`; batch is 1 then.
-        """
-        batch, length = rows
-        if seq_idx is not None and (seq_idx.shape != (batch, length) or seq_idx.dtype not in _INTEGERS):
-            got = f"{str(seq_idx.dtype).removeprefix('torch.')} of shape {tuple(seq_idx.shape)}"
-            expected = f"int32 or int64 of shape {(batch, length)}: which sequence each token is of"
-            raise ValueError(f"{function}: seq_idx: got {got}, expected {expected}")
-        if cu_seqlens is not None:
-            if batch != 1:
-                expected = "1: all sequences are packed into one row"
-                raise ValueError(f"{function}: cu_seqlens: got a batch of {batch}, expected {expected}")
-        elif seq_idx is not None:
-            first = torch.ones_like(seq_idx, dtype=torch.bool)
-            first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-            begins = first.flatten().nonzero().flatten()
-            cu_seqlens = torch.cat((begins, begins.new_full((1,), batch * length)))
-        self.cu_seqlens, self._rows = cu_seqlens, (batch, length)
-
-    def flat(self, tensor: Tensor) -> Tensor:
-        """Return `(batch, length, ...)` as the op takes it: `(batch * length, ...)` where sequences are packed."""
-        return tensor if self.cu_seqlens is None else tensor.flatten(0, 1)
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """Return the op's output as `(batch, length, ...)`."""
-        return tensor if self.cu_seqlens is None else tensor.unflatten(0, self._rows)
-
-    def last(self, states: Tensor) -> Tensor:
-        """Return the states of each row's last sequence, of those of all sequences."""
-        if self.cu_seqlens is None:
-            return states
-        batch, length = self._rows
-        ends = torch.arange(1, batch + 1, device=states.device, dtype=self.cu_seqlens.dtype) * length
-        last = torch.bucketize(ends, self.cu_seqlens[1:].contiguous())
-        return states[last.clamp(max=states.shape[0] - 1)]
-
-
-_INTEGERS = (torch.int32, torch.int64)
+    return call

@@ -6,12 +6,13 @@ mixer looks the function up by its name in the file, at every call; `use_mamba_o
 there.
 
 They have the parameters of the originals. Mixers pass them all keyword arguments that the model was called with; as
-Transformers does, those that a function does not name are dropped. None that says where packed documents begin is: it
-is honoured, or refused.
+Transformers does, those that a function does not name are dropped. Where packed documents begin, and which state was
+before, is known from the mixer's own call (transformers_mixing.py), whichever of it the mixer hands down.
 """
 
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,10 +20,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mamba_ops.compat import fla
-from mamba_ops.compat.arguments import Packed
 from mamba_ops.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from mamba_ops.compat.fla import delta_rule
 from mamba_ops.compat.mamba_ssm import mamba_chunk_scan_combined, selective_scan_fn, selective_state_update
+from mamba_ops.compat.packing import Packed
+from mamba_ops.compat.transformers_mixing import calls, current_mixing, mixers_of, models_of, noting, telling
 
 
 @dataclass(eq=False)
@@ -42,10 +44,12 @@ class Binding:
         """Put the originals back in each file that no other binding holds. A second call has no effect."""
         while self._files:
             file = self._files.pop()
-            originals, bindings = _bindings[file]
-            bindings.remove(self)
-            if not bindings:
-                vars(sys.modules[file]).update(originals)
+            held = _bindings[file]
+            held.bindings.remove(self)
+            if not held.bindings:
+                vars(sys.modules[file]).update(held.functions)
+                for kind, forward in held.forwards.items():
+                    kind.forward = forward
                 del _bindings[file]
 
     def __enter__(self) -> "Binding":
@@ -59,7 +63,21 @@ class Binding:
         return "\n".join(lines + [f"{name} stays as it was: {why}" for name, why in self.not_bound.items()])
 
 
-_bindings: dict[str, tuple[dict[str, Any], list[Binding]]] = {}  # by file: the originals, and the bindings that hold it
+@dataclass
+class _Held:
+    """What was replaced in a modeling file, and the bindings that hold it so."""
+
+    functions: dict[str, Any]
+    forwards: dict[type[nn.Module], Any] = field(default_factory=dict)
+    bindings: list[Binding] = field(default_factory=list)
+
+    def replace(self, kind: type[nn.Module], wrap: Callable[..., Any]) -> None:
+        if kind not in self.forwards:
+            self.forwards[kind] = kind.forward
+            kind.forward = wrap(kind.forward)
+
+
+_bindings: dict[str, _Held] = {}  # by file
 
 
 def use_mamba_ops(model: nn.Module) -> Binding:
@@ -71,9 +89,10 @@ def use_mamba_ops(model: nn.Module) -> Binding:
     functions belong to the modeling file, all models that share it change together.
 
     The model trains as it did: in `train()` too its mixers call their projections and norms as modules, and honour the
-    attention mask. Steps that decode one token record no gradients: call them under `no_grad`. Packed documents are
-    kept apart if the model is called with `cu_seq_lens_q`, or `seq_idx`, which waits for the device; not in Mamba-1
-    mixers, which refuse both.
+    attention mask. Steps that decode one token record no gradients. Packed documents are kept apart if the model is
+    called with `cu_seq_lens_q`; with `seq_idx`, or `position_ids` that begin anew and neither mask nor cache, where an
+    eager call waits for the device once. Mamba-1 mixers that read several tokens on top of a cache go on from its
+    state, where Transformers' own begin anew.
 
     Args:
         model: a model with such mixers, or any module that holds one.
@@ -94,7 +113,14 @@ def use_mamba_ops(model: nn.Module) -> Binding:
             continue
         names = vars(sys.modules[file])
         originals = {name: names[name] for name in functions if name in names}
-        _bindings.setdefault(file, (originals, []))[1].append(binding)
+        mixers = mixers_of(names, file, functions)
+        held = _bindings.setdefault(file, _Held(originals))
+        held.bindings.append(binding)
+        for kind in mixers:
+            keeps_apart = not calls(kind.forward, _WITHOUT_AN_OP)
+            held.replace(kind, functools.partial(noting, keeps_apart=keeps_apart))
+        for kind, is_innermost in models_of(model, file, mixers).items():
+            held.replace(kind, functools.partial(telling, is_innermost=is_innermost))
         binding._files.append(file)
         binding.bound += [f"{file}.{name}" for name in originals]
         binding.not_bound |= {f"{file}.{name}": "there is none" for name in functions if name not in originals}
@@ -128,32 +154,59 @@ def _functions_of(names: dict[str, Any]) -> dict[str, Callable[..., Any]]:
     return functions
 
 
-def _for_mixers(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a function take all that mixers pass: it gets what it names, and `cu_seq_lens_q` as its `cu_seqlens`."""
+def _for_mixers(function: Callable[..., Any], axis: int = 1) -> Callable[..., Any]:
+    """Let a function take all that mixers pass: it gets what it names, and the documents of the mixer's call.
+
+    Args:
+        function: of `compat`.
+        axis: that of its first argument which has a row's tokens.
+    """
     kinds = inspect.signature(function).parameters.values()
     names = frozenset(p.name for p in kinds if p.kind is not p.VAR_KEYWORD)
+    packs = {"cu_seqlens", "seq_idx"} <= names
 
     @functools.wraps(function)
     def call(*args: Any, cu_seq_lens_q: Tensor | None = None, **others: Any) -> Any:
         known = {name: value for name, value in others.items() if name in names}
-        if "cu_seqlens" in names and known.get("cu_seqlens") is None:
+        mixing = current_mixing()
+        if not packs:
+            return function(*args, **known)
+        if mixing is not None:
+            known |= mixing.packing(args[0].shape[axis])
+        elif known.get("cu_seqlens") is None:
             known["cu_seqlens"] = cu_seq_lens_q
         return function(*args, **known)
 
     return call
 
 
-_convolution = _for_mixers(causal_conv1d_fn)
+def _with_any_activation(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a convolution take the activations of Transformers too, which then come after it."""
+
+    names = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def call(*args: Any, **others: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | others
+        if (activation := given.pop("activation", None)) in (None, "silu", "swish"):
+            return function(*args, **others)
+        from transformers.activations import ACT2FN
+
+        first, *_ = names
+        return ACT2FN[activation](function(given.pop(first), **given))
+
+    return call
 
 
-@functools.wraps(causal_conv1d_fn)
-def _convolution_of_mamba(*args: Any, **others: Any) -> Any:
-    """Refuse packed documents: a Mamba-1 mixer does not tell its scan of them."""
-    for name in ("cu_seq_lens_q", "cu_seqlens", "seq_idx"):
-        if others.get(name) is not None:
-            expected = "None: Mamba-1 mixers do not hand it to their scan; give each document a row of its own"
-            raise ValueError(f"causal_conv1d_fn: {name}: got packed documents, expected {expected}")
-    return _convolution(*args, **others)
+@functools.wraps(selective_scan_fn)
+def _selective_scan(*args: Any, **others: Any) -> Any:
+    """Scan on from the state before, which Mamba-1 mixers do not hand down."""
+    mixing = current_mixing()
+    state = None if mixing is None else mixing.next_state()
+    return _scan(*args, **others) if state is None else _scan(*args, **others, initial_states=state.float())
+
+
+_scan = _for_mixers(selective_scan_fn, axis=2)
 
 
 @_for_mixers
@@ -168,15 +221,17 @@ def _delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
     seq_idx: Tensor | None = None,
-) -> fla.OutputAndState:
+) -> delta_rule.OutputAndState:
     """Read rows, of packed documents too; the last states are those of the rows, as a cache keeps them."""
     packed = Packed("chunk_gated_delta_rule", q.shape[:2], seq_idx, cu_seqlens)
     tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
-    if packed.cu_seqlens is not None:
+    if packed.first is not None:
+        tensors["g"] = g.masked_fill(packed.first.unsqueeze(-1), -math.inf)
+    elif packed.cu_seqlens is not None:
         tensors = {name: packed.flat(tensor).unsqueeze(0) for name, tensor in tensors.items()}
-    out, states = fla.chunk_gated_delta_rule(
+    out, states = delta_rule.chunk_gated_delta_rule(
         **tensors,
-        initial_state=initial_state,
+        initial_state=packed.initial("initial_state", initial_state),
         output_final_state=output_final_state,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
         cu_seqlens=packed.cu_seqlens,
@@ -194,16 +249,15 @@ def _no_fused_mixer(*args: object, **kwargs: object) -> None:
 
 
 _CONVOLUTIONS: dict[str, Callable[..., Any]] = {
-    "causal_conv1d_fn": _convolution,
-    "causal_conv1d_update": _for_mixers(causal_conv1d_update),
+    "causal_conv1d_fn": _with_any_activation(_for_mixers(causal_conv1d_fn, axis=2)),
+    "causal_conv1d_update": _with_any_activation(_for_mixers(causal_conv1d_update)),
 }
 _WITHOUT_AN_OP = ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")
 _FAMILIES: dict[tuple[str, ...], dict[str, Callable[..., Any]]] = {  # by functions that mark one: names in such files
     ("apply_mask_to_padding_states", "causal_conv1d_fn"): {},
     ("mamba_selective_scan",): {
-        "causal_conv1d_fn": _convolution_of_mamba,
         "mamba_inner_fn": _no_fused_mixer,
-        "mamba_selective_scan": _for_mixers(selective_scan_fn),
+        "mamba_selective_scan": _selective_scan,
         "mamba_selective_state_update": _for_mixers(selective_state_update),
     },
     ("mamba2_chunk_scan",): {
@@ -213,6 +267,6 @@ _FAMILIES: dict[tuple[str, ...], dict[str, Callable[..., Any]]] = {  # by functi
     },
     ("torch_chunk_gated_delta_rule",): {
         "torch_chunk_gated_delta_rule": _delta_rule,
-        "torch_recurrent_gated_delta_rule": _for_mixers(fla.fused_recurrent_gated_delta_rule),
+        "torch_recurrent_gated_delta_rule": _for_mixers(delta_rule.fused_recurrent_gated_delta_rule),
     },
 }

@@ -3,16 +3,30 @@
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
 from mamba_ops import ops
-from mamba_ops.compat.arguments import Packed, States, floating, is_silu, per_head, refuse, upcast, with_states
+from mamba_ops.compat.arguments import (
+    States,
+    floating,
+    is_silu,
+    only,
+    per_head,
+    refuse,
+    upcast,
+    with_states,
+    without_gradients,
+)
+from mamba_ops.compat.causal_conv1d import causal_conv1d_fn
+from mamba_ops.compat.packing import Packed, with_skip_and_gate, without_past
 from mamba_ops.layers import gated_rms_norm
 from mamba_ops.registry import answering
 
 
 @answering
+@without_gradients
 def selective_state_update(
     state: Tensor,
     x: Tensor,
@@ -49,50 +63,6 @@ def selective_state_update(
 
 
 @answering
-def selective_scan_fn(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: bool = False,
-    **others: object,
-) -> Tensor | States:
-    """Scan sequences of length `length`; with `return_last_state` also return their last states, in float32.
-
-    Differentiable: u, delta, A, B, C, D, z and delta_bias; unlike in the original, last states have gradients too.
-
-    Args:
-        u, delta, z: `(batch, dim, length)`.
-        A: `(dim, dstate)`, real.
-        B, C: `(batch, dstate, length)` or `(batch, groups, dstate, length)`.
-        D, delta_bias: `(dim,)`.
-        delta_softplus: whether softplus is applied to delta after the bias.
-        return_last_state: whether to return `(output, last states)`, the latter `(batch, dim, dstate)`.
-        others: refused.
-    """
-    name = "selective_scan_fn"
-    refuse(name, **others)
-    floating(name, u=u, delta=delta, delta_bias=delta_bias)  # which the op calls otherwise
-    for argument, tensor in (("B", B), ("C", C)):
-        if tensor.dim() not in (3, 4):
-            expected = "(batch, dstate, length) or (batch, groups, dstate, length)"
-            raise ValueError(f"{name}: {argument}: got shape {tuple(tensor.shape)}, expected {expected}")
-    tensors = (u.transpose(1, 2), delta.transpose(1, 2), A, B.movedim(-1, 1), C.movedim(-1, 1))
-    z = None if z is None else z.transpose(1, 2)
-    options: dict[str, Any] = {"D": D, "z": z, "dt_bias": delta_bias, "dt_softplus": delta_softplus}
-    if not return_last_state:
-        return ops.selective_scan(*tensors, **options).transpose(1, 2)
-    states: dict[str, Any] = {"cache": "ssm_state", "shape": (u.shape[0], *A.shape), "dtype": upcast(u)}
-    out, last = with_states(name, ops.selective_scan, *tensors, **states, **options)
-    return out.transpose(1, 2), last
-
-
-@answering
 def mamba_chunk_scan_combined(
     x: Tensor,
     dt: Tensor,
@@ -124,49 +94,52 @@ def mamba_chunk_scan_combined(
         chunk_size: tokens per chunk.
         D: `(heads,)` or `(heads, dim)`.
         initial_states: `(batch, heads, dim, dstate)`.
-        seq_idx: int32 or int64 `(batch, length)`, the sequence that each token is of, where a row has several; final
-            states are those of the rows' last ones. Without `cu_seqlens` too it waits for the device, and torch.compile
-            does not trace it. No initial states then.
+        seq_idx: int32 or int64 `(batch, length)`, the sequence that each token is of, where a row has several; initial
+            states are those of the rows' first ones, final states those of their last ones. Without `cu_seqlens` too an
+            eager call waits for the device, once a tensor.
         cu_seqlens: int32 or int64 `(n + 1,)`: sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1]; batch is
-            1.
-        return_varlen_states: refused.
+            1, and initial states may be of the n sequences.
+        return_varlen_states: whether to return, last, the last states of all n sequences.
         dt_softplus: whether softplus is applied to dt after the bias.
         dt_limit: the least and the largest dt.
         return_final_states: whether to return `(output, final states)`.
         others: refused.
     """
     name = "mamba_chunk_scan_combined"
-    refuse(name, return_varlen_states=return_varlen_states, **others)
+    refuse(name, **others)
     floating(name, x=x)
+    if return_varlen_states and cu_seqlens is None:
+        raise ValueError(f"{name}: return_varlen_states: got it without cu_seqlens, expected both or neither")
     packed = Packed(name, x.shape[:2], seq_idx, cu_seqlens)
-    if packed.cu_seqlens is not None and initial_states is not None:
-        expected = "None: it is not said which sequence of a row they would be of"
-        raise ValueError(f"{name}: initial_states: got states and packed sequences, expected {expected}")
-    tensors = (packed.flat(x), packed.flat(dt), A, packed.flat(B), packed.flat(C), chunk_size)
+    with_last = return_final_states or return_varlen_states
     dt_min, dt_max = dt_limit
-    options: dict[str, Any] = {
-        "D": D,
-        "z": None if z is None else packed.flat(z),
-        "dt_bias": dt_bias,
-        "dt_softplus": dt_softplus,
-        "dt_min": dt_min,
-        "dt_max": dt_max,
-        "cu_seqlens": packed.cu_seqlens,
-    }
-    if not return_final_states and initial_states is None:
-        return packed.rows(ops.mamba_chunk_scan(*tensors, **options))
-    rows = x.shape[0] if packed.cu_seqlens is None else packed.cu_seqlens.shape[0] - 1
+    options: dict[str, Any] = {"dt_min": dt_min, "dt_max": dt_max, "cu_seqlens": packed.cu_seqlens}
+    if packed.first is not None:
+        long = without_past(packed.first, x, dt, A, dt_bias=dt_bias, dt_softplus=dt_softplus, limit=dt_limit)
+        tensors, options["dt_min"], options["dt_max"] = (long.x, long.dt, A, B, C, chunk_size), -math.inf, math.inf
+    else:
+        tensors = (packed.flat(x), packed.flat(dt), A, packed.flat(B), packed.flat(C), chunk_size)
+        options |= {"D": D, "z": None if z is None else packed.flat(z), "dt_bias": dt_bias, "dt_softplus": dt_softplus}
+
+    def finished(out: Tensor) -> Tensor:
+        return packed.rows(out) if packed.first is None else with_skip_and_gate(out, x, D, z)
+
+    if not with_last and initial_states is None:
+        return finished(ops.mamba_chunk_scan(*tensors, **options))
     out, last = with_states(
         name,
         ops.mamba_chunk_scan,
         *tensors,
         cache="ssm_state",
-        shape=(rows, *x.shape[2:], B.shape[-1]),
+        shape=(packed.count(), *x.shape[2:], B.shape[-1]),
         dtype=upcast(x),
-        initial=("initial_states", initial_states),
+        initial=("initial_states", packed.initial("initial_states", initial_states)),
         **options,
     )
-    return (packed.rows(out), packed.last(last)) if return_final_states else packed.rows(out)
+    if not with_last:
+        return finished(out)
+    final = (packed.last(last),) if return_final_states else ()
+    return (finished(out), *final, *((last,) if return_varlen_states else ()))
 
 
 @answering
@@ -197,13 +170,15 @@ def mamba_split_conv1d_scan_combined(
     Differentiable: all tensors but seq_idx.
 
     Args:
-        zxbcdt: `(batch, length, heads * dim + conv_dim + heads)`: gate, what is convolved, dt.
+        zxbcdt: `(batch, length, 2 * mlp + heads * dim + conv_dim + heads)`: a gated MLP's gate and value where there is
+            one beside the mixer, gate, what is convolved, dt.
         conv1d_weight, conv1d_bias: `(conv_dim, width)` and `(conv_dim,)`, conv_dim = heads * dim + 2 * groups * dstate.
         dt_bias, A: `(heads,)`.
         D: `(heads, dim)`, or `(heads,)` with `headdim`.
         chunk_size, initial_states, seq_idx, dt_limit, return_final_states: as for `mamba_chunk_scan_combined`.
         activation: of the convolution; None, "silu" or "swish".
-        rmsnorm_weight: `(heads * dim,)`; None: the scan's output is gated and not normalised.
+        rmsnorm_weight: `(heads * dim,)`; None: the scan's output is gated and not normalised. The MLP's output, mlp
+            channels, comes before that of the scan.
         rmsnorm_eps, norm_before_gate: of the norm.
         outproj_weight, outproj_bias: of the last projection; None: there is none.
         headdim: dim, where `D` does not tell.
@@ -219,15 +194,18 @@ def mamba_split_conv1d_scan_combined(
     if dim is None:
         raise ValueError(f"{name}: headdim: got None, expected the size of a head, as D is per head")
     inner, conv_dim = heads * dim, conv1d_weight.shape[0]
-    if zxbcdt.shape[-1] != inner + conv_dim + heads:
-        expected = (
-            f"{inner} + {conv_dim} + {heads} (gate, conv_dim, heads); a gated MLP beside the mixer is not supported"
-        )
+    mlp, odd = divmod(zxbcdt.shape[-1] - inner - conv_dim - heads, 2)
+    if mlp < 0 or odd:
+        expected = f"{inner} + {conv_dim} + {heads} (gate, conv_dim, heads), and twice the channels of a gated MLP"
         raise ValueError(f"{name}: zxbcdt: got {zxbcdt.shape[-1]} channels, expected {expected}")
-    gate, mixed, dt = zxbcdt.split([inner, conv_dim, heads], dim=-1)
-    packed, silu = Packed(name, zxbcdt.shape[:2], seq_idx), is_silu(name, activation)
-    mixed = ops.causal_conv1d(packed.flat(mixed), conv1d_weight, conv1d_bias, cu_seqlens=packed.cu_seqlens, silu=silu)
-    x, B, C = packed.rows(mixed).split([inner, (conv_dim - inner) // 2, (conv_dim - inner) // 2], dim=-1)
+    mlp_gate, mlp_value, gate, mixed, dt = zxbcdt.split([mlp, mlp, inner, conv_dim, heads], dim=-1)
+    is_silu(name, activation)
+    Packed(name, zxbcdt.shape[:2], seq_idx)  # which would complain of the parts below otherwise
+    convolved = only(
+        causal_conv1d_fn(mixed.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, activation=activation)
+    )
+    half = (conv_dim - inner) // 2
+    x, B, C = convolved.transpose(1, 2).split([inner, half, half], dim=-1)
     y = mamba_chunk_scan_combined(
         x.unflatten(-1, (heads, dim)),
         dt,
@@ -250,6 +228,8 @@ def mamba_split_conv1d_scan_combined(
         out = gated_rms_norm(
             out, gate, rmsnorm_weight, groups=ngroups, eps=rmsnorm_eps, norm_before_gate=norm_before_gate
         )
+    if mlp:
+        out = torch.cat((silu(mlp_gate) * mlp_value, out), dim=-1)
     if outproj_weight is not None:
         out = linear(out, outproj_weight, outproj_bias)
     return (out, states[0]) if states else out

@@ -4,14 +4,17 @@ States of fla are `(n, v_heads, k_dim, v_dim)` unless `state_v_first`; the ops h
 view.
 """
 
+import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from mamba_ops import ops
-from mamba_ops.compat.arguments import check_states, floating, refuse, upcast, with_states
-from mamba_ops.registry import answering
+from mamba_ops.compat.arguments import check_states, floating, refuse, upcast, with_states, without_gradients
+from mamba_ops.compat.fla.channels import by_channel
+from mamba_ops.registry import answering, use_backend
 
 OutputAndState = tuple[Tensor, Tensor | None]
 
@@ -38,6 +41,8 @@ def chunk_gated_delta_rule(
     use_gate_in_kernel: bool = False,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
+    chunk_size: int = 64,
+    transpose_state_layout: bool | None = None,
     **others: object,
 ) -> OutputAndState:
     """Read sequences with the gated delta rule; return their output and, if asked for, their last states in float32.
@@ -53,22 +58,41 @@ def chunk_gated_delta_rule(
         initial_state: `(n, v_heads, k_dim, v_dim)`. Not changed.
         output_final_state: whether to return the last states.
         use_qk_l2norm_in_kernel: whether q and k are normalised.
-        use_beta_sigmoid_in_kernel: whether sigmoid is applied to beta; with `allow_neg_eigval`, twice the sigmoid.
+        use_beta_sigmoid_in_kernel: whether sigmoid is applied to beta.
+        allow_neg_eigval: whether that is twice the sigmoid.
         state_v_first: whether states are `(n, v_heads, v_dim, k_dim)`.
         cu_seqlens: int32 or int64 `(n + 1,)`: sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1].
         cu_seqlens_cpu, chunk_indices: of no effect: they follow from `cu_seqlens`.
         cp_context, others: refused.
-        use_gate_in_kernel: whether g is -exp(A_log) * softplus(g + dt_bias), with `A_log` and `dt_bias` `(v_heads,)`.
+        use_gate_in_kernel: whether g is -exp(A_log) * softplus(g + dt_bias), with `A_log` and `dt_bias` `(v_heads,)`,
+            which are of no effect otherwise.
+        chunk_size: 16, 32 or 64, and of no effect on what is computed.
+        transpose_state_layout: the older name of `state_v_first`, deprecated.
     """
     name = "chunk_gated_delta_rule"
     refuse(name, cp_context=cp_context, **others)
+    if chunk_size not in (16, 32, 64):
+        raise ValueError(f"{name}: chunk_size: got {chunk_size}, expected 16, 32 or 64")
+    state_v_first = _layout(name, state_v_first, transpose_state_layout)
     g = _decay(name, g, use_gate_in_kernel, A_log, dt_bias)
     beta = _beta(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens, "qk_l2norm": use_qk_l2norm_in_kernel}
     return _on_states(name, (q, k, v, g, beta), initial_state, output_final_state, state_v_first, **options)
 
 
+def _layout(function: str, v_first: bool, older: bool | None) -> bool:
+    if older is None:
+        return v_first
+    if v_first:
+        raise ValueError(f"{function}: transpose_state_layout: got it and state_v_first, expected the latter alone")
+    warnings.warn(
+        f"{function}: transpose_state_layout is deprecated; it is state_v_first now", DeprecationWarning, stacklevel=4
+    )
+    return older
+
+
 @answering
+@without_gradients
 def fused_recurrent_gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -88,20 +112,35 @@ def fused_recurrent_gated_delta_rule(
     allow_neg_eigval: bool = False,
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
+    *,
+    transpose_state_layout: bool | None = None,
     **others: object,
 ) -> OutputAndState:
     """Read a few tokens of every sequence, one after the other. As in the original, nothing here has gradients.
 
     Args:
-        g, beta: None: nothing decays, values are written whole.
-        gk, gv: refused.
+        g, beta: None: nothing decays, values are written whole. beta may be `(batch, length, v_heads, v_dim)`.
+        gk, gv: logs of decays of the keys' channels, `(batch, length, v_heads, k_dim)`, and of the values' ones. With
+            these, or a beta of channels, it is read in torch's own functions, token by token.
 
     The other arguments are those of `chunk_gated_delta_rule`.
     """
     name = "fused_recurrent_gated_delta_rule"
-    refuse(name, gk=gk, gv=gv, **others)
+    refuse(name, **others)
+    state_v_first = _layout(name, state_v_first, transpose_state_layout)
+    if g is None and use_gate_in_kernel:
+        raise ValueError(f"{name}: g: got None with use_gate_in_kernel, expected what goes through the gate")
+    if gk is not None or gv is not None or (beta is not None and beta.dim() == v.dim()):
+        g = None if g is None else _decay(name, g, use_gate_in_kernel, A_log, dt_bias)
+        beta = None if beta is None else _beta(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+        out, states = by_channel(
+            name, (q, k, v), (g, gk, gv, beta), scale, initial_state, use_qk_l2norm_in_kernel, state_v_first, cu_seqlens
+        )
+        return out, states if output_final_state else None
     zeros = v.new_zeros(v.shape[:-1])
     g = zeros if g is None else _decay(name, g, use_gate_in_kernel, A_log, dt_bias)
+    if beta is None:
+        _beta(name, zeros, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     beta = zeros + 1 if beta is None else _beta(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens, "qk_l2norm": use_qk_l2norm_in_kernel}
     return _on_states(name, (q, k, v, g, beta), initial_state, output_final_state, state_v_first, **options)
@@ -149,7 +188,6 @@ def _on_states(
 
 def _decay(function: str, g: Tensor, raw: bool, A_log: Tensor | None, dt_bias: Tensor | None) -> Tensor:
     if not raw:
-        refuse(function, A_log=A_log, dt_bias=dt_bias)
         return g
     if A_log is None:
         raise ValueError(f"{function}: A_log: got None with use_gate_in_kernel, expected a tensor (v_heads,)")
@@ -159,7 +197,49 @@ def _decay(function: str, g: Tensor, raw: bool, A_log: Tensor | None, dt_bias: T
 
 
 def _beta(function: str, beta: Tensor, raw: bool, twice: bool) -> Tensor:
+    if twice and not raw:
+        expected = "it with use_beta_sigmoid_in_kernel, whose sigmoid it doubles"
+        raise ValueError(f"{function}: allow_neg_eigval: got True, expected {expected}")
     if not raw:
         return beta
     floating(function, beta=beta)
     return beta.to(upcast(beta)).sigmoid() * (2 if twice else 1)
+
+
+def naive_recurrent_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> OutputAndState:
+    """Do what `chunk_gated_delta_rule` does, on the backend `torch`; beta comes before g."""
+    with use_backend("torch"):
+        return chunk_gated_delta_rule(q, k, v, g, beta, scale, initial_state, output_final_state)
+
+
+def naive_chunk_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    chunk_size: int = 64,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> OutputAndState:
+    """Do what `chunk_gated_delta_rule` does, on the backend `torch`; `chunk_size` is of no effect."""
+    with use_backend("torch"):
+        return chunk_gated_delta_rule(q, k, v, g, beta, scale, initial_state, output_final_state)
+
+
+@answering
+def fused_gdn_gate(
+    g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None, output_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return -exp(A_log) * softplus(g + dt_bias) for g `(..., v_heads)`, the others `(v_heads,)`."""
+    return _decay("fused_gdn_gate", g, True, A_log.flatten(), dt_bias).to(output_dtype)

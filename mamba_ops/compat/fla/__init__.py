@@ -1,0 +1,8 @@
+"""The names of flash-linear-attention 0.6 for the gated delta rule, over our ops: functions, and modules beside it."""
+
+from mamba_ops.compat.fla.convolution import ShortConvolution as ShortConvolution
+from mamba_ops.compat.fla.delta_rule import chunk_gated_delta_rule as chunk_gated_delta_rule
+from mamba_ops.compat.fla.delta_rule import fused_recurrent_gated_delta_rule as fused_recurrent_gated_delta_rule
+from mamba_ops.compat.fla.norms import FusedRMSNormGated as FusedRMSNormGated
+from mamba_ops.compat.fla.norms import RMSNorm as RMSNorm
+from mamba_ops.compat.fla.norms import l2norm as l2norm

@@ -1,0 +1,285 @@
+"""The functions of mamba_ssm that are parts of a scan, or a scan and what is around it."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad, silu, softplus
+
+from mamba_ops.compat.arguments import States, floating, only, upcast
+from mamba_ops.compat.causal_conv1d import causal_conv1d_fn
+from mamba_ops.compat.mamba_ssm.scans import mamba_chunk_scan_combined, selective_state_update
+from mamba_ops.compat.mamba_ssm.selective_scan import selective_scan_fn
+from mamba_ops.ops._common.norms import rms_norm
+from mamba_ops.registry import answering, use_backend
+
+
+@answering
+def mamba_inner_fn(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    checkpoint_lvl: int = 1,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
+    *,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Run a Mamba-1 mixer from its first projection `xz` on, and return what the mixer returns.
+
+    Differentiable: all tensors.
+
+    Args:
+        xz: `(batch, 2 * dim, length)`: what is convolved, and the gate.
+        conv1d_weight, conv1d_bias: `(dim, 1, width)` and `(dim,)`.
+        x_proj_weight: `(rank + 2 * dstate, dim)`: to the step's low rank, B and C.
+        delta_proj_weight: `(dim, rank)`.
+        out_proj_weight, out_proj_bias: `(out, dim)` and `(out,)`.
+        A: `(dim, dstate)`.
+        B, C: None: as projected; else as `selective_scan_fn` takes them.
+        D, delta_bias: `(dim,)`.
+        B_proj_bias, C_proj_bias: `(dstate,)`, added to what is projected.
+        delta_softplus: whether softplus is applied to the step after the bias.
+        checkpoint_lvl: of no effect: what backward needs is computed anew.
+        b_rms_weight, c_rms_weight, dt_rms_weight: of RMS norms of B and C `(dstate,)`, and of the step `(dim,)`.
+        b_c_dt_rms_eps: of these norms.
+        seq_idx, cu_seqlens: not in the original. As for `mamba_chunk_scan_combined`.
+    """
+    name = "mamba_inner_fn"
+    floating(name, xz=xz, x_proj_weight=x_proj_weight, delta_proj_weight=delta_proj_weight)
+    rank, dstate = delta_proj_weight.shape[1], A.shape[-1]
+    x, z = xz.chunk(2, dim=1)
+    packed: dict[str, Any] = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
+    x = only(causal_conv1d_fn(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu", **packed))
+    step, own_B, own_C = linear(x.transpose(1, 2), x_proj_weight).split([rank, dstate, dstate], dim=-1)
+    dt = linear(step, delta_proj_weight)
+    if dt_rms_weight is not None:
+        dt = rms_norm(dt, dt_rms_weight, b_c_dt_rms_eps)
+    y = selective_scan_fn(
+        x,
+        dt.transpose(1, 2),
+        A,
+        _projected(B, own_B, B_proj_bias, b_rms_weight, b_c_dt_rms_eps),
+        _projected(C, own_C, C_proj_bias, c_rms_weight, b_c_dt_rms_eps),
+        D,
+        z=z,
+        delta_bias=delta_bias,
+        delta_softplus=delta_softplus,
+        **packed,
+    )
+    out: Tensor = linear(only(y).transpose(1, 2), out_proj_weight, out_proj_bias)
+    return out
+
+
+def _projected(given: Tensor | None, own: Tensor, bias: Tensor | None, weight: Tensor | None, eps: float) -> Tensor:
+    """Return B or C as `selective_scan_fn` takes it: what was given, or what was projected."""
+    if given is not None:
+        return given
+    own = own if bias is None else own + bias.to(own.dtype)
+    return (own if weight is None else rms_norm(own, weight, eps)).transpose(1, 2)
+
+
+def mamba_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """Do what `mamba_chunk_scan_combined` does without states."""
+    options: dict[str, Any] = {"D": D, "z": z, "dt_bias": dt_bias}
+    return only(mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, **options, dt_softplus=dt_softplus))
+
+
+@answering
+def ssd_selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+) -> Tensor:
+    """Do what `mamba_chunk_scan_combined` does by the recurrence of Mamba-1, so that a head's channels may differ.
+
+    Args:
+        x, z: `(batch, length, heads, dim)`.
+        dt: `(batch, length, heads)`, or with a last axis of dim.
+        A: `(heads,)`, or `(heads * dim, dstate)`.
+        B, C: `(batch, length, groups, dstate)`.
+        D, dt_bias: `(heads,)` or `(heads, dim)`.
+        dt_softplus: whether softplus is applied to dt after the bias.
+        dt_limit: the least and the largest dt; the default does not limit it.
+    """
+    heads, dim = x.shape[2:]
+
+    def by_channel(tensor: Tensor | None) -> Tensor | None:
+        """Return what is of heads, or of heads and their channels, of `(heads * dim,)`."""
+        if tensor is None:
+            return None
+        return (tensor.unsqueeze(1).expand(heads, dim) if tensor.dim() == 1 else tensor).flatten()
+
+    step = (dt if dt.dim() == 4 else dt.unsqueeze(-1).expand(*dt.shape, dim)).flatten(2)
+    rates = A if A.dim() == 2 else A.view(-1, 1, 1).expand(heads, dim, B.shape[-1]).flatten(0, 1)
+    bias, is_soft = by_channel(dt_bias), dt_softplus
+    if tuple(dt_limit) != (0.0, math.inf):
+        step = step.to(upcast(step)) if bias is None else step + bias.to(upcast(step))
+        step = (softplus(step) if dt_softplus else step).clamp(*dt_limit)
+        bias, is_soft = None, False
+    y = selective_scan_fn(
+        x.flatten(2).transpose(1, 2),
+        step.transpose(1, 2),
+        rates.to(upcast(rates)),
+        B.permute(0, 2, 3, 1),
+        C.permute(0, 2, 3, 1),
+        by_channel(D),
+        z=None if z is None else z.flatten(2).transpose(1, 2),
+        delta_bias=bias,
+        delta_softplus=is_soft,
+    )
+    out: Tensor = only(y).transpose(1, 2).unflatten(-1, (heads, dim))
+    return out
+
+
+# -- the steps of a chunked scan, one by one, in torch's own functions ------------------------------------------------
+
+
+def _in_chunks(tokens: Tensor, chunks: int, size: int, heads: int, dtype: torch.dtype) -> Tensor:
+    """Return `(batch, length, heads or groups, n)` as `(batch, chunks, size, heads, n)`, padded with zeros."""
+    tokens = pad(tokens.to(dtype), (0, 0, 0, 0, 0, chunks * size - tokens.shape[1]))
+    pieces: Tensor = tokens.unflatten(1, (chunks, size))
+    return pieces.repeat_interleave(heads // tokens.shape[2], dim=3)
+
+
+@answering
+def chunk_state(B: Tensor, x: Tensor, dt: Tensor, dA_cumsum: Tensor, states_in_fp32: bool = True) -> Tensor:
+    """Return what each chunk leaves of nothing, `(batch, chunks, heads, dim, dstate)`.
+
+    Args:
+        B: `(batch, length, groups, dstate)`.
+        x: `(batch, length, heads, dim)`.
+        dt, dA_cumsum: `(batch, heads, chunks, chunk_size)`: steps, and the sums of dt * A from the chunk's begin.
+        states_in_fp32: whether the states are float32, else of B's dtype.
+    """
+    floating("chunk_state", B=B, x=x, dt=dt, dA_cumsum=dA_cumsum)
+    compute, (chunks, size), heads = upcast(x), dt.shape[2:], x.shape[2]
+    b, u = (_in_chunks(t, chunks, size, heads, compute) for t in (B, x))
+    left = torch.exp((dA_cumsum[..., -1:] - dA_cumsum).to(compute)) * dt.to(compute)
+    states = torch.einsum("bclhn,bhcl,bclhp->bchpn", b, left, u)
+    return states if states_in_fp32 else states.to(B.dtype)
+
+
+@answering
+def state_passing(states: Tensor, dA_chunk_cumsum: Tensor, initial_states: Tensor | None = None) -> States:
+    """Return the states before each chunk, `(batch, chunks, heads, n)`, and those after the last, `(batch, heads, n)`.
+
+    Args:
+        states: `(batch, chunks, heads, n)`, what each chunk leaves of nothing.
+        dA_chunk_cumsum: `(batch, heads, chunks)`, the sum of dt * A over each chunk.
+        initial_states: `(batch, heads, n)`; None: zeros.
+    """
+    floating("state_passing", states=states, dA_chunk_cumsum=dA_chunk_cumsum)
+    compute = upcast(states)
+    state = torch.zeros_like(states[:, 0], dtype=compute) if initial_states is None else initial_states.to(compute)
+    decay, before = torch.exp(dA_chunk_cumsum.to(compute)), []
+    for chunk in range(states.shape[1]):
+        before.append(state)
+        state = state * decay[:, :, chunk].unsqueeze(-1) + states[:, chunk]
+    return torch.stack(before, dim=1).to(states.dtype), state
+
+
+@answering
+def chunk_scan(
+    B: Tensor,
+    C: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    dA_cumsum: Tensor,
+    prev_states: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+) -> Tensor:
+    """Return the outputs `(batch, length, heads, dim)`, given the states before each chunk.
+
+    Args:
+        B, C, x, dt, dA_cumsum: as for `chunk_state`.
+        prev_states: `(batch, chunks, heads, dim, dstate)`.
+        D: `(heads,)` or `(heads, dim)`.
+        z: like x.
+    """
+    floating("chunk_scan", B=B, C=C, x=x, dt=dt, dA_cumsum=dA_cumsum, z=z)
+    compute, (chunks, size), heads, length = upcast(x), dt.shape[2:], x.shape[2], x.shape[1]
+    b, c, u = (_in_chunks(t, chunks, size, heads, compute) for t in (B, C, x))
+    sums = dA_cumsum.to(compute)
+    between = sums.unsqueeze(-1) - sums.unsqueeze(-2)
+    seen = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
+    weights = torch.exp(between.masked_fill(~seen, -math.inf)) * torch.einsum("bclhn,bcshn->bhcls", c, b)
+    y = torch.einsum("bhcls,bhcs,bcshp->bclhp", weights, dt.to(compute), u)
+    since = torch.exp(sums).permute(0, 2, 3, 1).unsqueeze(-1)
+    y = y + torch.einsum("bclhn,bchpn->bclhp", c, prev_states.to(compute)) * since
+    out = y.flatten(1, 2)[:, :length]
+    if D is not None:
+        out = out + (D if D.dim() == 2 else D.unsqueeze(1)).to(compute) * x
+    return (out if z is None else out * silu(z.to(compute))).to(x.dtype)
+
+
+# -- the references of the original -----------------------------------------------------------------------------------
+
+
+def selective_scan_ref(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | States:
+    """Do what `selective_scan_fn` does, on the backend `torch`."""
+    with use_backend("torch"):
+        return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+
+
+def selective_state_update_ref(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """Do what `selective_state_update` does, on the backend `torch`."""
+    with use_backend("torch"):
+        return selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)

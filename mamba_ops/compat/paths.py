@@ -1,0 +1,158 @@
+"""Which of our names stand at which import paths of other libraries."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that `mamba_ops.compat.install` stands in for.
+
+    Attributes:
+        name: what is imported.
+        version: of the original whose names these are.
+        distributions: what it is called where it is installed.
+        modules: by import path, the names there, by the module of `mamba_ops.compat` that they come from; `theirs=ours`
+            where the two differ.
+        others: what else the original has, for those who look for it.
+    """
+
+    name: str
+    version: str
+    distributions: tuple[str, ...]
+    modules: Mapping[str, Mapping[str, str]]
+    others: str
+
+    def why_not(self, path: str) -> str:
+        """Return why a path of the original is none here."""
+        return (
+            f"mamba_ops.compat stands for {self.name} {self.version}, and does not have this; {self.others}; "
+            f"install {self.distributions[0]} itself for it, without mamba_ops.compat.install({self.name!r})"
+        )
+
+
+_CONV = "causal_conv1d_fn causal_conv1d_update"
+_SCAN = "selective_scan_fn"
+_SSD = "mamba_chunk_scan_combined mamba_split_conv1d_scan_combined"
+_SHORT = "ShortConvolution causal_conv1d causal_conv1d_update causal_conv1d_update_states"
+_GATED = "FusedLayerNormGated FusedRMSNormGated FusedRMSNormSwishGate layer_norm_gated rms_norm_gated"
+_GDN = "chunk_gdn=chunk_gated_delta_rule fused_recurrent_gdn=fused_recurrent_gated_delta_rule"
+_DELTA_RULE = "chunk_gated_delta_rule fused_recurrent_gated_delta_rule"
+
+_CAUSAL_CONV1D = Library(
+    "causal_conv1d",
+    "1.7.0",
+    ("causal-conv1d",),
+    {
+        "causal_conv1d": {"causal_conv1d": _CONV},
+        "causal_conv1d.causal_conv1d_interface": {
+            "causal_conv1d": f"{_CONV} causal_conv1d_ref causal_conv1d_update_ref",
+        },
+        "causal_conv1d.causal_conv1d_varlen": {
+            "causal_conv1d": "causal_conv1d_varlen_states causal_conv1d_varlen_states_ref",
+        },
+        "causal_conv1d.cpp_functions": {
+            "causal_conv1d": "causal_conv1d_fwd_function causal_conv1d_bwd_function causal_conv1d_update_function",
+        },
+    },
+    "it has the functions alone",
+)
+
+_MAMBA_SSM = Library(
+    "mamba_ssm",
+    "2.3.2.post1",
+    ("mamba-ssm",),
+    {
+        "mamba_ssm": {"mamba_ssm": f"{_SCAN} mamba_inner_fn Mamba Mamba2 MambaLMHeadModel"},
+        "mamba_ssm.models": {},
+        "mamba_ssm.models.config_mamba": {"mamba_ssm.models": "MambaConfig"},
+        "mamba_ssm.models.mixer_seq_simple": {
+            "mamba_ssm.models": "MambaConfig MambaLMHeadModel MixerModel create_block",
+        },
+        "mamba_ssm.modules": {},
+        "mamba_ssm.modules.block": {"mamba_ssm": "Block"},
+        "mamba_ssm.modules.mamba2": {"mamba_ssm": "Mamba2"},
+        "mamba_ssm.modules.mamba2_simple": {"mamba_ssm": "Mamba2Simple"},
+        "mamba_ssm.modules.mamba_simple": {"mamba_ssm": "Mamba Block"},
+        "mamba_ssm.modules.mha": {"mamba_ssm": "MHA"},
+        "mamba_ssm.modules.mlp": {"mamba_ssm": "GatedMLP"},
+        "mamba_ssm.ops": {},
+        "mamba_ssm.ops.selective_scan_interface": {
+            "mamba_ssm": f"{_SCAN} mamba_inner_fn",
+            "mamba_ssm.parts": "mamba_inner_ref=mamba_inner_fn selective_scan_ref",
+        },
+        "mamba_ssm.ops.triton": {},
+        "mamba_ssm.ops.triton.k_activations": {"mamba_ssm.norms": "swiglu"},
+        "mamba_ssm.ops.triton.layer_norm": {
+            "mamba_ssm.norms": "RMSNorm layer_norm_fn rms_norm_fn layer_norm_linear_fn",
+        },
+        "mamba_ssm.ops.triton.layernorm": {  # before 2.0
+            "mamba_ssm.norms": "RMSNorm layer_norm_fn rms_norm_fn layer_norm_linear_fn",
+        },
+        "mamba_ssm.ops.triton.layernorm_gated": {
+            "mamba_ssm.norms": "LayerNorm=LayerNormGated RMSNorm=RMSNormGated layernorm_fn rmsnorm_fn",
+        },
+        "mamba_ssm.ops.triton.selective_state_update": {
+            "mamba_ssm": "selective_state_update",
+            "mamba_ssm.parts": "selective_state_update_ref",
+        },
+        "mamba_ssm.ops.triton.ssd_chunk_scan": {"mamba_ssm.parts": "chunk_scan chunk_scan_ref=chunk_scan"},
+        "mamba_ssm.ops.triton.ssd_chunk_state": {"mamba_ssm.parts": "chunk_state chunk_state_ref=chunk_state"},
+        "mamba_ssm.ops.triton.ssd_combined": {
+            "mamba_ssm": _SSD,
+            "mamba_ssm.parts": "mamba_chunk_scan ssd_chunk_scan_combined_ref=mamba_chunk_scan ssd_selective_scan",
+        },
+        "mamba_ssm.ops.triton.ssd_state_passing": {
+            "mamba_ssm.parts": "state_passing state_passing_ref=state_passing",
+        },
+        "mamba_ssm.utils": {},
+        "mamba_ssm.utils.generation": {
+            "mamba_ssm.generation": "DecodingCGCache GenerationMixin InferenceParams decode "
+            "modify_logit_for_repetition_penalty sample update_graph_cache",
+        },
+        "mamba_ssm.utils.hf": {"mamba_ssm.checkpoints": "load_config_hf load_state_dict_hf"},
+    },
+    "it has Mamba-1 and Mamba-2, and neither Mamba-3 nor what splits models over ranks",
+)
+
+_FLA = Library(
+    "fla",
+    "0.6.0",
+    ("flash-linear-attention", "fla-core"),
+    {
+        "fla": {},
+        "fla.modules": {
+            "fla": "FusedRMSNormGated RMSNorm ShortConvolution",
+            "fla.norms": "FusedLayerNormGated FusedRMSNormSwishGate L2Norm",
+        },
+        "fla.modules.causal_conv1d": {"fla.convolution": _SHORT},
+        "fla.modules.conv": {"fla.convolution": _SHORT},  # before 0.6, as four more
+        "fla.modules.convolution": {"fla.convolution": _SHORT},
+        "fla.modules.fused_norm_gate": {"fla.norms": _GATED},
+        "fla.modules.l2norm": {"fla.norms": "L2Norm l2_norm=l2norm l2norm"},
+        "fla.modules.layernorm": {"fla.norms": "RMSNorm layer_norm rms_norm"},
+        "fla.modules.norm": {"fla.norms": "FusedLayerNormGated FusedRMSNormGated FusedRMSNormSwishGate L2Norm RMSNorm"},
+        "fla.modules.norm.fused_norm_gate": {"fla.norms": _GATED},
+        "fla.modules.norm.l2norm": {"fla.norms": "L2Norm l2_norm=l2norm l2norm"},
+        "fla.modules.norm.layernorm": {"fla.norms": "RMSNorm layer_norm rms_norm"},
+        "fla.ops": {"fla": _DELTA_RULE, "fla.delta_rule": _GDN},
+        "fla.ops.gated_delta_rule": {
+            "fla": _DELTA_RULE,
+            "fla.delta_rule": f"{_GDN} naive_chunk_gated_delta_rule naive_recurrent_gated_delta_rule",
+        },
+        "fla.ops.gated_delta_rule.chunk": {
+            "fla": "chunk_gated_delta_rule chunk_gdn=chunk_gated_delta_rule",
+        },
+        "fla.ops.gated_delta_rule.fused_recurrent": {
+            "fla": "fused_recurrent_gated_delta_rule fused_recurrent_gdn=fused_recurrent_gated_delta_rule",
+        },
+        "fla.ops.gated_delta_rule.gate": {"fla.delta_rule": "fused_gdn_gate naive_gdn_gate=fused_gdn_gate"},
+        "fla.ops.gated_delta_rule.naive": {
+            "fla.delta_rule": "naive_chunk_gated_delta_rule naive_recurrent_gated_delta_rule",
+        },
+    },
+    "it has the gated delta rule and the modules beside it, and no other kind of attention",
+)
+
+LIBRARIES = {library.name: library for library in (_CAUSAL_CONV1D, _MAMBA_SSM, _FLA)}
+"""The libraries, by import name."""

@@ -1,0 +1,259 @@
+"""What a mixer of Transformers is called with, for the functions that it calls without handing that down.
+
+A modeling file's functions are looked up by name, so they do not know who calls them. While `use_mamba_ops` binds a
+file, its mixers' `forward` note here what they were given: where packed documents begin, and the state before. It is
+noted by thread, in what Dynamo traces too, and anew where a checkpointed layer is computed once more. Documents reach
+mixers by their own keywords, or, as some models drop these on the way, from the call of the model.
+"""
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from mamba_ops.compat.packing import remember
+
+CACHES = ("cache", "cache_params", "past_key_values")  # what Transformers calls one, by version and family
+
+
+class Mixing:
+    """A call of a mixer.
+
+    Attributes:
+        length: tokens of a row.
+        cu_seqlens, seq_idx: where packed documents begin; both None: every row is one.
+        state: the scan's state before, of a cache; None: there is none.
+    """
+
+    def __init__(self, length: int, cu_seqlens: Tensor | None, seq_idx: Tensor | None, state: Tensor | None) -> None:
+        self.length, self.cu_seqlens, self.seq_idx, self._state = length, cu_seqlens, seq_idx, state
+        self._scans = 0
+
+    def packing(self, length: int) -> dict[str, Tensor | None]:
+        """Return how the functions of `compat` are told of documents in rows that have so many tokens.
+
+        There are more than `length` where a convolution gets what a cache holds before them; they are the first's.
+        """
+        before = length - self.length
+        cu_seqlens, seq_idx = self.cu_seqlens, self.seq_idx
+        if before and cu_seqlens is not None:
+            cu_seqlens = torch.cat((cu_seqlens[:1], cu_seqlens[1:] + before))
+        if before and seq_idx is not None:
+            seq_idx = torch.cat((seq_idx[:, :1].expand(-1, before), seq_idx), dim=1)
+        return {"cu_seqlens": cu_seqlens, "seq_idx": None if cu_seqlens is not None else seq_idx}
+
+    def next_state(self) -> Tensor | None:
+        """Return the state before of the mixer's next scan: mixers with several have one after the other."""
+        state, scan = self._state, self._scans
+        self._scans += 1
+        return state[:, scan] if state is not None and state.dim() == 4 else state
+
+
+class Documents(NamedTuple):
+    """Where packed documents begin, as a model was told."""
+
+    cu_seqlens: Tensor | None
+    seq_idx: Tensor | None
+
+
+class _Here(threading.local):
+    mixing: Mixing | None = None
+    documents: Documents | None = None
+    is_inside: bool = False
+
+
+_here = _Here()
+
+
+def current_mixing() -> Mixing | None:
+    """Return the call of a mixer that is under way in this thread."""
+    return _here.mixing
+
+
+def noting(forward: Callable[..., Any], keeps_apart: bool) -> Callable[..., Any]:
+    """Return a mixer's `forward` that notes what it is called with.
+
+    Args:
+        forward: of the mixer.
+        keeps_apart: whether all that it calls keeps documents apart; else they are refused.
+    """
+    names = list(inspect.signature(forward).parameters)[1:]
+
+    @functools.wraps(forward)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        mixing = _mixing_of(self, given[names[0]], given)
+        if not keeps_apart and (mixing.cu_seqlens is not None or mixing.seq_idx is not None):
+            expected = "none: it calls functions that have no op, and do not keep them apart"
+            name = type(self).__name__
+            raise ValueError(f"{name}: seq_idx, cu_seq_lens_q, position_ids: got packed documents, expected {expected}")
+        before, _here.mixing = _here.mixing, mixing
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            _here.mixing = before
+
+    return call
+
+
+def _mixing_of(mixer: nn.Module, tokens: Tensor, given: dict[str, Any]) -> Mixing:
+    length = tokens.shape[1]
+    if length == 1:  # a step of decoding: its token follows what the cache holds
+        return Mixing(length, None, None, None)
+    documents = _documents_of(given)
+    if documents is None:
+        documents = _documents_above(mixer)
+    cu_seqlens, seq_idx = documents or (None, None)
+    if cu_seqlens is not None and seq_idx is not None and tokens.shape[0] > 1:
+        cu_seqlens = None
+    cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+    read = getattr(cache, "get_recurrent_state", None)
+    return Mixing(length, cu_seqlens, seq_idx, None if read is None else read(mixer.layer_idx))
+
+
+def _documents_above(mixer: nn.Module) -> Documents | None:
+    """Return the documents of the model's call; raise if a mixer that was told of some is computed outside of one."""
+    documents = _here.documents
+    if torch.compiler.is_compiling():
+        return documents
+    told = vars(mixer)
+    if _here.is_inside or documents is not None:
+        told["_mamba_ops_was_told"] = documents is not None
+    elif told.get("_mamba_ops_was_told"):
+        name, expected = type(mixer).__name__, "a call of its model, or of a layer that Transformers checkpoints"
+        raise ValueError(
+            f"{name}: seq_idx, cu_seq_lens_q, position_ids: got a call that does not say where documents begin, after "
+            f"one that did, expected {expected}; checkpoint with model.gradient_checkpointing_enable()"
+        )
+    return documents
+
+
+def _documents_of(given: dict[str, Any]) -> Documents | None:
+    """Return which documents the arguments of a call tell of."""
+    cu_seqlens, seq_idx = given.get("cu_seq_lens_q"), given.get("seq_idx")
+    if cu_seqlens is None and seq_idx is None:
+        seq_idx = packed_positions(given)
+    return None if cu_seqlens is None and seq_idx is None else Documents(cu_seqlens, seq_idx)
+
+
+def packed_positions(given: dict[str, Any]) -> Tensor | None:
+    """Return the document of each token, if positions say that there are several; as Transformers' attention does.
+
+    That is where there is neither mask nor cache. An eager call waits for the device.
+    """
+    positions = given.get("position_ids")
+    if positions is None or given.get("attention_mask") is not None:
+        return None
+    if any(given.get(name) is not None for name in CACHES):
+        return None
+    if positions.dim() == 3:  # of several axes; the text's comes first where there is one
+        if positions.shape[0] != 4:
+            return None
+        positions = positions[0]
+    if positions.dim() != 2 or positions.shape[1] < 2:
+        return None
+    begins = pad(positions[:, 1:] - positions[:, :-1] != 1, (1, 0))
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds", given.get("hidden_states")) if tokens is None else tokens
+    if tokens is not None:
+        begins = begins.expand(tokens.shape[0], -1)
+    if torch.compiler.is_compiling():
+        return begins.cumsum(1)
+    return remember(begins.cumsum(1)) if bool(begins.any()) else None
+
+
+def telling(forward: Callable[..., Any], is_innermost: bool) -> Callable[..., Any]:
+    """Return a model's `forward` that sees to it that its mixers know of documents.
+
+    Args:
+        forward: of a model, or of a model around one.
+        is_innermost: whether it is no model around one. Its layers are told too, as far as they take keywords: what has
+            no op refuses what it is told.
+    """
+    parameters = inspect.signature(forward).parameters
+    names = list(parameters)[1:]
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    @functools.wraps(forward)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        before = _here.documents, _here.is_inside
+        documents = _documents_of(given) or before[0]
+        if is_innermost and documents is not None:
+            if takes_more:
+                told = {"cu_seq_lens_q": documents.cu_seqlens, "seq_idx": documents.seq_idx}
+                kwargs |= {name: value for name, value in told.items() if value is not None}
+            if self.training:
+                _carry(self)
+        _here.documents, _here.is_inside = documents, True
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            _here.documents, _here.is_inside = before
+
+    return call
+
+
+def _carry(model: nn.Module) -> None:
+    """Let the layers that Transformers checkpoints know of documents when backward computes them once more."""
+    for module in model.modules():
+        checkpoint = vars(module).get("_gradient_checkpointing_func")
+        if checkpoint is not None and not hasattr(checkpoint, "carries_documents"):
+            module._gradient_checkpointing_func = _carrying(checkpoint)  # type: ignore[assignment]
+
+
+def _carrying(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        documents = _here.documents
+        if documents is None:
+            return checkpoint(function, *args, **kwargs)
+
+        def told(*args: Any, **kwargs: Any) -> Any:
+            before, _here.documents = _here.documents, documents
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _here.documents = before
+
+        return checkpoint(told, *args, **kwargs)
+
+    call.carries_documents = True  # type: ignore[attr-defined]
+    return call
+
+
+def mixers_of(names: dict[str, Any], file: str, functions: Iterable[str]) -> list[type[nn.Module]]:
+    """Return the classes of a modeling file whose `forward` calls one of these functions."""
+    return [
+        value
+        for value in names.values()
+        if isinstance(value, type)
+        and issubclass(value, nn.Module)
+        and value.__module__ == file
+        and calls(value.forward, functions)
+    ]
+
+
+def calls(forward: Callable[..., Any], functions: Iterable[str]) -> bool:
+    """Return whether a `forward` names one of these functions, and takes hidden states."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is not None and not set(functions).isdisjoint(code.co_names) and "hidden_states" in code.co_varnames
+
+
+def models_of(model: nn.Module, file: str, mixers: Iterable[type[nn.Module]]) -> dict[type[nn.Module], bool]:
+    """Return the classes of a file that take tokens and hold mixers, and whether each is an innermost one."""
+    kinds = tuple(mixers)
+    whole = [m for m in model.modules() if type(m).__module__ == file and _takes_tokens(m) and _holds(m, kinds)]
+    return {type(m): not any(inner is not m and inner in whole for inner in m.modules()) for m in whole}
+
+
+def _takes_tokens(module: nn.Module) -> bool:
+    return "input_ids" in inspect.signature(type(module).forward).parameters
+
+
+def _holds(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    return any(isinstance(m, kinds) for m in module.modules())

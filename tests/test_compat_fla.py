@@ -1,0 +1,221 @@
+"""What fla has beside the plain gated delta rule: decays of channels, its short convolution, its norms."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mamba_ops.compat import fla
+from mamba_ops.compat.fla import convolution, delta_rule, norms
+from mamba_ops.registry import use_backend
+from tests.compat_inputs import GDN, compat, gdn_arguments
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> Iterator[None]:
+    with torch.no_grad(), use_backend("torch"):  # which alone takes float64
+        yield
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+# -- the delta rule ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("of", [("gk",), ("gv",), ("beta",), ("gk", "gv", "beta")])
+def test_decays_of_channels(of: tuple[str, ...], v_first: bool) -> None:
+    """As the recurrence says, and as the op where all channels are alike."""
+    arguments: dict[str, Any] = gdn_arguments(torch.device("cpu"))
+    own = {"gk": -normal(2, 9, 4, 4).exp(), "gv": -normal(2, 9, 4, 6).exp(), "beta": normal(2, 9, 4, 6).sigmoid()}
+    arguments |= {name: own[name] for name in of}
+    start = normal(2, 4, 6, 4) if v_first else normal(2, 4, 4, 6)
+    options: dict[str, Any] = {"initial_state": start, "output_final_state": True, "state_v_first": v_first}
+    out, last = fla.fused_recurrent_gated_delta_rule(**arguments, **options, use_qk_l2norm_in_kernel=True)
+    q, k = (functional.normalize(arguments[n], dim=-1).repeat_interleave(2, 2) for n in "qk")
+    state = start.mT if v_first else start
+    zeros = torch.zeros((), dtype=torch.float64)
+    beta = arguments["beta"] if arguments["beta"].dim() == 4 else arguments["beta"].unsqueeze(-1)
+    for t in range(9):
+        decay = arguments["g"][:, t, :, None, None]
+        decay = decay + (arguments["gk"][:, t, :, :, None] if "gk" in of else zeros)
+        decay = decay + (arguments["gv"][:, t, :, None, :] if "gv" in of else zeros)
+        state = state * decay.exp()
+        new = beta[:, t] * (arguments["v"][:, t] - (state * k[:, t, :, :, None]).sum(2))
+        state = state + k[:, t, :, :, None] * new[:, :, None]
+        torch.testing.assert_close(out[:, t], (state * q[:, t, :, :, None]).sum(2) * 0.5, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last, state.mT if v_first else state, rtol=1e-5, atol=1e-5)
+
+
+def test_decays_of_channels_that_are_alike() -> None:
+    arguments: dict[str, Any] = gdn_arguments(torch.device("cpu"))
+    want = fla.fused_recurrent_gated_delta_rule(**arguments, output_final_state=True)
+    gk = arguments.pop("g").unsqueeze(-1).expand(-1, -1, -1, 4)
+    got = fla.fused_recurrent_gated_delta_rule(**arguments, gk=gk, output_final_state=True)
+    torch.testing.assert_close(got, want)
+
+
+def test_decays_of_channels_of_packed_sequences() -> None:
+    """Tokens past the last one are of none."""
+    arguments = {n: t.flatten(0, 1)[None] for n, t in gdn_arguments(torch.device("cpu")).items()}
+    arguments["gv"] = -normal(1, 18, 4, 6).exp()
+    ends = torch.tensor([0, 4, 4, 15])
+    start = normal(3, 4, 4, 6)
+    out, last = fla.fused_recurrent_gated_delta_rule(
+        **arguments, cu_seqlens=ends, initial_state=start, output_final_state=True
+    )
+    for row, (begin, end) in enumerate(((0, 4), (4, 4), (4, 15))):
+        part = {n: t[:, begin:end] for n, t in arguments.items()}
+        alone, state = fla.fused_recurrent_gated_delta_rule(
+            **part, initial_state=start[row : row + 1], output_final_state=True
+        )
+        torch.testing.assert_close(out[:, begin:end], alone)
+        torch.testing.assert_close(last[row], state[0])
+    assert not out[:, 15:].any()
+
+
+@pytest.mark.parametrize("name", GDN)
+def test_older_and_further_arguments(name: str) -> None:
+    call, arguments = getattr(compat, name), gdn_arguments(torch.device("cpu"))
+    want = call(**arguments, output_final_state=True, state_v_first=True)
+    with pytest.warns(DeprecationWarning, match=f"^{name}: transpose_state_layout is deprecated; it is state_v_first"):
+        got = call(**arguments, output_final_state=True, transpose_state_layout=True)
+    torch.testing.assert_close(got, want)
+    with pytest.raises(ValueError, match=f"^{name}: transpose_state_layout: got it and state_v_first, expected the la"):
+        call(**arguments, transpose_state_layout=True, state_v_first=True)
+    unused = {"A_log": torch.randn(4), "dt_bias": torch.randn(4)}
+    torch.testing.assert_close(call(**arguments, **unused)[0], want[0])
+    if name == "chunk_gated_delta_rule":
+        for chunk_size in (16, 32, 64):
+            assert torch.equal(call(**arguments, chunk_size=chunk_size)[0], want[0])
+    else:
+        with pytest.raises(ValueError, match=f"^{name}: g: got None with use_gate_in_kernel, expected what goes"):
+            call(**arguments | {"g": None}, use_gate_in_kernel=True, A_log=unused["A_log"])
+        with pytest.raises(ValueError, match=f"^{name}: allow_neg_eigval: got True, expected it with use_beta_sigmoid"):
+            call(**arguments | {"beta": None}, allow_neg_eigval=True)
+
+
+def test_references_and_the_gate() -> None:
+    arguments = gdn_arguments(torch.device("cpu"))
+    want = fla.chunk_gated_delta_rule(**arguments, output_final_state=True)
+    q, k, v, g, beta = arguments.values()
+    torch.testing.assert_close(
+        delta_rule.naive_recurrent_gated_delta_rule(q, k, v, beta, g, output_final_state=True), want
+    )
+    torch.testing.assert_close(
+        delta_rule.naive_chunk_gated_delta_rule(q, k, v, g, beta, 16, output_final_state=True), want
+    )
+    A_log, dt_bias = normal(4), normal(4)
+    gate = delta_rule.fused_gdn_gate(g, A_log, dt_bias, torch.float64)
+    torch.testing.assert_close(gate, -A_log.exp() * functional.softplus(g + dt_bias))
+    assert delta_rule.fused_gdn_gate(g, A_log).dtype == torch.float32
+
+
+# -- the convolution --------------------------------------------------------------------------------------------------
+
+
+def convolved(module: Any, x: Tensor, before: Tensor) -> Tensor:
+    inputs = torch.cat((before[..., 1:], x.mT), -1)
+    y = functional.conv1d(inputs, module.weight, module.bias, groups=6)
+    return (y if module.activation is None else functional.silu(y)).mT
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_short_convolutions_go_on_from_states(activation: str | None, length: int) -> None:
+    module = fla.ShortConvolution(6, 4, bias=True, activation=activation, dtype=torch.float64)
+    x, before, residual = normal(2, length, 6), normal(2, 6, 4), normal(2, length, 6)
+    want, last = convolved(module, x, before), torch.cat((before, x.mT), -1)[..., -4:]
+    cache = before.clone()
+    y, state = module(x, residual, cache=cache, output_final_state=True)
+    torch.testing.assert_close(y, want + residual)
+    torch.testing.assert_close(state, last)
+    assert (state is cache) == (length == 1)  # in place where a sequence has one token
+    assert torch.equal(cache, last if length == 1 else before)
+    with torch.enable_grad():
+        leaves = [x.clone().requires_grad_(), before.clone().requires_grad_()]
+        y, state = module(leaves[0], cache=leaves[1], output_final_state=True)
+        torch.testing.assert_close((y, state), (want, last))
+        assert torch.autograd.gradcheck(
+            lambda a, b: module(a, cache=b, output_final_state=True), leaves, fast_mode=True
+        )
+    y, state = module(x)
+    torch.testing.assert_close(y, convolved(module, x, torch.zeros_like(before)))
+    assert state is None
+    heads = convolution.causal_conv1d(x.unflatten(-1, (2, 3)), module.weight[:, 0], module.bias, activation=activation)
+    torch.testing.assert_close(heads[0].flatten(2), y)
+
+
+def test_short_convolutions_of_packed_sequences() -> None:
+    module, x = fla.ShortConvolution(6, 4, dtype=torch.float64), normal(1, 12, 6)
+    ends, before = torch.tensor([0, 7, 7, 9, 12]), normal(4, 6, 4)
+    y, state = module(x, cache=before, output_final_state=True, cu_seqlens=ends)
+    for row, (begin, end) in enumerate(((0, 7), (7, 7), (7, 9), (9, 12))):
+        part = x[:, begin:end]
+        if end > begin:
+            torch.testing.assert_close(y[:, begin:end], convolved(module, part, before[row : row + 1]))
+        torch.testing.assert_close(state[row], torch.cat((before[row], part[0].T), -1)[:, -4:])
+    idx = torch.repeat_interleave(torch.arange(3), torch.tensor([7, 2, 3]))[None]
+    torch.testing.assert_close(module(x, seq_idx=idx)[0], module(x, cu_seqlens=ends)[0])
+    _, state = module(x, output_final_state=True, cu_seqlens=ends)
+    assert not state[1].any()
+    token, cache = normal(1, 4, 6), before.clone()
+    y, state = module(token, cache=cache, output_final_state=True, cu_seqlens=torch.arange(5))
+    assert state is cache
+    torch.testing.assert_close(y.mT, convolved(module, token.transpose(0, 1), before).transpose(0, 1).mT)
+
+
+def test_short_convolutions_mask_padding() -> None:
+    module, x = fla.ShortConvolution(6, 4, dtype=torch.float64), normal(2, 5, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    given = x.clone()
+    torch.testing.assert_close(module(x, mask=mask)[0][0, 2:], module(x[:1, 2:])[0][0])
+    assert torch.equal(x, given)
+    with pytest.raises(ValueError, match="ShortConvolution: mask: got it with cu_seqlens, expected one of the two"):
+        module(x[:1], mask=mask[:1], cu_seqlens=torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match="ShortConvolution: activation: got 'gelu', expected None, 'silu' or 'swish'"):
+        fla.ShortConvolution(6, 4, activation="gelu")
+    with pytest.raises(ValueError, match="causal_conv1d: weight: got None, expected a tensor"):
+        convolution.causal_conv1d(x)
+    with pytest.raises(
+        ValueError, match=r"causal_conv1d_update: x: got shape \(2, 5, 6\), expected one token for each"
+    ):
+        convolution.causal_conv1d_update(x, normal(2, 6, 4), None, module.weight[:, 0])
+    assert module.state_size == 24
+    assert "activation=silu" in repr(module)
+
+
+# -- norms ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["swish", "sigmoid"])
+@pytest.mark.parametrize("kind", [norms.FusedLayerNormGated, fla.FusedRMSNormGated])
+def test_gated_norms(kind: Any, activation: str) -> None:
+    module = kind(6, activation=activation, dtype=torch.float64)
+    torch.nn.init.normal_(module.weight)
+    x, g, residual = normal(2, 5, 6), normal(2, 5, 6), normal(2, 5, 6)
+    gate = torch.sigmoid(g) if activation == "sigmoid" else functional.silu(g)
+    h = x + residual
+    h = h - (h.mean(-1, keepdim=True) if kind is norms.FusedLayerNormGated else 0)
+    want = h / torch.sqrt(h.square().mean(-1, keepdim=True) + 1e-5) * module.weight * gate
+    torch.testing.assert_close(module(x, g, residual, True), (want, x + residual))
+    torch.testing.assert_close(module(x + residual, g.flatten(0, 1)), want)
+    assert module(x.float(), g.float(), prenorm=True, residual_in_fp32=True)[1].dtype == torch.float32
+    with pytest.raises(ValueError, match=f"{kind.__name__}: activation: got 'gelu', expected 'swish', 'silu', 'sigm"):
+        kind(6, activation="gelu")
+    assert kind(6, elementwise_affine=False)(x, g).shape == x.shape
+
+
+def test_plain_norms() -> None:
+    x, residual = normal(2, 5, 6), normal(2, 5, 6)
+    torch.testing.assert_close(fla.l2norm(x, 1e-3), x / torch.sqrt(x.square().sum(-1, keepdim=True) + 1e-3))
+    assert norms.L2Norm(output_dtype=torch.float32)(x).dtype == torch.float32
+    for module in (fla.RMSNorm(6, bias=True, dtype=torch.float64), fla.RMSNorm(6, elementwise_affine=False)):
+        y, total = module(x, residual, prenorm=True)
+        torch.testing.assert_close(total, x + residual)
+        torch.testing.assert_close(y, functional.rms_norm(total, (6,), eps=1e-5))

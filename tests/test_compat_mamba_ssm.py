@@ -1,0 +1,195 @@
+"""The parts and norms of mamba_ssm over our ops, against what their documentation says they are."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mamba_ops.compat.mamba_ssm import norms, parts
+from mamba_ops.registry import use_backend
+from tests.compat_inputs import compat, scan_arguments
+
+PROMPT, LENGTH, CUTS = 7, 20, (0, 7, 9, 20)
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    with use_backend("torch"):  # which alone takes float64
+        yield
+    torch.set_default_dtype(torch.float32)
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def ssd() -> dict[str, Any]:
+    arguments: dict[str, Any] = scan_arguments(torch.device("cpu"))
+    arguments["z"] = torch.randn_like(arguments["x"])
+    return arguments | {"dt_softplus": True}
+
+
+def test_the_steps_of_a_chunked_scan_are_the_scan() -> None:
+    arguments = ssd()
+    want = compat.mamba_chunk_scan_combined(**arguments, chunk_size=8)
+    dt = functional.pad(functional.softplus(arguments["dt"] + arguments["dt_bias"]), (0, 0, 0, 3))
+    dt = dt.unflatten(1, (3, 8)).permute(0, 3, 1, 2)
+    sums = (dt * arguments["A"].view(-1, 1, 1)).cumsum(-1)
+    x, B, C, D, z = (arguments[name] for name in "xBCDz")
+    states = parts.chunk_state(B, x, dt, sums)
+    before, last = parts.state_passing(states.flatten(-2), sums[..., -1])
+    out = parts.chunk_scan(B, C, x, dt, sums, before.unflatten(-1, states.shape[-2:]), D=D, z=z)
+    torch.testing.assert_close(out, want)
+    final = compat.mamba_chunk_scan_combined(**arguments, chunk_size=8, return_final_states=True)[1]
+    torch.testing.assert_close(last.view_as(final), final)
+    torch.testing.assert_close(parts.mamba_chunk_scan(**arguments, chunk_size=8), want)
+
+
+@pytest.mark.parametrize("limit", [(0.0, math.inf), (0.3, 0.9)])
+def test_the_recurrence_of_mamba_1_gives_the_scan_of_mamba_2(limit: tuple[float, float]) -> None:
+    arguments = ssd()
+    want = compat.mamba_chunk_scan_combined(**arguments, chunk_size=8, dt_limit=limit)
+    torch.testing.assert_close(parts.ssd_selective_scan(**arguments, dt_limit=limit), want)
+    expanded = arguments | {
+        "dt": arguments["dt"].unsqueeze(-1).repeat(1, 1, 1, 8),
+        "A": arguments["A"].view(-1, 1, 1).expand(4, 8, 16).flatten(0, 1),
+        "D": arguments["D"].unsqueeze(1).repeat(1, 8),
+        "dt_bias": arguments["dt_bias"].unsqueeze(1).repeat(1, 8),
+    }
+    torch.testing.assert_close(parts.ssd_selective_scan(**expanded, dt_limit=limit), want)
+
+
+@pytest.mark.parametrize("of", [("B",), ("C",), ("B", "C"), ("groups",)])
+def test_a_scan_takes_what_is_of_channels(of: tuple[str, ...]) -> None:
+    u, delta = torch.randn(2, 6, 9), torch.rand(2, 6, 9)
+    A, leaves = -torch.rand(6, 4), {}
+    tokens = {name: torch.randn(2, 4, 9) for name in "BC"}
+    for name in of:
+        if name == "groups":
+            tokens["B"] = torch.randn(2, 3, 4, 9)
+        else:
+            leaves[name] = tokens[name] = torch.randn(6, 4, requires_grad=True)
+    full = {
+        n: t.unsqueeze(-1).expand(2, 6, 4, 9) if t.dim() == 2 else
+        (t if t.dim() == 4 else t.unsqueeze(1)).repeat_interleave(6 // (t.shape[1] if t.dim() == 4 else 1), 1)
+        for n, t in tokens.items()
+    }  # fmt: skip
+    out = compat.selective_scan_fn(u, delta, A, **tokens)
+    torch.testing.assert_close(out, compat.selective_scan_fn(u, delta, A, **full))
+    for leaf in leaves.values():
+        assert torch.autograd.grad(out.sum(), leaf, retain_graph=True)[0].abs().min() > 0
+
+
+def test_a_scan_keeps_packed_sequences_apart() -> None:
+    """Eager, in a graph, and the states of all."""
+    u, delta, z = torch.randn(1, 6, LENGTH), torch.randn(1, 6, LENGTH), torch.randn(1, 6, LENGTH)
+    A, B, C = -torch.rand(6, 4), torch.randn(1, 4, LENGTH), torch.randn(1, 4, LENGTH)
+    options: dict[str, Any] = {"D": torch.randn(6), "delta_bias": torch.randn(6), "delta_softplus": True}
+    alone = [
+        compat.selective_scan_fn(
+            *(t[..., a:b] for t in (u, delta)), A, *(t[..., a:b] for t in (B, C)), z=z[..., a:b], **options,
+            return_last_state=True,
+        )
+        for a, b in itertools.pairwise(CUTS)
+    ]  # fmt: skip
+    want, states = torch.cat([out for out, _ in alone], -1), torch.cat([last for _, last in alone])
+    ends, idx = torch.tensor(CUTS), torch.repeat_interleave(torch.arange(3), torch.tensor([7, 2, 11]))[None]
+
+    def call(**packed: Any) -> Any:
+        return compat.selective_scan_fn(u, delta, A, B, C, z=z, **options, **packed)
+
+    torch.testing.assert_close(call(seq_idx=idx), want)
+    torch.testing.assert_close(call(cu_seqlens=ends, return_varlen_states=True), (want, states))
+    torch.testing.assert_close(call(cu_seqlens=ends, return_last_state=True), (want, states[-1:]))
+    graph = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(graph(seq_idx=idx, return_last_state=True), (want, states[-1:]))
+
+
+@pytest.mark.parametrize("rms", [False, True])
+def test_the_inner_function_is_its_parts(rms: bool) -> None:
+    xz, conv, bias = torch.randn(2, 12, 9), torch.randn(6, 1, 4), torch.randn(6)
+    x_proj, dt_proj, out_proj = torch.randn(3 + 8, 6), torch.randn(6, 3), torch.randn(5, 6)
+    A, D, dt_bias = -torch.rand(6, 4), torch.randn(6), torch.randn(6)
+    weights = {"b_rms_weight": torch.randn(4), "c_rms_weight": torch.randn(4), "dt_rms_weight": torch.randn(6)}
+    biases = {"B_proj_bias": torch.randn(4), "C_proj_bias": torch.randn(4)}
+    got = parts.mamba_inner_fn(
+        xz, conv, bias, x_proj, dt_proj, out_proj, None, A, None, None, D, dt_bias, **biases, **(weights if rms else {})
+    )
+    x, z = xz.chunk(2, 1)
+    x = compat.causal_conv1d_fn(x, conv[:, 0], bias, activation="silu")
+    dt, B, C = (x.transpose(1, 2) @ x_proj.t()).split([3, 4, 4], -1)
+    dt, B, C = dt @ dt_proj.t(), B + biases["B_proj_bias"], C + biases["C_proj_bias"]
+    if rms:
+        dt, B, C = (
+            functional.rms_norm(t, t.shape[-1:], w, 1e-6)
+            for t, w in zip((dt, B, C), (weights[f"{n}_rms_weight"] for n in ("dt", "b", "c")), strict=True)
+        )
+    y = compat.selective_scan_fn(x, *(dt.mT, A, B.mT, C.mT), D, z=z, delta_bias=dt_bias, delta_softplus=True)
+    torch.testing.assert_close(got, y.mT @ out_proj.t())
+
+
+# -- norms ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_rms_norm", [False, True])
+@pytest.mark.parametrize("more", [(), ("residual",), ("residual", "x1"), ("weight1", "bias1"), ("rowscale",)])
+def test_layer_norm_adds_and_normalises(is_rms_norm: bool, more: tuple[str, ...]) -> None:
+    shapes = {"weight1": (8,), "bias1": (8,), "rowscale": (2, 5)}
+    x, weight, bias = torch.randn(2, 5, 8), torch.randn(8), torch.randn(8)
+    given: dict[str, Any] = {name: torch.randn(shapes.get(name, (2, 5, 8))) for name in more}
+    total = x * given["rowscale"].unsqueeze(-1) if "rowscale" in given else x
+    total = total + given.get("x1", 0) + given.get("residual", 0)
+    centred = total if is_rms_norm else total - total.mean(-1, keepdim=True)
+    normal = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-3)
+    want = [normal * weight + bias]
+    if "weight1" in given:
+        want.append(normal * given["weight1"] + given["bias1"])
+    got = norms.layer_norm_fn(x, weight, bias, eps=1e-3, is_rms_norm=is_rms_norm, prenorm=True, **given)
+    torch.testing.assert_close(got, (*want, total))
+    got = norms.layer_norm_fn(x, weight, bias, eps=1e-3, is_rms_norm=is_rms_norm, **given)
+    torch.testing.assert_close(got, want[0] if len(want) == 1 else tuple(want))
+    if is_rms_norm:
+        torch.testing.assert_close(norms.rms_norm_fn(x, weight, bias, eps=1e-3, **given), got)
+
+
+def test_layer_norm_drops_and_keeps_dtypes() -> None:
+    x, weight = torch.ones(50, 64, dtype=torch.bfloat16), torch.ones(64)
+    out, total, mask, none = norms.layer_norm_fn(
+        x, weight, None, dropout_p=0.25, prenorm=True, residual_in_fp32=True, return_dropout_mask=True
+    )
+    assert (out.dtype, total.dtype, none) == (torch.bfloat16, torch.float32, None)
+    assert 0.7 < mask.double().mean() < 0.8
+    torch.testing.assert_close(total, mask.float() / 0.75)
+    assert norms.rms_norm_fn(x, weight, None, residual=x.double(), prenorm=True)[1].dtype == torch.float64
+    with pytest.raises(ValueError, match="layer_norm_fn: rowscale: got a tensor and x1, expected one of the two"):
+        norms.layer_norm_fn(x, weight, None, x1=x, rowscale=x[:, 0])
+    projected, total = norms.layer_norm_linear_fn(x.double(), weight, None, torch.eye(64), None, prenorm=True)
+    torch.testing.assert_close(projected, norms.layer_norm_fn(x.double(), weight, None))
+    module = norms.RMSNorm(64, dropout_p=0.5)
+    assert (module(x) == 0).any()
+    assert not (module.eval()(x) == 0).any()
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("kind", [norms.LayerNormGated, norms.RMSNormGated])
+def test_gated_norms(kind: type[nn.Module], before: bool) -> None:
+    x, z = torch.randn(2, 5, 12), torch.randn(2, 5, 12)
+    module: Any = kind(12, eps=1e-3, group_size=4, norm_before_gate=before)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    h = (x if before else x * functional.silu(z)).unflatten(-1, (3, 4))
+    if kind is norms.LayerNormGated:
+        h = h - h.mean(-1, keepdim=True)
+    h = (h / torch.sqrt(h.square().mean(-1, keepdim=True) + 1e-3)).flatten(-2) * module.weight
+    h = h + (0 if module.bias is None else module.bias)
+    torch.testing.assert_close(module(x, z), h * functional.silu(z) if before else h)
+    assert module(x).shape == x.shape
+    with pytest.raises(ValueError, match="group_size: got 5, expected a divisor of 12"):
+        kind(12, group_size=5)(x)
+    gate, value = torch.randn(2, 3, 8).chunk(2, -1)
+    torch.testing.assert_close(norms.swiglu(torch.cat((gate, value), -1)), functional.silu(gate) * value)
