@@ -96,7 +96,7 @@ def fla(case: Case) -> tuple[Prefill, Prefill]:
     Its states are (k_dim, v_dim) and have no slots; q, k and v are made contiguous, and the gates of decode computed,
     before the clock starts.
     """
-    module = peers._module("fla.ops.gated_delta_rule")
+    module = peers.module("fla.ops.gated_delta_rule")
     given, many = case.arguments, case.op == "chunk_gated_delta_rule"
     if many:
         function, options = module.chunk_gated_delta_rule, {"cu_seqlens": given["cu_seqlens"].long()}

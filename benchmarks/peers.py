@@ -30,7 +30,7 @@ _FOLDER = Path(__file__).parent.parent / ".peers"
 _OPS = "vllm.model_executor.layers.mamba.ops"
 
 
-def _module(name: str) -> ModuleType:
+def module(name: str) -> ModuleType:
     """A peer's module; those of the folder that MAMBA_OPS_PEERS names (default: .peers beside benchmarks/) come before
     installed ones."""
     folder = str(Path(os.environ.get("MAMBA_OPS_PEERS", _FOLDER)).resolve())
@@ -92,8 +92,8 @@ class Peer:
 def find_peer() -> tuple[Peer | None, str]:
     """The peer of the decode kernels, or None, and a sentence that says which."""
     try:
-        version = _module("vllm").__version__
-        mamba_ssm, causal_conv1d = _module(f"{_OPS}.mamba_ssm"), _module(f"{_OPS}.causal_conv1d")
+        version = module("vllm").__version__
+        mamba_ssm, causal_conv1d = module(f"{_OPS}.mamba_ssm"), module(f"{_OPS}.causal_conv1d")
     except ImportError as error:
         return None, f"No peer: vLLM's kernels cannot be imported ({error})."
     peer = Peer(f"vLLM {version}", mamba_ssm.selective_state_update, causal_conv1d.causal_conv1d_update)
@@ -117,8 +117,8 @@ def vllm_scan(
     **weights: Any,
 ) -> Prefill:
     """vLLM's layer gathers the initial states, where there are any; its table of chunks is made once for all layers."""
-    scan = _module(f"{_OPS}.ssd_combined").mamba_chunk_scan_combined_varlen
-    gather = _module(f"{_OPS}.gather_initial_states").gather_initial_states
+    scan = module(f"{_OPS}.ssd_combined").mamba_chunk_scan_combined_varlen
+    gather = module(f"{_OPS}.gather_initial_states").gather_initial_states
     ends, row_of, last = [0], [], []
     for row, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
         new = [*range(start + chunk_size, stop, chunk_size), stop]
@@ -152,7 +152,7 @@ def mamba_ssm_scan(
     **weights: Any,
 ) -> Prefill:
     """mamba_ssm's layer has a dense batch, a cache without slots, and copies the last states there."""
-    scan = _module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    scan = module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     x, dt, B, C = (t.unflatten(0, (len(slots), -1)) for t in (x, dt, B, C))
 
     def call(cache: Tensor) -> Any:
@@ -175,7 +175,7 @@ def vllm_conv(
     has_initial_state: Tensor | None,
 ) -> Prefill:
     """vLLM has channels first, as a view, and takes a table of programs that is made once for all layers."""
-    conv = _module(f"{_OPS}.causal_conv1d").causal_conv1d_fn
+    conv = module(f"{_OPS}.causal_conv1d").causal_conv1d_fn
     block = 8  # tokens of a program, which is not an option of it
     counts = [-(-(stop - start) // block) for start, stop in pairwise(cu_seqlens.tolist())]
     row_of = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], dtype=torch.int32)
@@ -203,7 +203,7 @@ def cuda_conv(
     has_initial_state: Tensor | None,
 ) -> Prefill:
     """causal-conv1d has a dense batch, channels first as a view, and no slots; the last inputs are copied."""
-    conv = _module("causal_conv1d").causal_conv1d_fn
+    conv = module("causal_conv1d").causal_conv1d_fn
     batch = x.unflatten(0, (len(slots), -1)).transpose(1, 2)
 
     def call(cache: Tensor) -> Any:
@@ -226,8 +226,8 @@ def cuda_conv_packed(
     has_initial_state: None,
 ) -> Prefill:
     """The same kernel over packed sequences: it starts from no state, and a second kernel finds the last inputs."""
-    conv = _module("causal_conv1d").causal_conv1d_fn
-    last_inputs = _module("causal_conv1d.causal_conv1d_varlen").causal_conv1d_varlen_states
+    conv = module("causal_conv1d").causal_conv1d_fn
+    last_inputs = module("causal_conv1d.causal_conv1d_varlen").causal_conv1d_varlen_states
     rows = torch.arange(len(slots), dtype=torch.int32, device=x.device)
     row_of = rows.repeat_interleave(cu_seqlens.diff()).unsqueeze(0)
 
@@ -254,7 +254,7 @@ def cuda_selective_scan(
     slots: Tensor,
 ) -> Prefill:
     """mamba_ssm's kernel has a dense batch with a channel's tokens adjacent, as it requires, and no slots."""
-    scan = _module("selective_scan_cuda").fwd
+    scan = module("selective_scan_cuda").fwd
     x, dt, z, B, C = (t.unflatten(0, (len(slots), -1)).transpose(1, 2).contiguous() for t in (x, dt, z, B, C))
     B, C = B.unsqueeze(1), C.unsqueeze(1)
 
@@ -279,7 +279,7 @@ def mamba_ssm_backend(
     **weights: Any,
 ) -> Prefill:
     """mamba_ssm's kernel as a backend of our op, from examples/backend_mamba_ssm, with copies of layouts."""
-    _module("selective_scan_cuda")
+    module("selective_scan_cuda")
     folder = str(Path(__file__).parent.parent / "examples" / "backend_mamba_ssm")
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -308,7 +308,7 @@ def versions() -> dict[str, str]:
     found = {}
     for name, module in {"vLLM": "vllm", "mamba_ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}.items():
         try:
-            found[name] = str(_module(module).__version__)
+            found[name] = str(module(module).__version__)
         except ImportError as error:
             found[name] = f"absent ({error})"
     return found
@@ -319,10 +319,10 @@ def versions() -> dict[str, str]:
 
 def vllm_ops() -> SimpleNamespace:
     """The Triton kernels of vLLM's Mamba-2 layer."""
-    conv, ssm = _module(f"{_OPS}.causal_conv1d"), _module(f"{_OPS}.mamba_ssm")
+    conv, ssm = module(f"{_OPS}.causal_conv1d"), module(f"{_OPS}.mamba_ssm")
     return SimpleNamespace(
         conv=conv.causal_conv1d_fn,
         conv_update=conv.causal_conv1d_update,
         update=ssm.selective_state_update,
-        scan=_module(f"{_OPS}.ssd_combined").mamba_chunk_scan_combined_varlen,
+        scan=module(f"{_OPS}.ssd_combined").mamba_chunk_scan_combined_varlen,
     )

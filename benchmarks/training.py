@@ -4,20 +4,31 @@ Agreement is that of all gradients with our torch reference in float32, relative
 alone, in Triton's interpreter on small sizes, and only agreement is shown.
 """
 
-import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import measure, peers
 from benchmarks.measure import Row, number, ratio
 
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]
 Call = Callable[[Inputs], Tensor]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    call: Call
+    channel_major: bool = False  # whether it is given inputs whose tokens are neighbours, channel by channel
+
+    def arranged(self, inputs: Inputs) -> Inputs:
+        if not self.channel_major:
+            return inputs
+        return {n: t.transpose(1, 2).contiguous().transpose(1, 2) if t.dim() == 3 else t for n, t in inputs.items()}
 
 
 def conv_inputs(device: torch.device) -> Inputs:
@@ -37,6 +48,26 @@ def scan_inputs(device: torch.device) -> Inputs:
     return inputs | {"D": torch.randn(heads, device=device), "dt_bias": torch.randn(heads, device=device) - 3}
 
 
+def selective_inputs(device: torch.device) -> Inputs:
+    """The recurrence of a Mamba-1 layer of 4096 channels, 8 rows of 1024 tokens."""
+    rows, length, dim, dstate = (1, 40, 32, 4) if device.type == "cpu" else (8, 1024, 4096, 16)
+    random = partial(measure.random, device=device)
+    inputs = {name: random(rows, length, dim) for name in ("x", "dt")}
+    inputs["A"] = -1 - 15 * torch.rand(dim, dstate, device=device)
+    inputs |= {name: random(rows, length, dstate) for name in ("B", "C")}
+    return inputs | {"D": torch.randn(dim, device=device), "dt_bias": torch.randn(dim, device=device) - 3}
+
+
+def delta_inputs(device: torch.device) -> Inputs:
+    """A layer of Qwen3-Next: 16 heads of q and k, 32 of v, 4 rows of 2048 tokens; gates as the layer computes them."""
+    rows, length, k_heads, v_heads, dim = (1, 80, 1, 2, 16) if device.type == "cpu" else (4, 2048, 16, 32, 128)
+    random = partial(measure.random, device=device)
+    inputs = {name: random(rows, length, k_heads, dim) for name in ("q", "k")}
+    inputs["v"] = random(rows, length, v_heads, dim)
+    inputs["g"] = -0.1 * torch.nn.functional.softplus(torch.randn(rows, length, v_heads, device=device))
+    return inputs | {"beta": random(rows, length, v_heads).sigmoid()}
+
+
 def our_scan(inputs: Inputs) -> Tensor:
     import mamba_ops
 
@@ -49,31 +80,63 @@ def our_conv(inputs: Inputs) -> Tensor:
     return mamba_ops.causal_conv1d(**inputs)
 
 
+def our_selective_scan(inputs: Inputs) -> Tensor:
+    import mamba_ops
+
+    return mamba_ops.selective_scan(**inputs, dt_softplus=True)
+
+
+def our_delta_rule(inputs: Inputs) -> Tensor:
+    import mamba_ops
+
+    return mamba_ops.chunk_gated_delta_rule(**inputs, qk_l2norm=True)
+
+
+def peer_selective_scan(inputs: Inputs) -> Tensor:
+    scan = peers.module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    x, dt, B, C = (inputs[name].transpose(1, 2) for name in ("x", "dt", "B", "C"))
+    output: Tensor = scan(x, dt, inputs["A"], B, C, inputs["D"], None, inputs["dt_bias"], True)
+    return output.transpose(1, 2)
+
+
 def peer_scan(inputs: Inputs, chunk_size: int) -> Tensor:
-    scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    scan = peers.module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     output: Tensor = scan(**inputs, chunk_size=chunk_size, dt_softplus=True)
     return output
 
 
 def peer_conv(inputs: Inputs) -> Tensor:
-    conv = importlib.import_module("causal_conv1d").causal_conv1d_fn
+    conv = peers.module("causal_conv1d").causal_conv1d_fn
     x = inputs["x"].transpose(1, 2)
     output: Tensor = conv(x, inputs["weight"], inputs["bias"], activation="silu")
     return output.transpose(1, 2)
 
 
-CASES: dict[str, tuple[Callable[[torch.device], Inputs], dict[str, Call]]] = {
-    "causal_conv1d": (conv_inputs, {"ours": our_conv, "causal-conv1d": peer_conv}),
+CASES: dict[str, tuple[Callable[[torch.device], Inputs], dict[str, Contestant]]] = {
+    "causal_conv1d": (conv_inputs, {"ours": Contestant(our_conv), "causal-conv1d": Contestant(peer_conv)}),
     "mamba_chunk_scan": (
         scan_inputs,
-        {"ours": our_scan, **{f"mamba_ssm, chunk {n}": partial(peer_scan, chunk_size=n) for n in (128, 256)}},
+        {
+            "ours": Contestant(our_scan),
+            **{f"mamba_ssm, chunk {n}": Contestant(partial(peer_scan, chunk_size=n)) for n in (128, 256)},
+        },
     ),
+    "selective_scan": (
+        selective_inputs,
+        {
+            "ours": Contestant(our_selective_scan),
+            "ours, channel-major": Contestant(our_selective_scan, channel_major=True),
+            "mamba_ssm": Contestant(peer_selective_scan, channel_major=True),
+        },
+    ),
+    "chunk_gated_delta_rule": (delta_inputs, {"ours": Contestant(our_delta_rule)}),
 }
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "": lambda row: row["name"],
     "forward us": lambda row: number(row, "forward"),
     "forward + backward us": lambda row: number(row, "both"),
     "ours/this": lambda row: ratio(row, "ours", "both"),
+    "kept MiB": lambda row: number(row, "kept", 2**20),
     "peak MiB": lambda row: number(row, "peak", 2**20),
     "worst gradient": lambda row: f"{row['error']:.1e}",
 }
@@ -84,15 +147,20 @@ def gradients(call: Call, inputs: Inputs, grad: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(call(leaves), list(leaves.values()), grad))
 
 
-def measured(call: Call, ours: Call, inputs: Inputs, device: torch.device) -> Row:
-    """Time, memory and the error of a contestant; `ours` in float32 on torch is the truth."""
+def measured(contestant: Contestant, ours: Call, inputs: Inputs, device: torch.device) -> Row:
+    """Time, memory and the error of a contestant; `ours` in float32 on torch is the truth.
+
+    What is kept is what a forward leaves allocated, its output included; the peak is that of forward and backward.
+    """
     from mamba_ops import use_backend
 
-    grad = torch.randn_like(inputs["x"])
+    call, inputs = contestant.call, contestant.arranged(inputs)
+    with use_backend("torch"):
+        precise = {n: t.float() for n, t in inputs.items()}
+        grad = torch.randn_like(ours(inputs))
+        truth = gradients(ours, precise, grad.float())
     with use_backend("triton"):
         found = gradients(call, inputs, grad)
-    with use_backend("torch"):
-        truth = gradients(ours, {n: t.float() for n, t in inputs.items()}, grad.float())
     errors = [(g.float() - t).abs().max() / t.abs().max() for g, t in zip(found, truth, strict=True)]
     row: Row = {"error": float(torch.stack(errors).max())}
     if device.type != "cpu":
@@ -103,7 +171,9 @@ def measured(call: Call, ours: Call, inputs: Inputs, device: torch.device) -> Ro
             row["both"] = measure.bench_us(lambda: torch.autograd.grad(call(leaves), list(leaves.values()), grad))
             before = module.memory_allocated(device)
             module.reset_peak_memory_stats(device)
-            torch.autograd.grad(call(leaves), list(leaves.values()), grad)
+            output = call(leaves)
+            row["kept"] = module.memory_allocated(device) - before
+            torch.autograd.grad(output, list(leaves.values()), grad)
             row["peak"] = module.max_memory_allocated(device) - before
     return row
 
@@ -116,9 +186,9 @@ def main() -> int:
             continue
         rows: list[Row] = []
         inputs = make(options.device)
-        for name, call in calls.items():
+        for name, contestant in calls.items():
             try:
-                row = measured(call, calls["ours"], inputs, options.device) | {"name": name}
+                row = measured(contestant, calls["ours"].call, inputs, options.device) | {"name": name}
             except ImportError as error:
                 notes.append(f"{name}: {error}")
                 continue

@@ -2,7 +2,7 @@
 
 A device that is not present is traced as absent, in a child process: what runs kernels or Inductor is left out there.
 The layers come as such and on an engine's mixed batches, with a plan. `--against-torch TARGET` compares instead what an
-audit says with what torch logs; `--models` prints what models of Transformers do.
+audit says with what torch logs.
 """
 
 import argparse
@@ -144,17 +144,10 @@ def main() -> int:
         metavar="TARGET",
         help="hold the audit of a target of `mamba-ops audit` to torch's own trace instead; all: of PyPI packages here",
     )
-    parser.add_argument(
-        "--models", action="store_true", help="print what each model of Transformers does instead, as docs/models.md"
-    )
+    parser.add_argument("--times", type=int, default=1, help="with --against-torch: how often the seconds are taken")
     arguments = parser.parse_args()
-    if arguments.models:
-        from compile_tests import models  # which needs Transformers
-
-        sys.stdout.write(models.table())
-        return 0
     if arguments.against_torch:
-        return against_torch.main(arguments.against_torch)
+        return against_torch.main(arguments.against_torch, arguments.times)
     device = torch.device(arguments.device)
     here = device.type == "cpu" or torch.get_device_module(device).is_available()
     with torch.no_grad():

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,10 @@ class Comparison:
         elsewhere: breaks that the audit has at another line of the same stack, as "torch's -> the audit's".
         recompiles: how many torch logs.
         recompiles_missed, recompiles_false: torch's names for recompiles that torch, or the audit, has alone.
-        seconds, seconds_of_audit: of the bare compiles and calls, and of the whole audit without tries.
+        seconds, seconds_of_audit: processor seconds of the bare compiles and calls, and of the audit without tries and
+            without what it looks for behind breaks.
+        seconds_behind: of that.
+        ratio: of the two; of several runs, the median.
     """
 
     target: str
@@ -58,6 +62,8 @@ class Comparison:
     recompiles_false: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     seconds_of_audit: float = 0.0
+    seconds_behind: float = 0.0
+    ratio: float = 0.0
 
     @property
     def agrees(self) -> bool:
@@ -65,21 +71,36 @@ class Comparison:
         return not (self.missed or self.false or self.recompiles_missed or self.recompiles_false)
 
 
-def compare_with_torch(target: str, **options: Any) -> Comparison:
+def compare_with_torch(target: str, *, times: int = 1, **options: Any) -> Comparison:
     """Run a target of `mamba-ops audit` both ways, each in a process of its own.
+
+    Args:
+        target: as for the command.
+        times: how often the seconds are measured: the two ways take turns, and the medians are told.
+        options: as for the command.
 
     Raises:
         RuntimeError: one of the two did not come to an end; the message has its output.
     """
     made = Options(target, **options)
-    return compare(target, _side("bare", made), _side("audited", made))
+    found = compare(target, _side("bare", made), _side("audited", made))
+    pairs = [(found.seconds, found.seconds_of_audit, found.seconds_behind)]
+    for _ in range(times - 1):
+        bare, audited = _side("timed", made), _side("audited", made)
+        pairs.append((bare["seconds"], audited["seconds"], audited["seconds_behind"]))
+    found.seconds, found.seconds_of_audit, found.seconds_behind = map(statistics.median, zip(*pairs, strict=True))
+    found.ratio = statistics.median(audited / bare for bare, audited, _ in pairs)
+    return found
 
 
 def compare(target: str, torch_has: dict[str, Any], audit_has: dict[str, Any]) -> Comparison:
     """Return what either has alone, from what the two processes said."""
     report = Report.from_json(audit_has["report"])
     found = Comparison(target, seconds=torch_has["seconds"], seconds_of_audit=audit_has["seconds"])
-    lines = {str(f.where) for f in report.findings if f.breaks and f.where is not None}
+    found.seconds_behind = audit_has["seconds_behind"]
+    found.ratio = found.seconds_of_audit / found.seconds
+    met = [f for f in report.findings if f.breaks and f.where is not None and f.behind is None]
+    lines = {str(finding.where) for finding in met}  # torch does not meet what stands behind a break
     stacks: dict[str, set[str]] = {}
     for stack in torch_has["breaks"]:
         user = [line for line in stack if is_user_code(line.rpartition(":")[0])] or stack
@@ -118,42 +139,49 @@ def _side(side: str, options: Options) -> dict[str, Any]:
 def _main() -> None:
     _, _, side, facts, answer = sys.argv
     options = Options(**json.loads(facts))
-    Path(answer).write_text(json.dumps({"bare": _bare, "audited": _audited}[side](options)))
+    Path(answer).write_text(json.dumps({"bare": _bare, "timed": _timed, "audited": _audited}[side](options)))
 
 
 def _bare(options: Options) -> dict[str, Any]:
     """Time the calls under torch.compile alone, then make them once more under torch's trace."""
-    seconds = _call(options)
+    seconds, _ = _call(options)
     torch.compiler.reset()
     with _trace() as records:
-        _call(options)
-    return {"seconds": seconds, **_read(records)}
+        _, raised = _call(options)
+    found = _read(records)
+    if raised:  # where the compiler fails, the trace has no break
+        found["breaks"].append([f"{file}:{line}" for file, line in _LINE.findall(raised)])
+    return {"seconds": seconds, **found}
 
 
-def _call(options: Options) -> float:
+def _timed(options: Options) -> dict[str, Any]:
+    return {"seconds": _call(options)[0]}
+
+
+def _call(options: Options) -> tuple[float, str]:
+    """Return the seconds of the compiles and calls, and the compiler's error with torch's stack of the user's code."""
     torch.manual_seed(0)  # the same weights and inputs on both sides
     model, calls = load_calls(options)
-    begin = time.perf_counter()
-    with torch.set_grad_enabled(options.train), quiet_torch(), contextlib.suppress(Exception):
-        compiled = torch.compile(model, backend="aot_eager")
-        for args, kwargs in calls:
-            compiled(*args, **kwargs)
-    return time.perf_counter() - begin
+    raised = ""
+    begin = time.process_time()
+    with torch.set_grad_enabled(options.train), quiet_torch():
+        try:
+            compiled = torch.compile(model, backend="aot_eager")
+            for args, kwargs in calls:
+                compiled(*args, **kwargs)
+        except Exception as error:
+            raised = str(error).partition("from user code:")[2]
+    return time.process_time() - begin, raised
 
 
 def _audited(options: Options) -> dict[str, Any]:
-    report, begin = Report(options.target), 0.0
-
-    def step(name: str) -> None:
-        nonlocal begin
-        if name == "loading the model":
-            begin = 0.0
-        elif not begin:
-            begin = time.perf_counter()
-
+    report, steps = Report(options.target), list[tuple[str, float]]()
     torch.manual_seed(0)
-    run_here(options, report, step)
-    return {"seconds": time.perf_counter() - begin, "report": report.to_json()}
+    run_here(options, report, lambda name: steps.append((name, time.process_time())))
+    end = time.process_time()
+    begin = next(at for name, at in steps if name != "loading the model")
+    behind = end - next((at for name, at in steps if name == "behind the breaks"), end)
+    return {"seconds": end - begin - behind, "seconds_behind": behind, "report": report.to_json()}
 
 
 class _Keep(logging.Handler):
@@ -198,11 +226,11 @@ def _read(records: list[tuple[dict[str, Any], str]]) -> dict[str, Any]:
 
 def show(found: Comparison) -> Iterator[str]:
     """Yield a comparison as lines of text."""
-    ratio = found.seconds_of_audit / found.seconds if found.seconds else 0.0
+    behind = f", {found.seconds_behind:.1f} s behind breaks" if found.seconds_behind else ""
     yield (
         f"{found.target}: {found.breaks} break lines, {len(found.missed)} missed, {len(found.false)} false; "
         f"{found.recompiles} recompiles, {len(found.recompiles_missed)} missed, {len(found.recompiles_false)} false; "
-        f"{found.seconds:.1f} s bare, {found.seconds_of_audit:.1f} s audited ({ratio:.2f}x)"
+        f"{found.seconds:.1f} s bare, {found.seconds_of_audit:.1f} s audited ({found.ratio:.2f}x){behind}"
     )
     told = {
         "torch alone breaks at": found.missed,
@@ -214,14 +242,14 @@ def show(found: Comparison) -> Iterator[str]:
     yield from (f"  {what} {line}" for what, lines in told.items() for line in lines)
 
 
-def main(target: str) -> int:
+def main(target: str, times: int) -> int:
     """Print the comparison of a target, or of all packages' targets that are installed for "all"; 1 if they differ."""
     from compile_tests.pypi_targets import installed
 
     differ, console = 0, Console(highlight=False)
     for one in installed() if target == "all" else [target]:
         try:
-            found = compare_with_torch(one)
+            found = compare_with_torch(one, times=times)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             console.print(f"{one}: not compared, {error}", markup=False)
             differ += 1

@@ -12,12 +12,13 @@ from mamba_ops.audit.source_locations import SourceLocation
 
 
 def report(*lines: int, recompiles: tuple[str, ...] = ()) -> dict[str, object]:
-    findings = [
-        Finding("break", "print", "error", "print", "", "", SourceLocation("/m.py", line), breaks=True)
-        for line in lines
-    ]
+    def finding(line: int, behind: int | None = None) -> Finding:
+        where = SourceLocation("/m.py", line)
+        return Finding("break", "print", "error", "print", "", "", where, breaks=True, behind=behind)
+
+    findings = [*map(finding, lines), finding(100, 1)]  # torch does not meet the last one
     made = [Recompile(1, name, "f", SourceLocation("/m.py", 1), (), 1, 8) for name in recompiles]
-    return {"seconds": 1.1, "report": Report("m", findings=findings, recompiles=made).to_json()}
+    return {"seconds": 1.1, "seconds_behind": 0.0, "report": Report("m", findings=findings, recompiles=made).to_json()}
 
 
 def test_what_either_has_alone_is_listed():

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 F = TypeVar("F", bound=Callable[..., Any])
+_C, _AUTOGRAD, _FUNCTORCH = torch._C, torch._C._autograd, torch._C._functorch
 
 PRIVATE = (
     "torch._C._dynamo.guards:TensorGuards",
@@ -204,10 +205,17 @@ def is_watched() -> bool:
     """Return whether a profiler or a TorchFunctionMode follows what torch's dispatcher calls, or tensors may carry
     tangents.
     """
+    try:  # in one expression, as every call asks
+        return forward_ad._current_level >= 0 or _AUTOGRAD._profiler_enabled() or _C._is_torch_function_mode_enabled()
+    except AttributeError:
+        return _is_watched_without_a_name()
+
+
+def _is_watched_without_a_name() -> bool:
     if _forward_level() >= 0:
         return True
     try:
-        return torch._C._autograd._profiler_enabled() or torch._C._is_torch_function_mode_enabled()
+        return _AUTOGRAD._profiler_enabled() or _C._is_torch_function_mode_enabled()
     except AttributeError:
         _warn_once("_profiler_enabled", "every call takes the dispatcher, which takes microseconds")
         return True
@@ -215,7 +223,10 @@ def is_watched() -> bool:
 
 def is_transformed() -> bool:
     """Return whether a transform of torch.func (grad, vmap, jvp) or forward-mode differentiation is in force."""
-    return _has_transform() or _forward_level() >= 0
+    try:  # in one expression, as many calls ask
+        return forward_ad._current_level >= 0 or _FUNCTORCH.peek_interpreter_stack() is not None
+    except AttributeError:
+        return _has_transform() or _forward_level() >= 0
 
 
 @constant
@@ -226,7 +237,7 @@ def is_transform_traced() -> bool:
 
 def _has_transform() -> bool:
     try:
-        return torch._C._functorch.peek_interpreter_stack() is not None
+        return _FUNCTORCH.peek_interpreter_stack() is not None
     except AttributeError:
         _warn_once("peek_interpreter_stack", "calls under torch.func are not told from others, and are refused by it")
         return False
@@ -245,7 +256,14 @@ def is_wrapped(tensor: Tensor) -> bool:
     if not is_transformed():
         return False
     wraps = _find("torch._C._functorch:is_functorch_wrapped_tensor", "every call under torch.func is refused by decode")
-    return wraps is None or wraps(tensor) or forward_ad.unpack_dual(tensor).tangent is not None
+    return wraps is None or wraps(tensor) or has_tangent(tensor)
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Return whether a tensor has a tangent of forward-mode differentiation; sparse ones have none, and may not be
+    asked.
+    """
+    return tensor.layout is torch.strided and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def destroy(library: torch.library.Library) -> None:

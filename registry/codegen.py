@@ -73,8 +73,8 @@ def __call__(self, {header}):
             return overload_({passed}, token_({first}))
         if type({first}) is not tensor_ and is_distributed_({first}):
             register_shardings_()
-        {recording}
         {typing}
+        {recording}
         return dispatch_({passed})
     except Exception as error_:
         raise explained_(error_, {values})
@@ -178,8 +178,8 @@ def fronts(
     While tracing it also passes the selection token and, where an input requires grad, leaves a call in the graph that
     raises when the graph runs. It reads nothing else, because Dynamo would guard on it.
 
-    Where a number is infinite by default, the largest float32 stands for infinity: packages of AOTInductor are written
-    as JSON, which has none.
+    Of an op with a number that is infinite by default, the largest float32 stands for infinity in all numbers: packages
+    of AOTInductor are written as JSON, which has none.
 
     Args:
         op, parameters: qualified name and parameters of the op.
@@ -244,6 +244,7 @@ def functional_front(op: str, inputs: Parameters, **closure: Any) -> FunctionTyp
     """
     passed = _passed(inputs)
     records, asks = closure["record"] is not None, _asks_for_gradients(inputs)
+    refusal = f"if is_transformed_(): refuse_tangents_({_tuple(inputs)})"
     source = _FUNCTIONAL_FRONT.format(
         header=_header(inputs, closure),
         limits=_limits(inputs),
@@ -251,7 +252,7 @@ def functional_front(op: str, inputs: Parameters, **closure: Any) -> FunctionTyp
         first=next(p.name for p in inputs if p.annotation is Tensor),
         values=_tuple(inputs),
         typing=_typing(inputs),
-        recording=f"if is_transformed_() or {asks}:\n            return record_({passed})" if records else "",
+        recording=f"if is_transformed_() or {asks}:\n            return record_({passed})" if records else refusal,
     )
     return cast(FunctionType, _compiled(op, "front", source, closure))
 
@@ -374,14 +375,13 @@ def _header(parameters: Iterable[inspect.Parameter], closure: dict[str, Any]) ->
     return ", ".join(parts)
 
 
-def _limits(parameters: Iterable[inspect.Parameter]) -> str:
-    """Write what keeps numbers that are infinite by default within float32."""
-    lines = []
-    for p in parameters:
-        if isinstance(p.default, float) and math.isinf(p.default):
-            sign, limit = ("<", -LARGEST) if p.default < 0 else (">", LARGEST)
-            lines.append(f"if {p.name} {sign} {limit}: {p.name} = {limit}")
-    return "\n        ".join(lines)
+def _limits(parameters: Parameters) -> str:
+    """Write what keeps an op's numbers within float32, where one of them is infinite by default."""
+    names = [p.name for p in parameters if p.annotation is float]
+    if not any(isinstance(p.default, float) and math.isinf(p.default) for p in parameters):
+        return ""
+    within = "if not -{1} <= {0} <= {1}: {0} = min(max({0}, -{1}), {1})"
+    return "\n        ".join(within.format(name, LARGEST) for name in names)
 
 
 def _passed(parameters: Iterable[inspect.Parameter], **renamed: str) -> str:

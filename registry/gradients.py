@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mamba_ops.registry import _torch, codegen
 from mamba_ops.registry.dispatcher import dispatcher
@@ -62,6 +61,8 @@ class Formula:
     def gradients(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Run the backward op on what was kept; return a gradient, or None, for each input of the forward."""
         *saved, token = ctx.saved_tensors
+        if not torch.compiler.is_dynamo_compiling() and _torch.is_transformed():
+            refuse_tangents(self.name, (*grads, *saved))
         tensors, numbers = iter(saved), iter(ctx.numbers)
         values = [next(tensors if is_tensor else numbers) for is_tensor in self.tensors]
         given = dict(zip((f"grad_{name}" for name in self.forward.returns), grads, strict=True))
@@ -138,7 +139,10 @@ class Formula:
         recorded = metaclass(self.name.partition("::")[2], (Recorded,), {})  # as profiles and `grad_fn` show it
 
         def record(*inputs: Any) -> Any:
-            return (Transformed if _torch.is_transformed() else recorded).apply(*inputs)
+            if not _torch.is_transformed():
+                return recorded.apply(*inputs)
+            pairs = zip(inputs, formula.tensors, strict=True)  # torch.func would wrap a number that is a tensor
+            return Transformed.apply(*(v if t or not isinstance(v, Tensor) else v.item() for v, t in pairs))  # type: ignore[no-untyped-call]
 
         return record
 
@@ -197,10 +201,15 @@ def refuse_traced_transform(op: str) -> None:
 def refuse_transformed(op: str, values: Iterable[Any]) -> None:
     """Refuse a call, under a transform of torch.func or forward-mode differentiation, with a tensor of that."""
     tensors = [value for value in values if isinstance(value, Tensor)]
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise no_jvp(op)
+    refuse_tangents(op, tensors)
     if any(map(_torch.is_wrapped, tensors)):
         raise NotImplementedError  # the front names the argument
+
+
+def refuse_tangents(op: str, values: Iterable[Any]) -> None:
+    """Refuse a call with a tensor that has a tangent."""
+    if any(_torch.has_tangent(value) for value in values if isinstance(value, Tensor)):
+        raise no_jvp(op)
 
 
 def no_jvp(op: str) -> NotImplementedError:

@@ -9,7 +9,8 @@ import inspect
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from typing_extensions import ParamSpec
 
 from mamba_ops.registry import _torch, codegen
 from mamba_ops.registry.errors import ArgumentTypeError, RegistryError, bad_argument, in_call_of, shown
+from mamba_ops.registry.sharding import is_distributed
 
+UNDER_A_TRANSFORM = "a tensor under a transform (vmap, grad, jvp, forward-mode AD)"
 _EXPECTED = {Tensor: "a torch.Tensor", int: "a whole number", float: "a number", bool: "True or False"}
 _PACK = "pack its rows into one tensor, with cu_seqlens where the op has it"
 _OF_PREPARING = (RuntimeError, IndexError, AttributeError, TypeError, ValueError, NotImplementedError)
@@ -73,11 +76,19 @@ def explained(
             return _wrong(op, name, "a nested tensor", f"a plain one; {_PACK}")
         if not is_plain(tensor):
             kind = type(tensor).__name__
+            others = ", ".join(other for other, plain in tensors if is_plain(plain))
+            if is_distributed(tensor) and others:
+                what_to_do = f"distribute_tensor also {others}, or pass each device's part, tensor.to_local()"
+                return _wrong(op, name, f"a {kind} beside ordinary tensors", f"one or the other; {what_to_do}")
             expected = f"plain tensors; the op has no rule for a {kind} here ({_first_line(error)})"
             return _wrong(op, name, f"a {kind}", expected)
     if (wrapped := next((name for name, tensor in tensors if _torch.is_wrapped(tensor)), None)) is not None:
         expected = "a plain one: the op has no rule for the transform, as it writes to its arguments"
-        return _wrong(op, wrapped, "a tensor under a transform (vmap, grad, jvp, forward-mode AD)", expected)
+        return _wrong(op, wrapped, UNDER_A_TRANSFORM, expected)
+    made_in_inference = next((name for name, tensor in tensors if tensor.is_inference()), None)
+    if made_in_inference is not None and type(error) is RuntimeError and not torch.is_inference_mode_enabled():
+        expected = "an ordinary one, as torch saves no other for a backward; clone it outside torch.inference_mode()"
+        return _wrong(op, made_in_inference, "a tensor made in inference mode", expected)
     try:
         validate(_with_stand_in(parameters, values, tensors))
     except ValueError as wrong:
@@ -111,6 +122,9 @@ def answering(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
         except Exception as error:
             name = type(args[0]).__name__ if is_method else function.__name__
+            if isinstance(error, TypeError) and cast(TracebackType, error.__traceback__).tb_next is None:
+                said = str(error).partition("() ")[2]  # the arguments are not those of the function
+                raise ArgumentTypeError(f"{name}() {said or error}") from None
             given = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs
             named = [p for p in parameters[is_method:] if p.name in given]
             if (answer := _answer(name, named, error, [given[p.name] for p in named])) is error:
@@ -161,6 +175,8 @@ def _of_wrong_type(parameter: inspect.Parameter, value: Any) -> str | None:
             return None if isinstance(value, Tensor) else expected
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             return f"{expected} of 64 bits"
+        if isinstance(value, Tensor) and value.requires_grad:
+            return f"{expected}, as no gradient goes to it"
         return None if _is_number(kind, value) else expected
     return None
 

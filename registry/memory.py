@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mamba_ops.registry import kinds
+from mamba_ops.registry import _torch, kinds
 from mamba_ops.registry.errors import bad_argument, shown
 
 
@@ -45,6 +45,8 @@ def check_written(tensors: Mapping[str, Tensor]) -> None:
     """Raise the ValueError about tensors that will be written later, if they are none that could be."""
     kinds.check(tensors)
     for name, tensor in tensors.items():
+        if _torch.is_wrapped(tensor):
+            raise bad_argument(name, got=kinds.UNDER_A_TRANSFORM, expected="a plain one", hint="it is written to")
         if tensor.requires_grad and torch.is_grad_enabled():
             got, expected = "a tensor that requires grad while grad mode is on", "one that does not"
             raise bad_argument(name, got=got, expected=expected, hint="it is written to; detach it")

@@ -27,7 +27,7 @@ from mamba_ops.registry import (
 from mamba_ops.registry.backend import COMPOSED, REFERENCE, Kernel
 from mamba_ops.registry.capture import capture_query, note
 from mamba_ops.registry.dispatcher import device_of, dispatcher
-from mamba_ops.registry.gradients import refuse_traced_transform, refuse_transformed
+from mamba_ops.registry.gradients import refuse_tangents, refuse_traced_transform, refuse_transformed
 from mamba_ops.registry.snapshot import CachedDecision, DecisionCache, Requests, never_matches, redispatch_query
 from mamba_ops.registry.training import Trainable, register_flop_formulas
 
@@ -164,7 +164,8 @@ class Op(Trainable, Generic[P]):
         cells["register_shardings"] = sharding.register
         inside: Callable[..., Any] = self._body
         if self.returns:
-            call = codegen.functional_front(self.qualname, self._called, record=self.record, **cells)
+            cells |= {"record": self.record, "refuse_tangents": partial(refuse_tangents, self.qualname)}
+            call = codegen.functional_front(self.qualname, self._called, **cells)
         else:
             forward, namespace = self.forward_op, dispatcher.namespaces[self.namespace]
             call, function = codegen.fronts(
@@ -189,6 +190,7 @@ class Op(Trainable, Generic[P]):
                 **cells,
             )
             inside = function.__get__(self)
+        call.__qualname__ = self.name  # as Python names it where arguments are missing
         type(self).__call__ = call  # type: ignore[method-assign]
         self.call_undispatched = inside
         self.__signature__ = inspect.signature(call.__get__(self))
@@ -223,6 +225,16 @@ class Op(Trainable, Generic[P]):
             out = arguments.pop("out")
             arguments["output"] = self.allocate(**arguments) if out is None else out
         return arguments
+
+    def explained(self, error: Exception, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception:
+        """Return what to raise for arguments for which something ended in an error: a sentence, if there is one."""
+        try:
+            bound = self.__signature__.bind(*args, **kwargs)
+        except TypeError as wrong:
+            return errors.ArgumentTypeError(f"{self.qualname}: {wrong}")
+        bound.apply_defaults()
+        values = [bound.arguments["out" if p.name == "output" else p.name] for p in self._called]
+        return kinds.explained(self.qualname, self._called, self._validate, error, values)
 
     def check_supported(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Raise what a call with these arguments would raise because the backend asked for by name refuses it.

@@ -119,6 +119,10 @@ def configure(config: "Requester | None") -> None:
 
 @cache
 def _request_in_words(backend: str, **named: str) -> Request:
+    for op, names in named.items():
+        if not isinstance(names, str):
+            expected = "names of backends, as 'flashinfer:triton'"
+            raise errors.RegistryError(f"use_backend: {op}: got {names!r}, expected {expected}")
     orders = {op: order_of(names) for op, names in named.items()}
     return make("use_backend", order_of(backend), orders)
 

@@ -228,8 +228,15 @@ def explain(op: "Op[...] | str", /, *args: Any, **kwargs: Any) -> Explanation:
         if op not in names:
             raise errors.unknown("op", op, [o.name for o in dispatcher.ops.values()])
         op = names[op]
-    arguments = op.fill(op.bind(args, kwargs))
-    op.check(arguments)
+    if not hasattr(op, "check_supported"):
+        raise errors.RegistryError(f"explain: op: got a {type(op).__name__}, expected an op or its name")
+    try:
+        arguments = op.fill(op.bind(args, kwargs))
+        op.check(arguments)
+    except ValueError:
+        raise
+    except Exception as error:  # of what none of these were made for
+        raise op.explained(error, args, kwargs) from error
     snapshot = dispatcher.current()
     asked, by = snapshot.order(op).requested or ((), None)
     chosen: str | None = None

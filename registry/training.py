@@ -279,6 +279,13 @@ class Trainable(Facets):
                         f"grad_{name}", got=got.dtype, expected="a float dtype of 16 bits or more"
                     )
 
+        @op.validate_values
+        def _check_values(*args: Any, **_: Any) -> None:
+            arguments = dict(zip((p.name for p in op._called), args, strict=False))
+            checks = self.facets.get("validate_values")
+            if checks is not None and not op.composed:  # what is inside a composed op looks itself
+                checks(**others, **{name: arguments[name] for name in shared})
+
     def _new_op(
         self, function: Callable[..., None], returns: tuple[str, ...], declared: Declaration, **options: Any
     ) -> "Op[...]":

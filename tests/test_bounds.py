@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mamba_ops.ops._common.slots import never_decreasing, row_at
 from mamba_ops.registry import Op, Sample
 from tests.harness import OPS, backends_here
 from tests.test_values import CACHES, CPU, arguments_of, wrong_calls
@@ -115,3 +116,19 @@ def test_rows_end_where_the_tokens_do(op: Op[...], backend: str, sample: Sample)
     found = run(op, backend, {**arguments, "cu_seqlens": wrong})
     for name, tensor in right.items():
         assert torch.equal(tensor, found[name]), name
+
+
+@pytest.mark.parametrize("ends", [[], [0], [3], [9], [0, 0, 4, 4, 9], [2, 5, 7], [9, 9]], ids=str)
+def test_rows_are_found_as_by_bucketize(ends: list[int]) -> None:
+    """Which exported programs cannot use: empty rows, and places after the last row, are among the calls."""
+    places = torch.arange(9)
+    assert torch.equal(row_at(torch.tensor(ends).long(), 9), torch.bucketize(places, torch.tensor(ends), right=True))
+
+
+def test_bounds_never_decrease() -> None:
+    for right in ([0, 0, 3, 9], [2, 5, 9], [4], []):
+        assert torch.equal(never_decreasing(torch.tensor(right).int(), 0, 9), torch.tensor(right).long())
+    for wrong in ([5, 2, 7, -3, 40], [-9, 12, 3], [9, 0, 9, 0]):
+        found = never_decreasing(torch.tensor(wrong), 0, 9)
+        assert (found.diff() >= 0).all()
+        assert 0 <= found.min() <= found.max() <= 9

@@ -199,6 +199,14 @@ def test_the_demo_without_transformers_names_the_extra():
         (["demo", "--text", "nowhere"], "'nowhere' does not exist"),
         (["demo", "--backend", "nope"], "mamba-ops: unknown backend 'nope'; valid: "),
         (["demo", "--device", "cpu", "--backend", "torch"], "mamba-ops: torch runs here anyway"),
+        (["audit", "nowhere", "--mode", "x"], "mamba-ops: --mode: got x, expected default, "),
+        (["doctor", "--size", "dstate=16"], "mamba-ops: --size: got sizes without --target or --fit, expected one"),
+        (["doctor", "--target", "sm_90", "--size", "nothing=1"], "mamba-ops: unknown size 'nothing'; valid: "),
+        (
+            ["warm-up", "causal_conv1d", "--device", "cpu", "--size", f"dim={2**40}"],
+            f"dim: got {2**40}, expected a pos",
+        ),
+        (["warm-up", "causal_conv1d", "--device", "cpu", "--export", "/dev/null/x"], "mamba-ops: [Errno "),
         (["nothing"], "nothing"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 import mamba_ops
 from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
@@ -177,6 +178,29 @@ STATES: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+SIZES: dict[type, dict[str, Any]] = {
+    Mamba: {"hidden_size": 16, "d_inner": 32, "dstate": 4, "dt_rank": 1},
+    Mamba2: {"hidden_size": 16, "heads": 2, "head_dim": 8, "dstate": 4, "groups": 1, "chunk_size": 8},
+    GatedDeltaNet: {"hidden_size": 16, "num_k_heads": 1, "num_v_heads": 2, "head_k_dim": 8, "head_v_dim": 8},
+}
+
+
+@pytest.mark.parametrize("layer", SIZES)
+def test_a_layer_names_what_it_cannot_be_made_of(layer: Any) -> None:
+    sizes = {**SIZES[layer], "d_conv": 4}
+    layer(**sizes)
+    layer(**{name: np.int64(size) for name, size in sizes.items()}, eps=0, dtype=torch.bfloat16, device="cpu")
+    wrong = [(name, value) for name in sizes for value in ("x", -1, 0, 2.5, True, [1], torch.tensor(2))]
+    wrong += [(name, None) for name in sizes if name not in ("d_inner", "dt_rank")]
+    wrong += [("d_conv", 9), ("eps", "x"), ("eps", None), ("eps", -1.0), ("eps", float("nan"))]
+    wrong += [("dtype", "float32"), ("dtype", torch.int32), ("device", "nowhere"), ("device", 2.5)]
+    if layer is Mamba2:
+        wrong += [("chunk_size", 10**6), ("dt_min", None), ("dt_max", "x"), ("decay_dtype", torch.int8), ("groups", 3)]
+    for name, value in wrong:
+        with pytest.raises(ValueError, match=rf"^{layer.__name__}: {name}: got .*, expected "):
+            layer(**{**sizes, name: value})
+
+
 @pytest.mark.parametrize("wrong", STATES)
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
 def test_a_layer_refuses_an_ssm_state_before_it_convolves(layer: Any, wrong: str) -> None:
@@ -188,6 +212,20 @@ def test_a_layer_refuses_an_ssm_state_before_it_convolves(layer: Any, wrong: str
             pytest.raises(ValueError, match=rf"^{type(layer).__name__}: .*ssm_state: got "),
         ):
             call(torch.randn(shape), conv_state, STATES[wrong](ssm_state))
+        assert not conv_state.any()
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_a_layer_refuses_an_ssm_state_under_a_transform_before_it_convolves(layer: Any) -> None:
+    layer.requires_grad_(False)
+    said = rf"^{type(layer).__name__}: ssm_state: got a tensor under a transform"
+    for call, shape in ((layer, (2, 5, 16)), (layer.step, (2, 16))):
+        conv_state, ssm_state = layer.empty_caches(2)
+        x = torch.randn(shape)
+        with torch.no_grad(), pytest.raises(ValueError, match=said):
+            torch.vmap(lambda state: call(x, conv_state, state))(ssm_state.expand(2, *ssm_state.shape))  # noqa: B023
+        with torch.no_grad(), forward_ad.dual_level(), pytest.raises(ValueError, match=said):
+            call(x, conv_state, forward_ad.make_dual(ssm_state, ssm_state))
         assert not conv_state.any()
 
 

@@ -1,6 +1,8 @@
-"""Defects that something else hides: a first call, a higher-order operator, a loop, an absent device."""
+"""Defects that something else hides: a first call, a higher-order operator, another break, an absent device."""
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -108,3 +110,67 @@ def asks() -> tuple[nn.Module, Tensor]:
 def asks_twin() -> tuple[nn.Module, Tensor]:
     """Return a model and its input, for the command."""
     return AsksForDeviceTwin().eval(), torch.randn(4, 8)
+
+
+class Hiding(Base):
+    """Gives its forward up at a first break, and prints behind it unless it is quiet."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        super().__init__()
+        self.quiet = quiet
+        self.lock = threading.Lock()
+
+
+class InTry(Hiding):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.proj(x)
+        try:
+            y = y * y.sum().item()
+        finally:
+            self.quiet = self.quiet
+        if not self.quiet:
+            print("behind")  # noqa: T201
+        return y * 2
+
+
+class InWith(Hiding):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.proj(x)
+        with contextlib.suppress(ValueError), torch.no_grad():
+            y = y * y.sum().item()
+            if not self.quiet:
+                print("behind")  # noqa: T201
+        return y * 2
+
+
+class InGenerator(Hiding):
+    def rows(self, y: Tensor) -> Iterator[Tensor]:
+        for row in y:
+            yield row * row.sum().item()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.stack(list(self.rows(self.proj(x))))
+        if not self.quiet:
+            print("behind")  # noqa: T201
+        return y * 2
+
+
+class AfterError(Hiding):
+    """Dynamo fails at an op without a usable fake."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = without_shape(self.proj(x))
+        if not self.quiet:
+            print("behind")  # noqa: T201
+        return y * 2
+
+
+@torch.library.custom_op("planted::without_shape", mutates_args=())
+def without_shape(x: Tensor) -> Tensor:
+    """Return a copy; its fake fails."""
+    return x.clone()
+
+
+@without_shape.register_fake
+def _(x: Tensor) -> Tensor:
+    raise RuntimeError("this fake fails")

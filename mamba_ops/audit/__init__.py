@@ -2,8 +2,9 @@
 
 from mamba_ops.audit.outcomes import Graph, GraphSegment
 from mamba_ops.audit.report import Change, Finding, Report, compare
-from mamba_ops.audit.run import ModelError, audit, watch
+from mamba_ops.audit.run import ModelError, audit
 from mamba_ops.audit.source_locations import SourceLocation
+from mamba_ops.audit.watching import watch
 
 __all__ = [
     "audit",

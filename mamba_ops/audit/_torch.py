@@ -10,13 +10,14 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from traceback import FrameSummary
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from unittest import mock
 
 import torch
 from torch import Tensor, fx
 
 from mamba_ops.audit.private_names import BREAKS as BREAKS
+from mamba_ops.audit.private_names import CALLS as CALLS
 from mamba_ops.audit.private_names import COPIES as COPIES
 from mamba_ops.audit.private_names import CUDA_GRAPHS as CUDA_GRAPHS
 from mamba_ops.audit.private_names import FAILURES as FAILURES
@@ -153,6 +154,19 @@ class _NeverRaisedError(Exception):
 def unsupported_error() -> type[Any]:
     """Return the class of Dynamo's errors at a graph break."""
     return find("torch._dynamo.exc:Unsupported") or _NeverRaisedError
+
+
+def is_compiler_error(error: Exception) -> bool:
+    """Return whether Dynamo failed at what it traced, rather than going another way from there."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return "TorchDynamoException" not in names or bool(names & {"TorchRuntimeError", "UncapturedHigherOrderOpError"})
+
+
+def end_graph(error: Exception) -> NoReturn:
+    """End the graph before what Dynamo traces now, because of an error."""
+    if (unimplemented := find("torch._dynamo.exc:unimplemented")) is not None:
+        unimplemented(gb_type="error of the compiler", context="", explanation=str(error), hints=[])
+    raise error
 
 
 def needs_values_errors() -> tuple[type[Any], ...]:

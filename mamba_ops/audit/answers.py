@@ -15,13 +15,27 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mamba_ops.audit import _torch
+from mamba_ops.audit.report import Report
 
 _TOLD_THE_TRUTH = (str(Path(torch.__file__).parent), str(Path(__file__).resolve().parents[1]))
 _PROPERTIES = {
     "cuda": {"major": 9, "minor": 0, "multi_processor_count": 132, "warp_size": 32, "total_memory": 80 * 2**30},
     "xpu": {"max_compute_units": 448, "gpu_eu_count": 448, "max_work_group_size": 1024, "total_memory": 48 * 2**30},
 }
-ASSUMED = {"cuda": "one GPU of compute capability 9.0 with 80 GiB", "xpu": "one GPU with 48 GiB"}
+_ASSUMED = {"cuda": "one GPU of compute capability 9.0 with 80 GiB", "xpu": "one GPU with 48 GiB"}
+
+
+def note_absence(report: Report, device: torch.device) -> None:
+    """Add to a report what a trace for an absent device does not see, and what the code is told."""
+    report.notes.append(
+        f"{device} is not present: Dynamo and AOTAutograd ran, Inductor and kernels did not. Copies, CUDA graphs and "
+        f"compiled Triton kernels need the device itself. "
+        f"Code that asks for the device is told of {_ASSUMED[device.type]}."
+    )
+    if device.type == "xpu":
+        report.notes.append(
+            "Attention was traced through the math op: which fused kernel xpu takes, it decides itself."
+        )
 
 
 def _answers(kind: str) -> dict[str, Any]:

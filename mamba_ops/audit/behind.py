@@ -1,8 +1,10 @@
-"""What stands behind a break in a loop, and is not seen until that break is mended.
+"""What stands behind a break, and is not seen until that break is mended.
 
-After a break inside a loop Dynamo gives the whole function up, and runs it in Python: what else breaks in it is not
-looked at. Here the same calls are made once more, and Dynamo breaks in loops as it does elsewhere. That is right, and
-slow: each turn of the loop is compiled for itself. So it is done for the findings alone, within a time.
+After a break in the middle of a loop, a `try`, a `with` or a generator Dynamo gives the whole function up, and runs it
+in Python; after an error of the compiler it stops. What else is wrong there is not looked at. Here the same calls are
+made once more: Dynamo breaks in loops as it does elsewhere, the other statements are taken apart (`taken_apart`), and a
+call at which the compiler fails is left to Python as one. That is right, and slow: each turn of a loop is compiled for
+itself. So it is done for the findings alone, until nothing new comes, within a time.
 """
 
 import contextlib
@@ -19,6 +21,7 @@ from mamba_ops.audit.collect import Collector
 from mamba_ops.audit.guards import classify_guard, guard_subject, guard_text
 from mamba_ops.audit.report import Finding, Report
 from mamba_ops.audit.source_locations import SourceLocation, guard_location
+from mamba_ops.audit.taken_apart import Place, places_of, take_apart
 
 _SECONDS = 20.0  # at least, for the compiles of this; more where the calls themselves took longer
 # What Dynamo cannot carry from one turn of a loop to the next, and recompiles because there are several turns.
@@ -73,17 +76,28 @@ def _end_compiles(stack: contextlib.ExitStack, seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def breaks_in_loops(seconds: float) -> Iterator[None]:
-    """Within the block, Dynamo goes on after a break in a loop; the block ends early when the time is over."""
+def going_on(seconds: float) -> Iterator[None]:
+    """Within the block, Dynamo goes on after breaks in loops and failed calls; it ends early when the time is over."""
     without_limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 10_000)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_torch.patched(_torch.LOOPS, lambda translator: False))
         for container in (nn.ModuleList, nn.Sequential):
             stack.enter_context(mock.patch.object(container, "__iter__", _iterate))
         stack.enter_context(_torch.flags(without_limits))
+        _torch.replace(stack, _torch.CALLS, _leave_to_python)
         with contextlib.suppress(_TimeIsOverError):
             _end_compiles(stack, seconds)
             yield
+
+
+def _leave_to_python(original: Any, translator: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stand in for `call_function(self, fn, args, kwargs)`: where that fails, the graph ends before it."""
+    try:
+        return original(translator, *args, **kwargs)
+    except Exception as error:
+        if not _torch.is_compiler_error(error):
+            raise
+        _torch.end_graph(error)
 
 
 def _iterate(modules: Any) -> Iterator[nn.Module]:
@@ -92,17 +106,38 @@ def _iterate(modules: Any) -> Iterator[nn.Module]:
 
 
 def look(collector: Collector, probe: Probe, make_calls: Callable[[], None]) -> None:
-    """Make the calls with breaks in loops, and add what is new to the collector's report, as behind what hid it."""
+    """Make the calls again and again, and add what is new to the collector's report, as behind what hid it.
+
+    Args:
+        collector: of the audit.
+        probe: is called by what `make_calls` compiles anew each time.
+        make_calls: compiles the model, and makes the calls.
+    """
     report = collector.report
-    spent = sum(row.seconds for row in report.calls)
-    with contextlib.suppress(Exception), probe.listen(), breaks_in_loops(max(_SECONDS, spent)):
-        make_calls()  # of calls that fail the report speaks already
-    hiding = [number for number, finding in enumerate(report.findings, 1) if finding.skipped_frame]
+    end = time.monotonic() + max(_SECONDS, sum(row.seconds for row in report.calls))
+    apart: set[Place] = set()
+    with contextlib.ExitStack() as stack:
+        while time.monotonic() < end:
+            places = {
+                place
+                for finding in (*report.findings, *probe.report.findings)
+                if finding.hides
+                for place in places_of(finding.stack)
+            }
+            is_new = take_apart(stack, places - apart)
+            if probe.call >= 0 and not is_new:
+                break
+            apart |= places
+            probe.call = -1
+            with contextlib.suppress(Exception), probe.listen(), going_on(end - time.monotonic()):
+                make_calls()  # of calls that fail the report speaks already
+    hiding = [number for number, finding in enumerate(report.findings, 1) if finding.hides]
     known = {finding.key for finding in report.findings}
-    broken = {finding.where for finding in report.findings if finding.breaks}
+    broken = {str(finding.where) for finding in report.findings if finding.breaks}
     for finding in probe.report.findings:
-        at_known_line = finding.breaks and finding.where in broken
-        if finding.key in known or at_known_line or _OF_THE_METHOD.search(finding.message):
+        at_known_line = finding.breaks and str(finding.where) in broken
+        raised = bool(apart) and finding.cause == "exception"  # nobody handles it here
+        if finding.key in known or at_known_line or raised or _OF_THE_METHOD.search(finding.message):
             continue
         finding.behind = next((n for n in hiding if _hides(report.findings[n - 1], finding)), hiding[0])
         report.add(finding)
@@ -111,5 +146,5 @@ def look(collector: Collector, probe: Probe, make_calls: Callable[[], None]) -> 
 def _hides(hiding: Finding, finding: Finding) -> bool:
     """Return whether a finding is in the function that another one made Dynamo give up."""
     function = (hiding.skipped_frame or "").partition(" after line ")[0].rpartition(".")[2]
-    files = {location.file for location in hiding.stack}
-    return any(location.function == function and location.file in files for location in finding.stack)
+    given_up = [location for location in hiding.stack if not function or location.function == function]
+    return any((a.file, a.function) == (b.file, b.function) for a in given_up for b in finding.stack)

@@ -25,6 +25,7 @@ from mamba_ops.audit.package_remedies import for_caller
 from mamba_ops.audit.recompiles import Recompiles, named
 from mamba_ops.audit.remedies import RULES, classify_break, remedy
 from mamba_ops.audit.report import Finding, Report
+from mamba_ops.audit.show import grouped
 from mamba_ops.audit.source_locations import (
     Layers,
     SourceLocation,
@@ -310,6 +311,12 @@ class Collector:
             current_locations(),
             needs_device=True,
         )
+
+    def stop(self, why: str) -> None:
+        """Add a call that could not be traced to its end, with the layers that nothing was seen of."""
+        missed = self.layers_not_reached()
+        unseen = f"; not reached: {grouped(missed)}" if missed else ""
+        self.add("needs-values", "fake tensor", f"{why}{unseen}", (), needs_device=True)
 
     def layers_not_reached(self) -> tuple[str, ...]:
         """Return the layers with parameters of which no graph has an op."""

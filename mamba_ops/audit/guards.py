@@ -19,6 +19,7 @@ from mamba_ops.audit import _torch
 _COMPILE_ID = re.compile(r"^(\d+/\d+)(?:_\d+)?: ")
 _TENSOR = re.compile(r"^check_tensor\((.+?), \w+, DispatchKeySet\(.*?\), (torch\.\w+), device=\w+, (.*)\)$", re.DOTALL)
 _LITERAL = re.compile(r"^([^=<>!]+) == (-?[\d.e+-]+|True|False|'[^']*')$")
+_BEFORE = "a value from before the break"
 _LONGEST = 40  # characters of a value
 
 _CAUSES = [
@@ -40,7 +41,7 @@ _CAUSES = [
     (r" is None| is not None|TYPE_MATCH|___check_type_id|type\(", "type"),
     (r"GRAD_MODE|grad_mode|autocast|torch_function|GLOBAL_STATE", "grad-mode"),
     (r"___check_obj_id|ID_MATCH| is ", "identity"),
-    (r"^self\.[\w.\[\]']+ ==", "attribute"),
+    (r"^(?!___)\w+(\[[\w']+\])*\.[\w.\[\]']+ ==", "attribute"),
     (r" == ['\"]", "string"),
     (r" == (True|False)\b", "flag"),
     (r" == -?[\d.]", "number"),
@@ -81,9 +82,15 @@ class Guard:
     values: tuple[str, ...] = ()
 
     @property
+    def is_from_before_a_break(self) -> bool:
+        """Whether the value is one that code after a break got from before it."""
+        return _BEFORE in self.subject
+
+    @property
     def name(self) -> str:
         """The subject, with the property of a tensor that has changed."""
-        return self.subject + _PROPERTIES.get(self.cause, "")
+        subject = f"({self.subject})" if self.subject == _BEFORE and self.cause in _PROPERTIES else self.subject
+        return subject + _PROPERTIES.get(self.cause, "")
 
     def __str__(self) -> str:
         return f"{self.name}: {self.before} -> {self.now}" if self.before and self.now else self.text
@@ -103,6 +110,15 @@ def classify_guard_of_optimizer(guard: str) -> str | None:
 
 def guard_subject(guard: str) -> str:
     """Return the argument or attribute that a guard is about."""
+    return _from_before(_subject(guard))
+
+
+def _from_before(subject: str) -> str:
+    """Name what code after a break gets from before it: the values on Python's stack, as arguments."""
+    return re.sub(r"^___stack\d*(.*)$", lambda of: f"({_BEFORE}){of[1]}" if of[1] else _BEFORE, subject)
+
+
+def _subject(guard: str) -> str:
     if named := re.match(r"tensor '(.+?)' |expected type of '(.+?)' ", guard):
         dim = re.search(r"(?:size|stride) mismatch at index (\d+)", guard)
         name = named[1] or named[2]
@@ -117,8 +133,6 @@ def guard_subject(guard: str) -> str:
         return state[1]
     guard = re.sub(r"^not |^len\((.*?)\)", r"\1", guard)
     guard = re.sub(r"___check_\w+\((.+?),.*", r"\1", guard)
-    if guard.startswith("___stack"):  # code after a break gets the values on the stack of Python as arguments
-        return "a value from before the break"
     return re.split(r" (?:==|is|!=|in|<=|>=)\b| [<>=!]=? ", guard)[0].strip() or guard
 
 
@@ -314,7 +328,7 @@ def _contents(part: str, text: str) -> str:
 
 
 def _made(cause: str, source: str, text: str, before: str, now: str, version: str) -> Guard:
-    subject = re.sub(r"\.size\(\)\[(\d+)\]$", r".shape[\1]", _pretty(source))
+    subject = _from_before(re.sub(r"\.size\(\)\[(\d+)\]$", r".shape[\1]", _pretty(source)))
     return Guard(cause, subject, text, _cut(before), _cut(now), source, version)
 
 

@@ -28,6 +28,8 @@ def sentence(message: str) -> str:
 
 def subject_of(cause: str, message: str, source: str, called: str | None = None) -> str:
     """Return the function or op that a break is about; `called` is what the line calls where it broke."""
+    if cause == "item" and called in ("bool", "complex", "float", "int"):
+        return f"{called}()"
     patterns = {
         "item": r"call_method \S+ (item)\b",
         "dynamic-shape": r"`(aten\.\w+)",

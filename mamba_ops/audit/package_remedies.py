@@ -27,9 +27,9 @@ def for_caller(kind: str, cause: str, op: str, stack: tuple[SourceLocation, ...]
     package = package_of(stack[-1].file) if stack else None
     if package is None:
         return None
-    own = [location for location in stack if package_of(location.file) is None]
-    entered = next((location for location in stack if package_of(location.file) == package), stack[-1])
-    at = f"`{own[-1].source}`" if own and own[-1].source else f"the call of {package}"
+    last = max((i for i, location in enumerate(stack) if package_of(location.file) is None), default=-1)
+    entered = next((location for location in stack[last + 1 :] if package_of(location.file) == package), stack[-1])
+    at = f"`{stack[last].source}`" if last >= 0 and stack[last].source else f"the call of {package}"
     if kind in _ENDS_GRAPHS:
         return (
             f"The line is in {package}: leave {entered.function} out of the compiled model at {at}, or compile the "

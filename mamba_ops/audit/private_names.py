@@ -21,6 +21,7 @@ GRAPHS = "torch._dynamo.output_graph:OutputGraph.call_user_compiler"
 RECOMPILES = "torch._dynamo.guards:get_and_maybe_log_recompilation_reasons"
 FAILURES = "torch._dynamo.convert_frame:exception_handler"
 LOOPS = "torch._dynamo.symbolic_convert:InstructionTranslatorBase.maybe_has_backedge"
+CALLS = "torch._dynamo.symbolic_convert:InstructionTranslatorBase.call_function"
 CUDA_GRAPHS = "torch._inductor.cudagraph_utils:log_cudagraph_skip_and_bump_counter"
 COPIES = "torch._inductor.compile_fx:post_grad_passes"
 HAS_TRITON = "torch.utils._triton:has_triton"
@@ -33,9 +34,11 @@ PRIVATE = {
     RECOMPILES: Private("recompiles are read from torch's metrics, with less detail", ("torch._dynamo.convert_frame",)),
     FAILURES: Private("errors of the compiler that a script catches are not seen"),
     LOOPS: Private("what stands behind a break in a loop is not seen until that is mended"),
+    CALLS: Private("what stands behind an error of the compiler is not seen until that is mended"),
     CUDA_GRAPHS: Private("reasons why no CUDA graph is recorded are not seen", _INDUCTOR),
     COPIES: Private("copies for mutated inputs are not looked for"),
     HAS_TRITON: Private("launches of Triton kernels may be missing from graphs for absent devices"),
+    "torch._dynamo.exc:unimplemented": Private("what stands behind an error of the compiler is not seen"),
     "torch._dynamo.exc:Unsupported": Private("graph breaks are classified by their messages alone"),
     "torch._dynamo:config": Private("no flags are tried, and behind breaks in long loops nothing is seen"),
     "torch._dynamo.decorators:mark_dynamic": Private("no sizes are marked dynamic for a try"),

@@ -1,6 +1,7 @@
 """The story of recompiles: what changed from call to call, what became dynamic, and the seconds that each cost."""
 
 import dataclasses
+import inspect
 import re
 import time
 import types
@@ -59,6 +60,8 @@ class Recompiles:
         self._open: _Open | None = None
         self._began = 0.0
         self._calls_of: dict[str, int] = {}  # by compile id: the number of the call
+        self._used: dict[tuple[str, int, str], tuple[SourceLocation, ...]] = {}  # where a function uses a value
+        self._dynamic: set[tuple[str, int, str]] = set()  # what torch called dynamic
         self._after: dict[str, Finding] = {}  # by compile id: the break after which this goes on
 
     def begin_compile(self, compile_id: str) -> None:
@@ -73,6 +76,9 @@ class Recompiles:
         self.settle()
         guards = failed_guards(reasons, entries, frame)
         code = self._collector.layers.unwrapped(frame.f_code)
+        if (called := _called_inside(frame)) is not None:
+            code, names = called
+            guards = [dataclasses.replace(guard, subject=_renamed(guard.subject, names)) for guard in guards]
         if "/torch/optim/" in Path(code.co_filename).as_posix():
             guards = [dataclasses.replace(g, cause=classify_guard_of_optimizer(g.text) or g.cause) for g in guards]
         self._open = _Open(
@@ -120,10 +126,11 @@ class Recompiles:
             return
         known = one.dynamic
         dynamic = [known is None or not guard.source or guard.source in known for guard in one.guards]
-        causes = [_settled(guard, is_dynamic) for guard, is_dynamic in zip(one.guards, dynamic, strict=True)]
+        became = [self._becomes_dynamic(one, guard) for guard in one.guards]
+        causes = [_settled(*facts) for facts in zip(one.guards, dynamic, became, strict=True)]
         changed = tuple(
-            ChangedValue(guard.name, guard.before, guard.now, known is not None and guard.source in known)
-            for guard in one.guards
+            ChangedValue(guard.name, guard.before, guard.now, is_known)
+            for guard, is_known in zip(one.guards, became, strict=True)
         )
         # A cause that torch can make dynamic matters only if there is no other: the others stand first.
         cause = causes[0] if one.guards[0].cause not in FOLLOWING else min(causes, key=_severity)
@@ -139,7 +146,10 @@ class Recompiles:
         subject = ", ".join(subjects[:_NAMED]) + (f" and {len(subjects) - _NAMED} more" if subjects[_NAMED:] else "")
         told = next((reason for reason in one.reasons if guard_subject(guard_text(reason)) == guards[0].subject), "")
         if is_user_code(one.code.co_filename):
-            stack, callers = () if cause in _OF_ARGUMENT else guard_location(told, one.code), one.calls
+            stack, callers = (
+                () if cause in _OF_ARGUMENT else self._used_at(told, one.code, guards[0].subject),
+                one.calls,
+            )
         else:  # torch's own, such as a compiled optimizer.step or nn.Sequential
             stack, callers = one.calls, ()
         broken = self._break_before(one.code, one.calls) if self._is_consequence(one) else None
@@ -155,11 +165,28 @@ class Recompiles:
             mend_first=_described(broken) if broken else None,
         )
 
-    def _is_consequence(self, one: _Open) -> bool:
-        """Whether the value differs between two uses of a function within one call of the model.
+    def _becomes_dynamic(self, one: _Open, guard: Guard) -> bool:
+        """Whether torch says that a value is dynamic now; not where it said so, and compiled for the next one again."""
+        if one.dynamic is None or guard.source not in one.dynamic:
+            return False
+        name = (one.code.co_filename, one.code.co_firstlineno, guard.source)
+        again = name in self._dynamic and guard.cause in ("attribute", "hyperparameter")
+        self._dynamic.add(name)
+        return not again
 
-        In a graph without a break both would be inlined, each for itself.
+    def _used_at(self, told: str, code: types.CodeType, subject: str) -> tuple[SourceLocation, ...]:
+        """Return where a value is used: torch says it of one guard of each version, so it is kept for the others."""
+        name = (code.co_filename, code.co_firstlineno, subject)
+        return self._used.setdefault(name, found) if (found := guard_location(told, code)) else self._used.get(name, ())
+
+    def _is_consequence(self, one: _Open) -> bool:
+        """Whether this would not be without a break.
+
+        That is so of a value from before a break, and of one that differs between two uses of a function within one
+        call of the model: in a graph without a break both would be inlined, each for itself.
         """
+        if one.guards[0].is_from_before_a_break:
+            return True
         return not self._collector.watches and self._calls_of.get(one.guards[0].version) == self._collector.call
 
     def _break_before(self, code: types.CodeType, calls: Sequence[SourceLocation]) -> Finding | None:
@@ -178,12 +205,43 @@ class Recompiles:
         return None
 
 
+def _called_inside(frame: Any) -> tuple[types.CodeType, Sequence[str]] | None:
+    """Return what a wrapper of torch's calls: it compiles functions of its own, such as nn.Sequential, inside one.
+
+    With its code come the names of the arguments that the wrapper has as `args`.
+    """
+    if not frame.f_code.co_filename.endswith("torch/_dynamo/external_utils.py"):
+        return None
+    fn = frame.f_locals.get("fn")
+    owner = getattr(fn, "__self__", fn)
+    if isinstance(owner, torch.nn.Module):
+        function = type(owner).forward
+    else:
+        function = fn if isinstance(fn, (types.FunctionType, types.MethodType)) else type(fn).__call__
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if not isinstance(code, types.CodeType):
+        return None
+    return code, code.co_varnames[code.co_argcount > 0 and code.co_varnames[0] == "self" : code.co_argcount]
+
+
+def _renamed(subject: str, names: Sequence[str]) -> str:
+    def name(of: re.Match[str]) -> str:
+        return names[int(of[1])] if int(of[1]) < len(names) else of[0]
+
+    return re.sub(r"^args\[(\d+)\]", name, subject)
+
+
 def _severity(cause: str) -> int:
     return SEVERITIES.index(RULES[cause].severity)
 
 
-def _settled(guard: Guard, is_dynamic: bool) -> str:
-    """Return the cause, now that it is known whether the value became dynamic."""
+def _settled(guard: Guard, is_dynamic: bool, is_known: bool) -> str:
+    """Return the cause, now that it is known whether the value became dynamic.
+
+    `is_known`: whether torch says so of this very value, and does not merely say nothing against it.
+    """
+    if guard.cause in ("attribute", "hyperparameter") and is_known:
+        return "number"
     if guard.cause == "size" and not is_dynamic:
         return "size-fixed"
     if guard.cause == "number" and not is_dynamic and guard.now not in ("0", "1"):  # always compiled for themselves

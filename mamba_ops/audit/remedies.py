@@ -29,7 +29,8 @@ RULES = {
     "tolist": Rule(
         "sync",
         "error",
-        "Pass the lengths as a tensor such as cu_seqlens, which mamba_ops' ops read on the device, instead of {op}.",
+        "Keep the values a tensor (index, gather, mask by it), or pass them in: {op} waits for the device and ends the "
+        "graph.",
     ),
     "dynamic-shape": Rule(
         "sync",
@@ -55,6 +56,11 @@ RULES = {
     "data-pointer": Rule("break", "error", "Leave addresses to the kernel: a trace has no tensors with memory."),
     "explicit": Rule("break", "error", "Remove the call of torch._dynamo.graph_break."),
     "explicit-of-torch": Rule("break", "note", "Nothing to do: torch itself leaves {op} to Python."),
+    "backward": Rule(
+        "break",
+        "error",
+        "Call {op} outside the compiled function: the backward of each graph is compiled with it all the same.",
+    ),
     "builtin": Rule("break", "error", "Call {op} outside the compiled model, and pass what it returns."),
     "skipped-function": Rule("break", "error", "Move {op} out of the compiled model, or write it with tensor ops."),
     "context-manager": Rule("break", "error", "Enter {op} outside the compiled model: Dynamo cannot trace it."),
@@ -149,13 +155,11 @@ RULES = {
         "Do not loop over {op} in Python or take its int() in the model (one op for the whole length, or padding): "
         "each size is compiled for itself.",
     ),
-    "size": Rule(
-        "recompile", "note", "Compile with dynamic=True, or call {marks} before the first call: this costs one compile."
-    ),
+    "size": Rule("recompile", "note", "Compile with dynamic=True{marks}: this costs one compile."),
     "hyperparameter": Rule(
         "recompile",
         "error",
-        "Give the optimizer {op} as a tensor, such as lr=torch.tensor(0.01): numbers are compiled in.",
+        "Give the optimizer {key} as a tensor, such as {key}=torch.tensor(0.01): numbers are compiled in.",
     ),
     "optimizer-state": Rule(
         "recompile", "note", "Nothing to do: the first step of an optimizer makes its state, and the second has it."
@@ -222,6 +226,7 @@ RULES = {
 
 _TYPES = [  # patterns for torch's type of a break and for its message, then the cause
     (r"Tensor\.item\(\)", r"", "item"),
+    (r"Tensor\.tolist\(\)", r"", "tolist"),
     (r"Data dependent operator", r"_local_scalar_dense|item", "item"),
     (r"Data.dependent branching|data-dependent jump|Data-dependent assertion|^generic_jump", r"", "branch"),
     (r"Data dependent operator|Could not guard on data-dependent", r"", "branch"),
@@ -229,6 +234,7 @@ _TYPES = [  # patterns for torch's type of a break and for its message, then the
     (r"compiler\.disable|disabled function", r"", "disable"),
     (r"fake tensors|Missing fake|no fake|FakeTensor|fake impl", r"", "no-fake"),
     (r"graph_break\(\)", r"", "explicit"),
+    (r"Tensor\.backward\(\)", r"", "backward"),
     (r"logging\.Logger", r"", "logging"),
     (r"builtin operator", r"builtin print", "print"),
     (r"Observed exception", r"data_ptr|data pointer", "data-pointer"),
@@ -272,8 +278,17 @@ def remedy(cause: str, op: str, *around: str, binds: bool = False) -> str:
     if cause == "reference-path" and binds:
         on = f" (on {replacement})" if replacement else ""
         return f"Run the model under mamba_ops.compat.transformers.use_mamba_ops(model){on}; or install {op}."
-    marks = re.sub(r"([^\s,]+)\.shape\[(\d+)\]", r"torch._dynamo.mark_dynamic(\1, \2)", op)
-    return RULES[cause].remedy.format(op=op, marks=marks, replacement=replacement or "torch.library.custom_op")
+    if cause == "attribute" and not op.startswith("self"):
+        return f"Keep {op} the same from call to call, or make it a tensor: what an argument holds is compiled in."
+    named = re.findall(r"(?:^|, )([A-Za-z_][\w.\[\]']*)\.shape\[(\d+)\]", op)
+    marks = ", ".join(f"torch._dynamo.mark_dynamic({name}, {dim})" for name, dim in named)
+    key = re.search(r"\['(\w+)'\]$", op)
+    return RULES[cause].remedy.format(
+        op=op,
+        key=key[1] if key else op,
+        marks=f", or call {marks} before the first call" if marks else "",
+        replacement=replacement or "torch.library.custom_op",
+    )
 
 
 def _replacement(text: str) -> str | None:

@@ -152,6 +152,11 @@ class Finding:
         return "break" if self.breaks else self.kind
 
     @property
+    def hides(self) -> bool:
+        """Whether what stands behind it in the same function is not looked at by the compiler."""
+        return self.skipped_frame is not None or self.cause == "compiler-error"
+
+    @property
     def classes(self) -> set[str]:
         """The names for it in `--fail-on`."""
         return {self.kind} | ({"break"} if self.breaks else set())
@@ -166,6 +171,7 @@ class Report:
         absent: whether the device is not present on this machine, so that nothing ran.
         calls: one row for each call.
         mixers: the classes of the model's modules that mix tokens: attention, convolutions, recurrences.
+        fronts: functions of mamba_ssm, causal_conv1d, fla and vLLM that the model calls, each with ours for it, or "".
         graphs: in the order in which they were made.
         recompiles: in the order in which they were made; each is counted in one finding.
         backends: for our ops: which backend ran how often, and each refusal.
@@ -184,6 +190,7 @@ class Report:
     findings: list[Finding] = dataclasses.field(default_factory=list)
     calls: list[CallRow] = dataclasses.field(default_factory=list)
     mixers: list[str] = dataclasses.field(default_factory=list)
+    fronts: dict[str, str] = dataclasses.field(default_factory=dict)
     graphs: list[Graph] = dataclasses.field(default_factory=list)
     recompiles: list[Recompile] = dataclasses.field(default_factory=list)
     backends: dict[str, str] = dataclasses.field(default_factory=dict)

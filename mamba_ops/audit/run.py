@@ -12,13 +12,11 @@ from torch import Tensor, nn
 
 from mamba_ops.audit import _torch, absent
 from mamba_ops.audit import graph as graphs
-from mamba_ops.audit.absent_code import traced_as_if_present
-from mamba_ops.audit.answers import ASSUMED, let_devices_be_entered, on_host, present
-from mamba_ops.audit.eager import add_hidden_syncs, hear_fallbacks, run_eagerly
+from mamba_ops.audit.answers import let_devices_be_entered, note_absence, on_host, present
+from mamba_ops.audit.eager import add_hidden_syncs, run_eagerly
+from mamba_ops.audit.fronts import fronts
 from mamba_ops.audit.isolation import copied, isolated
-from mamba_ops.audit.processes import watch_processes
 from mamba_ops.audit.report import Report
-from mamba_ops.audit.show import grouped
 
 if TYPE_CHECKING:
     from mamba_ops.audit.collect import Collector
@@ -89,7 +87,7 @@ def audit(
             f"{where} is not present, and gradients cannot be traced for an absent device; leave train out"
         )
     collector = Collector(report, fn)
-    report.mixers = collector.layers.mixers
+    report.mixers, report.fronts = collector.layers.mixers, fronts(fn)
     if not is_absent:
         made = _torch.map_tensors(lambda tensor: tensor.to(where), made)
     with quiet_torch(), warnings.catch_warnings(), torch.set_grad_enabled(train):
@@ -102,7 +100,7 @@ def audit(
             _trace_absent(collector, fn, made, where, dynamic, progress, runs_here=syncs is not None)
         elif not is_absent:
             _compile(collector, fn, made, where, train, dynamic, mode, progress)
-        if (can_trace or not is_absent) and any(finding.skipped_frame for finding in report.findings):
+        if (can_trace or not is_absent) and any(finding.hides for finding in report.findings):
             progress("behind the breaks")
             _look_behind(collector, fn, made, where, dynamic)
         add_hidden_syncs(collector, syncs or ())
@@ -127,48 +125,6 @@ def _install(device: torch.device, report: Report) -> bool:
         report.notes.append(f"{device} is not present, and was not traced.")
         return False
     return True
-
-
-@contextlib.contextmanager
-def watch(
-    target: str = "watched code", report: Report | None = None, *, absent_device: str | None = None
-) -> Iterator[Report]:
-    """Within the block, record what torch.compile does with the user's own code, here and in processes started there.
-
-    Args:
-        target: what the report calls it.
-        report: filled in as things become known. None: a new one, which is complete after the block.
-        absent_device: a device that is not present, for which the code is traced; this cannot be undone in the process.
-            Values that it asks for are taken to be 1; where that cannot be, the block ends. The report says so.
-    """
-    from mamba_ops.audit.collect import Collector
-
-    report = report if report is not None else Report(target)
-    report.torch, report.finished = str(torch.__version__), False
-    collector = Collector(report, watches=True)
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    report.device, report.absent = absent_device or str(accelerator or "cpu"), absent_device is not None
-    as_if: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if absent_device is not None:
-        _note_absence(report, torch.device(absent_device))
-        as_if = traced_as_if_present(absent_device, collector.assumption)
-    try:
-        with (
-            watch_processes(collector),
-            hear_fallbacks(collector, compiled=True),
-            collector.listen(),
-            as_if,
-            collector.one_call("watched"),
-        ):
-            yield report
-    except _torch.needs_values_errors() as error:
-        if absent_device is None:
-            raise
-        _stop(collector, str(error))
-    finally:
-        report.notes += _torch.losses()
-        report.finished = True
-        report.sort()
 
 
 def resize(value: Any, shape: Sequence[int]) -> Any:
@@ -296,7 +252,7 @@ def _trace_absent(
     runs_here: bool,
 ) -> None:
     report = collector.report
-    _note_absence(report, device)
+    note_absence(report, device)
     has_triton = importlib.util.find_spec("triton") is not None
     with contextlib.ExitStack() as stack:
         stack.enter_context(collector.listen())
@@ -319,29 +275,10 @@ def _trace_absent(
                         collector.add_failures(error)
                     else:  # Python between two graphs may need values
                         sentence = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                        _stop(collector, f"what runs between two graphs failed, {sentence}")
+                        collector.stop(f"what runs between two graphs failed, {sentence}")
             if tracer.trace.stopped:
-                _stop(collector, tracer.trace.stopped)
+                collector.stop(tracer.trace.stopped)
     torch.compiler.reset()
-
-
-def _note_absence(report: Report, device: torch.device) -> None:
-    report.notes.append(
-        f"{device} is not present: Dynamo and AOTAutograd ran, Inductor and kernels did not. Copies, CUDA graphs and "
-        f"compiled Triton kernels need the device itself. "
-        f"Code that asks for the device is told of {ASSUMED[device.type]}."
-    )
-    if device.type == "xpu":
-        report.notes.append(
-            "Attention was traced through the math op: which fused kernel xpu takes, it decides itself."
-        )
-
-
-def _stop(collector: "Collector", why: str) -> None:
-    """Add a call that could not be traced to its end, with the layers that nothing was seen of."""
-    missed = collector.layers_not_reached()
-    unseen = f"; not reached: {grouped(missed)}" if missed else ""
-    collector.add("needs-values", "fake tensor", f"{why}{unseen}", (), needs_device=True)
 
 
 def _look_behind(
@@ -353,21 +290,21 @@ def _look_behind(
     is_absent = collector.report.absent
     probe = behind.Probe(fn, collector.report.device)
 
-    def make_calls(model: Any) -> None:
-        for made in calls:
-            args, kwargs = copied(made)
-            with probe.one_call(describe(made)):
-                model(*args, **kwargs)
+    def make_calls() -> None:
+        torch.compiler.reset()
+        with isolated(fn, None if is_absent else device, probe) as model, contextlib.ExitStack() as stack:
+            if is_absent:
+                stack.enter_context(present(device))
+                model = absent.Tracer(model, device=device.type, dynamic=dynamic, on_assumption=lambda op: None)
+                probe.layers.name(model.fn)
+            else:
+                model = torch.compile(model, backend="eager", dynamic=dynamic)
+            for made in calls:
+                args, kwargs = copied(made)
+                with probe.one_call(describe(made)):
+                    model(*args, **kwargs)
 
-    torch.compiler.reset()
-    with isolated(fn, None if is_absent else device, probe) as model, contextlib.ExitStack() as stack:
-        if is_absent:
-            stack.enter_context(present(device))
-            model = absent.Tracer(model, device=device.type, dynamic=dynamic, on_assumption=lambda op: None)
-            probe.layers.name(model.fn)
-        else:
-            model = torch.compile(model, backend="eager", dynamic=dynamic)
-        behind.look(collector, probe, lambda: make_calls(model))
+    behind.look(collector, probe, make_calls)
     torch.compiler.reset()
 
 

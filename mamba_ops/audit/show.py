@@ -119,6 +119,7 @@ def closing_lines(report: Report) -> list[str]:
     together = [tried for tried in report.tries if not tried.findings and not tried.ours]
     for tried in [tried for tried in together if tried.after is not None][-1:] or together[-1:]:
         text.append(f"All that helped, together: {tried_line(tried)}")
+    text += [_in_its_place(theirs, ours) for theirs, ours in report.fronts.items()]
     for tried in report.tries:
         if tried.ours and tried.before is not None and tried.after is not None:
             text += [f"{tried.change}, tried on this model:"]
@@ -128,10 +129,22 @@ def closing_lines(report: Report) -> list[str]:
     return text
 
 
+def _in_its_place(theirs: str, ours: str) -> str:
+    """Return what to do about a function that the model imports itself."""
+    told = f"{theirs}: use_mamba_ops does not bind it, as the model's own code calls it"
+    return (
+        f"{told}. Call {ours} in its place."
+        if ours
+        else f"{told}, and none of ours takes its place (mamba_ops.layers has whole mixers)."
+    )
+
+
 def timed(counts: Counts) -> str:
     """Return counts with the seconds that they took."""
-    warm = f", {counts.warm:.3g} s for a call that compiles nothing" if counts.warm is not None else ""
-    return f"{counts}, {counts.seconds:.1f} s with compiling{warm}"
+    told = f"{counts}, {counts.seconds:.1f} s with compiling"
+    if counts.warm is None:
+        return told
+    return f"{told}, {f'{counts.warm:.3g}' if counts.warm else 'under 0.001'} s for a call that compiles nothing"
 
 
 def told(finding: Finding) -> list[str]:

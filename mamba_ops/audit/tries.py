@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mamba_ops.audit import _torch
+from mamba_ops.audit.fronts import in_place
 from mamba_ops.audit.outcomes import Counts, Try
 from mamba_ops.audit.report import Finding, Report
 
@@ -17,6 +18,7 @@ _FLAGS: dict[str, dict[str, Any]] = {  # causes that a flag of torch._dynamo.con
     "tolist": {"capture_scalar_outputs": True},
     "dynamic-shape": {"capture_dynamic_output_shape_ops": True},
     "attribute": {"allow_unspec_int_on_nn_module": True},
+    "backward": {"trace_autograd_ops": True},
     "limit": {"recompile_limit": 64},
     "print": {"reorderable_logging_functions": ["builtins:print"]},
     "logging": {
@@ -38,12 +40,14 @@ class Tweak:
         dynamic: whether torch.compile is told `dynamic=True`.
         mark: "dynamic" or "unbacked": sizes that differ between the calls are marked so.
         ours: whether `use_mamba_ops` comes first.
+        fronts: whether functions of `mamba_ops.compat` take the place of those that the model imports.
     """
 
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     dynamic: bool = False
     mark: str = ""
     ours: bool = False
+    fronts: bool = False
 
     def __str__(self) -> str:
         parts = [
@@ -54,7 +58,13 @@ class Tweak:
         parts += ["torch.compile(..., dynamic=True)"] if self.dynamic else []
         parts += [f"torch._dynamo.mark_{self.mark} on the sizes that differ"] if self.mark else []
         parts += ["use_mamba_ops(model)"] if self.ours else []
+        parts += ["mamba_ops.compat in place of the imported functions"] if self.fronts else []
         return " and ".join(parts) or "no change"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it puts this library under the model, and does nothing else."""
+        return self in (Tweak(ours=True), Tweak(fronts=True))
 
     def __or__(self, other: "Tweak") -> "Tweak":
         return Tweak(
@@ -62,6 +72,7 @@ class Tweak:
             self.dynamic or other.dynamic,
             self.mark or other.mark,
             self.ours or other.ours,
+            self.fronts or other.fronts,
         )
 
 
@@ -94,8 +105,8 @@ def tweaks_for(report: Report, *, ours: bool = True, script: bool = False) -> li
             add(Tweak(mark="unbacked" if finding.cause == "size-one" else "dynamic"), finding)
     tweaks = [(tweak, tuple(dict.fromkeys(fingerprints))) for tweak, fingerprints in found]
     kernels = tuple(finding.fingerprint for finding in _met(report) if finding.kind in ("kernel", "fallback"))
-    if ours:
-        tweaks.insert(0 if kernels else len(tweaks), (Tweak(ours=True), kernels))
+    for tweak in [Tweak(fronts=True)] * any(report.fronts.values()) + [Tweak(ours=True)] if ours else ():
+        tweaks.insert(0 if kernels else len(tweaks), (tweak, kernels))
     return tweaks
 
 
@@ -119,7 +130,7 @@ def applied(tweak: Tweak, fn: Any) -> Iterator[None]:
     """Within the block, the flags of a change are set, and its ops are under the model.
 
     Raises:
-        NotApplicableError: `use_mamba_ops` does not bind this model.
+        NotApplicableError: `use_mamba_ops` does not bind this model, or it calls no function that is to be replaced.
     """
     values = {
         name: {pkgutil.resolve_name(one) for one in value} if isinstance(value, list) else value
@@ -134,6 +145,8 @@ def applied(tweak: Tweak, fn: Any) -> Iterator[None]:
                 stack.enter_context(use_mamba_ops(fn))
             except (ValueError, AttributeError) as error:
                 raise NotApplicableError(str(error)) from None
+        if tweak.fronts and not stack.enter_context(in_place(fn)):
+            raise NotApplicableError("the model calls none of those functions")
         yield
 
 
@@ -191,8 +204,8 @@ def outcome(tweak: Tweak, findings: Sequence[str], before: Facts, after: Facts) 
     gone = tuple(name for name in before.findings if name not in after.findings)
     if set(after.failures) - set(before.findings):
         problem = "the compiler failed"
-        return Try(str(tweak), tuple(findings), before.counts, problem=problem, ours=tweak.ours)
-    return Try(str(tweak), tuple(findings), before.counts, after.counts, gone, ours=tweak.ours)
+        return Try(str(tweak), tuple(findings), before.counts, problem=problem, ours=tweak.is_ours)
+    return Try(str(tweak), tuple(findings), before.counts, after.counts, gone, ours=tweak.is_ours)
 
 
 def together(wanted: Sequence[tuple[Tweak, tuple[str, ...]]], tries: Sequence[Try]) -> Tweak | None:

@@ -1,8 +1,9 @@
 """The arguments of a warm-up, checked and completed: device, dtypes, backends, progress."""
 
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,8 +76,17 @@ def known_ops(what: Any) -> Any:
 def check_numbers(sizes: Mapping[str, int], processes: int | None) -> None:
     """Raise ValueError unless sizes, and the number of processes, are positive numbers."""
     for name, number in {**sizes, "processes": 1 if processes is None else processes}.items():
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"warm_up: {name}: got {number!r}, expected a positive number")
+        if not isinstance(number, int) or not 1 <= number < 2**31:
+            raise ValueError(f"warm_up: {name}: got {number!r}, expected a positive number of 31 bits at most")
+
+
+def check_names(sizes: Mapping[str, int], ops: Iterable[Op[...]]) -> None:
+    """Raise the error about a static size that samples of none of the ops have."""
+    parameters = (inspect.signature(op.sampler).parameters for op in ops)
+    named = (p for found in parameters for p in [*found.values()][1:] if p.kind is not p.VAR_KEYWORD)  # but the device
+    known = {p.name for p in named} - {"dtype", "state_dtype"}
+    if stray := sizes.keys() - known:
+        raise unknown("size", min(stray), known)
 
 
 def known_backends(names: Sequence[str] | None) -> list[str | None]:

@@ -80,7 +80,16 @@ def fits(
         dtypes: of activations; states are float32.
         sizes: static sizes that replace those of `SIZES`.
         samples: how many samples of each op are called, from the first one on; None: all.
+
+    Raises:
+        ValueError: no op has a size of that name, or it is no positive number.
     """
+    from mamba_ops import registry
+    from mamba_ops.cold_start import arguments
+
+    known = [op for op in registry.ops().values() if "samples" in op.facets and "triton" in op.kernels]
+    arguments.check_numbers(sizes or {}, None)
+    arguments.check_names(sizes or {}, known)
     request = {"targets": list(targets), "ops": list(ops), "dtypes": list(dtypes), "sizes": sizes, "samples": samples}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from mamba_ops.cold_start.arguments import check_names
 from mamba_ops.cold_start.layers import (
     Layer,
     before_calls_of,
@@ -126,9 +127,7 @@ def warm_up(
 ) -> WarmUp:
     """Do what `mamba_ops.warm_up` documents."""
     begin, report = time.perf_counter(), WarmUp()
-    known = set() if isinstance(what, nn.Module) else {name for op in _ops(what) for name in _sizes_of(op)}
-    if stray := sizes.keys() - known:
-        raise unknown("size", min(stray), known)
+    check_names(sizes, () if isinstance(what, nn.Module) else _ops(what))
     units: list[_Unit] = []
     for backend in backends:
         common = (str(device), backend or generation())
@@ -218,12 +217,6 @@ def _ops(what: Sequence[Op[...] | str], training: bool = False) -> list[Op[...]]
             raise unknown("op", item, known)
     found = (known[item] if isinstance(item, str) else item for item in what)
     return [each for op in found for each in (op, *(op.companions if training else ()))]
-
-
-def _sizes_of(op: Op[...]) -> set[str]:
-    """Return the names of the static sizes of an op's samples."""
-    names = [*inspect.signature(op.sampler).parameters][1:]  # the first is the device
-    return {*names} - {"dtype", "state_dtype"}
 
 
 class _DrawnOnDevice(TorchFunctionMode):

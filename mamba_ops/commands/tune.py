@@ -20,7 +20,7 @@ def tune(
 ) -> None:
     """Time an op's Triton kernels in other launch configurations, keep the fastest; go on where it was stopped."""
     console = Console(highlight=False, markup=False)
-    with failing(ValueError):
+    with failing(ValueError, OSError):
         from mamba_ops.cold_start import arguments, tuning  # imports Triton
 
         where = arguments.device_of((), device)

@@ -37,7 +37,7 @@ def warm_up(
 ) -> None:
     """Compile and load every kernel that a model or an op can ask for; carry the caches to identical machines."""
     console = Console(highlight=False, markup=False)
-    with failing(ValueError):
+    with failing(ValueError, OSError):
         from mamba_ops.cold_start import arguments, transfer  # imports Triton
 
         where = arguments.device_of((), device)

@@ -100,6 +100,8 @@ def use_mamba_ops(model: nn.Module) -> Binding:
     Raises:
         ValueError: there are no such mixers in it.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"use_mamba_ops: model: got a {type(model).__name__}, expected a module")
     files = {type(module).__module__ for module in model.modules()}
     wanted = {file: _functions_of(vars(sys.modules[file])) for file in files if file in sys.modules}
     if not any(wanted.values()):

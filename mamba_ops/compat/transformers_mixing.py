@@ -115,12 +115,20 @@ def _mixing_of(mixer: nn.Module, tokens: Tensor, given: dict[str, Any]) -> Mixin
     if cu_seqlens is not None and seq_idx is not None and tokens.shape[0] > 1:
         cu_seqlens = None
     cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
-    read = getattr(cache, "get_recurrent_state", None)  # which older caches do not have
-    return Mixing(length, cu_seqlens, seq_idx, _none if read is None else lambda: read(mixer.layer_idx))
+    return Mixing(length, cu_seqlens, seq_idx, _none if cache is None else lambda: _state_in(cache, mixer))
 
 
 def _none() -> None:
     return None
+
+
+def _state_in(cache: Any, mixer: Any) -> Tensor | None:
+    """Return the state that a cache holds for a mixer; before the first call there is none, or zeros."""
+    if (read := getattr(cache, "get_recurrent_state", None)) is not None:
+        state: Tensor | None = read(mixer.layer_idx)
+        return state
+    states = getattr(cache.layers[mixer.layer_idx], "recurrent_states", None)  # in Transformers 5.17
+    return None if states is None else states[0]
 
 
 def _documents_above(mixer: nn.Module) -> Documents | None:

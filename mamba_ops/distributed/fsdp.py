@@ -50,7 +50,8 @@ def fully_shard(layer: M, **options: Any) -> M:
         delattr(layer, name)
     policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
     shard(cast(nn.Module, layer.decays), **options | {"mp_policy": policy})
-    layer.register_forward_pre_hook(_fetch)
+    # As FSDP2's own hooks, it runs before what is compiled: a layer compiled by itself stays one graph.
+    layer.register_forward_pre_hook(torch.compiler.disable(_fetch))
     layer.register_state_dict_post_hook(_rename)  # type: ignore[no-untyped-call]
     layer.register_load_state_dict_pre_hook(_rename_back)  # type: ignore[no-untyped-call]
     shard(layer, **options)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba_ops.layers.caches import require_a_pair
+from mamba_ops.layers.checking import check_layer
 from mamba_ops.layers.mixer import Mixer, Taps, require_silu
 from mamba_ops.layers.norms import GatedRMSNorm
 from mamba_ops.ops import (
@@ -56,6 +57,10 @@ class GatedDeltaNet(Mixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(hidden_size)
+        sizes = {"hidden_size": hidden_size, "num_k_heads": num_k_heads, "num_v_heads": num_v_heads}
+        sizes |= {"head_k_dim": head_k_dim, "head_v_dim": head_v_dim}
+        dtypes = {"dtype": dtype}
+        check_layer("GatedDeltaNet", sizes=sizes, d_conv=d_conv, numbers={"eps": eps}, dtypes=dtypes, device=device)
         if num_v_heads % num_k_heads:
             raise ValueError(f"GatedDeltaNet: num_k_heads: got {num_k_heads}, expected a divisor of {num_v_heads}")
         self.num_k_heads, self.num_v_heads = num_k_heads, num_v_heads

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mamba_ops.layers.caches import require_a_pair
+from mamba_ops.layers.checking import check_layer
 from mamba_ops.layers.mixer import Mixer, Taps, require_silu
 from mamba_ops.layers.norms import RMSNorm, upcast
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba_mixing, selective_scan, selective_state_update
@@ -53,6 +54,10 @@ class Mamba(Mixer):
         super().__init__(hidden_size)
         if norms not in NORMS:
             raise ValueError(f"Mamba: norms: got {norms!r}, expected None, 'weightless' or 'weighted'")
+        sizes = {"hidden_size": hidden_size, "d_inner": d_inner, "dstate": dstate, "dt_rank": dt_rank}
+        given = {name: size for name, size in sizes.items() if size is not None or name not in ("d_inner", "dt_rank")}
+        dtypes = {"dtype": dtype}
+        check_layer("Mamba", sizes=given, d_conv=d_conv, numbers={"eps": eps}, dtypes=dtypes, device=device)
         d_inner = 2 * hidden_size if d_inner is None else d_inner
         dt_rank = -(-hidden_size // 16) if dt_rank is None else dt_rank
         self.d_inner, self.dstate, self.dt_rank, self.norms, self.eps = d_inner, dstate, dt_rank, norms, eps

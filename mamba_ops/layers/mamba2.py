@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mamba_ops.layers.caches import require_a_pair
+from mamba_ops.layers.checking import check_layer
 from mamba_ops.layers.mixer import Mixer, Taps, require_silu
 from mamba_ops.layers.norms import GatedRMSNorm, upcast
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba2_mixing, mamba_chunk_scan, selective_state_update
-from mamba_ops.ops._common.checking import check_chunk_size
 from mamba_ops.ops._common.sequences import DecodeArgs, HasPlan, SequenceArgs
 
 
@@ -55,7 +55,10 @@ class Mamba2(Mixer):
         decay_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(hidden_size)
-        check_chunk_size(chunk_size)
+        sizes = {"hidden_size": hidden_size, "heads": heads, "head_dim": head_dim, "dstate": dstate}
+        sizes |= {"groups": groups, "chunk_size": chunk_size}
+        numbers, dtypes = {"dt_min": dt_min, "dt_max": dt_max, "eps": eps}, {"dtype": dtype, "decay_dtype": decay_dtype}
+        check_layer("Mamba2", sizes=sizes, d_conv=d_conv, numbers=numbers, dtypes=dtypes, device=device)
         if heads % groups:
             raise ValueError(f"Mamba2: groups: got {groups}, expected a divisor of the {heads} heads")
         self.heads, self.head_dim, self.dstate, self.groups = heads, head_dim, dstate, groups

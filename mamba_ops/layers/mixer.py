@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba_ops.ops._common.checking import floating_dtype, whole_number
 from mamba_ops.ops._common.sequences import NULL_SLOT, DecodeArgs, HasPlan, SequenceArgs
 from mamba_ops.registry import answering
-from mamba_ops.registry.errors import ArgumentTypeError
+from mamba_ops.registry.errors import ArgumentTypeError, in_call_of
 
 
 class Mixer(nn.Module):
@@ -38,7 +39,16 @@ class Mixer(nn.Module):
             slots: how many sequences they hold.
             dtype: of conv_state; None: that of the parameters.
             state_dtype: of ssm_state, which sums over a whole sequence.
+
+        Raises:
+            ValueError: slots is no whole number, or a dtype is none of floating-point numbers.
         """
+        try:
+            whole_number("slots", slots, least=0)
+            floating_dtype("dtype", dtype)
+            floating_dtype("state_dtype", state_dtype)
+        except ValueError as error:
+            raise in_call_of(type(self).__name__, error) from None
         weight = self.conv1d.weight
         dim, _, d_conv = weight.shape
         conv_state = weight.new_zeros((slots, d_conv - 1, dim), dtype=dtype).transpose(1, 2)  # dense channels

@@ -30,6 +30,9 @@ class PiecewiseBackend:
     """
 
     def __init__(self, compile_piece: str | CompilePiece = "inductor") -> None:
+        if not isinstance(compile_piece, str) and not callable(compile_piece):
+            got, expected = f"got a {type(compile_piece).__name__}", "a backend of torch.compile, or its name"
+            raise ValueError(f"PiecewiseBackend: compile_piece: {got}, expected {expected}")
         self._compile = torch._dynamo.lookup_backend(compile_piece) if isinstance(compile_piece, str) else compile_piece
         self.graphs: list[list[Subgraph]] = []
         self.recording: Recording | None = None

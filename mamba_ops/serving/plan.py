@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from mamba_ops.ops._common.checking import device_or_none, whole_number
 from mamba_ops.ops._common.sequences import NULL_SLOT, PlanTensors
+from mamba_ops.registry.errors import in_call_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,10 @@ class Plan:
         new_tokens = _whole_numbers("new_tokens", new_tokens)
         (null_slot,) = _whole_numbers("null_slot", [null_slot])
         (max_requests,) = _whole_numbers("max_requests", [max_requests])
+        try:
+            device_or_none("device", device)
+        except ValueError as error:
+            raise in_call_of("Plan", error) from None
         slots = _entries("slots", slots)
         accepted = None if accepted is None else _entries("accepted", accepted)
         requests = range(len(new_tokens))
@@ -126,7 +132,18 @@ class Plan:
 
         Its tensors, and so its graph, are those of the plans that `of` makes with the same `max_requests`, `columns`
         slots for each request, and `accepted` if `speculative`.
+
+        Raises:
+            ValueError: a number is none, or there is no such device.
         """
+        try:
+            whole_number("tokens", tokens, least=0)
+            whole_number("columns", columns)
+            whole_number("max_requests", max_requests, least=0)
+            (null_slot,) = _whole_numbers("null_slot", [null_slot])
+            device_or_none("device", device)
+        except ValueError as error:
+            raise in_call_of("Plan", error) from None
         tensors = _on_device([], 0, [], [], [] if speculative else None, columns, max_requests, device)
         return cls(tensors, tokens, null_slot=null_slot)
 

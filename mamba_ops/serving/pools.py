@@ -1,6 +1,6 @@
 """The caches of a model's layers, with a slot for each request that an engine runs at a time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import index
 from typing import Any
 
@@ -56,6 +56,7 @@ class StatePool:
                 raise ValueError(f"StatePool: {name}: got {number!r}, expected a whole number")
         if slots < 1 or null_slot >= slots:
             raise ValueError(f"StatePool: slots: got {slots} with null_slot {null_slot}, expected more than that")
+        _check_mapping("templates", templates, "its caches, as layer.empty_caches(0)", _is_template)
         self.slots, self.null_slot = slots, null_slot
         self.caches = {name: _pages(tuple(states), slots, page_bytes) for name, states in templates.items()}
         self._free = [slot for slot in reversed(range(slots)) if slot != null_slot]
@@ -78,6 +79,7 @@ class StatePool:
             slots, page_bytes, null_slot: as above.
             dtypes: `dtype` and `state_dtype`, for `empty_caches`.
         """
+        _check_mapping("layers", layers, "a layer with empty_caches()", lambda layer: hasattr(layer, "empty_caches"))
         templates = {name: layer.empty_caches(0, **dtypes) for name, layer in layers.items()}
         return cls(templates, slots, page_bytes=page_bytes, null_slot=null_slot)
 
@@ -120,6 +122,20 @@ class StatePool:
             )
         self._allocated.remove(number)
         self._free.append(number)
+
+
+def _check_mapping(name: str, given: Any, expected: str, is_right: Callable[[Any], bool]) -> None:
+    """Raise the ValueError about what is no mapping, or the first of its values that is not what is expected."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"StatePool: {name}: got a {type(given).__name__}, expected a mapping of names to {expected}")
+    for layer, value in given.items():
+        if not is_right(value):
+            raise ValueError(f"StatePool: {name}: got a {type(value).__name__} for {layer!r}, expected {expected}")
+
+
+def _is_template(states: Any) -> bool:
+    """Whether these are caches: tensors with slots as their first axis."""
+    return isinstance(states, Sequence) and all(isinstance(t, Tensor) and t.dim() for t in states)
 
 
 def _pages(states: tuple[Tensor, ...], slots: int, page_bytes: int) -> tuple[Tensor, ...]:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamba_ops.ops._common.checking import device_or_none, whole_number
 from mamba_ops.ops._common.sequences import NULL_SLOT, PlanTensors
 from mamba_ops.registry import generation
+from mamba_ops.registry.errors import in_call_of
 from mamba_ops.serving.capture import Graphs, graphs_of
 from mamba_ops.serving.context import ForwardContext, forward_context
 from mamba_ops.serving.piecewise import CompilePiece, PiecewiseBackend, Recording
@@ -70,7 +72,11 @@ class PiecewiseRunner:
             compile_piece: the backend of torch.compile for the pieces.
             full_graphs: whether steps that only decode run as one graph; False where a kernel cannot be captured.
             graphs: records and replays; None: the device's own graphs, if it has any.
+
+        Raises:
+            ValueError: the model cannot be called, a number is none or too small, there is no such device.
         """
+        _check_made_of(model, max_tokens, max_requests, capture_sizes, columns, device)
         sizes = sorted({size for size in capture_sizes if size <= max_tokens})
         if not sizes or sizes[0] < 1:
             expected = f"at least one from 1 to max_tokens={max_tokens}"
@@ -110,7 +116,15 @@ class PiecewiseRunner:
             ValueError: before anything is written: the inputs are not the plan's tokens, there are too many, or the
                 plan is made for another number of requests.
         """
-        counts = self._checked(plan, inputs)
+        counts, is_first = self._checked(plan, inputs), not self._buffers
+        try:
+            return self._step(plan, counts, inputs)
+        except Exception:
+            if is_first:  # inputs that the model does not take say nothing about later ones
+                self._buffers, self._views = [], {}
+            raise
+
+    def _step(self, plan: Plan, counts: list[int], inputs: Sequence[Tensor]) -> Tensor:
         if generation() != self._generation:
             self._forget()
         size = next((size for size in self.capture_sizes if size >= plan.tokens), None)
@@ -153,6 +167,8 @@ class PiecewiseRunner:
 
     def _checked(self, plan: Plan, inputs: Sequence[Tensor]) -> list[int]:
         """Return the plan's counts, or raise the ValueError about a plan or inputs that do not fit."""
+        if not isinstance(plan, Plan):
+            raise _wrong("plan", f"a {type(plan).__name__}", "a mamba_ops.serving.Plan")
         tensors = plan.tensors
         if tensors.counts is None or tensors.cu_seqlens is None:
             raise _wrong("plan", "no plan", "a Plan; for a profile run there is Plan.zeros(tokens)")
@@ -169,6 +185,11 @@ class PiecewiseRunner:
         if (got := _shapes(tensors)) != (expected := _shapes(self._plan)):
             raise _wrong("plan", f"tensors of shapes {got}", f"{expected}; see columns and speculative")
         for tensor in inputs:
+            if not isinstance(tensor, Tensor) or not tensor.dim():
+                raise _wrong("inputs", f"a {type(tensor).__name__}", "tensors with the step's tokens as first axis")
+            if (tensor.device.type, tensor.layout) != (self.device.type, torch.strided):
+                kind = f"a tensor of {tensor.layout} on {tensor.device}"
+                raise _wrong("inputs", kind, f"a strided one on {self.device}, as the runner's device is")
             if tensor.shape[0] != plan.tokens:
                 raise _wrong("inputs", f"{tensor.shape[0]} tokens", f"{plan.tokens}, as the plan has")
         kinds, first = ([(t.dtype, tuple(t.shape[1:])) for t in ts] for ts in (inputs, self._buffers))
@@ -253,6 +274,23 @@ def _shapes(plan: PlanTensors) -> list[tuple[int, ...] | None]:
 
 def _wrong(name: str, got: str, expected: str) -> ValueError:
     return ValueError(f"PiecewiseRunner: {name}: got {got}, expected {expected}")
+
+
+def _check_made_of(
+    model: Any, max_tokens: Any, max_requests: Any, capture_sizes: Any, columns: Any, device: Any
+) -> None:
+    """Raise the ValueError about what a runner cannot be made of."""
+    if not callable(model):
+        raise _wrong("model", f"a {type(model).__name__}", "a module or a function")
+    if isinstance(capture_sizes, str) or not hasattr(capture_sizes, "__iter__"):
+        raise _wrong("capture_sizes", repr(capture_sizes), "a sequence of whole numbers")
+    numbers = [("max_tokens", max_tokens), ("max_requests", max_requests), ("columns", columns)]
+    try:
+        for name, number in (*numbers, *(("capture_sizes", size) for size in capture_sizes)):
+            whole_number(name, number, least=1 if name in ("max_tokens", "columns") else 0)
+        device_or_none("device", device)
+    except ValueError as error:
+        raise in_call_of("PiecewiseRunner", error) from None
 
 
 def _entry_of(model: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -17,12 +17,12 @@ def severe(report):
     return [(f.kind, f.cause) for f in report.findings if f.severity != "note"]
 
 
-def stepping(lr):
+def stepping(lr, backend="aot_eager"):
     """Compile an optimizer's step, and make it with other learning rates."""
     weight = nn.Parameter(torch.ones(4))
     weight.grad = torch.ones(4)
     optimizer = torch.optim.SGD([weight], lr=lr(0), foreach=False)
-    step = torch.compile(optimizer.step, backend="eager")
+    step = torch.compile(optimizer.step, backend=backend)
     for i in range(12):
         if isinstance(optimizer.param_groups[0]["lr"], torch.Tensor):
             optimizer.param_groups[0]["lr"].fill_(0.01 * i)
@@ -35,8 +35,16 @@ def test_a_compiled_step_recompiles_at_the_line_that_calls_it():
     torch.compiler.reset()
     with watch() as report:
         stepping(lambda i: 0.01 * (i + 1))
-    assert set(severe(report)) == {("recompile", "hyperparameter")}
+    assert set(severe(report)) == {("recompile", "hyperparameter"), ("recompile", "limit")}
     assert all(f.where.file == __file__ and "# planted" in f.where.source for f in report.findings)
+
+
+def test_a_rate_that_became_dynamic_is_a_note():
+    torch.compiler.reset()
+    with watch() as report:
+        stepping(lambda i: 0.01 * (i + 1), "eager")
+    assert severe(report) == []
+    assert [f.count for f in report.findings if f.cause == "number"] == [1]
 
 
 @pytest.mark.slow
@@ -169,6 +177,25 @@ def test_nothing_else_is_behind(model, layer, causes):
     found = {f.cause for f in report.findings if f.severity != "note" and "before the break" not in f.op}
     assert causes <= found <= causes | {"length"}
     assert all(f.behind is None for f in report.findings)
+
+
+@pytest.mark.parametrize(
+    ("model", "cause"),
+    [
+        (unseen.InTry, "item"),
+        pytest.param(unseen.InWith, "item", marks=pytest.mark.slow),
+        pytest.param(unseen.InGenerator, "item", marks=pytest.mark.slow),
+        pytest.param(unseen.AfterError, "compiler-error", marks=pytest.mark.slow),
+    ],
+)
+def test_what_other_breaks_hide_is_found_too(model, cause):
+    code = model.forward.__code__
+    with torch.no_grad():
+        report, twin = audit(model(), x()), audit(model(quiet=True), x())
+    hiding = next(n for n, f in enumerate(report.findings, 1) if f.hides)
+    assert {(f.cause, f.behind) for f in report.findings} == {(cause, None), ("print", hiding)}
+    assert [(f.cause, f.behind) for f in twin.findings] == [(cause, None)]
+    assert model.forward.__code__ is code  # which ran otherwise meanwhile
 
 
 HAS_TYPER = importlib.util.find_spec("typer") is not None

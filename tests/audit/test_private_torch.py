@@ -24,7 +24,7 @@ import contextlib, importlib.util, json, sys, warnings
 import torch
 import torch._dynamo
 
-from compile_tests.planted import breaks, ops
+from compile_tests.planted import breaks, ops, unseen
 from mamba_ops.audit import _torch, absent, audit, tries
 from mamba_ops.audit.absent_code import traced_as_if_present
 from mamba_ops.commands.watch import watch_compiler
@@ -139,7 +139,8 @@ def audited(device, name):
     return audit(Several(), *calls[0], calls=calls[1:], copies=name == _torch.COPIES)
 
 
-NEED_LOOPS = (_torch.LOOPS,)
+NEED_LOOPS = (_torch.LOOPS, _torch.CALLS)
+NEED_ERRORS = ("torch._dynamo.exc:unimplemented",)
 
 
 def watched():
@@ -162,6 +163,8 @@ def check(device, name):
         report = audited(device, name)
         if name in NEED_LOOPS:
             audit(breaks.LoopWithBreak(2), breaks.x())
+        if name in NEED_ERRORS:
+            audit(unseen.AfterError(), breaks.x())
         if device == "cpu":
             watch = watched()
             _torch.traced_stack()
@@ -231,6 +234,7 @@ def start(device: str, names: list[str], folder: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # an audit for each name
 def test_an_audit_without_a_private_name_still_reports(tmp_path: Path) -> None:
     absent = next(kind for kind in ("cuda", "xpu") if not torch.get_device_module(kind).is_available())
     has_triton = importlib.util.find_spec("triton") is not None

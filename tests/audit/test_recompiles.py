@@ -136,3 +136,33 @@ def test_findings_stand_in_the_order_of_the_seconds_that_they_cost():
     assert seconds == sorted(seconds, reverse=True)
     assert [f.cause for f in report.findings] == ["size-fixed"]  # told at the second length
     assert seconds[0] > 0
+
+
+class Options:
+    """Holds a number that the model reads."""
+
+    def __init__(self, number):
+        self.number = number
+
+
+def test_numbers_that_became_dynamic_are_notes_wherever_they_are_held():
+    class Reads(breaks.Base):
+        def forward(self, x, options):
+            return self.proj(x) * options.number
+
+    report = audited(Reads(), *((torch.ones(4, 8), Options(number)) for number in (2, 5)))
+    assert [(f.cause, f.op, f.severity) for f in report.findings] == [("number", "options.number", "note")]
+
+
+def test_values_from_before_a_break_are_named_as_such():
+    class Breaks(breaks.Base):
+        def forward(self, x):
+            return x * x.sum().item()
+
+    report = audited(Breaks(), (torch.randn(4, 8),), (torch.randn(5, 8),))
+    rest = next(f for f in report.findings if "before the break" in f.op)
+    assert rest.op == "(a value from before the break).shape[0]"
+    assert rest.mend_first is not None
+    assert "dynamic=True: " in rest.remedy
+    assert "mark_dynamic" not in rest.remedy
+    assert not any("___stack" in text for f in report.findings for text in (f.op, f.message, f.remedy))

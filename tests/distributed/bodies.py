@@ -12,12 +12,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from mamba_ops import functional, ops
 from mamba_ops.distributed import checkpoint_map, fully_shard, tensor_parallel
 from mamba_ops.distributed.fsdp import DECAYS
 from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
+from mamba_ops.ops._common.random_inputs import RandomInputs
 from mamba_ops.registry import record_selections
+from tests.export.programs import bound
+from tests.harness import OPS
 
 HIDDEN = 12
 LAYERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -129,6 +133,36 @@ def decays_stay_in_float32(rank: int, compiled: bool) -> None:
         layer.load_state_dict(state)
 
 
+def heads_and_shards(rank: int, compiled: bool) -> None:
+    """On a mesh of two axes, layers whose heads are split over one and whose parameters are sharded over the other,
+    under activation checkpointing: all gradients are those of the whole layer on the whole batch.
+    """
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
+    split, part = mesh["tp"], mesh["dp"].get_local_rank()
+    for name in LAYERS:
+        torch.manual_seed(0)
+        whole = new_layer(name).float()
+        layer = fully_shard(tensor_parallel(copy.deepcopy(whole), split), mesh=mesh["dp"])
+        batches = torch.randn(2, 2, 9, HIDDEN)
+        y, expected = gradients(whole, batches.flatten(0, 1))
+        call = torch.compile(layer, backend="aot_eager") if compiled else layer
+        got_y, got = gradients(layer, batches[part], partial(checkpoint, call, use_reentrant=False))
+        torch.testing.assert_close(got_y, y.view(2, 2, 9, HIDDEN)[part], rtol=0, atol=1e-5)
+        torch.testing.assert_close(got.pop("x"), expected.pop("x").view(2, 2, 9, HIDDEN)[part], rtol=0, atol=1e-5)
+        got = {n.removeprefix("decays."): g.full_tensor() * 2 for n, g in got.items()}  # FSDP2 takes the mean
+        found = layer.checkpoint_map.split(expected, split.get_local_rank())
+        assert got.keys() == found.keys()
+        for parameter, grad in found.items():
+            assert grad.abs().max() > 0, (name, parameter)
+            torch.testing.assert_close(
+                got[parameter],
+                grad,
+                rtol=1e-4,
+                atol=1e-5,
+                msg=lambda m: f"{name} {parameter}: {m}",  # noqa: B023
+            )
+
+
 def calls() -> dict[str, dict[str, Any]]:
     """A call of every op that records gradients, with all that has gradients; by op, and how its groups are."""
     n, length, heads, dim, dstate = 4, 9, 8, 4, 6
@@ -236,25 +270,37 @@ def uneven_heads_are_right(rank: int) -> None:
 
 
 def mutating_ops_refuse(rank: int, compiled: bool) -> None:
-    """With a cache or `out` an op says in a sentence that it does not take DTensors, and nothing is written."""
+    """Every op says in a sentence that it takes no DTensor as any of its arguments, and nothing is written.
+
+    An op that records gradients runs on DTensors without a cache; with some, it says which others are none.
+    """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    x, weight, state = (
-        distribute_tensor(t, mesh, [Replicate()]) for t in (torch.ones(2, 8), torch.ones(8, 4), torch.ones(2, 8, 3))
-    )
-    sentence = "got a DTensor, expected an ordinary tensor"
-
-    def step(x: Tensor, state: Tensor, weight: Tensor) -> Tensor:
-        return ops.causal_conv1d_update(x, state, weight)
-
-    with pytest.raises(ValueError, match=rf"causal_conv1d_update: x: {sentence}.*to_local"):
-        step(x, state, weight)
-    with pytest.raises(ValueError, match=rf"causal_conv1d_update: conv_state: {sentence}"):
-        step(torch.ones(2, 8), state, torch.ones(8, 4))
-    with pytest.raises(ValueError, match=rf"causal_conv1d: x: {sentence}.*where no other tensors are given"):
-        ops.causal_conv1d(x[None], weight, conv_state=state)
-    if compiled:
-        with pytest.raises(Exception, match=sentence):
-            torch.compile(step, fullgraph=True, backend="aot_eager")(x, state, weight)
+    sentence = r"got a DTensor( beside ordinary tensors, expected one or the other|, expected an ordinary tensor)"
+    for op in OPS:
+        for pattern in op.patterns:
+            tokens = 3 if op.name.endswith("_update") else 9
+            call = bound(op, op.make_call(RandomInputs(torch.device("cpu"), 4, tokens, slots=14), pattern))
+            names = [n for n, v in call.items() if isinstance(v, Tensor)]
+            runs = op.record is None and op.forward_op is not None and not op.mutates & {*names}
+            for spread in (names, *([n] for n in names)):
+                given = {
+                    n: distribute_tensor(v, mesh, [Replicate()]) if n in spread else copy.deepcopy(v)
+                    for n, v in call.items()
+                }
+                if runs and spread == names:
+                    torch.testing.assert_close(op(**given).full_tensor(), op(**call))
+                    continue
+                what = spread[0] if runs or len(spread) == 1 else r"\w+"
+                with pytest.raises(ValueError, match=rf"{op.name}(_forward)?: {what}: {sentence}.*to_local"):
+                    op(**given)
+                if compiled and pattern == op.patterns[0] and spread == names:
+                    torch._dynamo.reset()
+                    with pytest.raises(Exception, match=f"{op.name}: .*{sentence}"):
+                        torch.compile(op.__call__, fullgraph=True, backend="aot_eager")(**given)
+                for n in names:
+                    assert torch.equal(given[n].to_local() if n in spread else given[n], call[n]), (op, pattern, n)
+    state = distribute_tensor(torch.ones(2, 8, 3), mesh, [Replicate()])
+    x, weight = (distribute_tensor(t, mesh, [Replicate()]) for t in (torch.ones(2, 8), torch.ones(8, 4)))
     with pytest.raises(Exception, match=sentence):  # without the front
         ops.causal_conv1d_update.overload(x, state, weight, output=x.clone())
     assert torch.equal(state.to_local(), torch.ones(2, 8, 3))

@@ -5,6 +5,8 @@ import pytest
 from tests.distributed import bodies
 from tests.distributed.ranks import run_on, single_mesh
 
+pytestmark = pytest.mark.timeout(900)  # where many processes share a core
+
 
 def test_mutating_ops_refuse_in_a_process() -> None:
     with single_mesh():
@@ -39,3 +41,9 @@ def test_layers(ranks: int, compiled: bool) -> None:
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_decays_under_fsdp(compiled: bool) -> None:
     run_on(2, bodies.decays_stay_in_float32, compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_heads_and_shards(compiled: bool) -> None:
+    run_on(4, bodies.heads_and_shards, compiled)

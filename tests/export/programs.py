@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from mamba_ops import export
 from mamba_ops.ops._common.random_inputs import RandomInputs
@@ -13,10 +14,12 @@ from tests.harness import OPS
 from tests.layers import HIDDEN, KINDS, new_layer
 
 CPU = torch.device("cpu")
-LENGTHS = (20, 33, 7, 130, 2)
-"""Tokens of a layer's calls; programs are exported at the first."""
+SIZES = ((2, 20), (3, 33), (1, 7), (5, 130), (2, 1))
+"""Rows and tokens of a layer's calls; programs are exported at the first."""
 ROWS = (13, 4, 7)
 """Rows of an op's calls; so are these."""
+FLOAT32 = 1e-5
+"""The most that a decomposed program differs: other orders of float32 sums. All else is bit-equal."""
 STEPS = 3
 """Tokens of a row in a call of an op that advances states."""
 
@@ -67,8 +70,34 @@ def bound(op: Op[...], sample: Sample) -> dict[str, Any]:
     return {n: v for n, v in arguments.items() if n != "output"}
 
 
-def op_program(op: Op[...], pattern: str) -> Program:
-    """An op, called in one of its patterns with several numbers of rows and tokens."""
+class Returned(nn.Module):
+    """A call of an op that also returns what it writes, and leaves its inputs as they are, as ONNX wants it."""
+
+    def __init__(self, call: OpModule) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, tensors: dict[str, Tensor]) -> list[Tensor]:
+        written = [name for name in tensors if name in self.call.op.mutates]
+        tensors = tensors | {name: tensors[name].clone() for name in written}
+        return [self.call(tensors), *(tensors[name] for name in written)]
+
+
+class Cached(nn.Module):
+    """A call of a layer, or a step, that takes its caches and returns them, so too."""
+
+    def __init__(self, layer: Any, is_step: bool) -> None:
+        super().__init__()
+        self.layer, self.is_step = layer, is_step
+
+    def forward(self, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, ...]:
+        conv_state, ssm_state = conv_state.clone(), ssm_state.clone()
+        call = self.layer.step if self.is_step else self.layer
+        return call(hidden, conv_state, ssm_state), conv_state, ssm_state
+
+
+def op_program(op: Op[...], pattern: str, most: int | None = None) -> Program:
+    """An op, called in one of its patterns with several numbers of rows and tokens, `most` of them at most."""
     samples = []
     for rows in ROWS:  # updates read as many tokens a row in every call
         tokens = STEPS if op.name.endswith("_update") else 2 * rows + 1
@@ -76,26 +105,38 @@ def op_program(op: Op[...], pattern: str) -> Program:
         samples.append(op.make_call(random, pattern))
     calls = [({n: v for n, v in bound(op, s).items() if isinstance(v, Tensor)},) for s in samples]
     dynamic: dict[str, Any] = {
-        name: {i: torch.export.Dim.DYNAMIC for i, size in enumerate(v.shape) if size != calls[1][0][name].shape[i]}
+        name: {i: Dim.DYNAMIC(max=most) for i, size in enumerate(v.shape) if size != calls[1][0][name].shape[i]}
         for name, v in calls[0][0].items()
     }
     return Program(OpModule(op, samples[0]), calls, (dynamic,))
 
 
 def layer_program(kind: str, dtype: torch.dtype = torch.float32) -> Program:
-    """A layer, called with several lengths."""
+    """A layer, called with several numbers of rows and tokens."""
     torch.manual_seed(0)
     layer = new_layer(kind, CPU).to(dtype)
-    calls = [(torch.randn(2, length, HIDDEN, dtype=dtype),) for length in LENGTHS]
-    return Program(layer, calls, ({1: torch.export.Dim("length", min=1, max=512)},))
+    calls = [(torch.randn(rows, length, HIDDEN, dtype=dtype),) for rows, length in SIZES]
+    return Program(layer, calls, ({0: Dim("rows", min=1, max=64), 1: Dim("length", min=1, max=512)},))
+
+
+def cached_program(kind: str, is_step: bool) -> Program:
+    """A layer that reads prompts into caches, or steps."""
+    layer = layer_program(kind).module
+    calls = []
+    for rows, length in SIZES:
+        caches = [torch.randn_like(c) for c in layer.empty_caches(rows)]
+        calls.append((torch.randn(rows, HIDDEN) if is_step else torch.randn(rows, length, HIDDEN), *caches))
+    rows_of, length_of = {0: Dim("rows", min=1, max=64)}, {} if is_step else {1: Dim("length", min=1, max=512)}
+    return Program(Cached(layer, is_step), calls, (rows_of | length_of, rows_of, rows_of))
 
 
 def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program without an op of this package, which is asserted."""
+    """The program of core ATen, and of torch.export's own assertions, which is asserted."""
     plain = program.run_decompositions(export.decompositions())
-    called = {str(node.target) for node in plain.graph.nodes if node.op == "call_function"}
-    assert called
-    assert not [name for name in called if "mamba_ops" in name], called
+    called = {node.target for node in plain.graph.nodes if node.op == "call_function"}
+    ops = {op for op in called if isinstance(op, torch._ops.OpOverload) and "_assert" not in op.name()}
+    assert ops
+    assert not [op for op in ops if torch.Tag.core not in op.tags]
     return plain
 
 

@@ -1,5 +1,6 @@
 """Exported programs of every op and layer: saved, loaded, decomposed, packaged, and called with other lengths."""
 
+import math
 import os
 import subprocess
 import sys
@@ -8,18 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import mamba_ops
 from mamba_ops import export, record_selections, use_backend
 from mamba_ops.registry import Op, ops
-from tests.export.programs import LAYERS, Program, decomposed, layer_program, op_cases, op_program
+from tests.export.programs import (
+    FLOAT32,
+    LAYERS,
+    cached_program,
+    decomposed,
+    layer_program,
+    op_cases,
+    op_program,
+    tensors_of,
+)
+from tests.harness import OPS
 
 CASES = [pytest.param(op, pattern, id=f"{op.name}-{pattern}") for op, pattern in op_cases()]
 READS_LENGTHS = {"selective_state_update", "gated_delta_rule_update"}
 """Ops whose reference reads the longest of packed rows on the host: they cannot be decomposed there."""
-FLOAT32 = 1e-5
-"""Of what is decomposed: other orders of float32 sums; everything else is bit-equal."""
 
 
 def packaged(program: torch.export.ExportedProgram, path: Path) -> Any:
@@ -47,13 +55,17 @@ def test_a_convolution_is_decomposed_for_all_sizes(tmp_path: Path) -> None:
     assert program.largest_difference(decomposed(exported).module()) <= FLOAT32
 
 
-def test_no_argument_is_infinite() -> None:
+@pytest.mark.parametrize("dt_min", [0.0, -math.inf])
+def test_no_argument_is_infinite(dt_min: float) -> None:
     """AOTInductor writes arguments as JSON, which has no infinity."""
     layer = layer_program("mamba2").module
+    layer.dt_min = dt_min
     with torch.no_grad():
         program = torch.export.export(layer, (torch.zeros(1, 5, 24),))
     [node] = [n for n in program.graph.nodes if "mamba_chunk_scan" in str(n.target)]
-    assert node.kwargs["dt_max"] == torch.finfo(torch.float32).max
+    largest = torch.finfo(torch.float32).max
+    assert node.kwargs["dt_max"] == largest
+    assert node.kwargs.get("dt_min", 0.0) == max(dt_min, -largest)
 
 
 @pytest.mark.slow
@@ -110,6 +122,43 @@ def fill(call: Any) -> None:
     call.output.fill_(7.0)
 
 
+LOADING = """
+import sys, torch, mamba_ops
+for path in sys.argv[1:]:
+    run, calls = torch.export.load(path).module(), torch.load(path + ".calls")
+    torch.save([(run(*call), call) for call in calls], path + ".results")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_programs_are_loaded_in_another_process(tmp_path: Path) -> None:
+    programs = {kind: layer_program(kind) for kind in LAYERS}
+    programs |= {op.name: op_program(op, op.patterns[0]) for op in OPS}
+    for name, program in programs.items():
+        torch.export.save(program.export(), tmp_path / f"{name}.pt2")
+        torch.save(program.calls, tmp_path / f"{name}.pt2.calls")
+    command = [
+        sys.executable,
+        "-W",
+        "error::UserWarning",
+        "-c",
+        LOADING,
+        *(str(tmp_path / f"{n}.pt2") for n in programs),
+    ]
+    subprocess.run(command, check=True)
+    for name, program in programs.items():
+        results = iter(torch.load(tmp_path / f"{name}.pt2.results"))
+
+        def run(*call: Any) -> Any:
+            output, after = next(results)  # noqa: B023
+            for tensor, changed in zip(tensors_of(call), tensors_of(after), strict=True):
+                tensor.copy_(changed)
+            return output
+
+        assert program.largest_difference(run) == 0, name
+
+
 WITHOUT = """
 import sys, torch
 inputs = torch.load(sys.argv[1])
@@ -151,50 +200,9 @@ def test_a_decomposed_program_runs_without_this_package(tmp_path: Path) -> None:
     assert "Could not find schema for mamba_ops::causal_conv1d" in done.stdout
 
 
-def onnx_difference(program: Program, path: Path) -> float:
-    """Of a decomposed program's ONNX model in onnxruntime."""
-    for name in ("onnx", "onnxscript"):
-        pytest.importorskip(name, reason="pip install 'mamba-ops[export]' brings it")
-    runtime = pytest.importorskip("onnxruntime", reason="pip install 'mamba-ops[export]' brings it")
-    with torch.no_grad():
-        torch.onnx.export(decomposed(program.export()), dynamo=True, verbose=False).save(path)
-    session = runtime.InferenceSession(path)
-
-    def run(*call: Any) -> Any:
-        names = [i.name for i in session.get_inputs()]
-        [output] = session.run(None, dict(zip(names, (t.numpy() for t in call), strict=True)))
-        return torch.from_numpy(output)
-
-    return program.largest_difference(run)
-
-
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.filterwarnings("ignore")  # the exporter's own
+@pytest.mark.parametrize("is_step", [False, True], ids=["prefill", "step"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_layers_run_in_onnxruntime(kind: str, tmp_path: Path) -> None:
-    assert onnx_difference(layer_program(kind), tmp_path / "model.onnx") <= FLOAT32
-
-
-class Step(nn.Module):
-    """A decode step that takes its caches and returns them, as runtimes without in-place updates want it."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, hidden: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> Any:
-        conv_state, ssm_state = conv_state.clone(), ssm_state.clone()
-        return self.layer.step(hidden, conv_state, ssm_state), conv_state, ssm_state
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", LAYERS)
-def test_steps_are_decomposed(kind: str) -> None:
-    layer = layer_program(kind).module
-    calls = []
-    for rows in (3, 5):
-        caches = [torch.randn_like(c) for c in layer.empty_caches(rows)]
-        calls.append((torch.randn(rows, 24), *caches))
-    program = Program(Step(layer), calls, tuple({0: torch.export.Dim.DYNAMIC} for _ in range(3)))
+def test_layers_with_caches_are_decomposed(kind: str, is_step: bool) -> None:
+    program = cached_program(kind, is_step)
     assert program.largest_difference(decomposed(program.export()).module()) <= FLOAT32

@@ -1,6 +1,9 @@
 """Ways in which an argument of a call may be changed, legal or not, whatever the argument means."""
 
+import functools
 from collections.abc import Callable, Mapping
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -13,13 +16,17 @@ Pick = Callable[[int], int]
 """Draws a number from 0 up to, and without, the given one."""
 
 
+def plain(value: Any) -> Any:
+    """Return a tensor's numbers as a tensor of torch's own; anything else as it is."""
+    return value.full_tensor() if isinstance(value, Tensor) and hasattr(value, "full_tensor") else value
+
+
 def mutate(arguments: Arguments, name: str, pick: Pick) -> str | None:
     """Change one argument in place; return what was done, None if there was nothing to do."""
     value = arguments[name]
     if isinstance(value, Tensor):
-        kinds: list[dict[str, Callable[..., Any]]] = [TABLES, SHAPES, LAYOUTS, DTYPES, KINDS, TYPES]
-        if value.is_floating_point() or not value.numel():
-            kinds.remove(TABLES)
+        kinds: list[dict[str, Callable[..., Any]]] = [TABLES, VALUES, SHAPES, LAYOUTS, DTYPES, KINDS, TYPES]
+        kinds.remove(TABLES if value.is_floating_point() or not value.numel() else VALUES)
         table = kinds[pick(len(kinds))]
         what = [*table][pick(len(table))]
         changed = table[what](value, pick)
@@ -47,7 +54,7 @@ def _in_memory_of(other: Tensor, like: Tensor) -> Tensor:
     return other.view(-1)[: like.numel()].view(like.shape) if fits else other
 
 
-def _entry(value: Callable[[Tensor, Pick], int]) -> Callable[[Tensor, Pick], Tensor]:
+def _entry(value: Callable[[Tensor, Pick], float]) -> Callable[[Tensor, Pick], Tensor]:
     def change(tensor: Tensor, pick: Pick) -> Tensor:
         changed = tensor.clone()
         if changed.numel():
@@ -97,6 +104,24 @@ def _nested(tensor: Tensor, pick: Pick) -> Any:
     return torch.nested.nested_tensor([tensor, tensor], layout=torch.jagged) if tensor.dim() else [tensor]
 
 
+def _distributed(tensor: Tensor, pick: Pick) -> Tensor:
+    """Return a DTensor over the one rank of this process."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    split = Shard(pick(tensor.dim())) if tensor.dim() and pick(2) else Replicate()
+    return distribute_tensor(tensor, _mesh(), [split])
+
+
+@functools.cache
+def _mesh() -> Any:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return DeviceMesh("cpu", [0])
+
+
 class Tagged(Tensor):
     """A tensor subclass without rules of its own."""
 
@@ -111,6 +136,16 @@ TABLES: dict[str, _Change] = {
     "sorted downwards": lambda t, pick: t.flatten().sort(descending=True).values.view(t.shape),
     "one more everywhere": lambda t, pick: t + 1 if t.dtype != torch.bool else ~t,
     "one less everywhere": lambda t, pick: t - 1 if t.dtype != torch.bool else ~t,
+}
+VALUES: dict[str, _Change] = {
+    "zeros": lambda t, pick: torch.zeros_like(t),
+    "a zero": _entry(lambda t, pick: 0.0),
+    "an infinity": _entry(lambda t, pick: (float("inf"), -float("inf"))[pick(2)]),
+    "a NaN": _entry(lambda t, pick: float("nan")),
+    "a large number": _entry(lambda t, pick: (3e4, -3e4, 1e12, -1e12)[pick(4)]),
+    "a tiny number": _entry(lambda t, pick: (1e-30, -1e-40)[pick(2)]),
+    "negative": lambda t, pick: -t,
+    "a thousand times as much": lambda t, pick: 1000 * t,
 }
 SHAPES: dict[str, _Change] = {
     "another size": _other_size,
@@ -150,6 +185,8 @@ KINDS: dict[str, _Change] = {
     "negated": lambda t, pick: torch._neg_view(t) if t.is_floating_point() and t.itemsize > 1 else -t.int(),
     "imaginary part of a conjugate": lambda t, pick: torch.conj(t.to(torch.complex64)).imag,
     "fake": lambda t, pick: FakeTensorMode().from_tensor(t),
+    "distributed": _distributed,
+    "compressed": lambda t, pick: t.to_sparse_csr() if t.dim() == 2 else t.to_mkldnn() if t.is_floating_point() else t,
     "of inference mode": _in_inference_mode,
     "a parameter": lambda t, pick: torch.nn.Parameter(t, requires_grad=t.is_floating_point()),
     "a subclass": lambda t, pick: t.as_subclass(Tagged),
@@ -160,11 +197,16 @@ TYPES: dict[str, _Change] = {
     "of numpy": lambda t, pick: np.zeros(tuple(t.shape)),
     "a number": lambda t, pick: 0.5,
     "a string": lambda t, pick: "x",
+    "a device": lambda t, pick: t.device,
+    "a module": lambda t, pick: torch.nn.Identity(),
+    "a list of tensors": lambda t, pick: [t, t],
 }
 NUMBERS: list[Any] = [
     *(-1, 0, 1, 2, 3, 4, 16, 100, 5000, 2**31, 2**63 - 1, 2**64, -(2**63)),
     *(0.5, 2.0, -1.0, 1e4, float("nan"), float("inf"), -float("inf")),
-    *(True, False, None, "x", "silu", [1], (0.0, 1.0), np.int64(2), np.float32(0.5), np.zeros(2), torch.tensor(2)),
+    *(2**62, -(2**31) - 1, 2**32, 1e308, -0.0, 1j),
+    *(True, False, None, "x", "silu", [1], (0.0, 1.0), {}, object, torch.float32, Fraction(1, 2), Decimal(2)),
+    *(np.int64(2), np.float32(0.5), np.zeros(2), torch.tensor(2), torch.tensor(0.5), torch.zeros(2)),
 ]
 
 

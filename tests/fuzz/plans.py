@@ -1,5 +1,6 @@
 """Random plans and pools: each is what was asked for, or refused in a sentence."""
 
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ def plan(pick: Pick) -> str:
     accepted: list[Any] | None = None if pick(2) else [pick(columns + 1) for _ in range(requests)]
     call: dict[str, Any] = {"num_computed_tokens": computed, "new_tokens": new, "slots": slots, "accepted": accepted}
     call |= {"max_requests": 4, "null_slot": -1}
+    is_right = accepted is None  # and stays so if nothing is changed
     for _ in range(pick(3)):
+        is_right = False
         name = [*call][pick(len(call))]
         value, anything = call[name], NUMBERS[pick(len(NUMBERS))]
         if isinstance(value, list) and value and pick(4):
@@ -35,6 +38,8 @@ def plan(pick: Pick) -> str:
     except ValueError as error:
         if not (str(error).startswith("Plan: ") and ": got " in str(error) and ", expected " in str(error)):
             raise Wrong(f"Plan.of({shown}) ended in {error!r}") from error
+        if is_right:
+            raise Wrong(f"Plan.of({shown}), a right call, ended in {error!r}") from error
         return REFUSED
     except Exception as error:
         raise Wrong(f"Plan.of({shown}) ended in {error!r}") from error
@@ -83,8 +88,8 @@ def pool(pick: Pick) -> str:
             else:
                 slot = NUMBERS[pick(len(NUMBERS))] if not pick(3) else pick(6)
                 made.free(slot)
-                is_right = slot in taken
-                taken.discard(slot)
+                is_right = _is_in(slot, taken)
+                taken.discard(index(slot))
         except NoFreeSlot:
             is_right = free == taken
         except ValueError as error:
@@ -97,4 +102,7 @@ def pool(pick: Pick) -> str:
 
 
 def _is_in(slot: Any, taken: set[int]) -> bool:
-    return isinstance(slot, int) and slot in taken
+    try:
+        return index(slot) in taken
+    except TypeError:
+        return False

@@ -37,6 +37,10 @@ class Target(NamedTuple):
         inside: of what calls ops: other functions that messages may name, beside the ops.
         has_oracle: whether `truth` is an oracle, which rounds where kernels do; else it is the same call in another
             dtype, which in 16 bits rounds between ops too.
+        judge: compares the results, by name, with the truth in float64 and in float32, and raises AssertionError; None
+            for each by itself.
+        records: whether the call itself asks for gradients.
+        returns_gradients: whether gradients are among its results.
     """
 
     name: str
@@ -46,6 +50,9 @@ class Target(NamedTuple):
     written: frozenset[str] = frozenset()
     inside: tuple[str, ...] = ()
     has_oracle: bool = False
+    judge: Callable[[Results, Results, Results, str], None] | None = None
+    records: bool = False
+    returns_gradients: bool = False
 
     def results(self, returned: Any, arguments: Arguments) -> Results:
         """Return the tensors that a call returned and wrote."""
@@ -55,10 +62,16 @@ class Target(NamedTuple):
 
 
 def targets(backend: str = "torch") -> list[Target]:
-    """Return all that there is to call where a backend is asked for."""
-    if backend == "triton":
-        return [t for op in OPS if not op.composed for t in _op(op, "triton")]
-    return [*(t for op in OPS for t in _op(op, "torch")), *_companions(), *_layers(), *_compat()]
+    """Return all that there is to call where a backend is asked for, but what `tests.fuzz.training` is about."""
+    return [*(t for op in OPS for t in _op(op, backend)), *_layers(backend), *_compat(backend)]
+
+
+def _on(backend: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def run(**arguments: Any) -> Any:
+        with mamba_ops.use_backend(backend):
+            return call(**arguments)
+
+    return run
 
 
 # -- ops --------------------------------------------------------------------------------------------------------------
@@ -67,10 +80,6 @@ def targets(backend: str = "torch") -> list[Target]:
 def _op(op: registry.Op[...], backend: str) -> Iterator[Target]:
     if backend not in backends_here(op, CPU):
         return
-
-    def call(**arguments: Any) -> Any:
-        with mamba_ops.use_backend(backend):
-            return op(**arguments)
 
     def truth(arguments: Arguments, dtype: torch.dtype) -> Results:
         empty = (n for n in caches if (t := arguments.get(n)) is not None and not t.numel())
@@ -85,7 +94,7 @@ def _op(op: registry.Op[...], backend: str) -> Iterator[Target]:
     sizes = {"dtype": torch.float32} if truncates(op, backend, CPU) else {}
     written = frozenset("out" if n == "output" else n for n in op.mutates)
     bases = [functools.partial(_arguments_of, op, sample) for sample in op.make_samples("cpu", **sizes)]
-    yield Target(op.name, call, bases, truth, written, INSIDE if op.composed else (), True)
+    yield Target(op.name, _on(backend, op), bases, truth, written, INSIDE if op.composed else (), True)
 
 
 def _arguments_of(op: registry.Op[...], sample: registry.Sample) -> Arguments:
@@ -94,18 +103,7 @@ def _arguments_of(op: registry.Op[...], sample: registry.Sample) -> Arguments:
     return {"out" if n == "output" else n: a for n, a in arguments.items()}
 
 
-def _companions() -> Iterator[Target]:
-    for op in registry.ops().values():
-        if op.qualname.startswith("mamba_ops::") and op.returns:
-
-            def call(op: registry.Op[...] = op, **arguments: Any) -> Any:
-                return op(*arguments.values())
-
-            bases = [functools.partial(_arguments_of, op, sample) for sample in op.make_samples("cpu")[:3]]
-            yield Target(op.name, call, bases, functools.partial(_in_dtype, call), inside=INSIDE)
-
-
-def _in_dtype(call: Callable[..., Any], arguments: Arguments, dtype: torch.dtype) -> Results:
+def in_dtype(call: Callable[..., Any], arguments: Arguments, dtype: torch.dtype) -> Results:
     """What the same call returns with all its floating-point tensors in another dtype, on the reference."""
 
     def converted(value: Any) -> Any:
@@ -123,23 +121,30 @@ def _in_dtype(call: Callable[..., Any], arguments: Arguments, dtype: torch.dtype
 
 def _scanned_in_place(arguments: Arguments, dtype: torch.dtype) -> Results:
     """What vLLM's scan leaves; a z or delta without adjacent tokens, which it should overwrite, stays as it is."""
-    found = _in_dtype(vllm.selective_scan_fn, arguments, dtype)
+    found = in_dtype(vllm.selective_scan_fn, arguments, dtype)
     return {n: t for n, t in found.items() if n not in ("z", "delta")}
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 
-def _layers() -> Iterator[Target]:
-    for layer in (
-        Mamba(16, dstate=4),
-        Mamba2(16, heads=2, head_dim=8, dstate=4, chunk_size=4),
-        GatedDeltaNet(16, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=8),
-    ):
+def layers() -> list[Any]:
+    """One small layer of each class."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [
+            Mamba(16, dstate=4),
+            Mamba2(16, heads=2, head_dim=8, dstate=4, chunk_size=4),
+            GatedDeltaNet(16, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=8),
+        ]
+
+
+def _layers(backend: str) -> Iterator[Target]:
+    for layer in layers():
         layer.requires_grad_(False)
         for name in ("forward", "step", "plan"):
             truth = functools.partial(_of_layer, copy.deepcopy(layer), name)
-            call = layer.step if name == "step" else layer
+            call = _on(backend, layer.step if name == "step" else layer)
             base = functools.partial(_layer_call, layer, name)
             written = frozenset(["conv_state", "ssm_state"])
             yield Target(type(layer).__name__, call, [base], truth, written, inside=INSIDE)
@@ -158,13 +163,20 @@ def _layer_call(layer: Any, name: str) -> Arguments:
 
 def _of_layer(layer: Any, name: str, arguments: Arguments, dtype: torch.dtype) -> Results:
     mine = layer.to(dtype)
-    return _in_dtype(mine.step if name == "step" else mine, arguments, dtype)
+    return in_dtype(mine.step if name == "step" else mine, arguments, dtype)
 
 
 # -- functions of other libraries -------------------------------------------------------------------------------------
 
 
-def _compat() -> Iterator[Target]:
+def _compat(backend: str) -> Iterator[Target]:
+    for function, base, written in compat_calls():
+        truth = _scanned_in_place if function is vllm.selective_scan_fn else functools.partial(in_dtype, function)
+        yield Target(function.__name__, _on(backend, function), [base], truth, written, inside=INSIDE)
+
+
+def compat_calls() -> Iterator[tuple[Callable[..., Any], Callable[[], Arguments], frozenset[str]]]:
+    """Functions of other libraries: each with a right call, and the names of what it writes."""
     for module, name, make, written in _compat_calls():
         function = getattr(module, name)
         defaults = {
@@ -176,8 +188,7 @@ def _compat() -> Iterator[Target]:
         def base(make: Callable[[], Arguments] = make, defaults: Arguments = defaults) -> Arguments:
             return {**defaults, **make()}
 
-        truth = _scanned_in_place if function is vllm.selective_scan_fn else functools.partial(_in_dtype, function)
-        yield Target(name, function, [base], truth, frozenset(written.split()), inside=INSIDE)
+        yield function, base, frozenset(written.split())
 
 
 def _compat_calls() -> Iterator[tuple[Any, str, Callable[[], Arguments], str]]:

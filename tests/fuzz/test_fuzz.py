@@ -1,7 +1,10 @@
 """Random calls: a few every day, more in `make test-all`, as many as one likes with `python -m tests.fuzz`."""
 
 import collections
+import inspect
+import random
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
@@ -10,10 +13,25 @@ import torch
 from hypothesis import strategies as st
 
 import mamba_ops
-from tests.fuzz.calls import one_call
+from mamba_ops import functional, registry
+from mamba_ops.compat import causal_conv1d, fla, mamba_ssm, vllm
+from mamba_ops.registry import Op
+from mamba_ops.registry.dispatcher import dispatcher
+from tests.fuzz.calls import all_targets, call_of, one_call
 from tests.fuzz.mutations import Pick
 from tests.fuzz.outcomes import NO_TRUTH, REFUSED, RIGHT, Wrong, outcome
-from tests.fuzz.targets import targets
+from tests.fuzz.targets import Target
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_process_group() -> Iterator[None]:
+    """Leave no group of processes behind, which DTensors need."""
+    yield
+    if torch.distributed.is_initialized():
+        from tests.fuzz import mutations
+
+        torch.distributed.destroy_process_group()
+        mutations._mesh.cache_clear()
 
 
 def draws(data: Any) -> Pick:
@@ -46,26 +64,148 @@ def test_many_calls(count: int, backend: str) -> None:
     run(count, backend)
 
 
-def test_what_the_fuzzer_looks_for_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong number, a cryptic error, and an error after something was written."""
-    [target] = [t for t in targets() if t.name == "causal_conv1d_update"][:1]
-    types = {n: type(a) for n, a in target.bases[0]().items()}
-    assert outcome(target, target.bases[0](), types) == RIGHT
+# -- what it calls ----------------------------------------------------------------------------------------------------
 
-    def call_with(after: Any) -> str:
-        def call(**arguments: Any) -> Any:
-            with torch.no_grad():
-                result = mamba_ops.causal_conv1d_update(**arguments)
-            return after(result)
 
-        with pytest.raises(Wrong) as found:
-            outcome(target._replace(call=call), target.bases[0](), types)
-        return str(found.value)
+def test_everything_that_users_call_is_called() -> None:
+    """Every op and companion, layer, functional entry, and function of `compat`."""
+    called = {target.name for target in all_targets("torch")}
+    expected = {op.name for op in registry.ops().values() if op.qualname.startswith("mamba_ops::")}
+    expected |= {name for name, value in vars(mamba_ops.layers).items() if inspect.isclass(value)} & {
+        "Mamba",
+        "Mamba2",
+        "GatedDeltaNet",
+    }
+    for module in (functional, causal_conv1d, fla, mamba_ssm, vllm):
+        own = {n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
+        expected |= {name for name in own if not name.startswith("_")}
+    assert called == expected
+    with_gradients = collections.Counter(t.name for t in all_targets("torch") if t.returns_gradients)
+    trained = [op for op in registry.ops().values() if op.backward_op is not None]
+    assert trained
+    for op in trained:
+        assert with_gradients[op.name] >= 2  # the op itself, and its functional entry
+        assert with_gradients[op.backward_op.name] == 1
+    assert {"Mamba", "Mamba2", "GatedDeltaNet", "mamba_split_conv1d_scan_combined"} < with_gradients.keys()
 
-    def late(_: Any) -> Any:
-        raise ValueError("mamba_ops::causal_conv1d_update: x: got one, expected another")
 
-    assert re.search("outside the budget", call_with(lambda result: result * 1.01))
-    assert re.search("and wrote to conv_state", call_with(late))
-    monkeypatch.setattr("mamba_ops.causal_conv1d_update", lambda **_: {}["x"])
-    assert re.search("expected a ValueError or a TypeError", call_with(None))
+@pytest.mark.parametrize("target", all_targets("torch"), ids=lambda t: t.name)
+def test_every_right_call_is_right(target: Target) -> None:
+    """And compares something with the truth."""
+    assert target.bases
+    for base in target.bases[:1]:
+        arguments = base()
+        with torch.set_grad_enabled(target.records):
+            assert outcome(target, arguments, {n: type(a) for n, a in arguments.items()}, is_right=True) == RIGHT
+
+
+# -- what it finds ----------------------------------------------------------------------------------------------------
+
+
+def found(target: Target, calls: int = 150) -> list[str]:
+    """What random calls of one target end in that none may."""
+    wrong = []
+    for seed in range(calls):
+        try:
+            call_of(target, random.Random(seed).randrange)
+        except Wrong as error:
+            wrong.append(str(error))
+    return wrong
+
+
+def first(name: str) -> Target:
+    return next(target for target in all_targets("torch") if target.name == name)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Decisions that were made with the real checks and kernels are forgotten, before and after."""
+    dispatcher.changed()
+    yield
+    dispatcher.changed()
+
+
+CONV = mamba_ops.causal_conv1d_update
+BACKWARD = mamba_ops.causal_conv1d.backward_op
+
+
+def wrapped(op: Op[...], patch: pytest.MonkeyPatch, change: Any) -> None:
+    """Plant a fault in an op's reference."""
+    kernel = op.kernels["torch"]
+    real = kernel.function
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        change(real, dict(zip([p.name for p in op.parameters], args, strict=False)) | kwargs)
+
+    patch.setitem(kernel.__dict__, "function", run)
+    dispatcher.changed()
+
+
+def test_a_wrong_number_is_found(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    assert found(first(CONV.name)) == []
+
+    def bias_twice(real: Any, call: dict[str, Any]) -> None:
+        real(**call)
+        if call["bias"] is not None:
+            call["output"] += call["bias"].to(call["output"].dtype).view(-1, *[1] * (call["x"].dim() - 2))[:1] * 0.5
+
+    wrapped(CONV, monkeypatch, bias_twice)
+    assert any("outside the budget" in said for said in found(first(CONV.name)))
+
+
+def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    assert found(first(BACKWARD.name)) == []
+
+    def shrunk(real: Any, call: dict[str, Any]) -> None:
+        real(**call)
+        call["grad_weight"] *= 0.9
+
+    wrapped(BACKWARD, monkeypatch, shrunk)
+    for target in (
+        first(BACKWARD.name),
+        next(t for t in all_targets("torch") if t.name == "causal_conv1d" and t.judge),
+    ):
+        assert any("outside the budget" in said for said in found(target))
+
+
+def test_an_error_after_a_write_is_found(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    """Values are looked at too late."""
+    checks = CONV.facets.pop("validate_values")
+    dispatcher.changed()
+    try:
+
+        def late(real: Any, call: dict[str, Any]) -> None:
+            call["conv_state"].view(-1)[0] += 1
+            checks(**call)
+            call["conv_state"].view(-1)[0] -= 1
+            real(**call)
+
+        wrapped(CONV, monkeypatch, late)
+        assert any("and wrote to conv_state" in said for said in found(first(CONV.name), 400))
+    finally:
+        CONV.facets["validate_values"] = checks
+
+
+def test_a_cryptic_error_is_found(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    """Shapes are not looked at."""
+    monkeypatch.setitem(CONV.facets, "validate", lambda *args, **kwargs: None)
+    dispatcher.changed()
+    said = found(first(CONV.name))
+    assert any(re.search("expected a ValueError or a TypeError|it does not say|it names no argument", s) for s in said)
+
+
+def test_a_right_call_that_is_refused_is_found(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    def no(*args: Any, **kwargs: Any) -> None:
+        raise registry.bad_argument("x", got="one", expected="another")
+
+    monkeypatch.setitem(CONV.facets, "validate", no)
+    dispatcher.changed()
+    assert any("a right call ended in ValueError" in said for said in found(first(CONV.name)))
+
+
+def test_a_call_that_compares_nothing_is_found() -> None:
+    target = first(CONV.name)
+    arguments = target.bases[0]()
+    types = {n: type(a) for n, a in arguments.items()}
+    with torch.no_grad(), pytest.raises(Wrong, match="nothing of which the truth is known"):
+        outcome(target._replace(truth=lambda *_: {}), arguments, types)

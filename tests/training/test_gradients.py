@@ -126,6 +126,50 @@ def test_packed_rows_are_as_alone(op: Op[...], backend: str) -> None:
             assert torch.equal(found["grad_initial_states"][0], packed["grad_initial_states"][row])
 
 
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [
+        pytest.param(
+            *pair.values, id=pair.id, marks=[pytest.mark.slow] * (ACCELERATOR is None and "triton" in pair.values)
+        )
+        for pair in BITWISE
+    ],
+)
+def test_a_token_that_is_no_number_spoils_its_own_row_alone(op: Op[...], backend: str) -> None:
+    sample = next(s for s in op.backward_op.make_samples(DEVICE) if "packed" in s.name)
+    call, states = named(op.backward_op, sample), op.forward_states_op
+    _, start, *_, end = call["cu_seqlens"].tolist()
+    whole = activation(call).shape[0]
+    spoiled = {n: v for n, v in call.items() if is_float(v) and v.shape[0] == whole}
+    for name, value in spoiled.items():
+        spoiled[name] = value.clone()
+        spoiled[name][start - 1] = torch.nan
+    found = []
+    with torch.no_grad(), use_backend(backend):
+        for given in (call, call | spoiled):
+            output, final = states(**{p.name: given[p.name] for p in states._called})
+            gradients_ = dict(zip(op.backward_op.returns, op.backward_op(**given), strict=True))
+            of_tokens = {n: g[start:end] for n, g in gradients_.items() if g.shape[:1] == (whole,)}
+            found.append({"output": output[start:end], "final": final[1:], **of_tokens})
+    for name, expected in found[0].items():
+        assert expected.numel()
+        assert torch.equal(found[1][name], expected), name
+
+
+@pytest.mark.parametrize(("op", "backend"), BITWISE)
+def test_tokens_of_no_row_at_all(op: Op[...], backend: str) -> None:
+    sample = next(s for s in op.backward_op.make_samples(DEVICE) if "packed" in s.name)
+    call, states = named(op.backward_op, sample), op.forward_states_op
+    none = {n: call[n][:0] for n in ("cu_seqlens", "initial_states", "grad_final_states") if call[n] is not None}
+    call |= none | {"cu_seqlens": call["cu_seqlens"].new_zeros(1)}
+    with torch.no_grad(), use_backend(backend):
+        output, final = states(**{p.name: call[p.name] for p in states._called})
+        found = op.backward_op(**call)
+    assert output.numel()
+    assert final.shape[0] == 0
+    assert not any(tensor.count_nonzero() for tensor in (output, *found))
+
+
 @pytest.mark.parametrize("op", TRAINED, ids=lambda op: op.name)
 def test_two_halves_are_the_whole(op: Op[...]) -> None:
     """The final states of the first half as initial states of the second: their gradients go through."""

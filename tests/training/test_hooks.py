@@ -90,7 +90,10 @@ def test_a_flop_counter_knows_the_ops(op: Op[...]) -> None:
 @pytest.mark.usefixtures("fresh_dynamo")
 @ONE_DAILY
 def test_a_memory_budget(op: Op[...]) -> None:
-    """The less may be kept, the more forwards run again; gradients stay equal."""
+    """The less may be kept, the more forwards run again; gradients stay equal.
+
+    By default torch counts what is no op of its own as free to run again, whatever its formula says.
+    """
     call = dense(op)
     main = next(n for n, v in call.items() if v is activation(call))
     values = leaves(call)
@@ -105,13 +108,13 @@ def test_a_memory_budget(op: Op[...]) -> None:
     for budget in (0.0, 0.4, 1.0):
         torch.compiler.reset()
         compiled = torch.compile(three, fullgraph=True, backend="aot_eager_decomp_partition")
-        with torch._functorch.config.patch(activation_memory_budget=budget), record_selections() as runs:
+        settings = {"activation_memory_budget": budget, "is_non_builtin_to_include": True}
+        with torch._functorch.config.patch(settings), record_selections() as runs:
             found = torch.autograd.grad(compiled(*values), values)
         forwards.append(names_of(runs).count(op.forward_op.name))
         for got, truth in zip(found, expected, strict=True):
             torch.testing.assert_close(got, truth)
-    assert forwards[0] == 6
-    assert forwards[0] > forwards[1] > forwards[2] == 3 or forwards[0] > forwards[1] == forwards[2] == 3
+    assert forwards[0] == 6 > forwards[1] > forwards[2] == 3
 
 
 # -- compiled autograd ------------------------------------------------------------------------------------------------

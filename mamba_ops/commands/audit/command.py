@@ -116,7 +116,7 @@ def audit(
             target,
             device,
             shapes=auditing.read_shapes(shapes) if shapes else None,
-            mode=mode,
+            mode=auditing.read_mode(mode) if mode else None,
             backend=backend,
             train=train,
             copies=copies or "copy" in wanted,  # copies are counted only if they are looked for

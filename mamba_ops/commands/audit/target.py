@@ -18,8 +18,9 @@ import torch
 from mamba_ops.audit import _torch
 from mamba_ops.audit.answers import on_host, present
 from mamba_ops.audit.report import Report
-from mamba_ops.audit.run import Arguments, ModelError, audit, quiet_torch, resize, watch
+from mamba_ops.audit.run import Arguments, ModelError, audit, quiet_torch, resize
 from mamba_ops.audit.source_locations import is_audit_code, is_user_code
+from mamba_ops.audit.watching import watch
 from mamba_ops.commands.audit.models import SHAPES, ModelNameError, build
 
 TRANSFORMERS = "transformers:"
@@ -55,6 +56,15 @@ class Options:
 
 class UserError(Exception):
     """The command ends with status 2: a sentence; the cause is an error in the user's code, if any."""
+
+
+def read_mode(mode: str) -> str:
+    """Return the value of --mode, or raise UserError for one that torch.compile does not have."""
+    try:
+        torch.compile(lambda: None, mode=mode)
+    except RuntimeError as error:
+        raise UserError(f"--mode: got {mode}, expected {str(error).partition('one of: ')[2] or error}") from None
+    return mode
 
 
 def read_shapes(text: str) -> list[list[int]]:

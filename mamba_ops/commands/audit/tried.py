@@ -70,7 +70,8 @@ def try_changes(options: Options, report: Report, seconds: float, progress: Call
     wanted = tweaks_for(report, ours=not (script or options.ours or options.train), script=script)
     if not wanted:
         return
-    first = 1 if wanted[0][0].ours else 0  # our ops first: the calls without them may take much longer
+    # Our ops first, where they stand first: the calls without them may take much longer.
+    first = sum(tweak.is_ours for tweak, _ in wanted) if wanted[0][0].is_ours else 0
     wanted.insert(first, (Tweak(), ()))
     runs = _Runs(options, report, time.monotonic() + seconds, progress)
     left = runs.run(wanted)
@@ -104,7 +105,7 @@ class _Runs:
         tries = []
         for (tweak, findings), answer in self._answers:
             if answer.problem:
-                tries.append(Try(str(tweak), findings, problem=answer.problem, ours=tweak.ours))
+                tries.append(Try(str(tweak), findings, problem=answer.problem, ours=tweak.is_ours))
             elif answer.facts is not None:
                 tries.append(outcome(tweak, findings, self.without, answer.facts))
         return tries

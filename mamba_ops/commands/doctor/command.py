@@ -26,6 +26,8 @@ def doctor(
     with failing(ValueError):
         sizes = read_sizes(size)
         here, *_ = facts.all_devices()
+        if sizes and target is None and not fit:
+            raise ValueError("--size: got sizes without --target or --fit, expected one of these to show what fits")
         if target is not None:
             from mamba_ops.cold_start.targets import target_of
 

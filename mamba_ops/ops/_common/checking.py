@@ -119,6 +119,31 @@ def check_chunk_size(chunk_size: int) -> None:
         raise bad_argument("chunk_size", got=chunk_size, expected="1 to 4096 tokens", hint="models use 64 to 512")
 
 
+def whole_number(name: str, value: Any, least: int = 1) -> None:
+    """`value` is a whole number, of numpy too, and `least` or more."""
+    if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
+        raise bad_argument(name, got=repr(value), expected="a whole number")
+    if not least <= value < 2**63:
+        raise bad_argument(name, got=value, expected=f"{least} at least, and 64 bits")
+
+
+def floating_dtype(name: str, dtype: Any) -> None:
+    """`dtype` is one of floating-point numbers, or None."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise bad_argument(name, got=repr(dtype), expected="a floating-point torch.dtype, or None")
+
+
+def device_or_none(name: str, device: Any) -> None:
+    """`device` is one, the name of one, or None."""
+    if device is None or isinstance(device, torch.device):
+        return
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise bad_argument(name, got=repr(device), expected="a device, its name or None", hint=reason) from None
+
+
 def short(dtype: torch.dtype) -> str:
     """A dtype's name as messages have it."""
     return str(dtype).removeprefix("torch.")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.slots import row_bounds, store_rows
+from mamba_ops.ops._common.slots import row_at, row_bounds, store_rows
 
 
 def row_count(x: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -71,7 +71,7 @@ def chunk_layout(
         longest = (length - 1) // size + (1 if num_computed_tokens is None else 2)
         most = n * longest
     piece = torch.arange(most, device=x.device)
-    row = torch.bucketize(piece, end, right=True)
+    row = row_at(end, most)
     exists = row < n
     row = row.clamp(max=n - 1)
     number = piece - (end - of_row)[row]

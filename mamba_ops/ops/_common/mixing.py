@@ -56,7 +56,7 @@ class Rows(NamedTuple):
         because a slice of a projection has other strides and another alignment.
         """
         x = self.of(mixed)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else self.of(out)
+        out = x.new_empty(x.shape) if out is None else self.of(out)
         self.bind(op)(x, weight=call.conv_weight, bias=call.conv_bias, conv_state=call.conv_state, out=out)
         return out
 
@@ -269,6 +269,9 @@ def _batch_of(op: str, plan: PlanTensors, counts: list[int], tokens: int, null_s
     if plan.num_accepted_tokens is None and decode_tokens != decodes:
         hint = "decodes of several tokens need num_accepted_tokens"
         raise wrong(f"{decode_tokens} tokens of {decodes} decodes", "one each", hint)
+    for what, requests, its_tokens in (("decodes", decodes, decode_tokens), ("prefills", prefills, prefill_tokens)):
+        if its_tokens and not requests:
+            raise wrong(f"{its_tokens} tokens of 0 {what}", "0 tokens")
 
     decoding, reading, computed = None, None, None
     first = plan.slots if plan.slots.dim() == 1 else plan.slots[:, 0]

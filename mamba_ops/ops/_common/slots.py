@@ -21,8 +21,28 @@ def is_padding(slots: Tensor, null_slot: int, slot_count: int | None = None) -> 
 
 def row_bounds(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Where rows start and end among `tokens` packed tokens, both int64 (n,): never outside, never decreasing."""
-    bounds = cu_seqlens.long().clamp(0, tokens).cummax(0).values
+    bounds = never_decreasing(cu_seqlens, 0, tokens)
     return bounds[:-1], bounds[1:]
+
+
+def never_decreasing(values: Tensor, least: int, most: int) -> Tensor:
+    """Whole numbers (n,) that are between two limits and do not decrease, as they are; others made so. int64.
+
+    Not by cummax, which exported programs do not have everywhere: ONNX has none.
+    """
+    values = values.long().clamp(least, most)
+    rises = torch.cat((values[:1], values.diff().clamp(min=0)))
+    return rises.cumsum(0).clamp(max=most)
+
+
+def row_at(ends: Tensor, count: int) -> Tensor:
+    """The row of each of `count` places, int64 (count,), given where each row ends among them, and n after the last.
+
+    `torch.bucketize(torch.arange(count), ends, right=True)`, which torch.onnx can decompose for one number of rows
+    alone. `ends`: int64 (n,), never decreasing.
+    """
+    ended = ends.new_zeros(count + 1).scatter_add_(0, ends.clamp(0, count), torch.ones_like(ends))
+    return ended.cumsum(0)[:count]
 
 
 def slot_columns(table: Tensor, rows: int) -> Tensor:
@@ -153,6 +173,5 @@ def padded_rows(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 def row_of_tokens(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """For every packed token the row that it is in, and whether it is in one. Empty rows have none."""
-    at = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    row = torch.searchsorted(cu_seqlens[1:], at, right=True)
+    row = row_at(cu_seqlens[1:].long(), tokens)
     return row.clamp(max=cu_seqlens.shape[0] - 2), row < cu_seqlens.shape[0] - 1

@@ -54,3 +54,15 @@ def split(total):
     up = 1.0 + rest * (1.0 + rest * (0.5 + rest * (1.0 / 6)))
     down = 1.0 - rest * (1.0 - rest * (0.5 - rest * (1.0 / 6)))
     return near * (1.0 / _UNITS), up, down
+
+
+@triton.jit
+def sums_from(pairs, operand: tl.constexpr, PRECISION: tl.constexpr):
+    # For matrices of pairs of tokens: the sums of every row from each column on. By a matrix product, in which sums
+    # cost no exchange between threads; float16 has too narrow a range for what is no product's operand already.
+    if operand == tl.float16:
+        return tl.cumsum(pairs, 1, reverse=True)
+    else:
+        i = tl.arange(0, pairs.shape[1])
+        from_on = (i[:, None] >= i[None, :]).to(operand)
+        return tl.dot(pairs.to(operand), from_on, input_precision=PRECISION)

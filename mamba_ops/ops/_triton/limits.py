@@ -21,11 +21,13 @@ class Limits(NamedTuple):
         precisions: how Triton can multiply float32 matrices there, as `tl.dot` names it.
         matrix_units: what is multiplied by units of its own: "" (nothing), "parts" (numbers of 2 bytes, and float32 in
             parts) or "float32" (that whole, too).
+        caps_registers: whether a launch may say how many a thread gets.
     """
 
     shared_memory: int
     precisions: tuple[str, ...]
     matrix_units: str
+    caps_registers: bool = False
 
     @property
     def is_large(self) -> bool:
@@ -43,6 +45,13 @@ class Limits(NamedTuple):
                     return name
         return "ieee"
 
+    def registers(self, most: int) -> dict[str, int]:
+        """Return the option of a launch whose threads get so many registers at most, or none where there is none.
+
+        For kernels of one warp: more programs then run side by side, and hide what each waits for.
+        """
+        return {"maxnreg": most} if self.caps_registers else {}
+
 
 _KEPT = {"tf32": 11, "tf32x3": 21, "bf16x3": 16, "bf16x6": 24}
 """Precision to the bits that it keeps, the fastest first."""
@@ -55,4 +64,5 @@ def limits_of(device: int) -> Limits:
         return Limits(1 << 30, ("ieee",), "")
     with torch.accelerator.device_index(device if device >= 0 else None):
         shared = _triton.limit_of_shared_memory()
-        return Limits(1 << 16 if shared is None else shared, _triton.dot_precisions(), _triton.matrix_units())
+        shared = 1 << 16 if shared is None else shared
+        return Limits(shared, _triton.dot_precisions(), _triton.matrix_units(), _triton.caps_registers())

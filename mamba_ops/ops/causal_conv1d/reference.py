@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import row_count
-from mamba_ops.ops._common.slots import row_bounds, row_slots, store_rows
+from mamba_ops.ops._common.slots import row_at, row_bounds, row_slots, store_rows
 from mamba_ops.ops.causal_conv1d.op import Arguments
 
 _BLOCK = 2**17  # numbers that the reference convolves at a time: a CPU's cache holds them
@@ -51,7 +51,7 @@ def causal_conv1d(call: Arguments) -> None:
 
     # All tokens as if they were one sequence, in blocks; then those again that look back into their own past.
     token = torch.arange(total, device=call.x.device)
-    row = torch.bucketize(token, ends.contiguous(), right=True).clamp(max=n - 1)
+    row = row_at(ends, total).clamp(max=n - 1)
     if call.slots is not None:
         is_padding_token = ~is_active[row].unsqueeze(1)
     if call.cu_seqlens is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from mamba_ops.backends import triton
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._common.samples import SampleTensors, training_samples
+from mamba_ops.ops._common.slots import row_at
 from mamba_ops.ops._common.training import check_initial_states, new_output, states_to_run_on
 from mamba_ops.ops.causal_conv1d.op import causal_conv1d
 from mamba_ops.registry import Sample
@@ -89,7 +90,7 @@ def _backward(call: BackwardArguments) -> None:
         ends = starts + x.shape[1]
     else:
         starts, ends = call.cu_seqlens[:-1].long(), call.cu_seqlens[1:].long()
-    row = torch.bucketize(token, ends.contiguous(), right=True).clamp(max=n - 1)
+    row = row_at(ends, total).clamp(max=n - 1)
     place, left = token - starts[row], ends[row] - token  # tokens before it, and from it on
     inside = ((place >= 0) & (left > 0)).unsqueeze(1)
     past = tokens.new_zeros(n, history, dim)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import row_count
-from mamba_ops.ops._common.slots import is_padding, row_bounds, row_slots, slot_columns, store_rows
+from mamba_ops.ops._common.slots import is_padding, row_at, row_bounds, row_slots, slot_columns, store_rows
 from mamba_ops.ops.causal_conv1d_update.op import Arguments
 
 
@@ -87,7 +87,7 @@ def causal_conv1d_update(call: Arguments) -> None:
 
     # Every token looks up its row, then the `width` entries of the row's window that end at it.
     token = torch.arange(tokens.shape[0], device=call.x.device)
-    row = torch.bucketize(token, ends.contiguous(), right=True).clamp(max=n - 1)
+    row = row_at(ends, tokens.shape[0]).clamp(max=n - 1)
     owned = (token >= starts[row]) & (token < ends[row])
     taps = torch.arange(width, device=call.x.device)
     compute = torch.promote_types(call.x.dtype, torch.float32)

@@ -41,7 +41,7 @@ def chunk_gated_delta_rule_backward(call: BackwardArguments) -> None:
     grad_state = call.v.new_zeros(n, v_heads, v_dim, k_dim, dtype=compute)
     if call.grad_final_states is not None:
         grad_state = call.grad_final_states.to(compute)
-    if call.v.numel() == 0:
+    if call.v.numel() == 0 or n == 0:
         for gradient in (call.grad_q, call.grad_k, call.grad_v, call.grad_g, call.grad_beta):
             gradient.zero_()
         if call.initial_states is not None:

@@ -67,7 +67,7 @@ def gated_delta_rule_update(call: Arguments) -> None:
         .to(compute)
         .unflatten(1, (k_heads, per_key))
     )
-    y = torch.empty_like(values)
+    y = values.new_empty(values.shape)  # not empty_like, which ONNX has not
     for t in range(fixed(length)):
         here = inside[:, t] & is_active
         key, query = (x[:, t, :, None, :, None] for x in (keys, queries))

@@ -96,6 +96,7 @@ _ERROR_INPUTS = error_table(
     ("base", "counts", lambda c: torch.tensor([2, 2, 6, 23]), "got 2 decodes and 6 prefills, expected at most 7 rows"),
     ("base", "counts", lambda c: torch.tensor([2, 2, 3, 24]), "got 26 tokens, expected at most 25; the plan is"),
     ("base", "counts", lambda c: torch.tensor([2, 3, 3, 22]), "got 3 tokens of 2 decodes, expected one each; decodes"),
+    ("base", "counts", lambda c: torch.tensor([2, 2, 0, 23]), "got 23 tokens of 0 prefills, expected 0 tokens"),
     ("base", "cu_seqlens", lambda c: c[None], r"got shape \(1, 8\), expected \(n \+ 1,\)"),
     ("base", "prefill_cu_seqlens", lambda c: c[1:], r"got shape \(7,\), expected \(8,\); all tensors of a plan"),
     ("base", "slots", lambda s: s[1:], "got 6 rows, expected at least 7"),

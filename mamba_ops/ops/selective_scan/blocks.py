@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.slots import is_padding, row_bounds, slot_columns
+from mamba_ops.ops._common.slots import is_padding, never_decreasing, row_at, row_bounds, slot_columns
 from mamba_ops.ops._common.values import check_counts, check_rows, refuse, slots_in_cache
 
 if TYPE_CHECKING:
@@ -37,11 +37,11 @@ def kept_states(call: "Arguments", token: Tensor) -> KeptStates | None:
     ):
         return None
     tokens, chunks, size = call.x.shape[0], chunk_ends.shape[0], call.block_size
-    ends = chunk_ends.long().clamp(0, tokens).cummax(0).values
-    last = last_chunk.long().clamp(-1, chunks - 1).cummax(0).values
+    ends = never_decreasing(chunk_ends, 0, tokens)
+    last = never_decreasing(last_chunk, -1, chunks - 1)
     starts, row_ends = row_bounds(call.cu_seqlens, tokens)
-    chunk = torch.bucketize(token, ends, right=True).clamp(max=chunks - 1)
-    row = torch.bucketize(token, row_ends, right=True).clamp(max=last.shape[0] - 1)
+    chunk = row_at(ends, tokens).clamp(max=chunks - 1)[token]
+    row = row_at(row_ends, tokens).clamp(max=last.shape[0] - 1)[token]
     first_chunk = torch.cat([last.new_zeros(1), last[:-1] + 1])
     short = ends[first_chunk.clamp(max=chunks - 1)] - starts  # tokens of each row's first chunk
     skipped = torch.where((last > first_chunk) & (short < size), size - short, 0)
@@ -79,7 +79,7 @@ def check_blocks(call: "Arguments") -> None:
     slots_in_cache("slots", initial, is_active & has_tokens, call.ssm_state, "ssm_state")
     if tokens == 0 or (kept := kept_states(call, torch.arange(tokens, device=call.x.device))) is None:
         return
-    row = torch.bucketize(torch.arange(tokens, device=call.x.device), row_end, right=True)
+    row = row_at(row_end, tokens)
     stored = kept.stored & (row < rows.size)
     row = row.clamp(max=rows.size - 1)
     stored &= is_active[row]

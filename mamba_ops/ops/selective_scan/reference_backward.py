@@ -32,7 +32,7 @@ def selective_scan_backward(call: BackwardArguments) -> None:
     state_gradient = call.x.new_zeros(n, dim, dstate, dtype=compute)
     if call.grad_final_states is not None:
         state_gradient = call.grad_final_states.to(compute)
-    if call.x.numel() == 0:
+    if call.x.numel() == 0 or n == 0:
         of_tokens = (call.grad_x, call.grad_dt, call.grad_B, call.grad_C, call.grad_z)
         for gradient in (*of_tokens, call.grad_A, call.grad_D, call.grad_dt_bias):
             gradient.zero_()

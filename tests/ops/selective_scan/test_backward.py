@@ -158,10 +158,8 @@ KERNEL_BUGS = {
     "softplus not differentiated": ("grad_step *= _sigmoid(raw)", "pass"),
     "tokens of no row": ("grad_step = tl.where(there, grad_step, 0.0)", "pass"),
     "tiles not joined": ("tl.store(adjoints + entry * DIM, grad_s, in_dim)", "pass"),
-    "tiles begin as the chunk": (
-        "s += tl.load(states + tile * (DSTATE * DIM) + entry * DIM, later, other=0.0)",
-        "pass",
-    ),
+    "tiles begin as the chunk": ("tl.exp2(rate * total) + next_gained", "tl.exp2(rate * total)"),
+    "the next entry's state": ("tl.load(states + after * DIM", "tl.load(states + entry * DIM"),
     "the last tile's A": ("earlier + grad_rate", "grad_rate"),
     "one block of channels": ("for _ in range(BLOCKS):", "for _ in range(1):"),
     "halves mixed": ("is_one = (tl.arange(0, 2) == 0)", "is_one = (tl.arange(0, 2) == 1)"),

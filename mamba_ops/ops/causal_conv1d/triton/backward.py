@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _SEGMENT = 128  # tokens of a program
 _UNROLL = 8  # tokens whose loads are under way together
-_CHANNELS = 128  # that a warp owns: 8 bytes of bfloat16 a thread
+_CHANNELS = 64  # that a warp owns: 4 bytes of bfloat16 a thread
 
 
 @kernel(first_number="sequences", static="shares_ptr grad_x_ptr grad_initial_ptr")

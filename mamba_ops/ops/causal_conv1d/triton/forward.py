@@ -24,6 +24,7 @@ from mamba_ops.ops._triton.common import (
 )
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_channel, write_back
+from mamba_ops.ops._triton.limits import Limits
 
 if TYPE_CHECKING:
     from mamba_ops.ops.causal_conv1d.op import Arguments
@@ -181,6 +182,8 @@ def causal_conv1d(call: "Arguments") -> None:
     has_initial_state, initial_stride = or_placeholder(call.has_initial_state, x, tl.int1)
 
     launch = _launches(x.get_device(), dim, width)["_kernel"]
+    if not aligned:  # needs more of them
+        launch = {name: value for name, value in launch.items() if name != "maxnreg"}
     if call.cu_seqlens is None:
         tiles = sequences * cdiv(x.shape[1], launch["BLOCK_T"])
     else:
@@ -217,7 +220,8 @@ def causal_conv1d(call: "Arguments") -> None:
 
 
 @tunable_launch(_kernel="BLOCK num_warps")
-def _launches(dim: int, width: int) -> Launches:
+def _launches(dim: int, width: int, *, limits: Limits) -> Launches:
     """A tile has no fewer tokens than a window looks back."""
-    block = min(256, triton.next_power_of_2(dim))
-    return {"_kernel": {"BLOCK_T": 16, "BLOCK": block, "num_warps": max(block // _CHANNELS, 1)}}
+    block = min(_CHANNELS if limits.caps_registers else 256, triton.next_power_of_2(dim))
+    launch = {"BLOCK_T": 16, "BLOCK": block, "num_warps": max(block // _CHANNELS, 1)}
+    return {"_kernel": launch | (limits.registers(80) if width <= 4 else {})}

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import chunk_bounds, kernel, tile_ptrs
-from mamba_ops.ops._triton.decay import exact_sums, split, to_log2
+from mamba_ops.ops._triton.decay import exact_sums, split, sums_from, to_log2
 from mamba_ops.ops.chunk_gated_delta_rule.triton.kernels import _factor, _inverse
 
 
@@ -99,28 +99,21 @@ def _systems(
     tl.store(inverses + place, _inverse(tl.where(i[:, None] > i[None, :], system, 0.0), CHUNK, PRECISION))
 
 
-@kernel(first_number="v_stride", static="queries keys factors states adjoints written found weights inverses")
+@kernel(first_number="beta_stride", static="queries keys factors written found weights inverses numbers")
 def _products(
-    v,
     beta,
     grad_output,
     cu_seqlens,
     queries,
     keys,
     factors,
-    states,
-    adjoints,
     written,
     found,
-    weights,  # out: gradients of the products of queries and keys
+    weights,  # out: gradients of the products of keys and queries
     inverses,  # out: of the products of keys, and their transpose added
-    grad_g,
-    grad_beta,
-    v_stride,
+    numbers,  # out: (chunks, v_heads, 6, CHUNK): the first two, described where they are stored
     beta_stride,
     grad_stride,
-    grad_g_stride,
-    grad_beta_stride,
     length,
     rows,
     K_HEADS: tl.constexpr,
@@ -134,6 +127,7 @@ def _products(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # Matrices of pairs of tokens have the one that is read first.
     chunk = tl.program_id(0) // V_HEADS
     head = tl.program_id(0) % V_HEADS
     row, low, high, _, _ = chunk_bounds(chunk, cu_seqlens, rows, length, CHUNK, BLOCK_ROWS)
@@ -142,75 +136,52 @@ def _products(
     key = tl.arange(0, BLOCK_K)
     i = tl.arange(0, CHUNK)
     t = low + i
-    operand = states.dtype.element_ty
-    of_tile = chunk.to(tl.int64) * K_HEADS + head // (V_HEADS // K_HEADS)
-    of_tile = of_tile * (CHUNK * BLOCK_K) + i[:, None] * BLOCK_K + key[None, :]
-    q = tl.load(queries + of_tile)
-    k = tl.load(keys + of_tile)
+    operand = written.dtype.element_ty
     number = chunk.to(tl.int64) * V_HEADS + head
-    factors += number * (6 * CHUNK)
-    since = tl.load(factors + i)
-    left = tl.load(factors + CHUNK + i)
-    strength = load_numbers(beta, head, t, beta_stride, high)
     grad_weights = tl.zeros([CHUNK, CHUNK], tl.float32)
     grad_system = tl.zeros([CHUNK, CHUNK], tl.float32)
-    # Gradients of the decays up to a token, of those from it to the chunk's end, and of all.
-    reads = tl.zeros([CHUNK], tl.float32)
-    leaves = tl.zeros([CHUNK], tl.float32)
-    crosses = tl.zeros([BLOCK_K], tl.float32)
-    grad_strength = tl.zeros([CHUNK], tl.float32)
     for start in range(0, V_PADDED, BLOCK):
         value = start + tl.arange(0, BLOCK)
         there = (t < high)[:, None] & (value < V_DIM)[None, :]
         grad = tl.load(tile_ptrs(grad_output + head * V_DIM, t, grad_stride, value, ALIGNED), there, other=0.0)
-        values = tl.load(tile_ptrs(v + head * V_DIM, t, v_stride, value, ALIGNED), there, other=0.0)
-        of_values = number * (CHUNK * V_PADDED) + i[:, None] * V_PADDED + value[None, :]
-        new = tl.load(written + of_values)
-        solved = tl.load(found + of_values)
-        of_state = number * (V_PADDED * BLOCK_K) + value[:, None] * BLOCK_K + key[None, :]
-        before = tl.load(states + of_state)
-        after = tl.load(adjoints + of_state)
+        of_values = i[:, None] * V_PADDED + value[None, :]
+        new = tl.load(written + number * (CHUNK * V_PADDED) + of_values)
+        solved = tl.load(found + number * (CHUNK * V_PADDED) + of_values)
+        grad_weights = tl.dot(new, tl.trans(grad.to(operand)), grad_weights, input_precision=PRECISION)
+        grad_system = tl.dot(new, tl.trans(solved), grad_system, input_precision=PRECISION)
 
-        grad_weights = tl.dot(grad.to(operand), tl.trans(new), grad_weights, input_precision=PRECISION)
-        grad_system = tl.dot(solved, tl.trans(new), grad_system, input_precision=PRECISION)
-        crosses += tl.sum(before.to(tl.float32) * after.to(tl.float32), axis=0)
-        read = tl.dot(q, tl.trans(before), input_precision=PRECISION) * since[:, None]
-        reads += tl.sum(grad.to(tl.float32) * read, axis=1)
-        known = tl.dot(k, tl.trans(before), input_precision=PRECISION) * since[:, None]
-        solved = solved.to(tl.float32)
-        reads -= tl.sum(solved * known, axis=1) * strength
-        grad_strength += tl.sum(solved * (values.to(tl.float32) - known), axis=1)
-        leaving = tl.dot(k, tl.trans(after), input_precision=PRECISION) * left[:, None]
-        leaves += tl.sum(new.to(tl.float32) * leaving, axis=1)
-
-    between = _between(
-        tl.load(factors + 3 * CHUNK + i), tl.load(factors + 4 * CHUNK + i), tl.load(factors + 5 * CHUNK + i), i
-    )
-    is_later = i[:, None] > i[None, :]
+    of_tile = i[:, None] * BLOCK_K + key[None, :]
+    of_key = (chunk.to(tl.int64) * K_HEADS + head // (V_HEADS // K_HEADS)) * (CHUNK * BLOCK_K)
+    q = tl.load(queries + of_key + of_tile)
+    k = tl.load(keys + of_key + of_tile)
+    factors += number * (6 * CHUNK) + i
+    near = tl.load(factors + 3 * CHUNK)
+    between = tl.exp2(tl.where(i[None, :] >= i[:, None], near[None, :] - near[:, None], float("-inf")))
+    between *= tl.load(factors + 4 * CHUNK)[None, :] * tl.load(factors + 5 * CHUNK)[:, None]
     square = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
     grad_weights *= between
     tl.store(weights + square, grad_weights)
-    pairs = grad_weights * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    pairs = grad_weights * tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    is_later = i[None, :] > i[:, None]
     grad_system = tl.where(is_later, -grad_system * between, 0.0)
     by_strength = grad_system * tl.dot(k, tl.trans(k), input_precision=PRECISION)
-    grad_strength += tl.sum(by_strength, axis=1)
-    pairs += by_strength * strength[:, None]
-    grad_system *= strength[:, None]
+    strength = load_numbers(beta, head, t, beta_stride, high)[None, :]
+    pairs += by_strength * strength
+    grad_system *= strength
     tl.store(inverses + square, grad_system + tl.trans(grad_system))
 
-    later = tl.cumsum(pairs, 0, reverse=True)  # over tokens from each one on; then over those before it
-    grad_decay = tl.sum(tl.where(is_later, later, 0.0), axis=1)
-    grad_decay += tl.sum(tl.where(is_later, leaves[None, :], 0.0), axis=1)
-    grad_decay += tl.cumsum(reads, 0, reverse=True)
-    grad_decay += tl.sum(crosses, axis=0) * tl.load(factors + 2 * CHUNK)
-    tl.store(grad_g + head + t.to(tl.int64) * grad_g_stride, grad_decay, t < high)
-    tl.store(grad_beta + head + t.to(tl.int64) * grad_beta_stride, grad_strength, t < high)
+    # Of every token: what tokens from it on read of those before it; and its strength's share of the system.
+    numbers += number * (6 * CHUNK) + i
+    later = sums_from(pairs, operand, PRECISION)
+    tl.store(numbers, tl.sum(tl.where(is_later, later, 0.0), axis=0))
+    tl.store(numbers + CHUNK, tl.sum(by_strength, axis=0))
 
 
-@kernel(first_number="scale", static="queries keys factors states adjoints written found weights inverses")
+@kernel(first_number="scale", static="queries keys factors states adjoints written found weights inverses numbers met")
 def _gradients(
     q,
     k,
+    v,
     beta,
     grad_output,
     cu_seqlens,
@@ -223,11 +194,14 @@ def _gradients(
     found,
     weights,
     inverses,
+    numbers,  # out: the last four, described where they are stored
+    met,  # out: (chunks, v_heads), what the state before a chunk counts at its end
     grad_q,
     grad_k,
     scale,
     q_stride,
     k_stride,
+    v_stride,
     beta_stride,
     grad_stride,
     grad_q_stride,
@@ -247,54 +221,129 @@ def _gradients(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # Two programs have the same head of k: for queries and for keys. What rows of two matrices have in common is the
+    # diagonal of a product: matrix units find it without holding both in registers.
     PER_KEY: tl.constexpr = V_HEADS // K_HEADS
-    chunk = tl.program_id(0) // K_HEADS
-    k_head = tl.program_id(0) % K_HEADS
+    chunk = tl.program_id(0) // (2 * K_HEADS)
+    k_head = tl.program_id(0) // 2 % K_HEADS
     row, low, high, _, _ = chunk_bounds(chunk, cu_seqlens, rows, length, CHUNK, BLOCK_ROWS)
     if row >= rows:
         return
     key = tl.arange(0, BLOCK_K)
     i = tl.arange(0, CHUNK)
     t = low + i
-    operand = states.dtype.element_ty
-    of_tile = (chunk.to(tl.int64) * K_HEADS + k_head) * (CHUNK * BLOCK_K) + i[:, None] * BLOCK_K + key[None, :]
-    sum_q = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-    sum_k = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-    for head in range(k_head * PER_KEY, (k_head + 1) * PER_KEY):
-        number = chunk.to(tl.int64) * V_HEADS + head
-        since = tl.load(factors + number * (6 * CHUNK) + i)
-        left = tl.load(factors + number * (6 * CHUNK) + CHUNK + i)
-        strength = load_numbers(beta, head, t, beta_stride, high)
-        for start in range(0, V_PADDED, BLOCK):
-            value = start + tl.arange(0, BLOCK)
-            there = (t < high)[:, None] & (value < V_DIM)[None, :]
-            grad = tl.load(tile_ptrs(grad_output + head * V_DIM, t, grad_stride, value, ALIGNED), there, other=0.0)
-            of_values = number * (CHUNK * V_PADDED) + i[:, None] * V_PADDED + value[None, :]
-            new = tl.load(written + of_values).to(tl.float32)
-            solved = tl.load(found + of_values).to(tl.float32)
-            of_state = number * (V_PADDED * BLOCK_K) + value[:, None] * BLOCK_K + key[None, :]
-            before = tl.load(states + of_state)
-            after = tl.load(adjoints + of_state)
-            opened = (grad.to(tl.float32) * since[:, None]).to(operand)
-            sum_q = tl.dot(opened, before, sum_q, input_precision=PRECISION)
-            opened = (solved * (-strength * since)[:, None]).to(operand)
-            sum_k = tl.dot(opened, before, sum_k, input_precision=PRECISION)
-            sum_k = tl.dot((new * left[:, None]).to(operand), after, sum_k, input_precision=PRECISION)
-        square = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
-        weight = tl.load(weights + square)
-        unit_k = tl.load(keys + of_tile)
-        sum_q = tl.dot(weight, unit_k, sum_q, input_precision=PRECISION)
-        sum_k = tl.dot(tl.load(inverses + square), unit_k, sum_k, input_precision=PRECISION)
-        sum_k = tl.dot(tl.trans(weight), tl.load(queries + of_tile), sum_k, input_precision=PRECISION)
-
     there = (t < high)[:, None] & (key < K_DIM)[None, :]
-    sum_q *= scale
-    if L2NORM:
-        sum_q = _through_norm(
-            tl.load(tile_ptrs(q + k_head * K_DIM, t, q_stride, key, ALIGNED), there, other=0.0), sum_q
-        )
-        sum_k = _through_norm(
-            tl.load(tile_ptrs(k + k_head * K_DIM, t, k_stride, key, ALIGNED), there, other=0.0), sum_k
-        )
-    tl.store(tile_ptrs(grad_q + k_head * K_DIM, t, grad_q_stride, key, ALIGNED), sum_q, there)
-    tl.store(tile_ptrs(grad_k + k_head * K_DIM, t, grad_k_stride, key, ALIGNED), sum_k, there)
+    operand = states.dtype.element_ty
+    of_tile = i[:, None] * BLOCK_K + key[None, :]
+    of_square = i[:, None] * CHUNK + i[None, :]
+    queries += (chunk.to(tl.int64) * K_HEADS + k_head) * (CHUNK * BLOCK_K)
+    keys += (chunk.to(tl.int64) * K_HEADS + k_head) * (CHUNK * BLOCK_K)
+    total = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+    if tl.program_id(0) % 2 == 0:
+        for head in range(k_head * PER_KEY, (k_head + 1) * PER_KEY):
+            number = chunk.to(tl.int64) * V_HEADS + head
+            opened = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+            for start in range(0, V_PADDED, BLOCK):
+                value = start + tl.arange(0, BLOCK)
+                of_value = (t < high)[:, None] & (value < V_DIM)[None, :]
+                grad = tl.load(
+                    tile_ptrs(grad_output + head * V_DIM, t, grad_stride, value, ALIGNED), of_value, other=0.0
+                )
+                before = tl.load(states + number * (V_PADDED * BLOCK_K) + value[:, None] * BLOCK_K + key[None, :])
+                opened = tl.dot(grad.to(operand), before, opened, input_precision=PRECISION)
+            opened *= tl.load(factors + number * (6 * CHUNK) + i)[:, None]
+            # Of every token: how much of the state before the chunk it reads.
+            read = tl.sum(opened * tl.load(queries + of_tile).to(tl.float32), axis=1)
+            tl.store(numbers + number * (6 * CHUNK) + 2 * CHUNK + i, read)
+            total += opened
+            weight = tl.load(weights + number * (CHUNK * CHUNK) + of_square)
+            total = tl.dot(tl.trans(weight), tl.load(keys + of_tile), total, input_precision=PRECISION)
+        total *= scale
+        if L2NORM:
+            x = tl.load(tile_ptrs(q + k_head * K_DIM, t, q_stride, key, ALIGNED), there, other=0.0)
+            total = _through_norm(x, total)
+        tl.store(tile_ptrs(grad_q + k_head * K_DIM, t, grad_q_stride, key, ALIGNED), total, there)
+    else:
+        for head in range(k_head * PER_KEY, (k_head + 1) * PER_KEY):
+            number = chunk.to(tl.int64) * V_HEADS + head
+            out = numbers + number * (6 * CHUNK) + i
+            known = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+            given = tl.zeros([CHUNK, CHUNK], tl.float32)
+            for start in range(0, V_PADDED, BLOCK):
+                value = start + tl.arange(0, BLOCK)
+                of_value = (t < high)[:, None] & (value < V_DIM)[None, :]
+                values = tl.load(tile_ptrs(v + head * V_DIM, t, v_stride, value, ALIGNED), of_value, other=0.0)
+                solved = tl.load(found + number * (CHUNK * V_PADDED) + i[:, None] * V_PADDED + value[None, :])
+                before = tl.load(states + number * (V_PADDED * BLOCK_K) + value[:, None] * BLOCK_K + key[None, :])
+                known = tl.dot(solved, before, known, input_precision=PRECISION)
+                given = tl.dot(solved, tl.trans(values.to(operand)), given, input_precision=PRECISION)
+            strength = load_numbers(beta, head, t, beta_stride, high)
+            known *= tl.load(factors + number * (6 * CHUNK) + i)[:, None]
+            # Of every token: how much its strength counts, and by way of what is known already; what the state after
+            # the chunk keeps of it.
+            knows = tl.sum(known * tl.load(keys + of_tile).to(tl.float32), axis=1)
+            given = tl.sum(tl.where(i[:, None] == i[None, :], given, 0.0), axis=1)
+            tl.store(out + 3 * CHUNK, given - knows)
+            tl.store(out + 4 * CHUNK, knows * strength)
+            total -= known * strength[:, None]
+            leaving = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+            meets = tl.zeros([BLOCK, BLOCK], tl.float32)
+            for start in range(0, V_PADDED, BLOCK):
+                value = start + tl.arange(0, BLOCK)
+                new = tl.load(written + number * (CHUNK * V_PADDED) + i[:, None] * V_PADDED + value[None, :])
+                of_state = number * (V_PADDED * BLOCK_K) + value[:, None] * BLOCK_K + key[None, :]
+                after = tl.load(adjoints + of_state)
+                leaving = tl.dot(new, after, leaving, input_precision=PRECISION)
+                meets = tl.dot(tl.load(states + of_state), tl.trans(after), meets, input_precision=PRECISION)
+            leaving *= tl.load(factors + number * (6 * CHUNK) + CHUNK + i)[:, None]
+            tl.store(out + 5 * CHUNK, tl.sum(leaving * tl.load(keys + of_tile).to(tl.float32), axis=1))
+            value = tl.arange(0, BLOCK)
+            meets = tl.where(value[:, None] == value[None, :], meets, 0.0)
+            tl.store(met + number, tl.sum(tl.sum(meets, axis=1), axis=0))
+            total += leaving
+            weight = tl.load(weights + number * (CHUNK * CHUNK) + of_square)
+            total = tl.dot(weight, tl.load(queries + of_tile), total, input_precision=PRECISION)
+            system = tl.load(inverses + number * (CHUNK * CHUNK) + of_square)
+            total = tl.dot(system, tl.load(keys + of_tile), total, input_precision=PRECISION)
+        if L2NORM:
+            x = tl.load(tile_ptrs(k + k_head * K_DIM, t, k_stride, key, ALIGNED), there, other=0.0)
+            total = _through_norm(x, total)
+        tl.store(tile_ptrs(grad_k + k_head * K_DIM, t, grad_k_stride, key, ALIGNED), total, there)
+
+
+@kernel(first_number="g_stride", static="factors numbers met")
+def _of_gates(
+    cu_seqlens,
+    factors,
+    numbers,
+    met,
+    grad_g,
+    grad_beta,
+    g_stride,  # this and the next: from token to token
+    beta_stride,
+    length,
+    rows,
+    V_HEADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    row, low, high, _, _ = chunk_bounds(chunk, cu_seqlens, rows, length, CHUNK, BLOCK_ROWS)
+    if row >= rows:
+        return
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    in_head = (head < V_HEADS)[None, :]
+    i = tl.arange(0, CHUNK)
+    t = (low + i)[:, None]
+    number = (chunk.to(tl.int64) * V_HEADS + head)[None, :]
+    numbers += number * (6 * CHUNK) + i[:, None]
+    leaves = tl.load(numbers + 5 * CHUNK - 1, in_head & (i > 0)[:, None], other=0.0)  # of the token before
+    reads = tl.load(numbers + 2 * CHUNK, in_head, other=0.0) - tl.load(numbers + 4 * CHUNK, in_head, other=0.0)
+    whole = tl.load(factors + number * (6 * CHUNK) + 2 * CHUNK, in_head, other=0.0)
+    grad_decay = tl.load(numbers, in_head, other=0.0) + whole * tl.load(met + number, in_head, other=0.0)
+    grad_decay += tl.cumsum(leaves, 0) + tl.cumsum(reads, 0, reverse=True)
+    there = (t < high) & in_head
+    tl.store(grad_g + t.to(tl.int64) * g_stride + head[None, :], grad_decay, there)
+    strength = tl.load(numbers + CHUNK, in_head, other=0.0) + tl.load(numbers + 3 * CHUNK, in_head, other=0.0)
+    tl.store(grad_beta + t.to(tl.int64) * beta_stride + head[None, :], strength, there)

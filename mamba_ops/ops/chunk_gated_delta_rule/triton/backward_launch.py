@@ -1,11 +1,12 @@
-"""How the kernels of the gated delta rule's backward pass are launched: chunk by chunk, five of them.
+"""How the kernels of the gated delta rule's backward pass are launched: chunk by chunk, six of them.
 
 `_systems` has all chunks at once: it normalises q and k, inverts the chunks' systems, and finds how much of what is
 written every query reads. `_replay` walks over the chunks of a row and leaves the state before each and what its tokens
 write; `_adjoints` walks back, and leaves the gradient of the state after each and that of what its tokens find missing.
-With these all chunks are independent again. `_products` finds the gradients of g and beta, and those of what a chunk
-multiplies; `_gradients` makes those of q and k of them, and adds up in order what heads of v find that share a head of
-k. The formulas are in the reference.
+With these all chunks are independent again. `_products` finds the gradients of the products of keys and queries;
+`_gradients` makes those of q and k of them, and adds up in order what heads of v find that share a head of k. Both
+leave for every token how much it counts, of which `_of_gates` makes the gradients of g and beta. The formulas are in
+the reference.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options
 from mamba_ops.ops._triton.layout import by_token, write_back
 from mamba_ops.ops._triton.limits import Limits, limits_of
-from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_chunks import _gradients, _products, _systems
+from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_chunks import _gradients, _of_gates, _products, _systems
 from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_walks import _adjoints, _replay
 from mamba_ops.ops.chunk_gated_delta_rule.triton.kernels import CHUNK
 from mamba_ops.ops.chunk_gated_delta_rule.triton.launch import precisions_of
@@ -102,21 +103,31 @@ def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
             **of_values,
             **launches["_adjoints"],
         )
-        left = (queries, keys, factors, states, adjoints, new, found, weights, inverses)
+        numbers = scratch(v_heads, 6, CHUNK, dtype=torch.float32)
+        met = scratch(v_heads, dtype=torch.float32)
         _products[(chunks * v_heads,)](
-            *(v, beta, grad_output, cu_seqlens, *left, written["g"], written["beta"]),
-            *(v.stride(0), beta.stride(0), grad_output.stride(0), written["g"].stride(0), written["beta"].stride(0)),
-            *(length, rows),
+            *(beta, grad_output, cu_seqlens, queries, keys, factors, new, found, weights, inverses, numbers),
+            *(beta.stride(0), grad_output.stride(0), length, rows),
             **{name: size for name, size in of_values.items() if name != "K_DIM"},
             **launches["_products"],
         )
-        _gradients[(chunks * k_heads,)](
-            *(q, k, beta, grad_output, cu_seqlens, *left, written["q"], written["k"]),
-            *(scale, q.stride(0), k.stride(0), beta.stride(0), grad_output.stride(0)),
+        _gradients[(chunks * k_heads * 2,)](
+            *(q, k, v, beta, grad_output, cu_seqlens, queries, keys, factors, states, adjoints, new, found),
+            *(weights, inverses, numbers, met, written["q"], written["k"]),
+            *(scale, q.stride(0), k.stride(0), v.stride(0), beta.stride(0), grad_output.stride(0)),
             *(written["q"].stride(0), written["k"].stride(0), length, rows),
             **of_values,
             L2NORM=call.qk_l2norm,
             **launches["_gradients"],
+        )
+        _of_gates[(chunks, cdiv(v_heads, 8))](
+            *(cu_seqlens, factors, numbers, met, written["g"], written["beta"]),
+            *(written["g"].stride(0), written["beta"].stride(0), length, rows),
+            V_HEADS=v_heads,
+            CHUNK=CHUNK,
+            BLOCK_ROWS=128,
+            BLOCK_HEADS=8,
+            **options(num_warps=4),
         )
     if grad_initial is not None:
         write_back(grad_initial, call.grad_initial_states, True)
@@ -127,11 +138,18 @@ def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
 def _backward_launches(v_padded: int, operand: str, limits: Limits) -> dict[str, dict[str, Any]]:
     """What is multiplied in which precision, too; blocks of v are so wide that few registers are spilled."""
     precision = {"PRECISION": precisions_of(operand, limits)["PRECISION"]}
-    block = {"BLOCK": min(v_padded, 32), "num_warps": 4, "num_stages": 1, **precision}
+    is_wide = limits.is_large and operand != "float32"
+    walk = {
+        "BLOCK": min(v_padded, 64 if is_wide else 32),
+        "num_warps": 4,
+        "num_stages": 2 if is_wide else 1,
+        **precision,
+    }
+    block = {"BLOCK": min(v_padded, 64 if is_wide else 32), "num_stages": 1, **precision}
     return {
-        "_systems": options(**precision, num_warps=4),
-        "_replay": options(**block),
-        "_adjoints": options(**block),
-        "_products": options(**block),
-        "_gradients": options(**{**block, "num_warps": 8}),
+        "_systems": options(**precision, num_warps=4, **limits.registers(168)),
+        "_replay": options(**walk),
+        "_adjoints": options(**walk),
+        "_products": options(**{**block, "BLOCK": min(v_padded, 128 if is_wide else 32)}, num_warps=4),
+        "_gradients": options(**{**block, "num_stages": 2 if is_wide else 1}, num_warps=4),
     }

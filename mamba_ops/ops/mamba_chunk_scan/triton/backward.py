@@ -1,12 +1,8 @@
-"""The gradients of the Mamba-2 recurrence, chunk by chunk, in three launches and sums in a fixed order.
+"""The gradients of the Mamba-2 recurrence, chunk by chunk: what comes before all chunks are there at once.
 
 `_step_sizes` finds what every token keeps of its chunk's past, and its chunk's end of it. `_carry` walks over the
 chunks of a row in both directions at once, with one head's state in registers, then with that state's gradient.
-`_chunks` then has all chunks at once. It walks over some heads of a group, which share B and C: the products that
-B's and C's gradients need are summed over them before they are multiplied.
-
-Decays of any strength are exact, by the sums of `ops/_triton/decay.py`. The gradient of a step's decay adds only what
-reaches past that step, and never takes one sum from another: it is right where a token forgets everything before it.
+Decays of any strength are exact, by the sums of `ops/_triton/decay.py`.
 """
 
 import triton.language as tl
@@ -21,11 +17,10 @@ def _step_sizes(
     A,
     dt_bias,
     cu_seqlens,
-    steps,  # out: (6, heads, tokens), described where they are stored
+    steps,  # out: (chunks, heads, 7, CHUNK), described where they are stored
     dt_stride,
     length,  # tokens of every row; with cu_seqlens, of all rows
     rows,
-    tokens,
     dt_min,
     dt_max,
     HEADS: tl.constexpr,
@@ -54,16 +49,16 @@ def _step_sizes(
     total, left = exact_sums(log_decay)
     near, up, down = split(total)
 
-    # Planes: dt; the decay since the chunk began, and to its end; log2 of the former, rounded, and what that leaves out
-    # as two factors.
-    steps += head.to(tl.int64)[None, :] * tokens + token[:, None]
-    plane = HEADS * tokens.to(tl.int64)
-    tl.store(steps, d, stored)
-    tl.store(steps + plane, tl.exp2(to_log2(total)), stored)
-    tl.store(steps + 2 * plane, tl.exp2(to_log2(left)), stored)
-    tl.store(steps + 3 * plane, near, stored)
-    tl.store(steps + 4 * plane, up, stored)
-    tl.store(steps + 5 * plane, down, stored)
+    # Of every token: dt; the decay since the chunk began, and to its end; log2 of the former, rounded, and what that
+    # leaves out as two factors; dt times the latter. Places past the chunk's last token have a dt of 0.
+    steps += (tl.program_id(0).to(tl.int64) * HEADS + head)[None, :] * (7 * CHUNK) + tl.arange(0, CHUNK)[:, None]
+    tl.store(steps, d, in_head[None, :])
+    tl.store(steps + CHUNK, tl.exp2(to_log2(total)), in_head[None, :])
+    tl.store(steps + 2 * CHUNK, tl.exp2(to_log2(left)), in_head[None, :])
+    tl.store(steps + 3 * CHUNK, near, in_head[None, :])
+    tl.store(steps + 4 * CHUNK, up, in_head[None, :])
+    tl.store(steps + 5 * CHUNK, down, in_head[None, :])
+    tl.store(steps + 6 * CHUNK, down * d, in_head[None, :])
 
 
 @kernel(first_number="x_stride", static="initial final steps starts ends grad_initial")
@@ -87,7 +82,6 @@ def _carry(
     z_stride,
     length,
     rows,
-    tokens,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -114,8 +108,7 @@ def _carry(
     first, chunks, begin, count = row_chunks(row, rows, cu_seqlens, length, CHUNK, BLOCK_ROWS)
 
     operand = starts.dtype.element_ty
-    sizes = steps + head.to(tl.int64) * tokens
-    plane = HEADS * tokens.to(tl.int64)
+    place = tl.arange(0, CHUNK)
     s = tl.zeros([BLOCK_DIM, BLOCK_STATE], tl.float32)
     if tl.program_id(1) == 0:
         x += head * DIM
@@ -125,12 +118,13 @@ def _carry(
         for number in range(chunks):
             low = begin + number * CHUNK
             high = tl.minimum(low + CHUNK, begin + count)
-            token = low + tl.arange(0, CHUNK)
+            token = low + place
             inside = token < high
             at = ((first + number).to(tl.int64) * HEADS + head) * (DIM * DSTATE) + of_state
             tl.store(starts + at, s, in_state)
-            s *= tl.load(sizes + plane + high - 1)
-            w = tl.load(sizes + 2 * plane + token, inside, other=0.0) * tl.load(sizes + token, inside, other=0.0)
+            sizes = steps + ((first + number).to(tl.int64) * HEADS + head) * (7 * CHUNK)
+            s *= tl.load(sizes + 2 * CHUNK - 1)
+            w = tl.load(sizes + 2 * CHUNK + place) * tl.load(sizes + place)
             u = tl.load(tile_ptrs(x, token, x_stride, channel, ALIGNED), inside[:, None] & in_dim[None, :], other=0.0)
             b_ptrs = tile_ptrs(B, token, B_stride, entry, ALIGNED)
             b = tl.load(b_ptrs, inside[:, None] & in_dstate[None, :], other=0.0).to(tl.float32) * w[:, None]
@@ -144,13 +138,14 @@ def _carry(
             number = chunks - 1 - back
             low = begin + number * CHUNK
             high = tl.minimum(low + CHUNK, begin + count)
-            token = low + tl.arange(0, CHUNK)
+            token = low + place
             inside = token < high
             of_tokens = inside[:, None] & in_dim[None, :]
             at = ((first + number).to(tl.int64) * HEADS + head) * (DIM * DSTATE) + of_state
             tl.store(ends + at, s, in_state)
-            s *= tl.load(sizes + plane + high - 1)
-            w = tl.load(sizes + plane + token, inside, other=0.0)
+            sizes = steps + ((first + number).to(tl.int64) * HEADS + head) * (7 * CHUNK)
+            s *= tl.load(sizes + 2 * CHUNK - 1)
+            w = tl.load(sizes + CHUNK + place)
             g = tl.load(tile_ptrs(grad, token, grad_stride, channel, ALIGNED), of_tokens, other=0.0)
             if z is not None:
                 gate = tl.load(tile_ptrs(z + head * DIM, token, z_stride, channel, ALIGNED), of_tokens, other=0.0)
@@ -161,171 +156,3 @@ def _carry(
             s = tl.dot(tl.trans(g.to(operand)), c.to(operand), s, input_precision="ieee")
         if grad_initial is not None:
             tl.store(grad_initial + of_row, s, in_state)
-
-
-@kernel(first_number="x_stride", static="steps starts ends grad_x grad_dt grad_z shares of_B of_C of_D")
-def _chunks(
-    x,
-    dt,
-    A,
-    B,
-    C,
-    D,
-    z,
-    dt_bias,
-    grad,
-    cu_seqlens,
-    steps,
-    starts,
-    ends,
-    grad_x,  # out: this and the next two are dense
-    grad_dt,
-    grad_z,
-    shares,  # out: (2, chunks, heads): the chunk's share of the gradients of A and dt_bias
-    of_D,  # out: (chunks, heads, dim), or (chunks, heads) where D is
-    of_B,  # out: this and the next: (splits, tokens, groups, dstate)
-    of_C,
-    x_stride,  # this and the next five: from token to token
-    dt_stride,
-    B_stride,
-    C_stride,
-    grad_stride,
-    z_stride,
-    length,
-    rows,
-    tokens,
-    chunks,
-    dt_min,
-    dt_max,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUPS: tl.constexpr,
-    DSTATE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    D_PER_CHANNEL: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_STATE: tl.constexpr,
-):
-    PER_SPLIT: tl.constexpr = HEADS // (GROUPS * SPLITS)
-    program = tl.program_id(0)
-    chunk = program // (SPLITS * GROUPS)
-    group = program // SPLITS % GROUPS
-    split = program % SPLITS
-    _, low, high, _, _ = chunk_bounds(chunk, cu_seqlens, rows, length, CHUNK, BLOCK_ROWS)
-    if low >= high:
-        return
-    channel = tl.arange(0, BLOCK_DIM)
-    entry = tl.arange(0, BLOCK_STATE)
-    in_dim = channel < DIM
-    in_dstate = entry < DSTATE
-    of_state = channel[:, None] * DSTATE + entry[None, :]
-    in_state = in_dim[:, None] & in_dstate[None, :]
-    place = tl.arange(0, CHUNK)
-    token = low + place
-    inside = token < high
-    of_tokens = inside[:, None] & in_dim[None, :]
-    of_entries = inside[:, None] & in_dstate[None, :]
-    is_later = place[:, None] > place[None, :]
-
-    operand = starts.dtype.element_ty
-    b = tl.load(tile_ptrs(B + group * DSTATE, token, B_stride, entry, ALIGNED), of_entries, other=0.0).to(operand)
-    c = tl.load(tile_ptrs(C + group * DSTATE, token, C_stride, entry, ALIGNED), of_entries, other=0.0).to(operand)
-    products = tl.dot(c, tl.trans(b), input_precision=PRECISION)
-    grad_products = tl.zeros([CHUNK, CHUNK], tl.float32)
-    grad_b = tl.zeros([CHUNK, BLOCK_STATE], tl.float32)
-    grad_c = tl.zeros([CHUNK, BLOCK_STATE], tl.float32)
-    plane = HEADS * tokens.to(tl.int64)
-
-    for index in range(PER_SPLIT):
-        head = (group * SPLITS + split) * PER_SPLIT + index
-        sizes = steps + head.to(tl.int64) * tokens + token
-        rate = finite_rate(tl.load(A + head).to(tl.float32))
-        d = tl.load(sizes, inside, other=0.0)
-        since = tl.load(sizes + plane, inside, other=0.0)
-        until = tl.load(sizes + 2 * plane, inside, other=0.0)
-        near = tl.load(sizes + 3 * plane, inside, other=float("-inf"))
-        up = tl.load(sizes + 4 * plane, inside, other=0.0)
-        down = tl.load(sizes + 5 * plane, inside, other=0.0)
-        whole = tl.load(steps + head.to(tl.int64) * tokens + plane + high - 1)
-        decay = tl.where(
-            place[:, None] >= place[None, :], near[:, None] - tl.where(inside, near, 0.0)[None, :], float("-inf")
-        )
-        decay = tl.exp2(decay) * up[:, None] * down[None, :]
-
-        u = tl.load(tile_ptrs(x + head * DIM, token, x_stride, channel, ALIGNED), of_tokens, other=0.0).to(operand)
-        g = tl.load(tile_ptrs(grad + head * DIM, token, grad_stride, channel, ALIGNED), of_tokens, other=0.0)
-        at = (chunk.to(tl.int64) * HEADS + head) * (DIM * DSTATE) + of_state
-        start = tl.load(starts + at, in_state, other=0.0)
-        end = tl.load(ends + at, in_state, other=0.0)
-        skip = tl.zeros([BLOCK_DIM], tl.float32)
-        if D is not None:
-            if D_PER_CHANNEL:
-                skip = tl.load(D + head * DIM + channel, in_dim, other=0.0).to(tl.float32)
-            else:
-                skip += tl.load(D + head).to(tl.float32)
-
-        out_ptrs = token.to(tl.int64)[:, None] * (HEADS * DIM) + (head * DIM + channel)[None, :]
-        y = tl.dot(c, tl.trans(start), input_precision=PRECISION) * since[:, None]
-        read = y
-        if z is not None:
-            gate = tl.load(tile_ptrs(z + head * DIM, token, z_stride, channel, ALIGNED), of_tokens, other=0.0)
-            gate = gate.to(tl.float32)
-            opened = tl.sigmoid(gate)
-            y = tl.dot((decay * products * d[None, :]).to(operand), u, y, input_precision=PRECISION)
-            y += u.to(tl.float32) * skip[None, :]
-            g = g.to(tl.float32)
-            tl.store(grad_z + out_ptrs, g * y * opened * (1.0 + gate * (1.0 - opened)), of_tokens)
-            g *= gate * opened
-        exact = g.to(tl.float32)
-        g = g.to(operand)
-
-        # The gradient of a token's decay: first of what it and later tokens read of the state before the chunk, and of
-        # that state at the chunk's end.
-        reach = tl.cumsum(tl.sum(read * exact, 1), 0, reverse=True)
-        reach += whole * tl.sum(tl.sum(start.to(tl.float32) * end.to(tl.float32), 1), 0)
-        grad_c = tl.dot((exact * since[:, None]).to(operand), start, grad_c, input_precision=PRECISION)
-        wide = u.to(tl.float32)
-        grad_b = tl.dot((wide * (until * d)[:, None]).to(operand), end, grad_b, input_precision=PRECISION)
-
-        # What the chunk's end keeps of the tokens, and what they read of each other.
-        grad_u = tl.dot(b, tl.trans(end), input_precision=PRECISION) * until[:, None]
-        kept = tl.sum(grad_u * wide, 1) * d
-        grad_u = tl.dot(tl.trans((decay * products).to(operand)), g, grad_u, input_precision=PRECISION)
-        pairs = tl.dot(g, tl.trans(u), input_precision=PRECISION) * decay * d[None, :]
-        grad_products += pairs
-        between = tl.cumsum(tl.where(is_later, pairs * products, 0.0), 0, reverse=True) + kept[None, :]
-        reach += tl.sum(tl.where(is_later, between, 0.0), 1)
-
-        tl.store(grad_x + out_ptrs, grad_u * d[:, None] + exact * skip[None, :], of_tokens)
-        raw = tl.load(dt + token.to(tl.int64) * dt_stride + head, inside, other=0.0).to(tl.float32)
-        if dt_bias is not None:
-            raw += tl.load(dt_bias + head).to(tl.float32)
-        unlimited = raw
-        if SOFTPLUS:
-            unlimited = softplus(raw)
-        is_free = inside & (unlimited >= dt_min) & (unlimited <= dt_max)
-        grad_d = tl.where(is_free, tl.sum(wide * grad_u, 1) + rate * reach, 0.0)
-        if SOFTPLUS:
-            grad_d *= tl.sigmoid(raw)
-        tl.store(grad_dt + token.to(tl.int64) * HEADS + head, grad_d, inside)
-        share = chunk * HEADS + head
-        tl.store(shares + share, tl.sum(d * reach, 0))
-        tl.store(shares + chunks * HEADS + share, tl.sum(grad_d, 0))
-        if D is not None:
-            of_channels = tl.sum(exact * wide, 0)
-            if D_PER_CHANNEL:
-                tl.store(of_D + share * DIM + channel, of_channels, in_dim)
-            else:
-                tl.store(of_D + share, tl.sum(of_channels, 0))
-
-    grad_products = grad_products.to(operand)
-    grad_b = tl.dot(tl.trans(grad_products), c, grad_b, input_precision=PRECISION)
-    grad_c = tl.dot(grad_products, b, grad_c, input_precision=PRECISION)
-    at = (split.to(tl.int64) * tokens + token)[:, None] * (GROUPS * DSTATE) + (group * DSTATE + entry)[None, :]
-    tl.store(of_B + at, grad_b, of_entries)
-    tl.store(of_C + at, grad_c, of_entries)

@@ -1,4 +1,4 @@
-"""How the three kernels of mamba_chunk_scan_backward are launched."""
+"""How the five kernels of mamba_chunk_scan_backward are launched."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,12 +8,13 @@ import triton
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options
 from mamba_ops.ops._triton.layout import by_token
 from mamba_ops.ops._triton.limits import limits_of
-from mamba_ops.ops.mamba_chunk_scan.triton.backward import _carry, _chunks, _step_sizes
+from mamba_ops.ops.mamba_chunk_scan.triton.backward import _carry, _step_sizes
+from mamba_ops.ops.mamba_chunk_scan.triton.backward_chunks import _of_groups, _of_heads, _of_steps
 
 if TYPE_CHECKING:
     from mamba_ops.ops.mamba_chunk_scan.training import BackwardArguments
 
-_HEADS_PER_SPLIT = 16  # heads that a program of `_chunks` walks over: fewer are more programs, and more sums
+_HEADS_PER_SPLIT = 16  # heads that a program walks over: fewer are more programs, and more sums
 
 
 def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
@@ -53,12 +54,13 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return x.new_empty(shape, dtype=dtype)
 
-    steps = scratch(6, heads, tokens)
+    steps, found, met = scratch(chunks, heads, 7, chunk), scratch(chunks, heads, 4, chunk), scratch(chunks, heads)
     # Each in memory of its own: kernels are compiled for how these lie, and a half of a tensor may lie anywhere.
     starts, ends = (scratch(chunks, heads, dim, dstate, dtype=operand) for _ in range(2))
-    shares = x.new_zeros(2, chunks, heads, dtype=torch.float32)
-    of_D = x.new_zeros((chunks, *(() if D is None else D.shape)), dtype=torch.float32)
-    of_B, of_C = (x.new_zeros(splits, tokens, groups, dstate, dtype=torch.float32) for _ in range(2))
+    summed = torch.zeros if flat else torch.empty  # of packed rows, not all chunks and tokens are there
+    shares = summed(2, chunks, heads, device=x.device)
+    of_D = summed(chunks, *(() if D is None else D.shape), device=x.device)
+    of_B, of_C = (summed(splits, tokens, groups, dstate, device=x.device) for _ in range(2))
     aligned = all(
         t is None or (t.data_ptr() | t.stride(0) * t.itemsize | t.shape[-1] * t.itemsize) % 16 == 0
         for t in (x, B, C, z, grad)
@@ -67,6 +69,8 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
     shape: dict[str, Any] = {"HEADS": heads, "DIM": dim, "GROUPS": groups, "DSTATE": dstate}
     shape |= {"CHUNK": chunk, "ALIGNED": aligned, "BLOCK_ROWS": 128}
     block_heads = 512 // chunk
+    limits = limits_of(x.get_device())
+    ahead = limits.is_large and operand.itemsize < 4  # whether tiles of the next head fit beside those of this one
     with on_device_of(x):
         _step_sizes[(chunks, cdiv(heads, block_heads))](
             dt,
@@ -77,7 +81,6 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             strides[1],
             length,
             rows,
-            tokens,
             call.dt_min,
             call.dt_max,
             HEADS=heads,
@@ -105,48 +108,84 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             *strides[2:],
             length,
             rows,
-            tokens,
             **shape,
             BLOCK_DIM=carry_dim,
             BLOCK_STATE=carry_state,
             **options(num_warps=4, num_stages=3),
         )
-        _chunks[(chunks * groups * splits,)](
+        of_chunks = {"SPLITS": splits, "BLOCK_DIM": block_dim, "BLOCK_STATE": block_state}
+        of_chunks["PRECISION"] = limits.precision(24) if operand == torch.float32 else "ieee"
+        _of_groups[(chunks * groups * splits * 3,)](
             x,
-            dt,
-            A,
+            B,
+            C,
+            z,
+            grad,
+            cu_seqlens,
+            steps,
+            starts,
+            ends,
+            of_B,
+            of_C,
+            found,
+            met,
+            strides[0],
+            *strides[2:],
+            length,
+            rows,
+            tokens,
+            **shape,
+            **of_chunks,
+            **options(num_warps=4, num_stages=3 if ahead else 1),
+        )
+        _of_heads[(chunks * groups * splits,)](
+            x,
             B,
             C,
             D,
             z,
-            dt_bias,
             grad,
             cu_seqlens,
             steps,
             starts,
             ends,
             call.grad_x,
-            call.grad_dt,
             call.grad_z,
-            shares,
+            found,
             of_D,
-            of_B,
-            of_C,
-            *strides,
+            strides[0],
+            *strides[2:],
             length,
             rows,
-            tokens,
+            **shape,
+            **of_chunks,
+            D_PER_CHANNEL=D is not None and D.dim() == 2,
+            **options(num_warps=4, num_stages=2 if ahead else 1),
+        )
+        _of_steps[(chunks, cdiv(heads, block_heads))](
+            dt,
+            A,
+            dt_bias,
+            cu_seqlens,
+            steps,
+            found,
+            met,
+            call.grad_dt,
+            shares,
+            of_D,
+            strides[1],
+            length,
+            rows,
             chunks,
             call.dt_min,
             call.dt_max,
-            **shape,
+            HEADS=heads,
+            CHUNK=chunk,
             SOFTPLUS=call.dt_softplus,
-            D_PER_CHANNEL=D is not None and D.dim() == 2,
-            SPLITS=splits,
-            PRECISION=limits_of(x.get_device()).precision(24) if operand == torch.float32 else "ieee",
-            BLOCK_DIM=block_dim,
-            BLOCK_STATE=block_state,
-            **options(num_warps=8, num_stages=1),
+            D_PER_HEAD=D is not None and D.dim() == 1,
+            BLOCK_ROWS=128,
+            BLOCK_HEADS=block_heads,
+            **options(num_warps=4),
         )
     call.grad_B.copy_(of_B.sum(0).view(call.grad_B.shape))
     call.grad_C.copy_(of_C.sum(0).view(call.grad_C.shape))

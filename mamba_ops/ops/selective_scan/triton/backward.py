@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options
 from mamba_ops.ops._triton.layout import by_token, write_back
+from mamba_ops.ops._triton.limits import limits_of
 from mamba_ops.ops.selective_scan.triton.backward_kernels import _boundaries, _gradients
 from mamba_ops.ops.selective_scan.triton.backward_sums import _arrange, _carry, _sum_blocks, _sum_chunks
 
@@ -76,6 +77,7 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
         arranged = scratch(chunks, TILES, groups, dstate, 2 * TILE)
         of_blocks = scratch(blocks, chunks, TILES, groups, dstate, 2 * TILE)
         parts, width, block = _sizes(dstate)
+        limit = limits_of(x.get_device()).registers(128)
         strides = (x.stride(0), dt.stride(0), None if z is None else z.stride(0), grad_output.stride(0))
         sizes = {"DIM": dim, "DSTATE": dstate, "TILE": TILE, "TILES": TILES, "BLOCK_ROWS": 128}
         of_group = {"GROUPS": groups, "SOFTPLUS": call.dt_softplus}
@@ -92,7 +94,7 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
             BLOCK=block,
             PARTS=parts,
             WIDTH=width,
-            **options(num_warps=1),
+            **options(num_warps=1, **(limit if parts == 1 else {})),
         )
         _carry[(rows * cdiv(dim, 128) * dstate * 2,)](
             *(call.A, initial_states, grad_final_states, summed.get("initial_states"), cu_seqlens),
@@ -122,7 +124,7 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
             **of_group,
             BLOCK=BLOCK,
             LEVELS=(2 * TILE).bit_length() - 1,
-            **options(num_warps=1),
+            **options(num_warps=1, **limit),
         )
         _sum_chunks[(cdiv(dim, 64) * (dstate + 2),)](
             of_chunks,

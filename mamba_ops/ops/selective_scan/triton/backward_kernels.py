@@ -159,6 +159,13 @@ def _halve(values, APART: tl.constexpr):
     return sums
 
 
+@triton.jit
+def _pair(arranged, t):
+    # A token's number of B and that of C, which lie side by side: one read.
+    both = tl.load(arranged.to(tl.pointer_type(tl.int64), bitcast=True) + t)
+    return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
 @kernel(first_number="rows", static="arranged states sums adjoints of_chunks of_blocks")
 def _gradients(
     x,
@@ -264,33 +271,49 @@ def _gradients(
         entries = arranged + of_tile
         place = of_blocks + block * (chunks.to(tl.int64) * (TILES * GROUPS * DSTATE * VALUES))
         place += of_tile + tl.arange(0, VALUES)
+        # What an entry needs is read while the one before it is computed.
+        next_rate = tl.load(A, in_dim, other=0.0).to(tl.float32)
+        next_s = tl.load(states, in_dim, other=0.0)
+        next_gained = tl.load(states + tile * (DSTATE * DIM), later, other=0.0)
+        next_grad_s = tl.load(adjoints, in_dim, other=0.0)
+        next_earlier = tl.load(of_chunks, in_dim & (number > 0), other=0.0)
         for entry in range(DSTATE):
-            rate = tl.load(A + entry * A_entry, in_dim, other=0.0).to(tl.float32)
-            rate = finite_rate(rate * 1.4426950408889634)
-            s = tl.load(states + entry * DIM, in_dim, other=0.0) * tl.exp2(rate * total)
-            s += tl.load(states + tile * (DSTATE * DIM) + entry * DIM, later, other=0.0)
+            rate = finite_rate(next_rate * 1.4426950408889634)
+            s = next_s * tl.exp2(rate * total) + next_gained
+            grad_s = next_grad_s
+            earlier = next_earlier
+            after = entry + 1
+            is_there = in_dim & (after < DSTATE)
+            next_rate = tl.load(A + after * A_entry, is_there, other=0.0).to(tl.float32)
+            next_s = tl.load(states + after * DIM, is_there, other=0.0)
+            next_gained = tl.load(states + tile * (DSTATE * DIM) + after * DIM, later & is_there, other=0.0)
+            next_grad_s = tl.load(adjoints + after * DIM, is_there, other=0.0)
+            next_earlier = tl.load(of_chunks + after * DIM, is_there & (number > 0), other=0.0)
+            bs = ()
+            cs = ()
+            for t in tl.static_range(TILE):
+                b, c = _pair(entries + entry * VALUES, t)
+                bs += (b,)
+                cs += (c,)
             decays = ()
             kept = ()
             for t in tl.static_range(TILE):
                 decays += (tl.exp2(rate * d[t]),)
                 kept += (decays[t] * s,)
-                s = kept[t] + u[t] * tl.load(entries + entry * VALUES + 2 * t)
+                s = kept[t] + u[t] * bs[t]
 
-            grad_s = tl.load(adjoints + entry * DIM, in_dim, other=0.0)
             grad_rate = tl.zeros([BLOCK], tl.float32)
             grad_u_after = ()
             grad_d_after = ()
             read_after = ()
             merged = ()
             for t in tl.static_range(TILE - 1, -1, -1):
-                b = tl.load(entries + entry * VALUES + 2 * t)
-                c = tl.load(entries + entry * VALUES + 2 * t + 1)
-                s = kept[t] + u[t] * b
-                grad_s += pulled[t] * c
+                s = kept[t] + u[t] * bs[t]
+                grad_s += pulled[t] * cs[t]
                 grad_exponent = grad_s * kept[t]
-                grad_u_after += (grad_u[TILE - 1 - t] + grad_s * b,)
+                grad_u_after += (grad_u[TILE - 1 - t] + grad_s * bs[t],)
                 grad_d_after += (grad_d[TILE - 1 - t] + grad_exponent * rate,)
-                read_after += (read[TILE - 1 - t] + s * c,)
+                read_after += (read[TILE - 1 - t] + s * cs[t],)
                 grad_rate += grad_exponent * d[t]
                 of_token = _halve((_across(u[t] * grad_s, BLOCK), _across(pulled[t] * s, BLOCK)), 1)
                 merged = of_token + merged
@@ -303,7 +326,6 @@ def _gradients(
             found = tl.sum(tl.reshape(merged[0], [32 // VALUES, VALUES]), axis=0)
             tl.store(place + entry * VALUES, found)
             tl.store(adjoints + entry * DIM, grad_s, in_dim)
-            earlier = tl.load(of_chunks + entry * DIM, in_dim & (number > 0), other=0.0)
             tl.store(of_chunks + entry * DIM, earlier + grad_rate, in_dim)
 
         grad_x_tile = grad_x + (at + TILE) * grad_x_token + channel

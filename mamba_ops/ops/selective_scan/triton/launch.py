@@ -10,6 +10,7 @@ from torch import Tensor
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_placeholder, slots_of
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
+from mamba_ops.ops._triton.limits import Limits
 from mamba_ops.ops.selective_scan.triton.kernels import _ends, _outputs, _starts
 
 if TYPE_CHECKING:
@@ -181,11 +182,13 @@ def _in_words(tensor: Tensor) -> bool:
 
 
 @tunable_launch(_ends="BLOCK num_warps", _starts="BLOCK num_warps", _outputs="BLOCK num_warps")
-def _launches(dim: int, dstate: int) -> Launches:
+def _launches(dim: int, dstate: int, *, limits: Limits) -> Launches:
     """A thread has a channel; interpreted, few operations on large tensors take less time than many."""
     padded = triton.next_power_of_2(dstate)
     width = min(padded, 16) if not INTERPRETED or padded <= 4 else 1
     parts = padded // width
     block = 32 if INTERPRETED else max(min(64 // parts, 32), 8)
     tokens = {"BLOCK": block, "PARTS": parts, "WIDTH": width, "num_warps": 1}
+    if parts == 1:
+        tokens |= limits.registers(84)
     return {"_ends": tokens, "_starts": {"BLOCK": 128, "num_warps": 1}, "_outputs": tokens}

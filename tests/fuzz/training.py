@@ -1,0 +1,216 @@
+"""What is called for gradients: ops, their forwards and backwards, functional entries, layers, compat functions."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mamba_ops
+from mamba_ops import functional, registry
+from mamba_ops.registry import Op, Sample
+from tests.fuzz.mutations import Arguments, Tagged
+from tests.fuzz.targets import INSIDE, Results, Target, compat_calls, in_dtype, layers
+from tests.harness import OPERANDS, backends_here
+from tests.training import gradients
+from tests.training.gradients import TRAINED, is_float, oracle_forward
+
+CPU = torch.device("cpu")
+
+
+def targets(backend: str) -> Iterator[Target]:
+    """Everything that records gradients, on a backend."""
+    for op in TRAINED:
+        if backend in backends_here(op.backward_op, CPU):
+            yield from _companions(op, backend)
+            yield from _differentiated(op, backend)
+    yield from _layers(backend)
+    yield from _compat(backend)
+
+
+def with_gradients(call: Callable[..., Any], written: frozenset[str] = frozenset()) -> Callable[..., Any]:
+    """Return a function that makes a call and returns its results, then the gradients of its floating-point tensors."""
+
+    def run(**arguments: Any) -> tuple[Tensor, ...]:
+        leaves, given = {}, dict(arguments)
+        for name, value in arguments.items():
+            if (
+                type(value) not in (Tensor, torch.nn.Parameter, Tagged)
+                or not value.is_floating_point()
+                or name in written
+            ):
+                continue
+            if not value.is_inference() and value.layout is torch.strided:  # others are no leaves in torch
+                leaves[name] = given[name] = value.detach().requires_grad_()
+        with torch.enable_grad():
+            returned = call(**given)
+            results = [t for t in (returned if isinstance(returned, tuple) else (returned,)) if isinstance(t, Tensor)]
+            recorded = [t for t in results if t.requires_grad]
+            cotangents = [cotangent(t) for t in recorded]
+            wanted: list[Tensor] = list(leaves.values())
+            found: tuple[Tensor, ...] = ()
+            if recorded and wanted:
+                found = torch.autograd.grad(recorded, wanted, cotangents, allow_unused=True, materialize_grads=True)
+        return (*(t.detach() for t in results), *found)
+
+    return run
+
+
+def cotangent(like: Tensor) -> Tensor:
+    """Gradients of a result: any numbers, which its shape alone decides, and every dtype has."""
+    numbers = torch.arange(like.numel()).mul(7).remainder(17).sub(8)
+    return (numbers / 8).view(like.shape).to(like)
+
+
+def _judge(found: Results, exact: Results, low: Results, what: str) -> None:
+    """Compare gradients of one op, where the oracle's own error in float32 is never taken for less than a few bits.
+
+    Nothing is claimed of a call whose gradients float32 has no bit of.
+    """
+    few = 16 * torch.finfo(torch.float32).eps
+    low = {n: t + few * exact[n].abs().max() if t.numel() else t for n, t in low.items()}
+    if any(float((low[n] - t).abs().max()) > 0.05 * float(t.abs().max()) > 0 for n, t in exact.items() if t.numel()):
+        return
+    gradients.assert_gradients(found, exact, low, what)
+
+
+# -- ops, by their oracles --------------------------------------------------------------------------------------------
+
+
+def _companions(op: Op[...], backend: str) -> Iterator[Target]:
+    for companion in op.companions:
+
+        def call(companion: Op[...] = companion, **arguments: Any) -> Any:
+            with mamba_ops.use_backend(backend):
+                return companion(**arguments)
+
+        truth = _backward_truth if companion is op.backward_op else _forward_truth
+        bases = _bases(companion)
+        is_backward = companion is op.backward_op
+        target = Target(companion.name, call, bases, functools.partial(truth, op, companion), inside=INSIDE)
+        yield target._replace(has_oracle=True, judge=_judge if is_backward else None, returns_gradients=is_backward)
+
+
+def _bases(op: Op[...]) -> list[Callable[[], Arguments]]:
+    def made(sample: Sample) -> Arguments:
+        return dict(zip((p.name for p in op._called), sample.clone().args, strict=True))
+
+    return [functools.partial(made, sample) for sample in op.make_samples("cpu") if _is_short(sample)]
+
+
+def _is_short(sample: Sample) -> bool:
+    """Whether the oracles' autograd, which goes token by token, is quick."""
+    return sum(a.numel() for a in sample.args if isinstance(a, Tensor)) < 20_000
+
+
+def _operands(arguments: Arguments) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (arguments[n].dtype for n in OPERANDS if n in arguments))
+
+
+def _converted(arguments: Arguments, dtype: torch.dtype) -> Arguments:
+    return {n: v.detach().to(dtype, copy=True) if is_float(v) else v for n, v in arguments.items()}
+
+
+def _forward_truth(op: Op[...], companion: Op[...], arguments: Arguments, dtype: torch.dtype) -> Results:
+    found = oracle_forward(op, _converted(arguments, dtype), dtype, _operands(arguments))
+    return {f"result {i}": found[("output", "final_states").index(n)] for i, n in enumerate(companion.returns)}
+
+
+def _backward_truth(op: Op[...], companion: Op[...], arguments: Arguments, dtype: torch.dtype) -> Results:
+    with torch.enable_grad():
+        found = gradients.expected(op, arguments, dtype)
+    return {f"result {i}": found[name] for i, name in enumerate(companion.returns)}
+
+
+def _differentiated(op: Op[...], backend: str) -> Iterator[Target]:
+    """The op itself and its functional entry, each with the gradients of what it returns."""
+    states = _bases(op.forward_states_op)
+    without = [functools.partial(lambda make: {**make(), "initial_states": None}, make) for make in states]
+
+    def own(initial_states: Tensor | None = None, **arguments: Any) -> Any:
+        if initial_states is not None:  # which the op itself does not take
+            return op.forward_op(**arguments, initial_states=initial_states)
+        return op(**arguments)
+
+    for function, bases in ((own, without), (getattr(functional, op.name), states)):
+
+        def call(function: Callable[..., Any] = function, **arguments: Any) -> Any:
+            with mamba_ops.use_backend(backend):
+                return function(**arguments)
+
+        truth = functools.partial(_differentiated_truth, op, 1 if function is own else 2)
+        run = with_gradients(call)
+        target = Target(op.name, run, bases, truth, inside=INSIDE, has_oracle=True, judge=_judge)
+        yield target._replace(records=True, returns_gradients=True)
+
+
+def _differentiated_truth(op: Op[...], results: int, arguments: Arguments, dtype: torch.dtype) -> Results:
+    operands = _operands(arguments)
+
+    def oracle(**call: Any) -> Any:
+        return oracle_forward(op, call, dtype, operands)[:results]
+
+    found = with_gradients(oracle)(**_converted(arguments, dtype))
+    return {f"result {i}": value for i, value in enumerate(found)}
+
+
+# -- layers and other libraries' functions, by themselves in float64 --------------------------------------------------
+
+
+def _layers(backend: str) -> Iterator[Target]:
+    for layer in layers():
+        layer.requires_grad_(True)
+
+        def call(layer: Any = layer, **arguments: Any) -> Any:
+            with mamba_ops.use_backend(backend):
+                returned = with_gradients(layer)(**arguments)
+                output = layer(**{**arguments, "hidden_states": arguments["hidden_states"].detach()})
+                return (*returned, *torch.autograd.grad(output, [*layer.parameters()], cotangent(output)))
+
+        mine = copy.deepcopy(layer)
+
+        def truth(arguments: Arguments, dtype: torch.dtype, call: Any = call, mine: Any = mine) -> Results:
+            with torch.enable_grad():
+                return in_dtype(functools.partial(call, layer=mine.to(dtype)), arguments, dtype)
+
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(2, 5, 16, generator=generator)
+        packed = {"hidden_states": hidden.view(10, 16), "cu_seqlens": torch.tensor([0, 7, 10])}
+        bases = [
+            functools.partial(copy.deepcopy, {"hidden_states": hidden, "conv_state": None, "ssm_state": None}),
+            functools.partial(copy.deepcopy, packed),
+        ]
+        yield Target(type(layer).__name__, call, bases, truth, inside=INSIDE, records=True, returns_gradients=True)
+
+
+DIFFERENTIABLE = {
+    "mamba_ops.compat.causal_conv1d": ("causal_conv1d_fn",),
+    "mamba_ops.compat.fla": ("chunk_gated_delta_rule",),
+    "mamba_ops.compat.mamba_ssm": (
+        "selective_scan_fn",
+        "mamba_chunk_scan_combined",
+        "mamba_split_conv1d_scan_combined",
+    ),
+}
+"""Functions of other libraries with gradients of all floating-point tensors that they are given."""
+
+
+def _compat(backend: str) -> Iterator[Target]:
+    for function, base, written in compat_calls():
+        if function.__name__ not in DIFFERENTIABLE.get(function.__module__, ()):
+            continue
+
+        def call(function: Callable[..., Any] = function, written: frozenset[str] = written, **arguments: Any) -> Any:
+            with mamba_ops.use_backend(backend):
+                return with_gradients(function, written)(**arguments)
+
+        truth = functools.partial(in_dtype, with_gradients(function, written))
+        target = Target(function.__name__, call, [base], truth, written, inside=INSIDE)
+        yield target._replace(records=True, returns_gradients=True)
+
+
+def functions() -> list[str]:
+    """Names of what records gradients, for the test that nothing is forgotten."""
+    return [op.name for op in registry.ops().values() if op.record is not None or op.backward_op is not None]
