@@ -146,13 +146,13 @@ def main() -> int:
     )
     parser.add_argument("--times", type=int, default=1, help="with --against-torch: how often the seconds are taken")
     parser.add_argument(
-        "--models", action="store_true", help="print what each model of Transformers does instead, as docs/models.md"
+        "--models", action="store_true", help="print instead what each model of Transformers does, for docs/models.md"
     )
     arguments = parser.parse_args()
     if arguments.models:
         from compile_tests import models  # which needs Transformers
 
-        sys.stdout.write(models.table())
+        sys.stdout.write(models.section(arguments.device))
         return 0
     if arguments.against_torch:
         return against_torch.main(arguments.against_torch, arguments.times)

@@ -1,10 +1,11 @@
-"""Which models of Transformers do what under `use_mamba_ops`: `python -m compile_tests --models` prints it as Markdown.
+"""Which models of Transformers do what under `use_mamba_ops`, as Markdown: `python -m compile_tests --models`.
 
 Each check is made on a small model with random weights: on a CPU it computes what stock computes there, and on a GPU
 that is not there it is traced, whole.
 """
 
 import itertools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,6 @@ from mamba_ops.audit import absent
 from mamba_ops.compat.transformers import cache_of, use_mamba_ops
 from tests.transformers_models import ALL_MODELS, VOCABULARY, new_model
 
-DEVICES = ("cuda", "xpu")
 LENGTHS = (5, 3, 8)
 _NEAR = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -179,43 +179,27 @@ def traced(name: str, *, device: str) -> dict[str, str]:
         return {title: _said(call) for title, call in calls.items()}
 
 
-def table() -> str:
-    """Return what all checks of all models say, as a page."""
+def section(device: str) -> str:
+    """Return what all checks of all models say on a CPU, or for a device that is not there, as a section of a page."""
     import transformers
 
-    columns = [*CHECKS, *(f"{title}, {device}" for device in DEVICES for title in TRACES)]
+    here = device == "cpu"
+    columns = tuple(CHECKS) if here else TRACES
     notes: list[str] = []
     rows = []
     for name in ALL_MODELS:
-        found = check(name)
-        for device in DEVICES:
-            there = absent.run("compile_tests.models:traced", name, device=device)
-            found |= {f"{title}, {device}": said for title, said in there.items()}
+        found = check(name) if here else absent.run("compile_tests.models:traced", name, device=device, timeout=3600)
         cells = []
         for column in columns:
-            said = found[column]
-            if said != "yes":
-                if said not in notes:
-                    notes.append(said)
+            if (said := found[column]) != "yes":
+                notes += [said] if said not in notes else []
                 said = f"no ({notes.index(said) + 1})"
             cells.append(said)
         rows.append(f"| {name} | {' | '.join(cells)} |")
+        sys.stderr.write(f"{rows[-1]}\n")
     head = f"| model | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}"
-    told = "\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1))
-    return _PAGE.format(
-        transformers=transformers.__version__, torch=torch.__version__, head=head, rows="\n".join(rows), notes=told
-    )
-
-
-_PAGE = """# Models of Transformers
-
-Made by `python -m compile_tests --models > docs/models.md`, with Transformers {transformers} and torch {torch}:
-small models with random weights, under `use_mamba_ops`. On a CPU each computes what stock computes, 24 tokens of text
-too; packed documents are what each is alone; a prompt in parts is the whole. For `cuda` and `xpu`, which were not
-there, each call was traced, in one graph.
-
-{head}
-{rows}
-
-{notes}
-"""
+    told = "".join(f"\n{number}. {note}" for number, note in enumerate(notes, 1))
+    what = "On a CPU" if here else f"Traced for {device}, which was not there"
+    versions = f"Transformers {transformers.__version__}, torch {torch.__version__}"
+    command = f"`python -m compile_tests --models{'' if here else f' --device {device}'}`"
+    return "\n".join((f"## {what}", "", f"{versions}; {command}.", "", head, *rows, "", told)).rstrip() + "\n"
