@@ -35,7 +35,7 @@ def outcome(
     types: Mapping[str, type],
     *,
     is_right: bool = False,
-    had_no_number: bool = False,
+    had_no_numbers: frozenset[str] = frozenset(),
 ) -> str:
     """Make a call; return how it ended, or raise Wrong.
 
@@ -43,7 +43,7 @@ def outcome(
         target, arguments: what is called, and with what.
         types: of the arguments of a right call: numbers equal to one that was seen, as 2.0 for 2, may be taken.
         is_right: whether it is a right call, which may not be refused.
-        had_no_number: whether `has_no_number` of the right call already: there it is where nobody reads.
+        had_no_numbers: `no_numbers` of the right call that this one was: there they are where nobody reads.
     """
     before = {n: _value(a) for n, a in arguments.items()}
     before |= {n: int(a) for n, a in before.items() if isinstance(a, float) and types[n] is int and a.is_integer()}
@@ -64,7 +64,7 @@ def outcome(
             raise Wrong(f"a right call ended in {type(error).__name__}: {error}") from error
         return REFUSED
     is_chunked = target.returns_gradients or target.name not in TOKEN_BY_TOKEN
-    is_spoiled = is_chunked and not had_no_number and has_no_number(before)
+    is_spoiled = is_chunked and bool(no_numbers(before) - had_no_numbers)
     if outside or (not is_right and (is_spoiled or grows(before))):
         return NO_TRUTH
     _assert_right(target, before, arguments, returned)
@@ -124,16 +124,18 @@ TOKEN_BY_TOKEN = frozenset(
 """What computes no products over several tokens."""
 
 
-def has_no_number(arguments: Arguments) -> bool:
-    """Whether a floating-point number is none, or infinite: what is a product over tokens has that in all of them.
+def no_numbers(arguments: Arguments) -> frozenset[str]:
+    """Names of the tensors with a floating-point number that is none, or infinite: what is a product over tokens has
+    that in all of them.
 
     An endless decay is the exception.
     """
+    found = set()
     for name, tensor in _floats(arguments).items():
         wrong = ~tensor.isfinite()
         if bool((wrong & (tensor != -torch.inf) if name in ("A", "g") else wrong).any()):
-            return True
-    return False
+            found.add(name)
+    return frozenset(found)
 
 
 def _floats(arguments: Arguments) -> Arguments:
@@ -148,6 +150,11 @@ def grows(arguments: Arguments) -> bool:
     overflow.
     """
     floats = {n: t for n, t in _floats(arguments).items() if t.numel()}
+    if (beta := floats.get("beta")) is not None and (k := floats.get("k")) is not None and k.dim():
+        is_normal = arguments.get("qk_l2norm") or arguments.get("use_qk_l2norm_in_kernel")
+        strength = float(beta.abs().max() * (1 if is_normal else k.norm(dim=-1).max() ** 2))
+        if math.log(max(strength - 1, 1)) * k.shape[:-2].numel() > 20:  # a write may be as much as it overwrites
+            return True
     logs = floats.get("g")
     dt, A = floats.get("dt", floats.get("delta")), floats.get("A")
     if dt is not None and A is not None:
