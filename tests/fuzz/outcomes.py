@@ -47,7 +47,7 @@ def outcome(
     """
     before = {n: _value(a) for n, a in arguments.items()}
     before |= {n: int(a) for n, a in before.items() if isinstance(a, float) and types[n] is int and a.is_integer()}
-    before |= {n: _as_float(a) for n, a in before.items() if types[n] is float and _is_number(a)}
+    before |= {n: _as_float(n, a) for n, a in before.items() if types[n] is float and _is_number(a)}
     storages = _storages(arguments)
     outside = has_no_truth(arguments)
     try:
@@ -198,10 +198,11 @@ def _is_number(value: Any) -> bool:
     return hasattr(value, "__float__") and not isinstance(value, bool)
 
 
-def _as_float(value: Any) -> float:
-    """Return a number as kernels get it, the largest float32 at most."""
+def _as_float(name: str, value: Any) -> float:
+    """Return a number as kernels get it: a limit of step sizes is the largest float32 at most."""
     most = torch.finfo(torch.float32).max
-    return min(max(float(value), -most), most) if float(value) == float(value) else math.nan
+    is_limit = name.startswith("dt_") and not math.isnan(value)
+    return min(max(float(value), -most), most) if is_limit else float(value)
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
