@@ -49,12 +49,14 @@ def outcome(
     before |= {n: int(a) for n, a in before.items() if isinstance(a, float) and types[n] is int and a.is_integer()}
     before |= {n: _as_float(n, a) for n, a in before.items() if types[n] is float and _is_number(a)}
     storages = _storages(arguments)
-    outside = has_no_truth(arguments)
+    outside, modes = has_no_truth(arguments), _modes()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             returned = target.call(**arguments)
+        _assert_modes(modes)
     except Exception as error:
+        _assert_modes(modes)
         changed = _changed(storages)
         if changed:
             raise Wrong(f"it ended in {error!r}, and wrote to {', '.join(_owners(changed, arguments))}") from error
@@ -73,6 +75,16 @@ def outcome(
     if changed := _changed({place: s for place, s in storages.items() if place not in owners}):
         raise Wrong(f"it wrote to {', '.join(_owners(changed, arguments))}")
     return RIGHT
+
+
+def _modes() -> tuple[bool, bool]:
+    return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+
+def _assert_modes(before: tuple[bool, bool]) -> None:
+    if (now := _modes()) != before:
+        torch.set_grad_enabled(before[1])
+        raise Wrong(f"it left inference and grad mode {now}, they were {before}")
 
 
 def unclear(error: Exception, target: Target, arguments: Arguments) -> str | None:
