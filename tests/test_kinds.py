@@ -134,6 +134,14 @@ def test_a_chunk_size_is_one_that_kernels_can_have(size: int) -> None:
         Mamba2(16, heads=2, head_dim=8, chunk_size=size)
 
 
+@pytest.mark.parametrize(("name", "limit"), [("dt_max", 1e308), ("dt_min", -1e308), ("dt_min", float("nan"))])
+def test_limits_of_steps_are_numbers_that_kernels_have(name: str, limit: float) -> None:
+    op = mamba_ops.mamba_chunk_scan.backward_op
+    arguments = dict(zip((p.name for p in op._called), op.make_samples("cpu")[0].args, strict=True))
+    with pytest.raises(ValueError, match=f"^mamba_ops::mamba_chunk_scan_backward: {name}: got .*, expected a number"):
+        op(**arguments | {name: limit})
+
+
 def test_sizes_of_which_no_output_can_be_made() -> None:
     """The front allocates before the op checks."""
     arguments = arguments_of(mamba_ops.mamba2_mixing)

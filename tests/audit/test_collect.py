@@ -71,6 +71,7 @@ def test_which_end_of_a_range_a_size_is_beyond(sizes, cause):
 
 
 def test_every_rule_is_of_a_known_kind_and_says_what_to_do():
+    assert RULES
     for cause, rule in RULES.items():
         assert rule.kind in KINDS, cause
         assert rule.severity in SEVERITIES, cause
