@@ -2,7 +2,7 @@
 
 A device that is not present is traced as absent, in a child process: what runs kernels or Inductor is left out there.
 The layers come as such and on an engine's mixed batches, with a plan. `--against-torch TARGET` compares instead what an
-audit says with what torch logs.
+audit says with what torch logs; `--models` prints what models of Transformers do.
 """
 
 import argparse
@@ -145,7 +145,15 @@ def main() -> int:
         help="hold the audit of a target of `mamba-ops audit` to torch's own trace instead; all: of PyPI packages here",
     )
     parser.add_argument("--times", type=int, default=1, help="with --against-torch: how often the seconds are taken")
+    parser.add_argument(
+        "--models", action="store_true", help="print what each model of Transformers does instead, as docs/models.md"
+    )
     arguments = parser.parse_args()
+    if arguments.models:
+        from compile_tests import models  # which needs Transformers
+
+        sys.stdout.write(models.table())
+        return 0
     if arguments.against_torch:
         return against_torch.main(arguments.against_torch, arguments.times)
     device = torch.device(arguments.device)

@@ -88,11 +88,11 @@ def test_the_text_is_unchanged(name: str, device: torch.device) -> None:
 
 def test_every_function_is_bound_and_put_back(name: str) -> None:
     model = new_model(name, "cpu")
-    [file] = {type(m).__module__ for m in model.modules() if "modeling_" in type(m).__module__}
-    before = dict(vars(sys.modules[file]))
+    files = {type(m).__module__ for m in model.modules() if "modeling_" in type(m).__module__}
+    before = {file: dict(vars(sys.modules[file])) for file in files}
     with use_mamba_ops(model) as binding:
         assert {n.rpartition(".")[2] for n in binding.not_bound} == NOT_BOUND.get(name, set())
-        ours = {n for n, f in vars(sys.modules[file]).items() if f is not before[n]}
-        assert {f"{file}.{n}" for n in ours} == set(binding.bound)
-        assert all(vars(sys.modules[file])[n].__module__.startswith("mamba_ops.compat.") for n in ours)
-    assert vars(sys.modules[file]) == before
+        now = {f"{file}.{n}": (f, before[file][n]) for file in files for n, f in vars(sys.modules[file]).items()}
+        assert {n for n, (f, was) in now.items() if f is not was} == set(binding.bound)
+        assert all(now[n][0].__module__.startswith("mamba_ops.compat.") for n in binding.bound)
+    assert {file: dict(vars(sys.modules[file])) for file in files} == before

@@ -14,6 +14,7 @@ from torch.nn import functional
 from mamba_ops.compat import mamba_ssm
 from mamba_ops.compat.mamba_ssm import blocks, generation, models
 from mamba_ops.registry import use_backend
+from tests.tape import Tape
 
 PROMPT, LENGTH, CUTS = 7, 20, (0, 7, 9, 20)
 
@@ -141,11 +142,11 @@ def test_wrong_modules_are_refused(make: Callable[[], Any], error: str) -> None:
         make()
 
 
-def test_caches_of_another_batch_or_of_no_layer_are_refused() -> None:
+def test_caches_of_a_smaller_batch_or_of_no_layer_are_refused() -> None:
     params = generation.InferenceParams(9, 3)
     params.key_value_memory_dict[0] = MIXERS["Mamba"]().allocate_inference_cache(3, 9)
-    with pytest.raises(ValueError, match="got states of 3 rows in layer 0, expected 2"):
-        MIXERS["Mamba"]()(torch.zeros(2, 2, 32), params)
+    with pytest.raises(ValueError, match="got states of 3 rows in layer 0, expected at least 4"):
+        MIXERS["Mamba"]()(torch.zeros(4, 2, 32), params)
     with pytest.raises(ValueError, match="Mamba: layer_idx: got None, expected the number of the layer"):
         mamba_ssm.Mamba(32)(torch.zeros(2, 2, 32), params)
 
@@ -209,6 +210,24 @@ def test_generation_is_the_whole_model_again_and_again(name: str) -> None:
         assert torch.equal(model.generate(prompt, 16, vocab_size=61, teacher_outputs=taught)[:, :12], taught)
         ended = model.generate(prompt[:1], 16, vocab_size=61, eos_token_id=int(want[0, PROMPT + 2]))
         assert ended.shape[1] <= PROMPT + 3
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_are_captured_where_a_device_has_graphs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in for these. A second prompt replays; a swap, or a larger batch, captures again."""
+    tapes: list[Tape] = []
+    monkeypatch.setattr(generation, "graphs_of", lambda device: tapes.append(Tape()) or tapes[-1])
+    model = new_model(name)
+    for rows, length, records in ((2, 16, 1), (2, 12, 0), (1, 12, 1), (3, 16, 1)):
+        prompt, before = torch.randint(0, 61, (rows, PROMPT)), sum(tape.records for tape in tapes)
+        with torch.no_grad():
+            want = greedy(model, prompt, length)
+        assert torch.equal(model.generate(prompt, length, vocab_size=61, cg=True), want)
+        assert sum(tape.records for tape in tapes) == before + records
+    assert sum(tape.replays for tape in tapes) == 8 + 4 + 4 + 8
+    with use_backend(causal_conv1d="torch"):  # the same kernels, another selection
+        model.generate(prompt, length, vocab_size=61, cg=True)
+    assert sum(tape.records for tape in tapes) == 4
 
 
 @pytest.mark.parametrize("name", CONFIGS)

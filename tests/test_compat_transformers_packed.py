@@ -1,6 +1,7 @@
 """Packed documents and further tokens on a cache under use_mamba_ops: each document alone, each part of the whole."""
 
 import itertools
+import threading
 from typing import Any
 
 import pytest
@@ -109,6 +110,23 @@ def test_one_graph_over_packings(name: str, device: torch.device) -> None:
                 call(**given, **places), model(tokens, use_cache=False, **given, **places).logits
             )
         assert graphs == 2
+
+
+@pytest.mark.usefixtures("fresh_dynamo", "no_grad")
+def test_the_first_call_of_a_thread_may_be_compiled(device: torch.device) -> None:
+    """Dynamo guards that what a graph sets on the thread was there before, or was not."""
+    model, tokens = new_model("mamba2", device), torch.cat(documents(device), 1)
+    idx, found = packings(device, also_alone=True)[2]["seq_idx"], []
+
+    def run() -> None:
+        with torch.no_grad():
+            found.append(torch.compile(model, fullgraph=True, backend="eager")(tokens, use_cache=False, seq_idx=idx))
+
+    with use_mamba_ops(model):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        torch.testing.assert_close(found[0].logits, model(tokens, use_cache=False, seq_idx=idx).logits)
 
 
 @pytest.mark.usefixtures("no_grad")

@@ -121,8 +121,9 @@ def test_selective_state_update_refuses() -> None:
     arguments = (on_pages(6, HEADS, DIM, DSTATE),)
     with pytest.raises(ValueError, match="out: got None, expected a tensor like x"):
         vllm.selective_state_update(*arguments, **step_arguments(2, tied=True))
-    with pytest.raises(ValueError, match="enable_stochastic_rounding: got a bool, expected none"):
-        vllm.selective_state_update(*arguments, **step_arguments(2, tied=True), enable_stochastic_rounding=True)
+    options: dict[str, Any] = {"out": normal(2, HEADS, DIM), "enable_stochastic_rounding": True}
+    with pytest.raises(ValueError, match="ssm_state: got float64, expected float16; rounding_seed"):
+        vllm.selective_state_update(*arguments, **step_arguments(2, tied=True), **options)
 
 
 # ---- convolutions ----------------------------------------------------------------------------------------------------

@@ -39,6 +39,13 @@ def test_an_example_runs(example: Path, tmp_path: Path):
         [mixed] = re.findall(r"decodes beside prompts: \d+ \((\d+)%\)", done.stdout)
         assert int(mixed) >= 30
         assert "9 and 9 in 2 graphs (2 x 4 layers + 1 = 9)" in done.stdout
+    if example.name == "port_from_mamba_ssm.py":
+        [(first, last)] = re.findall(r"loss ([\d.]+) before, ([\d.]+) after", done.stdout)
+        assert float(last) < float(first) - 2
+    if example.name == "transformers_generate.py":
+        assert "modeling_mamba2.mamba2_chunk_scan runs on mamba_ops" in done.stderr
+        assert "32 tokens, " in done.stderr
+        assert done.stdout.strip()
     if example.name == "decode_step.py":
         assert "torch: mamba_ops::causal_conv1d_update on torch" in done.stdout
         assert "graphs compiled for all of this: 1\n" in done.stdout

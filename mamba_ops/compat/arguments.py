@@ -52,6 +52,10 @@ def is_silu(function: str, activation: str | None) -> bool:
     return activation is not None
 
 
+def is_silu_or_flag(function: str, activation: str | bool | None) -> bool:
+    return activation if isinstance(activation, bool) else is_silu(function, activation)
+
+
 def only(result: Tensor | tuple[Tensor | None, ...]) -> Tensor:
     """Return the first of what a function returns, which returns more on demand."""
     first = result[0] if isinstance(result, tuple) else result

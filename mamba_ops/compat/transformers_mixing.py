@@ -27,11 +27,13 @@ class Mixing:
     Attributes:
         length: tokens of a row.
         cu_seqlens, seq_idx: where packed documents begin; both None: every row is one.
-        state: the scan's state before, of a cache; None: there is none.
     """
 
-    def __init__(self, length: int, cu_seqlens: Tensor | None, seq_idx: Tensor | None, state: Tensor | None) -> None:
-        self.length, self.cu_seqlens, self.seq_idx, self._state = length, cu_seqlens, seq_idx, state
+    def __init__(
+        self, length: int, cu_seqlens: Tensor | None, seq_idx: Tensor | None, state: Callable[[], Tensor | None]
+    ) -> None:
+        """`state` reads the scan's state before, of a cache; None: there is none."""
+        self.length, self.cu_seqlens, self.seq_idx, self._read_state = length, cu_seqlens, seq_idx, state
         self._scans = 0
 
     def packing(self, length: int) -> dict[str, Tensor | None]:
@@ -49,7 +51,7 @@ class Mixing:
 
     def next_state(self) -> Tensor | None:
         """Return the state before of the mixer's next scan: mixers with several have one after the other."""
-        state, scan = self._state, self._scans
+        state, scan = self._read_state(), self._scans
         self._scans += 1
         return state[:, scan] if state is not None and state.dim() == 4 else state
 
@@ -62,9 +64,10 @@ class Documents(NamedTuple):
 
 
 class _Here(threading.local):
-    mixing: Mixing | None = None
-    documents: Documents | None = None
-    is_inside: bool = False
+    def __init__(self) -> None:  # in every thread: Dynamo guards that what a graph sets was there, or was not
+        self.mixing: Mixing | None = None
+        self.documents: Documents | None = None
+        self.is_inside = False
 
 
 _here = _Here()
@@ -104,7 +107,7 @@ def noting(forward: Callable[..., Any], keeps_apart: bool) -> Callable[..., Any]
 def _mixing_of(mixer: nn.Module, tokens: Tensor, given: dict[str, Any]) -> Mixing:
     length = tokens.shape[1]
     if length == 1:  # a step of decoding: its token follows what the cache holds
-        return Mixing(length, None, None, None)
+        return Mixing(length, None, None, _none)
     documents = _documents_of(given)
     if documents is None:
         documents = _documents_above(mixer)
@@ -112,8 +115,20 @@ def _mixing_of(mixer: nn.Module, tokens: Tensor, given: dict[str, Any]) -> Mixin
     if cu_seqlens is not None and seq_idx is not None and tokens.shape[0] > 1:
         cu_seqlens = None
     cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
-    read = getattr(cache, "get_recurrent_state", None)
-    return Mixing(length, cu_seqlens, seq_idx, None if read is None else read(mixer.layer_idx))
+    return Mixing(length, cu_seqlens, seq_idx, _none if cache is None else lambda: _state_in(cache, mixer))
+
+
+def _none() -> None:
+    return None
+
+
+def _state_in(cache: Any, mixer: Any) -> Tensor | None:
+    """Return the state that a cache holds for a mixer; before the first call there is none, or zeros."""
+    if (read := getattr(cache, "get_recurrent_state", None)) is not None:
+        state: Tensor | None = read(mixer.layer_idx)
+        return state
+    states = getattr(cache.layers[mixer.layer_idx], "recurrent_states", None)  # in Transformers 5.17
+    return None if states is None else states[0]
 
 
 def _documents_above(mixer: nn.Module) -> Documents | None:

@@ -1,8 +1,7 @@
 """The functions of vLLM 0.33 over our ops, and its ops by layer name (vllm_layers.py).
 
-Names, order and meaning of the arguments are vLLM's. Rows of block 0, the null block, or of a negative block are
-padding. Their outputs are zero, where vLLM leaves them undefined or as they were. Products are computed in float32,
-where vLLM's convolutions round them first.
+Names, order and meaning of the arguments are vLLM's. Rows of block 0, the null block, or of a negative one are padding:
+their outputs are zero, where vLLM leaves them undefined. Products are float32, where its convolutions round them first.
 """
 
 import math
@@ -11,16 +10,25 @@ import torch
 from torch import Tensor
 
 from mamba_ops import ops
-from mamba_ops.compat.arguments import all_have, check_states, floating, is_silu, per_head, refuse, upcast, written
+from mamba_ops.compat import vllm_delta_rule, vllm_layers
+from mamba_ops.compat.arguments import all_have, check_states, floating, is_silu_or_flag, per_head, upcast, written
+from mamba_ops.compat.fla.norms import l2norm
+from mamba_ops.compat.mamba_ssm.norms import rmsnorm_fn
 from mamba_ops.compat.vllm_chunks import Chunks, check_final_states
-from mamba_ops.compat.vllm_layers import gdn_attention_core_xpu as gdn_attention_core_xpu
-from mamba_ops.compat.vllm_layers import mamba_mixer as mamba_mixer
-from mamba_ops.compat.vllm_layers import mamba_mixer2 as mamba_mixer2
 from mamba_ops.ops._common.slots import store_rows
 from mamba_ops.registry import answering
 
 NULL_BLOCK_ID = 0
 PAD_SLOT_ID = -1
+
+mamba_mixer, mamba_mixer2 = vllm_layers.mamba_mixer, vllm_layers.mamba_mixer2
+gdn_attention_core_xpu = vllm_layers.gdn_attention_core_xpu
+RMSNormGated, fused_post_conv_prep = vllm_delta_rule.RMSNormGated, vllm_delta_rule.fused_post_conv_prep
+chunk_gated_delta_rule = vllm_delta_rule.chunk_gated_delta_rule
+fused_recurrent_gated_delta_rule = vllm_delta_rule.fused_recurrent_gated_delta_rule
+fused_recurrent_gated_delta_rule_packed_decode = vllm_delta_rule.fused_recurrent_gated_delta_rule_packed_decode
+fused_sigmoid_gating_delta_rule_update = vllm_delta_rule.fused_sigmoid_gating_delta_rule_update
+l2norm_fwd, rms_norm_gated = l2norm, rmsnorm_fn
 
 
 @answering
@@ -61,11 +69,12 @@ def selective_state_update(
         out: like `x`; must be given. Mutated.
         num_accepted_tokens: int `(n,)`: speculative decoding; the state after token t goes to column t.
         cu_seqlens: int `(n + 1,)`: rows of several tokens.
-        is_blackwell, cache_philox_rounds: of no effect.
-        enable_stochastic_rounding: refused.
+        is_blackwell: of no effect.
+        enable_stochastic_rounding: whether a state of float16 is rounded up or down at random, with a new seed.
+        cache_philox_rounds: rounds of the generator for that; 0: 10.
     """
     name = "selective_state_update"
-    refuse(name, enable_stochastic_rounding=enable_stochastic_rounding)
+    seed = torch.randint(2**32, (1,), device=state.device) if enable_stochastic_rounding else None
     if out is None:
         raise ValueError(f"{name}: out: got None, expected a tensor like x, which the output is written to")
     if state.dim() == 4:
@@ -87,6 +96,8 @@ def selective_state_update(
         cu_seqlens=cu_seqlens,
         num_accepted_tokens=num_accepted_tokens,
         null_slot=null_block_id,
+        rounding_seed=seed,
+        philox_rounds=cache_philox_rounds,
         out=out,
     )
 
@@ -212,7 +223,7 @@ def causal_conv1d_fn(
         conv_state=conv_states,
         slots=cache_indices,
         has_initial_state=has_initial_state,
-        silu=_is_silu("causal_conv1d_fn", activation),
+        silu=is_silu_or_flag("causal_conv1d_fn", activation),
         null_slot=null_block_id,
         out=out,
     )
@@ -269,7 +280,7 @@ def causal_conv1d_update(
         slots=conv_state_indices,
         cu_seqlens=query_start_loc,
         num_accepted_tokens=num_accepted_tokens,
-        silu=_is_silu(name, activation),
+        silu=is_silu_or_flag(name, activation),
         null_slot=null_block_id,
         out=result,
     )
@@ -383,9 +394,3 @@ def mamba_chunk_scan_combined_varlen(
         return state.to(kept)
     store_rows(final_states_out, final_state_indices[:n].long(), state, final_state_indices[:n] >= 0)
     return None
-
-
-def _is_silu(function: str, activation: str | bool | None) -> bool:
-    if isinstance(activation, bool):
-        return activation
-    return is_silu(function, activation)

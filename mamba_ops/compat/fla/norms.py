@@ -15,7 +15,7 @@ from mamba_ops.compat.mamba_ssm.norms import layer_norm_fn, normalised
 from mamba_ops.layers.norms import upcast
 from mamba_ops.registry import answering
 
-_GATES: dict[str, Callable[[Tensor], Tensor]] = {"swish": silu, "silu": silu, "sigmoid": torch.sigmoid}
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"swish": silu, "silu": silu, "sigmoid": torch.sigmoid}
 
 
 @answering
@@ -66,11 +66,11 @@ def layer_norm_gated(
         is_rms_norm: whether to divide by the root of the mean square, without taking the mean away.
     """
     name = "rms_norm_gated" if is_rms_norm else "layer_norm_gated"
-    if activation not in _GATES:
-        raise ValueError(f"{name}: activation: got {activation!r}, expected {', '.join(map(repr, _GATES))}")
+    if activation not in GATES:
+        raise ValueError(f"{name}: activation: got {activation!r}, expected {', '.join(map(repr, GATES))}")
     floating(name, x=x, g=g, residual=residual)
     total = upcast(x) if residual is None else upcast(x) + residual
-    y = normalised(total, weight, bias, eps, is_rms_norm) * _GATES[activation](upcast(g.reshape(x.shape)))
+    y = normalised(total, weight, bias, eps, is_rms_norm) * GATES[activation](upcast(g.reshape(x.shape)))
     kept = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
     return (y.to(x.dtype), total.to(kept)) if prenorm else y.to(x.dtype)
 
@@ -109,8 +109,8 @@ class FusedLayerNormGated(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in _GATES:
-            expected = ", ".join(map(repr, _GATES))
+        if activation not in GATES:
+            expected = ", ".join(map(repr, GATES))
             raise ValueError(f"{type(self).__name__}: activation: got {activation!r}, expected {expected}")
         self.hidden_size, self.elementwise_affine, self.eps, self.activation = (
             hidden_size, elementwise_affine, eps, activation

@@ -26,6 +26,7 @@ class HasCaches(Protocol):
     """What mixers ask of mamba_ssm's InferenceParams."""
 
     seqlen_offset: int
+    batch_size_offset: int
     key_value_memory_dict: dict[int, Any]
 
 
@@ -60,11 +61,12 @@ class WithCaches(nn.Module):
         caches = inference_params.key_value_memory_dict
         if self.layer_idx not in caches:
             caches[self.layer_idx] = self.allocate_inference_cache(batch_size, 0)
-        conv_state, ssm_state = caches[self.layer_idx]
+        begin = inference_params.batch_size_offset
+        conv_state, ssm_state = (states[begin : begin + batch_size] for states in caches[self.layer_idx])
         if conv_state.shape[0] != batch_size:
             raise ValueError(
                 f"{type(self).__name__}: inference_params: got states of {conv_state.shape[0]} rows in layer "
-                f"{self.layer_idx}, expected {batch_size}; make new ones for another batch"
+                f"{self.layer_idx}, expected at least {batch_size}; make new ones for a larger batch"
             )
         if initialize_states:
             conv_state.zero_()
