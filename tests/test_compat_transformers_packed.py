@@ -145,8 +145,9 @@ def test_documents_that_do_not_reach_a_layer_are_refused(device: torch.device) -
     for packing in packings(device, also_alone=False):
         model = new_model("kimi_linear", device)
         expected = r"KimiLinearDeltaAttention: seq_idx, .*: got packed documents, expected none: it calls functions"
-        with use_mamba_ops(model), torch.no_grad(), pytest.raises(ValueError, match=expected):
+        with use_mamba_ops(model) as binding, torch.no_grad(), pytest.raises(ValueError, match=expected):
             model(tokens, use_cache=False, **packing)
+        assert "KimiLinearDeltaAttention refuses packed documents: it calls functions that" in str(binding)
 
 
 def test_layers_that_others_checkpoint_are_refused(device: torch.device) -> None:

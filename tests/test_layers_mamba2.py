@@ -97,7 +97,9 @@ def test_from_config_reads_the_rest() -> None:
 def test_a_config_that_is_not_supported() -> None:
     with pytest.raises(ValueError, match="hidden_act: got 'gelu', expected 'silu'"):
         Mamba2.from_config(config_with(hidden_act="gelu"))
-    with pytest.raises(ValueError, match="no attribute 'num_heads'; expected Transformers' Mamba2Config"):
+    with pytest.raises(ValueError, match="no attribute 'head_dim'; expected a config of Mamba-2, Bamba"):
         Mamba2.from_config(SimpleNamespace(hidden_size=32, hidden_act="silu", time_step_limit=(0, 1)))
+    with pytest.raises(ValueError, match="got a SimpleNamespace, whose layers have multipliers; expected a config of"):
+        Mamba2.from_config(config_with(ssm_in_multiplier=1.0))
     with pytest.raises(ValueError, match="groups: got 3, expected a divisor of the 4 heads"):
         new_layer("mamba2", "cpu", groups=3)

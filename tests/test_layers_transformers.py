@@ -34,6 +34,31 @@ GDN = {
     "layer_types": ["linear_attention"],
 }
 JAMBA = {"mamba_d_state": 8, "mamba_dt_rank": 5, "num_hidden_layers": 1, "attn_layer_offset": 1}
+ALL_LINEAR = {"layer_types": ["linear_attention"]}
+SSD = {
+    "num_hidden_layers": 1,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 16,
+}
+NEMOTRON = {
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+    "chunk_size": 16,
+    "layers_block_type": ["linear_attention"],
+}
+ZAMBA2 = {
+    "num_hidden_layers": 1,
+    "n_mamba_heads": 8,
+    "mamba_d_state": 16,
+    "mamba_ngroups": 2,
+    "chunk_size": 16,
+    "layers_block_type": ["linear_attention"],
+}
 MODELS = {
     "Mamba": Model(Mamba, "mamba", "MambaMixer", "MambaConfig", MAMBA),
     "Mamba, other biases": Model(
@@ -49,6 +74,12 @@ MODELS = {
         "Mamba2Config",
         {**MAMBA2, "use_bias": True, "use_conv_bias": False, "n_groups": 1},
     ),
+    "Bamba": Model(Mamba2, "bamba", "BambaMixer", "BambaConfig", SSD),
+    "GraniteMoeHybrid": Model(
+        Mamba2, "granitemoehybrid", "GraniteMoeHybridMambaLayer", "GraniteMoeHybridConfig", {**SSD, **ALL_LINEAR}
+    ),
+    "Nemotron-H": Model(Mamba2, "nemotron_h", "NemotronHMamba2Mixer", "NemotronHConfig", NEMOTRON),
+    "Zamba2": Model(Mamba2, "zamba2", "Zamba2MambaMixer", "Zamba2Config", ZAMBA2),
     "Qwen3-Next": Model(GatedDeltaNet, "qwen3_next", "Qwen3NextGatedDeltaNet", "Qwen3NextConfig", GDN),
     "Qwen3.5": Model(GatedDeltaNet, "qwen3_5", "Qwen3_5GatedDeltaNet", "Qwen3_5TextConfig", GDN),
 }

@@ -34,10 +34,12 @@ class Binding:
     Attributes:
         bound: the functions that were replaced, as `file.function`.
         not_bound: those that were not, each with the reason.
+        limits: mixers that refuse something on our ops, as `file.class`, each with what and why.
     """
 
     bound: list[str] = field(default_factory=list)
     not_bound: dict[str, str] = field(default_factory=dict)
+    limits: dict[str, str] = field(default_factory=dict)
     _files: list[str] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
@@ -60,7 +62,8 @@ class Binding:
 
     def __str__(self) -> str:
         lines = [f"{name} runs on mamba_ops" for name in self.bound]
-        return "\n".join(lines + [f"{name} stays as it was: {why}" for name, why in self.not_bound.items()])
+        lines += [f"{name} stays as it was: {why}" for name, why in self.not_bound.items()]
+        return "\n".join(lines + [f"{name} {limit}" for name, limit in self.limits.items()])
 
 
 @dataclass
@@ -118,6 +121,9 @@ def use_mamba_ops(model: nn.Module) -> Binding:
         held.bindings.append(binding)
         for kind in mixers:
             keeps_apart = not calls(kind.forward, _WITHOUT_AN_OP)
+            if not keeps_apart:
+                limit = "refuses packed documents: it calls functions that have no op, and do not keep them apart"
+                binding.limits[f"{file}.{kind.__name__}"] = limit
             held.replace(kind, functools.partial(noting, keeps_apart=keeps_apart))
         for kind, is_innermost in models_of(model, file, mixers).items():
             held.replace(kind, functools.partial(telling, is_innermost=is_innermost))

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from mamba_ops.layers.caches import require_a_pair
 from mamba_ops.layers.checking import check_layer
+from mamba_ops.layers.configs import mamba2_sizes
 from mamba_ops.layers.mixer import Mixer, Taps, require_silu
 from mamba_ops.layers.norms import GatedRMSNorm, upcast
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba2_mixing, mamba_chunk_scan, selective_state_update
@@ -83,34 +84,18 @@ class Mamba2(Mixer):
     def from_config(
         cls, config: Any, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "Mamba2":
-        """Return the layer that a `Mamba2Config` of Transformers describes, with new parameters.
+        """Return the layer that a config of Transformers describes, with new parameters.
 
-        The chunk size is `mamba_chunk_size`, else `chunk_size`, else the layer's default.
+        Args:
+            config: of Mamba-2, Bamba, GraniteMoeHybrid, Nemotron-H or Zamba2. The chunk size is `mamba_chunk_size`,
+                else `chunk_size`, else the layer's default.
+            device, dtype: of the parameters.
 
         Raises:
-            ValueError: the config has another activation than silu, or lacks an attribute of `Mamba2Config`.
+            ValueError: the config has another activation than silu, is of another family, or lacks an attribute.
         """
-        try:
-            activation, (dt_min, dt_max) = config.hidden_act, config.time_step_limit
-            sizes: dict[str, Any] = {
-                "hidden_size": config.hidden_size,
-                "heads": config.num_heads,
-                "head_dim": config.head_dim,
-                "dstate": config.state_size,
-                "groups": config.n_groups,
-                "d_conv": config.conv_kernel,
-                "dt_min": float(dt_min),
-                "dt_max": float(dt_max),
-                "eps": config.layer_norm_epsilon,
-                "bias": config.use_bias,
-                "conv_bias": config.use_conv_bias,
-            }
-        except AttributeError as error:
-            raise ValueError(f"Mamba2.from_config: config: {error}; expected Transformers' Mamba2Config") from None
+        activation, sizes = mamba2_sizes(config)
         require_silu("Mamba2", activation)
-        for name in ("chunk_size", "mamba_chunk_size"):
-            if (chunk_size := getattr(config, name, None)) is not None:
-                sizes["chunk_size"] = int(chunk_size)
         return cls(**sizes, device=device, dtype=dtype)
 
     @torch.no_grad()
