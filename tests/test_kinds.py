@@ -125,6 +125,19 @@ def test_an_op_that_writes_is_refused_under_a_transform(transformed: Any, error:
     assert not cache.any()
 
 
+def test_a_fake_tensor_is_not_asked_for_a_tangent(caplog: pytest.LogCaptureFixture) -> None:
+    """Torch would end that in an assertion, which it logs."""
+    op = mamba_ops.causal_conv1d_update
+    x, cache, weight = torch.randn(2, 8), torch.zeros(2, 8, 3), torch.randn(8, 4)
+    fake = FakeTensorMode().from_tensor(weight)
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises((ValueError, NotImplementedError), match=op.name):
+        op(forward_ad.make_dual(x, x), cache, fake)
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(ValueError, match=f"{op.name}: weight: got a Fake"):
+        op(x, cache, fake)
+    assert not caplog.records
+    assert not cache.any()
+
+
 @pytest.mark.parametrize("size", [0, -1, 4097, 100_000, 2**63 - 1, 2**64])
 def test_a_chunk_size_is_one_that_kernels_can_have(size: int) -> None:
     x, dt, B = torch.randn(1, 6, 2, 8), torch.rand(1, 6, 2), torch.randn(1, 6, 1, 8)
