@@ -263,3 +263,14 @@ def test_a_layer_names_what_is_wrong_with_its_tokens(layer: Any) -> None:
         with pytest.raises(ValueError, match=rf"^{type(layer).__name__}: {name}: got .*, expected "):
             layer(torch.randn(2, 5, 16), *caches, **{name: value})
     assert not any(cache.any() for cache in caches)
+
+
+@pytest.mark.parametrize("name", ["causal_conv1d_update", "selective_state_update", "gated_delta_rule_update"])
+def test_a_cache_of_no_slots_has_none_for_padding(name: str) -> None:
+    op = ops()[name]
+    sample = next(s for s in op.make_samples("cpu") if s.kwargs.get("slots") is not None)
+    arguments = {"out" if n == "output" else n: a for n, a in op.bind(sample.args, sample.kwargs).items()}
+    cache = "conv_state" if "conv_state" in arguments else "ssm_state"
+    arguments |= {cache: arguments[cache][:0], "slots": torch.full_like(arguments["slots"], -1)}
+    with pytest.raises(ValueError, match=f"^mamba_ops::{name}: {cache}: got no slots, expected at least 1"):
+        op(**arguments)
