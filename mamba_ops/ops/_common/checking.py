@@ -130,6 +130,12 @@ def check_limits(dt_min: float, dt_max: float) -> None:
         raise bad_argument("dt_min", got=dt_min, expected=f"at most dt_max, which is {dt_max}")
 
 
+def slots_for(name: str, cache: Tensor, slots: Tensor | None) -> None:
+    """`cache` has a slot where rows are told theirs, be they padding."""
+    if slots is not None and slots.numel() and not cache.shape[0]:
+        raise bad_argument(name, got="no slots", expected="at least 1, as slots has rows")
+
+
 def whole_number(name: str, value: Any, least: int = 1) -> None:
     """`value` is a whole number, of numpy too, and `least` or more."""
     if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
