@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mamba_ops.compat import fla
-from mamba_ops.compat.fla import convolution, delta_rule, norms
+from mamba_ops.compat.fla import convolution, delta_rule, index, norms
 from mamba_ops.registry import use_backend
 from tests.compat_inputs import GDN, compat, gdn_arguments
 
@@ -219,3 +219,22 @@ def test_plain_norms() -> None:
         y, total = module(x, residual, prenorm=True)
         torch.testing.assert_close(total, x + residual)
         torch.testing.assert_close(y, functional.rms_norm(total, (6,), eps=1e-5))
+
+
+# -- packed sequences -------------------------------------------------------------------------------------------------
+
+
+def test_indices_of_packed_sequences() -> None:
+    ends = torch.tensor([0, 5, 7, 7, 8])
+    assert index.prepare_lens(ends).tolist() == [5, 2, 0, 1]
+    assert torch.equal(index.prepare_cu_seqlens_from_lens(index.prepare_lens(ends), torch.int64), ends)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert index.prepare_cu_seqlens_from_mask(mask).tolist() == [0, 2, 3]
+    assert index.prepare_lens_from_mask(mask).dtype == torch.int32
+    assert index.prepare_position_ids(ends).tolist() == [0, 1, 2, 3, 4, 0, 1, 0]
+    assert index.prepare_position_ids(ends, ends).dtype == ends.dtype
+    assert index.prepare_sequence_ids(ends).tolist() == [0, 0, 0, 0, 0, 1, 1, 2]
+    assert index.prepare_token_indices(ends)[5].tolist() == [1, 0]
+    assert index.prepare_chunk_indices(ends, 2).tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [3, 0]]
+    assert index.prepare_chunk_offsets(ends, 2).tolist() == [0, 3, 4, 4, 5]
+    assert index.tensor_cache(index.prepare_lens) is index.prepare_lens

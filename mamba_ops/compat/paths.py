@@ -37,6 +37,10 @@ _SSD = "mamba_chunk_scan_combined mamba_split_conv1d_scan_combined"
 _SHORT = "ShortConvolution causal_conv1d causal_conv1d_update causal_conv1d_update_states"
 _GATED = "FusedLayerNormGated FusedRMSNormGated FusedRMSNormSwishGate layer_norm_gated rms_norm_gated"
 _GDN = "chunk_gdn=chunk_gated_delta_rule fused_recurrent_gdn=fused_recurrent_gated_delta_rule"
+_INDEX = (
+    "prepare_chunk_indices prepare_chunk_offsets prepare_cu_seqlens_from_lens prepare_cu_seqlens_from_mask "
+    "prepare_lens prepare_lens_from_mask prepare_position_ids prepare_sequence_ids prepare_token_indices"
+)
 _DELTA_RULE = "chunk_gated_delta_rule fused_recurrent_gated_delta_rule"
 
 _CAUSAL_CONV1D = Library(
@@ -150,6 +154,9 @@ _FLA = Library(
         "fla.ops.gated_delta_rule.naive": {
             "fla.delta_rule": "naive_chunk_gated_delta_rule naive_recurrent_gated_delta_rule",
         },
+        "fla.ops.utils": {"fla.index": _INDEX},
+        "fla.ops.utils.index": {"fla.index": _INDEX},
+        "fla.utils": {"fla.index": "tensor_cache"},
     },
     "it has the gated delta rule and the modules beside it, and no other kind of attention",
 )
