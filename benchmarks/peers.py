@@ -306,9 +306,9 @@ PREFILL: dict[str, dict[str, Callable[..., Prefill]]] = {
 def versions() -> dict[str, str]:
     """Which projects are here: name to version."""
     found = {}
-    for name, module in {"vLLM": "vllm", "mamba_ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}.items():
+    for name, package in {"vLLM": "vllm", "mamba_ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}.items():
         try:
-            found[name] = str(module(module).__version__)
+            found[name] = getattr(module(package), "__version__", "of no stated version")
         except ImportError as error:
             found[name] = f"absent ({error})"
     return found

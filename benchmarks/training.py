@@ -195,6 +195,9 @@ def main() -> int:
             rows.append(row | ({"ours": rows[0]["both"] if rows else row["both"]} if "both" in row else {}))
         tables[op] = COLUMNS, rows
     facts = measure.facts(options)
+    if options.device.type != "cpu":
+        versions = {**{name: facts[name] for name in ("torch", "triton")}, **peers.versions()}
+        notes.append(", ".join(f"{name} {version}" for name, version in versions.items()))
     results: dict[str, Any] = {**facts, "tables": {op: rows for op, (_, rows) in tables.items()}}
     measure.report(options, measure.page("Training", facts, tables, notes), results)
     return int(any(row["error"] > 0.05 for _, rows in tables.values() for row in rows))

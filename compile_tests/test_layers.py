@@ -174,7 +174,10 @@ def traced(*, device: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("device", ABSENT)
 def test_each_is_one_graph_for_an_absent_device(device: str) -> None:
-    for name, modes in absent.run("compile_tests.test_layers:traced", device=device).items():
+    traces = absent.run("compile_tests.test_layers:traced", device=device)
+    assert traces.keys() == KINDS.keys()
+    for name, modes in traces.items():
+        assert modes
         for mode, trace in modes.items():
             assert trace["out"][0] == device
             assert trace["out"][1][-1] == HIDDEN

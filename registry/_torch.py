@@ -260,10 +260,19 @@ def is_wrapped(tensor: Tensor) -> bool:
 
 
 def has_tangent(tensor: Tensor) -> bool:
-    """Return whether a tensor has a tangent of forward-mode differentiation; sparse ones have none, and may not be
-    asked.
+    """Return whether a tensor has a tangent of forward-mode differentiation.
+
+    Sparse ones have none and may not be asked, nor may fake ones and others that answer for themselves: that ends in an
+    assertion of torch's.
     """
-    return tensor.layout is torch.strided and forward_ad.unpack_dual(tensor).tangent is not None
+    if tensor.layout is not torch.strided or answers_for_itself(tensor):
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def answers_for_itself(tensor: Tensor) -> bool:
+    """Return whether a tensor is of a class with operators of its own, as fake and distributed ones are."""
+    return bool(type(tensor).__torch_dispatch__ != Tensor.__torch_dispatch__)
 
 
 def destroy(library: torch.library.Library) -> None:

@@ -202,7 +202,8 @@ def refuse_transformed(op: str, values: Iterable[Any]) -> None:
     """Refuse a call, under a transform of torch.func or forward-mode differentiation, with a tensor of that."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     refuse_tangents(op, tensors)
-    if any(map(_torch.is_wrapped, tensors)):
+    # Fake tensors among others would end, at a level of forward mode, in an assertion that leaves autograd off.
+    if any(map(_torch.is_wrapped, tensors)) or any(map(_torch.answers_for_itself, tensors)):
         raise NotImplementedError  # the front names the argument
 
 

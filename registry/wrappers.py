@@ -12,13 +12,19 @@ if TYPE_CHECKING:
 
 
 def checking(op: "Op[...]", kernel: Callable[..., None]) -> Callable[..., None]:
-    """Return a function that checks each call's values, and where its tensors lie, before it runs the kernel."""
+    """Return a function that checks each call's values, and where its tensors lie, before it runs the kernel.
+
+    What an op returns is new memory, so only ops that write to the caller's have something to look for.
+    """
     positional = [p.name for p in op.parameters if p.kind is not p.KEYWORD_ONLY]
     checks = op.facets.get("validate_values")
+    writes_to_callers = bool(op.mutates - set(op.returns))
 
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            if not memory.are_apart(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)):
+            if writes_to_callers and not memory.are_apart(
+                a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)
+            ):
                 op.check_memory(dict(zip(positional, args, strict=True)) | kwargs)
             if checks is not None:
                 checks(*args, **kwargs)

@@ -1,6 +1,7 @@
 """What every test stands on: one thread, NaN in fresh memory, and Triton interpreted where there is no GPU."""
 
 import contextlib
+import importlib.util
 import os
 import sys
 
@@ -36,6 +37,15 @@ with contextlib.suppress(ImportError):  # a bare GPU machine has none
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     daily.mark(items)
+    whole = ACCELERATOR is None and all(map(importlib.util.find_spec, ("triton", "transformers")))
+    if whole and (empty := [item.nodeid for item in items if has_no_cases(item)]):
+        raise pytest.UsageError(f"tests of no cases, which would pass: {', '.join(empty)}")
+
+
+def has_no_cases(item: pytest.Item) -> bool:
+    """Whether an item stands for a test whose parametrisation is empty."""
+    reasons = (str(mark.kwargs.get("reason", "")) for mark in item.iter_markers("skip"))
+    return any("got empty parameter set" in reason for reason in reasons)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -123,6 +123,7 @@ def test_gradients_are_refused_in_eager_and_compiled(op: Op[...]) -> None:
 
     good = op.make_samples(DEVICE)[0].clone()
     floats = [i for i, a in enumerate(good.args) if isinstance(a, Tensor) and a.is_floating_point()]
+    assert floats
     for number in floats:
         bad = Sample(
             "grad", tuple(torch.nn.Parameter(a) if i == number else a for i, a in enumerate(good.args)), good.kwargs

@@ -23,14 +23,7 @@ REFUSED = {
     ("sm_75", BACKWARD, "bfloat16"),
     ("sm_75", BACKWARD, "float16"),
     ("sm_75", BACKWARD, "float32"),
-    ("sm_75", f"{SSD}_backward", "bfloat16"),
-    ("sm_75", f"{SSD}_backward", "float16"),
     ("sm_75", f"{SSD}_backward", "float32"),
-    # Gradients in float32 that need the memory of a data centre's GPU.
-    ("sm_86", BACKWARD, "float32"),
-    ("sm_120", BACKWARD, "float32"),
-    ("gfx90a", BACKWARD, "float32"),
-    ("gfx942", BACKWARD, "float32"),
 }
 """GPU, op and dtype that the backend `triton` refuses; then `torch` runs them."""
 LAUNCHED = sorted(name for name, op in ops().items() if "triton" in op.kernels)

@@ -125,6 +125,19 @@ def test_an_op_that_writes_is_refused_under_a_transform(transformed: Any, error:
     assert not cache.any()
 
 
+def test_a_fake_tensor_is_not_asked_for_a_tangent(caplog: pytest.LogCaptureFixture) -> None:
+    """Torch would end that in an assertion, which it logs."""
+    op = mamba_ops.causal_conv1d_update
+    x, cache, weight = torch.randn(2, 8), torch.zeros(2, 8, 3), torch.randn(8, 4)
+    fake = FakeTensorMode().from_tensor(weight)
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises((ValueError, NotImplementedError), match=op.name):
+        op(forward_ad.make_dual(x, x), cache, fake)
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(ValueError, match=f"{op.name}: weight: got a Fake"):
+        op(x, cache, fake)
+    assert not caplog.records
+    assert not cache.any()
+
+
 @pytest.mark.parametrize("size", [0, -1, 4097, 100_000, 2**63 - 1, 2**64])
 def test_a_chunk_size_is_one_that_kernels_can_have(size: int) -> None:
     x, dt, B = torch.randn(1, 6, 2, 8), torch.rand(1, 6, 2), torch.randn(1, 6, 1, 8)
@@ -132,6 +145,14 @@ def test_a_chunk_size_is_one_that_kernels_can_have(size: int) -> None:
         mamba_ops.mamba_chunk_scan(x, dt, -dt[0, 0], B, B, size)
     with pytest.raises(ValueError, match="chunk_size: got "):
         Mamba2(16, heads=2, head_dim=8, chunk_size=size)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("dt_max", 1e308), ("dt_min", -1e308), ("dt_min", float("nan"))])
+def test_limits_of_steps_are_numbers_that_kernels_have(name: str, limit: float) -> None:
+    op = mamba_ops.mamba_chunk_scan.backward_op
+    arguments = dict(zip((p.name for p in op._called), op.make_samples("cpu")[0].args, strict=True))
+    with pytest.raises(ValueError, match=f"^mamba_ops::mamba_chunk_scan_backward: {name}: got .*, expected a number"):
+        op(**arguments | {name: limit})
 
 
 def test_sizes_of_which_no_output_can_be_made() -> None:
@@ -242,3 +263,14 @@ def test_a_layer_names_what_is_wrong_with_its_tokens(layer: Any) -> None:
         with pytest.raises(ValueError, match=rf"^{type(layer).__name__}: {name}: got .*, expected "):
             layer(torch.randn(2, 5, 16), *caches, **{name: value})
     assert not any(cache.any() for cache in caches)
+
+
+@pytest.mark.parametrize("name", ["causal_conv1d_update", "selective_state_update", "gated_delta_rule_update"])
+def test_a_cache_of_no_slots_has_none_for_padding(name: str) -> None:
+    op = ops()[name]
+    sample = next(s for s in op.make_samples("cpu") if s.kwargs.get("slots") is not None)
+    arguments = {"out" if n == "output" else n: a for n, a in op.bind(sample.args, sample.kwargs).items()}
+    cache = "conv_state" if "conv_state" in arguments else "ssm_state"
+    arguments |= {cache: arguments[cache][:0], "slots": torch.full_like(arguments["slots"], -1)}
+    with pytest.raises(ValueError, match=f"^mamba_ops::{name}: {cache}: got no slots, expected at least 1"):
+        op(**arguments)

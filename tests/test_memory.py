@@ -159,10 +159,10 @@ WRONG: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 def test_what_cannot_be_written(op: Op[...], wrong: str) -> None:
     """Whether or not the same call on a right tensor was remembered before, and nothing is half updated."""
     make, said = WRONG[wrong]
-    for name in sorted(map(shown, op.mutates)):
+    names = [name for name in sorted(map(shown, op.mutates)) if tensors(op, first(op)).get(name) is not None]
+    assert "out" in names
+    for name in names:
         good = first(op)
-        if tensors(op, good).get(name) is None:
-            continue
         for _ in range(2):
             bad = changed(op, good, name, make)
             before = copied(bad)

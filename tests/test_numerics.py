@@ -46,14 +46,18 @@ def test_against_the_oracle(op: Op[...], backend: str, sample: Sample) -> None:
 def test_dtype_pairs(op: Op[...], backend: str, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     sizes = SIZES.get((backend, op.name), {})
     samples = op.make_samples(DEVICE, dtype=dtype, state_dtype=state_dtype, **sizes)
-    for sample in (samples[0], samples[-1]):
-        if not sizes or refusal(op, backend, sample) is None:
-            judge(op, sample, front_on(op, backend))
+    taken = [s for s in (samples[0], samples[-1]) if not sizes or refusal(op, backend, s) is None]
+    if not taken:
+        pytest.skip(f"{backend} takes none of the samples here")
+    for sample in taken:
+        judge(op, sample, front_on(op, backend))
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_reference_gives_the_truth_for_float64(op: Op[...]) -> None:
-    for sample in (s for s in op.make_samples("cpu") if "rounding_seed" not in s.kwargs):  # that is float16's
+    samples = [s for s in op.make_samples("cpu") if "rounding_seed" not in s.kwargs]  # that is float16's
+    assert samples
+    for sample in samples:
         exact = with_output(op, sample).to(torch.float64).clone()
         expected_fp64 = expected(op, exact, torch.float64)
         front_on(op, "torch")(*exact.args, **exact.kwargs)

@@ -9,8 +9,9 @@ from compile_tests.planted import CASES, breaks, guards
 from mamba_ops.audit import Report, audit
 from mamba_ops.audit.collect import Collector
 from mamba_ops.audit.guards import classify_guard, guard_subject
+from mamba_ops.audit.messages import subject_of
 from mamba_ops.audit.package_remedies import for_caller, package_of
-from mamba_ops.audit.remedies import RULES, remedy
+from mamba_ops.audit.remedies import RULES, classify_break, remedy
 from mamba_ops.audit.report import KINDS, SEVERITIES
 from mamba_ops.audit.source_locations import SourceLocation
 from mamba_ops.testing import assert_one_graph
@@ -71,6 +72,7 @@ def test_which_end_of_a_range_a_size_is_beyond(sizes, cause):
 
 
 def test_every_rule_is_of_a_known_kind_and_says_what_to_do():
+    assert RULES
     for cause, rule in RULES.items():
         assert rule.kind in KINDS, cause
         assert rule.severity in SEVERITIES, cause
@@ -145,3 +147,32 @@ def test_a_line_in_a_package_has_a_remedy_for_its_caller():
     assert for_caller("sync", "item", ".item()", (own,)) is None
     assert for_caller("fallback", "optional-package", "mamba_ssm", stack) is None
     assert package_of("/venv/lib/site-packages/single.py") == "single"
+
+
+def test_a_line_in_a_package_is_told_by_the_call_that_enters_it_last():
+    package, own = "/lib/site-packages/theirs/core.py", "/repo/step.py"
+    stack = (
+        SourceLocation(own, 9, "main", "trainer.fit(model)"),
+        SourceLocation(package, 3, "fit", "step()"),
+        SourceLocation(own, 4, "step", "self.log(loss)"),
+        SourceLocation(package, 8, "log", "check(name)"),
+        SourceLocation(package, 5, "check", "inspect(name)"),
+    )
+    said = for_caller("break", "compiler-error", "AttributeError", stack)
+    assert said.startswith("The line is in theirs: leave log out of the compiled model at `self.log(loss)`")
+
+
+def test_what_breaks_is_called_as_the_line_calls_it():
+    message = "call_method TensorVariable() item"
+    assert subject_of("item", message, "y = x + float(s)", "float") == "float()"
+    assert subject_of("item", message, "y = x.item()", "x.item") == ".item()"
+    assert classify_break("Tensor.tolist() with non-integer tensor", "", "x.tolist()") == "tolist"
+    assert classify_break("Unsupported Tensor.backward() call", "", "loss.backward()") == "backward"
+
+
+def test_remedies_name_what_the_case_has():
+    assert "lr=torch.tensor(0.01)" in remedy("hyperparameter", "self.param_groups[0]['lr']")
+    assert remedy("attribute", "options.number").startswith("Keep options.number the same")
+    assert "buffer" in remedy("attribute", "self.calls")
+    assert "mark_dynamic(x, 0), torch._dynamo.mark_dynamic(y.z, 1)" in remedy("size", "x.shape[0], y.z.shape[1]")
+    assert remedy("size", "(a value from before the break).shape[0]").startswith("Compile with dynamic=True: ")

@@ -258,6 +258,40 @@ def ops_are_the_whole(rank: int, compiled: bool, two_axes: bool) -> None:
     assert done == len(calls()) * (2 if two_axes else 4)
 
 
+def packed_ops_are_the_whole(rank: int) -> None:
+    """Packed sequences, which are split by heads alone: outputs, states and all gradients."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for label, call in calls().items():
+        name = label.partition(",")[0]
+        call = {
+            n: v.flatten(0, 1) if isinstance(v, Tensor) and v.shape[:2] == (4, 9) else v for n, v in call.items()
+        } | {"cu_seqlens": torch.tensor([0, 5, 5, 20, 36])}
+        rule = getattr(ops, name).forward_op.facets["sharding"]
+        [heads] = rule(**{p: call.get(p) for p in inspect.signature(rule).parameters})
+        leaves = {
+            n: v.clone().requires_grad_()
+            for n, v in call.items()
+            if isinstance(v, Tensor) and v.dtype.is_floating_point
+        }
+        spread = {
+            n: distribute_tensor(v, mesh, [Shard(heads[n]) if n in heads else Replicate()])
+            for n, v in call.items()
+            if isinstance(v, Tensor)
+        }
+        of_leaves = {n: spread[n].requires_grad_() for n in leaves}
+        for tensors in (leaves, spread):
+            results = getattr(functional, name)(**call | tensors)
+            sum(t.sin().sum() for t in results).backward()
+            tensors["results"] = results
+        expected = [*leaves.pop("results"), *(v.grad for v in leaves.values())]
+        got = [*spread.pop("results"), *(v.grad for v in of_leaves.values())]
+        for one, two in zip(got, expected, strict=True):
+            assert two.abs().max() > 0, label
+            if "one" not in label:
+                assert torch.equal(one.full_tensor(), two), label
+            torch.testing.assert_close(one.full_tensor(), two, rtol=0, atol=1e-10)
+
+
 def uneven_heads_are_right(rank: int) -> None:
     """Six groups of B and C on four ranks cannot go with their heads: they are gathered, and the result is right."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))

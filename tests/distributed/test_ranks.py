@@ -26,6 +26,12 @@ def test_ops(ranks: int, two_axes: bool, compiled: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_packed_ops(ranks: int) -> None:
+    run_on(ranks, bodies.packed_ops_are_the_whole)
+
+
+@pytest.mark.slow
 def test_uneven_heads() -> None:
     run_on(4, bodies.uneven_heads_are_right)
 

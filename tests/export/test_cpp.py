@@ -12,7 +12,12 @@ import torch
 from tests.export.programs import FLOAT32, cached_program, decomposed, layer_program
 from tests.pages import ROOT, blocks
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    # Inductor calls it where it compiles what gated delta rules are decomposed to
+    pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning"),
+]
 
 CASES = [("mamba", "call"), ("mamba2", "prefill"), ("mamba2", "step"), ("gdn", "call")]
 
@@ -45,12 +50,10 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
 
 
 @pytest.mark.parametrize(("kind", "what"), CASES)
-def test_decomposed_layers_run(kind: str, what: str, runner: Runner, record_property: Any) -> None:
+def test_decomposed_layers_run(kind: str, what: str, runner: Runner, measure: Any) -> None:
     program = layer_program(kind) if what == "call" else cached_program(kind, is_step=what == "step")
     runner.package(decomposed(program.export()))
-    difference = program.largest_difference(runner.run)
-    record_property("difference", difference)
-    assert difference <= FLOAT32
+    assert measure(program, runner.run) <= FLOAT32
 
 
 def test_a_package_with_ops_says_which_one_is_missing(runner: Runner) -> None:

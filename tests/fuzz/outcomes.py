@@ -35,7 +35,7 @@ def outcome(
     types: Mapping[str, type],
     *,
     is_right: bool = False,
-    had_no_number: bool = False,
+    had_no_numbers: frozenset[str] = frozenset(),
 ) -> str:
     """Make a call; return how it ended, or raise Wrong.
 
@@ -43,18 +43,20 @@ def outcome(
         target, arguments: what is called, and with what.
         types: of the arguments of a right call: numbers equal to one that was seen, as 2.0 for 2, may be taken.
         is_right: whether it is a right call, which may not be refused.
-        had_no_number: whether `has_no_number` of the right call already: there it is where nobody reads.
+        had_no_numbers: `no_numbers` of the right call that this one was: there they are where nobody reads.
     """
     before = {n: _value(a) for n, a in arguments.items()}
     before |= {n: int(a) for n, a in before.items() if isinstance(a, float) and types[n] is int and a.is_integer()}
-    before |= {n: _as_float(a) for n, a in before.items() if types[n] is float and _is_number(a)}
+    before |= {n: _as_float(n, a) for n, a in before.items() if types[n] is float and _is_number(a)}
     storages = _storages(arguments)
-    outside = has_no_truth(arguments)
+    outside, modes = has_no_truth(arguments), _modes()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             returned = target.call(**arguments)
+        _assert_modes(modes)
     except Exception as error:
+        _assert_modes(modes)
         changed = _changed(storages)
         if changed:
             raise Wrong(f"it ended in {error!r}, and wrote to {', '.join(_owners(changed, arguments))}") from error
@@ -64,7 +66,7 @@ def outcome(
             raise Wrong(f"a right call ended in {type(error).__name__}: {error}") from error
         return REFUSED
     is_chunked = target.returns_gradients or target.name not in TOKEN_BY_TOKEN
-    is_spoiled = is_chunked and not had_no_number and has_no_number(before)
+    is_spoiled = is_chunked and bool(no_numbers(before) - had_no_numbers)
     if outside or (not is_right and (is_spoiled or grows(before))):
         return NO_TRUTH
     _assert_right(target, before, arguments, returned)
@@ -73,6 +75,16 @@ def outcome(
     if changed := _changed({place: s for place, s in storages.items() if place not in owners}):
         raise Wrong(f"it wrote to {', '.join(_owners(changed, arguments))}")
     return RIGHT
+
+
+def _modes() -> tuple[bool, bool]:
+    return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+
+def _assert_modes(before: tuple[bool, bool]) -> None:
+    if (now := _modes()) != before:
+        torch.set_grad_enabled(before[1])
+        raise Wrong(f"it left inference and grad mode {now}, they were {before}")
 
 
 def unclear(error: Exception, target: Target, arguments: Arguments) -> str | None:
@@ -124,16 +136,18 @@ TOKEN_BY_TOKEN = frozenset(
 """What computes no products over several tokens."""
 
 
-def has_no_number(arguments: Arguments) -> bool:
-    """Whether a floating-point number is none, or infinite: what is a product over tokens has that in all of them.
+def no_numbers(arguments: Arguments) -> frozenset[str]:
+    """Names of the tensors with a floating-point number that is none, or infinite: what is a product over tokens has
+    that in all of them.
 
     An endless decay is the exception.
     """
+    found = set()
     for name, tensor in _floats(arguments).items():
         wrong = ~tensor.isfinite()
         if bool((wrong & (tensor != -torch.inf) if name in ("A", "g") else wrong).any()):
-            return True
-    return False
+            found.add(name)
+    return frozenset(found)
 
 
 def _floats(arguments: Arguments) -> Arguments:
@@ -148,6 +162,11 @@ def grows(arguments: Arguments) -> bool:
     overflow.
     """
     floats = {n: t for n, t in _floats(arguments).items() if t.numel()}
+    if (beta := floats.get("beta")) is not None and (k := floats.get("k")) is not None and k.dim():
+        is_normal = arguments.get("qk_l2norm") or arguments.get("use_qk_l2norm_in_kernel")
+        strength = float(beta.abs().max() * (1 if is_normal else k.norm(dim=-1).max() ** 2))
+        if math.log(max(strength - 1, 1)) * k.shape[:-2].numel() > 20:  # a write may be as much as it overwrites
+            return True
     logs = floats.get("g")
     dt, A = floats.get("dt", floats.get("delta")), floats.get("A")
     if dt is not None and A is not None:
@@ -191,10 +210,11 @@ def _is_number(value: Any) -> bool:
     return hasattr(value, "__float__") and not isinstance(value, bool)
 
 
-def _as_float(value: Any) -> float:
-    """Return a number as kernels get it, the largest float32 at most."""
+def _as_float(name: str, value: Any) -> float:
+    """Return a number as kernels get it: a limit of step sizes is the largest float32 at most."""
     most = torch.finfo(torch.float32).max
-    return min(max(float(value), -most), most) if float(value) == float(value) else math.nan
+    is_limit = name.startswith("dt_") and not math.isnan(value)
+    return min(max(float(value), -most), most) if is_limit else float(value)
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------

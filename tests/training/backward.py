@@ -121,6 +121,7 @@ def check_rows(run: Backward, arguments: Arguments, tokens: Sequence[str]) -> No
     `tokens` names the inputs of which packed rows have their own parts.
     """
     together, again = run(arguments), run(arguments)
+    assert together
     for name, gradient in together.items():
         assert torch.equal(gradient, again[name]), name
     ends = arguments["cu_seqlens"].tolist()

@@ -58,6 +58,7 @@ def test_every_input_of_every_sample_in_float64(op: Op[...]) -> None:
             return states(**{**call, **dict(zip(leaves, values, strict=True))})
 
         assert torch.autograd.gradcheck(run, list(leaves.values()), fast_mode=True), sample
+    assert seen
     optional = {p.name for p in states._called if p.annotation == Tensor | None} - {"cu_seqlens"}
     for name in optional:
         assert len({name in present for present, _ in seen}) == 2, name
@@ -85,6 +86,7 @@ def test_the_same_bits_again_and_in_company(op: Op[...], backend: str) -> None:
     """A second run, and among more rows: but for the gradients of parameters, which sum over the rows."""
     sample = op.backward_op.make_samples(DEVICE)[0]
     first, again = (gradients(op, sample.clone(), backend) for _ in range(2))
+    assert first
     assert all(torch.equal(first[name], again[name]) for name in first)
     call = named(op.backward_op, sample)
     rows = activation(call).shape[0]
@@ -110,6 +112,7 @@ def test_packed_rows_are_as_alone(op: Op[...], backend: str) -> None:
     of_tokens = [n for n in packed if packed[n].shape[:1] == activation(call).shape[:1]]
     for name in of_tokens:
         assert not packed[name][ends[-1] :].any()
+    assert of_tokens
     assert not any(gradient.isnan().any() for gradient in packed.values())
     for row, (start, end) in enumerate(pairwise(ends)):
         alone = {}

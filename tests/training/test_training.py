@@ -198,7 +198,9 @@ def test_no_grad_runs_the_op_alone(op: Op[...]) -> None:
 
 @BY_NAME
 def test_it_never_reads_the_host(op: Op[...]) -> None:
-    for sample in op.backward_op.make_samples("cpu"):
+    samples = op.backward_op.make_samples("cpu")
+    assert samples
+    for sample in samples:
         with torch.no_grad(), use_backend("torch"), _HostReads() as reads:
             bound = op.backward_op.bind(sample.args, {})
             op.backward_op.kernels["torch"].function(

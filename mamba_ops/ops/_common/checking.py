@@ -4,6 +4,7 @@ Each function returns quietly or raises the ValueError that names the argument, 
 None of them reads a stride or a value, so that the result holds for every call with the same shapes and dtypes.
 """
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -117,6 +118,22 @@ def check_chunk_size(chunk_size: int) -> None:
     """`chunk_size` is one that every backend takes: the work of a chunk, and its memory, grow with its square."""
     if not 1 <= chunk_size <= 4096:
         raise bad_argument("chunk_size", got=chunk_size, expected="1 to 4096 tokens", hint="models use 64 to 512")
+
+
+def check_limits(dt_min: float, dt_max: float) -> None:
+    """The limits of step sizes are in order, and numbers that float32 holds, or infinite."""
+    most = torch.finfo(torch.float32).max
+    for name, limit in (("dt_min", dt_min), ("dt_max", dt_max)):
+        if not (abs(limit) <= most or abs(limit) == math.inf):
+            raise bad_argument(name, got=limit, expected="a number that float32 holds")
+    if not dt_min <= dt_max:
+        raise bad_argument("dt_min", got=dt_min, expected=f"at most dt_max, which is {dt_max}")
+
+
+def slots_for(name: str, cache: Tensor, slots: Tensor | None) -> None:
+    """`cache` has a slot where rows are told theirs, be they padding."""
+    if slots is not None and slots.numel() and not cache.shape[0]:
+        raise bad_argument(name, got="no slots", expected="at least 1, as slots has rows")
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> None:

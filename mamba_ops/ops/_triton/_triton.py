@@ -131,13 +131,6 @@ def matrix_units() -> str:
     return "float32" if target.backend == "hip" and target.warp_size == 64 else "parts"  # CDNA has them
 
 
-def caps_registers() -> bool:
-    """Return whether the current device's compiler takes a limit of registers, `maxnreg`."""
-    if (driver := _find(DRIVER, "launches leave the number of registers to the compiler")) is _GONE:
-        return False
-    return bool(driver.get_current_target().backend == "cuda")
-
-
 def cache_dir() -> Path:
     """Return the folder in which Triton keeps what it compiled."""
     if (found := _find(CACHE_DIR, "its cache is taken to be in TRITON_CACHE_DIR, or in ~/.triton")) is not _GONE:

@@ -65,4 +65,5 @@ def limits_of(device: int) -> Limits:
     with torch.accelerator.device_index(device if device >= 0 else None):
         shared = _triton.limit_of_shared_memory()
         shared = 1 << 16 if shared is None else shared
-        return Limits(shared, _triton.dot_precisions(), _triton.matrix_units(), _triton.caps_registers())
+        is_nvidia = _triton.device_family().startswith("cuda-")
+        return Limits(shared, _triton.dot_precisions(), _triton.matrix_units(), caps_registers=is_nvidia)

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from mamba_ops.backends import triton
-from mamba_ops.ops._common.checking import check_tensors, index_tensor, packed_rows, shape_is, slot_table, tensor_rank
+from mamba_ops.ops._common.checking import (
+    check_tensors,
+    index_tensor,
+    packed_rows,
+    shape_is,
+    slot_table,
+    slots_for,
+    tensor_rank,
+)
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._common.values import check_counts, check_sequences
 from mamba_ops.ops._namespace import mamba
@@ -119,6 +127,7 @@ def _validate(call: Arguments) -> None:
             )
     if state_len < needed:
         raise bad_argument("conv_state", got=f"state_len {state_len}", expected=f"at least {needed}", hint=hint)
+    slots_for("conv_state", call.conv_state, call.slots)
 
 
 @causal_conv1d_update.validate_values

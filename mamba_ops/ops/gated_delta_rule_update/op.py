@@ -16,6 +16,7 @@ from mamba_ops.ops._common.checking import (
     shape_is,
     slot_for_each,
     slot_table,
+    slots_for,
     tensor_rank,
 )
 from mamba_ops.ops._common.chunk_layout import row_count
@@ -177,6 +178,7 @@ def _validate(call: Arguments) -> None:
         shape_is("num_accepted_tokens", call.num_accepted_tokens, (n,), hint="one for each row")
         if call.slots is None:
             raise bad_argument("slots", got="none", expected="a table", hint="num_accepted_tokens picks its column")
+    slots_for("ssm_state", call.ssm_state, call.slots)
 
 
 @gated_delta_rule_update.validate_values

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mamba_ops.ops._common.checking import check_chunk_size, check_tensors, shape_is, tensor_rank
+from mamba_ops.ops._common.checking import check_chunk_size, check_limits, check_tensors, shape_is, tensor_rank
 from mamba_ops.ops._common.mixing import check_plan_and_caches
 from mamba_ops.ops._common.sequences import PlanTensors
 from mamba_ops.ops._common.values import check_mixing
@@ -115,6 +115,7 @@ def _output(projected: Tensor, heads: int, head_dim: int) -> Tensor:
 @mamba2_mixing.validate
 def _validate(call: Arguments) -> None:
     check_chunk_size(call.chunk_size)
+    check_limits(call.dt_min, call.dt_max)
     for name in ("heads", "head_dim", "dstate"):
         if (value := getattr(call, name)) < 1:
             raise bad_argument(name, got=value, expected="a positive number")

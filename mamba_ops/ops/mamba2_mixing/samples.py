@@ -92,6 +92,8 @@ _ERROR_INPUTS = error_table(
         lambda s: s[..., 2:],
         "got state_len 3, expected at least 5; a speculative decode goes back by up to 2 tokens",
     ),
+    ("base", "dt_min", lambda d: float("inf"), "got inf, expected at most dt_max, which is "),
+    ("base", "dt_min", lambda d: -1e308, r"got -1e\+308, expected a number that float32 holds"),
     ("base", "counts", lambda c: c.int(), "got int32, expected int64"),
     ("base", "counts", lambda c: torch.tensor([2, 2, 6, 23]), "got 2 decodes and 6 prefills, expected at most 7 rows"),
     ("base", "counts", lambda c: torch.tensor([2, 2, 3, 24]), "got 26 tokens, expected at most 25; the plan is"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from mamba_ops.backends import triton
 from mamba_ops.ops._common.checking import (
     check_chunk_size,
+    check_limits,
     check_tensors,
     count_of,
     index_tensor,
@@ -142,8 +143,7 @@ def _validate(call: Arguments) -> None:
     cache, kept = call.ssm_state, call.chunk_states
     check_tensors(call, "x")
     check_chunk_size(call.chunk_size)
-    if not call.dt_min <= call.dt_max:
-        raise bad_argument("dt_min", got=call.dt_min, expected=f"at most dt_max, which is {call.dt_max}")
+    check_limits(call.dt_min, call.dt_max)
     packed_rows(call.cu_seqlens)
     if call.cu_seqlens is None:
         tensor_rank("x", call.x, {4: "(n, length, heads, dim)"}, hint="packed tokens come with cu_seqlens")

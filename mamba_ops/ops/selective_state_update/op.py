@@ -17,6 +17,7 @@ from mamba_ops.ops._common.checking import (
     short,
     slot_for_each,
     slot_table,
+    slots_for,
     tensor_rank,
 )
 from mamba_ops.ops._common.chunk_layout import row_count
@@ -187,6 +188,7 @@ def _validate(call: Arguments) -> None:
     slot_table("slots", call.slots, rows=n, columns=states if call.write_slots is None else 1)
     slot_table("write_slots", call.write_slots, rows=n, columns=states)
     slot_for_each("ssm_state", call.ssm_state, call.slots, rows=n)
+    slots_for("ssm_state", call.ssm_state, call.slots)
 
 
 @selective_state_update.validate_values
