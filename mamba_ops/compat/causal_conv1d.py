@@ -212,6 +212,7 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
         cu_seqlens: int32 or int64 `(n + 1,)`.
         state_len: how many inputs.
     """
+    floating("causal_conv1d_varlen_states", x=x)
     if x.dim() != 2 or cu_seqlens.dim() != 1:
         got = f"shapes {tuple(x.shape)} and {tuple(cu_seqlens.shape)}"
         raise ValueError(f"causal_conv1d_varlen_states: x, cu_seqlens: got {got}, expected (tokens, dim) and (n + 1,)")

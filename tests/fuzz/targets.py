@@ -209,6 +209,14 @@ def _compat_calls() -> Iterator[tuple[Any, str, Callable[[], Arguments], str]]:
     yield causal_conv1d, "causal_conv1d_fn", initial, "final_states_out"
     shapes: dict[str, tuple[int, ...]] = {"x": (2, 8), "conv_state": (3, 8, 3), "weight": (8, 4), "bias": (8,)}
     yield causal_conv1d, "causal_conv1d_update", make({"conv_state_indices": slots}, **shapes), "conv_state"
+    circular = {"conv_state_indices": slots, "cache_seqlens": torch.tensor([2, 11])}
+    long = make(circular, x=(2, 8, 3), conv_state=(3, 8, 9), weight=(8, 4), bias=(8,))
+    yield causal_conv1d, "causal_conv1d_update", long, "conv_state"
+    yield causal_conv1d, "causal_conv1d_varlen_states", make({"cu_seqlens": bounds, "state_len": 3}, x=(6, 8)), ""
+    shapes = {"xz": (2, 16, 6), "conv1d_weight": (8, 1, 4), "conv1d_bias": (8,), "x_proj_weight": (11, 8)}
+    shapes |= {"delta_proj_weight": (8, 3), "out_proj_weight": (5, 8), "A": (8, 4), "D": (8,), "delta_bias": (8,)}
+    yield mamba_ssm, "mamba_inner_fn", make({"out_proj_bias": None}, **shapes), ""
+    yield fla, "l2norm", make(x=(2, 6, 8)), ""
     shapes = {"state": (3, 2, 8, 4), "x": (2, 2, 8), "dt": (2, 2, 8), "A": (2, 8, 4), "B": (2, 1, 4), "C": (2, 1, 4)}
     known = {"state_batch_indices": slots, "dt_softplus": True}
     yield mamba_ssm, "selective_state_update", make(known, **shapes, D=(2, 8)), "state"
@@ -234,6 +242,19 @@ def _compat_calls() -> Iterator[tuple[Any, str, Callable[[], Arguments], str]]:
     known = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
     for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):
         yield fla, name, make(known, **shapes, initial_state=(2, 2, 8, 8)), ""
+    yield vllm, "chunk_gated_delta_rule", make(known, **shapes, initial_state=(2, 2, 8, 8)), "core_attn_out"
+    table = {"ssm_state_indices": torch.tensor([[3, 1, 4, 2, 5, 6], [7, 9, 8, 10, 11, 12]])}
+    cache = {"initial_state": (13, 2, 8, 8)}
+    yield vllm, "fused_recurrent_gated_delta_rule", make(table, **shapes, **cache), "initial_state"
+    gates = {"A_log": (2,), "a": (12, 2), "b": (12, 2), "dt_bias": (2,)}
+    tokens = {name: shapes[name] for name in "qkv"}
+    yield vllm, "fused_sigmoid_gating_delta_rule_update", make(table, **gates, **tokens, **cache), "initial_state"
+    gates |= {"a": (2, 2), "b": (2, 2)}
+    known = {"ssm_state_indices": torch.tensor([3, 1]), "scale": 0.5}
+    packed = make(known, mixed_qkv=(2, 32), **gates, **cache, out=(2, 1, 2, 8))
+    yield vllm, "fused_recurrent_gated_delta_rule_packed_decode", packed, "initial_state out"
+    known = {"num_k_heads": 1, "head_k_dim": 8, "head_v_dim": 8}
+    yield vllm, "fused_post_conv_prep", make(known, conv_output=(2, 32), **gates), ""
     shapes = {"u": (8, 6), "ssm_states": (3, 8, 4), "delta": (8, 6), "A": (8, 4), "B": (1, 4, 6), "C": (1, 4, 6)}
     known = {"query_start_loc": bounds, "cache_indices": slots, "null_block_id": -1}
     yield vllm, "selective_scan_fn", make(known, **shapes), "ssm_states delta z"
