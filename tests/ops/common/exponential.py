@@ -29,8 +29,8 @@ def exp(x: Tensor) -> Tensor:
 
 
 def log_decay(A: Tensor, d: Tensor) -> Tensor:
-    """A * d; a step of 0 decays nothing, even at A = -inf."""
-    return torch.where(d == 0, 0, A * d)
+    """A * d; a step of 0 decays nothing, even at A = -inf. The slope in d is A there, too, where A is finite."""
+    return torch.where((d == 0) & A.isinf(), 0, A) * d
 
 
 def sums_between(g: Tensor) -> Tensor:
