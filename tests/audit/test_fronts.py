@@ -20,7 +20,7 @@ import torch
 def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, **others):
     return u * delta
 @torch.compiler.disable
-def mamba_inner_fn(*args):
+def bimamba_inner_fn(*args):
     return args[0]
 """,
     "causal_conv1d/causal_conv1d_interface.py": """
@@ -44,7 +44,7 @@ MODELS = """
 import torch
 import causal_conv1d
 import fla.ops.gated_delta_rule.chunk as rule
-from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, selective_scan_fn
+from mamba_ssm.ops.selective_scan_interface import bimamba_inner_fn, selective_scan_fn
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update as update
 
 class Mixer(torch.nn.Module):
@@ -62,7 +62,7 @@ class Others(torch.nn.Module):
     def forward(self, x):
         if x.shape[0] == 100:
             torch.ops.vllm.mamba_mixer2(x, x, "layers.0")
-            mamba_inner_fn(x)
+            bimamba_inner_fn(x)
             update(x, x, x)
         return rule.chunk_gated_delta_rule(x, x, x, x, x)[0]
 
@@ -106,7 +106,7 @@ def test_functions_that_a_model_imports_are_named_with_ours(target) -> None:
         },
         "others": {
             f"fla.ops.gated_delta_rule.chunk.{chunk}": f"mamba_ops.compat.fla.{chunk}",
-            "mamba_ssm.ops.selective_scan_interface.mamba_inner_fn": "",
+            "mamba_ssm.ops.selective_scan_interface.bimamba_inner_fn": "",
             "torch.ops.vllm.mamba_mixer2": "torch.ops.mamba_ops_vllm.mamba_mixer2",
             f"{vllm}.causal_conv1d_update": "mamba_ops.compat.vllm.causal_conv1d_update",
         },
@@ -120,7 +120,7 @@ def test_they_are_replaced_while_they_are_tried(target) -> None:
     before = file.selective_scan_fn, package.causal_conv1d_fn
     with in_place(model) as bound:
         assert bound
-        assert file.selective_scan_fn.__module__ == "mamba_ops.compat.mamba_ssm"
+        assert file.selective_scan_fn.__module__ == "mamba_ops.compat.mamba_ssm.selective_scan"
         assert package.causal_conv1d_fn.__module__ == "mamba_ops.compat.causal_conv1d"
     assert (file.selective_scan_fn, package.causal_conv1d_fn) == before
 

@@ -283,17 +283,6 @@ def test_packed_documents_are_one_graph(name: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("name", MAMBA_1)
-def test_mamba_1_refuses_packed_documents(name: str) -> None:
-    """Its mixers do not hand on where documents begin, so that a state would go from one to the next."""
-    model = new_model(name, "cpu")
-    mixer = next(module for module in model.modules() if hasattr(module, "A_log"))
-    _, packed = documents(seq_idx=True, cu_seqlens=False)
-    hidden = torch.randn(1, sum(LENGTHS), model.config.hidden_size)
-    with use_mamba_ops(model), pytest.raises(ValueError, match="got packed documents, expected None: Mamba-1 mixers"):
-        mixer(hidden, seq_idx=packed["seq_idx"])
-
-
 @models("falcon_h1")
 @pytest.mark.usefixtures("no_grad")
 def test_what_stock_ignores_is_ignored(name: str) -> None:
