@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mamba_ops import functional
 from mamba_ops.ops._common import checking
-from mamba_ops.registry import Op, check_written
+from mamba_ops.registry import Op, check_written, kinds
 from mamba_ops.registry.errors import in_call_of
 
 P = ParamSpec("P")
@@ -26,11 +26,20 @@ def refuse(function: str, **arguments: object) -> None:
 
 
 def floating(function: str, **tensors: Tensor | None) -> None:
-    """Raise unless every tensor holds ordinary floating-point numbers, where a function converts or computes itself."""
+    """Raise unless every tensor is a plain one of ordinary floating-point numbers, where a function computes itself."""
     try:
+        if not torch.compiler.is_compiling():
+            kinds.check(tensors)
         checking.floating(**tensors)
     except ValueError as error:
         raise ValueError(f"{function}: {error}") from None
+
+
+def numbers(function: str, **values: object) -> None:
+    """Raise about a number that is given as a tensor, as no gradient would reach it."""
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            raise ValueError(f"{function}: {name}: got a tensor, expected a number")
 
 
 def written(function: str, **tensors: Tensor | None) -> None:

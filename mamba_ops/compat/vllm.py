@@ -213,6 +213,8 @@ def causal_conv1d_fn(
         pad_slot_id, metadata, validate_data: of no effect: there is no layout on the host, and all calls are checked.
     """
     floating("causal_conv1d_fn", x=x, conv_states=conv_states)
+    if isinstance(metadata, Tensor):
+        raise ValueError("causal_conv1d_fn: metadata: got a tensor, expected vLLM's own, which has no effect here")
     rows = x.to(conv_states.dtype).t()
     out = torch.zeros_like(rows, memory_format=torch.contiguous_format)
     ops.causal_conv1d(

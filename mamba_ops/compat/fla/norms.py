@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from mamba_ops.compat.arguments import floating
+from mamba_ops.compat.arguments import floating, numbers
 from mamba_ops.compat.mamba_ssm.norms import layer_norm_fn, normalised
 from mamba_ops.layers.norms import upcast
 from mamba_ops.registry import answering
@@ -22,6 +22,9 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {"swish": silu, "silu": silu, "si
 def l2norm(x: Tensor, eps: float = 1e-6, output_dtype: torch.dtype | None = None) -> Tensor:
     """Return x / sqrt(sum(x^2) + eps) over the last axis, in `output_dtype`, or x's."""
     floating("l2norm", x=x)
+    numbers("l2norm", eps=eps)
+    if output_dtype is not None and not (isinstance(output_dtype, torch.dtype) and output_dtype.is_floating_point):
+        raise ValueError(f"l2norm: output_dtype: got {output_dtype!r}, expected a floating-point dtype or None")
     h = upcast(x)
     return (h * torch.rsqrt(h.square().sum(-1, keepdim=True) + eps)).to(
         x.dtype if output_dtype is None else output_dtype

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, silu, softplus
 
-from mamba_ops.compat.arguments import States, floating, only, upcast
+from mamba_ops.compat.arguments import States, floating, numbers, only, upcast
 from mamba_ops.compat.causal_conv1d import causal_conv1d_fn
 from mamba_ops.compat.mamba_ssm.scans import mamba_chunk_scan_combined, selective_state_update
 from mamba_ops.compat.mamba_ssm.selective_scan import selective_scan_fn
@@ -62,7 +62,8 @@ def mamba_inner_fn(
         seq_idx, cu_seqlens: not in the original. As for `mamba_chunk_scan_combined`.
     """
     name = "mamba_inner_fn"
-    floating(name, xz=xz, x_proj_weight=x_proj_weight, delta_proj_weight=delta_proj_weight)
+    floating(name, xz=xz, x_proj_weight=x_proj_weight, delta_proj_weight=delta_proj_weight, B=B, C=C)
+    numbers(name, b_c_dt_rms_eps=b_c_dt_rms_eps)
     rank, dstate = delta_proj_weight.shape[1], A.shape[-1]
     x, z = xz.chunk(2, dim=1)
     packed: dict[str, Any] = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}

@@ -12,6 +12,7 @@ from mamba_ops.compat.arguments import (
     States,
     floating,
     is_silu,
+    numbers,
     only,
     per_head,
     refuse,
@@ -190,6 +191,7 @@ def mamba_split_conv1d_scan_combined(
     floating(
         name, zxbcdt=zxbcdt, rmsnorm_weight=rmsnorm_weight, outproj_weight=outproj_weight, outproj_bias=outproj_bias
     )
+    numbers(name, rmsnorm_eps=rmsnorm_eps)
     heads, dim = D.shape if D.dim() == 2 else (D.shape[0], headdim)
     if dim is None:
         raise ValueError(f"{name}: headdim: got None, expected the size of a head, as D is per head")
