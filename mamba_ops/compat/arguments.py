@@ -1,7 +1,7 @@
 """Arguments of the imitated functions that have no effect here, or that the ops take in another form."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -26,13 +26,24 @@ def refuse(function: str, **arguments: object) -> None:
 
 
 def floating(function: str, **tensors: Tensor | None) -> None:
-    """Raise unless every tensor is a plain one of ordinary floating-point numbers, where a function computes itself."""
+    """Raise unless all tensors are plain ones of ordinary floating-point numbers, and on one device.
+
+    For functions that compute with them themselves.
+    """
     try:
         if not torch.compiler.is_compiling():
             kinds.check(tensors)
+            _on_one_device(tensors)
         checking.floating(**tensors)
     except ValueError as error:
         raise ValueError(f"{function}: {error}") from None
+
+
+def _on_one_device(tensors: Mapping[str, Tensor | None]) -> None:
+    devices = {name: tensor.device for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    for name, device in devices.items():
+        if device != (first := next(iter(devices.values()))):
+            raise ValueError(f"{name}: got a tensor on {device}, expected one on {first}")
 
 
 def numbers(function: str, **values: object) -> None:

@@ -281,7 +281,7 @@ def fused_post_conv_prep(
         apply_l2norm: whether q and k are normalised.
         output_g_exp: whether g is the decay, and not its log.
     """
-    floating("fused_post_conv_prep", conv_output=conv_output, a=a, b=b)
+    floating("fused_post_conv_prep", conv_output=conv_output, a=a, b=b, A_log=A_log, dt_bias=dt_bias)
     keys = num_k_heads * head_k_dim
     q, k, v = conv_output.split([keys, keys, conv_output.shape[-1] - 2 * keys], dim=-1)
     heads = [t.unflatten(-1, (-1, head_k_dim)).contiguous() for t in (q, k)]

@@ -63,6 +63,9 @@ def mamba_inner_fn(
     """
     name = "mamba_inner_fn"
     floating(name, xz=xz, x_proj_weight=x_proj_weight, delta_proj_weight=delta_proj_weight, B=B, C=C)
+    floating(
+        name, conv1d_bias=conv1d_bias, A=A, D=D, delta_bias=delta_bias
+    )  # whose names the functions below would answer with
     numbers(name, b_c_dt_rms_eps=b_c_dt_rms_eps)
     rank, dstate = delta_proj_weight.shape[1], A.shape[-1]
     x, z = xz.chunk(2, dim=1)

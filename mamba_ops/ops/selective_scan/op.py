@@ -176,8 +176,8 @@ def _validate(call: Arguments) -> None:
         shape_is("ssm_state", call.ssm_state, (count_of(call.ssm_state), dim, dstate), hint="(slots, dim, dstate)")
         slot_for_each("ssm_state", call.ssm_state, call.slots, rows=n)
 
-    if call.block_size < 0:
-        raise bad_argument("block_size", got=call.block_size, expected="0 or a positive number of tokens")
+    if not 0 <= call.block_size < 2**31:  # more times a number of blocks would not fit in an int64
+        raise bad_argument("block_size", got=call.block_size, expected="0 or a number of tokens below 2**31")
     if call.block_size == 0:
         for name, tensor in prefix.items():
             if tensor is not None:
