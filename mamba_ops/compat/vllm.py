@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops import ops
-from mamba_ops.compat import vllm_delta_rule, vllm_layers
+from mamba_ops.compat import arguments, vllm_delta_rule, vllm_layers
 from mamba_ops.compat.arguments import all_have, check_states, floating, is_silu_or_flag, per_head, upcast, written
 from mamba_ops.compat.fla.norms import l2norm
 from mamba_ops.compat.mamba_ssm.norms import rmsnorm_fn
@@ -147,9 +147,10 @@ def selective_scan_fn(
     target = delta if z is None else z
     target = target if target.stride(-1) == 1 else target.contiguous()
     written("selective_scan_fn", ssm_states=ssm_states, **{"delta" if z is None else "z": target})
-    packed = query_start_loc is not None
+    axis = 1 if query_start_loc is None else 0  # of tokens, for our ops
     blocks: dict[str, Tensor | int | None] = {}
-    if block_idx_first_scheduled_token is not None:
+    scheduled = (block_idx_first_scheduled_token, block_idx_last_scheduled_token, initial_state_idx)
+    if any(tensor is not None for tensor in (*scheduled, cu_chunk_seqlen, last_chunk_indices)):
         blocks = {
             "block_size": block_size,
             "first_block": block_idx_first_scheduled_token,
@@ -159,18 +160,16 @@ def selective_scan_fn(
             "last_chunk": last_chunk_indices,
         }
 
-    def by_token(tensor: Tensor) -> Tensor:
-        return tensor.t() if packed else tensor.transpose(1, 2)
-
-    out = by_token(target).clone(memory_format=torch.contiguous_format)  # tokens outside all sequences stay as they are
+    # Tokens outside all sequences stay as they are.
+    out = target.movedim(-1, axis).clone(memory_format=torch.contiguous_format)
     ops.selective_scan(
-        by_token(u),
-        by_token(delta),
+        u.movedim(-1, axis),
+        delta.movedim(-1, axis),
         A,
-        B.movedim(-1, 0 if packed else 1),
-        C.movedim(-1, 0 if packed else 1),
+        B.movedim(-1, axis),
+        C.movedim(-1, axis),
         D=D,
-        z=None if z is None else by_token(z),
+        z=None if z is None else z.movedim(-1, axis),
         dt_bias=delta_bias,
         dt_softplus=delta_softplus,
         cu_seqlens=query_start_loc,
@@ -181,7 +180,7 @@ def selective_scan_fn(
         out=out,
         **blocks,  # type: ignore[arg-type]
     )
-    return target.copy_(out.t() if packed else out.transpose(1, 2))
+    return target.copy_(out.movedim(axis, -1))
 
 
 @answering
@@ -213,8 +212,7 @@ def causal_conv1d_fn(
         pad_slot_id, metadata, validate_data: of no effect: there is no layout on the host, and all calls are checked.
     """
     floating("causal_conv1d_fn", x=x, conv_states=conv_states)
-    if isinstance(metadata, Tensor):
-        raise ValueError("causal_conv1d_fn: metadata: got a tensor, expected vLLM's own, which has no effect here")
+    arguments.refuse("causal_conv1d_fn", metadata=metadata if isinstance(metadata, Tensor) else None)
     rows = x.to(conv_states.dtype).t()
     out = torch.zeros_like(rows, memory_format=torch.contiguous_format)
     ops.causal_conv1d(
