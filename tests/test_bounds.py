@@ -101,6 +101,26 @@ def test_a_slot_beyond_the_cache_is_the_null_slot(op: Op[...], backend: str, sam
     assert seen or sample.name in ("base", "initial states")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, where Triton is interpreted
+@pytest.mark.parametrize(("op", "backend", "sample"), KERNELS)
+def test_an_infinite_parameter_does_not_reach_padding(op: Op[...], backend: str, sample: Sample) -> None:
+    """Outputs of a padding row are zero whatever the numbers are that all rows share."""
+    arguments = arguments_of(op, sample)
+    if arguments.get("slots") is None:
+        return
+    slots, seen = arguments["slots"].clone(), 0
+    slots[0] = -1
+    arguments["slots"], arguments["null_slot"] = slots, -1
+    is_zero = run(op, backend, arguments)["out"] == 0
+    for name in ("A", "D", "dt_bias", "A_log", "weight", "bias"):
+        if isinstance(arguments.get(name), Tensor):
+            infinite = torch.full(arguments[name].shape, torch.inf)
+            assert not run(op, backend, {**arguments, name: infinite})["out"][is_zero].any(), name
+            seen += 1
+    assert is_zero.any()
+    assert seen or op.name == "chunk_gated_delta_rule"
+
+
 @pytest.mark.parametrize(
     ("op", "backend", "sample"), [k for k in KERNELS if k.values[2].kwargs.get("cu_seqlens") is not None]
 )

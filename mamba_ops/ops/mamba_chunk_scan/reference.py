@@ -79,6 +79,7 @@ def mamba_chunk_scan(call: Arguments) -> None:
         last = torch.where(empty.view(n, 1, 1, 1), last, states[(layout.end - 1).clamp(min=0)])
         if kept is not None:
             store_rows(kept, layout.closes.cumsum(0) - 1, states, layout.closes & ends.is_active[layout.row])
+        y = torch.where(inside.unsqueeze(2).unsqueeze(3), y, 0)  # a NaN in A or D would reach padding
         layout.store(call.output, y)
     if cache is not None:
         store_rows(cache, ends.target, last, ends.stored)

@@ -84,6 +84,7 @@ def selective_scan(call: Arguments) -> None:
     if call.z is not None:
         gate = gather(call.z)
         y = y * (gate / (1 + torch.exp(-gate)))
+    y = torch.where(inside.t().unsqueeze(2), y, 0)  # a NaN in A or D would reach padding
     layout.store(call.output, y.transpose(0, 1))
     if call.ssm_state is not None and not blocks:
         last = torch.where(empty.view(n, 1, 1), initial, ended[(layout.end - 1).clamp(min=0)])
