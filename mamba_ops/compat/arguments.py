@@ -10,7 +10,7 @@ from torch import Tensor
 from mamba_ops import functional
 from mamba_ops.ops._common import checking
 from mamba_ops.registry import Op, check_written, kinds
-from mamba_ops.registry.errors import in_call_of
+from mamba_ops.registry.errors import ArgumentTypeError, in_call_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,6 +30,9 @@ def floating(function: str, **tensors: Tensor | None) -> None:
 
     For functions that compute with them themselves.
     """
+    for name, tensor in tensors.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise ArgumentTypeError(f"{function}: {name}: got a {type(tensor).__name__}, expected a torch.Tensor")
     try:
         if not torch.compiler.is_compiling():
             kinds.check(tensors)

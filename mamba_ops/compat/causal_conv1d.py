@@ -213,6 +213,9 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
         state_len: how many inputs.
     """
     floating("causal_conv1d_varlen_states", x=x)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        got = f"got {str(cu_seqlens.dtype).removeprefix('torch.')}, expected int32 or int64"
+        raise ValueError(f"causal_conv1d_varlen_states: cu_seqlens: {got}")
     if x.dim() != 2 or cu_seqlens.dim() != 1:
         got = f"shapes {tuple(x.shape)} and {tuple(cu_seqlens.shape)}"
         raise ValueError(f"causal_conv1d_varlen_states: x, cu_seqlens: got {got}, expected (tokens, dim) and (n + 1,)")

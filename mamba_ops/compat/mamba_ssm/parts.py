@@ -62,10 +62,13 @@ def mamba_inner_fn(
         seq_idx, cu_seqlens: not in the original. As for `mamba_chunk_scan_combined`.
     """
     name = "mamba_inner_fn"
-    floating(name, xz=xz, x_proj_weight=x_proj_weight, delta_proj_weight=delta_proj_weight, B=B, C=C)
-    floating(
-        name, conv1d_bias=conv1d_bias, A=A, D=D, delta_bias=delta_bias
-    )  # whose names the functions below would answer with
+    convolution = {"conv1d_weight": conv1d_weight, "conv1d_bias": conv1d_bias}
+    weights = {
+        "x_proj_weight": x_proj_weight,
+        "delta_proj_weight": delta_proj_weight,
+        "out_proj_weight": out_proj_weight,
+    }
+    floating(name, xz=xz, **convolution, **weights, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
     numbers(name, b_c_dt_rms_eps=b_c_dt_rms_eps)
     rank, dstate = delta_proj_weight.shape[1], A.shape[-1]
     x, z = xz.chunk(2, dim=1)
