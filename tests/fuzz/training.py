@@ -34,7 +34,8 @@ def with_gradients(call: Callable[..., Any], written: frozenset[str] = frozenset
     """Return a function that makes a call and returns its results, then the gradients of its floating-point tensors."""
 
     def run(**arguments: Any) -> tuple[Tensor, ...]:
-        leaves, given = {}, dict(arguments)
+        leaves: dict[str, Tensor | None] = {}
+        given = dict(arguments)
         for name, value in arguments.items():
             if (
                 type(value) not in (Tensor, torch.nn.Parameter, Tagged)
@@ -42,6 +43,7 @@ def with_gradients(call: Callable[..., Any], written: frozenset[str] = frozenset
                 or name in written
             ):
                 continue
+            leaves[name] = None
             if not value.is_inference() and value.layout is torch.strided:  # others are no leaves in torch
                 leaves[name] = given[name] = value.detach().requires_grad_()
         with torch.enable_grad():
@@ -49,11 +51,13 @@ def with_gradients(call: Callable[..., Any], written: frozenset[str] = frozenset
             results = [t for t in (returned if isinstance(returned, tuple) else (returned,)) if isinstance(t, Tensor)]
             recorded = [t for t in results if t.requires_grad]
             cotangents = [cotangent(t) for t in recorded]
-            wanted: list[Tensor] = list(leaves.values())
-            found: tuple[Tensor, ...] = ()
-            if recorded and wanted:
-                found = torch.autograd.grad(recorded, wanted, cotangents, allow_unused=True, materialize_grads=True)
-        return (*(t.detach() for t in results), *found)
+            wanted = [leaf for leaf in leaves.values() if leaf is not None]
+            if not recorded or not wanted:
+                return tuple(t.detach() for t in results)
+            found = iter(torch.autograd.grad(recorded, wanted, cotangents, allow_unused=True, materialize_grads=True))
+        # What is no leaf has a place, too, and no numbers there: the truth is computed of leaves alone.
+        nothing = torch.empty(0, dtype=torch.int8)
+        return (*(t.detach() for t in results), *(nothing if leaf is None else next(found) for leaf in leaves.values()))
 
     return run
 
