@@ -42,6 +42,15 @@ def floating(function: str, **tensors: Tensor | None) -> None:
         raise ValueError(f"{function}: {error}") from None
 
 
+def floating_dtypes(function: str, **dtypes: object) -> None:
+    """Raise unless every dtype is one of floating-point numbers, or None."""
+    for name, dtype in dtypes.items():
+        try:
+            checking.floating_dtype(name, dtype)
+        except ValueError as error:
+            raise in_call_of(function, error) from None
+
+
 def _on_one_device(tensors: Mapping[str, Tensor | None]) -> None:
     devices = {name: tensor.device for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
     for name, device in devices.items():

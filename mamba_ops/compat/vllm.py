@@ -343,9 +343,7 @@ def mamba_chunk_scan_combined_varlen(
     n, compute = cu_seqlens.shape[0] - 1, upcast(x)
     if final_states_out is not None and final_state_indices is not None:
         check_final_states(final_states_out, (*x.shape[1:], B.shape[-1]), final_state_indices, n)
-    arguments.refuse(
-        "mamba_chunk_scan_combined_varlen", state_dtype=state_dtype if isinstance(state_dtype, Tensor) else None
-    )
+    arguments.floating_dtypes(name, state_dtype=state_dtype)
     kept = C.dtype if state_dtype is None else state_dtype
     state = x.new_zeros(n, *x.shape[1:], B.shape[-1], dtype=compute)
     check_states(name, "initial_states", initial_states, state.shape)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from mamba_ops.compat.arguments import floating, numbers
+from mamba_ops.compat.arguments import floating, floating_dtypes, numbers
 from mamba_ops.compat.mamba_ssm.norms import layer_norm_fn, normalised
 from mamba_ops.layers.norms import upcast
 from mamba_ops.registry import answering
@@ -23,8 +23,7 @@ def l2norm(x: Tensor, eps: float = 1e-6, output_dtype: torch.dtype | None = None
     """Return x / sqrt(sum(x^2) + eps) over the last axis, in `output_dtype`, or x's."""
     floating("l2norm", x=x)
     numbers("l2norm", eps=eps)
-    if output_dtype is not None and not (isinstance(output_dtype, torch.dtype) and output_dtype.is_floating_point):
-        raise ValueError(f"l2norm: output_dtype: got {output_dtype!r}, expected a floating-point dtype or None")
+    floating_dtypes("l2norm", output_dtype=output_dtype)
     h = upcast(x)
     return (h * torch.rsqrt(h.square().sum(-1, keepdim=True) + eps)).to(
         x.dtype if output_dtype is None else output_dtype
@@ -94,12 +93,32 @@ def rms_norm_gated(
     return layer_norm_gated(x, g, weight, bias, *options, is_rms_norm=True)
 
 
-class FusedLayerNormGated(nn.Module):
+class _Affine(nn.Module):
+    """What fla's norms have as parameters."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def _make_parameters(
+        self, size: int, has_weight: bool, has_bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        for name, wanted in (("weight", has_weight), ("bias", has_weight and has_bias)):
+            new = nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if wanted else None
+            self.register_parameter(name, new)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight to ones, and the bias to zeros."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class FusedLayerNormGated(_Affine):
     """`layer_norm_gated` with weight and bias as parameters, and fla's constructor."""
 
     is_rms_norm = False
-    weight: Tensor | None
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -118,17 +137,7 @@ class FusedLayerNormGated(nn.Module):
         self.hidden_size, self.elementwise_affine, self.eps, self.activation = (
             hidden_size, elementwise_affine, eps, activation
         )  # fmt: skip
-        new: dict[str, Any] = {"device": device, "dtype": dtype}
-        for name, wanted in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
-            self.register_parameter(name, nn.Parameter(torch.empty(hidden_size, **new)) if wanted else None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the weight to ones, and the bias to zeros."""
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        self._make_parameters(hidden_size, elementwise_affine, bias, device, dtype)
 
     def extra_repr(self) -> str:
         """Return the sizes."""
@@ -207,11 +216,8 @@ def rms_norm(
     return layer_norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, True)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(_Affine):
     """`rms_norm` with weight and bias as parameters, and fla's constructor."""
-
-    weight: Tensor | None
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -224,17 +230,7 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.hidden_size, self.elementwise_affine, self.eps = hidden_size, elementwise_affine, eps
-        new: dict[str, Any] = {"device": device, "dtype": dtype}
-        for name, wanted in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
-            self.register_parameter(name, nn.Parameter(torch.empty(hidden_size, **new)) if wanted else None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the weight to ones, and the bias to zeros."""
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        self._make_parameters(hidden_size, elementwise_affine, bias, device, dtype)
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False

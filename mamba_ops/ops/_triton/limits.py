@@ -48,7 +48,7 @@ class Limits(NamedTuple):
     def registers(self, most: int) -> dict[str, int]:
         """Return the option of a launch whose threads get so many registers at most, or none where there is none.
 
-        For kernels of one warp: more programs then run side by side, and hide what each waits for.
+        With fewer for each, more programs run side by side, and hide what each waits for.
         """
         return {"maxnreg": most} if self.caps_registers else {}
 
