@@ -24,6 +24,8 @@ def plain(value: Any) -> Any:
 def mutate(arguments: Arguments, name: str, pick: Pick) -> str | None:
     """Change one argument in place; return what was done, None if there was nothing to do."""
     value = arguments[name]
+    if isinstance(value, Tensor) and value.layout is not torch.strided:
+        return None  # changed already; torch's own as_strided of an MKL-DNN tensor writes outside its memory
     if isinstance(value, Tensor):
         kinds: list[dict[str, Callable[..., Any]]] = [TABLES, VALUES, SHAPES, LAYOUTS, DTYPES, KINDS, TYPES]
         kinds.remove(TABLES if value.is_floating_point() or not value.numel() else VALUES)
