@@ -344,6 +344,8 @@ def launching() -> Launching | None:
     if _GONE in found:
         return None
     run, driver, *_ = found
+    if run.__module__ != RUN.partition(":")[0] or hasattr(run, "__wrapped__"):  # something stands for it already
+        return None
     front, runtime = named(*RUN.removesuffix(".run").split(":")), named("triton", "knobs.runtime")
     return Launching(front, run, runtime, driver.get_current_device, driver.get_current_stream)
 

@@ -90,8 +90,8 @@ class Tape(TorchDispatchMode):
     ) -> Any:
         """See what the launcher does with torch: it may allocate, and view what it has."""
         result = func(*args, **(kwargs or {}))
-        if self.is_launching:
-            return result
+        if self.is_launching or not (isinstance(result, Tensor) or any(isinstance(value, Tensor) for value in args)):
+            return result  # such as which dtype two dtypes are promoted to
         name = func.overloadpacket.__name__
         if name in _FACTORIES and isinstance(result, Tensor):
             self._kept.append(result)
