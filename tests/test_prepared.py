@@ -125,8 +125,8 @@ def same(op: Any, sample: registry.Sample, learns: Learns, compared: int = 4) ->
         learns.launcher(op.arguments(**expected))
         for name in {*op.mutates, *op.returns}:
             torch.testing.assert_close(values[name], expected[name], rtol=0, atol=0, equal_nan=True)
-    assert learns.calls in (2, compared), sample
-    return learns.calls == 2
+    assert learns.calls in (0, 2, compared), sample  # none: another sample is of the same kind
+    return learns.calls <= 2
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))

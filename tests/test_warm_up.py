@@ -143,9 +143,9 @@ def test_an_ops_warm_up_is_for_activations_in_any_layout_too():
 CACHE = """
 import os
 import torch, mamba_ops
-from mamba_ops.cold_start import elsewhere
+from mamba_ops.ops._triton import _triton
 
-elsewhere.LAUNCHERS.append(compile_only.__name__)
+_triton.LAUNCHERS.append(compile_only.__name__)
 compile_only.Driver.launcher_cls = compile_only.Launcher
 report = mamba_ops.warm_up("gated_delta_rule_update", device="cpu")
 cached = [row.cached for row in report]

@@ -4,15 +4,12 @@ from typing import Any
 
 from mamba_ops.ops._triton import _triton
 
-LAUNCHERS = ["triton.backends.nvidia.driver"]
-"""Drivers that make launchers without a GPU; of others that is not known."""
-
 
 def describe_target() -> dict[str, Any]:
     """Return what another process compiles for, in plain values: `compile_for` takes them there."""
     driver = _triton.named(*_triton.DRIVER.split(":"))
     launcher, utils = (getattr(driver, name, None) for name in ("launcher_cls", "utils"))
-    if launcher is None or launcher.__module__ not in LAUNCHERS:
+    if launcher is None or launcher.__module__ not in _triton.LAUNCHERS:
         launcher = utils = None
     return {
         "target": vars(driver.get_current_target()),

@@ -53,6 +53,9 @@ PRIVATE = (
 SPLAT = "triton.runtime.interpreter:InterpreterBuilder.create_splat"
 """Private, too; Triton's interpreter itself does not run without it."""
 
+LAUNCHERS = ["triton.backends.nvidia.driver"]
+"""Drivers that make launchers without a GPU; of others that is not known."""
+
 
 _GONE = object()
 

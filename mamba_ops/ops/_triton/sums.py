@@ -5,7 +5,6 @@ can be repeated without its launcher (see `prepared`).
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -44,8 +43,11 @@ def _clear(target, count: tl.int64, BLOCK: tl.constexpr):
     tl.store(target + i, tl.zeros([BLOCK], tl.int32), i < count)
 
 
-def add_up(parts: Tensor, total: Tensor) -> None:
-    """Store the sums of float32 `parts (count, ...)`, each of them dense, in `total`, which has the shape of one."""
+def add_up(parts: Tensor, total: Tensor, *, many: bool = True) -> None:
+    """Store the sums of float32 `parts (count, ...)`, each of them dense, in `total`, which has the shape of one.
+
+    `many` makes it fast for many parts, or for few; it is not told by their number, as each is a variant of the kernel.
+    """
     count, size = parts.shape[0], total.numel()
     if total.is_contiguous():
         columns, row_stride, column_stride = max(size, 1), 0, 1
@@ -56,8 +58,8 @@ def add_up(parts: Tensor, total: Tensor) -> None:
         return
     if size == 0:
         return
-    together = min(triton.next_power_of_2(max(count, 1)), 64)
-    block = min(triton.next_power_of_2(size), _TILE // together)
+    together = 32 if many else 1
+    block = _TILE // together
     with on_device_of(parts):
         _add_up[(cdiv(size, block),)](
             *(parts, total, count, parts.stride(0), columns, size, row_stride, column_stride),

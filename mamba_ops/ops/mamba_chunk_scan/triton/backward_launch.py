@@ -190,8 +190,8 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             BLOCK_HEADS=block_heads,
             **options(num_warps=4),
         )
-    add_up(of_B.view(splits, *call.grad_B.shape), call.grad_B)
-    add_up(of_C.view(splits, *call.grad_C.shape), call.grad_C)
+    add_up(of_B.view(splits, *call.grad_B.shape), call.grad_B, many=False)
+    add_up(of_C.view(splits, *call.grad_C.shape), call.grad_C, many=False)
     add_up(shares[0], call.grad_A)
     if D is not None:
         add_up(of_D, call.grad_D)
