@@ -59,6 +59,8 @@ def main() -> int:
         parser.error(f"got {', '.join(sorted(unknown))}, expected names of {', '.join(ENVIRONMENTS)}")
     if asked.keep and not asked.folder:
         parser.error("got --keep without --folder, expected the folder where environments are kept")
+    if asked.folder:
+        asked.folder.mkdir(parents=True, exist_ok=True)
     results = [run(name, asked) for name in asked.names or ENVIRONMENTS]
     print("\nenvironment  seconds  tests")
     for result in results:
