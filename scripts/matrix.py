@@ -98,8 +98,7 @@ def _made(name: str, folder: str, asked: argparse.Namespace) -> bool:
     extra = ["--extra-index-url", asked.index] if asked.index else []
     steps = [
         [asked.python, "-m", "venv", folder],
-        [*pip, "install", "-q", *extra, *ENVIRONMENTS[name], f"{ROOT}[test]"],
-        [*pip, "uninstall", "-q", "-y", "mamba-ops"],  # the tests run on the checkout
+        [*pip, "install", "-q", *extra, *ENVIRONMENTS[name], "-e", f"{ROOT}[test,finetune]"],
     ]
     done = all(subprocess.run(step, check=False).returncode == 0 for step in steps)
     if not done:
@@ -109,9 +108,9 @@ def _made(name: str, folder: str, asked: argparse.Namespace) -> bool:
 
 def _tested(python: Path, tests: list[str]) -> tuple[int, str]:
     """Run the tests in an environment, showing what they say; return 0 where they passed, else 1, and the counts."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [str(python), "-m", "pytest", "-q", "-m", "not slow", "-n", os.environ.get("WORKERS", "2")]
-    command += ["--dist", "loadgroup", "-p", "no:cacheprovider", "-p", "mamba_ops_pytest", *tests]
+    command += ["--dist", "loadgroup", "-p", "no:cacheprovider", *tests]
     counts = ""
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None  # it is a pipe
