@@ -137,7 +137,8 @@ class Op(Trainable, Generic[P]):
         namespace._define(self.name, self.schema, self._body, self._fake, *tags)
         namespace._library.impl(self.name, partial(wrappers.run_negated, self), "Negative")
         self.overload = getattr(getattr(torch.ops, namespace.name), self.name).default
-        _torch.honour_decompositions(self.overload)
+        if not self.returns:  # of what mutates nothing torch asks by itself, and Inductor wants no composite one
+            _torch.honour_decompositions(self.overload)
         self._write_front()
 
     def _cells(self) -> dict[str, Any]:
