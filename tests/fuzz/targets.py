@@ -244,6 +244,8 @@ def _compat_calls() -> Iterator[tuple[Any, str, Callable[[], Arguments], str]]:
     known = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
     for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):
         yield fla, name, make(known, **shapes, initial_state=(2, 2, 8, 8)), ""
+    for name in ("chunk_kda", "fused_recurrent_kda"):
+        yield fla, name, make(known, **{**shapes, "g": (2, 6, 2, 8)}, initial_state=(2, 2, 8, 8)), ""
     yield vllm, "chunk_gated_delta_rule", make(known, **shapes, initial_state=(2, 2, 8, 8)), "core_attn_out"
     table = {"ssm_state_indices": torch.tensor([[3, 1, 4, 2, 5, 6], [7, 9, 8, 10, 11, 12]])}
     cache = {"initial_state": (13, 2, 8, 8)}

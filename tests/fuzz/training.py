@@ -183,6 +183,7 @@ def _layers(backend: str) -> Iterator[Target]:
 DIFFERENTIABLE = {
     "mamba_ops.compat.causal_conv1d": ("causal_conv1d_fn",),
     "mamba_ops.compat.fla.delta_rule": ("chunk_gated_delta_rule",),
+    "mamba_ops.compat.fla.kda": ("chunk_kda",),
     "mamba_ops.compat.fla.norms": ("l2norm",),
     "mamba_ops.compat.mamba_ssm.parts": ("mamba_inner_fn",),
     "mamba_ops.compat.mamba_ssm.scans": ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"),

@@ -16,13 +16,12 @@ import triton
 from torch import Tensor
 
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options
+from mamba_ops.ops._triton.delta_rule import CHUNK, precisions_of
 from mamba_ops.ops._triton.layout import by_token, write_back
 from mamba_ops.ops._triton.limits import Limits, limits_of
 from mamba_ops.ops._triton.sums import clear
 from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_chunks import _gradients, _of_gates, _products, _systems
 from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_walks import _adjoints, _replay
-from mamba_ops.ops.chunk_gated_delta_rule.triton.kernels import CHUNK
-from mamba_ops.ops.chunk_gated_delta_rule.triton.launch import precisions_of
 
 if TYPE_CHECKING:
     from mamba_ops.ops.chunk_gated_delta_rule.training import BackwardArguments
