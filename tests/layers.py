@@ -6,8 +6,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2, ShortConv
-from tests.ops.common.layers import GatedDeltaNetOracle, LayerOracle, Mamba2Oracle, MambaOracle, ShortConvOracle
+from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, ShortConv
+from tests.ops.common.layers import (
+    GatedDeltaNetOracle,
+    KimiDeltaAttentionOracle,
+    LayerOracle,
+    Mamba2Oracle,
+    MambaOracle,
+    ShortConvOracle,
+)
 
 HIDDEN = 24
 
@@ -72,6 +79,19 @@ KINDS = {
         ["causal_conv1d_update"],
         stages=5,
     ),
+    "kda": Kind(
+        KimiDeltaAttention,
+        {"num_heads": 2, "head_dim": 8, "eps": 1e-2},
+        [
+            {},
+            {"lower_bound": -5.0, "flat_rates": True},
+            {"low_rank": False, "num_heads": 3, "d_conv": 2, "eps": 1e-1},
+        ],
+        KimiDeltaAttentionOracle,
+        ["causal_conv1d", "chunk_kda"],
+        ["causal_conv1d_update", "kda_update"],
+        stages=8,
+    ),
 }
 
 
@@ -88,10 +108,12 @@ def set_weights(module: torch.nn.Module, name: str) -> None:
     for parameter_name, parameter in module.named_parameters():
         if parameter_name == "D":
             parameter.normal_()
-        elif parameter_name == "A_log" and name == "gdn":
+        elif parameter_name.endswith("A_log") and name in ("gdn", "kda"):
             # As initialised, most heads forget all in one token: their memory would not be tested, and sums of such
             # decays over a chunk have no digits left for the difference between two tokens.
             parameter.uniform_(-3, 0)
+        elif parameter_name.endswith("dt_bias") and name == "kda":  # Transformers' own modules leave it as it was
+            parameter.normal_()
         elif "norm" in parameter_name:
             parameter.uniform_(0.5, 1.5)
 

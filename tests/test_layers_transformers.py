@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mamba_ops.compat.transformers import cache_keyword
-from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2, ShortConv
+from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, ShortConv
 from mamba_ops.testing import assert_within_budget
 from tests.layers import KINDS, oracles, set_weights
 
@@ -60,6 +60,7 @@ ZAMBA2 = {
     "chunk_size": 16,
     "layers_block_type": ["linear_attention"],
 }
+KDA = {"linear_num_heads": 3, "linear_head_dim": 8, "num_hidden_layers": 1, **ALL_LINEAR}
 MODELS = {
     "Mamba": Model(Mamba, "mamba", "MambaMixer", "MambaConfig", MAMBA),
     "Mamba, other biases": Model(
@@ -88,6 +89,11 @@ MODELS = {
     ),
     "LFM2-MoE": Model(ShortConv, "lfm2_moe", "Lfm2MoeShortConv", "Lfm2MoeConfig", CONV),
     "LFM3": Model(ShortConv, "lfm3", "Lfm3ShortConv", "Lfm3Config", CONV),
+    "Kimi-Linear": Model(KimiDeltaAttention, "kimi_linear", "KimiLinearDeltaAttention", "KimiLinearConfig", KDA),
+    "Bailing-hybrid": Model(
+        KimiDeltaAttention, "bailing_hybrid", "BailingHybridDeltaAttention", "BailingHybridConfig", KDA
+    ),
+    "GLM-5-next": Model(KimiDeltaAttention, "glm5_next", "Glm5NextTextLinearAttention", "Glm5NextTextConfig", KDA),
     "Qwen3.5": Model(GatedDeltaNet, "qwen3_5", "Qwen3_5GatedDeltaNet", "Qwen3_5TextConfig", GDN),
 }
 

@@ -50,7 +50,9 @@ def layers_of(model: nn.Module) -> list[Layer]:
 def _is_bound_mixer(module: nn.Module) -> bool:
     """Whether a module is a mixer of Transformers that calls our functions."""
     bound = sys.modules.get("mamba_ops.compat.transformers")
-    return bound is not None and bound.is_bound(module) and hasattr(module, "A_log") and hasattr(module, "conv1d")
+    if bound is None or not bound.is_bound(module) or not hasattr(module, "conv1d"):
+        return False
+    return any(hasattr(part, "A_log") for part in (module, *module.children()))
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:

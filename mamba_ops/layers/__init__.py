@@ -1,6 +1,7 @@
 """The layers of Mamba-family models as nn.Modules: ops mix the tokens, plain torch does everything else."""
 
 from mamba_ops.layers.gated_delta_net import GatedDeltaNet as GatedDeltaNet
+from mamba_ops.layers.kimi_delta_attention import KimiDeltaAttention as KimiDeltaAttention
 from mamba_ops.layers.mamba import Mamba as Mamba
 from mamba_ops.layers.mamba2 import Mamba2 as Mamba2
 from mamba_ops.layers.norms import GatedRMSNorm as GatedRMSNorm

@@ -183,11 +183,11 @@ def calls() -> dict[str, dict[str, Any]]:
         weights = {"D": new(heads), "z": new(n, length, heads, dim), "dt_bias": new(heads), "dt_softplus": True}
         return tokens | weights | {"initial_states": new(n, heads, dim, dstate), "chunk_size": 4}
 
-    def delta_rule(k_heads: int) -> dict[str, Any]:
+    def delta_rule(k_heads: int, *channels: int) -> dict[str, Any]:
         keyed = {name: new(n, length, k_heads, dstate) for name in ("q", "k")}
         valued = {
             "v": new(n, length, heads, dim),
-            "g": -new(n, length, heads).exp(),
+            "g": -new(n, length, heads, *channels).exp(),
             "beta": new(n, length, heads).sigmoid(),
         }
         return keyed | valued | {"initial_states": new(n, heads, dim, dstate), "qk_l2norm": True}
@@ -203,6 +203,7 @@ def calls() -> dict[str, dict[str, Any]]:
         "mamba_chunk_scan, one group": chunk_scan(1),
         "chunk_gated_delta_rule": delta_rule(4),
         "chunk_gated_delta_rule, one head of k": delta_rule(1),
+        "chunk_kda": delta_rule(4, dstate),
     }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import mamba_ops
 from mamba_ops import registry
 from mamba_ops.compat import causal_conv1d, fla, mamba_ssm, vllm
-from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2, ShortConv
+from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, ShortConv
 from mamba_ops.registry import codegen
 from mamba_ops.serving import Plan
 from tests.fuzz.mutations import Arguments
@@ -66,7 +66,9 @@ def targets(backend: str = "torch") -> list[Target]:
     return [*(t for op in OPS for t in _op(op, backend)), *_layers(backend), *_compat(backend)]
 
 
-def _on(backend: str, call: Callable[..., Any]) -> Callable[..., Any]:
+def on(backend: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that makes a call where a backend is asked for."""
+
     def run(**arguments: Any) -> Any:
         with mamba_ops.use_backend(backend):
             return call(**arguments)
@@ -94,7 +96,7 @@ def _op(op: registry.Op[...], backend: str) -> Iterator[Target]:
     sizes = {"dtype": torch.float32} if truncates(op, backend, CPU) else {}
     written = frozenset("out" if n == "output" else n for n in op.mutates)
     bases = [functools.partial(_arguments_of, op, sample) for sample in op.make_samples("cpu", **sizes)]
-    yield Target(op.name, _on(backend, op), bases, truth, written, INSIDE if op.composed else (), True)
+    yield Target(op.name, on(backend, op), bases, truth, written, INSIDE if op.composed else (), True)
 
 
 def _arguments_of(op: registry.Op[...], sample: registry.Sample) -> Arguments:
@@ -137,15 +139,17 @@ def layers() -> list[Any]:
             Mamba2(16, heads=2, head_dim=8, dstate=4, chunk_size=4),
             GatedDeltaNet(16, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=8),
             ShortConv(16),
+            KimiDeltaAttention(16, num_heads=2, head_dim=8),
         ]
 
 
 def _layers(backend: str) -> Iterator[Target]:
     for layer in layers():
         layer.requires_grad_(False)
-        for name in ("forward", "step", "plan"):
+        planned = () if isinstance(layer, KimiDeltaAttention) else ("plan",)  # it has no mixing op yet
+        for name in ("forward", "step", *planned):
             truth = functools.partial(_of_layer, copy.deepcopy(layer), name)
-            call = _on(backend, layer.step if name == "step" else layer)
+            call = on(backend, layer.step if name == "step" else layer)
             base = functools.partial(_layer_call, layer, name)
             written = frozenset(layer.Caches._fields)
             yield Target(type(layer).__name__, call, [base], truth, written, inside=INSIDE)
@@ -174,7 +178,7 @@ def _of_layer(layer: Any, name: str, arguments: Arguments, dtype: torch.dtype) -
 def _compat(backend: str) -> Iterator[Target]:
     for function, base, written in compat_calls():
         truth = _scanned_in_place if function is vllm.selective_scan_fn else functools.partial(in_dtype, function)
-        yield Target(function.__name__, _on(backend, function), [base], truth, written, inside=INSIDE)
+        yield Target(function.__name__, on(backend, function), [base], truth, written, inside=INSIDE)
 
 
 def compat_calls() -> Iterator[tuple[Callable[..., Any], Callable[[], Arguments], frozenset[str]]]:
@@ -244,6 +248,8 @@ def _compat_calls() -> Iterator[tuple[Any, str, Callable[[], Arguments], str]]:
     known = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
     for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):
         yield fla, name, make(known, **shapes, initial_state=(2, 2, 8, 8)), ""
+    for name in ("chunk_kda", "fused_recurrent_kda"):
+        yield fla, name, make(known, **{**shapes, "g": (2, 6, 2, 8)}, initial_state=(2, 2, 8, 8)), ""
     yield vllm, "chunk_gated_delta_rule", make(known, **shapes, initial_state=(2, 2, 8, 8)), "core_attn_out"
     table = {"ssm_state_indices": torch.tensor([[3, 1, 4, 2, 5, 6], [7, 9, 8, 10, 11, 12]])}
     cache = {"initial_state": (13, 2, 8, 8)}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.chunk_gated_delta_rule.oracle import chunk_step
+from tests.ops.chunk_kda.oracle import chunk_step as chunk_step_by_channel
 from tests.ops.common.exponential import exp
 from tests.ops.common.mixing import softplus
 
@@ -129,3 +130,36 @@ class GatedDeltaNetOracle(LayerOracle):
         mixed = self.convolve(torch.cat([q.flatten(), k.flatten(), v.flatten()]))
         parts = mixed.split([q.numel(), k.numel(), v.numel()])
         return [*(part.view(t.shape) for part, t in zip(parts, (q, k, v), strict=True)), z, b, a]
+
+
+class KimiDeltaAttentionOracle(LayerOracle):
+    def decays(self, hidden: Tensor) -> Tensor:
+        """Their logs, by head and channel."""
+        layer, weights, gate = self.layer, self.weights, "forget_gate"
+        raw = self.linear(hidden, f"{gate}.f_a_proj") if layer.low_rank else hidden
+        raw = self.linear(raw, f"{gate}.f_b_proj" if layer.low_rank else f"{gate}.f_proj")
+        raw = (raw + weights[f"{gate}.dt_bias"]).view(layer.num_heads, layer.head_dim)
+        rate = torch.exp(weights[f"{gate}.A_log"]).view(-1, 1)
+        bound = layer.forget_gate.lower_bound
+        return -rate * softplus(raw) if bound is None else bound * torch.sigmoid(rate * raw)
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """In float64 token by token; in float32 in chunks: their equations have other rounding errors."""
+        layer, hidden = self.layer, hidden.cpu().to(self.dtype)
+        shape = (len(hidden), 3, layer.num_heads, layer.head_dim)
+        mixed = [torch.cat([self.linear(h, f"{name}_proj") for name in "qkv"]) for h in hidden]
+        q, k, v = torch.stack([self.convolve(m) for m in mixed]).view(shape).unbind(1)
+        g = torch.stack([self.decays(h) for h in hidden])
+        beta = torch.sigmoid(torch.stack([self.linear(h, "b_proj") for h in hidden]))
+        y = torch.empty_like(v)
+        step = 1 if self.dtype == torch.float64 else 64
+        for h in range(layer.num_heads):
+            for start in range(0, len(hidden), step):
+                at = slice(start, start + step)
+                inputs = (t[at, h] for t in (q, k, v, g, beta))
+                self.state[h], o = chunk_step_by_channel(self.state[h], *inputs, None, True, self.dtype)
+                y[at, h] = torch.stack([rms(row, layer.o_norm.eps) for row in o])
+        gates = [self.linear(h, "g_a_proj") if layer.low_rank else h for h in hidden]
+        gates = [self.linear(h, "g_b_proj" if layer.low_rank else "g_proj") for h in gates]
+        y = y * self.weights["o_norm.weight"] * torch.sigmoid(torch.stack(gates)).view_as(y)
+        return torch.stack([self.linear(row.flatten(), "o_proj") for row in y])

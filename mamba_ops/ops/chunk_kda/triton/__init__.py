@@ -1,0 +1,3 @@
+"""The Triton kernels of chunk_kda, and how they are launched."""
+
+from mamba_ops.ops.chunk_kda.triton.launch import chunk_kda as chunk_kda
