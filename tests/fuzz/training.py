@@ -180,7 +180,7 @@ def _layers(backend: str) -> Iterator[Target]:
         hidden = torch.randn(2, 5, 16, generator=generator)
         packed = {"hidden_states": hidden.view(10, 16), "cu_seqlens": torch.tensor([0, 7, 10])}
         bases = [
-            functools.partial(copy.deepcopy, {"hidden_states": hidden, "conv_state": None, "ssm_state": None}),
+            functools.partial(copy.deepcopy, {"hidden_states": hidden, **dict.fromkeys(layer.Caches._fields)}),
             functools.partial(copy.deepcopy, packed),
         ]
         target = Target(type(layer).__name__, on(backend, call), bases, truth, inside=INSIDE)
