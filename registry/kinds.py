@@ -191,6 +191,8 @@ def _is_number(kind: type, value: Any) -> bool:
         if kind is float:
             return hasattr(value, "__float__") and getattr(value, "size", 1) == 1
         return kind is bool and type(value).__name__ in ("bool", "bool_")  # numpy's are no whole numbers
+    except RuntimeError:  # a tensor whose number is not there: a fake one, one on meta or under a transform
+        return False
 
 
 def _described(value: Any) -> str:

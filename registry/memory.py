@@ -41,8 +41,13 @@ def check(tensors: Mapping[str, Tensor], mutated: Collection[str], out_may_be: s
     _check_pairs(tensors, mutated, out_may_be)
 
 
-def check_written(tensors: Mapping[str, Tensor]) -> None:
-    """Raise the ValueError about tensors that will be written later, if they are none that could be."""
+def check_written(tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None = None) -> None:
+    """Raise the ValueError about tensors that will be written later, if they are none that could be.
+
+    Args:
+        tensors: by parameter name.
+        kept: tensors that must stay as they are until then and after, as a backward reads them.
+    """
     kinds.check(tensors)
     for name, tensor in tensors.items():
         if _torch.is_wrapped(tensor):
@@ -50,7 +55,7 @@ def check_written(tensors: Mapping[str, Tensor]) -> None:
         if tensor.requires_grad and torch.is_grad_enabled():
             got, expected = "a tensor that requires grad while grad mode is on", "one that does not"
             raise bad_argument(name, got=got, expected=expected, hint="it is written to; detach it")
-    check(tensors, tensors.keys())
+    check({**(kept or {}), **tensors}, tensors.keys())
 
 
 def are_apart(tensors: Iterable[Tensor]) -> bool:

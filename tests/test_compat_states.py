@@ -90,6 +90,22 @@ def test_final_states_go_where_they_fit(device: torch.device) -> None:
         assert (kept == 1).all()
 
 
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_final_states_leave_what_a_backward_reads(device: torch.device, name: str) -> None:
+    x, weight, _ = conv_arguments(device)
+    memory = {"x": x, "weight": weight}[name]
+    x, weight = x.contiguous().clone(), weight.clone()
+    call = {"x": x, "weight": weight} | {name: torch.zeros(x.numel(), device=device, dtype=x.dtype)[: memory.numel()]}
+    call[name] = call[name].view(memory.shape).copy_(memory)
+    room = torch.empty(0, dtype=x.dtype, device=device).set_(call[name].untyped_storage())[: 2 * 12 * 3].view(2, 12, 3)
+    call = {n: t.requires_grad_() for n, t in call.items()}
+    with torch.enable_grad(), pytest.raises(ValueError, match=f"final_states_out: got .* shares memory with {name}"):
+        compat.causal_conv1d_fn(**call, return_final_states=True, final_states_out=room)
+    assert torch.equal(call[name], memory)
+    _, states = compat.causal_conv1d_fn(**call, return_final_states=True, final_states_out=room)
+    assert states is room  # without a backward they go there, after all that is computed
+
+
 @pytest.mark.parametrize("function", ["mamba_chunk_scan_combined", "chunk_gated_delta_rule", "selective_scan_fn"])
 def test_states_of_calls_with_and_without_gradients_are_alike(device: torch.device, function: str) -> None:
     """Dtypes and layouts too: both are computed in other ways."""

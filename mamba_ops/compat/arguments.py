@@ -65,15 +65,24 @@ def numbers(function: str, **values: object) -> None:
             raise ValueError(f"{function}: {name}: got a tensor, expected a number")
 
 
-def written(function: str, **tensors: Tensor | None) -> None:
+def written(function: str, inputs: Mapping[str, Tensor | None] | None = None, /, **tensors: Tensor | None) -> None:
     """Raise about a tensor that the function writes after the op has run, if it is none that could be written.
 
     A trace has no memory to look at.
+
+    Args:
+        function: who was called, for errors.
+        inputs: of a function that records gradients: where it does, the backward reads them, so that nothing that is
+            written may share their memory.
+        tensors: what will be written, by the argument's name.
     """
     if torch.compiler.is_compiling():
         return
+    kept = {name: tensor for name, tensor in (inputs or {}).items() if isinstance(tensor, Tensor)}
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in kept.values())):
+        kept = {}
     try:
-        check_written({name: tensor for name, tensor in tensors.items() if tensor is not None})
+        check_written({name: tensor for name, tensor in tensors.items() if tensor is not None}, kept)
     except ValueError as error:
         raise in_call_of(function, error) from None
 

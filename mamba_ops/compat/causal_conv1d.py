@@ -81,7 +81,8 @@ def causal_conv1d_fn(
     initial_states = packed.initial("initial_states", initial_states)
     shape = (packed.count(), dim, history)
     check_states(name, "final_states_out", final_states_out, shape)
-    written(name, final_states_out=final_states_out)
+    inputs = {"x": x, "weight": weight, "bias": bias, "initial_states": initial_states}
+    written(name, inputs, final_states_out=final_states_out)
     out, states = with_states(
         name,
         ops.causal_conv1d,

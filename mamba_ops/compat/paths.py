@@ -101,14 +101,17 @@ _MAMBA_SSM = Library(
             "mamba_ssm": "selective_state_update",
             "mamba_ssm.parts": "selective_state_update_ref",
         },
-        "mamba_ssm.ops.triton.ssd_chunk_scan": {"mamba_ssm.parts": "chunk_scan chunk_scan_ref=chunk_scan"},
-        "mamba_ssm.ops.triton.ssd_chunk_state": {"mamba_ssm.parts": "chunk_state chunk_state_ref=chunk_state"},
+        "mamba_ssm.ops.triton.ssd_chunk_scan": {"mamba_ssm.chunks": "chunk_scan chunk_scan_ref=chunk_scan"},
+        "mamba_ssm.ops.triton.ssd_chunk_state": {
+            "mamba_ssm.chunks": "chunk_state chunk_state_ref=chunk_state chunk_state_varlen "
+            "_chunk_cumsum_fwd=chunk_cumsum _chunk_state_fwd=chunk_state_fwd",
+        },
         "mamba_ssm.ops.triton.ssd_combined": {
             "mamba_ssm": _SSD,
             "mamba_ssm.parts": "mamba_chunk_scan ssd_chunk_scan_combined_ref=mamba_chunk_scan ssd_selective_scan",
         },
         "mamba_ssm.ops.triton.ssd_state_passing": {
-            "mamba_ssm.parts": "state_passing state_passing_ref=state_passing",
+            "mamba_ssm.chunks": "state_passing state_passing_ref=state_passing _state_passing_fwd=state_passing_fwd",
         },
         "mamba_ssm.utils": {},
         "mamba_ssm.utils.generation": {

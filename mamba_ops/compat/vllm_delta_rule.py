@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from mamba_ops import ops
-from mamba_ops.compat.arguments import floating, refuse, upcast
+from mamba_ops.compat.arguments import floating, refuse, upcast, written
 from mamba_ops.compat.fla import delta_rule
 from mamba_ops.compat.fla.norms import GATES, l2norm
 from mamba_ops.compat.mamba_ssm.norms import normalised
@@ -50,6 +50,8 @@ def chunk_gated_delta_rule(
         use_qk_l2norm_in_kernel: whether q and k are normalised.
         core_attn_out: where the output goes, of at least as many numbers, in its first ones. Mutated.
     """
+    inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state}
+    written("chunk_gated_delta_rule", inputs, core_attn_out=core_attn_out)
     states: dict[str, Any] = {"initial_state": initial_state, "output_final_state": output_final_state}
     options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
     out, last = delta_rule.chunk_gated_delta_rule(q, k, v, g, beta, scale, state_v_first=True, **states, **options)

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard as shard
 
 from mamba_ops.layers.mixer import Mixer
 
-M = TypeVar("M", bound=Mixer)
+M = TypeVar("M", bound=Mixer[Any])
 DECAYS = ("A_log", "D", "dt_bias")
 
 

@@ -21,7 +21,7 @@ from mamba_ops.distributed.parts import Part, part_of
 from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
 from mamba_ops.layers.mixer import Mixer
 
-M = TypeVar("M", bound=Mixer)
+M = TypeVar("M", bound=Mixer[Any])
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def tensor_parallel(layer: M, mesh: DeviceMesh) -> M:
     if isinstance(layer, Mamba):
         layer.share = everyone.use
     elif sharers is not None:
-        layer.conv1d = _as(layer.conv1d, SharedTaps, shared=shared["conv1d"])
+        layer.conv1d = _as(layer.get_submodule("conv1d"), SharedTaps, shared=shared["conv1d"])
     layer.checkpoint_map = checkpoint
     return layer
 
@@ -143,7 +143,7 @@ def _as(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> Any:
     return new
 
 
-def _fit_sizes(layer: Mixer) -> None:
+def _fit_sizes(layer: Mixer[Any]) -> None:
     """Let what modules show of their sizes be what they have."""
     for module in layer.children():
         if isinstance(module, nn.Linear):

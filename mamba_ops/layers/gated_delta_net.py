@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mamba_ops.layers.caches import require_a_pair
+from mamba_ops.layers.caches import ConvAndState, require_caches
 from mamba_ops.layers.checking import check_layer
-from mamba_ops.layers.mixer import Mixer, Taps, require_silu
+from mamba_ops.layers.mixer import RecurrentMixer, Taps, require_silu
 from mamba_ops.layers.norms import GatedRMSNorm
 from mamba_ops.ops import (
     causal_conv1d,
@@ -23,7 +23,7 @@ from mamba_ops.ops.gated_delta_rule_update.reference import delta_rule_gates
 from mamba_ops.ops.gdn_mixing.reference import unpack
 
 
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(RecurrentMixer):
     """Mix the tokens of each sequence, `(..., hidden_size)` to the same shape, with the gated delta rule.
 
     A call reads sequences from their beginning, or continues them from a cache (prefill); `step` reads the next token
@@ -133,13 +133,11 @@ class GatedDeltaNet(Mixer):
     def _state(self) -> tuple[int, int, int]:
         return self.num_v_heads, self.head_v_dim, self.head_k_dim
 
-    def _prefill(
-        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: SequenceArgs
-    ) -> Tensor:
-        mixed, z, b, a = self._project(hidden_states, conv_state, ssm_state)
-        q, k, v = self._split(rows.bind(causal_conv1d)(mixed, *self.conv1d(), conv_state=conv_state))
+    def _prefill(self, hidden_states: Tensor, caches: ConvAndState, rows: SequenceArgs) -> Tensor:
+        mixed, z, b, a = self._project(hidden_states, caches)
+        q, k, v = self._split(rows.bind(causal_conv1d)(mixed, *self.conv1d(), conv_state=caches.conv_state))
         g, beta = delta_rule_gates(a, b, self.A_log, self.dt_bias)
-        y = rows.bind(chunk_gated_delta_rule)(q, k, v, g, beta, ssm_state=ssm_state, qk_l2norm=True)
+        y = rows.bind(chunk_gated_delta_rule)(q, k, v, g, beta, ssm_state=caches.ssm_state, qk_l2norm=True)
         return self._output(y, z)
 
     def mix(
@@ -172,26 +170,24 @@ class GatedDeltaNet(Mixer):
             out=out,
         )
 
-    def _forward_plan(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
+    def _forward_plan(self, hidden_states: Tensor, caches: ConvAndState, plan: HasPlan) -> Tensor:
         if self.interleaved:
             qkvz, ba = self.in_proj_qkvz(hidden_states), self.in_proj_ba(hidden_states)
         else:  # compiled, the projections write to their part of the result, and nothing is copied
             qkvz = torch.cat([self.in_proj_qkv(hidden_states), self.in_proj_z(hidden_states)], dim=-1)
             ba = torch.cat([self.in_proj_b(hidden_states), self.in_proj_a(hidden_states)], dim=-1)
         z = qkvz.new_empty(hidden_states.shape[0], self.num_v_heads, self.head_v_dim)
-        return self._output(self.mix(qkvz, ba, conv_state, ssm_state, plan, z=z), z)
+        return self._output(self.mix(qkvz, ba, *caches, plan, z=z), z)
 
-    def _decode(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: DecodeArgs) -> Tensor:
-        mixed, z, b, a = self._project(hidden_states, conv_state, ssm_state)
-        q, k, v = self._split(rows.bind(causal_conv1d_update)(mixed, conv_state, *self.conv1d()))
+    def _decode(self, hidden_states: Tensor, caches: ConvAndState, rows: DecodeArgs) -> Tensor:
+        mixed, z, b, a = self._project(hidden_states, caches)
+        q, k, v = self._split(rows.bind(causal_conv1d_update)(mixed, caches.conv_state, *self.conv1d()))
         y = rows.bind(gated_delta_rule_update)(
-            ssm_state, q, k, v, a=a, b=b, A_log=self.A_log, dt_bias=self.dt_bias, qk_l2norm=True
+            caches.ssm_state, q, k, v, a=a, b=b, A_log=self.A_log, dt_bias=self.dt_bias, qk_l2norm=True
         )
         return self._output(y, z)
 
-    def _project(
-        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def _project(self, hidden_states: Tensor, caches: ConvAndState) -> tuple[Tensor, ...]:
         """Return what is convolved, gate, b and a; refuse caches that the op after the convolution would refuse."""
         if self.interleaved:
             qkvz, ba = self.in_proj_qkvz(hidden_states), self.in_proj_ba(hidden_states)
@@ -200,7 +196,7 @@ class GatedDeltaNet(Mixer):
         else:
             mixed, b, a = (p(hidden_states) for p in (self.in_proj_qkv, self.in_proj_b, self.in_proj_a))
             z = self.in_proj_z(hidden_states).unflatten(-1, (self.num_v_heads, self.head_v_dim))
-        require_a_pair(type(self).__name__, mixed, conv_state, ssm_state, self._state())
+        require_caches(type(self).__name__, mixed, caches, self._kinds())
         return mixed, z, b, a
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mamba_ops import registry
 from mamba_ops.registry import NoBackendError, RegistryError
@@ -69,7 +71,12 @@ def outcome(
     is_spoiled = is_chunked and bool(no_numbers(before) - had_no_numbers)
     if outside or (not is_right and (is_spoiled or grows(before))):
         return NO_TRUTH
-    _assert_right(target, before, arguments, returned)
+    try:
+        _assert_right(target, before, arguments, returned)
+    except Wrong:
+        if is_right or not overflows(target, before):
+            raise
+        return NO_TRUTH
     written = [a for n in target.written if isinstance(a := arguments.get(n), Tensor)]
     owners = {_address(t) for t in written}
     if changed := _changed({place: s for place, s in storages.items() if place not in owners}):
@@ -186,6 +193,33 @@ def grows(arguments: Arguments) -> bool:
     return bool(logs.max() * tokens > 20)
 
 
+def overflows(target: Target, arguments: Arguments) -> bool:
+    """Whether a number on the way to the truth is nearly more than float32 holds, or more.
+
+    Kernels multiply in other orders than oracles do. One that gets to such a number where the other does not has an
+    infinity there, and a NaN of it even where the truth is zero.
+    """
+    largest = _Largest()
+    with warnings.catch_warnings(), largest:
+        warnings.simplefilter("ignore")
+        target.truth(arguments, torch.float64)
+    return largest.found > LARGEST**2
+
+
+class _Largest(TorchDispatchMode):
+    """Finds the largest finite number that is computed, but for exponentials: what they overflow to is discarded."""
+
+    found = 0.0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        for tensor in tree_leaves(result) if "empty" not in name and not name.startswith("exp") else ():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
+                self.found = max(self.found, float(tensor.detach().nan_to_num(0, 0, 0).abs().max()))
+        return result
+
+
 def _crosses(slots: Any, write_slots: Any) -> bool:
     """Whether a row stores to a slot of another row."""
     tables = [plain(t) for t in (slots, write_slots)]
@@ -205,8 +239,10 @@ def _has_twice(table: Tensor) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, (Tensor, np.ndarray)):
-        return value.size == 1 if isinstance(value, np.ndarray) else value.numel() == 1
+    if isinstance(value, np.ndarray):
+        return value.size == 1
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not isinstance(value, FakeTensor) and not value.is_meta
     return hasattr(value, "__float__") and not isinstance(value, bool)
 
 
@@ -233,9 +269,9 @@ def _assert_right(target: Target, before: Arguments, arguments: Arguments, retur
         exact, rounded = truth[name].double(), low[name].double()
         if actual.shape != exact.shape:
             raise Wrong(f"{name} has shape {tuple(actual.shape)}, expected {tuple(exact.shape)}")
-        known = _is_known(exact, rounded, actual.dtype)
-        actual, exact, rounded = (t.detach().double().where(known, 0) for t in (actual, exact, rounded))
-        stored = results[name].dtype
+        known, stored = _is_known(exact, rounded, actual.dtype), actual.dtype
+        rounded = rounded.where(known, _error(exact, rounded))
+        actual, exact = (t.detach().double().where(known, 0) for t in (actual, exact))
         if not target.has_oracle and _is_of_16_bits(before):
             most = 16 * torch.finfo(torch.bfloat16).eps * float(exact.abs().max()) if exact.numel() else 0.0
             if not bool(((actual - exact).abs() <= most + 1e-3).all()):
@@ -256,6 +292,14 @@ def _is_known(exact: Tensor, rounded: Tensor, dtype: torch.dtype) -> Tensor:
     return exact.isfinite() & rounded.isfinite() & (exact.abs() < most)
 
 
+def _error(exact: Tensor, rounded: Tensor) -> Tensor:
+    """The oracle's own error, where float32 holds both.
+
+    It counts in the budget also where nothing is claimed: what is claimed may be a small difference of such numbers.
+    """
+    return (rounded - exact).where(exact.isfinite() & rounded.isfinite(), 0)
+
+
 def _assert_together(target: Target, results: Results, truth: Results, low: Results) -> None:
     """Leave the comparison to the target, for what float64 and float32 can hold."""
     assert target.judge is not None
@@ -264,11 +308,20 @@ def _assert_together(target: Target, results: Results, truth: Results, low: Resu
         raise Wrong(f"it returned {shapes[0]}, expected {shapes[1]}")
     known = {n: _is_known(truth[n], low[n], results[n].dtype) for n in results}
     found = {n: t.detach().where(known[n], 0) for n, t in results.items()}
-    exact, rounded = ({n: t[n].double().where(known[n], 0) for n in results} for t in (truth, low))
+    exact = {n: truth[n].double().where(known[n], 0) for n in results}
+    rounded = {
+        n: low[n].double().where(known[n], _scaled_error(truth[n].double(), low[n].double(), exact[n])) for n in results
+    }
     try:
         target.judge(found, exact, rounded, "gradients")
     except AssertionError as error:
         raise Wrong(str(error)) from None
+
+
+def _scaled_error(exact: Tensor, rounded: Tensor, claimed: Tensor) -> Tensor:
+    """The oracle's own error as it would be if the largest number were the largest of which something is claimed."""
+    size = exact.where(exact.isfinite() & rounded.isfinite(), 0).abs()
+    return _error(exact, rounded) * (claimed.abs().max() / size.max() if size.any() else 0)
 
 
 def _is_of_16_bits(arguments: Arguments) -> bool:

@@ -66,7 +66,9 @@ def targets(backend: str = "torch") -> list[Target]:
     return [*(t for op in OPS for t in _op(op, backend)), *_layers(backend), *_compat(backend)]
 
 
-def _on(backend: str, call: Callable[..., Any]) -> Callable[..., Any]:
+def on(backend: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that makes a call where a backend is asked for."""
+
     def run(**arguments: Any) -> Any:
         with mamba_ops.use_backend(backend):
             return call(**arguments)
@@ -94,7 +96,7 @@ def _op(op: registry.Op[...], backend: str) -> Iterator[Target]:
     sizes = {"dtype": torch.float32} if truncates(op, backend, CPU) else {}
     written = frozenset("out" if n == "output" else n for n in op.mutates)
     bases = [functools.partial(_arguments_of, op, sample) for sample in op.make_samples("cpu", **sizes)]
-    yield Target(op.name, _on(backend, op), bases, truth, written, INSIDE if op.composed else (), True)
+    yield Target(op.name, on(backend, op), bases, truth, written, INSIDE if op.composed else (), True)
 
 
 def _arguments_of(op: registry.Op[...], sample: registry.Sample) -> Arguments:
@@ -144,7 +146,7 @@ def _layers(backend: str) -> Iterator[Target]:
         layer.requires_grad_(False)
         for name in ("forward", "step", "plan"):
             truth = functools.partial(_of_layer, copy.deepcopy(layer), name)
-            call = _on(backend, layer.step if name == "step" else layer)
+            call = on(backend, layer.step if name == "step" else layer)
             base = functools.partial(_layer_call, layer, name)
             written = frozenset(["conv_state", "ssm_state"])
             yield Target(type(layer).__name__, call, [base], truth, written, inside=INSIDE)
@@ -172,7 +174,7 @@ def _of_layer(layer: Any, name: str, arguments: Arguments, dtype: torch.dtype) -
 def _compat(backend: str) -> Iterator[Target]:
     for function, base, written in compat_calls():
         truth = _scanned_in_place if function is vllm.selective_scan_fn else functools.partial(in_dtype, function)
-        yield Target(function.__name__, _on(backend, function), [base], truth, written, inside=INSIDE)
+        yield Target(function.__name__, on(backend, function), [base], truth, written, inside=INSIDE)
 
 
 def compat_calls() -> Iterator[tuple[Callable[..., Any], Callable[[], Arguments], frozenset[str]]]:

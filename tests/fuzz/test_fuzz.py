@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 import mamba_ops
 from mamba_ops import functional, registry
@@ -19,7 +20,7 @@ from mamba_ops.registry import Op
 from mamba_ops.registry.dispatcher import dispatcher
 from tests.fuzz.calls import all_targets, call_of, one_call
 from tests.fuzz.mutations import Pick
-from tests.fuzz.outcomes import NO_TRUTH, REFUSED, RIGHT, Wrong, outcome
+from tests.fuzz.outcomes import NO_TRUTH, REFUSED, RIGHT, Wrong, no_numbers, outcome
 from tests.fuzz.targets import Target
 
 
@@ -101,6 +102,50 @@ def test_every_right_call_is_right(target: Target) -> None:
             assert outcome(target, arguments, {n: type(a) for n, a in arguments.items()}, is_right=True) == RIGHT
 
 
+def changed(target: Target, change: dict[str, Any], base: int = 0) -> str:
+    """How a call of a target with other arguments ends."""
+    arguments = target.bases[base]()
+    types, had = {n: type(a) for n, a in arguments.items()}, no_numbers(arguments)
+    with torch.set_grad_enabled(target.records):
+        return outcome(target, {**arguments, **change}, types, had_no_numbers=had)
+
+
+@pytest.mark.parametrize("target", all_targets("torch"), ids=lambda t: t.name)
+def test_a_number_whose_value_is_not_there_is_named(target: Target) -> None:
+    """Where a number stands, a tensor that has none is refused in a sentence, or taken where nothing reads it."""
+    numbers = [n for n, a in target.bases[0]().items() if isinstance(a, (bool, int, float))]
+    for name in numbers:
+        for value in (torch.tensor(2), torch.tensor(0.5)):
+            for absent in (FakeTensorMode().from_tensor(value), value.to("meta")):
+                assert changed(target, {name: absent}) in (REFUSED, NO_TRUTH)
+
+
+@pytest.mark.parametrize("target", [t for t in all_targets("torch") if t.name == "mamba_chunk_scan"])
+def test_nothing_is_claimed_of_what_float32_overflows_on_the_way_to(target: Target) -> None:
+    """Steps of the largest float32: x times a step is an infinity, times a zero of C a NaN, where the truth is 0."""
+    C = target.bases[0]()["C"]
+    assert changed(target, {"dt_min": 1.0, "C": torch.zeros_like(C)}) == RIGHT
+    assert changed(target, {"dt_min": 1e308, "C": torch.zeros_like(C)}) == NO_TRUTH
+
+
+def test_what_the_oracle_errs_by_counts_where_nothing_is_claimed() -> None:
+    """Steps of 2^62: of the numbers in one product some are too large for a claim, others are their differences."""
+    target, ends = first("mamba_chunk_scan_forward_states"), collections.Counter[str]()
+
+    def shrunk(**arguments: Any) -> Any:
+        return tuple(t * (1 - 1e-4) for t in target.call(**arguments))
+
+    for number, base in enumerate(target.bases[::2]):
+        change = {"dt_min": 2.0**62, "x": base()["x"].float()}
+        ends[changed(target, change, 2 * number)] += 1
+        try:
+            changed(target._replace(call=shrunk), change, 2 * number)
+        except Wrong:
+            ends["found"] += 1
+    assert ends.keys() == {RIGHT, REFUSED, "found"}  # some are refused, as dt_max is less
+    assert ends["found"] > 0.9 * ends[RIGHT]
+
+
 # -- what it finds ----------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +212,7 @@ def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch, fresh: None)
         first(BACKWARD.name),
         next(t for t in all_targets("torch") if t.name == "causal_conv1d" and t.judge),
     ):
-        assert any("outside the budget" in said for said in found(target))
+        assert any("outside the budget" in said for said in found(target, 40))
 
 
 def test_an_error_after_a_write_is_found(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mamba_ops
 from mamba_ops import functional, registry
 from mamba_ops.registry import Op, Sample
 from tests.fuzz.mutations import Arguments, Tagged
-from tests.fuzz.targets import INSIDE, Results, Target, compat_calls, in_dtype, layers
+from tests.fuzz.targets import INSIDE, Results, Target, compat_calls, in_dtype, layers, on
 from tests.harness import OPERANDS, backends_here
 from tests.training import gradients
 from tests.training.gradients import TRAINED, is_float, oracle_forward
@@ -85,15 +84,12 @@ def _judge(found: Results, exact: Results, low: Results, what: str) -> None:
 
 def _companions(op: Op[...], backend: str) -> Iterator[Target]:
     for companion in op.companions:
-
-        def call(companion: Op[...] = companion, **arguments: Any) -> Any:
-            with mamba_ops.use_backend(backend):
-                return companion(**arguments)
-
         truth = _backward_truth if companion is op.backward_op else _forward_truth
         bases = _bases(companion)
         is_backward = companion is op.backward_op
-        target = Target(companion.name, call, bases, functools.partial(truth, op, companion), inside=INSIDE)
+        target = Target(
+            companion.name, on(backend, companion), bases, functools.partial(truth, op, companion), inside=INSIDE
+        )
         yield target._replace(has_oracle=True, judge=_judge if is_backward else None, returns_gradients=is_backward)
 
 
@@ -139,13 +135,8 @@ def _differentiated(op: Op[...], backend: str) -> Iterator[Target]:
         return op(**arguments)
 
     for function, bases in ((own, without), (getattr(functional, op.name), states)):
-
-        def call(function: Callable[..., Any] = function, **arguments: Any) -> Any:
-            with mamba_ops.use_backend(backend):
-                return function(**arguments)
-
         truth = functools.partial(_differentiated_truth, op, 1 if function is own else 2)
-        run = with_gradients(call)
+        run = on(backend, with_gradients(function))
         target = Target(op.name, run, bases, truth, inside=INSIDE, has_oracle=True, judge=_judge)
         yield target._replace(records=True, returns_gradients=True)
 
@@ -168,10 +159,9 @@ def _layers(backend: str) -> Iterator[Target]:
         layer.requires_grad_(True)
 
         def call(layer: Any = layer, **arguments: Any) -> Any:
-            with mamba_ops.use_backend(backend):
-                returned = with_gradients(layer)(**arguments)
-                output = layer(**{**arguments, "hidden_states": arguments["hidden_states"].detach()})
-                return (*returned, *torch.autograd.grad(output, [*layer.parameters()], cotangent(output)))
+            returned = with_gradients(layer)(**arguments)
+            output = layer(**{**arguments, "hidden_states": arguments["hidden_states"].detach()})
+            return (*returned, *torch.autograd.grad(output, [*layer.parameters()], cotangent(output)))
 
         mine = copy.deepcopy(layer)
 
@@ -186,7 +176,8 @@ def _layers(backend: str) -> Iterator[Target]:
             functools.partial(copy.deepcopy, {"hidden_states": hidden, "conv_state": None, "ssm_state": None}),
             functools.partial(copy.deepcopy, packed),
         ]
-        yield Target(type(layer).__name__, call, bases, truth, inside=INSIDE, records=True, returns_gradients=True)
+        target = Target(type(layer).__name__, on(backend, call), bases, truth, inside=INSIDE)
+        yield target._replace(records=True, returns_gradients=True)
 
 
 DIFFERENTIABLE = {
@@ -205,13 +196,9 @@ def _compat(backend: str) -> Iterator[Target]:
     for function, base, written in compat_calls():
         if function.__name__ not in DIFFERENTIABLE.get(function.__module__, ()):
             continue
-
-        def call(function: Callable[..., Any] = function, written: frozenset[str] = written, **arguments: Any) -> Any:
-            with mamba_ops.use_backend(backend):
-                return with_gradients(function, written)(**arguments)
-
-        truth = functools.partial(in_dtype, with_gradients(function, written))
-        target = Target(function.__name__, call, [base], truth, written, inside=INSIDE)
+        call = with_gradients(function, written)
+        truth = functools.partial(in_dtype, call)
+        target = Target(function.__name__, on(backend, call), [base], truth, written, inside=INSIDE)
         yield target._replace(records=True, returns_gradients=True)
 
 

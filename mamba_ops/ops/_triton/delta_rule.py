@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mamba_ops.ops._triton.limits import Limits
+from mamba_ops.ops._triton.sums import clear
 
 if TYPE_CHECKING:
     from mamba_ops.ops._common.delta_rule import BackwardArguments
@@ -85,10 +86,10 @@ def gradients_of(call: "BackwardArguments") -> dict[str, Tensor]:
     is_empty = rows == 0 or call.v.numel() == 0
     if is_empty or call.cu_seqlens is not None:  # tokens past the last row
         for gradient in gradients.values():
-            gradient.zero_()
+            clear(gradient)
     if is_empty and call.initial_states is not None:
         if call.grad_final_states is None:
-            call.grad_initial_states.zero_()
+            clear(call.grad_initial_states)
         else:
             call.grad_initial_states.copy_(call.grad_final_states)
     return {} if is_empty else gradients

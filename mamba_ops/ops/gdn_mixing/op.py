@@ -135,7 +135,7 @@ def _validate(call: Arguments) -> None:
     shape_is("A_log", call.A_log, (call.num_v_heads,))
     shape_is("dt_bias", call.dt_bias, (call.num_v_heads,))
     state = (call.num_v_heads, call.head_v_dim, call.head_k_dim)
-    check_plan_and_caches(call, call.projected_qkvz.device, 2 * keys + values, state)
+    check_plan_and_caches(call, call.projected_qkvz.device, {"conv_state": 2 * keys + values}, {"ssm_state": state})
     shape_is("z", call.z, (tokens, call.num_v_heads, call.head_v_dim))
     shape_is("out", call.output, (tokens, call.num_v_heads, call.head_v_dim))
 

@@ -284,7 +284,7 @@ def _gradients(
             tl.store(out + 5 * CHUNK, tl.sum(leaving * tl.load(keys + of_tile).to(tl.float32), axis=1))
             value = tl.arange(0, BLOCK)
             meets = tl.where(value[:, None] == value[None, :], meets, 0.0)
-            tl.store(met + number, tl.sum(tl.sum(meets, axis=1), axis=0))
+            tl.store(met + number, tl.sum(meets))
             total += leaving
             weight = tl.load(weights + number * (CHUNK * CHUNK) + of_square)
             total = tl.dot(weight, tl.load(queries + of_tile), total, input_precision=PRECISION)

@@ -70,9 +70,6 @@ def chunk_kda_backward(call: "BackwardArguments") -> None:
     of_rows = {"BLOCK_ROWS": 128, "K_HEADS": k_heads}
     scale = k_dim**-0.5 if call.scale is None else float(call.scale)
     state, _ = or_placeholder(initial_states, v, tl.float32)
-    known, known_stride = or_placeholder(None, v, tl.int1)
-    if initial_states is not None:
-        known, known_stride = torch.ones(1, dtype=torch.bool, device=v.device), 0
     slots, slots_stride = or_placeholder(None, v, tl.int32)
     slot_stride, *strides = (-1, 0, 0, 0) if initial_states is None else initial_states.stride()
     head_stride, value_stride, key_stride = (None, None, None) if sizes["ALIGNED"] else strides
@@ -99,8 +96,8 @@ def chunk_kda_backward(call: "BackwardArguments") -> None:
         states, adjoints = scratch(v_padded, block_k), scratch(v_padded, block_k)
         new, found = scratch(CHUNK, v_padded), scratch(CHUNK, v_padded)
         _scan[(rows * v_heads * (v_padded // forward["_scan"]["BLOCK"]),)](
-            *(cu_seqlens, state, slots, None, known, None, keyed, alone, whole, weights, states, new),
-            *(None, slots_stride, None, known_stride, slot_stride, head_stride, value_stride, key_stride),
+            *(cu_seqlens, state, slots, None, None, None, keyed, alone, whole, weights, states, new),
+            *(None, slots_stride, None, None, slot_stride, head_stride, value_stride, key_stride),
             *(length, -1, rows),
             **sizes,
             **values,

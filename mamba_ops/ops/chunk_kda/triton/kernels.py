@@ -304,7 +304,10 @@ def _scan(
     else:
         of_state = value.to(tl.int64)[:, None] * value_stride + key.to(tl.int64)[None, :] * key_stride
         of_state += head.to(tl.int64) * head_stride
-    carried = in_state & load_flag(row, has_initial_state, initial_stride)
+    if states is None:
+        carried = in_state & load_flag(row, has_initial_state, initial_stride)
+    else:  # for a backward pass: all rows have one, or none has
+        carried = in_state & (slot_stride >= 0)
     s = tl.load(offset_ptr(ssm_state, source * slot_stride, ALIGNED) + of_state, carried, other=0.0).to(tl.float32)
 
     operand = keyed.dtype.element_ty
