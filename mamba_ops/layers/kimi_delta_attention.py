@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mamba_ops.layers.caches import require_a_pair
+from mamba_ops.layers.caches import ConvAndState, require_caches
 from mamba_ops.layers.checking import check_layer
-from mamba_ops.layers.mixer import Mixer, Taps, require_silu
+from mamba_ops.layers.mixer import RecurrentMixer, Taps, require_silu
 from mamba_ops.layers.norms import GatedRMSNorm
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, chunk_kda, kda_update
 from mamba_ops.ops._common.delta_rule_update import sigmoid
@@ -19,7 +19,7 @@ from mamba_ops.registry import bad_argument
 from mamba_ops.registry.errors import in_call_of
 
 
-class KimiDeltaAttention(Mixer):
+class KimiDeltaAttention(RecurrentMixer):
     """Mix the tokens of each sequence, `(..., hidden_size)` to the same shape, with Kimi Delta Attention.
 
     A call reads sequences from their beginning, or continues them from a cache (prefill); `step` reads the next token
@@ -123,25 +123,23 @@ class KimiDeltaAttention(Mixer):
     def _state(self) -> tuple[int, int, int]:
         return self.num_heads, self.head_dim, self.head_dim
 
-    def _prefill(
-        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: SequenceArgs
-    ) -> Tensor:
-        mixed = self._project(hidden_states, conv_state, ssm_state)
-        q, k, v = self._split(rows.bind(causal_conv1d)(mixed, *self.conv1d(), conv_state=conv_state))
+    def _prefill(self, hidden_states: Tensor, caches: ConvAndState, rows: SequenceArgs) -> Tensor:
+        mixed = self._project(hidden_states, caches)
+        q, k, v = self._split(rows.bind(causal_conv1d)(mixed, *self.conv1d(), conv_state=caches.conv_state))
         g, b = self.forget_gate(hidden_states), self.b_proj(hidden_states)
         beta = sigmoid(b.to(torch.promote_types(b.dtype, torch.float32)))
-        y = rows.bind(chunk_kda)(q, k, v, g, beta, ssm_state=ssm_state, qk_l2norm=True)
+        y = rows.bind(chunk_kda)(q, k, v, g, beta, ssm_state=caches.ssm_state, qk_l2norm=True)
         return self._output(y, hidden_states)
 
-    def _forward_plan(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
+    def _forward_plan(self, hidden_states: Tensor, caches: ConvAndState, plan: HasPlan) -> Tensor:
         raise self._wrong("plan", "a plan", "None: there is no mixing op for this layer yet")
 
-    def _decode(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: DecodeArgs) -> Tensor:
-        mixed = self._project(hidden_states, conv_state, ssm_state)
-        q, k, v = self._split(rows.bind(causal_conv1d_update)(mixed, conv_state, *self.conv1d()))
+    def _decode(self, hidden_states: Tensor, caches: ConvAndState, rows: DecodeArgs) -> Tensor:
+        mixed = self._project(hidden_states, caches)
+        q, k, v = self._split(rows.bind(causal_conv1d_update)(mixed, caches.conv_state, *self.conv1d()))
         raw, A_log, dt_bias = self.forget_gate.parts(hidden_states)
         y = rows.bind(kda_update)(
-            ssm_state,
+            caches.ssm_state,
             q,
             k,
             v,
@@ -154,10 +152,10 @@ class KimiDeltaAttention(Mixer):
         )
         return self._output(y, hidden_states)
 
-    def _project(self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None) -> Tensor:
+    def _project(self, hidden_states: Tensor, caches: ConvAndState) -> Tensor:
         """Return what is convolved; refuse caches that the op after the convolution would refuse."""
         mixed = torch.cat([p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
-        require_a_pair(type(self).__name__, mixed, conv_state, ssm_state, self._state())
+        require_caches(type(self).__name__, mixed, caches, self._kinds())
         return mixed
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
