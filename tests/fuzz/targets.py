@@ -12,7 +12,7 @@ from torch import Tensor
 import mamba_ops
 from mamba_ops import registry
 from mamba_ops.compat import causal_conv1d, fla, mamba_ssm, vllm
-from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
+from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2
 from mamba_ops.registry import codegen
 from mamba_ops.serving import Plan
 from tests.fuzz.mutations import Arguments
@@ -138,6 +138,7 @@ def layers() -> list[Any]:
             Mamba(16, dstate=4),
             Mamba2(16, heads=2, head_dim=8, dstate=4, chunk_size=4),
             GatedDeltaNet(16, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=8),
+            KimiDeltaAttention(16, num_heads=2, head_dim=8, lower_bound=-5.0),
         ]
 
 

@@ -76,6 +76,7 @@ def test_everything_that_users_call_is_called() -> None:
         "Mamba",
         "Mamba2",
         "GatedDeltaNet",
+        "KimiDeltaAttention",
     }
     for module in (functional, causal_conv1d, fla, mamba_ssm, vllm):
         homes = re.compile(rf"{module.__name__}(\..*|_delta_rule)?")
@@ -89,7 +90,13 @@ def test_everything_that_users_call_is_called() -> None:
     for op in trained:
         assert with_gradients[op.name] >= 2  # the op itself, and its functional entry
         assert with_gradients[op.backward_op.name] == 1
-    assert {"Mamba", "Mamba2", "GatedDeltaNet", "mamba_split_conv1d_scan_combined"} < with_gradients.keys()
+    assert {
+        "Mamba",
+        "Mamba2",
+        "GatedDeltaNet",
+        "KimiDeltaAttention",
+        "mamba_split_conv1d_scan_combined",
+    } < with_gradients.keys()
 
 
 @pytest.mark.parametrize("target", all_targets("torch"), ids=lambda t: t.name)
