@@ -139,7 +139,7 @@ def layers() -> list[Any]:
             Mamba2(16, heads=2, head_dim=8, dstate=4, chunk_size=4),
             GatedDeltaNet(16, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=8),
             ShortConv(16),
-            KimiDeltaAttention(16, num_heads=2, head_dim=8),
+            KimiDeltaAttention(16, num_heads=2, head_dim=8, lower_bound=-5.0),
         ]
 
 
