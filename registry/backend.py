@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mamba_ops.registry import codegen, errors
+from mamba_ops.registry import adapters, errors
 from mamba_ops.registry.capture import is_capturing
 from mamba_ops.registry.dispatcher import caller, dispatcher
 from mamba_ops.registry.snapshot import COMPOSED as COMPOSED_NAME
@@ -43,9 +43,13 @@ class Kernel:
         """The adapter, of the op's own signature; it is loaded at the first use."""
         named = self.implementation
         found = pkgutil.resolve_name(named) if isinstance(named, str) else named
-        if codegen.takes_a_call(self.op.parameters, found):
-            failed = None if self.backend.why_failed is None else self._failed
-            return codegen.adapted(self.op.qualname, self.op.parameters, self.op.arguments, found, failed)
+        if adapters.takes_a_call(self.op.parameters, found):
+            declared = self.op.qualname, self.op.parameters, self.op.arguments
+            if self.backend.why_failed is None:
+                return adapters.adapted(*declared, found)
+            shorten, recognised = self.backend.shortcut, adapters.Recognised(self.op.parameters)
+            shortcut = None if shorten is None else shorten(found, recognised)
+            return adapters.adapted_kernel(*declared, found, failed=self._failed, shortcut=shortcut)
         if problem := _difference(self.op.parameters, found):
             what = f"{self.backend.name} for {self.op.qualname} ({errors.source_of(found)})"
             raise errors.declaration(what, problem)
@@ -119,6 +123,9 @@ class Backend:
             numbers); nothing that the op mutates may be written.
         why_failed: given an error that a kernel raised, returns why the device cannot run it, None if the error says
             something else. Asked of kernels that take a call as one value.
+        shortcut: given a kernel's function that takes a call as one value, and how its op's calls are recognised,
+            returns what is called in its place and knows by itself how to run calls like an earlier one, or None.
+            Asked where there is a `why_failed`.
     """
 
     def __init__(
@@ -136,6 +143,7 @@ class Backend:
         prepare: Callable[[], None] | None = None,
         rehearse: Callable[[Callable[..., None], Mapping[str, Any]], str | None] | None = None,
         why_failed: Callable[[Exception], str | None] | None = None,
+        shortcut: Callable[[Callable[[Any], None], adapters.Recognised], adapters.Shortcut | None] | None = None,
     ) -> None:
         if name != name.lower():
             raise errors.declaration(f"backend {name!r}", "names are lower case")
@@ -147,7 +155,7 @@ class Backend:
         self.choices = {name: tuple(values) for name, values in (settings or {}).items()}
         self.why_not_setting = why_not_setting
         self._priority, self._prepare = priority, prepare
-        self.rehearse, self.why_failed = rehearse, why_failed
+        self.rehearse, self.why_failed, self.shortcut = rehearse, why_failed, shortcut
         self._import_problem = cache(self._try_import)
         self._unwarned: str | None = None  # why a package that is installed cannot be imported, until it is warned of
         dispatcher.backends[name] = self

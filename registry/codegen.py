@@ -19,20 +19,6 @@ Parameters = list[inspect.Parameter]
 
 LARGEST = torch.finfo(torch.float32).max
 
-_ADAPTER = """\
-def call({header}):
-    return function_({passed})
-"""
-
-_GUARDED_ADAPTER = """\
-def call({header}):
-    try:
-        return function_({passed})
-    except Exception as error_:
-        if (other_ := failed_(error_, *{values})) is error_: raise
-        raise other_ from error_
-"""
-
 _FRONT = """\
 def __call__(self, {header}):
     try:
@@ -121,40 +107,6 @@ def left_out(parameters: Parameters, mutated: Collection[str]) -> list[str]:
     return [p.name for p in found if p.kind is p.KEYWORD_ONLY and p.default is None]
 
 
-def takes_a_call(parameters: Parameters, function: Callable[..., Any]) -> bool:
-    """Whether a function takes a call as one value: its one parameter is none of the op's."""
-    found = list(inspect.signature(function).parameters.values())
-    return len(found) == 1 and "VAR_" not in found[0].kind.name and found[0].name not in [p.name for p in parameters]
-
-
-def adapted(
-    op: str,
-    parameters: Parameters,
-    arguments: type[tuple[Any, ...]],
-    function: Callable[..., Any],
-    failed: Callable[..., Exception] | None = None,
-) -> Callable[..., Any]:
-    """Return a function of the op's signature that calls another one with what that one takes.
-
-    That is one `arguments` of the whole call, any arguments, or the parameters that it names; a declared function may
-    name the output `out`. `failed` is given an error that it raises, and all arguments, and returns what to raise.
-    """
-    wanted = inspect.signature(function).parameters
-    closure = {"function": function, "make": tuple.__new__, "arguments": arguments, "failed": failed}
-    if takes_a_call(parameters, function):
-        passed = f"make_(arguments_, {_tuple(parameters)})"
-    elif any("VAR_" in p.kind.name for p in wanted.values()):
-        passed = _passed(parameters)
-    else:
-        values = {"out" if p.name == "output" and "out" in wanted else p.name: p.name for p in parameters}
-        passed = ", ".join(f"{name}={value}" for name, value in values.items() if name in wanted)
-    template = _ADAPTER if failed is None else _GUARDED_ADAPTER
-    source = template.format(header=_header(parameters, closure), passed=passed, values=_tuple(parameters))
-    made = _compiled(op, function.__name__, source, closure)
-    made.__doc__ = function.__doc__
-    return made
-
-
 def fronts(
     op: str,
     parameters: Parameters,
@@ -194,7 +146,7 @@ def fronts(
     names = [p.name for p in shown]
     first = next(p.name for p in parameters if p.annotation is Tensor)
     victim = "out" if "out" in names else mutated[0]
-    allocated = f"facets_['allocate_output']({_passed([p for p in parameters if p.name != 'output'])})"
+    allocated = f"facets_['allocate_output']({passed_on([p for p in parameters if p.name != 'output'])})"
     empties = [f"if {cache} is None: {cache} = {first}.new_empty(0)" for cache in caches]
     refusals = [
         f"if {_is_given(p)}{p.name}.requires_grad: refuse_({victim}, {first_code + number})"
@@ -203,18 +155,18 @@ def fronts(
     ]
     inside_ = closure.pop("inside")
     options: dict[str, Any] = {
-        "header": _header(shown, closure),
+        "header": header_of(shown, closure),
         "limits": _limits(parameters),
         "allocation": f"if out is None: out = {allocated}" if "out" in names else "",
         "traced_caches": "\n            ".join(empties),
         "caches": "\n        ".join(empties),
         "refusals": "\n                ".join(refusals),
-        "passed": _passed(parameters, output="out"),
-        "numbers": _numbers(parameters),
-        "values": _tuple(shown),
-        "compared": _compared(shown),
+        "passed": passed_on(parameters, output="out"),
+        "numbers": numbers_of(parameters),
+        "values": as_tuple(shown),
+        "compared": compared(shown),
         "first": first,
-        "tensors": _tuple(p for p in shown if is_tensor(p)),
+        "tensors": as_tuple(p for p in shown if is_tensor(p)),
         "result": "out" if "out" in names else None,
     }
     others = [f"{p.name} is None" for p in shown if is_tensor(p) and p.name not in trained]
@@ -227,9 +179,9 @@ def fronts(
         recording = f"is_forward_ = ({given})\n        if is_forward_ and ({asks}):\n            {forward}"
         transformed = f"if is_forward_ and is_transformed_(): {forward}\n        {transformed}"
     source = _FRONT.format(recording=recording, transformed=transformed, typing=_typing(shown), **options)
-    front = _compiled(op, "front", source, closure)
+    front = compiled(op, "front", source, closure)
     source = _FRONT.format(recording="", transformed="", typing="", **options)
-    inside = _compiled(op, "inside", source, {**closure, **inside_})
+    inside = compiled(op, "inside", source, {**closure, **inside_})
     return cast(FunctionType, front), cast(FunctionType, inside)
 
 
@@ -242,19 +194,19 @@ def functional_front(op: str, inputs: Parameters, **closure: Any) -> FunctionTyp
         inputs: the op's own parameters, without the tensors that it returns.
         closure: the values of the template's names that end in `_`; `record` is None for an op that records none.
     """
-    passed = _passed(inputs)
+    passed = passed_on(inputs)
     records, asks = closure["record"] is not None, _asks_for_gradients(inputs)
-    refusal = f"if is_transformed_(): refuse_tangents_({_tuple(inputs)})"
+    refusal = f"if is_transformed_(): refuse_tangents_({as_tuple(inputs)})"
     source = _FUNCTIONAL_FRONT.format(
-        header=_header(inputs, closure),
+        header=header_of(inputs, closure),
         limits=_limits(inputs),
         passed=passed,
         first=next(p.name for p in inputs if p.annotation is Tensor),
-        values=_tuple(inputs),
+        values=as_tuple(inputs),
         typing=_typing(inputs),
         recording=f"if is_transformed_() or {asks}:\n            return record_({passed})" if records else refusal,
     )
-    return cast(FunctionType, _compiled(op, "front", source, closure))
+    return cast(FunctionType, compiled(op, "front", source, closure))
 
 
 def body(
@@ -286,7 +238,7 @@ def body(
         closure: the values of the template's names that end in `_`; among them `no_<name>` for each optional tensor,
             which stands for None in the comparison.
     """
-    passed, parameters = _passed(parameters), [p for p in parameters if p.name not in returned]
+    passed, parameters = passed_on(parameters), [p for p in parameters if p.name not in returned]
     tensors = [p for p in parameters if is_tensor(p)]
     facts = "({0}.size(), {0}.dtype, {0}.layout, {0}.get_device(), {0}.is_inference()"
     keys = [
@@ -299,22 +251,22 @@ def body(
         others = [p.name for p in tensors if p.name != "output"]
         keys.append("(" + "".join(f"{i} if output is {other} else " for i, other in enumerate(others)) + "None)")
     source = _BODY.format(
-        header=_header(parameters, closure),
+        header=header_of(parameters, closure),
         caches="\n    ".join(f"{cache} = {cache} if {cache}.numel() else None" for cache in caches),
-        numbers=_numbers(parameters),
-        compared=_compared(parameters),
-        values=_tuple(parameters),
+        numbers=numbers_of(parameters),
+        compared=compared(parameters),
+        values=as_tuple(parameters),
         key=", ".join(keys),
         # Without spaces around `=`, where a long line would be broken outside parentheses.
-        allocation=f"({', '.join(returned)},)=facets_['allocate_output']({_passed(parameters)})" if returned else "",
+        allocation=f"({', '.join(returned)},)=facets_['allocate_output']({passed_on(parameters)})" if returned else "",
         passed=passed,
         result=f"({', '.join(returned)})" if returned else None,
     )
-    return _compiled(op, "body", source, closure)
+    return compiled(op, "body", source, closure)
 
 
-def _numbers(parameters: Parameters) -> str:
-    return _tuple(p for p in parameters if not is_tensor(p))
+def numbers_of(parameters: Parameters) -> str:
+    return as_tuple(p for p in parameters if not is_tensor(p))
 
 
 def _typing(parameters: Iterable[inspect.Parameter]) -> str:
@@ -322,10 +274,10 @@ def _typing(parameters: Iterable[inspect.Parameter]) -> str:
     kinds = {int: "type({0}) is int", bool: "type({0}) is bool", float: "type({0}) is float"}
     optional = {kind | None: f"({{0}} is None or {check})" for kind, check in kinds.items()}
     checks = [(kinds | optional)[p.annotation].format(p.name) for p in parameters if not is_tensor(p)]
-    return f"if not ({' and '.join(checks)}): check_numbers_({_tuple(parameters)})" if checks else ""
+    return f"if not ({' and '.join(checks)}): check_numbers_({as_tuple(parameters)})" if checks else ""
 
 
-def _compared(parameters: Parameters) -> str:
+def compared(parameters: Parameters) -> str:
     """Write a call's tensors as they are compared with the latest call's."""
     tensors = [p for p in parameters if is_tensor(p)]
     return ", ".join(f"no_{p.name}_ if {p.name} is None else {p.name}" if is_optional(p) else p.name for p in tensors)
@@ -337,7 +289,7 @@ def _asks_for_gradients(parameters: Iterable[inspect.Parameter]) -> str:
     return f"is_grad_enabled_() and ({require})"
 
 
-def _compiled(op: str, role: str, source: str, closure: dict[str, Any]) -> Callable[..., Any]:
+def compiled(op: str, role: str, source: str, closure: dict[str, Any]) -> Callable[..., Any]:
     """Compile a function; the values of `closure` are cells called `<name>_`, which Dynamo guards on as on any closure.
 
     No parameter of an op ends in `_`, so none hides a cell.
@@ -359,7 +311,7 @@ def _wrapped(line: str, width: int = 110) -> str:
     return line if len(line) <= width else textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False)
 
 
-def _header(parameters: Iterable[inspect.Parameter], closure: dict[str, Any]) -> str:
+def header_of(parameters: Iterable[inspect.Parameter], closure: dict[str, Any]) -> str:
     """Write a parameter list; defaults that have no literal go to `closure`."""
     parts: list[str] = []
     for p in parameters:
@@ -384,13 +336,13 @@ def _limits(parameters: Parameters) -> str:
     return "\n        ".join(within.format(name, LARGEST) for name in names)
 
 
-def _passed(parameters: Iterable[inspect.Parameter], **renamed: str) -> str:
+def passed_on(parameters: Iterable[inspect.Parameter], **renamed: str) -> str:
     """Write the arguments of a call that hands every parameter on."""
     values = ((p, renamed.get(p.name, p.name)) for p in parameters)
     return ", ".join(f"{p.name}={value}" if p.kind is p.KEYWORD_ONLY else value for p, value in values)
 
 
-def _tuple(parameters: Iterable[inspect.Parameter]) -> str:
+def as_tuple(parameters: Iterable[inspect.Parameter]) -> str:
     return "(" + "".join(f"{p.name}, " for p in parameters) + ")"
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mamba_ops.registry import codegen, errors, kinds, memory
+from mamba_ops.registry import adapters, errors, kinds, memory
 from mamba_ops.registry.dispatcher import dispatcher
 from mamba_ops.registry.samples import ErrorInput, Sample
 
@@ -150,10 +150,10 @@ class Facets:
         """Return a function of these parameters for one that names some of them, or takes one `op.arguments` of all."""
         names = {p.name for p in parameters}
         named = {p.name for p in inspect.signature(function).parameters.values() if "VAR_" not in p.kind.name}
-        if (stray := named - names) and not codegen.takes_a_call(self.parameters, function):
+        if (stray := named - names) and not adapters.takes_a_call(self.parameters, function):
             problem = f"{function.__name__} names {', '.join(sorted(stray))}, which the op does not have"
             raise errors.declaration(f"{self.qualname} ({errors.source_of(function)})", problem)
-        return codegen.adapted(self.qualname, list(parameters), self.arguments, function)
+        return adapters.adapted(self.qualname, list(parameters), self.arguments, function)
 
     def _store(self, facet: str, function: F, parameters: Sequence[inspect.Parameter] | None = None) -> F:
         self.facets[facet] = function if parameters is None else self.adapted(function, parameters)

@@ -14,6 +14,7 @@ from typing_extensions import ParamSpec
 
 from mamba_ops.registry import (
     _torch,
+    adapters,
     codegen,
     decomposition,
     errors,
@@ -105,12 +106,10 @@ class Op(Trainable, Generic[P]):
         self.kernels: dict[str, Kernel] = {}
         self._decisions: dict[Requests, DecisionCache] = {}  # by the requests of a context; empty after a swap
         self._all_decisions: dict[Any, DecisionCache] = {}  # by snapshot: a swap back finds them
-        self._nothing = {  # what stands for None where calls are compared: one each, for a tensor met twice is no match
-            p.name: torch.empty(0, dtype=torch.complex64) for p in self._called if codegen.is_optional(p)
-        }
+        self._nothing = adapters.nothing(self._called)
         self._register(namespace)
         own = COMPOSED if self.composed else REFERENCE
-        implementation = reference or codegen.adapted(self.qualname, self.parameters, self.arguments, function)
+        implementation = reference or adapters.adapted(self.qualname, self.parameters, self.arguments, function)
         self.kernels[own.name] = Kernel(own, implementation, self)
         dispatcher.ops[self.qualname] = self
         dispatcher.changed()
@@ -138,7 +137,8 @@ class Op(Trainable, Generic[P]):
         namespace._define(self.name, self.schema, self._body, self._fake, *tags)
         namespace._library.impl(self.name, partial(wrappers.run_negated, self), "Negative")
         self.overload = getattr(getattr(torch.ops, namespace.name), self.name).default
-        _torch.honour_decompositions(self.overload)
+        if not self.returns:  # for those that mutate nothing, `decompositions()` does it
+            _torch.honour_decompositions(self.overload)
         self._write_front()
 
     def _cells(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ compat = SimpleNamespace(
     **{n: f for m in (causal_conv1d, fla, mamba_ssm) for n, f in vars(m).items() if not n.startswith("_")}
 )
 GDN = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
+DELTA_RULES = (*GDN, "chunk_kda", "fused_recurrent_kda")
 
 
 def conv_arguments(device: torch.device, length: int = 7) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,6 +46,14 @@ def gdn_arguments(device: torch.device, length: int = 9) -> dict[str, Tensor]:
     return {"q": normal(2, 4), "k": normal(2, 4), "v": normal(4, 6), "g": -normal(4).exp(), "beta": normal(4).sigmoid()}
 
 
+def delta_rule_arguments(function: str, device: torch.device) -> dict[str, Tensor]:
+    """Those of one of `DELTA_RULES`; `chunk_kda` and its kin decay by channel."""
+    arguments = gdn_arguments(device)
+    if "kda" in function:
+        arguments["g"] = -torch.randn(2, 9, 4, 4, device=device, dtype=torch.float64).exp()
+    return arguments
+
+
 def good_arguments(function: str, device: torch.device) -> dict[str, Any]:
     """A call that each function takes."""
     scan = scan_arguments(device)
@@ -55,8 +64,8 @@ def good_arguments(function: str, device: torch.device) -> dict[str, Any]:
         own = {"zxbcdt": torch.zeros(2, 7, 132, device=device), "conv1d_weight": torch.zeros(96, 4, device=device)}
         scan = {name: scan[name] for name in ("A", "D", "dt_bias")} | own
         return {**scan, "conv1d_bias": None, "chunk_size": 16, "headdim": 8, "ngroups": 2}
-    if function.endswith("delta_rule"):
-        return gdn_arguments(device)
+    if function in DELTA_RULES:
+        return delta_rule_arguments(function, device)
     if function == "selective_scan_fn":
         ones = torch.ones(2, 6, 9, device=device)
         return {"u": ones, "delta": ones, "A": -ones[0, :, :4], "B": ones[:, :4], "C": ones[:, :4]}

@@ -6,8 +6,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
-from tests.ops.common.layers import GatedDeltaNetOracle, LayerOracle, Mamba2Oracle, MambaOracle
+from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, ShortConv
+from tests.ops.common.layers import (
+    GatedDeltaNetOracle,
+    KimiDeltaAttentionOracle,
+    LayerOracle,
+    Mamba2Oracle,
+    MambaOracle,
+    ShortConvOracle,
+)
 
 HIDDEN = 24
 
@@ -63,6 +70,28 @@ KINDS = {
         ["causal_conv1d_update", "gated_delta_rule_update"],
         stages=8,
     ),
+    "short_conv": Kind(
+        ShortConv,
+        {},
+        [{}, {"d_conv": 4, "bias": True}],
+        ShortConvOracle,
+        ["causal_conv1d"],
+        ["causal_conv1d_update"],
+        stages=5,
+    ),
+    "kda": Kind(
+        KimiDeltaAttention,
+        {"num_heads": 2, "head_dim": 8, "eps": 1e-2},
+        [
+            {},
+            {"lower_bound": -5.0, "flat_rates": True},
+            {"low_rank": False, "num_heads": 3, "d_conv": 2, "eps": 1e-1},
+        ],
+        KimiDeltaAttentionOracle,
+        ["causal_conv1d", "chunk_kda"],
+        ["causal_conv1d_update", "kda_update"],
+        stages=8,
+    ),
 }
 
 
@@ -79,21 +108,23 @@ def set_weights(module: torch.nn.Module, name: str) -> None:
     for parameter_name, parameter in module.named_parameters():
         if parameter_name == "D":
             parameter.normal_()
-        elif parameter_name == "A_log" and name == "gdn":
+        elif parameter_name.endswith("A_log") and name in ("gdn", "kda"):
             # As initialised, most heads forget all in one token: their memory would not be tested, and sums of such
             # decays over a chunk have no digits left for the difference between two tokens.
             parameter.uniform_(-3, 0)
+        elif parameter_name.endswith("dt_bias") and name == "kda":  # Transformers' own modules leave it as it was
+            parameter.normal_()
         elif "norm" in parameter_name:
             parameter.uniform_(0.5, 1.5)
 
 
 def oracles(oracle: type[LayerOracle], layer: Any, hidden: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """For a batch: truth and float32 result of the output, the conv state and the ssm state."""
+    """For a batch: truth and float32 result of the output, and of each cache by its name."""
     by_dtype = []
     for dtype in (torch.float64, torch.float32):
         rows = [oracle(layer, dtype) for _ in hidden]
         output = torch.stack([row.read(h) for row, h in zip(rows, hidden, strict=True)])
-        window = torch.stack([row.window.t() for row in rows])
-        by_dtype.append((output, window, torch.stack([row.state for row in rows])))
+        kept = [row.caches() for row in rows]
+        by_dtype.append({"output": output, **{name: torch.stack([k[name] for k in kept]) for name in kept[0]}})
     truth, low = by_dtype
-    return dict(zip(("output", "conv_state", "ssm_state"), zip(truth, low, strict=True), strict=True))
+    return {name: (truth[name], low[name]) for name in truth}

@@ -22,13 +22,20 @@ SAMPLES = {  # one of each way in which kernels read rows; the first of them eve
     "causal_conv1d_update": ["speculative, packed", "base", "packed"],
     "gated_delta_rule_update": ["speculative, write slots", "base", "packed, empty row"],
     "chunk_gated_delta_rule": ["packed, write slots", "base"],
+    "kda_update": ["speculative, write slots", "base", "packed, empty row"],
+    "chunk_kda": ["packed, write slots", "base"],
     "mamba_chunk_scan": ["packed, initial states", "initial states", "write slots", "chunk states, packed"],
     "selective_state_update": ["speculative packed", "base", "packed", "write slots"],
     "selective_scan": ["packed, write slots", "prefix cache", "base"],
 }
 
 
-LONG = ("chunk_gated_delta_rule", "mamba_chunk_scan", "selective_scan")  # in the interpreter, for every day
+LONG = (
+    "chunk_gated_delta_rule",
+    "chunk_kda",
+    "mamba_chunk_scan",
+    "selective_scan",
+)  # in the interpreter, for every day
 
 
 def kernels() -> Iterator[Any]:
@@ -118,7 +125,7 @@ def test_an_infinite_parameter_does_not_reach_padding(op: Op[...], backend: str,
             assert not run(op, backend, {**arguments, name: infinite})["out"][is_zero].any(), name
             seen += 1
     assert is_zero.any()
-    assert seen or op.name == "chunk_gated_delta_rule"
+    assert seen or op.name in ("chunk_gated_delta_rule", "chunk_kda")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 import mamba_ops
 from benchmarks.idle_ops import does_nothing
 from mamba_ops import causal_conv1d_update, use_backend
+from mamba_ops.commands import ops_page
 from mamba_ops.commands.cli import app
 from mamba_ops.commands.compare.comparison import Comparison, Row
 from mamba_ops.commands.demo import run as demo_run
@@ -87,6 +88,17 @@ def test_an_op_is_shown_by_name():
     assert "Takes no float64 x" in output
     assert run("ops", "causal_conv1d", "--markdown").output.startswith("## `causal_conv1d`")
     assert "there is no op 'scan'; ops: causal_conv1d," in run("ops", "scan").output
+
+
+@pytest.mark.parametrize("arguments", [(), ("chunk_gated_delta_rule",)])
+def test_ops_can_be_read_at_80_columns(arguments):
+    output = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["ops", *arguments]).output
+    assert max(map(len, output.splitlines())) <= 80
+    assert "…" not in output  # no name is cut
+    assert not arguments or "chunk_gated_delta_rule(q, k, v, g, beta" in output
+    for op in () if arguments else ops_page.own_ops():
+        assert op.name in output.splitlines()
+        assert f"mutates {', '.join(sorted(op.mutates - {'output'}))}"[:40] in " ".join(output.split())
 
 
 def test_the_code_generated_for_an_op_is_printed():

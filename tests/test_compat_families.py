@@ -17,16 +17,17 @@ OPS = {
     "mamba": {"causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update"},
     "mamba2": {"causal_conv1d", "causal_conv1d_update", "mamba_chunk_scan", "selective_state_update"},
     "convolution": {"causal_conv1d", "causal_conv1d_update"},
+    "kda": {"causal_conv1d", "causal_conv1d_update", "chunk_kda", "kda_update"},
     "gdn": {"causal_conv1d", "causal_conv1d_update", "chunk_gated_delta_rule", "gated_delta_rule_update"},
 }
 FAMILY = {
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba", "zamba"), "mamba"),
     **dict.fromkeys(("mamba2", "zamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h"), "mamba2"),
     **dict.fromkeys(("qwen3_next", "qwen3_5", "olmo_hybrid", "qwen3_5_moe"), "gdn"),
-    **dict.fromkeys(("lfm2", "kimi_linear"), "convolution"),
+    "lfm2": "convolution",
+    "kimi_linear": "kda",
 }
 NOT_BOUND = {  # there is no op, or Transformers has no such function
-    "kimi_linear": {"chunk_kimi_delta_attention", "recurrent_kimi_delta_attention"},
     "zamba": {"mamba_inner_fn"},
 }
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mamba_ops.compat import fla
-from mamba_ops.compat.fla import convolution, delta_rule, index, norms
+from mamba_ops.compat.fla import convolution, delta_rule, index, kda, norms
 from mamba_ops.registry import use_backend
-from tests.compat_inputs import GDN, compat, gdn_arguments
+from tests.compat_inputs import GDN, compat, delta_rule_arguments, gdn_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -238,3 +238,74 @@ def test_indices_of_packed_sequences() -> None:
     assert index.prepare_chunk_indices(ends, 2).tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [3, 0]]
     assert index.prepare_chunk_offsets(ends, 2).tolist() == [0, 3, 4, 4, 5]
     assert index.tensor_cache(index.prepare_lens) is index.prepare_lens
+
+
+# -- Kimi Delta Attention ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["chunk_kda", "fused_recurrent_kda"])
+def test_kda_is_the_recurrence(name: str) -> None:
+    arguments = delta_rule_arguments(name, torch.device("cpu"))
+    start = normal(2, 4, 4, 6)
+    out, last = getattr(fla, name)(
+        **arguments, scale=0.3, initial_state=start, output_final_state=True, use_qk_l2norm_in_kernel=True
+    )
+    q, k = (functional.normalize(arguments[n], dim=-1).repeat_interleave(2, 2) for n in "qk")
+    state = start
+    for t in range(9):
+        state = state * arguments["g"][:, t].exp().unsqueeze(-1)
+        new = arguments["beta"][:, t, :, None] * (arguments["v"][:, t] - (state * k[:, t, :, :, None]).sum(2))
+        state = state + k[:, t, :, :, None] * new[:, :, None]
+        torch.testing.assert_close(out[:, t], (state * q[:, t, :, :, None]).sum(2) * 0.3, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last, state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("of", [{"A_log"}, {"A_log", "dt_bias"}, {"lower_bound"}, {"A_log", "dt_bias", "lower_bound"}])
+def test_kda_with_its_gate_in_the_kernel(of: set[str]) -> None:
+    """A lower bound alone makes another gate, with safe_gate or without."""
+    arguments = delta_rule_arguments("chunk_kda", torch.device("cpu")) | {"g": normal(2, 9, 4, 4)}
+    given: dict[str, Any] = {"A_log": normal(4), "dt_bias": normal(16), "lower_bound": -5.0}
+    d = arguments["g"] + (given["dt_bias"].view(4, 4) if "dt_bias" in of else 0)
+    rate = given["A_log"].exp().unsqueeze(-1) if "A_log" in of else torch.ones(4, 1, dtype=torch.float64)
+    g = -5 * torch.sigmoid(rate * d) if "lower_bound" in of else -rate * functional.softplus(d)
+    raw = {n: value for n, value in given.items() if n in of}
+    want = fla.chunk_kda(**arguments | {"g": g})[0]
+    for call in (fla.chunk_kda, fla.fused_recurrent_kda):
+        torch.testing.assert_close(call(**arguments, **raw, use_gate_in_kernel=True)[0], want)
+    torch.testing.assert_close(kda.fused_kda_gate(arguments["g"], **raw, output_dtype=torch.float64), g)
+    naive = kda.naive_kda_lowerbound_gate if "lower_bound" in of else kda.naive_kda_gate
+    torch.testing.assert_close(naive(arguments["g"], **raw, output_dtype=torch.float64), g)
+    if "lower_bound" in of:
+        torch.testing.assert_close(fla.chunk_kda(**arguments, **raw, use_gate_in_kernel=True, safe_gate=True)[0], want)
+
+
+def test_kda_refuses_what_its_gate_needs() -> None:
+    arguments = delta_rule_arguments("chunk_kda", torch.device("cpu"))
+    for options, expected in (
+        ({"use_gate_in_kernel": True}, "A_log: got None with use_gate_in_kernel, expected a tensor"),
+        ({"use_gate_in_kernel": True, "lower_bound": 0.5}, "lower_bound: got 0.5, expected a number below 0"),
+        ({"use_gate_in_kernel": True, "lower_bound": -7.0, "safe_gate": True}, "lower_bound: got -7.0, expected -5"),
+        ({"use_gate_in_kernel": True, "A_log": normal(3)}, "A_log: got shape .3,., expected 4 numbers"),
+        (
+            {"use_gate_in_kernel": True, "A_log": normal(4), "dt_bias": normal(4)},
+            "dt_bias: got shape .4,., expected 16",
+        ),
+        ({"allow_neg_eigval": True}, "allow_neg_eigval: got True, expected it with use_beta_sigmoid"),
+        ({"chunk_size": 16}, "chunk_size: got 16, expected 32 or 64"),
+        ({"return_intermediate_states": True}, "return_intermediate_states: got a bool, expected none"),
+    ):
+        with pytest.raises(ValueError, match=f"^chunk_kda: {expected}"):
+            fla.chunk_kda(**arguments, **options)
+
+
+def test_kda_of_torch_and_its_gradients() -> None:
+    arguments = delta_rule_arguments("chunk_kda", torch.device("cpu"))
+    want = fla.chunk_kda(**arguments)[0]
+    assert torch.equal(kda.naive_recurrent_kda(**arguments)[0], want)
+    assert torch.equal(kda.naive_chunk_kda(**arguments)[0], want)
+    leaves = {name: t.clone().requires_grad_() for name, t in arguments.items()}
+    with torch.enable_grad():
+        out, last = fla.chunk_kda(**leaves, output_final_state=True)
+        assert last is not None
+        gradients = torch.autograd.grad(out.sum() + last.sum(), list(leaves.values()))
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)

@@ -11,7 +11,14 @@ from torch.nn import functional
 
 from mamba_ops.layers import gated_rms_norm
 from mamba_ops.registry import use_backend
-from tests.compat_inputs import GDN, compat, conv_arguments, gdn_arguments, good_arguments, scan_arguments
+from tests.compat_inputs import (
+    DELTA_RULES,
+    compat,
+    conv_arguments,
+    delta_rule_arguments,
+    good_arguments,
+    scan_arguments,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +35,11 @@ ORIGINALS = {  # the parameters of mamba_ssm 2.3.2, causal_conv1d 1.6.1 and fla-
     "fused_recurrent_gated_delta_rule": "q k v g gk gv beta scale initial_state output_final_state "
     "use_qk_l2norm_in_kernel use_gate_in_kernel A_log dt_bias use_beta_sigmoid_in_kernel allow_neg_eigval "
     "state_v_first cu_seqlens",
+    "chunk_kda": "q k v g beta scale initial_state output_final_state use_qk_l2norm_in_kernel use_gate_in_kernel "
+    "use_beta_sigmoid_in_kernel allow_neg_eigval safe_gate lower_bound disable_recompute return_intermediate_states "
+    "state_v_first cu_seqlens cu_seqlens_cpu cp_context use_graph max_num_seqs",
+    "fused_recurrent_kda": "q k v g beta A_log dt_bias scale initial_state output_final_state use_qk_l2norm_in_kernel "
+    "use_gate_in_kernel use_beta_sigmoid_in_kernel allow_neg_eigval lower_bound state_v_first cu_seqlens",
     "selective_scan_fn": "u delta A B C D z delta_bias delta_softplus return_last_state",
     "mamba_chunk_scan_combined": "x dt A B C chunk_size D z dt_bias initial_states seq_idx cu_seqlens dt_softplus "
     "dt_limit return_final_states return_varlen_states",
@@ -214,10 +226,10 @@ def test_selective_scan_is_the_recurrence(device: torch.device, groups: int | No
     assert torch.equal(compat.selective_scan_fn(u, delta, A, B, C, **options), out)
 
 
-@pytest.mark.parametrize("name", GDN)
+@pytest.mark.parametrize("name", DELTA_RULES)
 @pytest.mark.parametrize("v_first", [False, True])
 def test_delta_rule_goes_on_from_initial_states(device: torch.device, name: str, v_first: bool) -> None:
-    call, arguments = getattr(compat, name), gdn_arguments(device)
+    call, arguments = getattr(compat, name), delta_rule_arguments(name, device)
     options = {"use_qk_l2norm_in_kernel": True, "output_final_state": True, "state_v_first": v_first}
     whole, last = call(**arguments, **options)
     assert last.shape == ((2, 4, 6, 4) if v_first else (2, 4, 4, 6))
@@ -230,13 +242,15 @@ def test_delta_rule_goes_on_from_initial_states(device: torch.device, name: str,
     assert call(**arguments)[1] is None
 
 
-@pytest.mark.parametrize("name", GDN)
+@pytest.mark.parametrize("name", DELTA_RULES)
 def test_delta_rule_with_what_its_kernels_can_fuse(device: torch.device, name: str) -> None:
-    call, arguments = getattr(compat, name), gdn_arguments(device)
+    call, arguments = getattr(compat, name), delta_rule_arguments(name, device)
     raw = {"g": torch.randn_like(arguments["g"]), "beta": torch.randn_like(arguments["beta"])}
-    weights = {"A_log": torch.randn(4, device=device).double(), "dt_bias": torch.randn(4, device=device).double()}
+    heads, rates = raw["g"].shape[2:], torch.randn(4, device=device).double()
+    weights = {"A_log": rates, "dt_bias": torch.randn(heads.numel(), device=device).double()}
     done = {
-        "g": -weights["A_log"].exp() * functional.softplus(raw["g"] + weights["dt_bias"]),
+        "g": -rates.exp().view(-1, *[1] * (len(heads) - 1))
+        * functional.softplus(raw["g"] + weights["dt_bias"].view(heads)),
         "beta": 2 * raw["beta"].sigmoid(),
     }
     fused = {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": True}
@@ -244,9 +258,9 @@ def test_delta_rule_with_what_its_kernels_can_fuse(device: torch.device, name: s
     torch.testing.assert_close(got, call(**arguments | done)[0])
 
 
-@pytest.mark.parametrize("name", GDN)
+@pytest.mark.parametrize("name", DELTA_RULES)
 def test_delta_rule_keeps_packed_sequences_apart(device: torch.device, name: str) -> None:
-    call, arguments = getattr(compat, name), gdn_arguments(device)
+    call, arguments = getattr(compat, name), delta_rule_arguments(name, device)
     ends = torch.tensor([0, 9, 18], device=device)
     packed = {n: t.flatten(0, 1).unsqueeze(0) for n, t in arguments.items()}
     out, last = call(**packed, cu_seqlens=ends, output_final_state=True)

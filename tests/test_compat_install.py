@@ -75,7 +75,7 @@ def test_metadata_tell_of_it(name: str) -> None:
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("fla.ops.chunk_kda", "no other kind of attention"),
+        ("fla.ops.chunk_gla", "no other kind of attention"),
         ("fla.layers", "no other kind of attention"),
         ("mamba_ssm.modules.mamba3", "neither Mamba-3"),
     ],

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mamba_ops.compat.mamba_ssm import norms, parts
+from mamba_ops.compat.mamba_ssm import chunks, norms, parts
 from mamba_ops.registry import use_backend
 from tests.compat_inputs import compat, scan_arguments
 
@@ -37,17 +37,47 @@ def ssd() -> dict[str, Any]:
 def test_the_steps_of_a_chunked_scan_are_the_scan() -> None:
     arguments = ssd()
     want = compat.mamba_chunk_scan_combined(**arguments, chunk_size=8)
-    dt = functional.pad(functional.softplus(arguments["dt"] + arguments["dt_bias"]), (0, 0, 0, 3))
-    dt = dt.unflatten(1, (3, 8)).permute(0, 3, 1, 2)
-    sums = (dt * arguments["A"].view(-1, 1, 1)).cumsum(-1)
+    sums, dt = chunks.chunk_cumsum(arguments["dt"], arguments["A"], 8, arguments["dt_bias"], dt_softplus=True)
     x, B, C, D, z = (arguments[name] for name in "xBCDz")
-    states = parts.chunk_state(B, x, dt, sums)
-    before, last = parts.state_passing(states.flatten(-2), sums[..., -1])
-    out = parts.chunk_scan(B, C, x, dt, sums, before.unflatten(-1, states.shape[-2:]), D=D, z=z)
+    states = chunks.chunk_state(B, x, dt, sums)
+    before, last = chunks.state_passing(states.flatten(-2), sums[..., -1])
+    out = chunks.chunk_scan(B, C, x, dt, sums, before.unflatten(-1, states.shape[-2:]), D=D, z=z)
     torch.testing.assert_close(out, want)
     final = compat.mamba_chunk_scan_combined(**arguments, chunk_size=8, return_final_states=True)[1]
     torch.testing.assert_close(last.view_as(final), final)
     torch.testing.assert_close(parts.mamba_chunk_scan(**arguments, chunk_size=8), want)
+
+
+# a sequence that ends a chunk, one within a chunk, an empty one, one over several chunks
+@pytest.mark.parametrize("ends", [(0, 8, 11, 11, 13, 21), (0, 3, 21), (0, 21)])
+def test_the_steps_of_a_chunked_scan_leave_the_state_of_each_sequence(ends: tuple[int, ...]) -> None:
+    arguments = ssd()
+    x, dt, B, C, z = (arguments[name][:1] for name in ("x", "dt", "B", "C", "z"))
+    own = arguments | {"x": x, "dt": dt, "B": B, "C": C, "z": z}
+    cu_seqlens = torch.tensor(ends)
+    seq_idx = torch.repeat_interleave(torch.arange(len(ends) - 1), torch.diff(cu_seqlens))[None]
+    packed = {"cu_seqlens": cu_seqlens, "seq_idx": seq_idx}
+    final = compat.mamba_chunk_scan_combined(**own, chunk_size=8, **packed, return_varlen_states=True)[1]
+    sums, step = chunks.chunk_cumsum(dt, arguments["A"], 8, arguments["dt_bias"], dt_softplus=True)
+    left = chunks.chunk_state_fwd(B, x, step, sums, seq_idx=seq_idx)
+    given = torch.empty_like(left)
+    assert chunks.chunk_state_fwd(B, x, step, sums, seq_idx, states=given) is given
+    torch.testing.assert_close(given, left)
+    before, _ = chunks.state_passing_fwd(left.flatten(-2), sums[..., -1], seq_idx=seq_idx, chunk_size=8)
+    before = before.unflatten(-1, left.shape[-2:])
+    states = chunks.chunk_state_varlen(B[0], x[0], step[0], sums[0], cu_seqlens, before[0])
+    torch.testing.assert_close(states, final)
+
+
+def test_what_the_steps_of_a_chunked_scan_cannot_use_is_refused() -> None:
+    sums, step = chunks.chunk_cumsum(torch.rand(1, 5, 2), -torch.rand(2), 4)
+    B, x, left = torch.randn(1, 5, 1, 3), torch.randn(1, 5, 2, 6), torch.randn(1, 2, 2, 18)
+    with pytest.raises(ValueError, match=r"chunk_state: seq_idx: got torch.int64 of shape \(1, 4\), expected integers"):
+        chunks.chunk_state_fwd(B, x, step, sums, seq_idx=torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="state_passing: chunk_size: got None"):
+        chunks.state_passing_fwd(left, sums[..., -1], seq_idx=torch.zeros(1, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"chunk_state_varlen: cu_seqlens: got torch.float64 of shape \(2,\)"):
+        chunks.chunk_state_varlen(B[0], x[0], step[0], sums[0], torch.zeros(2), left[0].unflatten(-1, (6, 3)))
 
 
 @pytest.mark.parametrize("limit", [(0.0, math.inf), (0.3, 0.9)])
@@ -131,6 +161,26 @@ def test_the_inner_function_is_its_parts(rms: bool) -> None:
         )
     y = compat.selective_scan_fn(x, *(dt.mT, A, B.mT, C.mT), D, z=z, delta_bias=dt_bias, delta_softplus=True)
     torch.testing.assert_close(got, y.mT @ out_proj.t())
+
+
+@pytest.mark.parametrize("given", ["B", "C", "BC"])
+def test_the_inner_function_projects_what_is_not_given(given: str) -> None:
+    """B and C of channels, or of tokens, have no rows in the projection."""
+    xz, conv, bias = torch.randn(2, 12, 9), torch.randn(6, 1, 4), torch.randn(6)
+    dt_proj, out_proj = torch.randn(6, 3), torch.randn(5, 6)
+    A, dt_bias = -torch.rand(6, 4), torch.randn(6)
+    own = {"B": torch.randn(6, 4), "C": torch.randn(2, 4, 9)}
+    x_proj = torch.randn(3 + 4 * (2 - len(given)), 6)
+    options = {name: own[name] for name in given}
+    got = parts.mamba_inner_fn(xz, conv, bias, x_proj, dt_proj, out_proj, None, A, **options, delta_bias=dt_bias)
+    x, z = xz.chunk(2, 1)
+    x = compat.causal_conv1d_fn(x, conv[:, 0], bias, activation="silu")
+    dt, *projected = (x.transpose(1, 2) @ x_proj.t()).split([3, *[4] * (2 - len(given))], -1)
+    B, C = (own[name] if name in given else projected.pop().mT for name in "BC")
+    y = compat.selective_scan_fn(x, (dt @ dt_proj.t()).mT, A, B, C, z=z, delta_bias=dt_bias, delta_softplus=True)
+    torch.testing.assert_close(got, y.mT @ out_proj.t())
+    with pytest.raises(ValueError, match=r"mamba_inner_fn: x_proj_weight: got \d+ rows, expected \d+: the step's rank"):
+        parts.mamba_inner_fn(xz, conv, bias, torch.randn(5, 6), dt_proj, out_proj, None, A, **options)
 
 
 # -- norms ------------------------------------------------------------------------------------------------------------

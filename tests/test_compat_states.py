@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from mamba_ops.registry import use_backend
-from tests.compat_inputs import GDN, compat, conv_arguments, gdn_arguments, good_arguments, scan_arguments
+from tests.compat_inputs import (
+    DELTA_RULES,
+    compat,
+    conv_arguments,
+    delta_rule_arguments,
+    good_arguments,
+    scan_arguments,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +29,8 @@ STATES = {  # initial states, and what asks for final ones
     "mamba_chunk_scan_combined": ("initial_states", "return_final_states", (2, 4, 8, 16)),
     "chunk_gated_delta_rule": ("initial_state", "output_final_state", (2, 4, 4, 6)),
     "fused_recurrent_gated_delta_rule": ("initial_state", "output_final_state", (2, 4, 4, 6)),
+    "chunk_kda": ("initial_state", "output_final_state", (2, 4, 4, 6)),
+    "fused_recurrent_kda": ("initial_state", "output_final_state", (2, 4, 4, 6)),
 }
 NOT_REAL = (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn)
 
@@ -61,11 +70,12 @@ def test_there_is_one_state_for_each_row(device: torch.device, function: str) ->
 
 @pytest.mark.parametrize("dtype", NOT_REAL, ids=str)
 @pytest.mark.parametrize("name", ["g", "beta", "A_log", "dt_bias"])
-@pytest.mark.parametrize("function", GDN)
+@pytest.mark.parametrize("function", DELTA_RULES)
 def test_gates_are_not_cast_from_other_kinds_of_numbers(
     device: torch.device, function: str, name: str, dtype: torch.dtype
 ) -> None:
-    arguments = gdn_arguments(device) | {"A_log": torch.ones(4, device=device), "dt_bias": torch.ones(4, device=device)}
+    arguments = delta_rule_arguments(function, device)
+    arguments |= {"A_log": torch.ones(4, device=device), "dt_bias": torch.ones(arguments["g"].shape[2:], device=device)}
     arguments[name] = torch.ones_like(arguments[name]).float().to(dtype)
     with pytest.raises(ValueError, match=f"^{function}: {name}: got "):
         getattr(compat, function)(**arguments, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True)

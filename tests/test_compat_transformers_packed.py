@@ -39,7 +39,7 @@ def documents(device: torch.device) -> list[Tensor]:
     return [torch.randint(3, VOCABULARY, (1, b - a), device=device) for a, b in itertools.pairwise(CUTS)]
 
 
-@pytest.mark.parametrize("name", names("kimi_linear"))
+@pytest.mark.parametrize("name", names())
 def test_documents_are_themselves_alone(name: str, device: torch.device) -> None:
     """In evaluation and in training, with their gradients."""
     changes = {}
@@ -137,17 +137,6 @@ def test_positions_are_seen_in_graphs(device: torch.device) -> None:
         want = model(tokens, use_cache=False, **packing).logits
         call = torch.compile(lambda: model.model(tokens, use_cache=False, **packing), fullgraph=True, backend="eager")
         torch.testing.assert_close(model.lm_head(call().last_hidden_state), want)
-
-
-def test_documents_that_do_not_reach_a_layer_are_refused(device: torch.device) -> None:
-    """Kimi-Linear's delta rule has no op."""
-    tokens = torch.cat(documents(device), 1)
-    for packing in packings(device, also_alone=False):
-        model = new_model("kimi_linear", device)
-        expected = r"KimiLinearDeltaAttention: seq_idx, .*: got packed documents, expected none: it calls functions"
-        with use_mamba_ops(model) as binding, torch.no_grad(), pytest.raises(ValueError, match=expected):
-            model(tokens, use_cache=False, **packing)
-        assert "KimiLinearDeltaAttention refuses packed documents: it calls functions that" in str(binding)
 
 
 def test_layers_that_others_checkpoint_are_refused(device: torch.device) -> None:

@@ -77,12 +77,19 @@ def composed_with(bug: Bug, op: Op[...]) -> Callable[..., None]:
 
 
 def source_of(op: Op[...]) -> str:
-    """The text of an op's Triton kernels, of a folder's files as if they were one; of a composed op, of its body."""
+    """The text of an op's Triton kernels, of all files as if they were one, with what both delta rules share; of a
+    composed op, of its body.
+    """
     if not op.composed:
         folder = Path(mamba_ops.__path__[0]) / "ops" / op.name
         files = sorted([*folder.glob("triton.py"), *folder.glob("triton*/[a-z]*.py")])
-        own = re.compile(rf"^from mamba_ops\.ops\.{op.name}\.triton[\w.]* import (\([^)]*\)|.*)$", re.MULTILINE)
-        return "\n\n".join(own.sub("", path.read_text()) for path in files)
+        texts = [path.read_text() for path in files]
+        names = rf"{op.name}\.triton[\w.]*"
+        if any("ops._triton.delta_rule import" in text for text in texts):
+            texts.insert(0, (folder.parent / "_triton" / "delta_rule.py").read_text())
+            names += r"|_triton\.delta_rule"
+        own = re.compile(rf"^from mamba_ops\.ops\.({names}) import (\([^)]*\)|.*)$", re.MULTILINE)
+        return "\n\n".join(own.sub("", text) for text in texts)
     composed = getattr(importlib.import_module(op.kernels["composed"].source.partition(":")[0]), op.name)
     return "\n\n".join(map(inspect.getsource, (mixing.Rows, mixing.batch_of, mixing._batch_of, composed)))
 

@@ -93,10 +93,8 @@ class _HostReads(TorchDispatchMode):
 def test_references_do_not_read_the_host(op: Op[...]) -> None:
     """But for the length of the longest packed row in the update ops, as their docstrings say."""
     for sample in op.make_samples("cpu"):
-        packed = (
-            op.name in ("selective_state_update", "gated_delta_rule_update")
-            and sample.kwargs.get("cu_seqlens") is not None
-        )
+        is_update = op.name in ("selective_state_update", "gated_delta_rule_update", "kda_update")
+        packed = is_update and sample.kwargs.get("cu_seqlens") is not None
         with _HostReads() as reads:
             op.kernels["torch"].function(**op.bind(sample.clone().args, sample.clone().kwargs))
         assert reads.count == int(packed), sample

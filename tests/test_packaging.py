@@ -58,17 +58,20 @@ def wheel(dist: Path) -> Path:
     return wheel
 
 
-@pytest.fixture(scope="module")
-def bin_of_clean_venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scripts of a venv that has the wheel and, for torch, sees the packages that these tests run on."""
-    folder = tmp_path_factory.mktemp("venv")
+def install(release: Path, folder: Path) -> Path:
+    """Return the scripts of a new venv that has a release and, for torch, sees the packages that these tests run on."""
     venv.create(folder, symlinks=True)
-    pip = (sys.executable, "-m", "pip", "--python", folder / "bin" / "python")
-    succeed(*pip, "install", "-q", "--no-deps", "--no-index", wheel, cwd=folder)
     # A path in a .pth file is searched, but the .pth files in it are not run: the editable install stays out of sight.
     [site_packages] = folder.glob("lib/python*/site-packages")
     (site_packages / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    pip = (sys.executable, "-m", "pip", "--python", folder / "bin" / "python")
+    succeed(*pip, "install", "-q", "--no-deps", "--no-index", "--no-build-isolation", release, cwd=folder)
     return folder / "bin"
+
+
+@pytest.fixture(scope="module")
+def bin_of_clean_venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(wheel, tmp_path_factory.mktemp("venv"))
 
 
 def files_of(folder: Path) -> set[str]:
@@ -126,6 +129,33 @@ def test_the_wheel_brings_the_fixture(bin_of_clean_venv: Path, tmp_path: Path):
     pytest_ = (bin_of_clean_venv / "python", "-m", "pytest", "-p", "no:cacheprovider")
     assert "1 passed" in succeed(*pytest_, "-q", "test_it.py", cwd=tmp_path)
     assert "graph_audit" in succeed(*pytest_, "--fixtures", "test_it.py", cwd=tmp_path)
+
+
+SMOKE = """
+import pytest
+from mamba_ops.registry import ops
+
+@pytest.mark.parametrize("name", sorted(ops()))
+def test_it_runs(name):
+    sample = ops()[name].make_samples("cpu")[0]
+    ops()[name](*sample.args, **sample.kwargs)
+"""
+
+
+def test_what_is_installed_runs_every_op(bin_of_clean_venv: Path, tmp_path: Path):
+    (tmp_path / "test_smoke.py").write_text(SMOKE)
+    command = (bin_of_clean_venv / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_smoke.py")
+    assert f"{len(mamba_ops.registry.ops())} passed" in succeed(*command, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_the_sdist_can_be_installed_itself(dist: Path, tmp_path: Path):
+    [sdist] = dist.glob("*.tar.gz")
+    scripts = install(sdist, tmp_path / "venv")
+    assert "doctor" in succeed(scripts / "mamba-ops", "--help", cwd=tmp_path)
+    test_what_is_installed_runs_every_op(scripts, tmp_path)
+    shutil.copy(ROOT / "examples" / "decode_step.py", tmp_path)
+    assert "graphs compiled for all of this: 1" in succeed(scripts / "python", "decode_step.py", cwd=tmp_path)
 
 
 def test_the_wheel_has_no_module_called_registry(bin_of_clean_venv: Path, tmp_path: Path):

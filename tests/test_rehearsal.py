@@ -64,6 +64,50 @@ def test_what_does_not_fit_goes_on_to_the_next_backend_with_one_sentence():
     assert remembered == ["_solve takes 65,792 bytes of shared memory, and cuda-75 has 65,536"]
 
 
+EVERY_OP = """
+import inspect, torch, warnings
+from mamba_ops.cold_start.fitting import OF_OP, SIZES
+from mamba_ops.cold_start.targets import StandIn, Target, target_of
+from mamba_ops.ops._triton import launch_config
+from mamba_ops.registry import ops, record_selections
+import triton
+
+given = json.loads(sys.argv[1]) if sys.argv[1].startswith("[") else None
+triton.runtime.driver.set_active(StandIn(Target(*given) if given else target_of(sys.argv[1])))
+launch_config.forget_device()
+wanted = {"dtype": torch.bfloat16, "state_dtype": torch.float32, **SIZES, "length": 9}
+found = {}
+for name, op in ops().items():
+    base = next((other for other in ops().values() if other.backward_op is op), op)
+    known = inspect.signature(base.sampler).parameters
+    sizes = {n: size for n, size in {**wanted, **OF_OP.get(base.name, {})}.items() if n in known}
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        sample = next(iter(op.sampler(torch.device("cpu"), **sizes)))
+        with record_selections() as ran:
+            op(*sample.args, **sample.kwargs)
+            op(*sample.args, **sample.kwargs)
+    found[name] = [sorted({selection.backend for selection in ran}), [str(w.message) for w in said]]
+print(json.dumps(found))
+"""
+"""The default order, for every op there is; what a composed one calls is recorded too."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["gfx1100", "sm_86", "sm_75", B580], ids=str)
+def test_every_op_ends_on_a_backend_that_runs_with_one_sentence_at_most(target):
+    found = compiled_for_a_gpu(EVERY_OP, target if isinstance(target, str) else json.dumps(target))
+    said: list[str] = []
+    for name, (backends, sentences) in found.items():
+        assert backends, name
+        assert "torch" not in backends or "chunk_gated_delta_rule" in name or "gdn" in name, (name, backends)
+        said += sentences
+    assert len(said) == len(set(said))
+    refused = [sentence for sentence in said if "runs on torch because triton does not take the call" in sentence]
+    assert said == refused
+    assert bool(refused) == (target == "sm_75")
+
+
 BY_NAME = """
 import torch
 import mamba_ops

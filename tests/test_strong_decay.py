@@ -72,7 +72,9 @@ def delta_rule(op: Op[...], logs: Tensor, dtype: torch.dtype) -> Sample:
     make, lead = SampleTensors(DEVICE, dtype), logs.shape[:2]
     q, k, v = (make.normal(*lead, heads, SIZE) for heads in (GROUPS, GROUPS, HEADS))
     state, beta = make.normal(len(logs), HEADS, SIZE, SIZE, dtype=torch.float32), make.normal(*lead, HEADS).sigmoid()
-    if op.name == "gated_delta_rule_update":
+    if "kda" in op.name:  # every channel of a key by its own decay
+        logs = logs.unsqueeze(-1) * 2.0 ** -(torch.arange(SIZE, device=DEVICE) % 4)
+    if op.name.endswith("_update"):
         return Sample(op.name, (state, q, k, v), {"g": logs, "beta": beta, "qk_l2norm": True})
     return Sample(op.name, (q, k, v, logs, beta), {"ssm_state": state, "qk_l2norm": True, **initial(len(logs))})
 
@@ -103,12 +105,14 @@ def initial(rows: int) -> dict[str, Tensor]:
 
 CALLS: dict[str, Callable[..., Sample]] = {
     "chunk_gated_delta_rule": delta_rule,
+    "chunk_kda": delta_rule,
     "gated_delta_rule_update": delta_rule,
+    "kda_update": delta_rule,
     "mamba_chunk_scan": state_space,
     "selective_scan": state_space,
     "selective_state_update": state_space,
 }
-CHUNKED = ("chunk_gated_delta_rule", "mamba_chunk_scan")
+CHUNKED = ("chunk_gated_delta_rule", "chunk_kda", "mamba_chunk_scan")
 
 
 def by_heads(logs: Tensor) -> Tensor:
@@ -170,14 +174,14 @@ def test_a_step_of_zero_decays_nothing(op: Op[...], backend: str) -> None:
     assert_near(op, backend, state_space(op, by_heads(several_extremes()), torch.float32, A=-math.inf), 1e-5)
 
 
-@pytest.mark.parametrize(("op", "backend"), pairs(["gated_delta_rule_update"]))
+@pytest.mark.parametrize(("op", "backend"), pairs(["gated_delta_rule_update", "kda_update"]))
 def test_a_gate_of_zero_decays_nothing_at_any_rate(op: Op[...], backend: str) -> None:
     """From a, b, A_log and dt_bias, too."""
     sample = delta_rule(op, torch.zeros(1, 3, HEADS, device=DEVICE), torch.float32)
     if why := refusal(op, backend, sample):
         pytest.skip(why)
     a, b, bias = (torch.zeros_like(t) for t in (sample.kwargs["g"], sample.kwargs["beta"], sample.kwargs["g"][0, 0]))
-    raw = {"a": a - 1e4, "b": b, "A_log": bias + math.inf, "dt_bias": bias, "qk_l2norm": True}
+    raw = {"a": a - 1e4, "b": b, "A_log": b[0, 0] + math.inf, "dt_bias": bias, "qk_l2norm": True}
     runs = [sample.clone(), sample.clone()]
     given = front_on(op, backend)(*runs[0].args, **runs[0].kwargs | {"beta": b + 0.5})
     made = front_on(op, backend)(*runs[1].args, **raw)
@@ -207,7 +211,7 @@ def test_packed_rows_are_within_the_budget(op: Op[...], backend: str, dtype: tor
 @pytest.mark.parametrize(("op", "backend"), pairs(CHUNKED))
 def test_nan_is_no_decay_of_zero(op: Op[...], backend: str) -> None:
     sample = CALLS[op.name](op, by_heads(weak(HEADS)), torch.float32)
-    decays = sample.args[3] if op.name == "chunk_gated_delta_rule" else sample.args[2]
+    decays = sample.args[3] if "g" in op.bind(sample.args, sample.kwargs) else sample.args[2]
     decays.view(-1)[-1] = math.nan  # of the last token, or of all: one head's
     out = front_on(op, backend)(*sample.args, **sample.kwargs)
     assert out[0, -1, -1].isnan().all()

@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from mamba_ops.registry import Backend, RegistryError
+from mamba_ops.registry.adapters import Recognised, Shortcut
 from mamba_ops.registry.dispatcher import device_of
 from mamba_ops.registry.jit import announce
 
@@ -35,6 +36,12 @@ def _why_failed(error: Exception) -> str | None:
     return why_failed(error)
 
 
+def _shortcut(function: Callable[[Any], None], recognised: Recognised) -> Shortcut | None:
+    from mamba_ops.ops._triton.prepared import prepared
+
+    return prepared(function, recognised)
+
+
 triton = Backend(
     "triton",
     devices=("cuda", "xpu"),
@@ -45,4 +52,5 @@ triton = Backend(
     prepare=_watch_compiler,
     rehearse=_rehearse,
     why_failed=_why_failed,
+    shortcut=_shortcut,
 )

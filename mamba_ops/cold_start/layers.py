@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
+from mamba_ops.layers import Mamba
+from mamba_ops.layers.mixer import Mixer
 from mamba_ops.serving import Plan
 
 TOKENS = 140  # of a prefill: more than one chunk, for every kernel with a fixed chunk size
@@ -38,7 +39,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
     found: dict[tuple[Any, ...], Layer] = {}
     config = getattr(model, "config", None)
     for name, module in model.named_modules():
-        if isinstance(module, Mamba | Mamba2 | GatedDeltaNet) or _is_bound_mixer(module):
+        if isinstance(module, Mixer) or _is_bound_mixer(module):
             kind = _kind(module)
             if kind not in found:
                 own = getattr(module, "config", None)
@@ -49,7 +50,9 @@ def layers_of(model: nn.Module) -> list[Layer]:
 def _is_bound_mixer(module: nn.Module) -> bool:
     """Whether a module is a mixer of Transformers that calls our functions."""
     bound = sys.modules.get("mamba_ops.compat.transformers")
-    return bound is not None and bound.is_bound(module) and hasattr(module, "A_log") and hasattr(module, "conv1d")
+    if bound is None or not bound.is_bound(module) or not hasattr(module, "conv1d"):
+        return False
+    return any(hasattr(part, "A_log") for part in (module, *module.children()))
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
@@ -74,7 +77,7 @@ def on_device(module: nn.Module, device: torch.device, dtype: torch.dtype | None
 
 def calls_of(layer: Layer, module: nn.Module, state_dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield every call of a layer that serving may make, with its name."""
-    if isinstance(module, Mamba | Mamba2 | GatedDeltaNet):
+    if isinstance(module, Mixer):
         yield from _calls_of_ours(module, state_dtype)
     else:
         yield from _calls_of_transformers(layer, module)
@@ -97,7 +100,7 @@ def training_calls_of(layer: Layer, module: nn.Module) -> Iterator[tuple[str, Ca
 
     for tokens, short in ((TOKENS, ""), (SHORT, ", short")):
         yield f"training, whole sequences{short}", partial(step, (2, tokens))
-        if isinstance(module, Mamba | Mamba2 | GatedDeltaNet):
+        if isinstance(module, Mixer):
             packed = torch.tensor([0, 1, tokens], dtype=torch.int32, device=weight.device)
             yield f"training, packed{short}", partial(step, (tokens,), cu_seqlens=packed)
 
@@ -113,7 +116,7 @@ def before_calls_of(module: nn.Module) -> Iterator[tuple[str, Callable[[], objec
 
 def rehearsal_of(module: nn.Module, state_dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield what serving does in each step with a layer of `mamba_ops.layers`: make a plan and run it."""
-    if not isinstance(module, Mamba | Mamba2 | GatedDeltaNet):
+    if not isinstance(module, Mixer):
         return
     weight = module.out_proj.weight
 
@@ -132,21 +135,15 @@ def _multiply(linear: nn.Linear) -> None:
         linear(tokens[:count])
 
 
-def _calls_of_ours(
-    module: Mamba | Mamba2 | GatedDeltaNet, state_dtype: torch.dtype
-) -> Iterator[tuple[str, Callable[[], object]]]:
+def _calls_of_ours(module: Mixer[Any], state_dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     weight = module.out_proj.weight
     device, size = weight.device, weight.shape[0]
 
     def hidden(*lead: int) -> Tensor:
         return torch.randn(*lead, size, device=device, dtype=weight.dtype)
 
-    def caches(spare: int = 0) -> tuple[Tensor, Tensor]:
-        conv_state, ssm_state = (torch.randn_like(t) for t in module.empty_caches(SLOTS, state_dtype=state_dtype))
-        if spare:
-            slots, dim, columns = conv_state.shape
-            conv_state = torch.randn_like(conv_state.new_empty(slots, columns + spare, dim)).transpose(1, 2)
-        return conv_state, ssm_state
+    def caches(columns: int = 1) -> list[Tensor]:
+        return [torch.randn_like(t) for t in module.empty_caches(SLOTS, state_dtype=state_dtype, columns=columns)]
 
     slots = torch.tensor([2, 0], dtype=torch.int32, device=device)
     known = torch.tensor([True, False], device=device)
@@ -176,7 +173,7 @@ def _calls_of_ours(
         yield f"a plan{short}", partial(lambda plan: module(hidden(plan.tokens), *caches(), plan=plan), plan)
         yield (
             f"a speculative plan{short}",
-            partial(lambda plan: module(hidden(plan.tokens), *caches(1), plan=plan), speculative),
+            partial(lambda plan: module(hidden(plan.tokens), *caches(columns=2), plan=plan), speculative),
         )
 
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from mamba_ops.cold_start import elsewhere
 from mamba_ops.ops._triton import _triton
 from mamba_ops.registry.jit import current_call
 
@@ -160,7 +161,7 @@ class Loader:
         )
         assert worker.stdin is not None  # for mypy: it is a pipe
         # This may take a C compiler; the worker imports torch at the same time.
-        first = {"target": _triton.describe_target(), "processes": self.processes}
+        first = {"target": elsewhere.describe_target(), "processes": self.processes}
         worker.stdin.write(json.dumps(first) + "\n")
         worker.stdin.flush()
         return worker

@@ -12,6 +12,7 @@ import multiprocessing
 import sys
 import time
 
+from mamba_ops.cold_start import elsewhere
 from mamba_ops.ops._triton import _triton
 
 
@@ -19,7 +20,7 @@ def compile_one(number: int, module: str, name: str, data: str) -> str:
     """Compile one variant; return its number, the seconds it took and what went wrong, as JSON."""
     begin, problem = time.perf_counter(), None
     try:
-        _triton.compile_variant(_triton.named(module, name), data)
+        elsewhere.compile_variant(_triton.named(module, name), data)
     except Exception as error:  # the parent compiles this variant itself, and raises the error
         problem = repr(error)
     return json.dumps([number, time.perf_counter() - begin, problem])
@@ -31,7 +32,7 @@ def main() -> None:
 
     our_modules()  # once, before the forks
     first = json.loads(sys.stdin.readline())
-    _triton.compile_for(first["target"])
+    elsewhere.compile_for(first["target"])
     with multiprocessing.get_context("fork").Pool(first["processes"]) as pool:
         results = [
             pool.apply_async(compile_one, json.loads(line), callback=lambda text: print(text, flush=True))  # noqa: T201

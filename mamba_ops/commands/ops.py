@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.padding import Padding
 from rich.syntax import Syntax
 
 from mamba_ops import registry
@@ -28,11 +29,30 @@ def ops(
             fail("--source needs the name of an op")
         _print_source(known[name].source_code())
         return
-    text = ops_page.page() if name is None else ops_page.section(known[name])
     if markdown:
-        print(text, end="")
+        print(ops_page.page() if name is None else ops_page.section(known[name]), end="")
+    elif name is None:
+        _print_overview()
     else:
-        Console().print(Markdown(text))
+        console = Console()
+        console.print(Markdown(ops_page.section(known[name], columns=console.width - 2)))
+
+
+def _print_overview() -> None:
+    """Print what each op computes, changes and has kernels from, in lines that are no wider than the terminal."""
+    console = Console(highlight=False, markup=False)
+    for op in ops_page.own_ops():
+        console.print(op.name, style="bold")
+        console.print(Padding(ops_page.summary(op), (0, 0, 0, 2)))
+        facts = [
+            f"backends: {', '.join(backend.name for backend in registry.backends() if backend.name in op.kernels)}"
+        ]
+        if kept := sorted(op.mutates - {"output"}):
+            facts.append(f"mutates {', '.join(kept)} besides out")
+        if op.splits_graph:
+            facts.append("engines cut their graphs here")
+        console.print(Padding("; ".join(facts), (0, 0, 0, 2)), style="dim")
+    console.print("\n`mamba-ops ops NAME` shows all about one; `mamba-ops ops --markdown` prints the page docs/ops.md.")
 
 
 def _print_source(code: str) -> None:

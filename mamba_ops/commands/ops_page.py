@@ -25,8 +25,7 @@ checked.
 
 def page() -> str:
     """Return the page, in Markdown."""
-    known = [op for op in ops().values() if op.qualname.startswith("mamba_ops::") and not op.returns]
-    known.sort(key=lambda op: op.name)
+    known = own_ops()
     own = [
         backend for backend in backends() if Path(__file__).parents[1] in Path(backend.source).parents
     ]  # without plug-ins
@@ -43,7 +42,18 @@ def page() -> str:
     return "\n".join([*lines, *(section(op, own) for op in known)])
 
 
-def section(op: Op[...], shown: Iterable[Backend] | None = None) -> str:
+def own_ops() -> list[Op[...]]:
+    """Return the ops of this package that users call, by name."""
+    known = [op for op in ops().values() if op.qualname.startswith("mamba_ops::") and not op.returns]
+    return sorted(known, key=lambda op: op.name)
+
+
+def summary(op: Op[...]) -> str:
+    """Return the first paragraph of what an op computes, in one line."""
+    return _parts(op.__doc__ or "")[0].partition("\n\n")[0].replace("\n", " ")
+
+
+def section(op: Op[...], shown: Iterable[Backend] | None = None, *, columns: int = 100) -> str:
     """Return what the page says about one op: signature, contract, arguments, backends and their limits."""
     text, arguments, others = _parts(op.__doc__ or "")
     mutated = ", ".join(f"`{'out' if name == 'output' else name}`" for name in sorted(op.mutates))
@@ -56,7 +66,7 @@ def section(op: Op[...], shown: Iterable[Backend] | None = None) -> str:
         f"## `{op.name}`",
         "",
         "```py",
-        _signature(op),
+        _signature(op, columns),
         "```",
         "",
         *_as_markdown(text),
@@ -80,10 +90,9 @@ def _overview(known: list[Op[...]], shown: list[Backend]) -> Iterator[str]:
     )
     yield "|---" * (4 + len(shown)) + "|"
     for op in known:
-        summary = _parts(op.__doc__ or "")[0].partition("\n\n")[0].replace("\n", " ")
         mutated = ", ".join(f"`{name}`" for name in sorted(op.mutates - {"output"}))
         kernels = ["x" if backend.name in op.kernels else "" for backend in shown]
-        cells = [f"[`{op.name}`](#{op.name})", summary, mutated, "yes" if op.splits_graph else "", *kernels]
+        cells = [f"[`{op.name}`](#{op.name})", summary(op), mutated, "yes" if op.splits_graph else "", *kernels]
         yield f"| {' | '.join(_cell(cell) for cell in cells)} |"
 
 
@@ -122,7 +131,7 @@ def _as_markdown(text: str) -> Iterator[str]:
         yield ""
 
 
-def _signature(op: Op[...]) -> str:
+def _signature(op: Op[...], columns: int) -> str:
     lines, line = [], f"{op.name}("
     names = []
     parameters = inspect.signature(op).parameters.values()
@@ -132,7 +141,7 @@ def _signature(op: Op[...]) -> str:
         names.append(p.name if p.default is p.empty else f"{p.name}={p.default}")
     for i, name in enumerate(names):
         word = name + (", " if i < len(names) - 1 else ")")
-        if len(line) + len(word) > 100:
+        if len(line) + len(word) > columns:
             lines.append(line.rstrip())
             line = "    "
         line += word

@@ -42,6 +42,7 @@ _INDEX = (
     "prepare_lens prepare_lens_from_mask prepare_position_ids prepare_sequence_ids prepare_token_indices"
 )
 _DELTA_RULE = "chunk_gated_delta_rule fused_recurrent_gated_delta_rule"
+_KDA = "chunk_kda fused_recurrent_kda"
 
 _CAUSAL_CONV1D = Library(
     "causal_conv1d",
@@ -100,14 +101,17 @@ _MAMBA_SSM = Library(
             "mamba_ssm": "selective_state_update",
             "mamba_ssm.parts": "selective_state_update_ref",
         },
-        "mamba_ssm.ops.triton.ssd_chunk_scan": {"mamba_ssm.parts": "chunk_scan chunk_scan_ref=chunk_scan"},
-        "mamba_ssm.ops.triton.ssd_chunk_state": {"mamba_ssm.parts": "chunk_state chunk_state_ref=chunk_state"},
+        "mamba_ssm.ops.triton.ssd_chunk_scan": {"mamba_ssm.chunks": "chunk_scan chunk_scan_ref=chunk_scan"},
+        "mamba_ssm.ops.triton.ssd_chunk_state": {
+            "mamba_ssm.chunks": "chunk_state chunk_state_ref=chunk_state chunk_state_varlen "
+            "_chunk_cumsum_fwd=chunk_cumsum _chunk_state_fwd=chunk_state_fwd",
+        },
         "mamba_ssm.ops.triton.ssd_combined": {
             "mamba_ssm": _SSD,
             "mamba_ssm.parts": "mamba_chunk_scan ssd_chunk_scan_combined_ref=mamba_chunk_scan ssd_selective_scan",
         },
         "mamba_ssm.ops.triton.ssd_state_passing": {
-            "mamba_ssm.parts": "state_passing state_passing_ref=state_passing",
+            "mamba_ssm.chunks": "state_passing state_passing_ref=state_passing _state_passing_fwd=state_passing_fwd",
         },
         "mamba_ssm.utils": {},
         "mamba_ssm.utils.generation": {
@@ -139,7 +143,7 @@ _FLA = Library(
         "fla.modules.norm.fused_norm_gate": {"fla.norms": _GATED},
         "fla.modules.norm.l2norm": {"fla.norms": "L2Norm l2_norm=l2norm l2norm"},
         "fla.modules.norm.layernorm": {"fla.norms": "RMSNorm layer_norm rms_norm"},
-        "fla.ops": {"fla": _DELTA_RULE, "fla.delta_rule": _GDN},
+        "fla.ops": {"fla": f"{_DELTA_RULE} {_KDA}", "fla.delta_rule": _GDN},
         "fla.ops.gated_delta_rule": {
             "fla": _DELTA_RULE,
             "fla.delta_rule": f"{_GDN} naive_chunk_gated_delta_rule naive_recurrent_gated_delta_rule",
@@ -154,11 +158,16 @@ _FLA = Library(
         "fla.ops.gated_delta_rule.naive": {
             "fla.delta_rule": "naive_chunk_gated_delta_rule naive_recurrent_gated_delta_rule",
         },
+        "fla.ops.kda": {"fla": _KDA},
+        "fla.ops.kda.chunk": {"fla": "chunk_kda"},
+        "fla.ops.kda.fused_recurrent": {"fla": "fused_recurrent_kda"},
+        "fla.ops.kda.gate": {"fla.kda": "fused_kda_gate naive_kda_gate naive_kda_lowerbound_gate"},
+        "fla.ops.kda.naive": {"fla.kda": "naive_chunk_kda naive_recurrent_kda"},
         "fla.ops.utils": {"fla.index": _INDEX},
         "fla.ops.utils.index": {"fla.index": _INDEX},
         "fla.utils": {"fla.index": "tensor_cache"},
     },
-    "it has the gated delta rule and the modules beside it, and no other kind of attention",
+    "it has the gated delta rule, KDA and the modules beside them, and no other kind of attention",
 )
 
 LIBRARIES = {library.name: library for library in (_CAUSAL_CONV1D, _MAMBA_SSM, _FLA)}

@@ -21,10 +21,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from mamba_ops.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from mamba_ops.compat.fla import delta_rule
+from mamba_ops.compat.fla import delta_rule, kda
 from mamba_ops.compat.mamba_ssm import mamba_chunk_scan_combined, selective_scan_fn, selective_state_update
 from mamba_ops.compat.packing import Packed
-from mamba_ops.compat.transformers_mixing import calls, current_mixing, mixers_of, models_of, noting, telling
+from mamba_ops.compat.transformers_mixing import current_mixing, mixers_of, models_of, noting, telling
 
 
 @dataclass(eq=False)
@@ -34,12 +34,10 @@ class Binding:
     Attributes:
         bound: the functions that were replaced, as `file.function`.
         not_bound: those that were not, each with the reason.
-        limits: mixers that refuse something on our ops, as `file.class`, each with what and why.
     """
 
     bound: list[str] = field(default_factory=list)
     not_bound: dict[str, str] = field(default_factory=dict)
-    limits: dict[str, str] = field(default_factory=dict)
     _files: list[str] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
@@ -62,8 +60,7 @@ class Binding:
 
     def __str__(self) -> str:
         lines = [f"{name} runs on mamba_ops" for name in self.bound]
-        lines += [f"{name} stays as it was: {why}" for name, why in self.not_bound.items()]
-        return "\n".join(lines + [f"{name} {limit}" for name, limit in self.limits.items()])
+        return "\n".join(lines + [f"{name} stays as it was: {why}" for name, why in self.not_bound.items()])
 
 
 @dataclass
@@ -86,10 +83,10 @@ _bindings: dict[str, _Held] = {}  # by file
 def use_mamba_ops(model: nn.Module) -> Binding:
     """Let the recurrent mixers of a Transformers model run on our ops, until `undo()` of what is returned.
 
-    Those are the Mamba, Mamba-2 and gated-delta-net mixers of Mamba, Falcon-Mamba, Jamba, Zamba, Mamba-2, its hybrids,
-    Qwen3-Next, Qwen3.5, OLMo-hybrid, and of each modeling file that calls the functions of a family by its names; of
-    LFM2, Kimi-Linear and others the short convolutions. Parameters, cache and `generate()` do not change. As the
-    functions belong to the modeling file, all models that share it change together.
+    Those are the Mamba, Mamba-2, gated-delta-net and KDA mixers of Mamba, Falcon-Mamba, Jamba, Zamba, Mamba-2, its
+    hybrids, Qwen3-Next, Qwen3.5, OLMo-hybrid, Kimi-Linear, Bailing-hybrid, GLM-5-next, and of each modeling file that
+    calls the functions of a family by its names; of LFM2 and others the short convolutions. Parameters, cache and
+    `generate()` do not change. As the functions belong to the modeling file, all models that share it change together.
 
     The model trains as it did: in `train()` too its mixers call their projections and norms as modules, and honour the
     attention mask. Steps that decode one token record no gradients. Packed documents are kept apart if the model is
@@ -108,7 +105,7 @@ def use_mamba_ops(model: nn.Module) -> Binding:
     files = {type(module).__module__ for module in model.modules()}
     wanted = {file: _functions_of(vars(sys.modules[file])) for file in files if file in sys.modules}
     if not any(wanted.values()):
-        expected = "a model of Transformers 5 with Mamba, Mamba-2 or gated-delta-net mixers"
+        expected = "a model of Transformers 5 with Mamba, Mamba-2, gated-delta-net or KDA mixers"
         raise ValueError(f"use_mamba_ops: model: got {type(model).__name__}, expected {expected}")
     binding = Binding()
     for file, functions in sorted(wanted.items()):
@@ -120,17 +117,12 @@ def use_mamba_ops(model: nn.Module) -> Binding:
         held = _bindings.setdefault(file, _Held(originals))
         held.bindings.append(binding)
         for kind in mixers:
-            keeps_apart = not calls(kind.forward, _WITHOUT_AN_OP)
-            if not keeps_apart:
-                limit = "refuses packed documents: it calls functions that have no op, and do not keep them apart"
-                binding.limits[f"{file}.{kind.__name__}"] = limit
-            held.replace(kind, functools.partial(noting, keeps_apart=keeps_apart))
+            held.replace(kind, noting)
         for kind, is_innermost in models_of(model, file, mixers).items():
             held.replace(kind, functools.partial(telling, is_innermost=is_innermost))
         binding._files.append(file)
         binding.bound += [f"{file}.{name}" for name in originals]
         binding.not_bound |= {f"{file}.{name}": "there is none" for name in functions if name not in originals}
-        binding.not_bound |= {f"{file}.{name}": "there is no op for it" for name in _WITHOUT_AN_OP if name in names}
         names.update({name: functions[name] for name in originals})
     return binding
 
@@ -215,35 +207,40 @@ def _selective_scan(*args: Any, **others: Any) -> Any:
 _scan = _for_mixers(selective_scan_fn, axis=2)
 
 
-@_for_mixers
-def _delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-) -> delta_rule.OutputAndState:
-    """Read rows, of packed documents too; the last states are those of the rows, as a cache keeps them."""
-    packed = Packed("chunk_gated_delta_rule", q.shape[:2], seq_idx, cu_seqlens)
-    tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
-    if packed.first is not None:
-        tensors["g"] = g.masked_fill(packed.first.unsqueeze(-1), -math.inf)
-    elif packed.cu_seqlens is not None:
-        tensors = {name: packed.flat(tensor).unsqueeze(0) for name, tensor in tensors.items()}
-    out, states = delta_rule.chunk_gated_delta_rule(
-        **tensors,
-        initial_state=packed.initial("initial_state", initial_state),
-        output_final_state=output_final_state,
-        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-        cu_seqlens=packed.cu_seqlens,
-    )
-    out = out if packed.cu_seqlens is None else packed.rows(out.squeeze(0))
-    return out, None if states is None else packed.last(states)
+def _of_rows(function: Callable[..., delta_rule.OutputAndState]) -> Callable[..., delta_rule.OutputAndState]:
+    """Let a function of fla that reads sequences take rows of packed documents."""
+
+    @_for_mixers
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> delta_rule.OutputAndState:
+        """Read rows; the last states are those of the rows, as a cache keeps them."""
+        packed = Packed(function.__name__, q.shape[:2], seq_idx, cu_seqlens)
+        tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
+        if packed.first is not None:
+            tensors["g"] = g.masked_fill(packed.first.view(*g.shape[:2], *[1] * (g.dim() - 2)), -math.inf)
+        elif packed.cu_seqlens is not None:
+            tensors = {name: packed.flat(tensor).unsqueeze(0) for name, tensor in tensors.items()}
+        out, states = function(
+            **tensors,
+            initial_state=packed.initial("initial_state", initial_state),
+            output_final_state=output_final_state,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            cu_seqlens=packed.cu_seqlens,
+        )
+        out = out if packed.cu_seqlens is None else packed.rows(out.squeeze(0))
+        return out, None if states is None else packed.last(states)
+
+    return call
 
 
 def _no_fused_mixer(*args: object, **kwargs: object) -> None:
@@ -258,7 +255,6 @@ _CONVOLUTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": _with_any_activation(_for_mixers(causal_conv1d_fn, axis=2)),
     "causal_conv1d_update": _with_any_activation(_for_mixers(causal_conv1d_update)),
 }
-_WITHOUT_AN_OP = ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")
 _FAMILIES: dict[tuple[str, ...], dict[str, Callable[..., Any]]] = {  # by functions that mark one: names in such files
     ("apply_mask_to_padding_states", "causal_conv1d_fn"): {},
     ("mamba_selective_scan",): {
@@ -272,7 +268,11 @@ _FAMILIES: dict[tuple[str, ...], dict[str, Callable[..., Any]]] = {  # by functi
         "mamba2_split_conv1d_scan_combined": _no_fused_mixer,
     },
     ("torch_chunk_gated_delta_rule",): {
-        "torch_chunk_gated_delta_rule": _delta_rule,
+        "torch_chunk_gated_delta_rule": _of_rows(delta_rule.chunk_gated_delta_rule),
         "torch_recurrent_gated_delta_rule": _for_mixers(delta_rule.fused_recurrent_gated_delta_rule),
+    },
+    ("chunk_kimi_delta_attention",): {
+        "chunk_kimi_delta_attention": _of_rows(kda.chunk_kda),
+        "recurrent_kimi_delta_attention": _for_mixers(kda.fused_recurrent_kda),
     },
 }

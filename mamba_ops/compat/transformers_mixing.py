@@ -78,23 +78,14 @@ def current_mixing() -> Mixing | None:
     return _here.mixing
 
 
-def noting(forward: Callable[..., Any], keeps_apart: bool) -> Callable[..., Any]:
-    """Return a mixer's `forward` that notes what it is called with.
-
-    Args:
-        forward: of the mixer.
-        keeps_apart: whether all that it calls keeps documents apart; else they are refused.
-    """
+def noting(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a mixer's `forward` that notes what it is called with."""
     names = list(inspect.signature(forward).parameters)[1:]
 
     @functools.wraps(forward)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
         mixing = _mixing_of(self, given[names[0]], given)
-        if not keeps_apart and (mixing.cu_seqlens is not None or mixing.seq_idx is not None):
-            expected = "none: it calls functions that have no op, and do not keep them apart"
-            name = type(self).__name__
-            raise ValueError(f"{name}: seq_idx, cu_seq_lens_q, position_ids: got packed documents, expected {expected}")
         before, _here.mixing = _here.mixing, mixing
         try:
             return forward(self, *args, **kwargs)
@@ -187,8 +178,7 @@ def telling(forward: Callable[..., Any], is_innermost: bool) -> Callable[..., An
 
     Args:
         forward: of a model, or of a model around one.
-        is_innermost: whether it is no model around one. Its layers are told too, as far as they take keywords: what has
-            no op refuses what it is told.
+        is_innermost: whether it is no model around one. Its layers are told too, as far as they take keywords.
     """
     parameters = inspect.signature(forward).parameters
     names = list(parameters)[1:]

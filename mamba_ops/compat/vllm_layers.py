@@ -5,6 +5,7 @@ of `mamba_ops.layers`. The schemas do not declare that the ops write to the cach
 layer that is not in the context, outputs are zero. Importing this module marks the ops as splitting ops.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,13 +16,12 @@ from mamba_ops.registry import mark_splitting
 from mamba_ops.serving import current_context
 
 
-def _found(name: str) -> tuple[Any, Tensor, Tensor, HasPlan] | None:
+def _found(name: str) -> tuple[Any, Sequence[Tensor], HasPlan] | None:
     """Return a layer, its caches and the plan; None without a plan, or if the layer is not in the context."""
     context = current_context()
     if context.plan is None or context.plan.tensors.counts is None or name not in context.layers:
         return None
-    conv_state, ssm_state = context.caches[name]
-    return context.layers[name], conv_state, ssm_state, context.plan
+    return context.layers[name], context.caches[name], context.plan
 
 
 def _mamba_mixer2(projected_states: Tensor, output: Tensor, layer_name: str) -> None:
@@ -29,9 +29,9 @@ def _mamba_mixer2(projected_states: Tensor, output: Tensor, layer_name: str) -> 
     if (found := _found(layer_name)) is None:
         output.zero_()
         return
-    layer, conv_state, ssm_state, plan = found
+    layer, caches, plan = found
     out = output.view(-1, layer.heads, layer.head_dim)
-    layer.mix(projected_states, conv_state, ssm_state, plan, out=out)
+    layer.mix(projected_states, *caches, plan, out=out)
 
 
 def _mamba_mixer(hidden_states: Tensor, output: Tensor, layer_name: str) -> None:
@@ -39,8 +39,13 @@ def _mamba_mixer(hidden_states: Tensor, output: Tensor, layer_name: str) -> None
     if (found := _found(layer_name)) is None:
         output.zero_()
         return
-    layer, conv_state, ssm_state, plan = found
-    output.copy_(layer(hidden_states, conv_state, ssm_state, plan=plan))
+    layer, caches, plan = found
+    output.copy_(layer(hidden_states, *caches, plan=plan))
+
+
+def _short_conv(hidden_states: Tensor, output: Tensor, layer_name: str) -> None:
+    """Run the whole of a `layers.ShortConv`, projections included; write (tokens, hidden_size) to `output`."""
+    _mamba_mixer(hidden_states, output, layer_name)
 
 
 def _gdn_attention_core_xpu(
@@ -51,14 +56,15 @@ def _gdn_attention_core_xpu(
         core_attn_out.zero_()
         z.zero_()
         return
-    layer, conv_state, ssm_state, plan = found
-    layer.mix(projected_states_qkvz, projected_states_ba, conv_state, ssm_state, plan, z=z, out=core_attn_out)
+    layer, caches, plan = found
+    layer.mix(projected_states_qkvz, projected_states_ba, *caches, plan, z=z, out=core_attn_out)
 
 
 _library = torch.library.Library("mamba_ops_vllm", "FRAGMENT")
 for _body, _schema in {
     _mamba_mixer2: "mamba_mixer2(Tensor projected_states, Tensor(a!) output, str layer_name) -> ()",
     _mamba_mixer: "mamba_mixer(Tensor hidden_states, Tensor(a!) output, str layer_name) -> ()",
+    _short_conv: "short_conv(Tensor hidden_states, Tensor(a!) output, str layer_name) -> ()",
     _gdn_attention_core_xpu: "gdn_attention_core_xpu(Tensor(a!) core_attn_out, Tensor(b!) z, "
     "Tensor projected_states_qkvz, Tensor projected_states_ba, str layer_name) -> ()",
 }.items():
@@ -72,4 +78,5 @@ for _body, _schema in {
 
 mamba_mixer2 = torch.ops.mamba_ops_vllm.mamba_mixer2.default
 mamba_mixer = torch.ops.mamba_ops_vllm.mamba_mixer.default
+short_conv = torch.ops.mamba_ops_vllm.short_conv.default
 gdn_attention_core_xpu = torch.ops.mamba_ops_vllm.gdn_attention_core_xpu.default

@@ -21,7 +21,7 @@ from mamba_ops.distributed.parts import Part, part_of
 from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
 from mamba_ops.layers.mixer import Mixer
 
-M = TypeVar("M", bound=Mixer)
+M = TypeVar("M", bound=Mixer[Any])
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def checkpoint_map(layer: nn.Module, ranks: int) -> CheckpointMap:
     It works on state dicts alone, without a process group: for splitting and merging checkpoints in one process.
 
     Args:
-        layer: a whole Mamba, Mamba2 or GatedDeltaNet, on any device (meta too).
+        layer: a whole one of `mamba_ops.layers`, on any device (meta too).
         ranks: how many ranks share it.
     """
     if (made := getattr(layer, "checkpoint_map", None)) is not None:
@@ -83,15 +83,15 @@ def checkpoint_map(layer: nn.Module, ranks: int) -> CheckpointMap:
 def tensor_parallel(layer: M, mesh: DeviceMesh) -> M:
     """Split a whole layer over the ranks of a mesh, in place, and return it.
 
-    Every rank calls it with the same layer, and then has its part alone: heads (Mamba: channels) evenly, a group of
-    B and C, or a head of q and k, on every rank that has a head of it. Calls stay what they were, with one input and
-    output on all ranks; caches have the rank's heads alone. Outputs and gradients are those of the whole layer: each
-    parameter's gradient is this rank's part, also of what several ranks hold. Each call sums the output once over the
-    ranks, and each backward the gradient of the input; Mamba sums the input of its step sizes, B and C too, Mamba2 with
-    fewer groups than ranks the squares of its norm.
+    Every rank calls it with the same layer, and then has its part alone: heads (Mamba, ShortConv: channels) evenly, a
+    group of B and C, or a head of q and k, on every rank that has a head of it. Calls stay what they were, with one
+    input and output on all ranks; caches have the rank's heads alone. Outputs and gradients are those of the whole
+    layer: each parameter's gradient is this rank's part, also of what several ranks hold. Each call sums the output
+    once over the ranks, and each backward the gradient of the input; Mamba sums the input of its step sizes, B and C
+    too, Mamba2 with fewer groups than ranks the squares of its norm.
 
     Args:
-        layer: a Mamba, Mamba2 or GatedDeltaNet; its parameters are replaced by new ones.
+        layer: one of `mamba_ops.layers`; its parameters are replaced by new ones.
         mesh: one axis; of a mesh with several, `mesh["tp"]`. Any device type and number of ranks.
 
     Returns:
@@ -131,7 +131,7 @@ def tensor_parallel(layer: M, mesh: DeviceMesh) -> M:
     if isinstance(layer, Mamba):
         layer.share = everyone.use
     elif sharers is not None:
-        layer.conv1d = _as(layer.conv1d, SharedTaps, shared=shared["conv1d"])
+        layer.conv1d = _as(layer.get_submodule("conv1d"), SharedTaps, shared=shared["conv1d"])
     layer.checkpoint_map = checkpoint
     return layer
 
@@ -143,7 +143,7 @@ def _as(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> Any:
     return new
 
 
-def _fit_sizes(layer: Mixer) -> None:
+def _fit_sizes(layer: Mixer[Any]) -> None:
     """Let what modules show of their sizes be what they have."""
     for module in layer.children():
         if isinstance(module, nn.Linear):

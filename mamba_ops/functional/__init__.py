@@ -145,3 +145,33 @@ def chunk_gated_delta_rule(
         ValueError: an argument does not fit the others.
     """
     return _call(ops.chunk_gated_delta_rule, q, k, v, g, beta, initial_states, cu_seqlens, scale, qk_l2norm)
+
+
+def chunk_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    qk_l2norm: bool = False,
+    initial_states: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run Kimi Delta Attention over every row's tokens; return their outputs and the rows' last states.
+
+    Differentiable: q, k, v, g, beta and initial_states.
+
+    Args:
+        q, k, v, g, beta, scale, qk_l2norm, cu_seqlens: as for `mamba_ops.chunk_kda`. Outputs of tokens in no row are
+            zero.
+        initial_states: (n, v_heads, v_dim, k_dim), the rows' states before their first token. None: zeros.
+
+    Returns:
+        The outputs, like v, and the final states, as `chunk_gated_delta_rule` does.
+
+    Raises:
+        ValueError: an argument does not fit the others.
+    """
+    return _call(ops.chunk_kda, q, k, v, g, beta, initial_states, cu_seqlens, scale, qk_l2norm)

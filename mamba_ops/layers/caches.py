@@ -1,6 +1,8 @@
-"""The checks that layers make of their two caches, before the convolution writes to one of them."""
+"""The caches of a layer: what they are, and the checks that it makes of them before the first of them is written to."""
 
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -9,71 +11,131 @@ from mamba_ops.registry import check_written, is_plain
 from mamba_ops.registry.errors import in_call_of
 
 
-def require_a_pair(
-    layer: str, mixed: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, sizes: Sequence[int]
-) -> None:
-    """Raise ValueError unless the caches fit together, so that the op after the convolution accepts them too.
+class Cache(NamedTuple):
+    """What a cache holds of one sequence.
 
-    While Dynamo traces it reads only what is known then: nothing of inference tensors, of views that negate their
-    memory, and of overlaps but those of an expanded cache. So nothing of it is in the graph of a call with right
-    caches. In the graph of a call with wrong ones the op `refuse_caches` stands before the convolution: its ValueError
-    reaches the user as it is, and nothing has been written yet.
+    Attributes:
+        sizes: of a slot; of the last inputs of a convolution, `(channels, width - 1)`.
+        is_window: whether it is the last inputs of a convolution; else it is a state.
+    """
+
+    sizes: tuple[int, ...]
+    is_window: bool = False
+
+
+class Caches(Protocol):
+    """The caches of a layer: a NamedTuple of tensors, each with slots as its first axis."""
+
+    def _asdict(self) -> dict[str, Any]:
+        """Return the caches by name."""
+
+
+class ConvAndState(NamedTuple):
+    """The caches of a layer with one convolution and one recurrence.
+
+    Attributes:
+        conv_state: `(slots, channels, width - 1)`, the last inputs of the convolution.
+        ssm_state: `(slots, ...)`, the state of the recurrence.
+    """
+
+    conv_state: Tensor
+    ssm_state: Tensor
+
+
+def require_caches(layer: str, mixed: Tensor, caches: Caches, kinds: Sequence[Cache]) -> None:
+    """Raise ValueError unless a layer's caches fit the first of them, so that ops after the first one accept them too.
+
+    The first op looks at its own cache. While Dynamo traces, what is known then alone is read: nothing of inference
+    tensors, of views that negate their memory, and of overlaps but those of an expanded cache. So nothing of it is in
+    the graph of a call with right caches. In the graph of a call with wrong ones the op `refuse_caches` stands before
+    the first op: its ValueError reaches the user as it is, and nothing has been written yet.
 
     Args:
         layer: its name, for messages of eager calls.
-        mixed: the input of the convolution.
-        conv_state, ssm_state: both caches, or neither.
-        sizes: of one slot of ssm_state.
+        mixed: the input of the first op.
+        caches: all of them, or Nones.
+        kinds: what each of them is.
     """
+    named = caches._asdict()
     if torch.compiler.is_dynamo_compiling():
-        if not _are_a_pair(conv_state, ssm_state, sizes):
-            torch.ops.mamba_ops.refuse_caches(mixed, conv_state, ssm_state, sizes)
+        if not _fit_together(list(named.values()), kinds):
+            torch.ops.mamba_ops.refuse_caches(mixed, list(named.values()), ",".join(named), *_flat(kinds))
         return
+    given = {name: cache for name, cache in named.items() if cache is not None}
     try:
-        if not (_are_tensors(conv_state, ssm_state) and _are_a_pair(conv_state, ssm_state, sizes)):
-            _refuse(mixed, conv_state, ssm_state, sizes)
-        if conv_state is not None and ssm_state is not None and not torch.compiler.is_compiling():
-            check_written({"conv_state": conv_state, "ssm_state": ssm_state})
+        if not (_are_tensors(given.values()) and _fit_together(list(named.values()), kinds)):
+            _refuse(mixed, list(named.values()), ",".join(named), *_flat(kinds))
+        if given and not torch.compiler.is_compiling():
+            check_written(given)
     except ValueError as error:
         raise in_call_of(layer, error) from None
 
 
-def _are_tensors(conv_state: object, ssm_state: object) -> bool:
-    """Whether both are tensors, of one kind: plain ones, or both fake or distributed; or None."""
-    given = [cache for cache in (conv_state, ssm_state) if cache is not None]
-    return all(isinstance(cache, Tensor) for cache in given) and len({is_plain(cache) for cache in given}) <= 1
+def _are_tensors(caches: Any) -> bool:
+    """Whether all are tensors, of one kind: plain ones, or all fake or distributed."""
+    return all(isinstance(cache, Tensor) for cache in caches) and len({is_plain(cache) for cache in caches}) <= 1
 
 
-def _are_a_pair(conv_state: Tensor | None, ssm_state: Tensor | None, sizes: Sequence[int]) -> bool:
-    if conv_state is None or ssm_state is None:
-        return conv_state is ssm_state
+def _fit_together(caches: Sequence[Tensor | None], kinds: Sequence[Cache]) -> bool:
+    first, *others = caches
+    if first is None or any(other is None for other in others):
+        return all(cache is None for cache in caches)
+    return all(_fits(other, first, kind) for other, kind in zip(others, kinds[1:], strict=True))
+
+
+def _fits(cache: Any, first: Tensor, kind: Cache) -> bool:
+    sizes = kind.sizes
+    if kind.is_window and cache.dim() == 3 and cache.shape[2] >= sizes[1]:  # a longer one is for speculation
+        sizes = (sizes[0], cache.shape[2])
     return (
-        ssm_state.shape == (conv_state.shape[0], *sizes)
-        and ssm_state.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        and ssm_state.device == conv_state.device
-        and not (ssm_state.requires_grad and torch.is_grad_enabled())
-        and not any(step == 0 and size > 1 for step, size in zip(ssm_state.stride(), ssm_state.shape, strict=True))
+        cache.shape == (*first.shape[:1], *sizes)
+        and cache.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        and cache.device == first.device
+        and not (cache.requires_grad and torch.is_grad_enabled())
+        and not any(step == 0 and size > 1 for step, size in zip(cache.stride(), cache.shape, strict=True))
     )
 
 
-def _refuse(mixed: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, sizes: Sequence[int]) -> None:
-    """Raise. `mixed` is declared as mutated, so that the convolution, which reads it, is not moved before this."""
+def _flat(kinds: Sequence[Cache]) -> tuple[list[int], list[int], list[bool]]:
+    """Return what the caches are, as lists of numbers: an op takes no others."""
+    sizes = [size for kind in kinds for size in kind.sizes]
+    return sizes, [len(kind.sizes) for kind in kinds], [kind.is_window for kind in kinds]
 
-    def shown(cache: Tensor | None) -> str:
+
+def _refuse(
+    mixed: Tensor,
+    caches: Sequence[Any],
+    names: str,
+    sizes: Sequence[int],
+    ranks: Sequence[int],
+    are_windows: Sequence[bool],
+) -> None:
+    """Raise. `mixed` is declared as mutated, so that the first op, which reads it, is not moved before this."""
+
+    def shown(cache: Any) -> str:
         if not isinstance(cache, Tensor):
             return "None" if cache is None else f"a {type(cache).__name__}"
         return f"{tuple(cache.shape)} of {cache.dtype} on {cache.device}"
 
+    def expected(name: str, end: int, rank: int, is_window: bool) -> str:
+        *shape, last = map(str, sizes[end - rank : end])
+        return f"{name} (slots, {', '.join([*shape, f'at least {last}' if is_window else last])})"
+
+    kinds = zip(names.split(","), accumulate(ranks), ranks, are_windows, strict=True)
+    others = [expected(*kind) for kind in kinds][1:]
+    got, pair = [shown(cache) for cache in caches], len(caches) == 2
     raise ValueError(
-        f"conv_state, ssm_state: got {shown(conv_state)} and {shown(ssm_state)}, expected neither or a pair: on one "
-        f"device, as many slots, ssm_state (slots, {', '.join(map(str, sizes))}) of a float dtype and, in grad mode, "
-        "one that requires no grad; not expanded; see empty_caches()"
+        f"{names.replace(',', ', ')}: got {', '.join(got[:-1])} and {got[-1]}, expected "
+        f"{'neither or a pair' if pair else 'none or all of them'}: on one device, as many slots, {', '.join(others)} "
+        f"of a float dtype and, in grad mode, {'one that requires' if pair else 'ones that require'} no grad; not "
+        "expanded; see empty_caches()"
     )
 
 
 _library = torch.library.Library("mamba_ops", "FRAGMENT")
 _library.define(
-    "refuse_caches(Tensor(a!) mixed, Tensor? conv_state, Tensor? ssm_state, SymInt[] sizes) -> ()",
+    "refuse_caches(Tensor(a!) mixed, Tensor?[] caches, str names, SymInt[] sizes, int[] ranks, bool[] are_windows) "
+    "-> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("refuse_caches", _refuse, "CompositeExplicitAutograd")

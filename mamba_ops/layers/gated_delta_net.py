@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mamba_ops.layers.caches import require_a_pair
+from mamba_ops.layers.caches import ConvAndState, require_caches
 from mamba_ops.layers.checking import check_layer
-from mamba_ops.layers.mixer import Mixer, Taps, require_silu
+from mamba_ops.layers.mixer import RecurrentMixer, Taps, require_silu
 from mamba_ops.layers.norms import GatedRMSNorm
 from mamba_ops.ops import (
     causal_conv1d,
@@ -23,7 +23,7 @@ from mamba_ops.ops.gated_delta_rule_update.reference import delta_rule_gates
 from mamba_ops.ops.gdn_mixing.reference import unpack
 
 
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(RecurrentMixer):
     """Mix the tokens of each sequence, `(..., hidden_size)` to the same shape, with the gated delta rule.
 
     A call reads sequences from their beginning, or continues them from a cache (prefill); `step` reads the next token
@@ -57,16 +57,8 @@ class GatedDeltaNet(Mixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(hidden_size)
-        sizes = {"hidden_size": hidden_size, "num_k_heads": num_k_heads, "num_v_heads": num_v_heads}
-        sizes |= {"head_k_dim": head_k_dim, "head_v_dim": head_v_dim}
-        dtypes = {"dtype": dtype}
-        check_layer("GatedDeltaNet", sizes=sizes, d_conv=d_conv, numbers={"eps": eps}, dtypes=dtypes, device=device)
-        if num_v_heads % num_k_heads:
-            raise ValueError(f"GatedDeltaNet: num_k_heads: got {num_k_heads}, expected a divisor of {num_v_heads}")
-        self.num_k_heads, self.num_v_heads = num_k_heads, num_v_heads
-        self.head_k_dim, self.head_v_dim, self.interleaved = head_k_dim, head_v_dim, interleaved
-        keys, values = num_k_heads * head_k_dim, num_v_heads * head_v_dim
-        self.convolved = [keys, keys, values]  # q, k and v
+        self._set_sizes(num_k_heads, num_v_heads, head_k_dim, head_v_dim, d_conv, eps, device, dtype)
+        self.interleaved, values = interleaved, self.convolved[-1]
 
         new: dict[str, Any] = {"device": device, "dtype": dtype}
         dim = sum(self.convolved)
@@ -85,6 +77,30 @@ class GatedDeltaNet(Mixer):
         self.out_proj = nn.Linear(values, hidden_size, bias=False, **new)
         self.reset_parameters()
 
+    def _set_sizes(
+        self,
+        num_k_heads: int,
+        num_v_heads: int,
+        head_k_dim: int,
+        head_v_dim: int,
+        d_conv: int,
+        eps: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Check the arguments of the constructor, and keep those that are sizes."""
+        name = type(self).__name__
+        sizes = {"hidden_size": self.hidden_size, "num_k_heads": num_k_heads, "num_v_heads": num_v_heads}
+        sizes |= {"head_k_dim": head_k_dim, "head_v_dim": head_v_dim}
+        dtypes = {"dtype": dtype}
+        check_layer(name, sizes=sizes, d_conv=d_conv, numbers={"eps": eps}, dtypes=dtypes, device=device)
+        if num_v_heads % num_k_heads:
+            raise ValueError(f"{name}: num_k_heads: got {num_k_heads}, expected a divisor of {num_v_heads}")
+        self.num_k_heads, self.num_v_heads = num_k_heads, num_v_heads
+        self.head_k_dim, self.head_v_dim = head_k_dim, head_v_dim
+        keys, values = num_k_heads * head_k_dim, num_v_heads * head_v_dim
+        self.convolved = [keys, keys, values]  # q, k and v
+
     @classmethod
     def from_config(
         cls, config: Any, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -92,12 +108,15 @@ class GatedDeltaNet(Mixer):
         """Return the layer that a config of Transformers describes, with new parameters.
 
         Args:
-            config: a `Qwen3NextConfig` (interleaved) or a `Qwen3_5TextConfig` (not).
+            config: a `Qwen3NextConfig` (interleaved), a `Qwen3_5TextConfig` (not) or an `OlmoHybridConfig` (an
+                `OlmoGatedDeltaNet`).
             device, dtype: of the parameters.
 
         Raises:
             ValueError: the config has another activation than silu, or is none of these.
         """
+        if (own := cls._own_of(config)) is not None:
+            return cast("GatedDeltaNet", own.from_config(config, device=device, dtype=dtype))
         try:
             activation = config.hidden_act
             sizes: dict[str, Any] = {
@@ -133,13 +152,11 @@ class GatedDeltaNet(Mixer):
     def _state(self) -> tuple[int, int, int]:
         return self.num_v_heads, self.head_v_dim, self.head_k_dim
 
-    def _prefill(
-        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: SequenceArgs
-    ) -> Tensor:
-        mixed, z, b, a = self._project(hidden_states, conv_state, ssm_state)
-        q, k, v = self._split(rows.bind(causal_conv1d)(mixed, *self.conv1d(), conv_state=conv_state))
+    def _prefill(self, hidden_states: Tensor, caches: ConvAndState, rows: SequenceArgs) -> Tensor:
+        mixed, z, b, a = self._project(hidden_states, caches)
+        q, k, v = self._split(rows.bind(causal_conv1d)(mixed, *self.conv1d(), conv_state=caches.conv_state))
         g, beta = delta_rule_gates(a, b, self.A_log, self.dt_bias)
-        y = rows.bind(chunk_gated_delta_rule)(q, k, v, g, beta, ssm_state=ssm_state, qk_l2norm=True)
+        y = rows.bind(chunk_gated_delta_rule)(q, k, v, g, beta, ssm_state=caches.ssm_state, qk_l2norm=True)
         return self._output(y, z)
 
     def mix(
@@ -172,26 +189,24 @@ class GatedDeltaNet(Mixer):
             out=out,
         )
 
-    def _forward_plan(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
+    def _forward_plan(self, hidden_states: Tensor, caches: ConvAndState, plan: HasPlan) -> Tensor:
         if self.interleaved:
             qkvz, ba = self.in_proj_qkvz(hidden_states), self.in_proj_ba(hidden_states)
         else:  # compiled, the projections write to their part of the result, and nothing is copied
             qkvz = torch.cat([self.in_proj_qkv(hidden_states), self.in_proj_z(hidden_states)], dim=-1)
             ba = torch.cat([self.in_proj_b(hidden_states), self.in_proj_a(hidden_states)], dim=-1)
         z = qkvz.new_empty(hidden_states.shape[0], self.num_v_heads, self.head_v_dim)
-        return self._output(self.mix(qkvz, ba, conv_state, ssm_state, plan, z=z), z)
+        return self._output(self.mix(qkvz, ba, *caches, plan, z=z), z)
 
-    def _decode(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: DecodeArgs) -> Tensor:
-        mixed, z, b, a = self._project(hidden_states, conv_state, ssm_state)
-        q, k, v = self._split(rows.bind(causal_conv1d_update)(mixed, conv_state, *self.conv1d()))
+    def _decode(self, hidden_states: Tensor, caches: ConvAndState, rows: DecodeArgs) -> Tensor:
+        mixed, z, b, a = self._project(hidden_states, caches)
+        q, k, v = self._split(rows.bind(causal_conv1d_update)(mixed, caches.conv_state, *self.conv1d()))
         y = rows.bind(gated_delta_rule_update)(
-            ssm_state, q, k, v, a=a, b=b, A_log=self.A_log, dt_bias=self.dt_bias, qk_l2norm=True
+            caches.ssm_state, q, k, v, a=a, b=b, A_log=self.A_log, dt_bias=self.dt_bias, qk_l2norm=True
         )
         return self._output(y, z)
 
-    def _project(
-        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def _project(self, hidden_states: Tensor, caches: ConvAndState) -> tuple[Tensor, ...]:
         """Return what is convolved, gate, b and a; refuse caches that the op after the convolution would refuse."""
         if self.interleaved:
             qkvz, ba = self.in_proj_qkvz(hidden_states), self.in_proj_ba(hidden_states)
@@ -200,7 +215,7 @@ class GatedDeltaNet(Mixer):
         else:
             mixed, b, a = (p(hidden_states) for p in (self.in_proj_qkv, self.in_proj_b, self.in_proj_a))
             z = self.in_proj_z(hidden_states).unflatten(-1, (self.num_v_heads, self.head_v_dim))
-        require_a_pair(type(self).__name__, mixed, conv_state, ssm_state, self._state())
+        require_caches(type(self).__name__, mixed, caches, self._kinds())
         return mixed, z, b, a
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mamba_ops.layers.caches import require_a_pair
+from mamba_ops.layers.caches import ConvAndState, require_caches
 from mamba_ops.layers.checking import check_layer
-from mamba_ops.layers.mixer import Mixer, Taps, require_silu
+from mamba_ops.layers.mixer import RecurrentMixer, Taps, require_silu
 from mamba_ops.layers.norms import RMSNorm, upcast
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba_mixing, selective_scan, selective_state_update
 from mamba_ops.ops._common.sequences import DecodeArgs, HasPlan, SequenceArgs
@@ -17,7 +17,7 @@ from mamba_ops.ops._common.sequences import DecodeArgs, HasPlan, SequenceArgs
 NORMS = (None, "weightless", "weighted")
 
 
-class Mamba(Mixer):
+class Mamba(RecurrentMixer):
     """Mix the tokens of each sequence, `(..., hidden_size)` to the same shape, with a state space model per channel.
 
     A call reads sequences from their beginning, or continues them from a cache (prefill); `step` reads the next token
@@ -84,12 +84,14 @@ class Mamba(Mixer):
         """Return the layer that a config of Transformers describes, with new parameters.
 
         Args:
-            config: a `MambaConfig`, `FalconMambaConfig` or `JambaConfig`.
+            config: a `MambaConfig`, `FalconMambaConfig`, `JambaConfig` or `ZambaConfig` (a `ZambaMamba`).
             device, dtype: of the parameters.
 
         Raises:
             ValueError: the config has another activation than silu, or is none of these.
         """
+        if (own := cls._own_of(config)) is not None:
+            return cast("Mamba", own.from_config(config, device=device, dtype=dtype))
         try:
             activation = config.hidden_act
             sizes: dict[str, Any]
@@ -137,18 +139,25 @@ class Mamba(Mixer):
     def _state(self) -> tuple[int, int]:
         return self.d_inner, self.dstate
 
-    def _prefill(
-        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: SequenceArgs
-    ) -> Tensor:
-        x, z = self._project(hidden_states, conv_state, ssm_state)
-        x = rows.bind(causal_conv1d)(x, *self.conv1d(), conv_state=conv_state)
+    def _prefill(self, hidden_states: Tensor, caches: ConvAndState, rows: SequenceArgs) -> Tensor:
+        x, z = self._project(hidden_states, caches)
+        x = rows.bind(causal_conv1d)(x, *self.conv1d(), conv_state=caches.conv_state)
         dt, B, C = self._steps(x)
         y = rows.bind(selective_scan)(
-            x, dt, self._A(), B, C, D=self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True, ssm_state=ssm_state
+            x,
+            dt,
+            self._A(),
+            B,
+            C,
+            D=self.D,
+            z=z,
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+            ssm_state=caches.ssm_state,
         )
         return cast(Tensor, self.out_proj(y))
 
-    def _forward_plan(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
+    def _forward_plan(self, hidden_states: Tensor, caches: ConvAndState, plan: HasPlan) -> Tensor:
         if self.checkpoint_map is not None:
             hint = "mamba_mixing projects all channels inside the op; call the layer, or step, without a plan"
             raise ValueError(
@@ -159,8 +168,7 @@ class Mamba(Mixer):
             norms = self.dt_layernorm.weight, self.b_layernorm.weight, self.c_layernorm.weight
         y = plan.tensors.bind(mamba_mixing)(
             self.in_proj(hidden_states),
-            conv_state,
-            ssm_state,
+            *caches,
             *self.conv1d(),
             self.x_proj.weight,
             self.dt_proj.weight,
@@ -173,21 +181,19 @@ class Mamba(Mixer):
         )
         return cast(Tensor, self.out_proj(y))
 
-    def _decode(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: DecodeArgs) -> Tensor:
-        x, z = self._project(hidden_states, conv_state, ssm_state)
-        x = rows.bind(causal_conv1d_update)(x, conv_state, *self.conv1d())
+    def _decode(self, hidden_states: Tensor, caches: ConvAndState, rows: DecodeArgs) -> Tensor:
+        x, z = self._project(hidden_states, caches)
+        x = rows.bind(causal_conv1d_update)(x, caches.conv_state, *self.conv1d())
         dt, B, C = self._steps(x)
         y = rows.bind(selective_state_update)(
-            ssm_state, x, dt, self._A(), B, C, D=self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True
+            caches.ssm_state, x, dt, self._A(), B, C, D=self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True
         )
         return cast(Tensor, self.out_proj(y))
 
-    def _project(
-        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _project(self, hidden_states: Tensor, caches: ConvAndState) -> tuple[Tensor, Tensor]:
         """Return what is convolved and the gate; refuse caches that the op after the convolution would refuse."""
         x, z = cast(Tensor, self.in_proj(hidden_states)).chunk(2, dim=-1)
-        require_a_pair(type(self).__name__, x, conv_state, ssm_state, self._state())
+        require_caches(type(self).__name__, x, caches, self._kinds())
         return x, z
 
     def _steps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mamba_ops.layers.caches import require_a_pair
+from mamba_ops.layers.caches import ConvAndState, require_caches
 from mamba_ops.layers.checking import check_layer
 from mamba_ops.layers.configs import mamba2_sizes
-from mamba_ops.layers.mixer import Mixer, Taps, require_silu
+from mamba_ops.layers.mixer import RecurrentMixer, Taps, require_silu
 from mamba_ops.layers.norms import GatedRMSNorm, upcast
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba2_mixing, mamba_chunk_scan, selective_state_update
 from mamba_ops.ops._common.sequences import DecodeArgs, HasPlan, SequenceArgs
 
 
-class Mamba2(Mixer):
+class Mamba2(RecurrentMixer):
     """Mix the tokens of each sequence, `(..., hidden_size)` to the same shape, with `heads` state space models.
 
     A call reads sequences from their beginning, or continues them from a cache (prefill); `step` reads the next token
@@ -87,13 +87,15 @@ class Mamba2(Mixer):
         """Return the layer that a config of Transformers describes, with new parameters.
 
         Args:
-            config: of Mamba-2, Bamba, GraniteMoeHybrid, Nemotron-H or Zamba2. The chunk size is `mamba_chunk_size`,
-                else `chunk_size`, else the layer's default.
+            config: of Mamba-2, Bamba, Falcon-H1 (a `FalconH1Mamba2`), GraniteMoeHybrid, Nemotron-H or Zamba2. The chunk
+                size is `mamba_chunk_size`, else `chunk_size`, else the layer's default.
             device, dtype: of the parameters.
 
         Raises:
             ValueError: the config has another activation than silu, is of another family, or lacks an attribute.
         """
+        if (own := cls._own_of(config)) is not None:
+            return cast("Mamba2", own.from_config(config, device=device, dtype=dtype))
         activation, sizes = mamba2_sizes(config)
         require_silu("Mamba2", activation)
         return cls(**sizes, device=device, dtype=dtype)
@@ -114,12 +116,10 @@ class Mamba2(Mixer):
     def _state(self) -> tuple[int, int, int]:
         return self.heads, self.head_dim, self.dstate
 
-    def _prefill(
-        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: SequenceArgs
-    ) -> Tensor:
-        gate, mixed, dt = self._project(hidden_states, conv_state, ssm_state)
+    def _prefill(self, hidden_states: Tensor, caches: ConvAndState, rows: SequenceArgs) -> Tensor:
+        gate, mixed, dt = self._project(hidden_states, caches)
         weight, bias = self.conv1d()
-        x, B, C = self._split(rows.bind(causal_conv1d)(mixed, weight, bias, conv_state=conv_state))
+        x, B, C = self._split(rows.bind(causal_conv1d)(mixed, weight, bias, conv_state=caches.conv_state))
         y = rows.bind(mamba_chunk_scan)(
             x,
             dt,
@@ -132,7 +132,7 @@ class Mamba2(Mixer):
             dt_softplus=True,
             dt_min=self.dt_min,
             dt_max=self.dt_max,
-            ssm_state=ssm_state,
+            ssm_state=caches.ssm_state,
         )
         return self._output(y, gate)
 
@@ -159,29 +159,27 @@ class Mamba2(Mixer):
             out=out,
         )
 
-    def _forward_plan(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
+    def _forward_plan(self, hidden_states: Tensor, caches: ConvAndState, plan: HasPlan) -> Tensor:
         projected = cast(Tensor, self.in_proj(hidden_states))
-        y = self.mix(projected, conv_state, ssm_state, plan)
+        y = self.mix(projected, *caches, plan)
         return self._output(y, projected[..., : self.projected[0]])
 
-    def _decode(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: DecodeArgs) -> Tensor:
-        gate, mixed, dt = self._project(hidden_states, conv_state, ssm_state)
+    def _decode(self, hidden_states: Tensor, caches: ConvAndState, rows: DecodeArgs) -> Tensor:
+        gate, mixed, dt = self._project(hidden_states, caches)
         weight, bias = self.conv1d()
-        x, B, C = self._split(rows.bind(causal_conv1d_update)(mixed, conv_state, weight, bias))
+        x, B, C = self._split(rows.bind(causal_conv1d_update)(mixed, caches.conv_state, weight, bias))
         dt_bias: Tensor | None = self.dt_bias
         if limited := self.dt_min > 0 or self.dt_max < math.inf:  # the update has no limits of its own
             dt, dt_bias = functional.softplus(upcast(dt) + upcast(self.dt_bias)).clamp(self.dt_min, self.dt_max), None
         y = rows.bind(selective_state_update)(
-            ssm_state, x, dt, self._A(), B, C, D=self.D, dt_bias=dt_bias, dt_softplus=not limited
+            caches.ssm_state, x, dt, self._A(), B, C, D=self.D, dt_bias=dt_bias, dt_softplus=not limited
         )
         return self._output(y, gate)
 
-    def _project(
-        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def _project(self, hidden_states: Tensor, caches: ConvAndState) -> tuple[Tensor, ...]:
         """Return gate, what is convolved, and dt; refuse caches that the op after the convolution would refuse."""
         gate, mixed, dt = cast(Tensor, self.in_proj(hidden_states)).split(self.projected, dim=-1)
-        require_a_pair(type(self).__name__, mixed, conv_state, ssm_state, self._state())
+        require_caches(type(self).__name__, mixed, caches, self._kinds())
         return gate, mixed, dt
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,116 +1,115 @@
 """What all layers have in common: their calls and their caches."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from mamba_ops.layers.caches import Cache, Caches, ConvAndState
 from mamba_ops.ops._common.checking import floating_dtype, whole_number
 from mamba_ops.ops._common.sequences import NULL_SLOT, DecodeArgs, HasPlan, SequenceArgs
 from mamba_ops.registry import answering
 from mamba_ops.registry.errors import ArgumentTypeError, in_call_of
 
+C = TypeVar("C", bound=Caches)
 
-class Mixer(nn.Module):
+
+class Mixer(nn.Module, Generic[C]):
     """A layer that mixes the tokens of each sequence, `(..., hidden_size)` to the same shape.
 
     A call reads sequences from their beginning, or continues them from a cache (prefill); `step` reads the next token
     of every sequence (decode). Caches are passed in and changed in place; what is returned is the output.
+
+    A layer says what its caches are: `Caches`, a NamedTuple of any number of them, and `_kinds`. Its `forward` and its
+    `step` take them by their names, and hand them to `_read` and `_decode`.
     """
 
-    conv1d: "Taps"
+    Caches: type[C]
+    """The NamedTuple of the layer's caches; in a call without caches each of them is None."""
     out_proj: nn.Linear
+    step: Callable[..., Tensor]
+    """Reads the next token of every sequence."""
     share: Callable[[Tensor], Tensor] = staticmethod(lambda tensor: tensor)
     """Called with what heads share; `mamba_ops.distributed` sets it where heads are on several ranks."""
     checkpoint_map: Any = None
     """Which part of a whole layer this is; `mamba_ops.distributed` sets it."""
+    is_divisible: ClassVar[bool] = True
+    """Whether `mamba_ops.distributed` can put its heads on several ranks."""
+    _of_models: ClassVar[dict[str, type[Any]]] = {}
+
+    def __init_subclass__(cls, of_model: str | None = None, **more: Any) -> None:
+        """Note a layer of its own of a model of Transformers, by the model_type of its config."""
+        super().__init_subclass__(**more)
+        if of_model is not None:
+            Mixer._of_models[of_model] = cls
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.hidden_size = hidden_size
 
+    @classmethod
+    def _own_of(cls, config: Any) -> type[Any] | None:
+        """Return the kind of this layer that a config's model has to itself, if there is one."""
+        own = Mixer._of_models.get(getattr(config, "model_type", ""))
+        return own if own is not None and own is not cls and issubclass(own, cls) else None
+
     def empty_caches(
-        self, slots: int, *, dtype: torch.dtype | None = None, state_dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, Tensor]:
-        """Return a `(conv_state, ssm_state)` of zeros for `slots` sequences, on the parameters' device.
+        self,
+        slots: int,
+        *,
+        dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        columns: int = 1,
+    ) -> C:
+        """Return the layer's caches, of zeros, for `slots` sequences, on the parameters' device.
+
+        They are a NamedTuple: `conv_state, ssm_state = layer.empty_caches(4)`, `layer(hidden, *caches)`.
 
         Args:
             slots: how many sequences they hold.
-            dtype: of conv_state; None: that of the parameters.
-            state_dtype: of ssm_state, which sums over a whole sequence.
+            dtype: of what is kept of inputs (conv_state); None: that of the parameters.
+            state_dtype: of states (ssm_state), which sum over a whole sequence.
+            columns: the most tokens of a speculative decode, as for plans. Any but the first may be discarded, so a
+                convolution keeps `columns - 1` more inputs.
 
         Raises:
-            ValueError: slots is no whole number, or a dtype is none of floating-point numbers.
+            ValueError: a number is no whole number, or a dtype is none of floating-point numbers.
         """
         try:
             whole_number("slots", slots, least=0)
+            whole_number("columns", columns)
             floating_dtype("dtype", dtype)
             floating_dtype("state_dtype", state_dtype)
         except ValueError as error:
             raise in_call_of(type(self).__name__, error) from None
-        weight = self.conv1d.weight
-        dim, _, d_conv = weight.shape
-        conv_state = weight.new_zeros((slots, d_conv - 1, dim), dtype=dtype).transpose(1, 2)  # dense channels
-        return conv_state, weight.new_zeros((slots, *self._state()), dtype=state_dtype)
+        like, found = self._like(), []
+        for sizes, is_window in self._kinds():
+            if is_window:
+                channels, length = sizes
+                window = like.new_zeros((slots, length + columns - 1, channels), dtype=dtype)
+                found.append(window.transpose(1, 2))  # dense channels
+            else:
+                found.append(like.new_zeros((slots, *sizes), dtype=state_dtype))
+        return self.Caches(*found)
 
-    @answering
-    def forward(
-        self,
-        hidden_states: Tensor,
-        conv_state: Tensor | None = None,
-        ssm_state: Tensor | None = None,
-        *,
-        plan: HasPlan | None = None,
-        slots: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        has_initial_state: Tensor | None = None,
-        null_slot: int = NULL_SLOT,
-    ) -> Tensor:
-        """Read sequences and return their output; with caches, store each sequence's last state there.
+    def _read(self, hidden_states: Tensor, plan: HasPlan | None, rows: SequenceArgs, *caches: Tensor | None) -> Tensor:
+        """Answer a call of the layer, `forward`."""
+        if plan is None:
+            self._check_call(hidden_states, rows.null_slot)
+            return self._prefill(hidden_states, self.Caches(*caches), rows)
+        if not hasattr(plan, "tensors"):
+            raise self._wrong("plan", f"a {type(plan).__name__}", "a mamba_ops.serving.Plan")
+        if any(cache is None for cache in caches):
+            which = {1: "its cache", 2: "both caches"}.get(len(caches), "all caches")
+            raise self._wrong("plan", "a plan without caches", f"{which}; see empty_caches()")
+        self._check_call(hidden_states, rows.null_slot)
+        return self._forward_plan(hidden_states, self.Caches(*caches), plan)
 
-        With a plan, the tokens are those of an engine's step: some sequences decode, others are prefilled.
-
-        Args:
-            hidden_states: `(batch, length, hidden_size)`, or packed `(tokens, hidden_size)` with `cu_seqlens`.
-            conv_state, ssm_state: caches as `empty_caches` makes them, both or neither. Mutated.
-            plan: a `mamba_ops.serving.Plan` of packed tokens, in place of the arguments after it. What is returned for
-                padding tokens has no meaning.
-            slots: int32 or int64 `(>= n,)`: the slot of sequence i in the caches. None: slot i.
-            cu_seqlens: int32 or int64 `(n + 1,)`: sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1]. What
-                is returned for tokens after the last sequence has no meaning.
-            has_initial_state: bool `(n,)`: sequence i continues from its state in the caches. None: none does.
-            null_slot: a sequence with this slot, or a negative one, is padding: it is not mixed, no cache is touched.
-        """
-        if plan is not None:
-            if not hasattr(plan, "tensors"):
-                raise self._wrong("plan", f"a {type(plan).__name__}", "a mamba_ops.serving.Plan")
-            if conv_state is None or ssm_state is None:
-                raise self._wrong("plan", "a plan without caches", "both caches; see empty_caches()")
-            self._check_call(hidden_states, null_slot)
-            return self._forward_plan(hidden_states, conv_state, ssm_state, plan)
-        self._check_call(hidden_states, null_slot)
-        rows = SequenceArgs(slots, cu_seqlens, has_initial_state, null_slot)
-        return self._prefill(hidden_states, conv_state, ssm_state, rows)
-
-    @answering
-    def step(
-        self,
-        hidden_states: Tensor,
-        conv_state: Tensor,
-        ssm_state: Tensor,
-        *,
-        slots: Tensor | None = None,
-        null_slot: int = NULL_SLOT,
-    ) -> Tensor:
-        """Read the next token of every sequence, advance the caches in place and return the tokens' output.
-
-        Args:
-            hidden_states: `(n, hidden_size)`, or the next few tokens of every sequence `(n, length, hidden_size)`.
-            conv_state, ssm_state, slots, null_slot: as for a call of the layer.
-        """
-        self._check_call(hidden_states, null_slot)
-        return self._decode(hidden_states, conv_state, ssm_state, DecodeArgs(slots, null_slot=null_slot))
+    def _advance(self, hidden_states: Tensor, rows: DecodeArgs, *caches: Tensor) -> Tensor:
+        """Answer a call of `step`."""
+        self._check_call(hidden_states, rows.null_slot)
+        return self._decode(hidden_states, self.Caches(*caches), rows)
 
     def _check_call(self, hidden_states: Tensor, null_slot: int) -> None:
         """Raise the error that the projection would raise in words of its own, or only the op after the convolution.
@@ -140,19 +139,88 @@ class Mixer(nn.Module):
 
     # -- what a layer implements; `rows` binds the convolution and the recurrence -------------------------------------
 
+    def _like(self) -> Tensor:
+        """Return a parameter with the device and the dtype of the layer's parameters."""
+        raise NotImplementedError
+
+    def _kinds(self) -> tuple[Cache, ...]:
+        """Return what each of the layer's caches is."""
+        raise NotImplementedError
+
+    def _prefill(self, hidden_states: Tensor, caches: C, rows: SequenceArgs) -> Tensor:
+        raise NotImplementedError
+
+    def _decode(self, hidden_states: Tensor, caches: C, rows: DecodeArgs) -> Tensor:
+        raise NotImplementedError
+
+    def _forward_plan(self, hidden_states: Tensor, caches: C, plan: HasPlan) -> Tensor:
+        raise NotImplementedError
+
+
+class RecurrentMixer(Mixer[ConvAndState]):
+    """A mixer with one convolution and one recurrence."""
+
+    Caches = ConvAndState
+    conv1d: "Taps"
+
+    @answering
+    def forward(
+        self,
+        hidden_states: Tensor,
+        conv_state: Tensor | None = None,
+        ssm_state: Tensor | None = None,
+        *,
+        plan: HasPlan | None = None,
+        slots: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        has_initial_state: Tensor | None = None,
+        null_slot: int = NULL_SLOT,
+    ) -> Tensor:
+        """Read sequences and return their output; with caches, store each sequence's last state there.
+
+        With a plan, the tokens are those of an engine's step: some sequences decode, others are prefilled.
+
+        Args:
+            hidden_states: `(batch, length, hidden_size)`, or packed `(tokens, hidden_size)` with `cu_seqlens`.
+            conv_state, ssm_state: caches as `empty_caches` makes them, both or neither. Mutated.
+            plan: a `mamba_ops.serving.Plan` of packed tokens, in place of the arguments after it. What is returned for
+                padding tokens has no meaning.
+            slots: int32 or int64 `(>= n,)`: the slot of sequence i in the caches. None: slot i.
+            cu_seqlens: int32 or int64 `(n + 1,)`: sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1]. What
+                is returned for tokens after the last sequence has no meaning.
+            has_initial_state: bool `(n,)`: sequence i continues from its state in the caches. None: none does.
+            null_slot: a sequence with this slot, or a negative one, is padding: it is not mixed, no cache is touched.
+        """
+        rows = SequenceArgs(slots, cu_seqlens, has_initial_state, null_slot)
+        return self._read(hidden_states, plan, rows, conv_state, ssm_state)
+
+    @answering
+    def step(
+        self,
+        hidden_states: Tensor,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        *,
+        slots: Tensor | None = None,
+        null_slot: int = NULL_SLOT,
+    ) -> Tensor:
+        """Read the next token of every sequence, advance the caches in place and return the tokens' output.
+
+        Args:
+            hidden_states: `(n, hidden_size)`, or the next few tokens of every sequence `(n, length, hidden_size)`.
+            conv_state, ssm_state, slots, null_slot: as for a call of the layer.
+        """
+        return self._advance(hidden_states, DecodeArgs(slots, null_slot=null_slot), conv_state, ssm_state)
+
+    def _like(self) -> Tensor:
+        return self.conv1d.weight
+
+    def _kinds(self) -> tuple[Cache, ...]:
+        channels, _, width = self.conv1d.weight.shape
+        return Cache((channels, width - 1), is_window=True), Cache(self._state())
+
     def _state(self) -> tuple[int, ...]:
         """Return the sizes of one slot of ssm_state."""
-        raise NotImplementedError
-
-    def _prefill(
-        self, hidden_states: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, rows: SequenceArgs
-    ) -> Tensor:
-        raise NotImplementedError
-
-    def _decode(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, rows: DecodeArgs) -> Tensor:
-        raise NotImplementedError
-
-    def _forward_plan(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan) -> Tensor:
         raise NotImplementedError
 
 

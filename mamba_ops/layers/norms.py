@@ -13,10 +13,17 @@ class GatedRMSNorm(nn.Module):
     """`gated_rms_norm` with a weight as parameter."""
 
     def __init__(
-        self, size: int, *, groups: int = 1, eps: float = 1e-5, norm_before_gate: bool = False, **new: Any
+        self,
+        size: int,
+        *,
+        groups: int = 1,
+        eps: float = 1e-5,
+        norm_before_gate: bool = False,
+        activation: str = "silu",
+        **new: Any,
     ) -> None:
         super().__init__()
-        self.groups, self.eps, self.norm_before_gate = groups, eps, norm_before_gate
+        self.groups, self.eps, self.norm_before_gate, self.activation = groups, eps, norm_before_gate, activation
         self.weight = nn.Parameter(torch.empty(size, **new))
         self.reset_parameters()
 
@@ -30,11 +37,13 @@ class GatedRMSNorm(nn.Module):
 
     def norm(self, x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
         """Do it with this weight."""
-        return gated_rms_norm(x, gate, weight, groups=self.groups, eps=self.eps, norm_before_gate=self.norm_before_gate)
+        options: dict[str, Any] = {"norm_before_gate": self.norm_before_gate, "activation": self.activation}
+        return gated_rms_norm(x, gate, weight, groups=self.groups, eps=self.eps, **options)
 
     def extra_repr(self) -> str:
         """Return the sizes."""
         first = ", norm_before_gate=True" if self.norm_before_gate else ""
+        first += "" if self.activation == "silu" else f", activation={self.activation!r}"
         return f"{self.weight.shape[0]}, groups={self.groups}, eps={self.eps}{first}"
 
 
@@ -60,7 +69,14 @@ class RMSNorm(nn.Module):
 
 
 def gated_rms_norm(
-    x: Tensor, gate: Tensor, weight: Tensor, *, groups: int = 1, eps: float = 1e-5, norm_before_gate: bool = False
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    *,
+    groups: int = 1,
+    eps: float = 1e-5,
+    norm_before_gate: bool = False,
+    activation: str = "silu",
 ) -> Tensor:
     """Return rms_norm(x * silu(gate)) * weight, or rms_norm(x) * weight * silu(gate) with norm_before_gate.
 
@@ -72,8 +88,9 @@ def gated_rms_norm(
         groups: how many groups of consecutive channels; each is normalised separately.
         eps: added to the mean square.
         norm_before_gate: whether the norm comes first.
+        activation: of the gate: "silu" or "sigmoid".
     """
-    h, factor = upcast(x), functional.silu(upcast(gate))
+    h, factor = upcast(x), torch.sigmoid(upcast(gate)) if activation == "sigmoid" else functional.silu(upcast(gate))
     if not norm_before_gate:
         h = h * factor
     h = h.unflatten(-1, (groups, -1))

@@ -27,12 +27,13 @@ class StatePool:
     initial state in their `Plan`.
 
     Attributes:
-        caches: by layer, its caches: `layer(hidden, *pool.caches["layers.0"], plan=plan)`.
+        caches: by layer, its caches: `layer(hidden, *pool.caches["layers.0"], plan=plan)`. A layer's NamedTuple of
+            caches is one here, too.
         slots: how many there are.
         null_slot: the slot of padding rows, never allocated; negative if none is reserved.
     """
 
-    caches: dict[str, tuple[Tensor, ...]]
+    caches: dict[str, tuple[Any, ...]]
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class StatePool:
             raise ValueError(f"StatePool: slots: got {slots} with null_slot {null_slot}, expected more than that")
         _check_mapping("templates", templates, "its caches, as layer.empty_caches(0)", _is_template)
         self.slots, self.null_slot = slots, null_slot
-        self.caches = {name: _pages(tuple(states), slots, page_bytes) for name, states in templates.items()}
+        self.caches = {name: _pages(states, slots, page_bytes) for name, states in templates.items()}
         self._free = [slot for slot in reversed(range(slots)) if slot != null_slot]
         self._allocated: set[int] = set()
 
@@ -70,17 +71,17 @@ class StatePool:
         *,
         page_bytes: int = 0,
         null_slot: int = NULL_SLOT,
-        **dtypes: torch.dtype,
+        **options: Any,
     ) -> "StatePool":
         """Return a pool for some layers.
 
         Args:
             layers: by name, modules with a method `empty_caches(slots)`, as the layers in `mamba_ops.layers` have it.
             slots, page_bytes, null_slot: as above.
-            dtypes: `dtype` and `state_dtype`, for `empty_caches`.
+            options: `dtype`, `state_dtype` and `columns`, for `empty_caches`.
         """
         _check_mapping("layers", layers, "a layer with empty_caches()", lambda layer: hasattr(layer, "empty_caches"))
-        templates = {name: layer.empty_caches(0, **dtypes) for name, layer in layers.items()}
+        templates = {name: layer.empty_caches(0, **options) for name, layer in layers.items()}
         return cls(templates, slots, page_bytes=page_bytes, null_slot=null_slot)
 
     @property
@@ -138,8 +139,8 @@ def _is_template(states: Any) -> bool:
     return isinstance(states, Sequence) and all(isinstance(t, Tensor) and t.dim() for t in states)
 
 
-def _pages(states: tuple[Tensor, ...], slots: int, page_bytes: int) -> tuple[Tensor, ...]:
-    """Return one layer's caches, as views of its pages."""
+def _pages(states: Sequence[Tensor], slots: int, page_bytes: int) -> tuple[Any, ...]:
+    """Return one layer's caches, as views of its pages; a NamedTuple for one."""
     starts, end = [], 0
     for state in states:
         starts.append(end)
@@ -155,7 +156,8 @@ def _pages(states: tuple[Tensor, ...], slots: int, page_bytes: int) -> tuple[Ten
         cache = typed.as_strided((slots, *state.shape[1:]), strides, start // size)
         torch._dynamo.mark_static_address(cache, guard=False)
         caches.append(cache)
-    return tuple(caches)
+    named: Callable[[list[Tensor]], tuple[Tensor, ...]] = getattr(type(states), "_make", tuple)
+    return named(caches)
 
 
 def _dense_strides(state: Tensor) -> list[int]:

@@ -180,7 +180,7 @@ def _layers(backend: str) -> Iterator[Target]:
         hidden = torch.randn(2, 5, 16, generator=generator)
         packed = {"hidden_states": hidden.view(10, 16), "cu_seqlens": torch.tensor([0, 7, 10])}
         bases = [
-            functools.partial(copy.deepcopy, {"hidden_states": hidden, "conv_state": None, "ssm_state": None}),
+            functools.partial(copy.deepcopy, {"hidden_states": hidden, **dict.fromkeys(layer.Caches._fields)}),
             functools.partial(copy.deepcopy, packed),
         ]
         target = Target(type(layer).__name__, on(backend, call), bases, truth, inside=INSIDE)
@@ -190,6 +190,7 @@ def _layers(backend: str) -> Iterator[Target]:
 DIFFERENTIABLE = {
     "mamba_ops.compat.causal_conv1d": ("causal_conv1d_fn",),
     "mamba_ops.compat.fla.delta_rule": ("chunk_gated_delta_rule",),
+    "mamba_ops.compat.fla.kda": ("chunk_kda",),
     "mamba_ops.compat.fla.norms": ("l2norm",),
     "mamba_ops.compat.mamba_ssm.parts": ("mamba_inner_fn",),
     "mamba_ops.compat.mamba_ssm.scans": ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"),

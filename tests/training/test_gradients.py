@@ -67,6 +67,7 @@ def test_every_input_of_every_sample_in_float64(op: Op[...]) -> None:
 TINY = {
     "causal_conv1d": {"dim": 2, "length": 4},
     "chunk_gated_delta_rule": {"k_heads": 1, "v_heads": 2, "k_dim": 2, "v_dim": 2, "length": 4},
+    "chunk_kda": {"k_heads": 1, "v_heads": 2, "k_dim": 2, "v_dim": 2, "length": 4},
     "selective_scan": {"dim": 4, "dstate": 2, "length": 4},
     "mamba_chunk_scan": {"heads": 2, "dim": 2, "dstate": 3, "groups": 1, "chunk_size": 4},
 }

@@ -36,9 +36,10 @@ def dense(op: Op[...], length: int = 12, dtype: torch.dtype = torch.float32) -> 
         call = {name: tensor(2, length, 8) for name in ("x", "dt", "z")} | {"dt_bias": tensor(8), "dt_softplus": True}
         call |= {"A": (-tensor(8, 4).detach().exp()).requires_grad_(), "D": tensor(8)}
         return {**call, "B": tensor(2, length, 4), "C": tensor(2, length, 4)}
-    if op.name == "chunk_gated_delta_rule":
+    if op.name in ("chunk_gated_delta_rule", "chunk_kda"):
         call = {"q": tensor(2, length, 2, 8), "k": tensor(2, length, 2, 8), "v": tensor(2, length, 4, 8)}
-        call["g"] = (-tensor(2, length, 4).detach().abs()).requires_grad_()
+        channels = (8,) if op.name == "chunk_kda" else ()
+        call["g"] = (-tensor(2, length, 4, *channels).detach().abs()).requires_grad_()
         return {**call, "beta": tensor(2, length, 4).detach().sigmoid().requires_grad_(), "qk_l2norm": True}
     assert op.name == "mamba_chunk_scan", f"say here how {op.name} is called"
     call = {"x": tensor(2, length, 4, 8), "dt": tensor(2, length, 4), "A": (-tensor(4).detach().exp()).requires_grad_()}

@@ -1,4 +1,4 @@
-"""The gated delta rule with decays, or shares that are written, of single channels: no op has it."""
+"""The gated delta rule with decays, or shares that are written, of single channels of values: no op has it."""
 
 import torch
 from torch import Tensor

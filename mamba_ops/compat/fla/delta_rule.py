@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 from mamba_ops import ops
 from mamba_ops.compat.arguments import check_states, floating, refuse, upcast, with_states, without_gradients
 from mamba_ops.compat.fla.channels import by_channel
-from mamba_ops.registry import answering, use_backend
+from mamba_ops.registry import Op, answering, use_backend
 
 OutputAndState = tuple[Tensor, Tensor | None]
 
@@ -73,14 +73,23 @@ def chunk_gated_delta_rule(
     refuse(name, cp_context=cp_context, **others)
     if chunk_size not in (16, 32, 64):
         raise ValueError(f"{name}: chunk_size: got {chunk_size}, expected 16, 32 or 64")
-    state_v_first = _layout(name, state_v_first, transpose_state_layout)
+    state_v_first = layout_of(name, state_v_first, transpose_state_layout)
     g = _decay(name, g, use_gate_in_kernel, A_log, dt_bias)
-    beta = _beta(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    beta = beta_of(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens, "qk_l2norm": use_qk_l2norm_in_kernel}
-    return _on_states(name, (q, k, v, g, beta), initial_state, output_final_state, state_v_first, **options)
+    return on_states(
+        name,
+        ops.chunk_gated_delta_rule,
+        (q, k, v, g, beta),
+        initial_state,
+        output_final_state,
+        state_v_first,
+        **options,
+    )
 
 
-def _layout(function: str, v_first: bool, older: bool | None) -> bool:
+def layout_of(function: str, v_first: bool, older: bool | None) -> bool:
+    """Return `state_v_first`, which may be given by its older name."""
     if older is None:
         return v_first
     if v_first:
@@ -121,18 +130,18 @@ def fused_recurrent_gated_delta_rule(
     Args:
         g, beta: None: nothing decays, values are written whole. beta may be `(batch, length, v_heads, v_dim)`.
         gk, gv: logs of decays of the keys' channels, `(batch, length, v_heads, k_dim)`, and of the values' ones. With
-            these, or a beta of channels, it is read in torch's own functions, token by token.
+            gv, or a beta of channels, it is read in torch's own functions, token by token.
 
     The other arguments are those of `chunk_gated_delta_rule`.
     """
     name = "fused_recurrent_gated_delta_rule"
     refuse(name, **others)
-    state_v_first = _layout(name, state_v_first, transpose_state_layout)
+    state_v_first = layout_of(name, state_v_first, transpose_state_layout)
     if g is None and use_gate_in_kernel:
         raise ValueError(f"{name}: g: got None with use_gate_in_kernel, expected what goes through the gate")
-    if gk is not None or gv is not None or (beta is not None and beta.dim() == v.dim()):
+    if gv is not None or (beta is not None and beta.dim() == v.dim()):
         g = None if g is None else _decay(name, g, use_gate_in_kernel, A_log, dt_bias)
-        beta = None if beta is None else _beta(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+        beta = None if beta is None else beta_of(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
         out, states = by_channel(
             name, (q, k, v), (g, gk, gv, beta), scale, initial_state, use_qk_l2norm_in_kernel, state_v_first, cu_seqlens
         )
@@ -140,14 +149,22 @@ def fused_recurrent_gated_delta_rule(
     zeros = v.new_zeros(v.shape[:-1])
     g = zeros if g is None else _decay(name, g, use_gate_in_kernel, A_log, dt_bias)
     if beta is None:
-        _beta(name, zeros, use_beta_sigmoid_in_kernel, allow_neg_eigval)
-    beta = zeros + 1 if beta is None else _beta(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+        beta_of(name, zeros, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    beta = zeros + 1 if beta is None else beta_of(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens, "qk_l2norm": use_qk_l2norm_in_kernel}
-    return _on_states(name, (q, k, v, g, beta), initial_state, output_final_state, state_v_first, **options)
+    op = ops.gated_delta_rule_update if gk is None else ops.kda_update
+    if gk is not None:
+        floating(name, gk=gk, g=g)
+        if gk.shape != (*g.shape, q.shape[-1]):
+            expected = f"{(*g.shape, q.shape[-1])}, as v has heads and q has channels"
+            raise ValueError(f"{name}: gk: got shape {tuple(gk.shape)}, expected {expected}")
+        g = gk.to(upcast(gk)) + g.unsqueeze(-1)
+    return on_states(name, op, (q, k, v, g, beta), initial_state, output_final_state, state_v_first, **options)
 
 
-def _on_states(
+def on_states(
     function: str,
+    op: Op[...],
     tensors: tuple[Tensor, ...],
     initial: Tensor | None,
     keep: bool,
@@ -156,7 +173,7 @@ def _on_states(
     cu_seqlens: Tensor | None,
     **options: Any,
 ) -> OutputAndState:
-    """Run the op of a function on q, k, v, g, beta; return its output, and the last states if they are to be kept."""
+    """Run an op on q, k, v, g, beta for a function; return its output, and the last states if they are to be kept."""
     q, _, v, *_ = tensors
     floating(function, q=q)
     if cu_seqlens is not None and q.shape[0] != 1:
@@ -171,16 +188,16 @@ def _on_states(
     if cu_seqlens is not None:
         tensors, options["cu_seqlens"] = tuple(t.squeeze(0) for t in tensors), cu_seqlens
     states: Tensor | None = None
-    if function == "fused_recurrent_gated_delta_rule":
+    if op in (ops.gated_delta_rule_update, ops.kda_update):
         states = q.new_zeros(shape, dtype=upcast(q)) if initial is None else initial.to(upcast(q), copy=True)
         *rest, g, beta = tensors
-        out = ops.gated_delta_rule_update(states, *rest, g=g, beta=beta, **options)
+        out = op(states, *rest, g=g, beta=beta, **options)
     elif initial is None and not keep:
-        out = ops.chunk_gated_delta_rule(*tensors, **options)
+        out = op(*tensors, **options)
     else:
         given: dict[str, Any] = {"cache": "ssm_state", "shape": shape, "dtype": upcast(q)}
         given["initial"] = ("initial_state", initial)
-        out, states = with_states(function, ops.chunk_gated_delta_rule, *tensors, **given, **options)
+        out, states = with_states(function, op, *tensors, **given, **options)
     if states is not None and not v_first:
         states = states.transpose(-1, -2).contiguous()
     return out if cu_seqlens is None else out.unsqueeze(0), states if keep else None
@@ -196,7 +213,8 @@ def _decay(function: str, g: Tensor, raw: bool, A_log: Tensor | None, dt_bias: T
     return -A_log.to(g.dtype).exp() * softplus(g if dt_bias is None else g + dt_bias)
 
 
-def _beta(function: str, beta: Tensor, raw: bool, twice: bool) -> Tensor:
+def beta_of(function: str, beta: Tensor, raw: bool, twice: bool) -> Tensor:
+    """Return how much of each value is written, given that or its logit."""
     if twice and not raw:
         expected = "it with use_beta_sigmoid_in_kernel, whose sigmoid it doubles"
         raise ValueError(f"{function}: allow_neg_eigval: got True, expected {expected}")

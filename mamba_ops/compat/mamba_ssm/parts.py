@@ -3,9 +3,8 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad, silu, softplus
+from torch.nn.functional import linear, softplus
 
 from mamba_ops.compat.arguments import States, floating, numbers, only, upcast
 from mamba_ops.compat.causal_conv1d import causal_conv1d_fn
@@ -48,7 +47,7 @@ def mamba_inner_fn(
     Args:
         xz: `(batch, 2 * dim, length)`: what is convolved, and the gate.
         conv1d_weight, conv1d_bias: `(dim, 1, width)` and `(dim,)`.
-        x_proj_weight: `(rank + 2 * dstate, dim)`: to the step's low rank, B and C.
+        x_proj_weight: `(rank + 2 * dstate, dim)`: to the step's low rank, B and C; of B and C without what is given.
         delta_proj_weight: `(dim, rank)`.
         out_proj_weight, out_proj_bias: `(out, dim)` and `(out,)`.
         A: `(dim, dstate)`.
@@ -74,7 +73,11 @@ def mamba_inner_fn(
     x, z = xz.chunk(2, dim=1)
     packed: dict[str, Any] = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
     x = only(causal_conv1d_fn(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu", **packed))
-    step, own_B, own_C = linear(x.transpose(1, 2), x_proj_weight).split([rank, dstate, dstate], dim=-1)
+    rows = [rank, dstate if B is None else 0, dstate if C is None else 0]
+    if x_proj_weight.shape[0] != sum(rows):
+        expected = f"{sum(rows)}: the step's rank, and dstate for each of B and C that is not given"
+        raise ValueError(f"{name}: x_proj_weight: got {x_proj_weight.shape[0]} rows, expected {expected}")
+    step, own_B, own_C = linear(x.transpose(1, 2), x_proj_weight).split(rows, dim=-1)
     dt = linear(step, delta_proj_weight)
     if dt_rms_weight is not None:
         dt = rms_norm(dt, dt_rms_weight, b_c_dt_rms_eps)
@@ -171,88 +174,6 @@ def ssd_selective_scan(
     )
     out: Tensor = only(y).transpose(1, 2).unflatten(-1, (heads, dim))
     return out
-
-
-# -- the steps of a chunked scan, one by one, in torch's own functions ------------------------------------------------
-
-
-def _in_chunks(tokens: Tensor, chunks: int, size: int, heads: int, dtype: torch.dtype) -> Tensor:
-    """Return `(batch, length, heads or groups, n)` as `(batch, chunks, size, heads, n)`, padded with zeros."""
-    tokens = pad(tokens.to(dtype), (0, 0, 0, 0, 0, chunks * size - tokens.shape[1]))
-    pieces: Tensor = tokens.unflatten(1, (chunks, size))
-    return pieces.repeat_interleave(heads // tokens.shape[2], dim=3)
-
-
-@answering
-def chunk_state(B: Tensor, x: Tensor, dt: Tensor, dA_cumsum: Tensor, states_in_fp32: bool = True) -> Tensor:
-    """Return what each chunk leaves of nothing, `(batch, chunks, heads, dim, dstate)`.
-
-    Args:
-        B: `(batch, length, groups, dstate)`.
-        x: `(batch, length, heads, dim)`.
-        dt, dA_cumsum: `(batch, heads, chunks, chunk_size)`: steps, and the sums of dt * A from the chunk's begin.
-        states_in_fp32: whether the states are float32, else of B's dtype.
-    """
-    floating("chunk_state", B=B, x=x, dt=dt, dA_cumsum=dA_cumsum)
-    compute, (chunks, size), heads = upcast(x), dt.shape[2:], x.shape[2]
-    b, u = (_in_chunks(t, chunks, size, heads, compute) for t in (B, x))
-    left = torch.exp((dA_cumsum[..., -1:] - dA_cumsum).to(compute)) * dt.to(compute)
-    states = torch.einsum("bclhn,bhcl,bclhp->bchpn", b, left, u)
-    return states if states_in_fp32 else states.to(B.dtype)
-
-
-@answering
-def state_passing(states: Tensor, dA_chunk_cumsum: Tensor, initial_states: Tensor | None = None) -> States:
-    """Return the states before each chunk, `(batch, chunks, heads, n)`, and those after the last, `(batch, heads, n)`.
-
-    Args:
-        states: `(batch, chunks, heads, n)`, what each chunk leaves of nothing.
-        dA_chunk_cumsum: `(batch, heads, chunks)`, the sum of dt * A over each chunk.
-        initial_states: `(batch, heads, n)`; None: zeros.
-    """
-    floating("state_passing", states=states, dA_chunk_cumsum=dA_chunk_cumsum)
-    compute = upcast(states)
-    state = torch.zeros_like(states[:, 0], dtype=compute) if initial_states is None else initial_states.to(compute)
-    decay, before = torch.exp(dA_chunk_cumsum.to(compute)), []
-    for chunk in range(states.shape[1]):
-        before.append(state)
-        state = state * decay[:, :, chunk].unsqueeze(-1) + states[:, chunk]
-    return torch.stack(before, dim=1).to(states.dtype), state
-
-
-@answering
-def chunk_scan(
-    B: Tensor,
-    C: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    dA_cumsum: Tensor,
-    prev_states: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-) -> Tensor:
-    """Return the outputs `(batch, length, heads, dim)`, given the states before each chunk.
-
-    Args:
-        B, C, x, dt, dA_cumsum: as for `chunk_state`.
-        prev_states: `(batch, chunks, heads, dim, dstate)`.
-        D: `(heads,)` or `(heads, dim)`.
-        z: like x.
-    """
-    floating("chunk_scan", B=B, C=C, x=x, dt=dt, dA_cumsum=dA_cumsum, z=z)
-    compute, (chunks, size), heads, length = upcast(x), dt.shape[2:], x.shape[2], x.shape[1]
-    b, c, u = (_in_chunks(t, chunks, size, heads, compute) for t in (B, C, x))
-    sums = dA_cumsum.to(compute)
-    between = sums.unsqueeze(-1) - sums.unsqueeze(-2)
-    seen = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
-    weights = torch.exp(between.masked_fill(~seen, -math.inf)) * torch.einsum("bclhn,bcshn->bhcls", c, b)
-    y = torch.einsum("bhcls,bhcs,bcshp->bclhp", weights, dt.to(compute), u)
-    since = torch.exp(sums).permute(0, 2, 3, 1).unsqueeze(-1)
-    y = y + torch.einsum("bclhn,bchpn->bclhp", c, prev_states.to(compute)) * since
-    out = y.flatten(1, 2)[:, :length]
-    if D is not None:
-        out = out + (D if D.dim() == 2 else D.unsqueeze(1)).to(compute) * x
-    return (out if z is None else out * silu(z.to(compute))).to(x.dtype)
 
 
 # -- the references of the original -----------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
-"""What the mixing ops share: checks of a plan and two caches, and a batch's decodes and prefills.
+"""What the mixing ops share: checks of a plan and of caches, and a batch's decodes and prefills.
 
 A mixing op is one layer's convolution and recurrence on a batch in which some rows decode and others read a prompt. It
 is composed of the ops for either. Decodes come first, in rows and in tokens.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -49,15 +49,25 @@ class Rows(NamedTuple):
         call: Callable[..., object] = op.check_supported if self.check_only else op.call_undispatched
         return self.arguments.bind(call)
 
-    def convolve(self, op: Op[...], call: Any, mixed: Tensor, out: Tensor | None = None) -> Tensor:
-        """Convolve their part of `mixed` with the weights and the cache of a mixing op's call, and return the result.
+    def convolve(
+        self,
+        op: Op[...],
+        call: Any,
+        mixed: Tensor,
+        out: Tensor | None = None,
+        *,
+        window: str = "conv_state",
+        silu: bool = True,
+    ) -> Tensor:
+        """Convolve their part of `mixed` with a cache of a mixing op's call and its weights, and return the result.
 
         Without `out` the result has memory of its own, also where ops are only asked: the next op is asked about it,
         because a slice of a projection has other strides and another alignment.
         """
         x = self.of(mixed)
         out = x.new_empty(x.shape) if out is None else self.of(out)
-        self.bind(op)(x, weight=call.conv_weight, bias=call.conv_bias, conv_state=call.conv_state, out=out)
+        weight, bias = (getattr(call, name) for name in _parameters_of(window))
+        self.bind(op)(x, weight=weight, bias=bias, conv_state=getattr(call, window), silu=silu, out=out)
         return out
 
 
@@ -101,6 +111,11 @@ class Batch(NamedTuple):
             output[self.tokens :].zero_()
 
 
+def _parameters_of(window: str) -> tuple[str, str]:
+    """Return the names of the weight and the bias of the convolution whose last inputs are in the cache `window`."""
+    return window.replace("conv_state", "conv_weight"), window.replace("conv_state", "conv_bias")
+
+
 def by_head(packed: Tensor, *sizes: tuple[int, int]) -> list[Tensor]:
     """Split the last axis into parts, each with so many heads (or groups) of such a size."""
     parts = packed.split_with_sizes([heads * size for heads, size in sizes], dim=-1)
@@ -110,32 +125,57 @@ def by_head(packed: Tensor, *sizes: tuple[int, int]) -> list[Tensor]:
 # -- checks -----------------------------------------------------------------------------------------------------------
 
 
-def check_plan_and_caches(call: Any, device: torch.device, dim: int, state: tuple[int, ...]) -> None:
-    """Raise the ValueError about the plan and the caches of a layer that convolves `dim` channels.
+def check_plan_and_caches(
+    call: Any, device: torch.device, windows: Mapping[str, int], states: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise the ValueError about the plan and the caches of a layer.
 
     Args:
         call: of a mixing op.
         device: where all tensors but the counts must be.
-        dim: number of convolved channels.
-        state: sizes of one slot of ssm_state.
+        windows: the channels of each convolution, by the name of its cache; "conv_state" is the cache of a convolution
+            with "conv_weight" and "conv_bias", and so with any prefix.
+        states: sizes of one slot of the other caches, by name.
     """
     plan = PlanTensors.of(call)
     _check_plan(device, plan)
-    tensor_rank("conv_weight", call.conv_weight, {2: "(dim, width)"})
-    width = call.conv_weight.shape[1]
-    shape_is("conv_weight", call.conv_weight, (dim, width))
+    slots, hint = None, f"{'both' if len(windows) + len(states) == 2 else 'all'} caches have as many slots"
+    for name, dim in windows.items():
+        weight, bias = _parameters_of(name)
+        width = _check_taps(weight, getattr(call, weight), bias, getattr(call, bias), dim)
+        cache = getattr(call, name)
+        tensor_rank(name, cache, {3: "(slots, dim, state_len)"})
+        first, _, state_len = cache.shape
+        if slots is None:
+            shape_is(name, cache, (first, dim, state_len))
+            slots = _check_slots(plan, name, first)
+        else:
+            shape_is(name, cache, (slots, dim, state_len), hint=hint)
+        if state_len < width - 1:
+            raise bad_argument(name, got=f"state_len {state_len}", expected=f"at least {width - 1}")
+    for name, sizes in states.items():
+        cache = getattr(call, name)
+        if slots is None:
+            slots = _check_slots(plan, name, cache.shape[0] if cache.dim() else 0)
+        shape_is(name, cache, (slots, *sizes), hint=hint if len(windows) + len(states) > 1 else "")
+
+
+def _check_taps(name: str, weight: Tensor, bias_name: str, bias: Tensor | None, dim: int) -> int:
+    """Return the width of a convolution of `dim` channels, or raise the ValueError about its weight and its bias."""
+    tensor_rank(name, weight, {2: "(dim, width)"})
+    width = weight.shape[1]
+    shape_is(name, weight, (dim, width))
     if not 2 <= width <= 8:
-        raise bad_argument("conv_weight", got=f"width {width}", expected="a width of 2 to 8")
-    shape_is("conv_bias", call.conv_bias, (dim,))
-    tensor_rank("conv_state", call.conv_state, {3: "(slots, dim, state_len)"})
-    slots, _, state_len = call.conv_state.shape
-    shape_is("conv_state", call.conv_state, (slots, dim, state_len))
+        raise bad_argument(name, got=f"width {width}", expected="a width of 2 to 8")
+    shape_is(bias_name, bias, (dim,))
+    return width
+
+
+def _check_slots(plan: PlanTensors, name: str, slots: int) -> int:
+    """Return how many slots the first cache has, or raise ValueError where a plan's rows cannot have any."""
     if plan.counts is not None and slots == 0:
-        hint = "a plan's rows have their states there"
-        raise bad_argument("conv_state", got="0 slots", expected="1 at least", hint=hint)
-    if state_len < width - 1:
-        raise bad_argument("conv_state", got=f"state_len {state_len}", expected=f"at least {width - 1}")
-    shape_is("ssm_state", call.ssm_state, (slots, *state), hint="both caches have as many slots")
+        raise bad_argument(name, got="0 slots", expected="1 at least", hint="a plan's rows have their states there")
+    return slots
 
 
 def _check_plan(device: torch.device, plan: PlanTensors) -> None:
@@ -172,18 +212,20 @@ def _check_plan(device: torch.device, plan: PlanTensors) -> None:
     one_device(device, "projected", **{n: t for n, t in plan._asdict().items() if n != "counts"})
 
 
-def require_window(op: str, call: Any) -> None:
-    """Raise ValueError, in a call of `op`, where conv_state is too short for the tokens that speculation may discard.
+def require_window(op: str, call: Any, *windows: str) -> None:
+    """Raise ValueError, in a call of `op`, where a window is too short for the tokens that speculation may discard.
 
     That is how the composed ops keep it: one long window in the slot of column 0. A vendor may keep one in every slot.
     """
     if call.num_accepted_tokens is not None and call.slots is not None:
         more = 0 if call.slots.dim() == 1 else call.slots.shape[1] - 1
-        got, needed = call.conv_state.shape[2], call.conv_weight.shape[1] - 1 + more
-        if got < needed:
-            hint = f"a speculative decode goes back by up to {more} tokens"
-            error = bad_argument("conv_state", got=f"state_len {got}", expected=f"at least {needed}", hint=hint)
-            raise in_call_of(op, error)
+        for name in windows or ("conv_state",):
+            weight = getattr(call, _parameters_of(name)[0])
+            got, needed = getattr(call, name).shape[2], weight.shape[1] - 1 + more
+            if got < needed:
+                hint = f"a speculative decode goes back by up to {more} tokens"
+                error = bad_argument(name, got=f"state_len {got}", expected=f"at least {needed}", hint=hint)
+                raise in_call_of(op, error)
 
 
 # -- a plan's rows ----------------------------------------------------------------------------------------------------

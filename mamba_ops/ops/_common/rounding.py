@@ -1,5 +1,6 @@
 """Stochastic rounding to float16, as a function of a seed and of the slot and index that a number is stored at."""
 
+import functools
 import math
 
 import torch
@@ -39,6 +40,16 @@ def _product(factor: int, words: Tensor) -> tuple[Tensor, Tensor]:
     return high >> 16, (high << 16 | low & 0xFFFF) & _MASK
 
 
+@functools.cache
+def _has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64: Apple's GPUs and some of Intel's do not."""
+    try:
+        torch.ones((), dtype=torch.float64, device=device).mul_(2.0)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
 def round_stochastically(states: Tensor, seed: Tensor, slots: Tensor, rounds: int) -> Tensor:
     """Return states as float16, every number rounded to one of its two float16 neighbours, without a bias in the mean.
 
@@ -49,12 +60,16 @@ def round_stochastically(states: Tensor, seed: Tensor, slots: Tensor, rounds: in
     So a number of float16 stays as it is, as do infinities and NaN. The neighbour above 65504 is infinity, where 65536
     would be; from there on everything is infinity.
 
+    On a device without float64 it is done on the CPU.
+
     Args:
         states: (n, ..., dstate), float32 or float64.
         seed: one int64.
         slots: (n,), where each is stored.
         rounds: of philox; 0 means 10.
     """
+    if not _has_float64(states.device):
+        return round_stochastically(states.cpu(), seed.cpu(), slots.cpu(), rounds).to(states.device)
     _, *channels, dstate = states.shape
     quads = torch.arange(-(-dstate // 4), device=states.device)
     channel = torch.arange(math.prod(channels), device=states.device)

@@ -4,6 +4,7 @@ They run in every call on a CPU, and elsewhere within `checking()`, as they read
 Each raises the ValueError that names the argument, the row and the value. What no row uses is not looked at.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,10 +96,7 @@ def check_update_slots(
     """
     if slots is None and write_slots is None:
         return
-    if num_accepted_tokens is not None and slots is not None:
-        columns = slots.shape[1] if slots.dim() == 2 else 1
-        why = f", as slots has {columns} columns"
-        check_counts("num_accepted_tokens", num_accepted_tokens, 0, columns, why=why, first=rows.first)
+    _check_accepted(slots, num_accepted_tokens, rows.first)
     longest = int(rows.lengths.max()) if rows.size else 0
     inside = torch.arange(longest, device=rows.lengths.device) < rows.lengths.unsqueeze(1)
     if not inside.numel():
@@ -107,6 +105,14 @@ def check_update_slots(
     slots_in_cache("slots", ends.source, ends.is_active, cache, name, rows.first)
     table = "slots" if write_slots is None else "write_slots"
     slots_in_cache(table, ends.target, ends.stored, cache, name, rows.first)
+
+
+def _check_accepted(slots: Tensor | None, num_accepted_tokens: Tensor | None, first: int = 0) -> None:
+    """No more tokens were accepted than there are columns to start from."""
+    if num_accepted_tokens is not None and slots is not None:
+        columns = slots.shape[1] if slots.dim() == 2 else 1
+        why = f", as slots has {columns} columns"
+        check_counts("num_accepted_tokens", num_accepted_tokens, 0, columns, why=why, first=first)
 
 
 def check_sequences(call: Any, x: Tensor, name: str) -> None:
@@ -124,10 +130,16 @@ def check_updates(call: Any, x: Tensor) -> None:
     check_update_slots(rows, call.ssm_state, "ssm_state", *tables, call.null_slot)
 
 
-def check_mixing(op: str, call: Any, projected: Tensor) -> None:
-    """What the plan of a mixing op's call says of its rows fits both caches, so that all ops inside take it."""
-    plan, conv_state, ssm_state = PlanTensors.of(call), call.conv_state, call.ssm_state
-    batch = batch_of(op, call, projected.shape[0])
+def check_mixing(
+    op: str,
+    call: Any,
+    projected: Tensor,
+    *,
+    windows: Sequence[str] = ("conv_state",),
+    states: Sequence[str] = ("ssm_state",),
+) -> None:
+    """What the plan of a mixing op's call says of its rows fits the caches of those names, so that all ops take it."""
+    plan, batch = PlanTensors.of(call), batch_of(op, call, projected.shape[0])
     if plan.counts is None or plan.cu_seqlens is None:
         return
     decoding, _, reading, _ = plan.counts.tolist()
@@ -138,18 +150,24 @@ def check_mixing(op: str, call: Any, projected: Tensor) -> None:
         assert isinstance(args, DecodeArgs)  # for mypy: those of decodes are
         rows = check_rows(decodes.of(projected), args.cu_seqlens)
         tables = (args.slots, None, args.num_accepted_tokens)
-        _check_padding(args)
-        check_update_slots(rows, ssm_state, "ssm_state", *tables, args.null_slot)
-        check_sequence_slots(rows, conv_state, "conv_state", args.slots, None, args.null_slot)
+        if windows and states:
+            _check_padding(args)
+        if not states:
+            _check_accepted(args.slots, args.num_accepted_tokens)
+        for name in states:
+            check_update_slots(rows, getattr(call, name), name, *tables, args.null_slot)
+        for name in windows:
+            check_sequence_slots(rows, getattr(call, name), name, args.slots, None, args.null_slot)
     if (prefills := batch.prefills) is not None:
         args = prefills.arguments
         rows = check_rows(prefills.of(projected), args.cu_seqlens, name="prefill_cu_seqlens", first=decoding)
-        check_sequence_slots(rows, conv_state, "conv_state", args.slots, None, args.null_slot)
+        for name in windows or states[:1]:  # all caches have as many slots
+            check_sequence_slots(rows, getattr(call, name), name, args.slots, None, args.null_slot)
         check_counts("num_computed_tokens", batch.num_computed_tokens, 0, first=decoding)
 
 
 def _check_padding(args: DecodeArgs) -> None:
-    """A speculative decode is padding for both caches or for none: one reads column 0, the other a later one."""
+    """A speculative decode is padding for all caches or for none: windows read column 0, states a later one."""
     if args.slots is None or args.slots.dim() == 1 or args.num_accepted_tokens is None:
         return
     first = (args.num_accepted_tokens.long() - 1).clamp(0, args.slots.shape[1] - 1)

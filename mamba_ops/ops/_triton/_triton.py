@@ -38,13 +38,15 @@ ON_DISK = (
 TARGET = "triton.backends.compiler:GPUTarget"
 LIBRARY = "triton._C:libtriton"
 RUN = "triton.runtime.jit:JITFunction.run"
+KERNEL = "triton.compiler.compiler:CompiledKernel.run"
+LAUNCH_HOOKS = ("triton:knobs.runtime.launch_enter_hook", "triton:knobs.runtime.launch_exit_hook")
 FAILURES = (
     "triton.compiler.errors:CompilationError",
     "triton.runtime.errors:OutOfResources",
     "triton.runtime.errors:PTXASError",
 )
 PRIVATE = (
-    *(DRIVER, LOAD, TUNE, PRELOAD, CACHES, LIBRARY, RUN, *FAILURES),
+    *(DRIVER, LOAD, TUNE, PRELOAD, CACHES, LIBRARY, RUN, KERNEL, *LAUNCH_HOOKS, *FAILURES),
     *(BEFORE_LOAD, LOADED, COMPILED, CACHE_DIR, HASH, TARGET, *ON_DISK),
 )
 """`module:name` of each. Instances alone have `device_caches`."""
@@ -248,10 +250,15 @@ def variants(function: Any) -> list[Variant]:
         return []
 
 
+_unloading: list[None] = []
+"""One for each block of `unloaded`."""
+
+
 @contextmanager
 def unloaded(functions: Iterable[Any]) -> Iterator[None]:
     """Within the block, kernels are as if none of their variants were loaded."""
     before = []
+    _unloading.append(None)
     for function in functions:
         try:
             before.append((function, function.device_caches))
@@ -261,6 +268,7 @@ def unloaded(functions: Iterable[Any]) -> Iterator[None]:
     try:
         yield
     finally:
+        _unloading.pop()
         for function, caches in reversed(before):
             function.device_caches = caches
 
@@ -310,6 +318,41 @@ def replace_run(substitute: Callable[..., Any] | None) -> None:
     setattr(named(*owner.split(":")), last, replaced)
 
 
+class Launching(NamedTuple):
+    """What a launch without Triton's front needs."""
+
+    front: Any
+    """The class whose `run` is the front that it goes past."""
+    run: Any
+    """That method, as Triton has it."""
+    runtime: Any
+    """What has the hooks that are called around a launch."""
+    device: Callable[[], int]
+    """Returns the current device's number."""
+    stream: Callable[[int], Any]
+    """Returns the current stream of a device."""
+
+    def is_watched(self) -> bool:
+        """Whether something is called in or around a launch that the launch itself does not know."""
+        enter, leave = self.runtime.launch_enter_hook, self.runtime.launch_exit_hook
+        hooked = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+        return bool(hooked or _unloading) or self.front.run is not self.run
+
+
+@cache
+def launching() -> Launching | None:
+    """Return what a launch without Triton's front needs, or None where this Triton does not have it."""
+    consequence = "every launch goes through Triton's front, which takes the host tens of microseconds"
+    found = [_find(path, consequence) for path in (RUN, DRIVER, KERNEL, *LAUNCH_HOOKS)]
+    if _GONE in found:
+        return None
+    run, driver, *_ = found
+    if run.__module__ != RUN.partition(":")[0] or hasattr(run, "__wrapped__"):  # something stands for it already
+        return None
+    front, runtime = named(*RUN.removesuffix(".run").split(":")), named("triton", "knobs.runtime")
+    return Launching(front, run, runtime, driver.get_current_device, driver.get_current_stream)
+
+
 def has_hooks() -> bool:
     """Whether Triton says when it loads a kernel, and lets other processes compile it: what a warm-up needs."""
     consequence = "a warm-up compiles one kernel after the other, and does not say which"
@@ -351,48 +394,3 @@ def mend_interpreter() -> None:
 
     owner, _, last = SPLAT.rpartition(".")
     setattr(named(*owner.split(":")), last, create_splat)
-
-
-# -- compiling in other processes -------------------------------------------------------------------------------------
-
-
-def describe_target() -> dict[str, Any]:
-    """Return what another process compiles for, in plain values: `compile_for` takes them there."""
-    driver = named(*DRIVER.split(":"))
-    launcher, utils = (getattr(driver, name, None) for name in ("launcher_cls", "utils"))
-    if launcher is None or launcher.__module__ not in LAUNCHERS:
-        launcher = utils = None
-    return {
-        "target": vars(driver.get_current_target()),
-        "launcher": launcher and (launcher.__module__, launcher.__qualname__),
-        "utils": utils and (type(utils).__module__, type(utils).__qualname__),
-    }
-
-
-class _Target:
-    """Stands for Triton's driver: knows the target, and makes launchers, but has no device."""
-
-    def __init__(self, target: dict[str, Any], launcher: tuple[str, str] | None, utils: tuple[str, str] | None) -> None:
-        self.target = named(*TARGET.split(":"))(**target)
-        self.launcher_cls = named(*launcher) if launcher else None
-        self.utils = named(*utils)() if utils else None
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-
-def compile_for(target: dict[str, Any]) -> None:
-    """Let this process, which needs no GPU, compile for what `describe_target` said."""
-    from triton.runtime import driver
-
-    driver.set_active(_Target(**target))
-
-
-def compile_variant(function: Any, specialization_data: str) -> None:
-    """Compile a variant of a kernel to Triton's cache on disk, and its launcher where Triton writes one in C."""
-    kernel = function.preload(specialization_data)
-    if (launcher := named(*DRIVER.split(":")).launcher_cls) is not None:
-        launcher(kernel.src, kernel.metadata)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mamba_ops.ops._triton import _triton
+from mamba_ops.ops._triton.tape import observed
 
 
 def kernel(*, first_number: str, static: str = "") -> Callable[[Callable[..., Any]], Any]:
@@ -36,7 +37,7 @@ def kernel(*, first_number: str, static: str = "") -> Callable[[Callable[..., An
         # Of tensors whose size varies this leaves out, beside the alignment, whether one has at most 2 GiB, for which
         # Triton compiles on AMD: a warm-up with small caches would miss the variant of large ones.
         varying = [name for name in names if name not in static.split()]
-        return triton.jit(function, do_not_specialize=varying, do_not_specialize_on_alignment=varying)
+        return observed(triton.jit(function, do_not_specialize=varying, do_not_specialize_on_alignment=varying))
 
     return decorate
 

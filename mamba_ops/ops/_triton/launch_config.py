@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mamba_ops.ops._triton import _triton, op_of
+from mamba_ops.ops._triton import _triton, op_of, prepared
 from mamba_ops.ops._triton.common import INTERPRETED, options
 from mamba_ops.ops._triton.limits import Limits, limits_of
 
@@ -111,6 +111,7 @@ def forget(op: str) -> None:
     """Choose again at the op's next call, as its table may have changed."""
     choosers[op].cache_clear()
     _table.cache_clear()
+    prepared.forget()
 
 
 def forget_device() -> None:

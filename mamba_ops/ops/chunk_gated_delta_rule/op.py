@@ -3,47 +3,15 @@
 Within a chunk what every token writes follows from a triangular system; between chunks only the state is carried.
 """
 
-from typing import NamedTuple
-
-import torch
 from torch import Tensor
 
 from mamba_ops.backends import flashinfer, triton
-from mamba_ops.ops._common.checking import (
-    check_tensors,
-    count_of,
-    initial_flags,
-    packed_rows,
-    shape_is,
-    slot_for_each,
-    slot_table,
-    tensor_rank,
-)
-from mamba_ops.ops._common.chunk_layout import row_count
+from mamba_ops.ops._common.delta_rule import PrefillArguments, check_prefill, unsupported_by_triton
 from mamba_ops.ops._common.values import check_sequences
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.chunk_gated_delta_rule import flashinfer as on_flashinfer
-from mamba_ops.ops.gated_delta_rule_update.op import delta_rule_tokens
-from mamba_ops.registry import bad_argument
 
-
-class Arguments(NamedTuple):
-    """A call of chunk_gated_delta_rule: what its checks and its kernels get."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    beta: Tensor
-    scale: float | None
-    cu_seqlens: Tensor | None
-    ssm_state: Tensor | None
-    slots: Tensor | None
-    write_slots: Tensor | None
-    has_initial_state: Tensor | None
-    qk_l2norm: bool
-    null_slot: int
-    output: Tensor
+Arguments = PrefillArguments
 
 
 @mamba.op(
@@ -117,35 +85,7 @@ def _output(v: Tensor) -> Tensor:
 
 @chunk_gated_delta_rule.validate
 def _validate(call: Arguments) -> None:
-    check_tensors(call, "v")
-    packed_rows(call.cu_seqlens)
-    if call.cu_seqlens is None:
-        tensor_rank("v", call.v, {4: "(n, length, v_heads, v_dim)"}, hint="packed tokens come with cu_seqlens")
-    else:
-        tensor_rank("v", call.v, {3: "(tokens, v_heads, v_dim)"}, hint="with cu_seqlens, tokens are packed")
-    *lead, v_heads, v_dim = call.v.shape
-    tensor_rank("q", call.q, {call.v.dim(): "(..., k_heads, k_dim), with the tokens of v"})
-    k_dim = call.q.shape[-1]
-    for name, tensor in (("v", call.v), ("q", call.q)):
-        if 0 in tensor.shape[-2:]:
-            raise bad_argument(name, got=f"shape {tuple(tensor.shape)}", expected="only tokens of size 0")
-    delta_rule_tokens(call.q, call.k, tuple(lead), v_heads, k_dim)
-    shape_is("g", call.g, (*lead, v_heads), hint="one number a token and head of v")
-    shape_is("beta", call.beta, (*lead, v_heads), hint="one number a token and head of v")
-    shape_is("out", call.output, tuple(call.v.shape), hint="out is like v")
-
-    n = row_count(call.v, call.cu_seqlens)
-    slot_table("slots", call.slots, rows=n)
-    slot_table("write_slots", call.write_slots, rows=n)
-    initial_flags("ssm_state", call.ssm_state, call.has_initial_state, rows=n)
-    if call.ssm_state is not None:
-        shape_is(
-            "ssm_state",
-            call.ssm_state,
-            (count_of(call.ssm_state), v_heads, v_dim, k_dim),
-            hint="(slots, v_heads, v_dim, k_dim)",
-        )
-        slot_for_each("ssm_state", call.ssm_state, call.slots, rows=n)
+    check_prefill(call, by_channel=False)
 
 
 @chunk_gated_delta_rule.validate_values
@@ -153,17 +93,10 @@ def _validate_values(call: Arguments) -> None:
     check_sequences(call, call.v, "ssm_state")
 
 
-def _unsupported(q: Tensor, v: Tensor) -> str | None:
-    """Takes no float64 q, and a k_dim and a v_dim of at most 256."""
-    if max(q.shape[-1], v.shape[-1]) > 256:
-        return f"takes a k_dim and a v_dim of at most 256, and they are {q.shape[-1]} and {v.shape[-1]}"
-    return "computes in float32, and q is float64" if q.dtype == torch.float64 else None
-
-
 triton.implements(
     chunk_gated_delta_rule,
     "mamba_ops.ops.chunk_gated_delta_rule.triton:chunk_gated_delta_rule",
-    unsupported=_unsupported,
+    unsupported=unsupported_by_triton,
 )
 flashinfer.implements(
     chunk_gated_delta_rule,

@@ -5,35 +5,13 @@ The state stays in the caller's cache; slot tables say which entry each row read
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from mamba_ops.backends import flashinfer, triton
-from mamba_ops.ops._common.checking import (
-    check_tensors,
-    index_tensor,
-    packed_rows,
-    shape_is,
-    slot_for_each,
-    slot_table,
-    slots_for,
-    tensor_rank,
-)
-from mamba_ops.ops._common.chunk_layout import row_count
+from mamba_ops.ops._common.delta_rule import check_update, unsupported_by_triton
 from mamba_ops.ops._common.values import check_updates
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.gated_delta_rule_update import flashinfer as on_flashinfer
-from mamba_ops.registry import bad_argument
-
-
-def delta_rule_tokens(q: Tensor, k: Tensor, lead: tuple[int, ...], v_heads: int, k_dim: int) -> None:
-    """Raise unless q and k have the tokens `lead` and heads that `v_heads` heads can share."""
-    tensor_rank("q", q, {len(lead) + 2: "(..., k_heads, k_dim), with the tokens of v"})
-    k_heads = q.shape[-2]
-    shape_is("q", q, (*lead, k_heads, k_dim), hint="tokens are those of v")
-    shape_is("k", k, tuple(q.shape), hint="k is like q")
-    if k_heads == 0 or v_heads % k_heads:
-        raise bad_argument("q", got=f"{k_heads} heads", expected=f"a divisor of the {v_heads} heads of v")
 
 
 class Arguments(NamedTuple):
@@ -141,44 +119,7 @@ def _output(v: Tensor) -> Tensor:
 
 @gated_delta_rule_update.validate
 def _validate(call: Arguments) -> None:
-    given_gates = {"g": call.g, "beta": call.beta}
-    raw_gates = {"a": call.a, "b": call.b, "A_log": call.A_log, "dt_bias": call.dt_bias}
-    check_tensors(call, "v")
-    wanted, others = (raw_gates, given_gates) if call.g is None and call.beta is None else (given_gates, raw_gates)
-    names = f"{' and '.join(given_gates)}, or {', '.join(raw_gates)}"
-    for name, tensor in wanted.items():
-        if tensor is None:
-            raise bad_argument(name, got="none", expected=f"a tensor: either {names} are given")
-    for name, tensor in others.items():
-        if tensor is not None:
-            raise bad_argument(name, got="a tensor", expected=f"none: either {names} are given")
-
-    tensor_rank("ssm_state", call.ssm_state, {4: "(slots, v_heads, v_dim, k_dim)"})
-    _, v_heads, v_dim, k_dim = call.ssm_state.shape
-    packed_rows(call.cu_seqlens)
-    if call.cu_seqlens is None:
-        tensor_rank("v", call.v, {3: "(n, v_heads, v_dim)", 4: "(n, length, v_heads, v_dim)"})
-    else:
-        tensor_rank("v", call.v, {3: "(tokens, v_heads, v_dim)"}, hint="with cu_seqlens, tokens are packed")
-    lead = tuple(call.v.shape[:-2])
-    shape_is("v", call.v, (*lead, v_heads, v_dim), hint="heads and v_dim are those of ssm_state")
-    delta_rule_tokens(call.q, call.k, lead, v_heads, k_dim)
-    for name, tensor in {**given_gates, "a": call.a, "b": call.b}.items():
-        shape_is(name, tensor, (*lead, v_heads), hint="one number a token and head of v")
-    for name in ("A_log", "dt_bias"):
-        shape_is(name, raw_gates[name], (v_heads,), hint="one number a head of v")
-    shape_is("out", call.output, tuple(call.v.shape), hint="out is like v")
-
-    n = row_count(call.v, call.cu_seqlens)
-    slot_table("slots", call.slots, rows=n)
-    slot_table("write_slots", call.write_slots, rows=n)
-    slot_for_each("ssm_state", call.ssm_state, call.slots, rows=n)
-    if call.num_accepted_tokens is not None:
-        index_tensor("num_accepted_tokens", call.num_accepted_tokens)
-        shape_is("num_accepted_tokens", call.num_accepted_tokens, (n,), hint="one for each row")
-        if call.slots is None:
-            raise bad_argument("slots", got="none", expected="a table", hint="num_accepted_tokens picks its column")
-    slots_for("ssm_state", call.ssm_state, call.slots)
+    check_update(call, by_channel=False)
 
 
 @gated_delta_rule_update.validate_values
@@ -186,17 +127,10 @@ def _validate_values(call: Arguments) -> None:
     check_updates(call, call.v)
 
 
-def _unsupported(q: Tensor, v: Tensor) -> str | None:
-    """Takes no float64 q, and a k_dim and a v_dim of at most 256."""
-    if max(q.shape[-1], v.shape[-1]) > 256:
-        return f"takes a k_dim and a v_dim of at most 256, and they are {q.shape[-1]} and {v.shape[-1]}"
-    return "computes in float32, and q is float64" if q.dtype == torch.float64 else None
-
-
 triton.implements(
     gated_delta_rule_update,
     "mamba_ops.ops.gated_delta_rule_update.triton:gated_delta_rule_update",
-    unsupported=_unsupported,
+    unsupported=unsupported_by_triton,
 )
 flashinfer.implements(
     gated_delta_rule_update,

@@ -3,88 +3,17 @@
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.chunk_layout import fixed
 from mamba_ops.ops._common.decay import finite_rates
-from mamba_ops.ops._common.slots import padded_rows, store_rows, update_ends
+from mamba_ops.ops._common.delta_rule_update import advance, sigmoid, softplus
 from mamba_ops.ops.gated_delta_rule_update.op import Arguments
-
-EPS = 1e-6  # added to the sum of squares where q and k are normalised
 
 
 def delta_rule_gates(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
     """Return g and beta, like `a`, from what a layer projects, in float32 at least."""
     upcast = torch.promote_types(a.dtype, torch.float32)
-    d = a.to(upcast) + dt_bias.to(upcast)
-    # not torch's softplus and sigmoid: on a CPU their last bits depend on where an element stands
-    d = torch.where(d > 20, d, torch.log1p(torch.exp(d)))
-    return finite_rates(-torch.exp(A_log.to(upcast))) * d, 1 / (1 + torch.exp(-b.to(upcast)))
+    d = softplus(a.to(upcast) + dt_bias.to(upcast))
+    return finite_rates(-torch.exp(A_log.to(upcast))) * d, sigmoid(b.to(upcast))
 
 
 def gated_delta_rule_update(call: Arguments) -> None:
-    compute = torch.promote_types(call.q.dtype, torch.float32)
-    flat = call.v.dim() < call.ssm_state.dim()
-    if call.cu_seqlens is not None:
-        index, inside = padded_rows(call.cu_seqlens, call.v.shape[0])
-    else:
-        index, inside = None, call.v.new_ones(call.v.shape[0], 1 if flat else call.v.shape[1], dtype=torch.bool)
-    n, length = inside.shape
-    if inside.numel() == 0:
-        return
-
-    def rows(tokens: Tensor) -> Tensor:
-        """An activation as (n, length, heads, ...)."""
-        if index is not None:
-            tokens = tokens[index]
-        elif flat:
-            tokens = tokens.unsqueeze(1)
-        return tokens.to(compute)
-
-    # Row i has slot i, and every row has tokens.
-    in_order = call.slots is None and call.write_slots is None and index is None
-    source, is_active, target, stored = update_ends(
-        call.slots,
-        call.write_slots,
-        call.null_slot,
-        call.num_accepted_tokens,
-        inside,
-        None if in_order else call.ssm_state,
-    )
-
-    queries, keys, values = rows(call.q), rows(call.k), rows(call.v)
-    if call.qk_l2norm:
-        queries, keys = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS) for x in (queries, keys))
-    queries = queries * (call.q.shape[-1] ** -0.5 if call.scale is None else call.scale)
-    if call.g is not None and call.beta is not None:
-        decay, strength = rows(call.g), rows(call.beta)
-    elif call.a is not None and call.b is not None and call.A_log is not None and call.dt_bias is not None:
-        decay, strength = delta_rule_gates(rows(call.a), rows(call.b), call.A_log, call.dt_bias)
-    decay = torch.exp(decay)
-
-    k_heads, per_key = call.q.shape[-2], call.v.shape[-2] // call.q.shape[-2]
-    # Rows in order are a view: a state of the dtype that is computed in then advances where it is.
-    s = (
-        (call.ssm_state[:n] if in_order else call.ssm_state[torch.where(is_active, source, 0)])
-        .to(compute)
-        .unflatten(1, (k_heads, per_key))
-    )
-    y = values.new_empty(values.shape)  # not empty_like, which ONNX has not
-    for t in range(fixed(length)):
-        here = inside[:, t] & is_active
-        key, query = (x[:, t, :, None, :, None] for x in (keys, queries))
-        by = decay[:, t].view(n, k_heads, per_key, 1, 1)
-        new = s * by if index is not None else s.mul_(by)
-        wrong = values[:, t].view(n, k_heads, per_key, -1, 1) - new @ key
-        new += strength[:, t].view(n, k_heads, per_key, 1, 1) * wrong * key.transpose(-1, -2)
-        y[:, t] = torch.where(here.view(n, 1, 1), (new @ query).view_as(y[:, t]), 0)
-        s = new if index is None else torch.where(here.view(n, 1, 1, 1, 1), new, s)
-        if call.num_accepted_tokens is not None and t < target.shape[1]:
-            store_rows(call.ssm_state, target[:, t], s.flatten(1, 2), stored[:, t])
-    if in_order and call.ssm_state.dtype != compute:
-        call.ssm_state[:n].copy_(s.flatten(1, 2))
-    elif not in_order and call.num_accepted_tokens is None:
-        store_rows(call.ssm_state, target[:, 0], s.flatten(1, 2), stored[:, 0])
-
-    if index is not None:
-        store_rows(call.output, index.flatten(), y.flatten(0, 1), inside.flatten())
-    else:
-        call.output.copy_(y[:, 0] if flat else y)
+    advance(call, delta_rule_gates)

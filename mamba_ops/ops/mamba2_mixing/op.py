@@ -130,7 +130,8 @@ def _validate(call: Arguments) -> None:
     check_tensors(call, "projected", elsewhere=PlanTensors._fields)
     for name in ("A", "D", "dt_bias"):
         shape_is(name, getattr(call, name), (call.heads,))
-    check_plan_and_caches(call, call.projected.device, dim, (call.heads, call.head_dim, call.dstate))
+    state = (call.heads, call.head_dim, call.dstate)
+    check_plan_and_caches(call, call.projected.device, {"conv_state": dim}, {"ssm_state": state})
     shape_is("out", call.output, (call.projected.shape[0], call.heads, call.head_dim))
 
 

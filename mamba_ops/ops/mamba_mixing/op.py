@@ -135,7 +135,7 @@ def _validate(call: Arguments) -> None:
     shape_is("dt_norm_weight", call.dt_norm_weight, (rank,))
     for name in ("B_norm_weight", "C_norm_weight"):
         shape_is(name, getattr(call, name), (dstate,))
-    check_plan_and_caches(call, call.projected.device, inner, (inner, dstate))
+    check_plan_and_caches(call, call.projected.device, {"conv_state": inner}, {"ssm_state": (inner, dstate)})
     shape_is("out", call.output, (call.projected.shape[0], inner))
 
 

@@ -1,5 +1,6 @@
 """The recurrence of chunk_gated_delta_rule, written from its formulas: row by row, head by head, token by token."""
 
+from collections.abc import Callable
 from itertools import pairwise, product
 
 import torch
@@ -27,13 +28,14 @@ def chunk_gated_delta_rule(
     out: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     operands: torch.dtype | None = None,
+    step: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return (output, state), None for a cache that is not there; the arguments stay as they are.
 
     Everything is computed in `dtype`, token by token. With `operands`, in chunks of 64 tokens instead, and what chunked
     kernels give to matrix units is rounded to that dtype. In float64 the results are float64 too; else they are rounded
     once, to the dtypes of what holds them. What the op does not write is what was there before; without `out` that is
-    NaN.
+    NaN. A chunk of a head is computed by `step`, `chunk_step` by default.
     """
     exact = dtype == torch.float64
     before = torch.full_like(v, torch.nan) if out is None else out
@@ -66,7 +68,7 @@ def chunk_gated_delta_rule(
                 at = tokens[start : start + 64]
                 query, key = (torch.stack([t[i][h // (heads // q.shape[-2])] for i in at]).to(dtype) for t in (q, k))
                 value, decay, much = (torch.stack([t[i][h] for i in at]).to(dtype) for t in (v, g, beta))
-                S[h], o = chunk_step(S[h], query, key, value, decay, much, scale, qk_l2norm, operands)
+                S[h], o = (step or chunk_step)(S[h], query, key, value, decay, much, scale, qk_l2norm, operands)
                 for i, y in zip(at, o, strict=True):
                     output[i][h] = y.to(output.dtype)
         for at in tokens if operands is None else []:
@@ -103,12 +105,17 @@ def chunk_step(
     between = exp(sums_between(g))
     decay = between.tril()
     system = ((k @ k.T) * decay * beta.unsqueeze(1)).tril(-1)
-    rows = list(torch.eye(len(g), dtype=g.dtype))
-    for i in range(1, len(g)):
-        rows[i] = rows[i] - system[i, :i] @ torch.stack(rows[:i])
-    inverse = rounded(torch.stack(rows))
+    inverse = rounded(inverse_of(system))
     alone = rounded(inverse @ rounded(v * beta.unsqueeze(1)))
     through = rounded(inverse @ rounded(k * (beta * exp(G)).unsqueeze(1)))
     new = rounded(alone - through @ rounded(S).T)
     out = scale * (exp(G).unsqueeze(1) * (q @ rounded(S).T) + rounded((q @ k.T) * decay) @ new)
     return S * exp(G[-1]) + rounded(new * between[-1].unsqueeze(1)).T @ k, out
+
+
+def inverse_of(system: Tensor) -> Tensor:
+    """That of 1 + system, which is strictly lower triangular."""
+    rows = list(torch.eye(len(system), dtype=system.dtype))
+    for i in range(1, len(system)):
+        rows[i] = rows[i] - system[i, :i] @ torch.stack(rows[:i])
+    return torch.stack(rows)

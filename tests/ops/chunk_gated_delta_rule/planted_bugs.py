@@ -23,7 +23,7 @@ SLOW_BUGS = {  # slow: interpreted matrix products
     ),
     "second chunk read as the first": ("solved += V_HEADS * CHUNK * CHUNK", "solved += 0"),
     "corner of the inverse wrong": ("whole += tl.dot(square,", "whole += 0.0 * tl.dot(square,"),
-    "scale dropped": ("_factor(queries, L2NORM) * scale", "_factor(queries, L2NORM)"),
+    "scale dropped": ("length_factor(queries, L2NORM) * scale", "length_factor(queries, L2NORM)"),
     "null rows not zeroed": ("tl.zeros([CHUNK, BLOCK], tl.float32), (t", "1.0, (t"),
     "null slot ignored": ("slots_stride, null_slot, slot_count)", "slots_stride, -1, slot_count)"),
     "write slots ignored": ("count, write_slots, write_stride", "count, None, write_stride"),

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_ops.ops.chunk_gated_delta_rule import chunk_gated_delta_rule, reference_backward
+from mamba_ops.ops._common import delta_rule_backward
+from mamba_ops.ops.chunk_gated_delta_rule import chunk_gated_delta_rule, reference, reference_backward
 from mamba_ops.ops.chunk_gated_delta_rule.training import BackwardArguments
 from tests.ops.chunk_gated_delta_rule.backward_calls import TOKENS, call, calls, strong
 from tests.test_mutants import changed, load, source_of
@@ -28,7 +29,7 @@ from tests.training.backward import (
 DTYPES = [torch.float32, torch.bfloat16]
 SMALL: dict[str, Any] = {"k_heads": 1, "v_heads": 2, "k_dim": 2, "v_dim": 2}
 oracle = oracle_by_name(chunk_gated_delta_rule)
-reference = front_of(reference_backward.chunk_gated_delta_rule_backward, BackwardArguments)
+run_reference = front_of(reference_backward.chunk_gated_delta_rule_backward, BackwardArguments)
 
 
 @pytest.fixture
@@ -50,18 +51,18 @@ def judge_all(run: Backward, dtype: torch.dtype, device: torch.device | str = "c
     ids=["all", "no l2norm", "no initial state"],
 )
 def test_gradcheck(changes: dict[str, Any]) -> None:
-    assert_gradcheck(reference, oracle, call(1, 7, **SMALL, **changes))
+    assert_gradcheck(run_reference, oracle, call(1, 7, **SMALL, **changes))
 
 
 @pytest.mark.slow
 def test_gradcheck_two_chunks_packed() -> None:
     small = {**SMALL, "v_heads": 1, "v_dim": 1}
-    assert_gradcheck(reference, oracle, call(68, **small, **packed(1, 1, 67)))
+    assert_gradcheck(run_reference, oracle, call(68, **small, **packed(1, 1, 67)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reference(dtype: torch.dtype) -> None:
-    judge_all(reference, dtype)
+    judge_all(run_reference, dtype)
 
 
 def check_strong_decays(run: Backward, device: torch.device | str = "cpu") -> None:
@@ -84,20 +85,20 @@ def rows_call(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def test_strong_decays_of_the_reference() -> None:
-    check_strong_decays(reference)
+    check_strong_decays(run_reference)
 
 
 def test_rows_of_the_reference() -> None:
-    check_rows(reference, rows_call(), TOKENS)
+    check_rows(run_reference, rows_call(), TOKENS)
 
 
 def test_halves_of_the_reference() -> None:
-    check_halves(reference, oracle, call(2, 75), TOKENS, 31)
+    check_halves(run_reference, oracle, call(2, 75), TOKENS, 31)
 
 
 @pytest.mark.parametrize("arguments", [call(2, 0), call(0, **packed(0, 0))], ids=["dense", "packed"])
 def test_no_tokens(kernel: Backward, arguments: dict[str, Any]) -> None:
-    check_no_tokens(reference, arguments, TOKENS)
+    check_no_tokens(run_reference, arguments, TOKENS)
     check_no_tokens(kernel, arguments, TOKENS)
 
 
@@ -129,20 +130,31 @@ BUGS = {
     "gradient of the state dropped": ("store_rows(grad_ended, piece, grad_state, exists)", "pass"),
     "gradient not decayed": ("before = whole[piece] * grad_state", "before = grad_state"),
     "heads not summed": (".unflatten(1, (k_heads, -1)).sum(2)", ".unflatten(1, (k_heads, -1))[:, :, 0]"),
-    "keys of the system once": ("(by_keys + by_keys.mT) @ keys", "by_keys @ keys"),
-    "system without strength": ("grad_system * strength * between", "grad_system * between"),
+    "system without strength": ("grad_system * strength, grad", "grad_system, grad"),
     "strength of the system dropped": (" + (grad_system * key_products).sum(3)", ""),
-    "decays within a chunk": ("grad_decay += ((read_q", "grad_decay -= ((read_q"),
-    "decay of the chunk dropped": ("grad_decay += (whole * grad_ended * begun)", "grad_decay += 0 * (whole * begun)"),
+    "decays within a chunk": ("grad_decay + of_decays(read_q", "grad_decay - of_decays(read_q"),
+    "decay of the chunk dropped": ("of_decays((whole * grad_ended", "of_decays((0 * grad_ended"),
     "scale dropped": ("of_keys(grad_queries) * scale", "of_keys(grad_queries)"),
-    "norm not differentiated": ("(grad - normalised * (normalised * grad).sum(-1, keepdim=True))", "grad"),
+    "norm not differentiated": ("(grad - unit * (unit * grad).sum(-1, keepdim=True))", "grad"),
+}
+BUGS_OF_DECAYS = {
+    "keys of the system once": ("(by_keys + by_keys.mT) @ keys", "by_keys @ keys"),
+    "keys of the system not decayed": ("grad_of_keys * self.between", "grad_of_keys"),
+    "pairs of keys dropped": (" + grad_of_keys * key_products", ""),
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_caught(bug: str) -> None:
-    scope = mutant_of(reference_backward, BUGS[bug])
-    mutant = front_of(scope["chunk_gated_delta_rule_backward"], BackwardArguments)
+    write = mutant_of(delta_rule_backward, BUGS[bug])["write_gradients"]
+    mutant = front_of(lambda call: write(call, reference.HeadDecays), BackwardArguments)
+    assert caught(mutant, oracle, calls(torch.float32))
+
+
+@pytest.mark.parametrize("bug", BUGS_OF_DECAYS)
+def test_planted_bug_of_decays_is_caught(bug: str) -> None:
+    decays = mutant_of(reference, BUGS_OF_DECAYS[bug])["HeadDecays"]
+    mutant = front_of(lambda call: delta_rule_backward.write_gradients(call, decays), BackwardArguments)
     assert caught(mutant, oracle, calls(torch.float32))
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.chunk_gated_delta_rule.oracle import chunk_step
+from tests.ops.chunk_kda.oracle import chunk_step as chunk_step_by_channel
 from tests.ops.common.exponential import exp
 from tests.ops.common.mixing import softplus
 
@@ -16,9 +17,9 @@ class LayerOracle:
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         self.layer, self.dtype = layer, dtype
         self.weights = {name: p.detach().cpu().to(dtype) for name, p in layer.state_dict().items()}
-        dim, _, width = layer.conv1d.weight.shape
-        self.window = torch.zeros(width - 1, dim, dtype=dtype)
-        self.state = torch.zeros(layer.empty_caches(1)[1].shape[1:], dtype=dtype)
+        window, *states = layer.empty_caches(1)
+        self.window = torch.zeros(window.shape[:0:-1], dtype=dtype)
+        self.state = torch.zeros(states[0].shape[1:], dtype=dtype) if states else None
 
     def token(self, hidden: Tensor) -> Tensor:
         raise NotImplementedError
@@ -26,18 +27,23 @@ class LayerOracle:
     def read(self, hidden: Tensor) -> Tensor:
         return torch.stack([self.token(h) for h in hidden.cpu().to(self.dtype)])
 
+    def caches(self) -> dict[str, Tensor]:
+        """What the layer's caches hold of the sequence, by name."""
+        found = {"conv_state": self.window.t()}
+        return found if self.state is None else {**found, "ssm_state": self.state}
+
     def linear(self, x: Tensor, name: str) -> Tensor:
         bias = self.weights.get(f"{name}.bias")
         y = self.weights[f"{name}.weight"] @ x
         return y if bias is None else y + bias
 
-    def convolve(self, mixed: Tensor) -> Tensor:
+    def convolve(self, mixed: Tensor, name: str = "conv1d", *, silu: bool = True) -> Tensor:
         window = torch.cat([self.window, mixed.unsqueeze(0)])
         self.window = window[1:]
-        mixed = (window.t() * self.weights["conv1d.weight"].squeeze(1)).sum(1)
-        if "conv1d.bias" in self.weights:
-            mixed = mixed + self.weights["conv1d.bias"]
-        return mixed * torch.sigmoid(mixed)
+        mixed = (window.t() * self.weights[f"{name}.weight"].squeeze(1)).sum(1)
+        if f"{name}.bias" in self.weights:
+            mixed = mixed + self.weights[f"{name}.bias"]
+        return mixed * torch.sigmoid(mixed) if silu else mixed
 
 
 def rms(x: Tensor, eps: float) -> Tensor:
@@ -76,6 +82,12 @@ class MambaOracle(LayerOracle):
         self.state = self.state * exp(-torch.exp(weights["A_log"]) * d) + d * x.unsqueeze(1) * B
         y = self.state @ C + weights["D"] * x
         return self.linear(y * z * torch.sigmoid(z), "out_proj")
+
+
+class ShortConvOracle(LayerOracle):
+    def token(self, hidden: Tensor) -> Tensor:
+        B, C, x = self.linear(hidden, "in_proj").chunk(3)
+        return self.linear(C * self.convolve(B * x, "conv", silu=False), "out_proj")
 
 
 class GatedDeltaNetOracle(LayerOracle):
@@ -118,3 +130,36 @@ class GatedDeltaNetOracle(LayerOracle):
         mixed = self.convolve(torch.cat([q.flatten(), k.flatten(), v.flatten()]))
         parts = mixed.split([q.numel(), k.numel(), v.numel()])
         return [*(part.view(t.shape) for part, t in zip(parts, (q, k, v), strict=True)), z, b, a]
+
+
+class KimiDeltaAttentionOracle(LayerOracle):
+    def decays(self, hidden: Tensor) -> Tensor:
+        """Their logs, by head and channel."""
+        layer, weights, gate = self.layer, self.weights, "forget_gate"
+        raw = self.linear(hidden, f"{gate}.f_a_proj") if layer.low_rank else hidden
+        raw = self.linear(raw, f"{gate}.f_b_proj" if layer.low_rank else f"{gate}.f_proj")
+        raw = (raw + weights[f"{gate}.dt_bias"]).view(layer.num_heads, layer.head_dim)
+        rate = torch.exp(weights[f"{gate}.A_log"]).view(-1, 1)
+        bound = layer.forget_gate.lower_bound
+        return -rate * softplus(raw) if bound is None else bound * torch.sigmoid(rate * raw)
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """In float64 token by token; in float32 in chunks: their equations have other rounding errors."""
+        layer, hidden = self.layer, hidden.cpu().to(self.dtype)
+        shape = (len(hidden), 3, layer.num_heads, layer.head_dim)
+        mixed = [torch.cat([self.linear(h, f"{name}_proj") for name in "qkv"]) for h in hidden]
+        q, k, v = torch.stack([self.convolve(m) for m in mixed]).view(shape).unbind(1)
+        g = torch.stack([self.decays(h) for h in hidden])
+        beta = torch.sigmoid(torch.stack([self.linear(h, "b_proj") for h in hidden]))
+        y = torch.empty_like(v)
+        step = 1 if self.dtype == torch.float64 else 64
+        for h in range(layer.num_heads):
+            for start in range(0, len(hidden), step):
+                at = slice(start, start + step)
+                inputs = (t[at, h] for t in (q, k, v, g, beta))
+                self.state[h], o = chunk_step_by_channel(self.state[h], *inputs, None, True, self.dtype)
+                y[at, h] = torch.stack([rms(row, layer.o_norm.eps) for row in o])
+        gates = [self.linear(h, "g_a_proj") if layer.low_rank else h for h in hidden]
+        gates = [self.linear(h, "g_b_proj" if layer.low_rank else "g_proj") for h in gates]
+        y = y * self.weights["o_norm.weight"] * torch.sigmoid(torch.stack(gates)).view_as(y)
+        return torch.stack([self.linear(row.flatten(), "o_proj") for row in y])

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from mamba_ops.ops._triton.common import cdiv, kernel, offset_ptr, on_device_of, options, row_tokens, within
 from mamba_ops.ops._triton.layout import by_channel
+from mamba_ops.ops._triton.sums import add_up, clear
 
 if TYPE_CHECKING:
     from mamba_ops.ops.causal_conv1d.training import BackwardArguments
@@ -163,10 +164,10 @@ def causal_conv1d_backward(call: "BackwardArguments") -> None:
     dim, width = call.weight.shape
     sequences = call.x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     if flat:
-        call.grad_x.zero_()  # tokens that are in no sequence
+        clear(call.grad_x)  # tokens that are in no sequence
     if sequences == 0 or dim == 0:
-        call.grad_weight.zero_()
-        call.grad_bias.zero_()
+        clear(call.grad_weight)
+        clear(call.grad_bias)
         return
     x, grad = by_channel(call.x, flat), by_channel(call.grad_output, flat)
     strides = (grad.stride(0), grad.stride(-2), x.stride(0), x.stride(-2))
@@ -207,7 +208,6 @@ def causal_conv1d_backward(call: "BackwardArguments") -> None:
             BLOCK=block,
             **options(num_warps=max(block // _CHANNELS, 1)),
         )
-    total = shares.sum(0)
-    call.grad_weight.copy_(total[:width].t())
+    add_up(shares[:, :width], call.grad_weight.t())
     if call.bias is not None:
-        call.grad_bias.copy_(total[width])
+        add_up(shares[:, width], call.grad_bias)

@@ -6,7 +6,6 @@ chunks of a row with some rows of one head's state in registers, where what is m
 outputs. Decays of any strength are exact, by the sums of `ops/_triton/decay.py`.
 """
 
-import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import (
@@ -20,46 +19,7 @@ from mamba_ops.ops._triton.common import (
     tile_ptrs,
 )
 from mamba_ops.ops._triton.decay import exact_sums, split, to_log2
-
-CHUNK = 64
-_PART: tl.constexpr = tl.constexpr(16)  # of a chunk: systems of so many tokens are solved token by token
-
-
-@triton.jit
-def _factor(x, L2NORM: tl.constexpr):
-    # The factor that gives a row length 1.
-    factor = tl.full([x.shape[0]], 1.0, tl.float32)
-    if L2NORM:
-        x = x.to(tl.float32)
-        factor /= tl.sqrt(tl.sum(x * x, axis=1) + 1e-6)
-    return factor
-
-
-@triton.jit
-def _inverse(system, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    # Of 1 + system, which is strictly lower triangular. First of the parts on its diagonal, all at once, by elimination
-    # of a column after the other. With P made of those inverses, and N = P @ (what is left of them), N^4 is zero, and
-    # the whole inverse is (1 - N) (1 + N^2) P.
-    PARTS: tl.constexpr = CHUNK // _PART
-    i = tl.arange(0, PARTS)
-    own = (i[:, None] == i[None, :])[:, :, None, None]
-    parts = tl.permute(tl.reshape(system, [PARTS, _PART, PARTS, _PART]), (0, 2, 1, 3))
-    part = tl.sum(tl.where(own, parts, 0.0), axis=1)
-    row = tl.arange(0, _PART)[None, :, None]
-    column = tl.arange(0, _PART)[None, None, :]
-    solved = tl.where(row == column, 1.0, part * 0.0)
-    for j in range(_PART - 1):
-        factor = tl.sum(tl.where(column == j, part, 0.0), axis=2)
-        pivot = tl.sum(tl.where(row == j, solved, 0.0), axis=1)
-        solved -= factor[:, :, None] * pivot[:, None, :]
-    whole = tl.where(own, tl.expand_dims(solved, 1), 0.0)
-    whole = tl.reshape(tl.permute(whole, (0, 2, 1, 3)), [CHUNK, CHUNK])
-    i = tl.arange(0, CHUNK)
-    rest = tl.where(i[:, None] // _PART > i[None, :] // _PART, system, 0.0)
-    n = tl.dot(whole, rest, input_precision=PRECISION)
-    square = tl.dot(n, n, input_precision=PRECISION)
-    whole += tl.dot(square, whole, input_precision=PRECISION)
-    return whole - tl.dot(n, whole, input_precision=PRECISION)
+from mamba_ops.ops._triton.delta_rule import inverse_of, length_factor
 
 
 @kernel(first_number="scale", static="factors solved weights")
@@ -113,8 +73,8 @@ def _solve(
     strength = tl.load(beta + head + t.to(tl.int64) * beta_stride, t < high, other=0.0).to(tl.float32)
     decay = tl.load(g + head + t.to(tl.int64) * g_stride, t < high, other=0.0).to(tl.float32) * 1.4426950408889634
 
-    of_key = _factor(keys, L2NORM)
-    of_query = _factor(queries, L2NORM) * scale
+    of_key = length_factor(keys, L2NORM)
+    of_query = length_factor(queries, L2NORM) * scale
     total, left = exact_sums(decay)
     near, up, down = split(total)
     number = chunk.to(tl.int64) * V_HEADS + head
@@ -135,7 +95,7 @@ def _solve(
     tl.store(weights + place, weight)
     system = tl.dot(keys.to(operand), turned, input_precision=EXACT) * between * of_key[:, None]
     system = tl.where(i[:, None] > i[None, :], system, 0.0)
-    tl.store(solved + place, _inverse(system, CHUNK, PRECISION) * strength[None, :])
+    tl.store(solved + place, inverse_of(system, CHUNK, PRECISION) * strength[None, :])
 
 
 @kernel(first_number="q_stride", static="factors solved weights")

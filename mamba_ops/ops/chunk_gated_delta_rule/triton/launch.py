@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_placeholder, slots_of
+from mamba_ops.ops._triton.delta_rule import CHUNK, precisions_of
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
 from mamba_ops.ops._triton.limits import Limits
-from mamba_ops.ops.chunk_gated_delta_rule.triton.kernels import CHUNK, _scan, _solve
+from mamba_ops.ops.chunk_gated_delta_rule.triton.kernels import _scan, _solve
 
 if TYPE_CHECKING:
     from mamba_ops.ops.chunk_gated_delta_rule.op import Arguments
@@ -141,9 +142,3 @@ def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launch
         solve |= limits.registers(168)
     scan = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, "BLOCK": block, "PRECISION": precisions["EXACT"]}
     return {"_solve": solve, "_scan": scan | {"num_warps": 4, "num_stages": stages}}
-
-
-def precisions_of(operand: str, limits: Limits) -> dict[str, str]:
-    """Return in which precision chunks' systems are inverted, and in which operands are multiplied."""
-    bits = {"bfloat16": 11, "float16": 16}.get(operand, 24)
-    return {"PRECISION": limits.precision(bits), "EXACT": limits.precision(24) if bits == 24 else "ieee"}

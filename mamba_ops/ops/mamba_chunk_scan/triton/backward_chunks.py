@@ -151,7 +151,7 @@ def _of_groups(
             # What two states have in common, by matrix units: of a product, its diagonal.
             meet = tl.dot(start, tl.trans(end), input_precision=PRECISION)
             meet = tl.where(channel[:, None] == channel[None, :], meet, 0.0)
-            tl.store(met + of_head, tl.sum(tl.sum(meet, 1), 0))
+            tl.store(met + of_head, tl.sum(meet))
 
 
 @kernel(first_number="x_stride", static="steps starts ends grad_x grad_z found of_D")

@@ -8,6 +8,7 @@ import triton
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options
 from mamba_ops.ops._triton.layout import by_token
 from mamba_ops.ops._triton.limits import limits_of
+from mamba_ops.ops._triton.sums import add_up, clear
 from mamba_ops.ops.mamba_chunk_scan.triton.backward import _carry, _step_sizes
 from mamba_ops.ops.mamba_chunk_scan.triton.backward_chunks import _of_groups, _of_heads, _of_steps
 
@@ -28,10 +29,10 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
     rows = call.x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     if flat or rows == 0:
         for gradient in (call.grad_x, call.grad_dt, call.grad_B, call.grad_C, call.grad_z):
-            gradient.zero_()  # of tokens that are in no row
+            clear(gradient)  # of tokens that are in no row
     if rows == 0:
         for gradient in (call.grad_A, call.grad_D, call.grad_dt_bias):
-            gradient.zero_()
+            clear(gradient)
         return
     heads, dim, groups, dstate = *call.x.shape[-2:], *call.B.shape[-2:]
     x, dt, B, C, grad = (by_token(t, flat) for t in (call.x, call.dt, call.B, call.C, call.grad_output))
@@ -57,10 +58,12 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
     steps, found, met = scratch(chunks, heads, 7, chunk), scratch(chunks, heads, 4, chunk), scratch(chunks, heads)
     # Each in memory of its own: kernels are compiled for how these lie, and a half of a tensor may lie anywhere.
     starts, ends = (scratch(chunks, heads, dim, dstate, dtype=operand) for _ in range(2))
-    summed = torch.zeros if flat else torch.empty  # of packed rows, not all chunks and tokens are there
-    shares = summed(2, chunks, heads, device=x.device)
-    of_D = summed(chunks, *(() if D is None else D.shape), device=x.device)
-    of_B, of_C = (summed(splits, tokens, groups, dstate, device=x.device) for _ in range(2))
+    shares = scratch(2, chunks, heads)
+    of_D = scratch(chunks, *(() if D is None else D.shape))
+    of_B, of_C = (scratch(splits, tokens, groups, dstate) for _ in range(2))
+    if flat:  # of packed rows, not all chunks and tokens are there
+        for found_of_some in (shares, of_D, of_B, of_C):
+            clear(found_of_some)
     aligned = all(
         t is None or (t.data_ptr() | t.stride(0) * t.itemsize | t.shape[-1] * t.itemsize) % 16 == 0
         for t in (x, B, C, z, grad)
@@ -187,10 +190,10 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             BLOCK_HEADS=block_heads,
             **options(num_warps=4),
         )
-    call.grad_B.copy_(of_B.sum(0).view(call.grad_B.shape))
-    call.grad_C.copy_(of_C.sum(0).view(call.grad_C.shape))
-    call.grad_A.copy_(shares[0].sum(0))
+    add_up(of_B.view(splits, *call.grad_B.shape), call.grad_B, many=False)
+    add_up(of_C.view(splits, *call.grad_C.shape), call.grad_C, many=False)
+    add_up(shares[0], call.grad_A)
     if D is not None:
-        call.grad_D.copy_(of_D.sum(0))
+        add_up(of_D, call.grad_D)
     if dt_bias is not None:
-        call.grad_dt_bias.copy_(shares[1].sum(0))
+        add_up(shares[1], call.grad_dt_bias)

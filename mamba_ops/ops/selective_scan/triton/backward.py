@@ -9,6 +9,7 @@ from torch import Tensor
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options
 from mamba_ops.ops._triton.layout import by_token, write_back
 from mamba_ops.ops._triton.limits import limits_of
+from mamba_ops.ops._triton.sums import clear
 from mamba_ops.ops.selective_scan.triton.backward_kernels import _boundaries, _gradients
 from mamba_ops.ops.selective_scan.triton.backward_sums import _arrange, _carry, _sum_blocks, _sum_chunks
 
@@ -36,16 +37,16 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
         gradients["z"] = call.grad_z
     if rows == 0 or call.x.numel() == 0:
         for gradient in (*gradients.values(), call.grad_A, call.grad_D, call.grad_dt_bias):
-            gradient.zero_()
+            clear(gradient)
         if call.initial_states is not None:
             if call.grad_final_states is None:
-                call.grad_initial_states.zero_()
+                clear(call.grad_initial_states)
             else:
                 call.grad_initial_states.copy_(call.grad_final_states)
         return
     if flat:  # tokens past the last row
         for gradient in gradients.values():
-            gradient.zero_()
+            clear(gradient)
     written = {name: by_token(gradient, flat) for name, gradient in gradients.items()}
     sums = {
         "A": call.grad_A,

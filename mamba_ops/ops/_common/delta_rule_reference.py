@@ -1,0 +1,121 @@
+"""The gated delta rules over whole sequences in plain torch, chunk by chunk, whatever decays what."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mamba_ops.ops._common.chunk_layout import before, carried, chunk_layout, row_count
+from mamba_ops.ops._common.delta_rule import CHUNK, EPS, PrefillArguments
+from mamba_ops.ops._common.slots import initial_states, row_ends, store_rows
+
+
+class Decays(Protocol):
+    """What a chunk's tokens keep of each other, and the state of it. Made of the logs of decays, as gathered.
+
+    Attributes:
+        since: (pieces, v_heads, CHUNK, 1 or k_dim), the decay up to each token, with its own.
+        left: likewise, the decay after each token.
+    """
+
+    since: Tensor
+    left: Tensor
+
+    def __init__(self, log_decay: Tensor, per_key: int) -> None:
+        """Take logs, (pieces, v_heads, CHUNK, ...), and how many heads of v share one of k."""
+
+    def products(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the products of keys i with keys j before them, and of queries i with keys j up to theirs, decayed.
+
+        Both (pieces, v_heads, CHUNK, CHUNK), of (pieces, k_heads, CHUNK, k_dim).
+        """
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Return every head of q or k divided by its length."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS)
+
+
+def inverse(system: Tensor) -> Tensor:
+    """Return the inverse of 1 + system, `(..., CHUNK, CHUNK)`, which is strictly lower triangular.
+
+    Not by torch's solver, which on a GPU may choose its algorithm by how many systems there are: the last bits of a row
+    would depend on the other rows. Parts of 16 on the diagonal are solved by elimination, one column after the other.
+    With P made of their inverses, and N = P @ (what is left of the system), N^4 is zero, and the whole inverse is
+    (1 - N) (1 + N^2) P.
+    """
+    size = 16
+    parts = CHUNK // size
+    blocks = system.unflatten(-1, (parts, size)).unflatten(-3, (parts, size)).transpose(-3, -2)
+    diagonal = blocks.diagonal(dim1=-4, dim2=-3).movedim(-1, -3)
+    solved = torch.eye(size, dtype=system.dtype, device=system.device).expand_as(diagonal)
+    for j in range(size - 1):
+        solved = solved - diagonal[..., j : j + 1] * solved[..., j : j + 1, :]
+    place = torch.arange(parts, device=system.device)
+    same = (place.unsqueeze(1) == place).view(parts, parts, 1, 1)
+    whole = torch.where(same, solved.unsqueeze(-3), 0).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+    left = torch.where(same, 0, blocks).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+    n = whole @ left
+    whole = whole + n @ (n @ whole)
+    return whole - n @ whole
+
+
+def read_chunks(call: PrefillArguments, decays_of: type[Decays]) -> None:
+    """Write the outputs and the last states of a call."""
+    compute = torch.promote_types(call.q.dtype, torch.float32)
+    v_heads, v_dim, k_dim, n = call.v.shape[-2], call.v.shape[-1], call.q.shape[-1], row_count(call.v, call.cu_seqlens)
+    if n == 0:
+        return
+    layout = chunk_layout(call.v, CHUNK, 1, call.cu_seqlens, None)
+    empty = layout.of_row == 0
+    ends = row_ends(call.slots, call.write_slots, call.null_slot, empty, call.ssm_state)
+    last = call.v.new_zeros(n, v_heads, v_dim, k_dim, dtype=compute)
+    if call.ssm_state is not None and call.has_initial_state is not None:
+        last = initial_states(call.ssm_state, ends, call.has_initial_state, compute)
+    if call.v.numel() == 0:
+        if call.ssm_state is not None:
+            store_rows(call.ssm_state, ends.target, last, ends.stored)
+        return
+
+    inside = layout.inside & ends.is_active[layout.row].unsqueeze(1)
+
+    def gather(tokens: Tensor) -> Tensor:
+        """An activation as (pieces, heads, CHUNK, ...), zero where there is no token; heads of q and k as of v."""
+        return layout.gather(tokens, inside, compute).transpose(1, 2)
+
+    queries, keys, values, strength = gather(call.q), gather(call.k), gather(call.v), gather(call.beta).unsqueeze(3)
+    if call.qk_l2norm:
+        queries, keys = normalised(queries), normalised(keys)
+    queries = queries * (k_dim**-0.5 if call.scale is None else call.scale)
+    per_key = v_heads // call.q.shape[-2]
+    decays = decays_of(gather(call.g), per_key)
+    products, weights = decays.products(queries, keys)
+    queries, keys = (x.repeat_interleave(per_key, 1) for x in (queries, keys))
+    sides = torch.cat([strength * values, strength * decays.since * keys], dim=3)
+    # What a chunk writes if the state before it is zero, and what to subtract for each state before it.
+    alone, through = (inverse(strength * products) @ sides).split([v_dim, k_dim], dim=3)
+    opened, closing, decay = decays.since * queries, decays.left * keys, decays.since[:, :, -1:]
+
+    if isinstance(layout.longest, int):
+        y = torch.zeros_like(values)
+        first = layout.end - layout.of_row
+        for number in range(layout.longest):
+            exists = number < layout.of_row
+            piece = torch.where(exists, first + number, 0)
+            new = alone[piece] - through[piece] @ last.mT
+            store_rows(y, piece, opened[piece] @ last.mT + weights[piece] @ new, exists)
+            after = decay[piece] * last + new.mT @ closing[piece]
+            last = torch.where(exists.view(n, 1, 1, 1), after, last)
+    else:  # in a program for any length: a chunk multiplies the state by a matrix, and the product of all takes turns
+        steps = decay * torch.eye(k_dim, dtype=compute, device=decay.device) - through.mT @ closing
+        begins = (layout.number == 0).view(-1, 1, 1, 1)
+        initial = torch.where(begins, last[layout.row], 0)
+        states = alone.mT @ closing + initial @ steps
+        states = carried(states, steps, layout.number, layout.longest, torch.matmul)
+        begun = initial + before(states, begins)
+        y = opened @ begun.mT + weights @ (alone - through @ begun.mT)
+        last = torch.where(empty.view(n, 1, 1, 1), last, states[(layout.end - 1).clamp(min=0)])
+
+    layout.store(call.output, y.transpose(1, 2))
+    if call.ssm_state is not None:
+        store_rows(call.ssm_state, ends.target, last, ends.stored)

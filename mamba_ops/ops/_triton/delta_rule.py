@@ -1,0 +1,95 @@
+"""What the kernels of the gated delta rules share, whatever decays what."""
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mamba_ops.ops._triton.limits import Limits
+from mamba_ops.ops._triton.sums import clear
+
+if TYPE_CHECKING:
+    from mamba_ops.ops._common.delta_rule import BackwardArguments
+
+CHUNK = 64
+PART = 16
+"""Of a chunk: systems of so many tokens are solved token by token."""
+_PART: tl.constexpr = tl.constexpr(PART)
+
+
+@triton.jit
+def length_factor(x, L2NORM: tl.constexpr):
+    # The factor that gives a row length 1.
+    factor = tl.full([x.shape[0]], 1.0, tl.float32)
+    if L2NORM:
+        x = x.to(tl.float32)
+        factor /= tl.sqrt(tl.sum(x * x, axis=1) + 1e-6)
+    return factor
+
+
+@triton.jit
+def inverse_of(system, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+    # Of 1 + system, which is strictly lower triangular. First of the parts on its diagonal, all at once, by elimination
+    # of a column after the other. With P made of those inverses, and N = P @ (what is left of them), N^4 is zero, and
+    # the whole inverse is (1 - N) (1 + N^2) P.
+    PARTS: tl.constexpr = CHUNK // _PART
+    i = tl.arange(0, PARTS)
+    own = (i[:, None] == i[None, :])[:, :, None, None]
+    parts = tl.permute(tl.reshape(system, [PARTS, _PART, PARTS, _PART]), (0, 2, 1, 3))
+    part = tl.sum(tl.where(own, parts, 0.0), axis=1)
+    row = tl.arange(0, _PART)[None, :, None]
+    column = tl.arange(0, _PART)[None, None, :]
+    solved = tl.where(row == column, 1.0, part * 0.0)
+    for j in range(_PART - 1):
+        factor = tl.sum(tl.where(column == j, part, 0.0), axis=2)
+        pivot = tl.sum(tl.where(row == j, solved, 0.0), axis=1)
+        solved -= factor[:, :, None] * pivot[:, None, :]
+    whole = tl.where(own, tl.expand_dims(solved, 1), 0.0)
+    whole = tl.reshape(tl.permute(whole, (0, 2, 1, 3)), [CHUNK, CHUNK])
+    i = tl.arange(0, CHUNK)
+    rest = tl.where(i[:, None] // _PART > i[None, :] // _PART, system, 0.0)
+    n = tl.dot(whole, rest, input_precision=PRECISION)
+    square = tl.dot(n, n, input_precision=PRECISION)
+    whole += tl.dot(square, whole, input_precision=PRECISION)
+    return whole - tl.dot(n, whole, input_precision=PRECISION)
+
+
+@triton.jit
+def load_numbers(numbers, head, t, stride, high):
+    # A number for each token, zero where there is none.
+    return tl.load(numbers + head + t.to(tl.int64) * stride, t < high, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def through_norm(x, grad):
+    # The gradient of rows x, given that of the rows with length 1.
+    x = x.to(tl.float32)
+    factor = tl.expand_dims(length_factor(x, True), 1)
+    x *= factor
+    return (grad - x * tl.expand_dims(tl.sum(x * grad, axis=1), 1)) * factor
+
+
+def precisions_of(operand: str, limits: Limits) -> dict[str, str]:
+    """Return in which precision chunks' systems are inverted, and in which operands are multiplied."""
+    bits = {"bfloat16": 11, "float16": 16}.get(operand, 24)
+    return {"PRECISION": limits.precision(bits), "EXACT": limits.precision(24) if bits == 24 else "ieee"}
+
+
+def gradients_of(call: "BackwardArguments") -> dict[str, Tensor]:
+    """Return what a backward pass writes for tokens, by input, zero where a kernel writes nothing.
+
+    None, where there is no token: then that of initial states is written here, too.
+    """
+    gradients = {"q": call.grad_q, "k": call.grad_k, "v": call.grad_v, "g": call.grad_g, "beta": call.grad_beta}
+    rows = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    is_empty = rows == 0 or call.v.numel() == 0
+    if is_empty or call.cu_seqlens is not None:  # tokens past the last row
+        for gradient in gradients.values():
+            clear(gradient)
+    if is_empty and call.initial_states is not None:
+        if call.grad_final_states is None:
+            clear(call.grad_initial_states)
+        else:
+            call.grad_initial_states.copy_(call.grad_final_states)
+    return {} if is_empty else gradients

@@ -1,0 +1,137 @@
+"""How the three kernels of chunk_kda are launched."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_placeholder, slots_of
+from mamba_ops.ops._triton.delta_rule import CHUNK, PART, precisions_of
+from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
+from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
+from mamba_ops.ops._triton.limits import Limits
+from mamba_ops.ops.chunk_kda.triton.kernels import _pairs, _scan, _solve
+
+if TYPE_CHECKING:
+    from mamba_ops.ops.chunk_kda.op import Arguments
+
+
+def chunk_kda(call: "Arguments") -> None:
+    """Write `output` and the last states; shapes and meaning are the op's, and are not checked again.
+
+    What matrix units are given is rounded to the dtype of q, k and v: the state before a chunk, what its tokens write
+    and what is subtracted for that state, the inverse of its system, queries and keys with their decays, and how much
+    queries read of what each token writes; float32 stays float32, which is slow. Every token of an activation must be
+    dense: others are copied first, and an output that is not is written through a copy. Where a token of q, k, v, g or
+    output or a slot of the state does not start at a multiple of 16 bytes, or a slot is not dense, reads are narrow and
+    slow.
+    """
+    flat = call.cu_seqlens is not None
+    rows = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    length = None if flat else call.v.shape[1]
+    (k_heads, k_dim), (v_heads, v_dim) = call.q.shape[-2:], call.v.shape[-2:]
+    tokens = call.v.numel() // (v_heads * v_dim)
+    moves = call.write_slots is not None and call.ssm_state is not None
+    if rows == 0 or (tokens == 0 and not moves):
+        return
+    chunks = tokens // CHUNK + rows if length is None else rows * cdiv(length, CHUNK)
+
+    written = by_token(call.output, flat)
+    q, k, v, g, beta = (by_token(t, flat) for t in (call.q, call.k, call.v, call.g, call.beta))
+    cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
+    slots, write_slots = (None if t is None else dense(t) for t in (call.slots, call.write_slots))
+    operand = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
+        operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+
+    block_k, v_padded = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))
+
+    def scratch(*shape: int, dtype: torch.dtype = operand) -> torch.Tensor:
+        return torch.empty((chunks, v_heads, *shape), dtype=dtype, device=v.device)
+
+    factors, system = scratch(2, CHUNK, dtype=torch.float32), scratch(CHUNK, CHUNK, dtype=torch.float32)
+    weights, keyed, alone = scratch(CHUNK, CHUNK), scratch(3, CHUNK, block_k), scratch(CHUNK, v_padded)
+    whole = scratch(block_k, dtype=torch.float32)
+    places = 0
+    for tensor in (q, k, v, g, written):
+        places |= tensor.data_ptr() | tensor.stride(0) * tensor.itemsize | tensor.shape[-1] * tensor.itemsize
+    slots, slots_stride = or_placeholder(slots, v, tl.int32)
+    has_initial_state, initial_stride = or_placeholder(
+        None if call.ssm_state is None else call.has_initial_state, v, tl.int1
+    )
+    write_stride = None if write_slots is None else write_slots.stride(0)
+    slot_stride, *strides = (-1, 0, 0, 0) if call.ssm_state is None else call.ssm_state.stride()
+    if call.ssm_state is not None:
+        places |= call.ssm_state.data_ptr() | slot_stride * call.ssm_state.itemsize
+    aligned = places % 16 == 0 and (call.ssm_state is None or is_dense(call.ssm_state))
+    head_stride, value_stride, key_stride = (None, None, None) if aligned else strides
+    ssm_state, _ = or_placeholder(call.ssm_state, v, tl.float32)
+
+    of_keys = {"V_HEADS": v_heads, "K_DIM": k_dim, "ALIGNED": aligned, "CHUNK": CHUNK, "BLOCK_K": block_k}
+    of_values = {**of_keys, "V_DIM": v_dim, "V_PADDED": v_padded}
+    launches = _launches(v.get_device(), k_dim, v_dim, str(operand).removeprefix("torch."))
+    with on_device_of(v):
+        if tokens:
+            _pairs[(chunks * v_heads * (CHUNK // PART),)](
+                *(q, k, g, cu_seqlens, slots, factors, system, weights),
+                k_dim**-0.5 if call.scale is None else float(call.scale),
+                *(q.stride(0), k.stride(0), g.stride(0), slots_stride),
+                *(tokens if length is None else length, rows, call.null_slot, slots_of(call.ssm_state)),
+                **of_keys,
+                K_HEADS=k_heads,
+                L2NORM=call.qk_l2norm,
+                **launches["_pairs"],
+            )
+            _solve[(chunks * v_heads,)](
+                *(q, k, v, g, beta, cu_seqlens, slots, factors, system, keyed, alone, whole, None),
+                *(k.stride(0), q.stride(0), v.stride(0), g.stride(0), beta.stride(0), slots_stride),
+                *(tokens if length is None else length, rows, call.null_slot, slots_of(call.ssm_state)),
+                **of_values,
+                K_HEADS=k_heads,
+                **launches["_solve"],
+            )
+        _scan[(rows * v_heads * (v_padded // launches["_scan"]["BLOCK"]),)](
+            *(
+                cu_seqlens,
+                ssm_state,
+                slots,
+                write_slots,
+                has_initial_state,
+                written,
+                keyed,
+                alone,
+                whole,
+                weights,
+                None,
+                None,
+            ),
+            *(written.stride(0), slots_stride, write_stride, initial_stride, slot_stride),
+            *(head_stride, value_stride, key_stride, tokens if length is None else length, call.null_slot),
+            slots_of(call.ssm_state),
+            **of_values,
+            **launches["_scan"],
+        )
+    write_back(written, call.output, flat)
+
+
+@tunable_launch(_pairs="num_warps", _solve="num_warps", _scan="BLOCK num_warps num_stages")
+def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launches:
+    """What is multiplied in which precision, too; a block of v has a matrix product's shortest side at least.
+
+    MODERATE is the binary log of how large a decayed key may be for matrix units: in float16 that is not much.
+    """
+    block_k, block_v = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))
+    itemsize = 4 if operand == "float32" else 2
+    block = min(block_v, 64 if limits.is_large and itemsize == 2 else 32)
+    read_ahead = (CHUNK * (3 * block_k + block + CHUNK) + block * block_k) * itemsize
+    stages = 2 if itemsize == 2 and 4 * read_ahead <= 3 * limits.shared_memory else 1
+    precisions = precisions_of(operand, limits)
+    part = {"BLOCK_ROWS": 128, "MODERATE": 4.0 if operand == "float16" else 60.0, "PRECISION": precisions["EXACT"]}
+    solve = {"BLOCK_ROWS": 128, "BLOCK": min(block_k, block_v, 64 if itemsize == 2 else 32), **precisions}
+    scan = {"BLOCK_ROWS": 128, "BLOCK": block, "PRECISION": precisions["EXACT"]}
+    return {
+        "_pairs": part | {"num_warps": 2 if block_k <= 128 else 4},
+        "_solve": solve | {"num_warps": 4, "num_stages": 1},
+        "_scan": scan | {"num_warps": 4, "num_stages": stages},
+    }

@@ -1,0 +1,48 @@
+"""Bugs to plant in kda_update."""
+
+BUGS = {
+    "empty row stores": ("        if tokens <= 0:\n", "        if tokens < 0:\n"),
+    "wrong head of k": ("head // (V_HEADS // K_HEADS) * K_DIM", "head % K_HEADS * K_DIM"),
+    "gate of another head": ("of_gate = head * K_DIM", "of_gate = head // 2 * K_DIM"),
+    "one gate for all channels": ("of_gate = head * K_DIM + key", "of_gate = head * K_DIM + 0 * key"),
+    "no lower bound": ("if BOUNDED else rate * softplus(g)", "if False else rate * softplus(g)"),
+    "bias dropped": ("            g += bias\n", ""),
+    "gate without softplus": ("rate * softplus(g)", "rate * g"),
+    "rate without exp": ("-tl.exp(tl.load(A_log + head).to(tl.float32))", "-tl.load(A_log + head)"),
+    "beta without sigmoid": ("            beta = tl.sigmoid(beta)", "            beta = beta"),
+    "q not normalised": ("query /= tl.sqrt", "query /= 0 * query + 1 + 0 * tl.sqrt"),
+    "k not normalised": ("keys /= tl.sqrt", "keys /= 0 * keys + 1 + 0 * tl.sqrt"),
+    "always normalised": ("        if L2NORM:", "        if True:"),
+    "another epsilon": ("axis=0) + 1e-6", "axis=0) + 1e-3"),
+    "scale dropped": ("(query * scale)", "query"),
+    "scale given ignored": ("k_dim**-0.5 if call.scale is None else float(call.scale)", "k_dim**-0.5"),
+    "not decayed": ("        s *= tl.exp(g)[None, :]", "        s *= 1.0"),
+    "decay with the wrong sign": ("s *= tl.exp(g)", "s *= tl.exp(-g)"),
+    "decayed after the write": (
+        "        s *= tl.exp(g)[None, :]\n        delta = values - tl.sum(s * keys[None, :], axis=1)",
+        "        delta = values - tl.sum(s * keys[None, :], axis=1)\n        s *= tl.exp(g)[None, :]",
+    ),
+    "what is there not taken off": ("delta = values - tl.sum(s * keys[None, :], axis=1)", "delta = values"),
+    "beta dropped": ("(beta * delta)", "delta"),
+    "beta on the value only": (
+        "delta = values - tl.sum(s * keys[None, :], axis=1)\n        s += (beta * delta)",
+        "delta = beta * values - tl.sum(s * keys[None, :], axis=1)\n        s += delta",
+    ),
+    "output from the old state": (
+        "y = tl.sum(s * (query",
+        "y = tl.sum((s - (beta * delta)[:, None] * keys[None, :]) * (query",
+    ),
+    "state rounded between tokens": (
+        "        y = tl.sum(",
+        "        s = s.to(tl.bfloat16).to(tl.float32)\n        y = tl.sum(",
+    ),
+    "state not written": ("    if num_accepted_tokens is None:\n        if", "    if False:\n        if"),
+    "write slots ignored": ("        if write_slots is None:", "        if True:"),
+    "null destination written": ("if is_slot(target, null_slot, slot_count):", "if is_slot(target, -1, slot_count):"),
+    "null rows not zeroed": ("tl.zeros([BLOCK], tl.float32)", "tl.full([BLOCK], 1.0, tl.float32)"),
+    "null slot ignored": ("slots_stride, null_slot, slot_count)", "slots_stride, -1, slot_count)"),
+    "accepted column off by one": ("slots_columns) - 1", "slots_columns - 1)"),
+    "all speculative states in one column": ("row * write_stride + t)", "row * write_stride)"),
+    "first token only": ("    for t in range(tokens):\n        token", "    for t in range(1):\n        token"),
+    "turned state taken as dense": (" and is_dense(call.ssm_state)", ""),
+}
