@@ -119,6 +119,8 @@ class Formula:
 
     def found(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Do what `gradients` does, for an eager call."""
+        if torch.compiler.is_dynamo_compiling():  # compiled autograd traces this
+            return self._gradients(ctx, (*ctx.saved_tensors, None), len(self.names), grads)
         saved, snapshot = ctx.saved_tensors, ctx.snapshot
         current = dispatcher.current()
         if (
