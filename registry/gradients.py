@@ -142,7 +142,16 @@ class Formula:
         """Return what runs an eager call of the forward op and records it."""
         formula, dispatch = self, _torch.dispatch_of(self.overload)
 
-        class Recorded(torch.autograd.Function):
+        class Joined(torch.autograd.Function):
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return formula.gradients(ctx, *grads)
+
+            @staticmethod
+            def jvp(ctx: Any, *tangents: Any) -> Any:
+                raise no_jvp(formula.name)
+
+        class Recorded(Joined):
             """For eager calls: with setup_context in the forward it is the fastest that torch has."""
 
             @staticmethod
@@ -156,28 +165,14 @@ class Formula:
             def backward(ctx: Any, *grads: Any) -> Any:
                 return formula.found(ctx, *grads)
 
-            @staticmethod
-            def jvp(ctx: Any, *tangents: Any) -> Any:
-                raise no_jvp(formula.name)
-
-        class Transformed(torch.autograd.Function):
+        class Transformed(Joined):
             """For calls under torch.func."""
+
+            setup_context = staticmethod(formula.setup_context)
 
             @staticmethod
             def forward(*inputs: Any) -> Any:
                 return formula.overload(*inputs)
-
-            @staticmethod
-            def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-                formula.setup_context(ctx, inputs, output)
-
-            @staticmethod
-            def backward(ctx: Any, *grads: Any) -> Any:
-                return formula.gradients(ctx, *grads)
-
-            @staticmethod
-            def jvp(ctx: Any, *tangents: Any) -> Any:
-                raise no_jvp(formula.name)
 
             @staticmethod
             def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
