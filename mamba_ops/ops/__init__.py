@@ -10,12 +10,14 @@ from mamba_ops.ops.chunk_gated_delta_rule import chunk_gated_delta_rule as chunk
 from mamba_ops.ops.chunk_kda import chunk_kda as chunk_kda
 from mamba_ops.ops.gated_delta_rule_update import gated_delta_rule_update as gated_delta_rule_update
 from mamba_ops.ops.gdn_mixing import gdn_mixing as gdn_mixing
+from mamba_ops.ops.kda_mixing import kda_mixing as kda_mixing
 from mamba_ops.ops.kda_update import kda_update as kda_update
 from mamba_ops.ops.mamba2_mixing import mamba2_mixing as mamba2_mixing
 from mamba_ops.ops.mamba_chunk_scan import mamba_chunk_scan as mamba_chunk_scan
 from mamba_ops.ops.mamba_mixing import mamba_mixing as mamba_mixing
 from mamba_ops.ops.selective_scan import selective_scan as selective_scan
 from mamba_ops.ops.selective_state_update import selective_state_update as selective_state_update
+from mamba_ops.ops.short_conv_mixing import short_conv_mixing as short_conv_mixing
 from mamba_ops.registry import Op
 
 if not TYPE_CHECKING:  # a type checker goes by the imports, and takes computed names for none

@@ -14,7 +14,7 @@ from mamba_ops.ops._common.training import check_initial_states, dtype_of_states
 from mamba_ops.registry import Op, Sample
 
 
-def record_gradients(op: "Op[...]", backward: str, by_triton: str | None = None) -> None:
+def record_gradients(op: "Op[...]", backward: str, by_triton: str) -> None:
     """Give an op that reads whole sequences its companions for training.
 
     Args:
@@ -54,8 +54,7 @@ def record_gradients(op: "Op[...]", backward: str, by_triton: str | None = None)
     def _samples(device: torch.device, **sizes: Any) -> Iterator[Sample]:
         return training_samples(op, "ssm_state", device, **sizes)
 
-    if by_triton is not None:
-        triton.implements(op.backward_op, by_triton, unsupported=_unsupported)
+    triton.implements(op.backward_op, by_triton, unsupported=_unsupported)
 
 
 def _output(v: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -7,7 +7,11 @@ import torch
 from mamba_ops.ops._common.delta_rule_training import record_gradients
 from mamba_ops.ops.chunk_kda.op import chunk_kda
 
-record_gradients(chunk_kda, "mamba_ops.ops.chunk_kda.reference_backward:chunk_kda_backward")
+record_gradients(
+    chunk_kda,
+    "mamba_ops.ops.chunk_kda.reference_backward:chunk_kda_backward",
+    "mamba_ops.ops.chunk_kda.triton:chunk_kda_backward",
+)
 
 
 @chunk_kda.flops

@@ -74,9 +74,9 @@ def chunk_kda(call: "Arguments") -> None:
     with on_device_of(v):
         if tokens:
             _pairs[(chunks * v_heads * (CHUNK // PART),)](
-                *(q, k, g, beta, cu_seqlens, slots, factors, system, weights),
+                *(q, k, g, cu_seqlens, slots, factors, system, weights),
                 k_dim**-0.5 if call.scale is None else float(call.scale),
-                *(q.stride(0), k.stride(0), g.stride(0), beta.stride(0), slots_stride),
+                *(q.stride(0), k.stride(0), g.stride(0), slots_stride),
                 *(tokens if length is None else length, rows, call.null_slot, slots_of(call.ssm_state)),
                 **of_keys,
                 K_HEADS=k_heads,
@@ -84,7 +84,7 @@ def chunk_kda(call: "Arguments") -> None:
                 **launches["_pairs"],
             )
             _solve[(chunks * v_heads,)](
-                *(q, k, v, g, beta, cu_seqlens, slots, factors, system, keyed, alone, whole),
+                *(q, k, v, g, beta, cu_seqlens, slots, factors, system, keyed, alone, whole, None),
                 *(k.stride(0), q.stride(0), v.stride(0), g.stride(0), beta.stride(0), slots_stride),
                 *(tokens if length is None else length, rows, call.null_slot, slots_of(call.ssm_state)),
                 **of_values,
@@ -92,7 +92,20 @@ def chunk_kda(call: "Arguments") -> None:
                 **launches["_solve"],
             )
         _scan[(rows * v_heads * (v_padded // launches["_scan"]["BLOCK"]),)](
-            *(cu_seqlens, ssm_state, slots, write_slots, has_initial_state, written, keyed, alone, whole, weights),
+            *(
+                cu_seqlens,
+                ssm_state,
+                slots,
+                write_slots,
+                has_initial_state,
+                written,
+                keyed,
+                alone,
+                whole,
+                weights,
+                None,
+                None,
+            ),
             *(written.stride(0), slots_stride, write_stride, initial_stride, slot_stride),
             *(head_stride, value_stride, key_stride, tokens if length is None else length, call.null_slot),
             slots_of(call.ssm_state),
