@@ -3,9 +3,9 @@
 BUGS = {
     "empty row stores": ("        if tokens <= 0:\n", "        if tokens < 0:\n"),
     "wrong head of k": ("head // (V_HEADS // K_HEADS) * K_DIM", "head % K_HEADS * K_DIM"),
-    "gate of another head": ("of_gate = head * K_DIM", "of_gate = head // 2 * K_DIM"),
-    "one gate for all channels": ("of_gate = head * K_DIM + key", "of_gate = head * K_DIM + 0 * key"),
-    "no lower bound": ("if BOUNDED else rate * softplus(g)", "if False else rate * softplus(g)"),
+    "gate of another head": ("gate + head * K_DIM + key", "gate + head // 2 * K_DIM + key"),
+    "one gate for all channels": ("gate + head * K_DIM + key", "gate + head * K_DIM + 0 * key"),
+    "no lower bound": ("if lower_bound is None else", "if True else"),
     "bias dropped": ("            g += bias\n", ""),
     "gate without softplus": ("rate * softplus(g)", "rate * g"),
     "rate without exp": ("-tl.exp(tl.load(A_log + head).to(tl.float32))", "-tl.load(A_log + head)"),
@@ -16,12 +16,9 @@ BUGS = {
     "another epsilon": ("axis=0) + 1e-6", "axis=0) + 1e-3"),
     "scale dropped": ("(query * scale)", "query"),
     "scale given ignored": ("k_dim**-0.5 if call.scale is None else float(call.scale)", "k_dim**-0.5"),
-    "not decayed": ("        s *= tl.exp(g)[None, :]", "        s *= 1.0"),
+    "not decayed": ("            s *= tl.exp(g)[None, :]", "            s *= 1.0"),
     "decay with the wrong sign": ("s *= tl.exp(g)", "s *= tl.exp(-g)"),
-    "decayed after the write": (
-        "        s *= tl.exp(g)[None, :]\n        delta = values - tl.sum(s * keys[None, :], axis=1)",
-        "        delta = values - tl.sum(s * keys[None, :], axis=1)\n        s *= tl.exp(g)[None, :]",
-    ),
+    "decayed after the write": ("tl.sum(s * keys[None, :], axis=1)", "tl.sum(s / tl.exp(g)[None, :] * keys[None, :], axis=1)"),
     "what is there not taken off": ("delta = values - tl.sum(s * keys[None, :], axis=1)", "delta = values"),
     "beta dropped": ("(beta * delta)", "delta"),
     "beta on the value only": (
