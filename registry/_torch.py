@@ -6,8 +6,8 @@
 import pkgutil
 import sys
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -106,6 +106,19 @@ def honour_decompositions(overload: Any) -> None:
         return entry(*args, **kwargs)
 
     register(torch._C.DispatchKey.CompositeImplicitAutograd)(decompose)
+
+
+def honour_functional_decompositions(overloads: Iterable[Any]) -> None:
+    """Do that for ops that mutate nothing, whose references mutate their results before torch asks its table.
+
+    Inductor makes a table of all functional ops that are composite when it is imported, and then compiles none of those
+    that has kernels of its own. So its table is made first.
+    """
+    with suppress(ImportError):
+        import_module("torch._inductor.decomposition")
+    for overload in overloads:
+        if torch._C.DispatchKey.CompositeImplicitAutograd not in getattr(overload, "py_kernels", {}):
+            honour_decompositions(overload)
 
 
 def _decomposition_table() -> Mapping[Any, Callable[..., Any]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mamba_ops.registry import errors
+from mamba_ops.registry import _torch, errors
 from mamba_ops.registry.backend import COMPOSED, REFERENCE
 from mamba_ops.registry.dispatcher import dispatcher
 
@@ -25,6 +25,7 @@ is_decomposing = _is_decomposing.get
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Return the overload of every op with what it is decomposed to; companions for training are among them."""
+    _torch.honour_functional_decompositions([op.overload for op in dispatcher.ops.values() if op.returns])
     return {op.overload: op.decompose for op in dispatcher.ops.values()}
 
 

@@ -137,7 +137,7 @@ class Op(Trainable, Generic[P]):
         namespace._define(self.name, self.schema, self._body, self._fake, *tags)
         namespace._library.impl(self.name, partial(wrappers.run_negated, self), "Negative")
         self.overload = getattr(getattr(torch.ops, namespace.name), self.name).default
-        if not self.returns:  # of what mutates nothing torch asks by itself, and Inductor wants no composite one
+        if not self.returns:  # for those that mutate nothing, `decompositions()` does it
             _torch.honour_decompositions(self.overload)
         self._write_front()
 

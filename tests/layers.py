@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2
+from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, ShortConv
 from tests.ops.common.layers import (
     GatedDeltaNetOracle,
     KimiDeltaAttentionOracle,
     LayerOracle,
     Mamba2Oracle,
     MambaOracle,
+    ShortConvOracle,
 )
 
 HIDDEN = 24
@@ -69,6 +70,15 @@ KINDS = {
         ["causal_conv1d_update", "gated_delta_rule_update"],
         stages=8,
     ),
+    "short_conv": Kind(
+        ShortConv,
+        {},
+        [{}, {"d_conv": 4, "bias": True}],
+        ShortConvOracle,
+        ["causal_conv1d"],
+        ["causal_conv1d_update"],
+        stages=5,
+    ),
     "kda": Kind(
         KimiDeltaAttention,
         {"num_heads": 2, "head_dim": 8, "eps": 1e-2},
@@ -109,12 +119,12 @@ def set_weights(module: torch.nn.Module, name: str) -> None:
 
 
 def oracles(oracle: type[LayerOracle], layer: Any, hidden: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """For a batch: truth and float32 result of the output, the conv state and the ssm state."""
+    """For a batch: truth and float32 result of the output, and of each cache by its name."""
     by_dtype = []
     for dtype in (torch.float64, torch.float32):
         rows = [oracle(layer, dtype) for _ in hidden]
         output = torch.stack([row.read(h) for row, h in zip(rows, hidden, strict=True)])
-        window = torch.stack([row.window.t() for row in rows])
-        by_dtype.append((output, window, torch.stack([row.state for row in rows])))
+        kept = [row.caches() for row in rows]
+        by_dtype.append({"output": output, **{name: torch.stack([k[name] for k in kept]) for name in kept[0]}})
     truth, low = by_dtype
-    return dict(zip(("output", "conv_state", "ssm_state"), zip(truth, low, strict=True), strict=True))
+    return {name: (truth[name], low[name]) for name in truth}

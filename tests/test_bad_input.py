@@ -78,7 +78,7 @@ def test_what_ops_inside_would_refuse_a_composed_op_does(op: Op[...], sample: st
 @pytest.mark.parametrize("op", [op for op in OPS if op.composed], ids=lambda op: op.name)
 def test_a_plan_needs_caches_with_a_slot(op: Op[...]) -> None:
     bad = op.make_samples(DEVICE)[0]
-    for name in ("conv_state", "ssm_state"):
+    for name in (name for name in op.mutates if name.endswith("_state")):
         bad = changed(op, bad, name, lambda cache: cache[:0])
     with torch.no_grad(), pytest.raises(ValueError, match="conv_state: got 0 slots, expected 1 at least"):
         op(*bad.args, **bad.kwargs)

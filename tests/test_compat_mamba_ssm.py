@@ -163,6 +163,26 @@ def test_the_inner_function_is_its_parts(rms: bool) -> None:
     torch.testing.assert_close(got, y.mT @ out_proj.t())
 
 
+@pytest.mark.parametrize("given", ["B", "C", "BC"])
+def test_the_inner_function_projects_what_is_not_given(given: str) -> None:
+    """B and C of channels, or of tokens, have no rows in the projection."""
+    xz, conv, bias = torch.randn(2, 12, 9), torch.randn(6, 1, 4), torch.randn(6)
+    dt_proj, out_proj = torch.randn(6, 3), torch.randn(5, 6)
+    A, dt_bias = -torch.rand(6, 4), torch.randn(6)
+    own = {"B": torch.randn(6, 4), "C": torch.randn(2, 4, 9)}
+    x_proj = torch.randn(3 + 4 * (2 - len(given)), 6)
+    options = {name: own[name] for name in given}
+    got = parts.mamba_inner_fn(xz, conv, bias, x_proj, dt_proj, out_proj, None, A, **options, delta_bias=dt_bias)
+    x, z = xz.chunk(2, 1)
+    x = compat.causal_conv1d_fn(x, conv[:, 0], bias, activation="silu")
+    dt, *projected = (x.transpose(1, 2) @ x_proj.t()).split([3, *[4] * (2 - len(given))], -1)
+    B, C = (own[name] if name in given else projected.pop().mT for name in "BC")
+    y = compat.selective_scan_fn(x, (dt @ dt_proj.t()).mT, A, B, C, z=z, delta_bias=dt_bias, delta_softplus=True)
+    torch.testing.assert_close(got, y.mT @ out_proj.t())
+    with pytest.raises(ValueError, match=r"mamba_inner_fn: x_proj_weight: got \d+ rows, expected \d+: the step's rank"):
+        parts.mamba_inner_fn(xz, conv, bias, torch.randn(5, 6), dt_proj, out_proj, None, A, **options)
+
+
 # -- norms ------------------------------------------------------------------------------------------------------------
 
 

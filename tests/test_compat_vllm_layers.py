@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mamba_ops import registry
 from mamba_ops.compat import vllm
-from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
+from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2, ShortConv
 from mamba_ops.registry import splitting_ops, use_backend
 from mamba_ops.serving import ForwardContext, PiecewiseRunner, Plan, StatePool, forward_context
 from tests.vllm_inputs import DEVICE, close, normal
@@ -32,6 +32,7 @@ class ByName(nn.Module):
                 "mamba2": Mamba2(16, heads=4, head_dim=8, dstate=8, chunk_size=8),
                 "mamba": Mamba(16, d_inner=24, dstate=8, dt_rank=3),
                 "gdn": GatedDeltaNet(16, num_k_heads=2, num_v_heads=4, head_k_dim=8, head_v_dim=4),
+                "short_conv": ShortConv(16),
             }
         )
         self.double().to(DEVICE)
@@ -52,7 +53,10 @@ class ByName(nn.Module):
         z = torch.empty_like(core)
         qkvz, ba = gdn.in_proj_qkvz(hidden), gdn.in_proj_ba(hidden)
         torch.ops.mamba_ops_vllm.gdn_attention_core_xpu(core, z, qkvz, ba, "gdn")
-        return hidden + gdn.out_proj(gdn.norm(core, z).flatten(1))
+        hidden = hidden + gdn.out_proj(gdn.norm(core, z).flatten(1))
+        out = torch.empty_like(hidden)
+        torch.ops.mamba_ops_vllm.short_conv(hidden, out, "short_conv")
+        return hidden + out
 
     def directly(self, hidden: Tensor, plan: Plan) -> Tensor:
         for name, layer in self.layers.items():
@@ -77,7 +81,7 @@ def test_a_model_by_layer_names_in_the_runner() -> None:
         close(got, model.directly(hidden, plan))
         close(after, states)
     [pieces] = runner.backend.graphs
-    names = ["mamba_mixer2", "mamba_mixer", "gdn_attention_core_xpu"]
+    names = ["mamba_mixer2", "mamba_mixer", "gdn_attention_core_xpu", "short_conv"]
     assert [piece.ops for piece in pieces] == [
         *(ops for name in names for ops in ((), (f"mamba_ops_vllm::{name}",))),
         (),
@@ -96,29 +100,32 @@ def test_without_a_plan_outputs_are_zero(why: str) -> None:
         "another layer": ForwardContext({}, {}, plan),
     }[why]
     out, hidden_out, core, z = normal(3, 32), normal(3, 16), normal(3, 4, 4), normal(3, 4, 4)
+    convolved = normal(3, 16)
     with forward_context(context):
         vllm.mamba_mixer2(normal(3, 84), out, "mamba2")
         vllm.mamba_mixer(normal(3, 16), hidden_out, "mamba")
         vllm.gdn_attention_core_xpu(core, z, normal(3, 64), normal(3, 8), "gdn")
-    assert not any(t.any() for t in (out, hidden_out, core, z))
+        vllm.short_conv(normal(3, 16), convolved, "short_conv")
+    assert not any(t.any() for t in (out, hidden_out, core, z, convolved))
     assert not any(cache.any() for caches in model.pool.caches.values() for cache in caches)
 
 
 def test_ops_by_name_are_splitting_ops_and_none_of_the_registry() -> None:
-    names = {"mamba_mixer2", "mamba_mixer", "gdn_attention_core_xpu"}
+    names = {"mamba_mixer2", "mamba_mixer", "gdn_attention_core_xpu", "short_conv"}
     assert {f"mamba_ops_vllm::{name}" for name in names} <= set(splitting_ops())
     assert not names & registry.ops().keys()
     with pytest.raises(RuntimeError, match="no forward context"):
         vllm.mamba_mixer2(normal(3, 84), normal(3, 32), "mamba2")
 
 
-@pytest.mark.parametrize("name", ["mamba_mixer2", "mamba_mixer", "gdn_attention_core_xpu"])
+@pytest.mark.parametrize("name", ["mamba_mixer2", "mamba_mixer", "gdn_attention_core_xpu", "short_conv"])
 def test_their_schemas_are_vllms(name: str) -> None:
     mixer = "Tensor(a!) output, str layer_name"
     core = "Tensor(a!) core_attn_out, Tensor(b!) z, Tensor projected_states_qkvz, Tensor projected_states_ba"
     expected = {
         "mamba_mixer2": f"Tensor projected_states, {mixer}",
         "mamba_mixer": f"Tensor hidden_states, {mixer}",
+        "short_conv": f"Tensor hidden_states, {mixer}",
         "gdn_attention_core_xpu": f"{core}, str layer_name",
     }
     assert str(getattr(vllm, name)._schema) == f"mamba_ops_vllm::{name}({expected[name]}) -> ()"

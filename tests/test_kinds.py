@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 import mamba_ops
-from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2
+from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, ShortConv
 from mamba_ops.registry import Op, Sample, ops
 from mamba_ops.registry.codegen import is_optional, is_tensor
 from mamba_ops.testing.op_checks import assert_untouched
@@ -204,6 +204,7 @@ SIZES: dict[type, dict[str, Any]] = {
     Mamba: {"hidden_size": 16, "d_inner": 32, "dstate": 4, "dt_rank": 1},
     Mamba2: {"hidden_size": 16, "heads": 2, "head_dim": 8, "dstate": 4, "groups": 1, "chunk_size": 8},
     GatedDeltaNet: {"hidden_size": 16, "num_k_heads": 1, "num_v_heads": 2, "head_k_dim": 8, "head_v_dim": 8},
+    ShortConv: {"hidden_size": 16},
     KimiDeltaAttention: {"hidden_size": 16, "num_heads": 2, "head_dim": 8},
 }
 
@@ -212,10 +213,11 @@ SIZES: dict[type, dict[str, Any]] = {
 def test_a_layer_names_what_it_cannot_be_made_of(layer: Any) -> None:
     sizes = {**SIZES[layer], "d_conv": 4}
     layer(**sizes)
-    layer(**{name: np.int64(size) for name, size in sizes.items()}, eps=0, dtype=torch.bfloat16, device="cpu")
+    eps = {} if layer is ShortConv else {"eps": 0}
+    layer(**{name: np.int64(size) for name, size in sizes.items()}, **eps, dtype=torch.bfloat16, device="cpu")
     wrong = [(name, value) for name in sizes for value in ("x", -1, 0, 2.5, True, [1], torch.tensor(2))]
     wrong += [(name, None) for name in sizes if name not in ("d_inner", "dt_rank")]
-    wrong += [("d_conv", 9), ("eps", "x"), ("eps", None), ("eps", -1.0), ("eps", float("nan"))]
+    wrong += [("d_conv", 9), *(("eps", value) for value in ("x", None, -1.0, float("nan")) if eps)]
     wrong += [("dtype", "float32"), ("dtype", torch.int32), ("device", "nowhere"), ("device", 2.5)]
     if layer is Mamba2:
         wrong += [("chunk_size", 10**6), ("dt_min", None), ("dt_max", "x"), ("decay_dtype", torch.int8), ("groups", 3)]
@@ -252,7 +254,7 @@ def test_a_layer_refuses_an_ssm_state_under_a_transform_before_it_convolves(laye
         assert not conv_state.any()
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize("layer", [*LAYERS, ShortConv(16)], ids=lambda layer: type(layer).__name__)
 def test_a_layer_names_what_is_wrong_with_its_tokens(layer: Any) -> None:
     layer.requires_grad_(False)
     caches = layer.empty_caches(2)

@@ -31,11 +31,12 @@ def oracles(layer: Any, hidden: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     return oracles_of(kind.oracle, layer, hidden)
 
 
-def decode(layer: Any, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor, **rows: Any) -> Tensor:
-    steps = [layer.step(hidden[:, t], conv_state, ssm_state, **rows) for t in range(hidden.shape[1])]
+def decode(layer: Any, hidden: Tensor, *caches: Tensor, **rows: Any) -> Tensor:
+    steps = [layer.step(hidden[:, t], *caches, **rows) for t in range(hidden.shape[1])]
     return torch.stack(steps, dim=1)
 
 
+WITH_A_PAIR = [name for name, kind in KINDS.items() if kind.layer.Caches._fields == ("conv_state", "ssm_state")]
 VARIANTS = [pytest.param(name, c, id=f"{name} {c}") for name, kind in KINDS.items() for c in kind.variants]
 
 
@@ -49,7 +50,7 @@ def test_prefill_then_32_steps_are_the_oracle(name: str, changes: dict[str, Any]
     expected = oracles(layer, hidden)
     caches = layer.empty_caches(2)
     output = torch.cat([layer(hidden[:, :37], *caches), decode(layer, hidden[:, 37:], *caches)], dim=1)
-    for name, actual in (("output", output), ("conv_state", caches[0]), ("ssm_state", caches[1])):
+    for name, actual in {"output": output, **caches._asdict()}.items():
         assert_within_budget(actual.cpu(), *expected[name], name)
     assert_within_budget(layer(hidden).cpu(), *expected["output"], "without caches")
 
@@ -61,7 +62,8 @@ def test_prefill_goes_on_where_prefill_ended(layer: Any, device: torch.device) -
     first = layer(hidden[:, :23], *caches)
     rest = layer(hidden[:, 23:], *caches, has_initial_state=torch.ones(2, dtype=torch.bool, device=device))
     assert_within_budget(torch.cat([first, rest], dim=1).cpu(), *expected["output"])
-    assert_within_budget(caches[1].cpu(), *expected["ssm_state"])
+    for name, cache in caches._asdict().items():
+        assert_within_budget(cache.cpu(), *expected[name], name)
 
 
 def test_packed_sequences_in_slots_are_read_each_by_itself(layer: Any, device: torch.device) -> None:
@@ -77,7 +79,7 @@ def test_packed_sequences_in_slots_are_read_each_by_itself(layer: Any, device: t
         own = hidden[ends[row] : ends[row + 1]]
         expected = oracles(layer, own.unsqueeze(0))
         assert_within_budget(output[ends[row] : ends[row + 1]].cpu(), *(t[0] for t in expected["output"]))
-        for cache, name in zip(caches, ("conv_state", "ssm_state"), strict=True):
+        for name, cache in caches._asdict().items():
             assert_within_budget(cache[slot].cpu(), *(t[0] for t in expected[name]), name)
     assert not output[-1].any()  # padding
     for cache, old in zip(caches, before, strict=True):
@@ -154,12 +156,21 @@ def assert_refused_and_untouched(call: Any, *args: Any, **kwargs: Any) -> None:
         assert cache.is_meta or torch.equal(cache.float(), old.float())  # float8 has no equal
 
 
-@pytest.mark.parametrize("bad", [*BAD_CACHES, *BAD_ROWS])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        pytest.param(name, bad, id=f"{name}-{bad}")
+        for bad in (*BAD_CACHES, *BAD_ROWS)
+        for name, kind in KINDS.items()
+        if "ssm" not in bad or len(kind.layer.Caches._fields) > 1
+    ],
+)
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_nothing_is_half_updated(layer: Any, device: torch.device, bad: str, compiled: bool) -> None:
     caches = [torch.randn_like(cache) for cache in layer.empty_caches(3)]
-    caches = BAD_CACHES.get(bad, lambda *pair: pair)(*caches)
+    if bad in BAD_CACHES:
+        caches = [*BAD_CACHES[bad](*caches, *[None] * (2 - len(caches)))][: len(caches)]
     rows = {name: tensor.to(device) for name, tensor in BAD_ROWS.get(bad, {}).items()}
     hidden = torch.randn(3, 5, HIDDEN, device=device)
     for call, tokens in ((layer, hidden), (layer.step, hidden[:, 0].clone())):
@@ -168,6 +179,7 @@ def test_nothing_is_half_updated(layer: Any, device: torch.device, bad: str, com
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", WITH_A_PAIR)
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_one_cache_without_the_other(layer: Any, device: torch.device, compiled: bool) -> None:
     conv_state, ssm_state = layer.empty_caches(3)
@@ -177,6 +189,7 @@ def test_one_cache_without_the_other(layer: Any, device: torch.device, compiled:
     assert_refused_and_untouched(call, hidden, None, ssm_state)
 
 
+@pytest.mark.parametrize("name", WITH_A_PAIR)
 def test_caches_on_two_devices(layer: Any, device: torch.device) -> None:
     conv_state, ssm_state = layer.empty_caches(3)
     assert_refused_and_untouched(layer, torch.randn(3, 5, HIDDEN, device=device), conv_state, ssm_state.to("meta"))
@@ -186,7 +199,7 @@ def test_every_parameter_has_a_gradient(layer: Any, device: torch.device) -> Non
     with torch.enable_grad():
         layer(torch.randn(1, 3, HIDDEN, device=device)).square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
-    assert len(gradients) >= 7
+    assert len(gradients) >= 3
     assert {name for name, grad in gradients.items() if grad is None or not grad.isfinite().all()} == set()
 
 

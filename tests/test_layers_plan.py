@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import mamba_ops
-from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2
+from mamba_ops.layers import (
+    FalconH1Mamba2,
+    GatedDeltaNet,
+    KimiDeltaAttention,
+    Mamba,
+    Mamba2,
+    OlmoGatedDeltaNet,
+    ShortConv,
+)
 from mamba_ops.registry import Backend, use_backend
 from mamba_ops.serving import Plan
 from tests.conftest import ACCELERATOR
@@ -27,7 +35,14 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "kda": lambda: KimiDeltaAttention(HIDDEN, num_heads=2, head_dim=8),
     "kda, bounded": lambda: KimiDeltaAttention(HIDDEN, num_heads=2, head_dim=4, low_rank=False, lower_bound=-5.0),
     "mamba2": lambda: Mamba2(HIDDEN, heads=4, head_dim=8, dstate=8, groups=2, chunk_size=8),
+    "short conv": lambda: ShortConv(HIDDEN),
     "mamba2, dt limited": lambda: Mamba2(HIDDEN, heads=2, head_dim=4, dstate=8, chunk_size=8, dt_min=0.01, dt_max=0.1),
+    "mamba2, multiplied": lambda: FalconH1Mamba2(
+        HIDDEN, heads=4, head_dim=8, dstate=8, chunk_size=8, multipliers=(0.9, 1.2, 0.6, 1.4, 0.8), with_norm=False
+    ),
+    "gdn, separate": lambda: OlmoGatedDeltaNet(
+        HIDDEN, num_k_heads=2, num_v_heads=4, head_k_dim=8, head_v_dim=4, allow_neg_eigval=False
+    ),
 }
 
 
@@ -48,9 +63,7 @@ def layer(request: pytest.FixtureRequest) -> Any:
 
 def caches_of(layer: Any, slots: int, columns: int = 1) -> list[Tensor]:
     """Caches full of NaN: a read of what was not written shows."""
-    conv_state, ssm_state = layer.empty_caches(slots, state_dtype=torch.float64)
-    conv_state = conv_state.new_full((slots, conv_state.shape[2] + columns - 1, conv_state.shape[1]), torch.nan)
-    return [conv_state.transpose(1, 2), ssm_state.fill_(torch.nan)]
+    return [cache.fill_(torch.nan) for cache in layer.empty_caches(slots, state_dtype=torch.float64, columns=columns)]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -124,7 +137,7 @@ def test_a_plan_of_zeros_mixes_nothing_and_touches_nothing(layer: Any) -> None:
 
 
 def test_a_plan_needs_caches(layer: Any) -> None:
-    with pytest.raises(ValueError, match="plan: got a plan without caches, expected both caches; see empty_caches"):
+    with pytest.raises(ValueError, match=r"plan: got a plan without caches, expected \w+ caches?; see empty_caches"):
         layer(torch.randn(7, HIDDEN), plan=Plan.zeros(7))
 
 

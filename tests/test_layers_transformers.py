@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mamba_ops.compat.transformers import cache_keyword
-from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2
+from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, ShortConv
 from mamba_ops.testing import assert_within_budget
 from tests.layers import KINDS, oracles, set_weights
 
@@ -34,6 +34,7 @@ GDN = {
     "layer_types": ["linear_attention"],
 }
 JAMBA = {"mamba_d_state": 8, "mamba_dt_rank": 5, "num_hidden_layers": 1, "attn_layer_offset": 1}
+CONV = {"num_hidden_layers": 1, "layer_types": ["conv"]}
 ALL_LINEAR = {"layer_types": ["linear_attention"]}
 SSD = {
     "num_hidden_layers": 1,
@@ -82,6 +83,12 @@ MODELS = {
     "Nemotron-H": Model(Mamba2, "nemotron_h", "NemotronHMamba2Mixer", "NemotronHConfig", NEMOTRON),
     "Zamba2": Model(Mamba2, "zamba2", "Zamba2MambaMixer", "Zamba2Config", ZAMBA2),
     "Qwen3-Next": Model(GatedDeltaNet, "qwen3_next", "Qwen3NextGatedDeltaNet", "Qwen3NextConfig", GDN),
+    "LFM2": Model(ShortConv, "lfm2", "Lfm2ShortConv", "Lfm2Config", CONV),
+    "LFM2, biases": Model(
+        ShortConv, "lfm2", "Lfm2ShortConv", "Lfm2Config", {**CONV, "conv_bias": True, "conv_L_cache": 4}
+    ),
+    "LFM2-MoE": Model(ShortConv, "lfm2_moe", "Lfm2MoeShortConv", "Lfm2MoeConfig", CONV),
+    "LFM3": Model(ShortConv, "lfm3", "Lfm3ShortConv", "Lfm3Config", CONV),
     "Kimi-Linear": Model(KimiDeltaAttention, "kimi_linear", "KimiLinearDeltaAttention", "KimiLinearConfig", KDA),
     "Bailing-hybrid": Model(
         KimiDeltaAttention, "bailing_hybrid", "BailingHybridDeltaAttention", "BailingHybridConfig", KDA

@@ -21,12 +21,14 @@ MODELS: dict[str, Any] = {
         layers.Mamba(48, dstate=8, norms="weighted", conv_bias=False, **HALF),
         layers.GatedDeltaNet(64, **GDN, **HALF),
         layers.GatedDeltaNet(64, **GDN, interleaved=False, **HALF),
+        layers.ShortConv(64, **HALF),
         layers.KimiDeltaAttention(64, num_heads=2, head_dim=16, **HALF),
     ],
     "odd": lambda: [
         layers.Mamba2(40, heads=3, head_dim=10, dstate=6, groups=3, chunk_size=20, dt_min=0.1, dtype=torch.float16),
         layers.Mamba(36, dstate=7, dt_rank=3),
         layers.GatedDeltaNet(30, num_k_heads=1, num_v_heads=3, head_k_dim=9, head_v_dim=7),
+        layers.ShortConv(36, d_conv=4, bias=True),
         layers.KimiDeltaAttention(30, num_heads=3, head_dim=9, lower_bound=-5.0),
     ],
 }
@@ -58,8 +60,7 @@ def call_at_random(layer: Any, rng: random.Random) -> None:
     table = [[row, rows + row] for row in range(rows)]
     if all(n < 3 for n, a in zip(new, accepted, strict=True) if a):
         plan = Plan.of(computed, new, table, accepted=accepted, max_requests=8)
-        conv_state = weight.new_zeros(SLOTS, caches[0].shape[2] + 1, caches[0].shape[1]).transpose(1, 2)
-        layer(hidden(plan.tokens), conv_state, caches[1], plan=plan)
+        layer(hidden(plan.tokens), *layer.empty_caches(SLOTS, columns=2), plan=plan)
 
 
 def train_at_random(layer: Any, rng: random.Random) -> None:

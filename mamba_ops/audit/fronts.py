@@ -16,7 +16,7 @@ from unittest import mock
 from torch import nn
 
 _PACKAGES = ("causal_conv1d", "fla", "mamba_ssm", "vllm")
-_BY_LAYER = ("gdn_attention_core_xpu", "mamba_mixer", "mamba_mixer2")  # vLLM's ops by the name of a layer
+_BY_LAYER = ("gdn_attention_core_xpu", "mamba_mixer", "mamba_mixer2", "short_conv")  # vLLM's ops by the name of a layer
 _COMPAT = "mamba_ops.compat"
 
 

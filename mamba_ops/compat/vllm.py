@@ -22,6 +22,7 @@ NULL_BLOCK_ID = 0
 PAD_SLOT_ID = -1
 
 mamba_mixer, mamba_mixer2 = vllm_layers.mamba_mixer, vllm_layers.mamba_mixer2
+short_conv = vllm_layers.short_conv
 gdn_attention_core_xpu = vllm_layers.gdn_attention_core_xpu
 RMSNormGated, fused_post_conv_prep = vllm_delta_rule.RMSNormGated, vllm_delta_rule.fused_post_conv_prep
 chunk_gated_delta_rule = vllm_delta_rule.chunk_gated_delta_rule

@@ -43,6 +43,11 @@ def _mamba_mixer(hidden_states: Tensor, output: Tensor, layer_name: str) -> None
     output.copy_(layer(hidden_states, *caches, plan=plan))
 
 
+def _short_conv(hidden_states: Tensor, output: Tensor, layer_name: str) -> None:
+    """Run the whole of a `layers.ShortConv`, projections included; write (tokens, hidden_size) to `output`."""
+    _mamba_mixer(hidden_states, output, layer_name)
+
+
 def _gdn_attention_core_xpu(
     core_attn_out: Tensor, z: Tensor, projected_states_qkvz: Tensor, projected_states_ba: Tensor, layer_name: str
 ) -> None:
@@ -59,6 +64,7 @@ _library = torch.library.Library("mamba_ops_vllm", "FRAGMENT")
 for _body, _schema in {
     _mamba_mixer2: "mamba_mixer2(Tensor projected_states, Tensor(a!) output, str layer_name) -> ()",
     _mamba_mixer: "mamba_mixer(Tensor hidden_states, Tensor(a!) output, str layer_name) -> ()",
+    _short_conv: "short_conv(Tensor hidden_states, Tensor(a!) output, str layer_name) -> ()",
     _gdn_attention_core_xpu: "gdn_attention_core_xpu(Tensor(a!) core_attn_out, Tensor(b!) z, "
     "Tensor projected_states_qkvz, Tensor projected_states_ba, str layer_name) -> ()",
 }.items():
@@ -72,4 +78,5 @@ for _body, _schema in {
 
 mamba_mixer2 = torch.ops.mamba_ops_vllm.mamba_mixer2.default
 mamba_mixer = torch.ops.mamba_ops_vllm.mamba_mixer.default
+short_conv = torch.ops.mamba_ops_vllm.short_conv.default
 gdn_attention_core_xpu = torch.ops.mamba_ops_vllm.gdn_attention_core_xpu.default

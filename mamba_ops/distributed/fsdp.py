@@ -35,16 +35,19 @@ def fully_shard(layer: M, **options: Any) -> M:
     `step` does not, as with any method but forward.
 
     Args:
-        layer: a Mamba, Mamba2 or GatedDeltaNet.
+        layer: any of `mamba_ops.layers`; one without such parameters is sharded as it is.
         options: of `fully_shard`: mesh, mp_policy, reshard_after_forward, offload_policy.
 
     Raises:
         TypeError: the layer is none of this package's.
     """
     if not isinstance(layer, Mixer):
-        expected = "a mamba_ops.layers Mamba, Mamba2 or GatedDeltaNet"
+        expected = "a mamba_ops.layers mixer"
         raise TypeError(f"fully_shard: layer: got a {type(layer).__name__}, expected {expected}; shard each by itself")
     names = [name for name in DECAYS if name in dict(layer.named_parameters(recurse=False))]
+    if not names:
+        shard(layer, **options)
+        return layer
     layer.decays = Decays({name: layer.get_parameter(name) for name in names})
     for name in names:
         delattr(layer, name)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
+from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2, ShortConv
 
 
 class Slice(NamedTuple):
@@ -46,9 +46,9 @@ def part_of(layer: nn.Module, rank: int, ranks: int) -> Part:
         ValueError: its heads, channels or groups cannot be divided evenly.
     """
     for kind, part in _PARTS.items():
-        if isinstance(layer, kind):
+        if isinstance(layer, kind) and layer.is_divisible:
             return part(layer, rank, ranks)
-    expected = "a mamba_ops.layers Mamba, Mamba2 or GatedDeltaNet"
+    expected = f"a mamba_ops.layers {', '.join(kind.__name__ for kind in _PARTS)}"
     raise TypeError(
         f"tensor_parallel: layer: got a {type(layer).__name__}, expected {expected}; parallelise each by itself"
     )
@@ -161,6 +161,20 @@ def _gated_delta_net(layer: GatedDeltaNet, rank: int, ranks: int) -> Part:
     return _shared_part(changed, slices, shared, layer.num_k_heads, ranks, keys)
 
 
+def _short_conv(layer: ShortConv, rank: int, ranks: int) -> Part:
+    share = _share("channels", layer.out_proj.in_features, rank, ranks)
+    own = [*share]
+    of_all = [row for part in range(3) for row in _rows(part * layer.out_proj.in_features, share, 1)]
+    slices = _slices(
+        in_proj__weight=of_all,
+        in_proj__bias=of_all,
+        conv__weight=own,
+        conv__bias=own,
+        out_proj__weight=(1, own),
+    )
+    return Part({}, slices, {})
+
+
 def _shared_part(
     sizes: dict[str, object], slices: dict[str, Slice], shared: dict[str, range], groups: int, ranks: int, mine: range
 ) -> Part:
@@ -172,4 +186,5 @@ _PARTS: dict[type[nn.Module], Callable[..., Part]] = {
     Mamba: _mamba,
     Mamba2: _mamba2,
     GatedDeltaNet: _gated_delta_net,
+    ShortConv: _short_conv,
 }

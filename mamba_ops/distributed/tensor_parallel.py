@@ -71,7 +71,7 @@ def checkpoint_map(layer: nn.Module, ranks: int) -> CheckpointMap:
     It works on state dicts alone, without a process group: for splitting and merging checkpoints in one process.
 
     Args:
-        layer: a whole Mamba, Mamba2 or GatedDeltaNet, on any device (meta too).
+        layer: a whole one of `mamba_ops.layers`, on any device (meta too).
         ranks: how many ranks share it.
     """
     if (made := getattr(layer, "checkpoint_map", None)) is not None:
@@ -83,15 +83,15 @@ def checkpoint_map(layer: nn.Module, ranks: int) -> CheckpointMap:
 def tensor_parallel(layer: M, mesh: DeviceMesh) -> M:
     """Split a whole layer over the ranks of a mesh, in place, and return it.
 
-    Every rank calls it with the same layer, and then has its part alone: heads (Mamba: channels) evenly, a group of
-    B and C, or a head of q and k, on every rank that has a head of it. Calls stay what they were, with one input and
-    output on all ranks; caches have the rank's heads alone. Outputs and gradients are those of the whole layer: each
-    parameter's gradient is this rank's part, also of what several ranks hold. Each call sums the output once over the
-    ranks, and each backward the gradient of the input; Mamba sums the input of its step sizes, B and C too, Mamba2 with
-    fewer groups than ranks the squares of its norm.
+    Every rank calls it with the same layer, and then has its part alone: heads (Mamba, ShortConv: channels) evenly, a
+    group of B and C, or a head of q and k, on every rank that has a head of it. Calls stay what they were, with one
+    input and output on all ranks; caches have the rank's heads alone. Outputs and gradients are those of the whole
+    layer: each parameter's gradient is this rank's part, also of what several ranks hold. Each call sums the output
+    once over the ranks, and each backward the gradient of the input; Mamba sums the input of its step sizes, B and C
+    too, Mamba2 with fewer groups than ranks the squares of its norm.
 
     Args:
-        layer: a Mamba, Mamba2 or GatedDeltaNet; its parameters are replaced by new ones.
+        layer: one of `mamba_ops.layers`; its parameters are replaced by new ones.
         mesh: one axis; of a mesh with several, `mesh["tp"]`. Any device type and number of ranks.
 
     Returns:

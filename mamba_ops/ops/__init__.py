@@ -17,6 +17,7 @@ from mamba_ops.ops.mamba_chunk_scan import mamba_chunk_scan as mamba_chunk_scan
 from mamba_ops.ops.mamba_mixing import mamba_mixing as mamba_mixing
 from mamba_ops.ops.selective_scan import selective_scan as selective_scan
 from mamba_ops.ops.selective_state_update import selective_state_update as selective_state_update
+from mamba_ops.ops.short_conv_mixing import short_conv_mixing as short_conv_mixing
 from mamba_ops.registry import Op
 
 if not TYPE_CHECKING:  # a type checker goes by the imports, and takes computed names for none

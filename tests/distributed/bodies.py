@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from mamba_ops import functional, ops
 from mamba_ops.distributed import checkpoint_map, fully_shard, tensor_parallel
 from mamba_ops.distributed.fsdp import DECAYS
-from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
+from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2, ShortConv
 from mamba_ops.ops._common.random_inputs import RandomInputs
 from mamba_ops.registry import record_selections
 from tests.export.programs import bound
@@ -32,6 +32,7 @@ LAYERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "mamba2, two groups": (Mamba2, {"heads": 8, "head_dim": 4, "dstate": 6, "groups": 2, "chunk_size": 4}),
     "gdn": (GatedDeltaNet, {"num_k_heads": 4, "num_v_heads": 8, "head_k_dim": 4, "head_v_dim": 6}),
     "gdn, two heads of k": (GatedDeltaNet, {"num_k_heads": 2, "num_v_heads": 8, "head_k_dim": 4, "head_v_dim": 6}),
+    "short conv": (ShortConv, {"bias": True}),
     "gdn, one head of k, four projections": (
         GatedDeltaNet,
         {"num_k_heads": 1, "num_v_heads": 4, "head_k_dim": 4, "head_v_dim": 6, "interleaved": False},
@@ -98,7 +99,7 @@ def decays_stay_in_float32(rank: int, compiled: bool) -> None:
     """FSDP2 with a bfloat16 policy: decays, as the layer sees them, and their gradients, are float32 and right."""
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,))
-    for name in ("mamba", "mamba2", "gdn"):
+    for name in ("mamba", "mamba2", "gdn", "short conv"):
         torch.manual_seed(0)
         whole = new_layer(name).float()
         layer = copy.deepcopy(whole)

@@ -90,10 +90,10 @@ class Cached(nn.Module):
         super().__init__()
         self.layer, self.is_step = layer, is_step
 
-    def forward(self, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, ...]:
-        conv_state, ssm_state = conv_state.clone(), ssm_state.clone()
+    def forward(self, hidden: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        own = [cache.clone() for cache in caches]
         call = self.layer.step if self.is_step else self.layer
-        return call(hidden, conv_state, ssm_state), conv_state, ssm_state
+        return call(hidden, *own), *own
 
 
 def op_program(op: Op[...], pattern: str, most: int | None = None) -> Program:
@@ -127,7 +127,7 @@ def cached_program(kind: str, is_step: bool) -> Program:
         caches = [torch.randn_like(c) for c in layer.empty_caches(rows)]
         calls.append((torch.randn(rows, HIDDEN) if is_step else torch.randn(rows, length, HIDDEN), *caches))
     rows_of, length_of = {0: Dim("rows", min=1, max=64)}, {} if is_step else {1: Dim("length", min=1, max=512)}
-    return Program(Cached(layer, is_step), calls, (rows_of | length_of, rows_of, rows_of))
+    return Program(Cached(layer, is_step), calls, (rows_of | length_of, (rows_of,) * len(layer.Caches._fields)))
 
 
 def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -12,7 +12,7 @@ from torch import Tensor
 import mamba_ops
 from mamba_ops import registry
 from mamba_ops.compat import causal_conv1d, fla, mamba_ssm, vllm
-from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2
+from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, ShortConv
 from mamba_ops.registry import codegen
 from mamba_ops.serving import Plan
 from tests.fuzz.mutations import Arguments
@@ -138,6 +138,7 @@ def layers() -> list[Any]:
             Mamba(16, dstate=4),
             Mamba2(16, heads=2, head_dim=8, dstate=4, chunk_size=4),
             GatedDeltaNet(16, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=8),
+            ShortConv(16),
             KimiDeltaAttention(16, num_heads=2, head_dim=8, lower_bound=-5.0),
         ]
 
@@ -145,19 +146,21 @@ def layers() -> list[Any]:
 def _layers(backend: str) -> Iterator[Target]:
     for layer in layers():
         layer.requires_grad_(False)
-        for name in ("forward", "step", "plan"):
+        planned = () if isinstance(layer, KimiDeltaAttention) else ("plan",)  # it has no mixing op yet
+        for name in ("forward", "step", *planned):
             truth = functools.partial(_of_layer, copy.deepcopy(layer), name)
             call = on(backend, layer.step if name == "step" else layer)
             base = functools.partial(_layer_call, layer, name)
-            written = frozenset(["conv_state", "ssm_state"])
+            written = frozenset(layer.Caches._fields)
             yield Target(type(layer).__name__, call, [base], truth, written, inside=INSIDE)
 
 
 def _layer_call(layer: Any, name: str) -> Arguments:
     generator = torch.Generator().manual_seed(0)
-    conv_state, ssm_state = (torch.randn(c.shape, generator=generator).to(c) for c in layer.empty_caches(4))
+    caches = layer.empty_caches(4)._asdict()
+    caches = {name: torch.randn(cache.shape, generator=generator).to(cache) for name, cache in caches.items()}
     shape = {"forward": (2, 5, 16), "step": (2, 16), "plan": (6, 16)}[name]
-    call = {"hidden_states": torch.randn(shape, generator=generator), "conv_state": conv_state, "ssm_state": ssm_state}
+    call = {"hidden_states": torch.randn(shape, generator=generator), **caches}
     if name == "plan":
         return {**call, "plan": Plan.of([3, 0], [1, 5], [2, 0], max_requests=3)}
     call |= {"slots": torch.tensor([2, 0]), "null_slot": -1}

@@ -1,6 +1,7 @@
 """Random calls: a few every day, more in `make test-all`, as many as one likes with `python -m tests.fuzz`."""
 
 import collections
+import contextlib
 import inspect
 import random
 import re
@@ -11,14 +12,17 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd.forward_ad import unpack_dual
 
 import mamba_ops
 from mamba_ops import functional, registry
 from mamba_ops.compat import causal_conv1d, fla, mamba_ssm, vllm
+from mamba_ops.layers.mixer import Mixer
 from mamba_ops.registry import Op
 from mamba_ops.registry.dispatcher import dispatcher
-from tests.fuzz.calls import all_targets, call_of, one_call
+from tests.fuzz.calls import TRANSFORMS, all_targets, call_of, one_call
 from tests.fuzz.mutations import Pick
 from tests.fuzz.outcomes import NO_TRUTH, REFUSED, RIGHT, Wrong, no_numbers, outcome
 from tests.fuzz.targets import Target
@@ -72,12 +76,8 @@ def test_everything_that_users_call_is_called() -> None:
     """Every op and companion, layer, functional entry, and function of `compat`."""
     called = {target.name for target in all_targets("torch")}
     expected = {op.name for op in registry.ops().values() if op.qualname.startswith("mamba_ops::")}
-    expected |= {name for name, value in vars(mamba_ops.layers).items() if inspect.isclass(value)} & {
-        "Mamba",
-        "Mamba2",
-        "GatedDeltaNet",
-        "KimiDeltaAttention",
-    }
+    mixers = {n for n, v in vars(mamba_ops.layers).items() if inspect.isclass(v) and issubclass(v, Mixer)}
+    expected |= mixers
     for module in (functional, causal_conv1d, fla, mamba_ssm, vllm):
         homes = re.compile(rf"{module.__name__}(\..*|_delta_rule)?")
         own = {n for n, f in vars(module).items() if inspect.isfunction(f) and homes.fullmatch(f.__module__)}
@@ -90,13 +90,7 @@ def test_everything_that_users_call_is_called() -> None:
     for op in trained:
         assert with_gradients[op.name] >= 2  # the op itself, and its functional entry
         assert with_gradients[op.backward_op.name] == 1
-    assert {
-        "Mamba",
-        "Mamba2",
-        "GatedDeltaNet",
-        "KimiDeltaAttention",
-        "mamba_split_conv1d_scan_combined",
-    } < with_gradients.keys()
+    assert {*mixers, "mamba_split_conv1d_scan_combined"} < with_gradients.keys()
 
 
 @pytest.mark.parametrize("target", all_targets("torch"), ids=lambda t: t.name)
@@ -151,6 +145,19 @@ def test_what_the_oracle_errs_by_counts_where_nothing_is_claimed() -> None:
             ends["found"] += 1
     assert ends.keys() == {RIGHT, REFUSED, "found"}  # some are refused, as dt_max is less
     assert ends["found"] > 0.9 * ends[RIGHT]
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens_cpu", "g"])
+def test_a_tangent_may_end_in_an_argument_of_no_effect_alone(name: str) -> None:
+    named = [t for t in all_targets("torch") if t.name == "chunk_gated_delta_rule" and not t.records]
+    target = next(t for t in named if "cu_seqlens_cpu" in t.bases[0]())  # of fla
+    arguments = target.bases[0]() | {"cu_seqlens_cpu": torch.ones(2, 6, 2)}
+
+    def without_tangents(**given: Any) -> Any:
+        return target.call(**{n: unpack_dual(a).primal if isinstance(a, Tensor) else a for n, a in given.items()})
+
+    with torch.no_grad(), contextlib.nullcontext() if name == "cu_seqlens_cpu" else pytest.raises(Wrong, match="lost"):
+        TRANSFORMS["forward-mode AD"](without_tangents, name, **arguments)
 
 
 # -- what it finds ----------------------------------------------------------------------------------------------------

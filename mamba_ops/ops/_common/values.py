@@ -96,10 +96,7 @@ def check_update_slots(
     """
     if slots is None and write_slots is None:
         return
-    if num_accepted_tokens is not None and slots is not None:
-        columns = slots.shape[1] if slots.dim() == 2 else 1
-        why = f", as slots has {columns} columns"
-        check_counts("num_accepted_tokens", num_accepted_tokens, 0, columns, why=why, first=rows.first)
+    _check_accepted(slots, num_accepted_tokens, rows.first)
     longest = int(rows.lengths.max()) if rows.size else 0
     inside = torch.arange(longest, device=rows.lengths.device) < rows.lengths.unsqueeze(1)
     if not inside.numel():
@@ -108,6 +105,14 @@ def check_update_slots(
     slots_in_cache("slots", ends.source, ends.is_active, cache, name, rows.first)
     table = "slots" if write_slots is None else "write_slots"
     slots_in_cache(table, ends.target, ends.stored, cache, name, rows.first)
+
+
+def _check_accepted(slots: Tensor | None, num_accepted_tokens: Tensor | None, first: int = 0) -> None:
+    """No more tokens were accepted than there are columns to start from."""
+    if num_accepted_tokens is not None and slots is not None:
+        columns = slots.shape[1] if slots.dim() == 2 else 1
+        why = f", as slots has {columns} columns"
+        check_counts("num_accepted_tokens", num_accepted_tokens, 0, columns, why=why, first=first)
 
 
 def check_sequences(call: Any, x: Tensor, name: str) -> None:
@@ -147,6 +152,8 @@ def check_mixing(
         tables = (args.slots, None, args.num_accepted_tokens)
         if windows and states:
             _check_padding(args)
+        if not states:
+            _check_accepted(args.slots, args.num_accepted_tokens)
         for name in states:
             check_update_slots(rows, getattr(call, name), name, *tables, args.null_slot)
         for name in windows:

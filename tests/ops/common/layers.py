@@ -17,9 +17,9 @@ class LayerOracle:
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         self.layer, self.dtype = layer, dtype
         self.weights = {name: p.detach().cpu().to(dtype) for name, p in layer.state_dict().items()}
-        dim, _, width = layer.conv1d.weight.shape
-        self.window = torch.zeros(width - 1, dim, dtype=dtype)
-        self.state = torch.zeros(layer.empty_caches(1)[1].shape[1:], dtype=dtype)
+        window, *states = layer.empty_caches(1)
+        self.window = torch.zeros(window.shape[:0:-1], dtype=dtype)
+        self.state = torch.zeros(states[0].shape[1:], dtype=dtype) if states else None
 
     def token(self, hidden: Tensor) -> Tensor:
         raise NotImplementedError
@@ -27,18 +27,23 @@ class LayerOracle:
     def read(self, hidden: Tensor) -> Tensor:
         return torch.stack([self.token(h) for h in hidden.cpu().to(self.dtype)])
 
+    def caches(self) -> dict[str, Tensor]:
+        """What the layer's caches hold of the sequence, by name."""
+        found = {"conv_state": self.window.t()}
+        return found if self.state is None else {**found, "ssm_state": self.state}
+
     def linear(self, x: Tensor, name: str) -> Tensor:
         bias = self.weights.get(f"{name}.bias")
         y = self.weights[f"{name}.weight"] @ x
         return y if bias is None else y + bias
 
-    def convolve(self, mixed: Tensor) -> Tensor:
+    def convolve(self, mixed: Tensor, name: str = "conv1d", *, silu: bool = True) -> Tensor:
         window = torch.cat([self.window, mixed.unsqueeze(0)])
         self.window = window[1:]
-        mixed = (window.t() * self.weights["conv1d.weight"].squeeze(1)).sum(1)
-        if "conv1d.bias" in self.weights:
-            mixed = mixed + self.weights["conv1d.bias"]
-        return mixed * torch.sigmoid(mixed)
+        mixed = (window.t() * self.weights[f"{name}.weight"].squeeze(1)).sum(1)
+        if f"{name}.bias" in self.weights:
+            mixed = mixed + self.weights[f"{name}.bias"]
+        return mixed * torch.sigmoid(mixed) if silu else mixed
 
 
 def rms(x: Tensor, eps: float) -> Tensor:
@@ -77,6 +82,12 @@ class MambaOracle(LayerOracle):
         self.state = self.state * exp(-torch.exp(weights["A_log"]) * d) + d * x.unsqueeze(1) * B
         y = self.state @ C + weights["D"] * x
         return self.linear(y * z * torch.sigmoid(z), "out_proj")
+
+
+class ShortConvOracle(LayerOracle):
+    def token(self, hidden: Tensor) -> Tensor:
+        B, C, x = self.linear(hidden, "in_proj").chunk(3)
+        return self.linear(C * self.convolve(B * x, "conv", silu=False), "out_proj")
 
 
 class GatedDeltaNetOracle(LayerOracle):

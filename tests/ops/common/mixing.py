@@ -32,8 +32,9 @@ def rows_of(
     num_accepted_tokens: Tensor | None,
     *,
     null_slot: int,
+    windows_alone: bool = False,
 ) -> list[Row]:
-    """The rows that have tokens and are no padding."""
+    """The rows that have tokens and are no padding; where there are windows alone, column 0 says which are."""
     if counts is None:
         return []
     decodes, _, prefills, _ = counts.tolist()
@@ -42,7 +43,7 @@ def rows_of(
     for i in range(decodes + prefills):
         tokens = range(ends[i], ends[i + 1])
         accepted = None if num_accepted_tokens is None or i >= decodes else int(num_accepted_tokens[i])
-        source = table[i][0 if accepted is None else accepted - 1]
+        source = table[i][0 if accepted is None or windows_alone else accepted - 1]
         if not tokens or source < 0 or source == null_slot:
             continue
         last = len(tokens) - 1
@@ -67,9 +68,12 @@ class Rounding:
 
 
 class Convolution:
-    """The depthwise convolution with silu, and its cache."""
+    """The depthwise convolution, with silu or without, and its cache."""
 
-    def __init__(self, state: Tensor, weight: Tensor, bias: Tensor | None, rounding: Rounding) -> None:
+    def __init__(
+        self, state: Tensor, weight: Tensor, bias: Tensor | None, rounding: Rounding, *, silu: bool = True
+    ) -> None:
+        self.silu = silu
         self.before, self.state, self.rounding = state, rounding.copy(state), rounding
         self.weight = weight.to(rounding.dtype)
         self.bias = None if bias is None else bias.to(rounding.dtype)
@@ -95,7 +99,7 @@ class Window:
         acc = (window * weight.t()).sum(0)
         if bias is not None:
             acc = acc + bias
-        return rounding.hand_on(acc * torch.sigmoid(acc))
+        return rounding.hand_on(acc * torch.sigmoid(acc) if self.convolution.silu else acc)
 
     def end(self) -> None:
         """Keep the last inputs; a speculative decode keeps all that it may have to go back to."""

@@ -17,5 +17,5 @@ BUGS = {
         "ssm_state=call.ssm_state,",
     ),
     "decodes' bias dropped": ("dt_bias=call.dt_bias", "dt_bias=0 * call.dt_bias"),
-    "convolution's bias dropped": ("bias=bias", "bias=None"),
+    "convolution's bias dropped": ("weight=weight, bias=bias", "weight=weight, bias=None"),
 }

@@ -17,5 +17,5 @@ BUGS = {
     "decodes' bias dropped": ("dt_bias=None if limited else call.dt_bias", "dt_bias=None"),
     "decodes' limits ignored": (".clamp(call.dt_min, call.dt_max)", ""),
     "prefills' limits ignored": ("dt_min=call.dt_min,\n                dt_max=call.dt_max,", ""),
-    "convolution's bias dropped": ("bias=bias", "bias=None"),
+    "convolution's bias dropped": ("weight=weight, bias=bias", "weight=weight, bias=None"),
 }

@@ -18,5 +18,5 @@ BUGS = {
     "D dropped": ("D=call.D", "D=None"),
     "gate dropped": ("z=rows.of(z)", "z=None"),
     "the first rows' gate for all": ("z=rows.of(z)", "z=z[: rows.of(z).shape[0]]"),
-    "convolution's bias dropped": ("bias=bias", "bias=None"),
+    "convolution's bias dropped": ("weight=weight, bias=bias", "weight=weight, bias=None"),
 }

@@ -1,0 +1,33 @@
+"""Training steps under torch.compile's default backend, also beside programs that are decomposed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+STEPS = """
+import torch
+from mamba_ops import export
+from mamba_ops.layers import ShortConv
+torch.manual_seed(0)
+for order in ("before", "after"):
+    layer = ShortConv(16)
+    loss = torch.compile(layer, fullgraph=True)(torch.randn(2, 20, 16)).square().sum()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters()), order
+    with torch.enable_grad():
+        program = torch.export.export(layer, (torch.randn(2, 20, 16),))
+    called = {str(n.target) for n in program.run_decompositions(export.decompositions()).graph.nodes}
+    assert not any("mamba_ops" in name for name in called), called
+    torch._dynamo.reset()
+    torch._inductor.utils.clear_caches()
+print("right")
+"""
+
+
+def test_a_step_compiles_before_and_after_a_program_is_decomposed(tmp_path: Path) -> None:
+    """In a process in which Inductor was not imported before the ops were."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["right"]
