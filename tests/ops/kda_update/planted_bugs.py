@@ -18,7 +18,10 @@ BUGS = {
     "scale given ignored": ("k_dim**-0.5 if call.scale is None else float(call.scale)", "k_dim**-0.5"),
     "not decayed": ("            s *= tl.exp(g)[None, :]", "            s *= 1.0"),
     "decay with the wrong sign": ("s *= tl.exp(g)", "s *= tl.exp(-g)"),
-    "decayed after the write": ("tl.sum(s * keys[None, :], axis=1)", "tl.sum(s / tl.exp(g)[None, :] * keys[None, :], axis=1)"),
+    "decayed after the write": (
+        "tl.sum(s * keys[None, :], axis=1)",
+        "tl.sum(s / tl.exp(g)[None, :] * keys[None, :], axis=1)",
+    ),
     "what is there not taken off": ("delta = values - tl.sum(s * keys[None, :], axis=1)", "delta = values"),
     "beta dropped": ("(beta * delta)", "delta"),
     "beta on the value only": (
