@@ -24,6 +24,7 @@ REFUSED = {
     ("sm_75", BACKWARD, "float32"),
     ("sm_75", f"{SSD}_backward", "float32"),
     ("sm_75", KDA, "float32"),
+    ("sm_75", f"{KDA}_backward", "float32"),
 }
 """GPU, op and dtype that the backend `triton` refuses; then `torch` runs them."""
 LAUNCHED = sorted(name for name, op in ops().items() if "triton" in op.kernels)
