@@ -17,7 +17,8 @@ from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, option
 from mamba_ops.ops._triton.delta_rule import CHUNK, PART, gradients_of, precisions_of
 from mamba_ops.ops._triton.layout import by_token, write_back
 from mamba_ops.ops._triton.limits import Limits, limits_of
-from mamba_ops.ops.chunk_kda.triton.backward_kernels import _adjoints, _gather, _pair_gradients, _products, _reads
+from mamba_ops.ops.chunk_kda.triton.backward_pairs import _gather, _pair_gradients
+from mamba_ops.ops.chunk_kda.triton.backward_states import _adjoints, _products, _reads
 from mamba_ops.ops.chunk_kda.triton.kernels import _pairs, _scan, _solve
 from mamba_ops.ops.chunk_kda.triton.launch import _launches
 
