@@ -42,7 +42,6 @@ CEILINGS = {
         "chunk_gated_delta_rule._products": 1280,
         "chunk_gated_delta_rule._gradients": 1408,
         "chunk_kda._pairs": 64,
-        "chunk_kda._pairs": 64,
         "mamba_chunk_scan._of_groups": 768,
         "mamba_chunk_scan._of_heads": 512,
         "selective_scan._gradients": 64,
