@@ -313,7 +313,7 @@ def _assert_together(target: Target, results: Results, truth: Results, low: Resu
         n: low[n].double().where(known[n], _scaled_error(truth[n].double(), low[n].double(), exact[n])) for n in results
     }
     try:
-        target.judge(found, exact, rounded, "gradients")
+        target.judge(found, exact, rounded, "results")
     except AssertionError as error:
         raise Wrong(str(error)) from None
 
