@@ -35,13 +35,17 @@ MODELS = ("mamba", "mamba2", "qwen3_next")
 
 
 def new_model(name: str, layers: int, width: int, device: torch.device) -> Any:
-    """Return a model whose layers are recurrent, and for Qwen3-Next every fourth one attention."""
+    """Return a model whose layers are recurrent, and for Qwen3-Next every fourth one and the last attention."""
     heads = max(width // 64, 1)
     sizes: dict[str, Any] = {"vocab_size": 1024, "hidden_size": width, "num_hidden_layers": layers}
     kind = {"mamba": "Mamba", "mamba2": "Mamba2", "qwen3_next": "Qwen3Next"}[name]
     if name == "mamba2":
         sizes |= {"num_heads": 2 * heads, "head_dim": 2 * width // (2 * heads), "n_groups": 1, "state_size": 128}
     if name == "qwen3_next":
+        layers = max(layers, 2)  # `generate` asks a layer of attention how many tokens there are
+        last = layers - 1
+        kinds = ["full_attention" if i == last or i % 4 == 3 else "linear_attention" for i in range(layers)]
+        sizes |= {"num_hidden_layers": layers, "layer_types": kinds}
         sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 64}
         sizes |= {"linear_num_key_heads": heads, "linear_num_value_heads": 2 * heads, "linear_key_head_dim": 64}
         sizes |= {"linear_value_head_dim": 64, "intermediate_size": 2 * width, "mlp_only_layers": list(range(layers))}
@@ -203,6 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name in options.models:
             print(f"{name} ...", file=sys.stderr, flush=True)
             found[name] = measured(name, options)
+            print(f"{name}: {json.dumps(found[name])}", file=sys.stderr, flush=True)
         fronts = {f"MambaLMHeadModel, {layer}": of_mamba_ssm(layer, options) for layer in ("Mamba1", "Mamba2")}
     text = page(found, fronts, options, command(parser, options))
     if options.save:

@@ -244,12 +244,16 @@ class Trainable(Facets):
         function = _with_signature(f"{self.name}_backward", what, declared.forward, parameters, {})
         op = self._new_op(function, gradients, declared, reference=reference, arguments=arguments)
 
+        names = [p.name for p in op._called]
+        places = [names.index(name) for name in declared.differentiable]
+
         @op.allocate_output
         def _allocate(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-            given = dict(zip((p.name for p in op._called), args, strict=False)) | kwargs
-            like = next(value for value in given.values() if isinstance(value, Tensor))
-            inputs = (given[name] for name in declared.differentiable)
-            return tuple(like.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+            given = dict(zip(names, args, strict=False)) | kwargs if kwargs else None
+            values = args if given is None else [given[name] for name in names]
+            like = next(value for value in values if isinstance(value, Tensor))
+            inputs = [values[i] for i in places]
+            return tuple([like.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs])
 
         return op
 
