@@ -167,6 +167,19 @@ def test_an_input_in_memory_that_is_written_is_read_before_that(target: Target) 
     assert tried or target.name in ("causal_conv1d_fn", "chunk_gated_delta_rule")  # what is written may be left out
 
 
+def test_nothing_is_claimed_of_tokens_outside_all_rows() -> None:
+    """Without an output of the caller's, what an op returns there is memory as it was."""
+    ends = []
+    for target in all_targets("torch"):
+        bases = [(number, base()) for number, base in enumerate(target.bases)]
+        if not target.has_oracle or target.records or "out" not in target.written or "counts" in bases[0][1]:
+            continue
+        packed = [(i, a["cu_seqlens"]) for i, a in bases if a.get("cu_seqlens") is not None]
+        for number, cu_seqlens in packed[:1]:
+            ends.append(changed(target, {"cu_seqlens": cu_seqlens.clamp(max=1), "out": None}, number))
+    assert ends.count(RIGHT) > 3
+
+
 @pytest.mark.parametrize("target", [t for t in all_targets("torch") if not t.has_oracle and not t.records], ids=named)
 def test_a_size_of_zero_is_taken_or_refused(target: Target) -> None:
     for name, value in target.bases[0]().items():

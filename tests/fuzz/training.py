@@ -36,14 +36,11 @@ def with_gradients(call: Callable[..., Any], written: frozenset[str] = frozenset
         leaves: dict[str, Tensor | None] = {}
         given = dict(arguments)
         for name, value in arguments.items():
-            if (
-                type(value) not in (Tensor, torch.nn.Parameter, Tagged)
-                or not value.is_floating_point()
-                or name in written
-            ):
+            if not isinstance(value, Tensor) or not value.is_floating_point() or name in written:
                 continue
             leaves[name] = None
-            if not value.is_inference() and value.layout is torch.strided:  # others are no leaves in torch
+            is_ordinary = type(value) in (Tensor, torch.nn.Parameter, Tagged)
+            if is_ordinary and not value.is_inference() and value.layout is torch.strided:  # others are no leaves
                 leaves[name] = given[name] = value.detach().requires_grad_()
         with torch.enable_grad():
             returned = call(**given)

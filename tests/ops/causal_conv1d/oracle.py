@@ -23,9 +23,9 @@ def causal_conv1d(
     """Return what the op leaves in `out` and in `conv_state`, both new tensors; the arguments stay as they are.
 
     Everything is computed in `dtype` and rounded once to the dtype of `out` (of `x` without it) and of `conv_state`.
-    Tokens that belong to no sequence keep what `out` holds, zeros without it.
+    Tokens that belong to no sequence keep what `out` holds, NaN without it.
     """
-    output = torch.zeros_like(x) if out is None else out.clone()
+    output = torch.full_like(x, torch.nan) if out is None else out.clone()
     state = None if conv_state is None else conv_state.clone()
     width = weight.shape[1]
     for sequence, places in enumerate(_tokens_of_sequences(x, cu_seqlens)):

@@ -23,9 +23,9 @@ def causal_conv1d_update(
     """Return what the op leaves in `out` and in `conv_state`, both new tensors; the arguments stay as they are.
 
     Everything is computed in `dtype` and rounded once to the dtype of `out` (of `x` without it) and of `conv_state`.
-    Tokens that belong to no row keep what `out` holds, zeros without it.
+    Tokens that belong to no row keep what `out` holds, NaN without it.
     """
-    output = torch.zeros_like(x) if out is None else out.clone()
+    output = torch.full_like(x, torch.nan) if out is None else out.clone()
     state = conv_state.clone()
     width = weight.shape[1]
     for row, places in enumerate(_tokens_of_rows(x, cu_seqlens)):
