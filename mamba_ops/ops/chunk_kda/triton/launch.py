@@ -137,7 +137,7 @@ def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launch
     solve = {"BLOCK_ROWS": 128, "BLOCK": min(block_k, block_v, 64 if itemsize == 2 else 32), **precisions}
     scan = {"BLOCK_ROWS": 128, "BLOCK": block, "PRECISION": precisions["EXACT"]}
     return {
-        "_pairs": part | {"num_warps": 2 if block_k <= 128 else 4},
+        "_pairs": part | {"num_warps": 2 if block_k <= 128 else 4, "num_stages": 1},
         "_solve": solve | {"num_warps": 4, "num_stages": 1},
         "_scan": scan | {"num_warps": 4, "num_stages": stages},
     }
