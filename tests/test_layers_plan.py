@@ -25,7 +25,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
         HIDDEN, num_k_heads=2, num_v_heads=2, head_k_dim=8, head_v_dim=4, interleaved=False
     ),
     "mamba2": lambda: Mamba2(HIDDEN, heads=4, head_dim=8, dstate=8, groups=2, chunk_size=8),
-    "short conv": lambda: ShortConv(HIDDEN),
+    "short_conv": lambda: ShortConv(HIDDEN),
     "mamba2, dt limited": lambda: Mamba2(HIDDEN, heads=2, head_dim=4, dstate=8, chunk_size=8, dt_min=0.01, dt_max=0.1),
 }
 

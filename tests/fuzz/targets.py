@@ -12,7 +12,7 @@ from torch import Tensor
 import mamba_ops
 from mamba_ops import registry
 from mamba_ops.compat import causal_conv1d, fla, mamba_ssm, vllm
-from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, ShortConv
+from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, Mamba3, ShortConv
 from mamba_ops.registry import codegen
 from mamba_ops.serving import Plan
 from tests.fuzz.mutations import Arguments
@@ -140,13 +140,14 @@ def layers() -> list[Any]:
             GatedDeltaNet(16, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=8),
             ShortConv(16),
             KimiDeltaAttention(16, num_heads=2, head_dim=8),
+            Mamba3(16, heads=2, head_dim=8, dstate=8, chunk_size=4),
         ]
 
 
 def _layers(backend: str) -> Iterator[Target]:
     for layer in layers():
         layer.requires_grad_(False)
-        planned = () if isinstance(layer, KimiDeltaAttention) else ("plan",)  # it has no mixing op yet
+        planned = () if isinstance(layer, KimiDeltaAttention | Mamba3) else ("plan",)  # they have no mixing op yet
         for name in ("forward", "step", *planned):
             truth = functools.partial(_of_layer, copy.deepcopy(layer), name)
             call = on(backend, layer.step if name == "step" else layer)
