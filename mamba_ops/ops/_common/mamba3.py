@@ -173,7 +173,7 @@ def scan(
     turned = rotate(tokens.k, angle)
     k, q = turned.to(dtype), rotate(tokens.q, angle).to(dtype)
     early = torch.sigmoid(tokens.trap) * dt
-    late, decay = dt - early, -tokens.A * dt
+    late, decay = dt - early, (-tokens.A * dt).clamp(min=0)
     step = decay.clamp(min=LEAST)
     weight = torch.exp(-decay) * (late + early.roll(1, 0).masked_fill(is_first, 0)) / step
 

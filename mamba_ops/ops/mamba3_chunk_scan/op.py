@@ -86,7 +86,7 @@ def mamba3_chunk_scan(
     Args:
         x: (..., heads, dim).
         dt: (..., heads), the step sizes; positive.
-        A: (..., heads), the rates of every token; negative.
+        A: (..., heads), the rates of every token; negative. A * dt above 0 counts as 0.
         trap: (..., heads): sigmoid(trap) is how much of a step goes to its own token, the rest to the one before.
         angles: (..., angles), raw; of all heads. At most dstate / 2.
         B, C: (..., groups, dstate), with heads a multiple of groups.

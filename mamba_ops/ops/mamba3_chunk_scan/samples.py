@@ -60,6 +60,7 @@ def _samples(
     yield sample("slot table", slots=indices((5, 1), (0, 3), (7, 6), (2, 2), dtype=torch.int64), **initial)
     yield sample("null rows", slots=indices(-1, 3, -7), **initial)
     yield sample("null slot 0", slots=indices(5, 0, 2), null_slot=0, **initial)
+    yield sample("rates above 0", A=normal(3, length, heads, dtype=torch.float32), **initial)
     yield sample("tiny steps", dt=torch.full((3, length, heads), 1e-30, device=device), **initial)
     yield sample("packed", tokens, **packed)
     yield sample("packed, initial states", tokens, **packed, **initial)

@@ -73,7 +73,7 @@ def mamba3_state_update(
         v_state: cache (slots, heads, dim) of the last x; mutated.
         x: (n, heads, dim).
         dt: (n, heads), the step sizes; positive.
-        A: (n, heads), the rates; negative.
+        A: (n, heads), the rates; negative. A * dt above 0 counts as 0.
         trap: (n, heads): sigmoid(trap) is how much of a step goes to its own token, the rest to the one before.
         angles: (n, angles), raw; of all heads. At most dstate / 2.
         B, C: (n, groups, dstate), with heads a multiple of groups.

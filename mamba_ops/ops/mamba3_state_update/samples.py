@@ -45,6 +45,7 @@ def _samples(
     yield sample("slot table", slots=indices((5, 1), (0, 3), (7, 6), (2, 2), dtype=torch.int64))
     yield sample("null rows", slots=indices(-1, 3, -7))
     yield sample("null slot 0", slots=indices(5, 0, 2), null_slot=0)
+    yield sample("rates above 0", A=normal(3, heads, dtype=torch.float32))
     yield sample("tiny steps", dt=torch.full((3, heads), 1e-30, device=device))
     other = torch.float16 if dtype != torch.float16 else torch.float32
     mixed: dict[str, Any] = {"k_state": normal(8, heads, dstate, dtype=other)}

@@ -32,6 +32,6 @@ class Head:
         k, q = self.turn(b), self.turn(c)
         early = torch.sigmoid(trap)
         before = (1 - early) * dt * self.v.unsqueeze(1) * self.rounded(self.k)
-        self.s = exp(A * dt) * (self.s + before) + early * dt * x.unsqueeze(1) * self.rounded(k)
+        self.s = exp((A * dt).clamp(max=0)) * (self.s + before) + early * dt * x.unsqueeze(1) * self.rounded(k)
         self.k, self.v = k, x
         return self.s @ self.rounded(q)
