@@ -43,7 +43,7 @@ format: $(READY)  ## let ruff rewrite what it can
 
 docs: $(READY)  ## the documentation site, in build/docs
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 matrix:  ## the tests on several versions of torch, Triton and Transformers; NAMES="2.11 newest" for some
 	$(PYTHON) scripts/matrix.py $(NAMES)

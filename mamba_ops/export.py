@@ -20,7 +20,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
     Raises (from `run_decompositions`):
         ValueError: an op is called in a way that its reference reads lengths for: `causal_conv1d_update`,
-            `selective_state_update` and `gated_delta_rule_update` with `cu_seqlens`, mixing ops with
-            `num_accepted_tokens`, the backward of `chunk_gated_delta_rule` with lengths that vary.
+            `selective_state_update`, `gated_delta_rule_update` and `kda_update` with `cu_seqlens`, mixing ops with
+            `num_accepted_tokens`, the backward of `chunk_gated_delta_rule` and `chunk_kda` with lengths that vary.
     """
     return {**torch.export.default_decompositions(), **registry.decompositions()}

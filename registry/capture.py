@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from mamba_ops.registry import _torch, errors
-from mamba_ops.registry.dispatcher import dispatcher
+from mamba_ops.registry.dispatcher import dispatcher, within
 
 if TYPE_CHECKING:
     from mamba_ops.registry.backend import Backend
@@ -80,11 +80,8 @@ def refuse_swap(what: str) -> None:
 @contextmanager
 def noticing_swaps() -> Iterator[None]:
     """Within the block, this thread's captures belong to code that compares `generation()`, so no swap warns."""
-    token = _notices.set(True)
-    try:
+    with within(_notices, True):
         yield
-    finally:
-        _notices.reset(token)
 
 
 def note(op: "Op[...]", backend: str, refused: Iterable[str], device: torch.device, *, has_token: bool) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mamba_ops.registry import _torch, errors
 from mamba_ops.registry.backend import COMPOSED, REFERENCE
-from mamba_ops.registry.dispatcher import dispatcher
+from mamba_ops.registry.dispatcher import dispatcher, within
 
 if TYPE_CHECKING:
     from mamba_ops.registry.op import Op
@@ -42,13 +42,10 @@ def decompose(op: "Op[...]", *args: Any, **kwargs: Any) -> Any:
         results = dict(zip(op.returns, op.allocate(*(given[p.name] for p in op._called)), strict=True))
     run = op.facets.get("decomposition") or op.kernels[(COMPOSED if op.composed else REFERENCE).name].function
     positional = [given.pop(p.name) for p in op.parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    token = _is_decomposing.set(True)
     try:
-        with torch.no_grad():
+        with within(_is_decomposing, True), torch.no_grad():
             run(*positional, **given, **results)
     except ValueError as error:
         raise errors.in_call_of(op.qualname, error) from None
-    finally:
-        _is_decomposing.reset(token)
     returned = tuple(results.values())
     return returned if len(returned) > 1 else returned[0] if returned else None

@@ -11,10 +11,10 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from mamba_ops.registry.namespace import Namespace
     from mamba_ops.registry.op import Op
     from mamba_ops.registry.selection import Selection
+
+T = TypeVar("T")
 
 
 class Dispatcher:
@@ -62,14 +64,9 @@ class Dispatcher:
                 found = self._snapshots.setdefault(key, Snapshot(self, *key, next(self._generations)))
         return found
 
-    @contextmanager
-    def override(self, snapshot: Snapshot) -> Iterator[None]:
+    def override(self, snapshot: Snapshot) -> AbstractContextManager[None]:
         """Within the block, this context selects as a snapshot says."""
-        token = self.active.set(snapshot.active)
-        try:
-            yield
-        finally:
-            self.active.reset(token)
+        return within(self.active, snapshot.active)
 
     def environment(self, namespace: str) -> Request:
         """Return what `<NAMESPACE>_BACKEND` and `<NAMESPACE>_CHECK` ask for; they are read once."""
@@ -130,6 +127,16 @@ class Dispatcher:
                         problem = f"backend plug-in {entry.name} ({entry.value}) could not be loaded: {error!r}"
                         warnings.warn(problem, RuntimeWarning, stacklevel=3)
                 self._plugins[name] = True
+
+
+@contextmanager
+def within(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Within the block, a variable has a value in this context."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 def caller() -> str:

@@ -41,6 +41,20 @@ class Formula:
         self.tensors = [codegen.is_tensor(p) for p in forward._called]
         self.names = [p.name for p in forward._called]
         self.gradients_of = [f"grad_{n}" for n in declared.results if n not in declared.saves]
+        # For eager calls, which no dict is to slow: where the backward's gradients stand among the results, tensors and
+        # numbers among the inputs, inputs among all tensors and all numbers, and the gradients that are found.
+        results = list(forward.returns)
+        names = [name.removeprefix("grad_") for name in self.gradients_of]
+        self._grads = [results.index(name) if name in results else -1 for name in names]
+        where = range(len(self.tensors))
+        self._tensors, self._numbers = ([i for i in where if self.tensors[i] is kind] for kind in (True, False))
+        kept = len(self._tensors) + len(declared.saves)
+        self._values = [
+            self._tensors.index(i) if t else kept + self._numbers.index(i) for i, t in enumerate(self.tensors)
+        ]
+        self._saved = list(range(len(self._tensors), kept))
+        self._found = [declared.differentiable.index(n) if n in declared.differentiable else -1 for n in self.names]
+        self._backward = _torch.dispatch_of(self.backward)
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Keep the inputs, what the forward saved, and what was selected.
@@ -60,7 +74,12 @@ class Formula:
 
     def gradients(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Run the backward op on what was kept; return a gradient, or None, for each input of the forward."""
-        *saved, token = ctx.saved_tensors
+        return self._gradients(ctx, ctx.saved_tensors, ctx.count, grads)
+
+    def _gradients(
+        self, ctx: Any, kept: tuple[Any, ...], count: int, grads: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        *saved, token = kept
         if not torch.compiler.is_dynamo_compiling() and _torch.is_transformed():
             refuse_tangents(self.name, (*grads, *saved))
         tensors, numbers = iter(saved), iter(ctx.numbers)
@@ -84,48 +103,76 @@ class Formula:
             found = _Once.apply(self.name, len(found), *found, *sources)  # type: ignore[no-untyped-call]
         by_name = dict(zip(self.declared.differentiable, found, strict=True))
         ordered = [None if value is None else by_name.get(name) for name, value in zip(self.names, values, strict=True)]
-        return (*ordered, *[None] * (ctx.count - len(ordered)))
+        return (*ordered, *[None] * (count - len(ordered)))
+
+    def keep(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Do what `setup_context` does, in an eager call."""
+        saved: tuple[Tensor, ...] = ()
+        if self.declared.saves:
+            results = dict(zip(self.forward.returns, (output,) if isinstance(output, Tensor) else output, strict=True))
+            saved = tuple(results[name] for name in self.declared.saves)
+            ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(*[inputs[i] for i in self._tensors], *saved)
+        ctx.numbers = [inputs[i] for i in self._numbers]
+        ctx.set_materialize_grads(False)
+        ctx.snapshot = dispatcher.current()
+
+    def found(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Do what `gradients` does, for an eager call."""
+        if torch.compiler.is_dynamo_compiling():  # compiled autograd traces this
+            return self._gradients(ctx, (*ctx.saved_tensors, None), len(self.names), grads)
+        saved, snapshot = ctx.saved_tensors, ctx.snapshot
+        current = dispatcher.current()
+        if (
+            any(grads[i] is None for i in self._grads if i >= 0)
+            or torch.is_grad_enabled()
+            or _torch.is_transformed()
+            or (current is not snapshot and not current.active.requests)
+        ):
+            return self._gradients(ctx, (*saved, None), len(self.names), grads)
+        kept = (*saved, *ctx.numbers)
+        values = [kept[i] for i in self._values]
+        given = [None if i < 0 else grads[i] for i in self._grads]
+        found: Any = self._backward(*given, *values, *[kept[i] for i in self._saved])
+        if isinstance(found, Tensor):
+            found = (found,)
+        return tuple(None if i < 0 or value is None else found[i] for i, value in zip(self._found, values, strict=True))
 
     def recorder(self) -> Callable[..., Any]:
         """Return what runs an eager call of the forward op and records it."""
         formula, dispatch = self, _torch.dispatch_of(self.overload)
 
-        class Recorded(torch.autograd.Function):
+        class Joined(torch.autograd.Function):
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return formula.gradients(ctx, *grads)
+
+            @staticmethod
+            def jvp(ctx: Any, *tangents: Any) -> Any:
+                raise no_jvp(formula.name)
+
+        class Recorded(Joined):
             """For eager calls: with setup_context in the forward it is the fastest that torch has."""
 
             @staticmethod
             def forward(ctx: Any, *inputs: Any) -> Any:
                 with _torch.below_autograd():
                     output = dispatch(*inputs)
-                formula.setup_context(ctx, inputs, output)
+                formula.keep(ctx, inputs, output)
                 return output
 
             @staticmethod
             def backward(ctx: Any, *grads: Any) -> Any:
-                return formula.gradients(ctx, *grads)
+                return formula.found(ctx, *grads)
 
-            @staticmethod
-            def jvp(ctx: Any, *tangents: Any) -> Any:
-                raise no_jvp(formula.name)
-
-        class Transformed(torch.autograd.Function):
+        class Transformed(Joined):
             """For calls under torch.func."""
+
+            setup_context = staticmethod(formula.setup_context)
 
             @staticmethod
             def forward(*inputs: Any) -> Any:
                 return formula.overload(*inputs)
-
-            @staticmethod
-            def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-                formula.setup_context(ctx, inputs, output)
-
-            @staticmethod
-            def backward(ctx: Any, *grads: Any) -> Any:
-                return formula.gradients(ctx, *grads)
-
-            @staticmethod
-            def jvp(ctx: Any, *tangents: Any) -> Any:
-                raise no_jvp(formula.name)
 
             @staticmethod
             def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ import torch
 
 from mamba_ops.registry import errors
 from mamba_ops.registry.capture import is_capturing
-from mamba_ops.registry.dispatcher import device_of, dispatcher
+from mamba_ops.registry.dispatcher import device_of, dispatcher, within
 
 if TYPE_CHECKING:
     from mamba_ops.registry.op import Op
@@ -38,24 +38,13 @@ def no_jit(*, warn: bool = False) -> Iterator[None]:
         CompilationError: from the call inside: which kernel, which argument asked for a variant of its own, and the
             warm-up that would have covered it. Nothing has been written then by that kernel.
     """
-    with _in_mode("warn" if warn else "1"):
+    with within(_mode, "warn" if warn else "1"):
         yield
 
 
-@contextmanager
-def allow_jit() -> Iterator[None]:
+def allow_jit() -> AbstractContextManager[None]:
     """Within the block, kernels may be compiled whatever the environment says: this is the warm-up."""
-    with _in_mode(""):
-        yield
-
-
-@contextmanager
-def _in_mode(mode: str) -> Iterator[None]:
-    token = _mode.set(mode)
-    try:
-        yield
-    finally:
-        _mode.reset(token)
+    return within(_mode, "")
 
 
 def announce(kernel: str, cause: str) -> None:

@@ -172,9 +172,8 @@ class Trainable(Facets):
         if self._training is None:
             raise errors.declaration(f"{self.qualname}: sharding", "declare @op.training first")
         split = self.adapted(function, self._training.inputs)
-        for op in (self.forward_op, self.forward_states_op, self.backward_op):
-            if op is not None:
-                op.facets["sharding"] = split
+        for op in self.companions:
+            op.facets["sharding"] = split
         return function
 
     def flops(self, function: Callable[..., tuple[int, int]]) -> Callable[..., tuple[int, int]]:
@@ -245,12 +244,16 @@ class Trainable(Facets):
         function = _with_signature(f"{self.name}_backward", what, declared.forward, parameters, {})
         op = self._new_op(function, gradients, declared, reference=reference, arguments=arguments)
 
+        names = [p.name for p in op._called]
+        places = [names.index(name) for name in declared.differentiable]
+
         @op.allocate_output
         def _allocate(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-            given = dict(zip((p.name for p in op._called), args, strict=False)) | kwargs
-            like = next(value for value in given.values() if isinstance(value, Tensor))
-            inputs = (given[name] for name in declared.differentiable)
-            return tuple(like.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+            given = dict(zip(names, args, strict=False)) | kwargs if kwargs else None
+            values = args if given is None else [given[name] for name in names]
+            like = next(value for value in values if isinstance(value, Tensor))
+            inputs = [values[i] for i in places]
+            return tuple([like.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs])
 
         return op
 
@@ -259,7 +262,7 @@ class Trainable(Facets):
         names = {p.name for p in declared.inputs}
         others = {p.name: None if p.default is p.empty else p.default for p in self.parameters if p.name not in names}
         shared = names & {p.name for p in self.parameters}
-        own = op.adapted(declared.validate or _nothing_more, declared.inputs)
+        own = op.adapted(declared.validate or (lambda: None), declared.inputs)
         results = {n: op.adapted(make, declared.inputs) for n, make in declared.results.items()}
 
         @op.validate
@@ -335,10 +338,6 @@ def _flop_formula(
         return int(count(*(given[name] for name in names))[direction])
 
     return formula
-
-
-def _nothing_more() -> None:
-    """Check nothing."""
 
 
 def _with_signature(

@@ -20,7 +20,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
 ENVIRONMENTS = {
-    "2.11": ("torch==2.11.*", "triton==3.6.*", "transformers==5.22.*"),
+    "2.11": (
+        "torch==2.11.*",
+        "triton==3.6.*",
+        "transformers==5.22.*",
+        "numpy<2.5",
+    ),  # its interpreter takes no newer one
     "2.13": ("torch==2.13.*", "triton==3.7.*", "transformers==5.23.*"),
     "2.14": ("torch==2.14.*", "triton==3.8.*", "transformers==5.24.*"),
     "newest": ("torch", "triton", "transformers"),

@@ -67,15 +67,34 @@ def test_the_steps_of_a_chunked_scan_leave_the_state_of_each_sequence(ends: tupl
     before = before.unflatten(-1, left.shape[-2:])
     states = chunks.chunk_state_varlen(B[0], x[0], step[0], sums[0], cu_seqlens, before[0])
     torch.testing.assert_close(states, final)
+    beyond = torch.tensor([*ends[:-1], 99])
+    states = chunks.chunk_state_varlen(B[0], x[0], step[0], sums[0], beyond, before[0])
+    torch.testing.assert_close(states, final)
 
 
 def test_what_the_steps_of_a_chunked_scan_cannot_use_is_refused() -> None:
     sums, step = chunks.chunk_cumsum(torch.rand(1, 5, 2), -torch.rand(2), 4)
     B, x, left = torch.randn(1, 5, 1, 3), torch.randn(1, 5, 2, 6), torch.randn(1, 2, 2, 18)
-    with pytest.raises(ValueError, match=r"chunk_state: seq_idx: got torch.int64 of shape \(1, 4\), expected integers"):
+    with pytest.raises(
+        ValueError, match=r"chunk_state_fwd: seq_idx: got torch.int64 of shape \(1, 4\), expected integers"
+    ):
         chunks.chunk_state_fwd(B, x, step, sums, seq_idx=torch.zeros(1, 4, dtype=torch.long))
-    with pytest.raises(ValueError, match="state_passing: chunk_size: got None"):
+    with pytest.raises(ValueError, match="state_passing_fwd: chunk_size: got None"):
         chunks.state_passing_fwd(left, sums[..., -1], seq_idx=torch.zeros(1, 5, dtype=torch.long))
+    with pytest.raises(
+        ValueError, match="state_passing_fwd: seq_idx: got 5 tokens, expected as many as 2 chunks of 8 hold"
+    ):
+        chunks.state_passing_fwd(left, sums[..., -1], seq_idx=torch.zeros(1, 5, dtype=torch.long), chunk_size=8)
+    with pytest.raises(ValueError, match="chunk_cumsum: chunk_size: got 0"):
+        chunks.chunk_cumsum(torch.rand(1, 5, 2), -torch.rand(2), 0)
+    with pytest.raises(ValueError, match=r"chunk_state: dt: got shape \(1, 1, 2, 4\), expected \(1, 2, 2, 4\)"):
+        chunks.chunk_state(B, x, step[:, :1], sums)
+    with pytest.raises(
+        ValueError, match="chunk_state: dt: got 1 chunks, expected as many chunks of 4 as 5 tokens take"
+    ):
+        chunks.chunk_state(B, x, step[:, :, :1], sums[:, :, :1])
+    with pytest.raises(ValueError, match="chunk_scan: C: got 0 groups, expected a divisor of the 2 heads"):
+        chunks.chunk_scan(B, B[:, :, :0], x, step, sums, left.unflatten(-1, (6, 3)))
     with pytest.raises(ValueError, match=r"chunk_state_varlen: cu_seqlens: got torch.float64 of shape \(2,\)"):
         chunks.chunk_state_varlen(B[0], x[0], step[0], sums[0], torch.zeros(2), left[0].unflatten(-1, (6, 3)))
 
@@ -161,6 +180,26 @@ def test_the_inner_function_is_its_parts(rms: bool) -> None:
         )
     y = compat.selective_scan_fn(x, *(dt.mT, A, B.mT, C.mT), D, z=z, delta_bias=dt_bias, delta_softplus=True)
     torch.testing.assert_close(got, y.mT @ out_proj.t())
+
+
+@pytest.mark.parametrize("given", ["B", "C", "BC"])
+def test_the_inner_function_projects_what_is_not_given(given: str) -> None:
+    """B and C of channels, or of tokens, have no rows in the projection."""
+    xz, conv, bias = torch.randn(2, 12, 9), torch.randn(6, 1, 4), torch.randn(6)
+    dt_proj, out_proj = torch.randn(6, 3), torch.randn(5, 6)
+    A, dt_bias = -torch.rand(6, 4), torch.randn(6)
+    own = {"B": torch.randn(6, 4), "C": torch.randn(2, 4, 9)}
+    x_proj = torch.randn(3 + 4 * (2 - len(given)), 6)
+    options = {name: own[name] for name in given}
+    got = parts.mamba_inner_fn(xz, conv, bias, x_proj, dt_proj, out_proj, None, A, **options, delta_bias=dt_bias)
+    x, z = xz.chunk(2, 1)
+    x = compat.causal_conv1d_fn(x, conv[:, 0], bias, activation="silu")
+    dt, *projected = (x.transpose(1, 2) @ x_proj.t()).split([3, *[4] * (2 - len(given))], -1)
+    B, C = (own[name] if name in given else projected.pop().mT for name in "BC")
+    y = compat.selective_scan_fn(x, (dt @ dt_proj.t()).mT, A, B, C, z=z, delta_bias=dt_bias, delta_softplus=True)
+    torch.testing.assert_close(got, y.mT @ out_proj.t())
+    with pytest.raises(ValueError, match=r"mamba_inner_fn: x_proj_weight: got \d+ rows, expected \d+: the step's rank"):
+        parts.mamba_inner_fn(xz, conv, bias, torch.randn(5, 6), dt_proj, out_proj, None, A, **options)
 
 
 # -- norms ------------------------------------------------------------------------------------------------------------

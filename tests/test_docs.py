@@ -29,7 +29,8 @@ def test_the_cells_of_the_tutorial_run(tmp_path: Path):
     printed = run(code, tmp_path / "tutorial.py")
     assert len(outputs) == 8
     if torch.accelerator.current_accelerator(check_available=True) is None:
-        assert printed == "".join(outputs)
+        rounding = re.compile(r"\b\de-0[5-9]\b")  # what is left of a difference depends on the processor
+        assert rounding.sub("", printed) == rounding.sub("", "".join(outputs))
 
 
 def test_the_site_has_every_page():

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 import mamba_ops
-from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2, Mamba3, ShortConv
+from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, Mamba3, ShortConv
 from mamba_ops.registry import Op, Sample, ops
 from mamba_ops.registry.codegen import is_optional, is_tensor
 from mamba_ops.testing.op_checks import assert_untouched
@@ -184,6 +184,7 @@ LAYERS = (
     Mamba(16, dstate=4),
     Mamba2(16, heads=2, head_dim=8, dstate=4),
     GatedDeltaNet(16, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=8),
+    KimiDeltaAttention(16, num_heads=2, head_dim=8),
 )
 STATES: dict[str, Callable[[Tensor], Any]] = {
     "expanded": lambda t: t[:1].expand(t.shape),
@@ -205,6 +206,7 @@ SIZES: dict[type, dict[str, Any]] = {
     GatedDeltaNet: {"hidden_size": 16, "num_k_heads": 1, "num_v_heads": 2, "head_k_dim": 8, "head_v_dim": 8},
     ShortConv: {"hidden_size": 16},
     Mamba3: {"hidden_size": 16, "heads": 2, "head_dim": 8, "dstate": 4, "groups": 1, "chunk_size": 8},
+    KimiDeltaAttention: {"hidden_size": 16, "num_heads": 2, "head_dim": 8},
 }
 
 

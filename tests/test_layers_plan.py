@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import mamba_ops
-from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2, ShortConv
+from mamba_ops.layers import (
+    FalconH1Mamba2,
+    GatedDeltaNet,
+    KimiDeltaAttention,
+    Mamba,
+    Mamba2,
+    OlmoGatedDeltaNet,
+    ShortConv,
+)
 from mamba_ops.registry import Backend, use_backend
 from mamba_ops.serving import Plan
 from tests.conftest import ACCELERATOR
@@ -24,9 +32,17 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "gdn, flat": lambda: GatedDeltaNet(
         HIDDEN, num_k_heads=2, num_v_heads=2, head_k_dim=8, head_v_dim=4, interleaved=False
     ),
+    "kda": lambda: KimiDeltaAttention(HIDDEN, num_heads=2, head_dim=8),
+    "kda, bounded": lambda: KimiDeltaAttention(HIDDEN, num_heads=2, head_dim=4, low_rank=False, lower_bound=-5.0),
     "mamba2": lambda: Mamba2(HIDDEN, heads=4, head_dim=8, dstate=8, groups=2, chunk_size=8),
     "short_conv": lambda: ShortConv(HIDDEN),
     "mamba2, dt limited": lambda: Mamba2(HIDDEN, heads=2, head_dim=4, dstate=8, chunk_size=8, dt_min=0.01, dt_max=0.1),
+    "mamba2, multiplied": lambda: FalconH1Mamba2(
+        HIDDEN, heads=4, head_dim=8, dstate=8, chunk_size=8, multipliers=(0.9, 1.2, 0.6, 1.4, 0.8), with_norm=False
+    ),
+    "gdn, separate": lambda: OlmoGatedDeltaNet(
+        HIDDEN, num_k_heads=2, num_v_heads=4, head_k_dim=8, head_v_dim=4, allow_neg_eigval=False
+    ),
 }
 
 

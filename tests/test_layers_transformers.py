@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from mamba_ops.compat.transformers import cache_keyword
+from mamba_ops.compat.transformers import cache_keyword, use_mamba_ops
 from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, ShortConv
+from mamba_ops.registry import record_selections
 from mamba_ops.testing import assert_within_budget
 from tests.layers import KINDS, oracles, set_weights
 
@@ -125,3 +126,26 @@ def test_equals_the_module_of_transformers(name: str, device: torch.device) -> N
     assert_within_budget(ours, truth, low)
     slip = 2 * (low - truth).abs().max() + (theirs - truth).abs().max()
     torch.testing.assert_close(ours, theirs, rtol=torch.finfo(torch.float32).eps, atol=float(slip))
+
+
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.layer is KimiDeltaAttention])
+def test_modules_of_transformers_run_on_our_ops(name: str, device: torch.device) -> None:
+    """The functions that their files call are found by their names, whatever the file."""
+    model = MODELS[name]
+    modeling = importlib.import_module(f"transformers.models.{model.file}.modeling_{model.file}")
+    config = getattr(modeling, model.config)(hidden_size=HIDDEN, **model.sizes)
+    mixer = getattr(modeling, model.mixer)(config, 0).to(device).eval()
+    set_weights(mixer, "kda")
+    hidden = torch.randn(2, PROMPT + STEPS, HIDDEN, device=device)
+    parts = [hidden[:, :PROMPT], *hidden[:, PROMPT:].split(1, dim=1)]
+
+    def read() -> torch.Tensor:
+        cache = transformers.DynamicCache(config=config)
+        return torch.cat([mixer(part, **{cache_keyword(mixer): cache}) for part in parts], dim=1)
+
+    with torch.no_grad():
+        expected = read()
+        with use_mamba_ops(mixer), record_selections() as record:
+            torch.testing.assert_close(read(), expected, rtol=1e-4, atol=1e-5)
+    used = {selection.op.partition("::")[2] for selection in record}
+    assert used == {"causal_conv1d", "causal_conv1d_update", "chunk_kda", "kda_update"}

@@ -85,9 +85,10 @@ def source_of(op: Op[...]) -> str:
         files = sorted([*folder.glob("triton.py"), *folder.glob("triton*/[a-z]*.py")])
         texts = [path.read_text() for path in files]
         names = rf"{op.name}\.triton[\w.]*"
-        if any("ops._triton.delta_rule import" in text for text in texts):
-            texts.insert(0, (folder.parent / "_triton" / "delta_rule.py").read_text())
-            names += r"|_triton\.delta_rule"
+        for shared in ("delta_rule", "delta_rule_update"):
+            if any(f"ops._triton.{shared} import" in text for text in texts):
+                texts.insert(0, (folder.parent / "_triton" / f"{shared}.py").read_text())
+                names += rf"|_triton\.{shared}"
         own = re.compile(rf"^from mamba_ops\.ops\.({names}) import (\([^)]*\)|.*)$", re.MULTILINE)
         return "\n\n".join(own.sub("", text) for text in texts)
     composed = getattr(importlib.import_module(op.kernels["composed"].source.partition(":")[0]), op.name)

@@ -22,12 +22,14 @@ MODELS: dict[str, Any] = {
         layers.GatedDeltaNet(64, **GDN, **HALF),
         layers.GatedDeltaNet(64, **GDN, interleaved=False, **HALF),
         layers.ShortConv(64, **HALF),
+        layers.KimiDeltaAttention(64, num_heads=2, head_dim=16, **HALF),
     ],
     "odd": lambda: [
         layers.Mamba2(40, heads=3, head_dim=10, dstate=6, groups=3, chunk_size=20, dt_min=0.1, dtype=torch.float16),
         layers.Mamba(36, dstate=7, dt_rank=3),
         layers.GatedDeltaNet(30, num_k_heads=1, num_v_heads=3, head_k_dim=9, head_v_dim=7),
         layers.ShortConv(36, d_conv=4, bias=True),
+        layers.KimiDeltaAttention(30, num_heads=3, head_dim=9, lower_bound=-5.0),
     ],
 }
 

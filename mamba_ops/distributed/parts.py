@@ -46,7 +46,7 @@ def part_of(layer: nn.Module, rank: int, ranks: int) -> Part:
         ValueError: its heads, channels or groups cannot be divided evenly.
     """
     for kind, part in _PARTS.items():
-        if isinstance(layer, kind):
+        if isinstance(layer, kind) and layer.is_divisible:
             return part(layer, rank, ranks)
     expected = f"a mamba_ops.layers {', '.join(kind.__name__ for kind in _PARTS)}"
     raise TypeError(

@@ -52,14 +52,18 @@ _SIZES: dict[str, dict[str, str]] = {  # by the attribute that names the heads: 
 _WITH_MULTIPLIERS = "ssm_in_multiplier"  # Falcon-H1's
 
 
-def mamba2_sizes(config: Any) -> tuple[str, dict[str, Any]]:
+def mamba2_sizes(config: Any, *, with_multipliers: bool = False) -> tuple[str, dict[str, Any]]:
     """Return the activation of a config's Mamba-2 layers, and the arguments of the layer.
+
+    Args:
+        config: of a family below.
+        with_multipliers: whether the layer may have multipliers, which are none of these arguments.
 
     Raises:
         ValueError: the config is of no family that is known, or lacks an attribute of it.
     """
     expected = "a config of Mamba-2, Bamba, GraniteMoeHybrid, Nemotron-H or Zamba2 in Transformers"
-    if hasattr(config, _WITH_MULTIPLIERS):
+    if hasattr(config, _WITH_MULTIPLIERS) and not with_multipliers:
         name = type(config).__name__
         raise ValueError(
             f"Mamba2.from_config: config: got a {name}, whose layers have multipliers; expected {expected}"

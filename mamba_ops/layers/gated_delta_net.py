@@ -57,16 +57,8 @@ class GatedDeltaNet(RecurrentMixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(hidden_size)
-        sizes = {"hidden_size": hidden_size, "num_k_heads": num_k_heads, "num_v_heads": num_v_heads}
-        sizes |= {"head_k_dim": head_k_dim, "head_v_dim": head_v_dim}
-        dtypes = {"dtype": dtype}
-        check_layer("GatedDeltaNet", sizes=sizes, d_conv=d_conv, numbers={"eps": eps}, dtypes=dtypes, device=device)
-        if num_v_heads % num_k_heads:
-            raise ValueError(f"GatedDeltaNet: num_k_heads: got {num_k_heads}, expected a divisor of {num_v_heads}")
-        self.num_k_heads, self.num_v_heads = num_k_heads, num_v_heads
-        self.head_k_dim, self.head_v_dim, self.interleaved = head_k_dim, head_v_dim, interleaved
-        keys, values = num_k_heads * head_k_dim, num_v_heads * head_v_dim
-        self.convolved = [keys, keys, values]  # q, k and v
+        self._set_sizes(num_k_heads, num_v_heads, head_k_dim, head_v_dim, d_conv, eps, device, dtype)
+        self.interleaved, values = interleaved, self.convolved[-1]
 
         new: dict[str, Any] = {"device": device, "dtype": dtype}
         dim = sum(self.convolved)
@@ -85,6 +77,30 @@ class GatedDeltaNet(RecurrentMixer):
         self.out_proj = nn.Linear(values, hidden_size, bias=False, **new)
         self.reset_parameters()
 
+    def _set_sizes(
+        self,
+        num_k_heads: int,
+        num_v_heads: int,
+        head_k_dim: int,
+        head_v_dim: int,
+        d_conv: int,
+        eps: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Check the arguments of the constructor, and keep those that are sizes."""
+        name = type(self).__name__
+        sizes = {"hidden_size": self.hidden_size, "num_k_heads": num_k_heads, "num_v_heads": num_v_heads}
+        sizes |= {"head_k_dim": head_k_dim, "head_v_dim": head_v_dim}
+        dtypes = {"dtype": dtype}
+        check_layer(name, sizes=sizes, d_conv=d_conv, numbers={"eps": eps}, dtypes=dtypes, device=device)
+        if num_v_heads % num_k_heads:
+            raise ValueError(f"{name}: num_k_heads: got {num_k_heads}, expected a divisor of {num_v_heads}")
+        self.num_k_heads, self.num_v_heads = num_k_heads, num_v_heads
+        self.head_k_dim, self.head_v_dim = head_k_dim, head_v_dim
+        keys, values = num_k_heads * head_k_dim, num_v_heads * head_v_dim
+        self.convolved = [keys, keys, values]  # q, k and v
+
     @classmethod
     def from_config(
         cls, config: Any, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -92,12 +108,15 @@ class GatedDeltaNet(RecurrentMixer):
         """Return the layer that a config of Transformers describes, with new parameters.
 
         Args:
-            config: a `Qwen3NextConfig` (interleaved) or a `Qwen3_5TextConfig` (not).
+            config: a `Qwen3NextConfig` (interleaved), a `Qwen3_5TextConfig` (not) or an `OlmoHybridConfig` (an
+                `OlmoGatedDeltaNet`).
             device, dtype: of the parameters.
 
         Raises:
             ValueError: the config has another activation than silu, or is none of these.
         """
+        if (own := cls._own_of(config)) is not None:
+            return cast("GatedDeltaNet", own.from_config(config, device=device, dtype=dtype))
         try:
             activation = config.hidden_act
             sizes: dict[str, Any] = {

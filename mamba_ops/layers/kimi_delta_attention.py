@@ -11,11 +11,11 @@ from mamba_ops.layers.caches import ConvAndState, require_caches
 from mamba_ops.layers.checking import check_layer
 from mamba_ops.layers.mixer import RecurrentMixer, Taps, require_silu
 from mamba_ops.layers.norms import GatedRMSNorm
-from mamba_ops.ops import causal_conv1d, causal_conv1d_update, chunk_kda, kda_update
+from mamba_ops.ops import causal_conv1d, causal_conv1d_update, chunk_kda, kda_mixing, kda_update
+from mamba_ops.ops._common.delta_rule import check_lower_bound
 from mamba_ops.ops._common.delta_rule_update import sigmoid
 from mamba_ops.ops._common.sequences import DecodeArgs, HasPlan, SequenceArgs
 from mamba_ops.ops.kda_update.reference import kda_gate
-from mamba_ops.registry import bad_argument
 from mamba_ops.registry.errors import in_call_of
 
 
@@ -57,8 +57,9 @@ class KimiDeltaAttention(RecurrentMixer):
         sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "head_dim": head_dim}
         numbers = {"eps": eps} if lower_bound is None else {"eps": eps, "lower_bound": lower_bound}
         check_layer(name, sizes=sizes, d_conv=d_conv, numbers=numbers, dtypes={"dtype": dtype}, device=device)
-        if lower_bound is not None and not -torch.inf < lower_bound < 0:
-            error = bad_argument("lower_bound", got=lower_bound, expected="a number below 0, or None")
+        try:
+            check_lower_bound(lower_bound)
+        except ValueError as error:
             raise in_call_of(name, error) from None
         self.num_heads, self.head_dim, self.low_rank = num_heads, head_dim, low_rank
         new: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -124,53 +125,85 @@ class KimiDeltaAttention(RecurrentMixer):
         return self.num_heads, self.head_dim, self.head_dim
 
     def _prefill(self, hidden_states: Tensor, caches: ConvAndState, rows: SequenceArgs) -> Tensor:
-        mixed = self._project(hidden_states, caches)
+        mixed, a, b, gate = self._project(hidden_states)
+        require_caches(type(self).__name__, mixed, caches, self._kinds())
         q, k, v = self._split(rows.bind(causal_conv1d)(mixed, *self.conv1d(), conv_state=caches.conv_state))
-        g, b = self.forget_gate(hidden_states), self.b_proj(hidden_states)
-        beta = sigmoid(b.to(torch.promote_types(b.dtype, torch.float32)))
+        g, beta = self.forget_gate(a), sigmoid(b.to(torch.promote_types(b.dtype, torch.float32)))
         y = rows.bind(chunk_kda)(q, k, v, g, beta, ssm_state=caches.ssm_state, qk_l2norm=True)
-        return self._output(y, hidden_states)
+        return self._output(y, gate)
+
+    def mix(
+        self,
+        mixed: Tensor,
+        a: Tensor,
+        b: Tensor,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        plan: HasPlan,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Run `kda_mixing` with the layer's parameters: all between its projections but the gated norm."""
+        A_log, dt_bias = self.forget_gate.weights()
+        return plan.tensors.bind(kda_mixing)(
+            mixed,
+            a,
+            b,
+            conv_state,
+            ssm_state,
+            *self.conv1d(),
+            A_log,
+            dt_bias,
+            num_k_heads=self.num_heads,
+            num_v_heads=self.num_heads,
+            head_k_dim=self.head_dim,
+            head_v_dim=self.head_dim,
+            lower_bound=self.forget_gate.lower_bound,
+            null_slot=plan.null_slot,
+            out=out,
+        )
 
     def _forward_plan(self, hidden_states: Tensor, caches: ConvAndState, plan: HasPlan) -> Tensor:
-        raise self._wrong("plan", "a plan", "None: there is no mixing op for this layer yet")
+        mixed, a, b, gate = self._project(hidden_states)
+        return self._output(self.mix(mixed, a, b, *caches, plan), gate)
 
     def _decode(self, hidden_states: Tensor, caches: ConvAndState, rows: DecodeArgs) -> Tensor:
-        mixed = self._project(hidden_states, caches)
+        mixed, a, b, gate = self._project(hidden_states)
+        require_caches(type(self).__name__, mixed, caches, self._kinds())
         q, k, v = self._split(rows.bind(causal_conv1d_update)(mixed, caches.conv_state, *self.conv1d()))
-        raw, A_log, dt_bias = self.forget_gate.parts(hidden_states)
+        A_log, dt_bias = self.forget_gate.weights()
         y = rows.bind(kda_update)(
             caches.ssm_state,
             q,
             k,
             v,
-            a=raw,
-            b=self.b_proj(hidden_states),
+            a=a.unflatten(-1, (self.num_heads, self.head_dim)),
+            b=b,
             A_log=A_log,
             dt_bias=dt_bias,
             lower_bound=self.forget_gate.lower_bound,
             qk_l2norm=True,
         )
-        return self._output(y, hidden_states)
+        return self._output(y, gate)
 
-    def _project(self, hidden_states: Tensor, caches: ConvAndState) -> Tensor:
-        """Return what is convolved; refuse caches that the op after the convolution would refuse."""
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """Return what is convolved, a, b and the gate: all that is made of tokens, which may lie where a cache does."""
         mixed = torch.cat([p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
-        require_caches(type(self).__name__, mixed, caches, self._kinds())
-        return mixed
+        gate = self.g_b_proj(self.g_a_proj(hidden_states)) if self.low_rank else self.g_proj(hidden_states)
+        return mixed, self.forget_gate.project(hidden_states), self.b_proj(hidden_states), gate
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v by head."""
         q, k, v = mixed.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         return q, k, v
 
-    def _output(self, y: Tensor, hidden_states: Tensor) -> Tensor:
-        gate = self.g_b_proj(self.g_a_proj(hidden_states)) if self.low_rank else self.g_proj(hidden_states)
+    def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         gate = gate.unflatten(-1, (self.num_heads, self.head_dim))
         return cast(Tensor, self.o_proj(self.o_norm(y, gate).flatten(-2)))
 
 
 class ForgetGate(nn.Module):
-    """The logs of the decays of every head and channel, `(..., hidden_size)` to `(..., num_heads, head_dim)`.
+    """The logs of the decays of every head and channel, `(..., num_heads, head_dim)`, of what it projects tokens to.
 
     The arguments are those of `KimiDeltaAttention`.
     """
@@ -204,11 +237,15 @@ class ForgetGate(nn.Module):
         step = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(low, high).exp()
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return the logs, in float32 at least."""
-        return kda_gate(*self.parts(hidden_states), self.lower_bound)
+    def forward(self, projected: Tensor) -> Tensor:
+        """Return the logs, in float32 at least, of what `project` returned."""
+        return kda_gate(projected.unflatten(-1, self.heads), *self.weights(), self.lower_bound)
 
-    def parts(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what ops make the logs of: what is projected, by head, A_log and dt_bias."""
-        raw = self.f_b_proj(self.f_a_proj(hidden_states)) if self.low_rank else self.f_proj(hidden_states)
-        return raw.unflatten(-1, self.heads), self.A_log.flatten(), self.dt_bias.unflatten(0, self.heads)
+    def project(self, hidden_states: Tensor) -> Tensor:
+        """Return what the logs are made of, `(..., num_heads * head_dim)`."""
+        raw: Tensor = self.f_b_proj(self.f_a_proj(hidden_states)) if self.low_rank else self.f_proj(hidden_states)
+        return raw
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Return A_log, `(num_heads,)`, and dt_bias, `(num_heads, head_dim)`, as ops take them."""
+        return self.A_log.flatten(), self.dt_bias.unflatten(0, self.heads)

@@ -84,12 +84,14 @@ class Mamba(RecurrentMixer):
         """Return the layer that a config of Transformers describes, with new parameters.
 
         Args:
-            config: a `MambaConfig`, `FalconMambaConfig` or `JambaConfig`.
+            config: a `MambaConfig`, `FalconMambaConfig`, `JambaConfig` or `ZambaConfig` (a `ZambaMamba`).
             device, dtype: of the parameters.
 
         Raises:
             ValueError: the config has another activation than silu, or is none of these.
         """
+        if (own := cls._own_of(config)) is not None:
+            return cast("Mamba", own.from_config(config, device=device, dtype=dtype))
         try:
             activation = config.hidden_act
             sizes: dict[str, Any]

@@ -87,13 +87,15 @@ class Mamba2(RecurrentMixer):
         """Return the layer that a config of Transformers describes, with new parameters.
 
         Args:
-            config: of Mamba-2, Bamba, GraniteMoeHybrid, Nemotron-H or Zamba2. The chunk size is `mamba_chunk_size`,
-                else `chunk_size`, else the layer's default.
+            config: of Mamba-2, Bamba, Falcon-H1 (a `FalconH1Mamba2`), GraniteMoeHybrid, Nemotron-H or Zamba2. The chunk
+                size is `mamba_chunk_size`, else `chunk_size`, else the layer's default.
             device, dtype: of the parameters.
 
         Raises:
             ValueError: the config has another activation than silu, is of another family, or lacks an attribute.
         """
+        if (own := cls._own_of(config)) is not None:
+            return cast("Mamba2", own.from_config(config, device=device, dtype=dtype))
         activation, sizes = mamba2_sizes(config)
         require_silu("Mamba2", activation)
         return cls(**sizes, device=device, dtype=dtype)

@@ -1,7 +1,7 @@
 """What all layers have in common: their calls and their caches."""
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,25 @@ class Mixer(nn.Module, Generic[C]):
     """Called with what heads share; `mamba_ops.distributed` sets it where heads are on several ranks."""
     checkpoint_map: Any = None
     """Which part of a whole layer this is; `mamba_ops.distributed` sets it."""
+    is_divisible: ClassVar[bool] = True
+    """Whether `mamba_ops.distributed` can put its heads on several ranks."""
+    _of_models: ClassVar[dict[str, type[Any]]] = {}
+
+    def __init_subclass__(cls, of_model: str | None = None, **more: Any) -> None:
+        """Note a layer of its own of a model of Transformers, by the model_type of its config."""
+        super().__init_subclass__(**more)
+        if of_model is not None:
+            Mixer._of_models[of_model] = cls
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.hidden_size = hidden_size
+
+    @classmethod
+    def _own_of(cls, config: Any) -> type[Any] | None:
+        """Return the kind of this layer that a config's model has to itself, if there is one."""
+        own = Mixer._of_models.get(getattr(config, "model_type", ""))
+        return own if own is not None and own is not cls and issubclass(own, cls) else None
 
     def empty_caches(
         self,

@@ -10,6 +10,7 @@ from mamba_ops.ops.chunk_gated_delta_rule import chunk_gated_delta_rule as chunk
 from mamba_ops.ops.chunk_kda import chunk_kda as chunk_kda
 from mamba_ops.ops.gated_delta_rule_update import gated_delta_rule_update as gated_delta_rule_update
 from mamba_ops.ops.gdn_mixing import gdn_mixing as gdn_mixing
+from mamba_ops.ops.kda_mixing import kda_mixing as kda_mixing
 from mamba_ops.ops.kda_update import kda_update as kda_update
 from mamba_ops.ops.mamba2_mixing import mamba2_mixing as mamba2_mixing
 from mamba_ops.ops.mamba3_chunk_scan import mamba3_chunk_scan as mamba3_chunk_scan

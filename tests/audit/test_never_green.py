@@ -81,6 +81,7 @@ def test_code_without_a_file_is_told_by_its_name_and_who_called_it():
     [finding] = report.findings
     assert (finding.cause, str(finding.where), finding.where.function) == ("branch", "<string>:2", "f")
     assert "# planted" in finding.stack[-2].source
+    torch.compiler.reset()  # torch 2.11 has one wrapper around all code without a file, and compiles it again
     with watch() as report:
         torch.compile(made_by_exec(STRAIGHT), backend="eager")(torch.ones(3))
     assert report.findings == []

@@ -12,7 +12,17 @@ from torch import Tensor
 import mamba_ops
 from mamba_ops import registry
 from mamba_ops.compat import causal_conv1d, fla, mamba_ssm, vllm
-from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, Mamba3, ShortConv
+from mamba_ops.layers import (
+    FalconH1Mamba2,
+    GatedDeltaNet,
+    KimiDeltaAttention,
+    Mamba,
+    Mamba2,
+    Mamba3,
+    OlmoGatedDeltaNet,
+    ShortConv,
+    ZambaMamba,
+)
 from mamba_ops.registry import codegen
 from mamba_ops.serving import Plan
 from tests.fuzz.mutations import Arguments
@@ -139,7 +149,10 @@ def layers() -> list[Any]:
             Mamba2(16, heads=2, head_dim=8, dstate=4, chunk_size=4),
             GatedDeltaNet(16, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=8),
             ShortConv(16),
-            KimiDeltaAttention(16, num_heads=2, head_dim=8),
+            KimiDeltaAttention(16, num_heads=2, head_dim=8, lower_bound=-5.0),
+            FalconH1Mamba2(16, heads=2, head_dim=8, dstate=4, chunk_size=4, multipliers=(0.9, 1.2, 0.6, 1.4, 0.8)),
+            OlmoGatedDeltaNet(16, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=8),
+            ZambaMamba(16, heads=2, d_inner=32, dstate=4, dt_rank=1),
             Mamba3(16, heads=2, head_dim=8, dstate=8, chunk_size=4),
         ]
 
@@ -147,8 +160,8 @@ def layers() -> list[Any]:
 def _layers(backend: str) -> Iterator[Target]:
     for layer in layers():
         layer.requires_grad_(False)
-        planned = () if isinstance(layer, KimiDeltaAttention | Mamba3) else ("plan",)  # they have no mixing op yet
-        for name in ("forward", "step", *planned):
+        without_mixing_op = (OlmoGatedDeltaNet, ZambaMamba, Mamba3)  # these refuse plans
+        for name in ("forward", "step", *(() if isinstance(layer, without_mixing_op) else ("plan",))):
             truth = functools.partial(_of_layer, copy.deepcopy(layer), name)
             call = on(backend, layer.step if name == "step" else layer)
             base = functools.partial(_layer_call, layer, name)

@@ -1,6 +1,7 @@
 """Random calls: a few every day, more in `make test-all`, as many as one likes with `python -m tests.fuzz`."""
 
 import collections
+import contextlib
 import inspect
 import random
 import re
@@ -11,7 +12,9 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd.forward_ad import unpack_dual
 
 import mamba_ops
 from mamba_ops import functional, registry
@@ -19,8 +22,8 @@ from mamba_ops.compat import causal_conv1d, fla, mamba_ssm, vllm
 from mamba_ops.layers.mixer import Mixer
 from mamba_ops.registry import Op
 from mamba_ops.registry.dispatcher import dispatcher
-from tests.fuzz.calls import all_targets, call_of, one_call
-from tests.fuzz.mutations import Pick
+from tests.fuzz.calls import TRANSFORMS, all_targets, call_of, one_call
+from tests.fuzz.mutations import Pick, in_memory_of
 from tests.fuzz.outcomes import NO_TRUTH, REFUSED, RIGHT, Wrong, no_numbers, outcome
 from tests.fuzz.targets import Target
 
@@ -100,6 +103,10 @@ def test_every_right_call_is_right(target: Target) -> None:
             assert outcome(target, arguments, {n: type(a) for n, a in arguments.items()}, is_right=True) == RIGHT
 
 
+def named(target: Target) -> str:
+    return target.name
+
+
 def changed(target: Target, change: dict[str, Any], base: int = 0) -> str:
     """How a call of a target with other arguments ends."""
     arguments = target.bases[base]()
@@ -142,6 +149,42 @@ def test_what_the_oracle_errs_by_counts_where_nothing_is_claimed() -> None:
             ends["found"] += 1
     assert ends.keys() == {RIGHT, REFUSED, "found"}  # some are refused, as dt_max is less
     assert ends["found"] > 0.9 * ends[RIGHT]
+
+
+@pytest.mark.parametrize("target", [t for t in all_targets("torch") if t.written and not t.has_oracle], ids=named)
+def test_an_input_in_memory_that_is_written_is_read_before_that(target: Target) -> None:
+    """Or the call is refused, with nothing written."""
+    tried = 0
+    for written in sorted(target.written):
+        for name, value in target.bases[0]().items():
+            arguments = target.bases[0]()
+            if not isinstance(value, Tensor) or name == written or arguments.get(written) is None:
+                continue
+            if value.dtype == arguments[written].dtype:
+                change = {name: in_memory_of(arguments[written], value)}
+                assert changed(target, {written: arguments[written], **change}) in (RIGHT, REFUSED, NO_TRUTH)
+                tried += 1
+    assert tried or target.name in ("causal_conv1d_fn", "chunk_gated_delta_rule")  # what is written may be left out
+
+
+@pytest.mark.parametrize("target", [t for t in all_targets("torch") if not t.has_oracle and not t.records], ids=named)
+def test_a_size_of_zero_is_taken_or_refused(target: Target) -> None:
+    for name, value in target.bases[0]().items():
+        for dim in range(value.dim() if isinstance(value, Tensor) else 0):
+            assert changed(target, {name: value.narrow(dim, 0, 0).clone()}) in (RIGHT, REFUSED, NO_TRUTH)
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens_cpu", "g"])
+def test_a_tangent_may_end_in_an_argument_of_no_effect_alone(name: str) -> None:
+    named = [t for t in all_targets("torch") if t.name == "chunk_gated_delta_rule" and not t.records]
+    target = next(t for t in named if "cu_seqlens_cpu" in t.bases[0]())  # of fla
+    arguments = target.bases[0]() | {"cu_seqlens_cpu": torch.ones(2, 6, 2)}
+
+    def without_tangents(**given: Any) -> Any:
+        return target.call(**{n: unpack_dual(a).primal if isinstance(a, Tensor) else a for n, a in given.items()})
+
+    with torch.no_grad(), contextlib.nullcontext() if name == "cu_seqlens_cpu" else pytest.raises(Wrong, match="lost"):
+        TRANSFORMS["forward-mode AD"](without_tangents, name, **arguments)
 
 
 # -- what it finds ----------------------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def test_names_in_a_profile(op: Op[...], compiled: bool, fresh_dynamo: None) -> 
     call = dense(op)
     run = torch.compile(partial(loss, op), fullgraph=True, backend="aot_eager") if compiled else partial(loss, op)
     run(call).backward()
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:  # or torch 2.11 warns
         run(call).backward()
     counts = {event.key: event.count for event in found.key_averages()}
     assert counts[f"mamba_ops::{op.name}_forward"] == counts[f"mamba_ops::{op.name}_backward"] == 1

@@ -17,7 +17,15 @@ from mamba_ops.registry import backends
 if TYPE_CHECKING:
     from mamba_ops.cold_start.targets import Target
 
-PACKAGES = ("triton", "triton-xpu", "pytorch-triton-xpu", "transformers", "flashinfer-python", "vllm_xpu_kernels")
+PACKAGES = (
+    "triton",
+    "triton-xpu",
+    "pytorch-triton-xpu",
+    "numpy",
+    "transformers",
+    "flashinfer-python",
+    "vllm_xpu_kernels",
+)
 OLDEST_TORCH = (2, 11)
 TESTED = "torch 2.11 to 2.14, Triton 3.6 to 3.9, Transformers 5.23 and 5.24"
 
@@ -114,6 +122,8 @@ def faults(installed: Mapping[str, str]) -> Iterator[str]:
         yield f"Triton {triton} has not been tried ({TESTED} were); kernels that do not compile are refused by name"
     if triton is not None and (numbers(triton) >= (3, 9)) and os.environ.get("TRITON_INTERPRET") == "1":
         yield f"the interpreter of Triton {triton} refuses masks of a block and a flag; mamba-ops mends it for itself"
+    if triton is not None and numbers(triton) < (3, 7) and numbers(installed.get("numpy", "0.0")) >= (2, 5):
+        yield f"the interpreter of Triton {triton} does not run with NumPy 2.5: for tests, pip install 'numpy<2.5'"
     if torch_version > (2, 14):
         yield f"torch {torch.__version__} has not been tried; {TESTED} were"
     if os.environ.get("TRITON_INTERPRET") == "1":

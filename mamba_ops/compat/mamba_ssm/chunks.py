@@ -7,8 +7,40 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, silu, softplus
 
-from mamba_ops.compat.arguments import States, floating, upcast
+from mamba_ops.compat.arguments import States, floating, floating_dtypes, upcast, written
+from mamba_ops.ops._common.checking import whole_number
 from mamba_ops.registry import answering
+from mamba_ops.registry.errors import in_call_of
+
+
+def _shaped(function: str, name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
+    if tensor is not None and tensor.shape != tuple(shape):
+        raise ValueError(f"{function}: {name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+
+
+def _check_chunk_size(function: str, chunk_size: int | None) -> None:
+    try:
+        whole_number("chunk_size", chunk_size)
+    except ValueError as error:
+        raise in_call_of(function, error) from None
+
+
+def _check_chunks(function: str, x: Tensor, dt: Tensor, dA_cumsum: Tensor, **groups: Tensor) -> None:
+    """Raise unless steps are of the chunks of x, and B or C of its tokens and of groups of its heads."""
+    for name, tensor in {"x": x, "dt": dt, **groups}.items():
+        if tensor.dim() != 4:
+            raise ValueError(f"{function}: {name}: got shape {tuple(tensor.shape)}, expected 4 axes")
+    (batch, length, heads, _), (chunks, size) = x.shape, dt.shape[2:]
+    if not (chunks - 1) * size < length <= chunks * size:
+        expected = f"as many chunks of {size} as {length} tokens take"
+        raise ValueError(f"{function}: dt: got {chunks} chunks, expected {expected}")
+    _shaped(function, "dt", dt, (batch, heads, chunks, size))
+    _shaped(function, "dA_cumsum", dA_cumsum, dt.shape)
+    for name, tensor in groups.items():
+        _shaped(function, name, tensor, (batch, length, *tensor.shape[2:]))
+        if not tensor.shape[2] or heads % tensor.shape[2]:
+            expected = f"a divisor of the {heads} heads"
+            raise ValueError(f"{function}: {name}: got {tensor.shape[2]} groups, expected {expected}")
 
 
 def _in_chunks(tokens: Tensor, chunks: int, size: int, heads: int, dtype: torch.dtype) -> Tensor:
@@ -38,6 +70,13 @@ def chunk_cumsum(
         dt_limit: the least and the largest dt.
     """
     floating("chunk_cumsum", dt=dt, A=A, dt_bias=dt_bias)
+    _check_chunk_size("chunk_cumsum", chunk_size)
+    if dt.dim() != 3:
+        raise ValueError(f"chunk_cumsum: dt: got shape {tuple(dt.shape)}, expected (batch, length, heads)")
+    for name, tensor in {"A": A, "dt_bias": dt_bias}.items():
+        _shaped("chunk_cumsum", name, tensor, dt.shape[2:])
+    if len(dt_limit) != 2:
+        raise ValueError(f"chunk_cumsum: dt_limit: got {dt_limit}, expected the least and the largest step")
     step = dt.to(upcast(dt)) if dt_bias is None else dt.to(upcast(dt)) + dt_bias.to(upcast(dt))
     step = (softplus(step) if dt_softplus else step).clamp(*dt_limit)
     step = pad(step, (0, 0, 0, -dt.shape[1] % chunk_size)).unflatten(1, (-1, chunk_size)).permute(0, 3, 1, 2)
@@ -54,7 +93,7 @@ def chunk_state(B: Tensor, x: Tensor, dt: Tensor, dA_cumsum: Tensor, states_in_f
         dt, dA_cumsum: `(batch, heads, chunks, chunk_size)`: steps, and the sums of dt * A from the chunk's begin.
         states_in_fp32: whether the states are float32, else of B's dtype.
     """
-    return chunk_state_fwd(B, x, dt, dA_cumsum, states_in_fp32=states_in_fp32)
+    return _states("chunk_state", B, x, dt, dA_cumsum, None, None, states_in_fp32)
 
 
 @answering
@@ -74,12 +113,28 @@ def chunk_state_fwd(
         seq_idx: integers `(batch, length)`, which sequence each token is of.
         states: written and returned, where it is given.
     """
-    floating("chunk_state", B=B, x=x, dt=dt, dA_cumsum=dA_cumsum, states=states)
+    return _states("chunk_state_fwd", B, x, dt, dA_cumsum, seq_idx, states, states_in_fp32)
+
+
+def _states(
+    name: str,
+    B: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    dA_cumsum: Tensor,
+    seq_idx: Tensor | None,
+    states: Tensor | None,
+    states_in_fp32: bool,
+) -> Tensor:
+    floating(name, B=B, x=x, dt=dt, dA_cumsum=dA_cumsum, states=states)
+    _check_chunks(name, x, dt, dA_cumsum, B=B)
     compute, (chunks, size), heads = upcast(x), dt.shape[2:], x.shape[2]
+    _shaped(name, "states", states, (x.shape[0], chunks, heads, x.shape[3], B.shape[3]))
+    written(name, states=states)
     b, u = (_in_chunks(t, chunks, size, heads, compute) for t in (B, x))
     left = torch.exp((dA_cumsum[..., -1:] - dA_cumsum).to(compute)) * dt.to(compute)
     if seq_idx is not None:
-        _check_seq_idx("chunk_state", seq_idx, x.shape[:2])
+        _check_seq_idx(name, seq_idx, x.shape[:2])
         numbers, last = _numbers_in_chunks(seq_idx, chunks, size)
         left = left.masked_fill((numbers != last.unsqueeze(-1)).unsqueeze(1), 0.0)
     found = torch.einsum("bclhn,bhcl,bclhp->bchpn", b, left, u)
@@ -98,16 +153,20 @@ def chunk_state_varlen(
         B: `(length, groups, dstate)`.
         x: `(length, heads, dim)`.
         dt, dA_cumsum: `(heads, chunks, chunk_size)`, as for `chunk_state`.
-        cu_seqlens: integers `(sequences + 1,)`: where each sequence begins, and where the last ends.
+        cu_seqlens: integers `(sequences + 1,)`: where each sequence begins, and where the last ends. Beyond the row
+            there are no tokens.
         chunk_states: `(chunks, heads, dim, dstate)`, the states before each chunk, of its sequences alone.
     """
     floating("chunk_state_varlen", B=B, x=x, dt=dt, dA_cumsum=dA_cumsum, chunk_states=chunk_states)
     if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
         got, expected = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}", "integers of shape (sequences + 1,)"
         raise ValueError(f"chunk_state_varlen: cu_seqlens: got {got}, expected {expected}")
+    _check_chunks("chunk_state_varlen", x[None], dt[None], dA_cumsum[None], B=B[None])
+    sizes = (dt.shape[1], *x.shape[1:], B.shape[2])
+    _shaped("chunk_state_varlen", "chunk_states", chunk_states, sizes)
     compute, size, per_group = upcast(x), dt.shape[-1], x.shape[1] // B.shape[1]
     begins, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    last = (ends - 1).clamp(min=0)
+    last = (ends - 1).clamp(0, x.shape[0] - 1)
     chunk = last // size
     tokens = (chunk * size).unsqueeze(1) + torch.arange(size, device=x.device)  # (sequences, chunk_size)
     is_own = (tokens >= begins.unsqueeze(1)) & (tokens < ends.unsqueeze(1))
@@ -132,7 +191,7 @@ def state_passing(states: Tensor, dA_chunk_cumsum: Tensor, initial_states: Tenso
         dA_chunk_cumsum: `(batch, heads, chunks)`, the sum of dt * A over each chunk.
         initial_states: `(batch, heads, n)`; None: zeros.
     """
-    return state_passing_fwd(states, dA_chunk_cumsum, initial_states)
+    return _passed("state_passing", states, dA_chunk_cumsum, initial_states, None, None, None)
 
 
 @answering
@@ -152,17 +211,39 @@ def state_passing_fwd(
         chunk_size: needed with `seq_idx`.
         out_dtype: of the states before each chunk; None: as `states`.
     """
-    floating("state_passing", states=states, dA_chunk_cumsum=dA_chunk_cumsum, initial_states=initial_states)
+    return _passed("state_passing_fwd", states, dA_chunk_cumsum, initial_states, seq_idx, chunk_size, out_dtype)
+
+
+def _passed(
+    name: str,
+    states: Tensor,
+    dA_chunk_cumsum: Tensor,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    chunk_size: int | None,
+    out_dtype: torch.dtype | None,
+) -> States:
+    floating(name, states=states, dA_chunk_cumsum=dA_chunk_cumsum, initial_states=initial_states)
+    floating_dtypes(name, out_dtype=out_dtype)
+    if states.dim() != 4:
+        expected = "(batch, chunks, heads, n)"
+        raise ValueError(f"{name}: states: got shape {tuple(states.shape)}, expected {expected}")
+    batch, chunks, heads, n = states.shape
+    _shaped(name, "dA_chunk_cumsum", dA_chunk_cumsum, (batch, heads, chunks))
+    _shaped(name, "initial_states", initial_states, (batch, heads, n))
     compute = upcast(states)
     state = torch.zeros_like(states[:, 0], dtype=compute) if initial_states is None else initial_states.to(compute)
     decay, before = torch.exp(dA_chunk_cumsum.to(compute)), []
     if seq_idx is not None:
-        if chunk_size is None:
-            raise ValueError("state_passing: chunk_size: got None, expected a number, as there is seq_idx")
-        _check_seq_idx("state_passing", seq_idx, (states.shape[0], seq_idx.shape[-1]))
-        last = pad(_numbers_in_chunks(seq_idx, states.shape[1], chunk_size)[1], (1, 0))
+        _check_chunk_size(name, chunk_size)
+        assert chunk_size is not None
+        _check_seq_idx(name, seq_idx, (batch, seq_idx.shape[-1]))
+        if not (chunks - 1) * chunk_size < seq_idx.shape[-1] <= chunks * chunk_size:
+            got, expected = f"{seq_idx.shape[-1]} tokens", f"as many as {chunks} chunks of {chunk_size} hold"
+            raise ValueError(f"{name}: seq_idx: got {got}, expected {expected}")
+        last = pad(_numbers_in_chunks(seq_idx, chunks, chunk_size)[1], (1, 0))
         decay = decay.masked_fill((last[:, 1:] != last[:, :-1]).unsqueeze(1), 0.0)
-    for chunk in range(states.shape[1]):
+    for chunk in range(chunks):
         before.append(state)
         state = state * decay[:, :, chunk].unsqueeze(-1) + states[:, chunk]
     return torch.stack(before, dim=1).to(out_dtype or states.dtype), state
@@ -202,7 +283,10 @@ def chunk_scan(
         D: `(heads,)` or `(heads, dim)`.
         z: like x.
     """
-    floating("chunk_scan", B=B, C=C, x=x, dt=dt, dA_cumsum=dA_cumsum, z=z)
+    floating("chunk_scan", B=B, C=C, x=x, dt=dt, dA_cumsum=dA_cumsum, prev_states=prev_states, D=D, z=z)
+    _check_chunks("chunk_scan", x, dt, dA_cumsum, B=B, C=C)
+    _shaped("chunk_scan", "prev_states", prev_states, (x.shape[0], dt.shape[2], *x.shape[2:], B.shape[3]))
+    _shaped("chunk_scan", "z", z, x.shape)
     compute, (chunks, size), heads, length = upcast(x), dt.shape[2:], x.shape[2], x.shape[1]
     b, c, u = (_in_chunks(t, chunks, size, heads, compute) for t in (B, C, x))
     sums = dA_cumsum.to(compute)

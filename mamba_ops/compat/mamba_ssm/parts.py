@@ -47,7 +47,7 @@ def mamba_inner_fn(
     Args:
         xz: `(batch, 2 * dim, length)`: what is convolved, and the gate.
         conv1d_weight, conv1d_bias: `(dim, 1, width)` and `(dim,)`.
-        x_proj_weight: `(rank + 2 * dstate, dim)`: to the step's low rank, B and C.
+        x_proj_weight: `(rank + 2 * dstate, dim)`: to the step's low rank, B and C; of B and C without what is given.
         delta_proj_weight: `(dim, rank)`.
         out_proj_weight, out_proj_bias: `(out, dim)` and `(out,)`.
         A: `(dim, dstate)`.
@@ -73,7 +73,11 @@ def mamba_inner_fn(
     x, z = xz.chunk(2, dim=1)
     packed: dict[str, Any] = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
     x = only(causal_conv1d_fn(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu", **packed))
-    step, own_B, own_C = linear(x.transpose(1, 2), x_proj_weight).split([rank, dstate, dstate], dim=-1)
+    rows = [rank, dstate if B is None else 0, dstate if C is None else 0]
+    if x_proj_weight.shape[0] != sum(rows):
+        expected = f"{sum(rows)}: the step's rank, and dstate for each of B and C that is not given"
+        raise ValueError(f"{name}: x_proj_weight: got {x_proj_weight.shape[0]} rows, expected {expected}")
+    step, own_B, own_C = linear(x.transpose(1, 2), x_proj_weight).split(rows, dim=-1)
     dt = linear(step, delta_proj_weight)
     if dt_rms_weight is not None:
         dt = rms_norm(dt, dt_rms_weight, b_c_dt_rms_eps)

@@ -1,7 +1,8 @@
-"""How references of chunked ops arrange the tokens of all rows in chunks, without reading lengths on the host.
+"""How references of chunked ops arrange the tokens of all rows in chunks.
 
 A reference is also what an exported program is decomposed to, and then a length may be a symbol (`torch.SymInt`). So
-nothing here, and nothing in a forward reference, branches on a length or counts to it.
+nothing here, and nothing in a forward reference, branches on a length or counts to it. Lengths are read on the host
+where they are there, on a CPU, and only to leave out pieces that no row has.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.slots import row_at, row_bounds, store_rows
+from mamba_ops.registry.decomposition import is_decomposing
 
 
 def row_count(x: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -70,6 +72,8 @@ def chunk_layout(
     if cu_seqlens is None:
         longest = (length - 1) // size + (1 if num_computed_tokens is None else 2)
         most = n * longest
+    elif n > 0 and of_row.device.type == "cpu" and not is_decomposing():
+        longest, most = (max(1, int(count)) for count in (of_row.max(), end[-1]))
     piece = torch.arange(most, device=x.device)
     row = row_at(end, most)
     exists = row < n

@@ -1,5 +1,6 @@
 """What the gated delta rules have in common: one decay a head, or one for each channel of a key."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -148,6 +149,22 @@ def check_update(call: Any, *, by_channel: bool) -> None:
         if call.slots is None:
             raise bad_argument("slots", got="none", expected="a table", hint="num_accepted_tokens picks its column")
     slots_for("ssm_state", call.ssm_state, call.slots)
+
+
+def check_heads(call: Any) -> None:
+    """Raise the ValueError about the heads of a mixing op's call, if they are wrong."""
+    for name in ("num_k_heads", "head_k_dim", "head_v_dim"):
+        if (value := getattr(call, name)) < 1:
+            raise bad_argument(name, got=value, expected="a positive number")
+    if call.num_v_heads < 1 or call.num_v_heads % call.num_k_heads:
+        expected = f"a multiple of the {call.num_k_heads} heads of k"
+        raise bad_argument("num_v_heads", got=call.num_v_heads, expected=expected)
+
+
+def check_lower_bound(lower_bound: float | None) -> None:
+    """Raise the ValueError about a lower bound of the logs of decays, if it is none."""
+    if lower_bound is not None and not -math.inf < lower_bound < 0:
+        raise bad_argument("lower_bound", got=lower_bound, expected="a number below 0, or none")
 
 
 def _gate_shape(heads: tuple[int, ...], k_dim: int, by_channel: bool) -> tuple[int, ...]:

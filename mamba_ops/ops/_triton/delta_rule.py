@@ -1,9 +1,16 @@
 """What the kernels of the gated delta rules share, whatever decays what."""
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from mamba_ops.ops._triton.limits import Limits
+from mamba_ops.ops._triton.sums import clear
+
+if TYPE_CHECKING:
+    from mamba_ops.ops._common.delta_rule import BackwardArguments
 
 CHUNK = 64
 PART = 16
@@ -48,7 +55,41 @@ def inverse_of(system, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
     return whole - tl.dot(n, whole, input_precision=PRECISION)
 
 
+@triton.jit
+def load_numbers(numbers, head, t, stride, high):
+    # A number for each token, zero where there is none.
+    return tl.load(numbers + head + t.to(tl.int64) * stride, t < high, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def through_norm(x, grad):
+    # The gradient of rows x, given that of the rows with length 1.
+    x = x.to(tl.float32)
+    factor = tl.expand_dims(length_factor(x, True), 1)
+    x *= factor
+    return (grad - x * tl.expand_dims(tl.sum(x * grad, axis=1), 1)) * factor
+
+
 def precisions_of(operand: str, limits: Limits) -> dict[str, str]:
     """Return in which precision chunks' systems are inverted, and in which operands are multiplied."""
     bits = {"bfloat16": 11, "float16": 16}.get(operand, 24)
     return {"PRECISION": limits.precision(bits), "EXACT": limits.precision(24) if bits == 24 else "ieee"}
+
+
+def gradients_of(call: "BackwardArguments") -> dict[str, Tensor]:
+    """Return what a backward pass writes for tokens, by input, zero where a kernel writes nothing.
+
+    None, where there is no token: then that of initial states is written here, too.
+    """
+    gradients = {"q": call.grad_q, "k": call.grad_k, "v": call.grad_v, "g": call.grad_g, "beta": call.grad_beta}
+    rows = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    is_empty = rows == 0 or call.v.numel() == 0
+    if is_empty or call.cu_seqlens is not None:  # tokens past the last row
+        for gradient in gradients.values():
+            clear(gradient)
+    if is_empty and call.initial_states is not None:
+        if call.grad_final_states is None:
+            clear(call.grad_initial_states)
+        else:
+            call.grad_initial_states.copy_(call.grad_final_states)
+    return {} if is_empty else gradients

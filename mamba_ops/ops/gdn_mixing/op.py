@@ -6,12 +6,12 @@ from torch import Tensor
 
 from mamba_ops.backends import sycl
 from mamba_ops.ops._common.checking import check_tensors, shape_is, tensor_rank
+from mamba_ops.ops._common.delta_rule import check_heads
 from mamba_ops.ops._common.mixing import check_plan_and_caches
 from mamba_ops.ops._common.sequences import PlanTensors
 from mamba_ops.ops._common.values import check_mixing
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.gdn_mixing import sycl as on_sycl
-from mamba_ops.registry import bad_argument
 
 
 class Arguments(NamedTuple):
@@ -118,12 +118,7 @@ def _output(projected_qkvz: Tensor, num_v_heads: int, head_v_dim: int) -> Tensor
 
 @gdn_mixing.validate
 def _validate(call: Arguments) -> None:
-    for name in ("num_k_heads", "head_k_dim", "head_v_dim"):
-        if (value := getattr(call, name)) < 1:
-            raise bad_argument(name, got=value, expected="a positive number")
-    if call.num_v_heads < 1 or call.num_v_heads % call.num_k_heads:
-        expected = f"a multiple of the {call.num_k_heads} heads of k"
-        raise bad_argument("num_v_heads", got=call.num_v_heads, expected=expected)
+    check_heads(call)
     keys, values = call.num_k_heads * call.head_k_dim, call.num_v_heads * call.head_v_dim
     tensor_rank("projected_qkvz", call.projected_qkvz, {2: "(tokens, size)"})
     tokens = call.projected_qkvz.shape[0]

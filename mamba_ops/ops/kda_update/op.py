@@ -3,13 +3,12 @@
 The state stays in the caller's cache; slot tables say which entry each row reads and which it writes.
 """
 
-import math
 from typing import NamedTuple
 
 from torch import Tensor
 
 from mamba_ops.backends import triton
-from mamba_ops.ops._common.delta_rule import check_update, unsupported_by_triton
+from mamba_ops.ops._common.delta_rule import check_lower_bound, check_update, unsupported_by_triton
 from mamba_ops.ops._common.values import check_updates
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
@@ -128,12 +127,10 @@ def _output(v: Tensor) -> Tensor:
 @kda_update.validate
 def _validate(call: Arguments) -> None:
     check_update(call, by_channel=True)
-    if call.lower_bound is not None:
-        if not -math.inf < call.lower_bound < 0:
-            raise bad_argument("lower_bound", got=call.lower_bound, expected="a number below 0, or none")
-        if call.a is None:
-            hint = "g is given, which has its bound already"
-            raise bad_argument("lower_bound", got=call.lower_bound, expected="none without a and b", hint=hint)
+    check_lower_bound(call.lower_bound)
+    if call.lower_bound is not None and call.a is None:
+        hint = "g is given, which has its bound already"
+        raise bad_argument("lower_bound", got=call.lower_bound, expected="none without a and b", hint=hint)
 
 
 @kda_update.validate_values

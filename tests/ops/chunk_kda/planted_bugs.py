@@ -3,7 +3,7 @@
 BUGS = {
     "wrong group": ("head // (V_HEADS // K_HEADS)", "head % K_HEADS"),
     "not normalised": ("    if L2NORM:", "    if False:"),
-    "system without beta": ("input_precision=PRECISION) * strength[:, None]", "input_precision=PRECISION)"),
+    "system without beta": ("known * strength[:, None]", "known"),
     "values without beta": ("(values * strength[:, None])", "values"),
     "keys within a part not decayed": ("(keys * tl.exp2(-within))", "keys"),
     "parts between not decayed": (

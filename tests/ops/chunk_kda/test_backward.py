@@ -3,6 +3,8 @@
 What it shares with the gated delta rule has its bugs planted in that op's tests.
 """
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from mamba_ops.ops._common.delta_rule_backward import write_gradients
 from mamba_ops.ops.chunk_kda import chunk_kda, reference, reference_backward
 from tests.ops.chunk_gated_delta_rule.backward_calls import TOKENS
 from tests.ops.chunk_kda.backward_calls import call, calls, strong
+from tests.test_mutants import changed, load, source_of
 from tests.training.backward import (
     Backward,
     assert_gradcheck,
@@ -30,6 +33,14 @@ from tests.training.backward import (
 SMALL: dict[str, Any] = {"k_heads": 1, "v_heads": 2, "k_dim": 2, "v_dim": 2}
 oracle = oracle_by_name(chunk_kda)
 run_reference = front_of(reference_backward.chunk_kda_backward, BackwardArguments)
+
+
+@pytest.fixture
+def kernel() -> Backward:
+    """The Triton kernels."""
+    pytest.importorskip("triton")
+    module = importlib.import_module("mamba_ops.ops.chunk_kda.triton")
+    return front_of(module.chunk_kda_backward, BackwardArguments)
 
 
 @pytest.mark.parametrize(
@@ -90,8 +101,40 @@ def test_halves_of_the_reference() -> None:
 
 
 @pytest.mark.parametrize("arguments", [call(2, 0), call(0, **packed(0, 0))], ids=["dense", "packed"])
-def test_no_tokens(arguments: dict[str, Any]) -> None:
+def test_no_tokens(kernel: Backward, arguments: dict[str, Any]) -> None:
     check_no_tokens(run_reference, arguments, TOKENS)
+    check_no_tokens(kernel, arguments, TOKENS)
+
+
+@pytest.mark.parametrize("make", [call, strong])
+def test_kernel_with_a_part_of_a_chunk(kernel: Backward, device: torch.device, make: Any) -> None:
+    judge(kernel, oracle, make(1, 37, k_heads=1, v_heads=1, device=device))
+
+
+@pytest.mark.slow  # interpreted, a call takes half a minute
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel(kernel: Backward, device: torch.device, dtype: torch.dtype) -> None:
+    for arguments in calls(dtype, device):
+        judge(kernel, oracle, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernel_with_tiles_as_in_models(kernel: Backward, device: torch.device, dtype: torch.dtype) -> None:
+    sizes: dict[str, Any] = {"k_dim": 128, "v_dim": 128, "dtype": dtype, "device": device}
+    judge(kernel, oracle, call(1, 150, **sizes))
+    judge(kernel, oracle, strong(1, 150, **sizes))
+
+
+@pytest.mark.slow
+def test_strong_decays_of_the_kernel(kernel: Backward, device: torch.device) -> None:
+    check_strong_decays(kernel, device)
+
+
+@pytest.mark.slow
+def test_rows_of_the_kernel(kernel: Backward, device: torch.device) -> None:
+    check_rows(kernel, call(83, **packed(70, 70, 73, 77, device=device), device=device), TOKENS)
 
 
 BUGS = {
@@ -113,3 +156,33 @@ def test_planted_bug_is_caught(bug: str) -> None:
     decays = mutant_of(reference, BUGS[bug])["ChannelDecays"]
     mutant = front_of(lambda call: write_gradients(call, decays), BackwardArguments)
     assert caught(mutant, oracle, (call(1, 70), strong(1, 70)))
+
+
+KERNEL_BUGS = {
+    "chunks not joined": ("grad_s * decay[None, :]", "grad_s * 0"),
+    "heads not summed": (
+        "range(k_head * PER_KEY, (k_head + 1) * PER_KEY)",
+        "range(k_head * PER_KEY, k_head * PER_KEY + 1)",
+    ),
+    "final gradient dropped": ("    if grad_final_states is not None:", "    if False:"),
+    "what is left after a chunk": ("known + left)", "known)"),
+    "strength of the system dropped": ("given += tl.sum(grad_system", "given += 0 * tl.sum(grad_system"),
+    "what is known counts nothing": ("given - knows, t < high", "given, t < high"),
+    "decay of the chunk dropped": ("(whole * met)[None, :]", "0 * met[None, :]"),
+    "decays between parts dropped": (" + spanned[None, :]", ""),
+    "part after it not read": ("given += total * decay", "given += 0 * total"),
+    "rows not decayed": ("    by_query *= opening", "    by_query *= 1"),
+    "keys of a part's pairs": ("tl.sum(pairs, axis=0)[None, :], 0.0)", "0.0, 0.0)"),
+    "decays of a part's pairs": ("tl.where(i[:, None] > j, pairs, 0.0)", "pairs"),
+    "norm not differentiated": ("return (grad - x *", "return (grad - 0 * x *"),
+}
+
+
+@pytest.mark.parametrize(
+    "bug", [pytest.param(bug, marks=pytest.mark.slow if number else ()) for number, bug in enumerate(KERNEL_BUGS)]
+)
+def test_bug_planted_in_the_kernel_is_caught(bug: str, device: torch.device, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    module = load(tmp_path / "mutant_chunk_kda.py", changed(source_of(chunk_kda), KERNEL_BUGS[bug]))
+    mutant = front_of(module.chunk_kda_backward, BackwardArguments)
+    assert caught(mutant, oracle, (call(1, 70, k_heads=1, v_heads=2, device=device),))

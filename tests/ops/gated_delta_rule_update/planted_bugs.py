@@ -3,9 +3,9 @@
 BUGS = {
     "empty row stores": ("        if tokens <= 0:\n", "        if tokens < 0:\n"),
     "wrong head of k": ("head // (V_HEADS // K_HEADS) * K_DIM", "head % K_HEADS * K_DIM"),
-    "gate of another head": ("gate_stride + head)", "gate_stride + head // 2)"),
-    "bias dropped": ("            g = rate * softplus(g + bias)", "            g = rate * softplus(g)"),
-    "gate without softplus": ("softplus(g + bias)", "(g + bias)"),
+    "gate of another head": ("tl.load(gate + head)", "tl.load(gate + head // 2)"),
+    "bias dropped": ("            g += bias\n", ""),
+    "gate without softplus": ("rate * softplus(g)", "rate * g"),
     "rate without exp": ("-tl.exp(tl.load(A_log + head).to(tl.float32))", "-tl.load(A_log + head)"),
     "beta without sigmoid": ("            beta = tl.sigmoid(beta)", "            beta = beta"),
     "q not normalised": ("query /= tl.sqrt", "query /= 0 * query + 1 + 0 * tl.sqrt"),
@@ -14,12 +14,9 @@ BUGS = {
     "another epsilon": ("axis=0) + 1e-6", "axis=0) + 1e-3"),
     "scale dropped": ("(query * scale)", "query"),
     "scale given ignored": ("k_dim**-0.5 if call.scale is None else float(call.scale)", "k_dim**-0.5"),
-    "not decayed": ("        s *= tl.exp(g)", "        s *= 1.0"),
+    "not decayed": ("            s *= tl.exp(g)\n", "            s *= 1.0\n"),
     "decay with the wrong sign": ("s *= tl.exp(g)", "s *= tl.exp(-g)"),
-    "decayed after the write": (
-        "        s *= tl.exp(g)\n        delta = values - tl.sum(s * keys[None, :], axis=1)",
-        "        delta = values - tl.sum(s * keys[None, :], axis=1)\n        s *= tl.exp(g)",
-    ),
+    "decayed after the write": ("tl.sum(s * keys[None, :], axis=1)", "tl.sum(s / tl.exp(g) * keys[None, :], axis=1)"),
     "what is there not taken off": ("delta = values - tl.sum(s * keys[None, :], axis=1)", "delta = values"),
     "beta dropped": ("(beta * delta)", "delta"),
     "beta on the value only": (

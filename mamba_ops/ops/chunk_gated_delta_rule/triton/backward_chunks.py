@@ -5,7 +5,7 @@ import triton.language as tl
 
 from mamba_ops.ops._triton.common import chunk_bounds, kernel, tile_ptrs
 from mamba_ops.ops._triton.decay import exact_sums, split, sums_from, to_log2
-from mamba_ops.ops._triton.delta_rule import inverse_of, length_factor
+from mamba_ops.ops._triton.delta_rule import inverse_of, length_factor, load_numbers, through_norm
 
 
 @triton.jit
@@ -13,21 +13,6 @@ def _between(near, up, down, i):
     # The decay from one token to another, zero to an earlier one.
     decay = tl.exp2(tl.where(i[:, None] >= i[None, :], near[:, None] - near[None, :], float("-inf")))
     return decay * up[:, None] * down[None, :]
-
-
-@triton.jit
-def load_numbers(numbers, head, t, stride, high):
-    # A number for each token, zero where there is none.
-    return tl.load(numbers + head + t.to(tl.int64) * stride, t < high, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _through_norm(x, grad):
-    # The gradient of rows x, given that of the rows with length 1.
-    x = x.to(tl.float32)
-    factor = tl.expand_dims(length_factor(x, True), 1)
-    x *= factor
-    return (grad - x * tl.expand_dims(tl.sum(x * grad, axis=1), 1)) * factor
 
 
 @kernel(first_number="scale", static="queries keys factors inverses weights")
@@ -261,7 +246,7 @@ def _gradients(
         total *= scale
         if L2NORM:
             x = tl.load(tile_ptrs(q + k_head * K_DIM, t, q_stride, key, ALIGNED), there, other=0.0)
-            total = _through_norm(x, total)
+            total = through_norm(x, total)
         tl.store(tile_ptrs(grad_q + k_head * K_DIM, t, grad_q_stride, key, ALIGNED), total, there)
     else:
         for head in range(k_head * PER_KEY, (k_head + 1) * PER_KEY):
@@ -307,7 +292,7 @@ def _gradients(
             total = tl.dot(system, tl.load(keys + of_tile), total, input_precision=PRECISION)
         if L2NORM:
             x = tl.load(tile_ptrs(k + k_head * K_DIM, t, k_stride, key, ALIGNED), there, other=0.0)
-            total = _through_norm(x, total)
+            total = through_norm(x, total)
         tl.store(tile_ptrs(grad_k + k_head * K_DIM, t, grad_k_stride, key, ALIGNED), total, there)
 
 

@@ -16,10 +16,9 @@ import triton
 from torch import Tensor
 
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options
-from mamba_ops.ops._triton.delta_rule import CHUNK, precisions_of
+from mamba_ops.ops._triton.delta_rule import CHUNK, gradients_of, precisions_of
 from mamba_ops.ops._triton.layout import by_token, write_back
 from mamba_ops.ops._triton.limits import Limits, limits_of
-from mamba_ops.ops._triton.sums import clear
 from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_chunks import _gradients, _of_gates, _products, _systems
 from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_walks import _adjoints, _replay
 
@@ -38,19 +37,9 @@ def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
     rows = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     length = call.v.shape[0] if flat else call.v.shape[1]
     (k_heads, k_dim), (v_heads, v_dim) = call.q.shape[-2:], call.v.shape[-2:]
-    gradients = {"q": call.grad_q, "k": call.grad_k, "v": call.grad_v, "g": call.grad_g, "beta": call.grad_beta}
-    if rows == 0 or call.v.numel() == 0:
-        for gradient in gradients.values():
-            clear(gradient)
-        if call.initial_states is not None:
-            if call.grad_final_states is None:
-                clear(call.grad_initial_states)
-            else:
-                call.grad_initial_states.copy_(call.grad_final_states)
+    gradients = gradients_of(call)
+    if not gradients:
         return
-    if flat:  # tokens past the last row
-        for gradient in gradients.values():
-            clear(gradient)
     q, k, v, g, beta = (by_token(tensor, flat) for tensor in (call.q, call.k, call.v, call.g, call.beta))
     grad_output = by_token(call.grad_output, flat)
     written = {name: by_token(gradient, flat) for name, gradient in gradients.items()}

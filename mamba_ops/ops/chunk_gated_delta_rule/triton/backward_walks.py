@@ -3,7 +3,7 @@
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import kernel, row_chunks, tile_ptrs
-from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_chunks import load_numbers
+from mamba_ops.ops._triton.delta_rule import load_numbers
 
 
 @kernel(first_number="v_stride", static="keys factors inverses states written")

@@ -51,17 +51,15 @@ def _pairs(
     q,
     k,
     g,
-    beta,
     cu_seqlens,
     slots,
     factors,  # out: (chunks, v_heads, 2, CHUNK), that give keys and queries their lengths
-    system,  # out: (chunks, v_heads, CHUNK, CHUNK), what a token knows of those before it; below the diagonal alone
+    system,  # out: (chunks, v_heads, CHUNK, CHUNK), decayed products of keys; only below the diagonal
     weights,  # out: likewise, how strength queries read of what each token writes; zero above the diagonal
     scale,
-    q_stride,  # this and the next three: from token to token
+    q_stride,  # this and the next two: from token to token
     k_stride,
     g_stride,
-    beta_stride,
     slots_stride,
     length,  # tokens of every row; with cu_seqlens of all of them together
     rows,
@@ -102,7 +100,6 @@ def _pairs(
     there = (t < high)[:, None] & in_key[None, :]
     keys = tl.load(tile_ptrs(k, t, k_stride, key, ALIGNED), there, other=0.0).to(tl.float32)
     queries = tl.load(tile_ptrs(q, t, q_stride, key, ALIGNED), there, other=0.0).to(tl.float32)
-    strength = tl.load(beta + head + t.to(tl.int64) * beta_stride, t < high, other=0.0).to(tl.float32)
     of_key = length_factor(keys, L2NORM)
     of_query = length_factor(queries, L2NORM) * scale
     tl.store(factors + number * (2 * CHUNK) + part * _PART + i, of_key)
@@ -122,8 +119,7 @@ def _pairs(
         decay, between = until_part(g, first, low, high, between, g_stride, key, in_key, ALIGNED)
         given = tl.load(tile_ptrs(k, s, k_stride, key, ALIGNED), in_key[None, :], other=0.0).to(tl.float32)
         given = tl.trans((given * length_factor(given, L2NORM)[:, None] * decay).to(operand))
-        known = tl.dot(opened_k, given, input_precision=PRECISION) * strength[:, None]
-        tl.store(system + square + other * _PART, known)
+        tl.store(system + square + other * _PART, tl.dot(opened_k, given, input_precision=PRECISION))
         tl.store(weights + square + other * _PART, tl.dot(opened_q, given, input_precision=PRECISION))
     for other in range(part + 1, PARTS):
         tl.store(weights + square + other * _PART, tl.zeros([_PART, _PART], tl.float32))
@@ -149,12 +145,11 @@ def _pairs(
             at = i[None, :] == j
             known = tl.where(at, tl.sum(keys * decayed, axis=1)[:, None], known)
             weight = tl.where(at, tl.sum(queries * decayed, axis=1)[:, None], weight)
-    known *= strength[:, None]
     tl.store(system + square + part * _PART, known)
     tl.store(weights + square + part * _PART, tl.where(i[:, None] >= i[None, :], weight, 0.0))
 
 
-@kernel(first_number="k_stride", static="factors system keyed alone whole")
+@kernel(first_number="k_stride", static="factors system keyed alone whole inverses")
 def _solve(
     q,
     k,
@@ -168,6 +163,7 @@ def _solve(
     keyed,  # out: (chunks, v_heads, 3, CHUNK, BLOCK_K), what tokens write less for the state before; queries; keys
     alone,  # out: (chunks, v_heads, CHUNK, V_PADDED), what tokens write if the state before is zero
     whole,  # out: (chunks, v_heads, BLOCK_K), what a chunk keeps of the state before
+    inverses,  # out: (chunks, v_heads, CHUNK, CHUNK), of the systems; None: they are not kept
     k_stride,
     q_stride,  # this and the next three: from token to token
     v_stride,
@@ -211,8 +207,10 @@ def _solve(
         (i[:, None] > i[None, :]) & (t < high)[:, None],
         other=0.0,
     )
-    inverse = inverse_of(known, CHUNK, PRECISION).to(operand)
     strength = tl.load(beta + head + t.to(tl.int64) * beta_stride, t < high, other=0.0).to(tl.float32)
+    inverse = inverse_of(known * strength[:, None], CHUNK, PRECISION).to(operand)
+    if inverses is not None:
+        tl.store(inverses + number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :], inverse)
 
     alone += number * (CHUNK * V_PADDED)
     for start in range(0, V_PADDED, BLOCK):
@@ -243,18 +241,20 @@ def _solve(
         tl.store(place + 2 * CHUNK * BLOCK_K, keys * tl.exp2(tl.cumsum(later, 0, reverse=True)))
 
 
-@kernel(first_number="output_stride", static="keyed alone whole weights")
+@kernel(first_number="output_stride", static="keyed alone whole weights states written")
 def _scan(
     cu_seqlens,
     ssm_state,
     slots,
     write_slots,
     has_initial_state,
-    output,
+    output,  # None: neither outputs nor last states are stored
     keyed,
     alone,
     whole,
     weights,
+    states,  # out: (chunks, v_heads, V_PADDED, BLOCK_K), before each chunk; None: they are not kept
+    written,  # out: (chunks, v_heads, CHUNK, V_PADDED), what tokens write; None likewise
     output_stride,
     slots_stride,
     write_stride,
@@ -287,22 +287,27 @@ def _scan(
     in_value = (value < V_DIM)[None, :]
     in_state = (value < V_DIM)[:, None] & (key < K_DIM)[None, :]
 
-    output += head * V_DIM
+    if output is not None:
+        output += head * V_DIM
     rows = tl.num_programs(0) // (BLOCKS * V_HEADS)
     first, chunks, begin, count = row_chunks(row, rows, cu_seqlens, length, CHUNK, BLOCK_ROWS)
     source = load_slot(row, slots, slots_stride, null_slot, slot_count)
     if source < 0:
-        for number in range(chunks):
-            t = begin + number * CHUNK + i
-            place = tile_ptrs(output, t, output_stride, value, ALIGNED)
-            tl.store(place, tl.zeros([CHUNK, BLOCK], tl.float32), (t < begin + count)[:, None] & in_value)
+        if output is not None:
+            for number in range(chunks):
+                t = begin + number * CHUNK + i
+                place = tile_ptrs(output, t, output_stride, value, ALIGNED)
+                tl.store(place, tl.zeros([CHUNK, BLOCK], tl.float32), (t < begin + count)[:, None] & in_value)
         return
     if ALIGNED:
         of_state = (head * V_DIM + value)[:, None] * K_DIM + key[None, :]
     else:
         of_state = value.to(tl.int64)[:, None] * value_stride + key.to(tl.int64)[None, :] * key_stride
         of_state += head.to(tl.int64) * head_stride
-    carried = in_state & load_flag(row, has_initial_state, initial_stride)
+    if states is None:
+        carried = in_state & load_flag(row, has_initial_state, initial_stride)
+    else:  # for a backward pass: all rows have one, or none has
+        carried = in_state & (slot_stride >= 0)
     s = tl.load(offset_ptr(ssm_state, source * slot_stride, ALIGNED) + of_state, carried, other=0.0).to(tl.float32)
 
     operand = keyed.dtype.element_ty
@@ -311,29 +316,39 @@ def _scan(
     alone += before * (CHUNK * V_PADDED)
     whole += before * BLOCK_K
     weights += before * (CHUNK * CHUNK)
+    if states is not None:
+        states += before * (V_PADDED * BLOCK_K) + value[:, None] * BLOCK_K + key[None, :]
+        written += before * (CHUNK * V_PADDED) + i[:, None] * V_PADDED + value[None, :]
     of_key = i[:, None] * BLOCK_K + key[None, :]
     for number in range(chunks):
         t = begin + number * CHUNK + i
         through = tl.load(keyed + of_key)
-        queries = tl.load(keyed + CHUNK * BLOCK_K + of_key)
         keys = tl.load(keyed + 2 * CHUNK * BLOCK_K + of_key)
         new = tl.load(alone + i[:, None] * V_PADDED + value[None, :])
-        weight = tl.load(weights + i[:, None] * CHUNK + i[None, :])
         decay = tl.load(whole + key)
-
         known = s.to(operand)
+        if output is not None:
+            queries = tl.load(keyed + CHUNK * BLOCK_K + of_key)
+            weight = tl.load(weights + i[:, None] * CHUNK + i[None, :])
+            y = tl.dot(known, tl.trans(queries), input_precision=PRECISION)
         new = tl.trans(new).to(tl.float32) - tl.dot(known, tl.trans(through), input_precision=PRECISION)
-        y = tl.dot(known, tl.trans(queries), input_precision=PRECISION)
-        written = new.to(operand)
-        s = tl.dot(written, keys, s * decay[None, :], input_precision=PRECISION)
-        y = tl.dot(written, tl.trans(weight), y, input_precision=PRECISION)
-        there = (t < begin + count)[:, None] & in_value
-        tl.store(tile_ptrs(output, t, output_stride, value, ALIGNED), tl.trans(y), there)
+        new = new.to(operand)
+        s = tl.dot(new, keys, s * decay[None, :], input_precision=PRECISION)
+        if output is not None:
+            y = tl.dot(new, tl.trans(weight), y, input_precision=PRECISION)
+            there = (t < begin + count)[:, None] & in_value
+            tl.store(tile_ptrs(output, t, output_stride, value, ALIGNED), tl.trans(y), there)
+        if states is not None:
+            tl.store(states, known)
+            tl.store(written, tl.trans(new))
+            states += V_HEADS * V_PADDED * BLOCK_K
+            written += V_HEADS * CHUNK * V_PADDED
         keyed += V_HEADS * 3 * CHUNK * BLOCK_K
         alone += V_HEADS * CHUNK * V_PADDED
         whole += V_HEADS * BLOCK_K
         weights += V_HEADS * CHUNK * CHUNK
 
-    target, stored = final_slot(row, source, count, write_slots, write_stride, null_slot, slot_count)
-    stored &= slot_stride >= 0
-    tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + of_state, s, in_state & stored)
+    if output is not None:
+        target, stored = final_slot(row, source, count, write_slots, write_stride, null_slot, slot_count)
+        stored &= slot_stride >= 0
+        tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + of_state, s, in_state & stored)
