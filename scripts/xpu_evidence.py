@@ -70,10 +70,10 @@ def compiles(folder: Path) -> dict[str, tuple[bool, str]]:
     kernels = [row for row in found if row["kernel"]]
     refused = {(row["op"], row["dtype"]): row["refused"] for row in found if row["refused"]}
     different = {(row["op"], row["kernel"]) for row in kernels}
-    told = f"{len(kernels)} variants of {len(different)} kernels"
+    told = f"{len(kernels)} variants for {len(different)} launches"
     for (op, dtype), reason in refused.items():
         told += f"; refused, so that `torch` runs it: `{op}` in {dtype} ({reason})"
-    most = max(row["shared"] for row in kernels)
+    most = max(row["shared"] for row in kernels if (row["op"], row["dtype"]) not in refused)
     families = ", ".join(dict.fromkeys(f"`{row['family']}`" for row in found))
     return {
         "spirv": (set(refused) == spirv.REFUSED, told),

@@ -102,6 +102,12 @@ def test_states_of_packed_rows(device: torch.device, state_len: int) -> None:
     assert torch.equal(states, torch.stack(want))
 
 
+def test_states_are_no_longer_than_memory(device: torch.device) -> None:
+    x, bounds = torch.ones(6, 8, device=device), torch.tensor([0, 4, 6], device=device)
+    with pytest.raises(ValueError, match=r"^causal_conv1d_varlen_states: state_len: got 2147483648"):
+        causal_conv1d.causal_conv1d_varlen_states(x, bounds, 2**31)
+
+
 def test_the_names_of_its_extension(device: torch.device) -> None:
     x, weight, bias = conv_arguments(device)
     states, final = torch.randn(2, 12, 3, device=device).double(), torch.zeros(2, 12, 3, device=device).double()

@@ -30,7 +30,7 @@ REFUSED = {
 LAUNCHED = sorted(name for name, op in ops().items() if "triton" in op.kernels)
 
 
-MULTIPLYING = [DELTA_RULE, BACKWARD, KDA, SSD, f"{SSD}_backward"]
+MULTIPLYING = [DELTA_RULE, BACKWARD, KDA, f"{KDA}_backward", SSD, f"{SSD}_backward"]
 """Ops whose kernels multiply matrices. In others, numbers of 2 bytes are loaded alike, whatever they mean."""
 
 

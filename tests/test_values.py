@@ -134,6 +134,25 @@ def test_one_slot_out_of_range_leaves_all_rows_as_they_were(op: Op[...]) -> None
     assert tables >= 5  # a test that looked at no table would pass
 
 
+MIXING = [op for op in OPS if "counts" in [p.name for p in op.parameters]]
+
+
+@pytest.mark.parametrize("op", MIXING, ids=lambda op: op.name)
+def test_a_decode_begins_where_its_row_is(op: Op[...]) -> None:
+    """Also behind padding that has no token: else it would have two, of which one is read."""
+    seen = 0
+    for sample in op.make_samples("cpu"):
+        arguments = arguments_of(op, sample)
+        counts = arguments["counts"]
+        if counts is None or counts[0] < 3 or arguments["num_accepted_tokens"] is not None:
+            continue
+        arguments["slots"][1], arguments["cu_seqlens"][2] = -1, 1
+        expected = "got 3 for the end of row 2, expected one more than for the row before"
+        assert f"cu_seqlens: {expected}" in (refusal(op, "torch", arguments) or "nothing")
+        seen += 1
+    assert seen
+
+
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_a_compiled_call_refuses_them_too(op: Op[...]) -> None:
     torch._dynamo.reset()

@@ -26,6 +26,7 @@ from mamba_ops.registry import answering, bad_argument, use_backend
 from mamba_ops.registry.errors import in_call_of
 
 _WIDEST = 8
+_LONGEST = 2**16  # inputs that a state keeps: more would be memory alone, by mistake all that there is
 
 
 @answering
@@ -211,9 +212,11 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     Args:
         x: `(tokens, dim)`.
         cu_seqlens: int32 or int64 `(n + 1,)`.
-        state_len: how many inputs.
+        state_len: how many inputs, 65536 at most.
     """
     floating("causal_conv1d_varlen_states", x=x)
+    if state_len > _LONGEST:
+        raise ValueError(f"causal_conv1d_varlen_states: state_len: got {state_len}, expected at most {_LONGEST}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = f"got {str(cu_seqlens.dtype).removeprefix('torch.')}, expected int32 or int64"
         raise ValueError(f"causal_conv1d_varlen_states: cu_seqlens: {got}")

@@ -173,7 +173,7 @@ _finder, _loader = _Finder(), _Loader()
 
 def _refuse_original(name: str, replace: bool) -> None:
     """Raise if the library itself is imported, or is installed and must not be replaced."""
-    loaded = next((m for m in sys.modules if m == name or m.startswith(f"{name}.")), None)
+    loaded = next((m for m in list(sys.modules) if m == name or m.startswith(f"{name}.")), None)
     if loaded is not None:
         got, expected = f"{loaded} is imported already", "a process that has not imported it: install first"
         raise ValueError(f"install: {name}: {got}, expected {expected}")

@@ -29,8 +29,9 @@ class Decays(nn.Module):
 def fully_shard(layer: M, **options: Any) -> M:
     """Apply `torch.distributed.fsdp.fully_shard` to a layer, with A_log, D and dt_bias in float32, and return it.
 
-    They become a submodule with a policy of its own, `layer.decays`, which is gathered and reduced in float32 whatever
-    `mp_policy` says of the rest; they are float32 also where the layer is not. State dicts have them under the layer's
+    They become a submodule with a policy of its own, `layer.decays` (`layer.forget_gate.decays`, where they are the
+    gate's), which is gathered and reduced in float32 whatever `mp_policy` says of the rest; they are float32 also where
+    the layer is not. State dicts have them under the layer's
     own names, both ways. The optimizer is made after this call, as always with FSDP2. Calls of the layer gather them;
     `step` does not, as with any method but forward.
 
@@ -44,26 +45,30 @@ def fully_shard(layer: M, **options: Any) -> M:
     if not isinstance(layer, Mixer):
         expected = "a mamba_ops.layers mixer"
         raise TypeError(f"fully_shard: layer: got a {type(layer).__name__}, expected {expected}; shard each by itself")
-    names = [name for name in DECAYS if name in dict(layer.named_parameters(recurse=False))]
-    if not names:
-        shard(layer, **options)
-        return layer
-    layer.decays = Decays({name: layer.get_parameter(name) for name in names})
-    for name in names:
-        delattr(layer, name)
-    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    shard(cast(nn.Module, layer.decays), **options | {"mp_policy": policy})
-    # As FSDP2's own hooks, it runs before what is compiled: a layer compiled by itself stays one graph.
-    layer.register_forward_pre_hook(torch.compiler.disable(_fetch))
-    layer.register_state_dict_post_hook(_rename)  # type: ignore[no-untyped-call]
-    layer.register_load_state_dict_pre_hook(_rename_back)  # type: ignore[no-untyped-call]
+    parts: list[nn.Module] = [layer, *layer.children()]
+    for module in parts:
+        if names := [name for name in DECAYS if name in dict(module.named_parameters(recurse=False))]:
+            _set_apart(layer, module, names, options)
     shard(layer, **options)
     return layer
 
 
-def _fetch(layer: Any, args: Any) -> None:
-    """Let the layer find its decays under their names."""
-    vars(layer).update(layer.decays())
+def _set_apart(layer: nn.Module, module: Any, names: list[str], options: dict[str, Any]) -> None:
+    """Give the decays of a module, the layer or a part of it, a module and a policy of their own."""
+    module.decays = Decays({name: module.get_parameter(name) for name in names})
+    for name in names:
+        delattr(module, name)
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    shard(cast(nn.Module, module.decays), **options | {"mp_policy": policy})
+
+    def fetch(layer: Any, args: Any) -> None:
+        """Let the module find its decays under their names."""
+        vars(module).update(module.decays())
+
+    # As FSDP2's own hooks, it runs before what is compiled: a layer compiled by itself stays one graph.
+    layer.register_forward_pre_hook(torch.compiler.disable(fetch))
+    module.register_state_dict_post_hook(_rename)
+    module.register_load_state_dict_pre_hook(_rename_back)
 
 
 def _rename(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

@@ -125,12 +125,12 @@ class KimiDeltaAttention(RecurrentMixer):
         return self.num_heads, self.head_dim, self.head_dim
 
     def _prefill(self, hidden_states: Tensor, caches: ConvAndState, rows: SequenceArgs) -> Tensor:
-        mixed = self._project(hidden_states, caches)
+        mixed, a, b, gate = self._project(hidden_states)
+        require_caches(type(self).__name__, mixed, caches, self._kinds())
         q, k, v = self._split(rows.bind(causal_conv1d)(mixed, *self.conv1d(), conv_state=caches.conv_state))
-        g, b = self.forget_gate(hidden_states), self.b_proj(hidden_states)
-        beta = sigmoid(b.to(torch.promote_types(b.dtype, torch.float32)))
+        g, beta = self.forget_gate(a), sigmoid(b.to(torch.promote_types(b.dtype, torch.float32)))
         y = rows.bind(chunk_kda)(q, k, v, g, beta, ssm_state=caches.ssm_state, qk_l2norm=True)
-        return self._output(y, hidden_states)
+        return self._output(y, gate)
 
     def mix(
         self,
@@ -164,48 +164,46 @@ class KimiDeltaAttention(RecurrentMixer):
         )
 
     def _forward_plan(self, hidden_states: Tensor, caches: ConvAndState, plan: HasPlan) -> Tensor:
-        mixed = torch.cat([p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
-        a, b = self.forget_gate.project(hidden_states), self.b_proj(hidden_states)
-        return self._output(self.mix(mixed, a, b, *caches, plan), hidden_states)
+        mixed, a, b, gate = self._project(hidden_states)
+        return self._output(self.mix(mixed, a, b, *caches, plan), gate)
 
     def _decode(self, hidden_states: Tensor, caches: ConvAndState, rows: DecodeArgs) -> Tensor:
-        mixed = self._project(hidden_states, caches)
+        mixed, a, b, gate = self._project(hidden_states)
+        require_caches(type(self).__name__, mixed, caches, self._kinds())
         q, k, v = self._split(rows.bind(causal_conv1d_update)(mixed, caches.conv_state, *self.conv1d()))
-        raw = self.forget_gate.project(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
         A_log, dt_bias = self.forget_gate.weights()
         y = rows.bind(kda_update)(
             caches.ssm_state,
             q,
             k,
             v,
-            a=raw,
-            b=self.b_proj(hidden_states),
+            a=a.unflatten(-1, (self.num_heads, self.head_dim)),
+            b=b,
             A_log=A_log,
             dt_bias=dt_bias,
             lower_bound=self.forget_gate.lower_bound,
             qk_l2norm=True,
         )
-        return self._output(y, hidden_states)
+        return self._output(y, gate)
 
-    def _project(self, hidden_states: Tensor, caches: ConvAndState) -> Tensor:
-        """Return what is convolved; refuse caches that the op after the convolution would refuse."""
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """Return what is convolved, a, b and the gate: all that is made of tokens, which may lie where a cache does."""
         mixed = torch.cat([p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
-        require_caches(type(self).__name__, mixed, caches, self._kinds())
-        return mixed
+        gate = self.g_b_proj(self.g_a_proj(hidden_states)) if self.low_rank else self.g_proj(hidden_states)
+        return mixed, self.forget_gate.project(hidden_states), self.b_proj(hidden_states), gate
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v by head."""
         q, k, v = mixed.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         return q, k, v
 
-    def _output(self, y: Tensor, hidden_states: Tensor) -> Tensor:
-        gate = self.g_b_proj(self.g_a_proj(hidden_states)) if self.low_rank else self.g_proj(hidden_states)
+    def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         gate = gate.unflatten(-1, (self.num_heads, self.head_dim))
         return cast(Tensor, self.o_proj(self.o_norm(y, gate).flatten(-2)))
 
 
 class ForgetGate(nn.Module):
-    """The logs of the decays of every head and channel, `(..., hidden_size)` to `(..., num_heads, head_dim)`.
+    """The logs of the decays of every head and channel, `(..., num_heads, head_dim)`, of what it projects tokens to.
 
     The arguments are those of `KimiDeltaAttention`.
     """
@@ -239,9 +237,9 @@ class ForgetGate(nn.Module):
         step = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(low, high).exp()
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return the logs, in float32 at least."""
-        return kda_gate(self.project(hidden_states).unflatten(-1, self.heads), *self.weights(), self.lower_bound)
+    def forward(self, projected: Tensor) -> Tensor:
+        """Return the logs, in float32 at least, of what `project` returned."""
+        return kda_gate(projected.unflatten(-1, self.heads), *self.weights(), self.lower_bound)
 
     def project(self, hidden_states: Tensor) -> Tensor:
         """Return what the logs are made of, `(..., num_heads * head_dim)`."""

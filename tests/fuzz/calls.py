@@ -19,7 +19,9 @@ from tests.fuzz.targets import Target, targets
 @functools.cache
 def all_targets(backend: str) -> list[Target]:
     """All that there is to call."""
-    return [*targets(backend), *training.targets(backend)]
+    judge = None if backend == "torch" else training.judge
+    found = [t if t.has_oracle else t._replace(judge=judge) for t in targets(backend)]
+    return [*found, *training.targets(backend)]
 
 
 def one_call(pick: Pick, backend: str = "torch") -> tuple[str, str]:

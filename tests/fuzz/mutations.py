@@ -45,12 +45,12 @@ def mutate(arguments: Arguments, name: str, pick: Pick) -> str | None:
         if not others:
             return None
         other = others[pick(len(others))]
-        what, changed = f"the memory of {other}", _in_memory_of(arguments[other], value)
+        what, changed = f"the memory of {other}", in_memory_of(arguments[other], value)
     arguments[name] = changed
     return f"{name}: {what}"
 
 
-def _in_memory_of(other: Tensor, like: Tensor) -> Tensor:
+def in_memory_of(other: Tensor, like: Tensor) -> Tensor:
     """Return a tensor of one shape in another's memory, if it fits; else the other itself."""
     fits = other.is_contiguous() and other.numel() >= like.numel()
     return other.view(-1)[: like.numel()].view(like.shape) if fits else other

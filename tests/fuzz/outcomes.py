@@ -259,7 +259,7 @@ def _as_float(name: str, value: Any) -> float:
 def _assert_right(target: Target, before: Arguments, arguments: Arguments, returned: Any) -> None:
     truth, low = (_truth(target, before, dtype) for dtype in (torch.float64, torch.float32))
     results = {n: plain(t) for n, t in target.results(returned, arguments).items() if t.is_floating_point()}
-    results = {name: tensor for name, tensor in results.items() if truth.get(name) is not None}
+    results = {n: t for n, t in results.items() if truth.get(n) is not None and truth[n].is_floating_point()}
     if not results:
         raise Wrong("it returned nothing of which the truth is known")
     if target.judge is not None and (target.has_oracle or not _is_of_16_bits(before)):
@@ -313,7 +313,7 @@ def _assert_together(target: Target, results: Results, truth: Results, low: Resu
         n: low[n].double().where(known[n], _scaled_error(truth[n].double(), low[n].double(), exact[n])) for n in results
     }
     try:
-        target.judge(found, exact, rounded, "gradients")
+        target.judge(found, exact, rounded, "results")
     except AssertionError as error:
         raise Wrong(str(error)) from None
 

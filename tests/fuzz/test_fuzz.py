@@ -23,7 +23,7 @@ from mamba_ops.layers.mixer import Mixer
 from mamba_ops.registry import Op
 from mamba_ops.registry.dispatcher import dispatcher
 from tests.fuzz.calls import TRANSFORMS, all_targets, call_of, one_call
-from tests.fuzz.mutations import Pick
+from tests.fuzz.mutations import Pick, in_memory_of
 from tests.fuzz.outcomes import NO_TRUTH, REFUSED, RIGHT, Wrong, no_numbers, outcome
 from tests.fuzz.targets import Target
 
@@ -103,6 +103,10 @@ def test_every_right_call_is_right(target: Target) -> None:
             assert outcome(target, arguments, {n: type(a) for n, a in arguments.items()}, is_right=True) == RIGHT
 
 
+def named(target: Target) -> str:
+    return target.name
+
+
 def changed(target: Target, change: dict[str, Any], base: int = 0) -> str:
     """How a call of a target with other arguments ends."""
     arguments = target.bases[base]()
@@ -145,6 +149,29 @@ def test_what_the_oracle_errs_by_counts_where_nothing_is_claimed() -> None:
             ends["found"] += 1
     assert ends.keys() == {RIGHT, REFUSED, "found"}  # some are refused, as dt_max is less
     assert ends["found"] > 0.9 * ends[RIGHT]
+
+
+@pytest.mark.parametrize("target", [t for t in all_targets("torch") if t.written and not t.has_oracle], ids=named)
+def test_an_input_in_memory_that_is_written_is_read_before_that(target: Target) -> None:
+    """Or the call is refused, with nothing written."""
+    tried = 0
+    for written in sorted(target.written):
+        for name, value in target.bases[0]().items():
+            arguments = target.bases[0]()
+            if not isinstance(value, Tensor) or name == written or arguments.get(written) is None:
+                continue
+            if value.dtype == arguments[written].dtype:
+                change = {name: in_memory_of(arguments[written], value)}
+                assert changed(target, {written: arguments[written], **change}) in (RIGHT, REFUSED, NO_TRUTH)
+                tried += 1
+    assert tried or target.name in ("causal_conv1d_fn", "chunk_gated_delta_rule")  # what is written may be left out
+
+
+@pytest.mark.parametrize("target", [t for t in all_targets("torch") if not t.has_oracle and not t.records], ids=named)
+def test_a_size_of_zero_is_taken_or_refused(target: Target) -> None:
+    for name, value in target.bases[0]().items():
+        for dim in range(value.dim() if isinstance(value, Tensor) else 0):
+            assert changed(target, {name: value.narrow(dim, 0, 0).clone()}) in (RIGHT, REFUSED, NO_TRUTH)
 
 
 @pytest.mark.parametrize("name", ["cu_seqlens_cpu", "g"])

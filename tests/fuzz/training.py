@@ -51,11 +51,12 @@ def with_gradients(call: Callable[..., Any], written: frozenset[str] = frozenset
             recorded = [t for t in results if t.requires_grad]
             cotangents = [cotangent(t) for t in recorded]
             wanted = [leaf for leaf in leaves.values() if leaf is not None]
-            if not recorded or not wanted:
-                return tuple(t.detach() for t in results)
-            found = iter(torch.autograd.grad(recorded, wanted, cotangents, allow_unused=True, materialize_grads=True))
-        # What is no leaf has a place, too, and no numbers there: the truth is computed of leaves alone.
-        nothing = torch.empty(0, dtype=torch.int8)
+            # What is no leaf has a place, too, and no numbers there: the truth is computed of leaves alone.
+            nothing = torch.empty(0, dtype=torch.int8)
+            found = iter([nothing] * len(wanted))
+            if recorded and wanted:
+                options = {"allow_unused": True, "materialize_grads": True}
+                found = iter(torch.autograd.grad(recorded, wanted, cotangents, **options))
         return (*(t.detach() for t in results), *(nothing if leaf is None else next(found) for leaf in leaves.values()))
 
     return run
@@ -67,11 +68,11 @@ def cotangent(like: Tensor) -> Tensor:
     return (numbers / 8).view(like.shape).to(like)
 
 
-def _judge(found: Results, exact: Results, low: Results, what: str, least: int = 16) -> None:
-    """Compare the gradients of one call, where the truth's own error in float32 is never taken for less than `least`
-    roundings of the largest number.
+def judge(found: Results, exact: Results, low: Results, what: str, least: int = 16) -> None:
+    """Compare the results of one call, where the truth's own error in float32 is never taken for less than `least`
+    roundings of the largest number: kernels have other exponentials.
 
-    Nothing is claimed of a call whose gradients float32 has no bit of.
+    Nothing is claimed of a call whose results float32 has no bit of.
     """
     few = least * torch.finfo(torch.float32).eps
     low = {n: t + few * exact[n].abs().max() if t.numel() else t for n, t in low.items()}
@@ -90,7 +91,7 @@ def _companions(op: Op[...], backend: str) -> Iterator[Target]:
         is_backward = companion is op.backward_op
         found = functools.partial(truth, op, companion)
         target = Target(companion.name, on(backend, companion), bases, found, inside=INSIDE, has_oracle=True)
-        yield target._replace(judge=_judge if is_backward else None, returns_gradients=is_backward)
+        yield target._replace(judge=judge if is_backward else None, returns_gradients=is_backward)
 
 
 def _bases(op: Op[...], backend: str) -> list[Callable[[], Arguments]]:
@@ -139,7 +140,7 @@ def _differentiated(op: Op[...], backend: str) -> Iterator[Target]:
     for function, bases in ((own, without), (getattr(functional, op.name), states)):
         truth = functools.partial(_differentiated_truth, op, 1 if function is own else 2)
         run = on(backend, with_gradients(function))
-        target = Target(op.name, run, bases, truth, inside=INSIDE, has_oracle=True, judge=_judge)
+        target = Target(op.name, run, bases, truth, inside=INSIDE, has_oracle=True, judge=judge)
         yield target._replace(records=True, returns_gradients=True)
 
 
@@ -158,7 +159,7 @@ def _differentiated_truth(op: Op[...], results: int, arguments: Arguments, dtype
 
 def _judge_of(backend: str) -> Callable[[Results, Results, Results, str], None]:
     """The backend torch is its own truth in float32, and errs alike but for the layouts of its operands."""
-    return functools.partial(_judge, least=0) if backend == "torch" else _judge
+    return functools.partial(judge, least=0) if backend == "torch" else judge
 
 
 def _layers(backend: str) -> Iterator[Target]:

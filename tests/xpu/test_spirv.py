@@ -13,8 +13,13 @@ from mamba_ops.registry import ops
 ROOT = Path(__file__).parents[2]
 RELEASE = "triton-xpu==3.3.0b1"
 """The newest on PyPI; later ones come with PyTorch for XPU alone."""
-REFUSED = {("chunk_gated_delta_rule_backward", "float32")}
-"""Op and dtype that this release does not compile: it gives a product in the kernel `_adjoints` two layouts."""
+REFUSED = {
+    ("chunk_gated_delta_rule_backward", "float32"),  # this release gives a product of `_adjoints` two layouts
+    ("chunk_kda", "float16"),  # this release's compiler ends with an error in `_solve`
+    ("chunk_kda_backward", "float16"),
+    ("chunk_kda_backward", "float32"),  # `_adjoints` takes more shared memory than there is
+}
+"""Op and dtype that go on to the backend `torch`."""
 
 
 def install(folder: Path) -> None:
@@ -47,10 +52,10 @@ def triton_xpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_kernel_compiles_or_is_refused_by_name(triton_xpu: Path, gpu: str, dtype: str):
     rows = compiled(triton_xpu, gpu, dtype)
     assert {row["op"] for row in rows} == {name for name, op in ops().items() if "triton" in op.kernels}
-    assert {(row["op"], row["dtype"]) for row in rows if row["refused"]} == {e for e in REFUSED if e[1] == dtype}
+    assert {(row["op"], dtype) for row in rows if row["refused"]} == {entry for entry in REFUSED if entry[1] == dtype}
     kernels = [row for row in rows if row["kernel"]]
     assert all(row["bytes"] > 0 for row in kernels)
-    assert all(row["shared"] <= 131_072 for row in kernels)
+    assert all(row["shared"] <= 131_072 for row in kernels if (row["op"], dtype) not in REFUSED)
     assert {row["family"] for row in rows} <= {
         "xpu-Intel-R-Arc-TM-B580-Graphics",
         "xpu-Intel-R-Data-Center-GPU-Max-1550",

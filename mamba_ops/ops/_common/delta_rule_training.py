@@ -1,6 +1,6 @@
 """How the gated delta rules record gradients, whatever decays what."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -8,19 +8,22 @@ from torch import Tensor
 
 from mamba_ops.backends import triton
 from mamba_ops.ops._common.chunk_layout import row_count
-from mamba_ops.ops._common.delta_rule import BackwardArguments, unsupported_by_triton
+from mamba_ops.ops._common.delta_rule import BackwardArguments
 from mamba_ops.ops._common.samples import training_samples
 from mamba_ops.ops._common.training import check_initial_states, dtype_of_states, new_output, states_to_run_on
 from mamba_ops.registry import Op, Sample
 
+Refusal = Callable[[Tensor, Tensor], str | None]
 
-def record_gradients(op: "Op[...]", backward: str, by_triton: str) -> None:
+
+def record_gradients(op: "Op[...]", backward: str, by_triton: str, unsupported: Refusal) -> None:
     """Give an op that reads whole sequences its companions for training.
 
     Args:
         op: the op.
         backward: the path of the reference of its backward pass.
         by_triton: that of its Triton kernel.
+        unsupported: why that takes no q and v like these, or None.
     """
 
     @op.training(
@@ -54,6 +57,13 @@ def record_gradients(op: "Op[...]", backward: str, by_triton: str) -> None:
     def _samples(device: torch.device, **sizes: Any) -> Iterator[Sample]:
         return training_samples(op, "ssm_state", device, **sizes)
 
+    def _unsupported(grad_output: Tensor, q: Tensor, v: Tensor) -> str | None:
+        """Takes no float64 v or grad_output, either."""
+        reason = unsupported(q, v)
+        if reason is None and torch.float64 in (v.dtype, grad_output.dtype):
+            return "computes in float32, and v or grad_output is float64"
+        return reason
+
     triton.implements(op.backward_op, by_triton, unsupported=_unsupported)
 
 
@@ -86,11 +96,3 @@ def _sharding(v: Any, q: Any, cu_seqlens: Any) -> list[dict[str, int]]:
     }
     rows = dict.fromkeys(("q", "k", "v", "g", "beta", "initial_states", "output", "final_states"), 0)
     return [keys | values, *([rows] if cu_seqlens is None else [])]
-
-
-def _unsupported(grad_output: Tensor, q: Tensor, v: Tensor) -> str | None:
-    """Takes no float64 q, v or grad_output, and a k_dim and a v_dim of at most 256."""
-    reason = unsupported_by_triton(q, v)
-    if reason is None and torch.float64 in (v.dtype, grad_output.dtype):
-        return "computes in float32, and v or grad_output is float64"
-    return reason

@@ -183,8 +183,8 @@ def _check_ends(batch: Batch, cu_seqlens: Tensor, decoding: int, reading: int) -
     if batch.decodes is not None and batch.decodes.arguments.cu_seqlens is None:
         args = batch.decodes.arguments
         assert args.slots is not None  # for mypy; a plan has them
-        right = torch.arange(1, decoding + 1, device=ends.device)
-        wrong = (ends[1 : decoding + 1] != right) & ~is_padding(args.slots, args.null_slot)
+        differs = ends[: decoding + 1] != torch.arange(decoding + 1, device=ends.device)
+        wrong = (differs[:-1] | differs[1:]) & ~is_padding(args.slots, args.null_slot)
         expected = "one more than for the row before: a decode has one token"
         refuse("cu_seqlens", ends[1:], wrong, expected, what="for the end of row")
     if batch.prefills is not None and (prefill_ends := batch.prefills.arguments.cu_seqlens) is not None:

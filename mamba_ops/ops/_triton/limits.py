@@ -34,6 +34,11 @@ class Limits(NamedTuple):
         """Whether large blocks fit, and leave no numbers for which there are no registers."""
         return self.shared_memory >= PLENTY
 
+    @property
+    def is_small(self) -> bool:
+        """Whether four warps have no registers for blocks of 64 by 64 and for reading ahead, as on RDNA and Turing."""
+        return self.shared_memory <= 1 << 16 and self.matrix_units != "float32"
+
     def precision(self, bits: int) -> str:
         """Return the fastest precision of `tl.dot` that keeps so many bits of float32 numbers.
 

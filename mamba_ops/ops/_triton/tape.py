@@ -96,9 +96,9 @@ class Tape(TorchDispatchMode):
         if name in _FACTORIES and isinstance(result, Tensor):
             self._kept.append(result)
         elif not func.is_view:
-            self.problem = f"it calls {name}"
+            self.problem = self.problem or f"it calls {name}"
         elif isinstance(result, Tensor) and self._moved(args[0], result):
-            self.problem = f"{name} moves an address"
+            self.problem = self.problem or f"{name} moves an address"
         return result
 
     def _moved(self, base: Tensor, view: Tensor) -> bool:
@@ -121,7 +121,7 @@ class Tape(TorchDispatchMode):
             arguments = tuple(self._placed(value) for value in (*args, *(kwargs[name] for name in names)))
             self.launches.append(Launch(function, kernel, (*grid, 1, 1)[:3], arguments))
         except (NotRepeatableError, KeyError) as error:
-            self.problem = f"{function.__name__}: {error}"
+            self.problem = self.problem or f"{function.__name__}: {error}"
 
     def _placed(self, value: Any) -> Any:
         if isinstance(value, _PLAIN):

@@ -5,6 +5,7 @@ import math
 import torch
 
 from mamba_ops.ops._common.delta_rule import BackwardArguments as BackwardArguments
+from mamba_ops.ops._common.delta_rule import unsupported_by_triton
 from mamba_ops.ops._common.delta_rule_training import record_gradients
 from mamba_ops.ops.chunk_gated_delta_rule.op import chunk_gated_delta_rule
 
@@ -12,6 +13,7 @@ record_gradients(
     chunk_gated_delta_rule,
     "mamba_ops.ops.chunk_gated_delta_rule.reference_backward:chunk_gated_delta_rule_backward",
     "mamba_ops.ops.chunk_gated_delta_rule.triton:chunk_gated_delta_rule_backward",
+    unsupported_by_triton,
 )
 
 

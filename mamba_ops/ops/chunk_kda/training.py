@@ -5,12 +5,13 @@ import math
 import torch
 
 from mamba_ops.ops._common.delta_rule_training import record_gradients
-from mamba_ops.ops.chunk_kda.op import chunk_kda
+from mamba_ops.ops.chunk_kda.op import chunk_kda, unsupported
 
 record_gradients(
     chunk_kda,
     "mamba_ops.ops.chunk_kda.reference_backward:chunk_kda_backward",
     "mamba_ops.ops.chunk_kda.triton:chunk_kda_backward",
+    unsupported,
 )
 
 

@@ -17,9 +17,10 @@ from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, option
 from mamba_ops.ops._triton.delta_rule import CHUNK, PART, gradients_of, precisions_of
 from mamba_ops.ops._triton.layout import by_token, write_back
 from mamba_ops.ops._triton.limits import Limits, limits_of
-from mamba_ops.ops.chunk_kda.triton.backward_kernels import _adjoints, _gather, _pair_gradients, _products, _reads
+from mamba_ops.ops.chunk_kda.triton.backward_pairs import _gather, _pair_gradients
+from mamba_ops.ops.chunk_kda.triton.backward_states import _adjoints, _products, _reads
 from mamba_ops.ops.chunk_kda.triton.kernels import _pairs, _scan, _solve
-from mamba_ops.ops.chunk_kda.triton.launch import _launches
+from mamba_ops.ops.chunk_kda.triton.launch import _launches, block_of_values
 
 if TYPE_CHECKING:
     from mamba_ops.ops._common.delta_rule import BackwardArguments
@@ -157,11 +158,13 @@ def _backward_launches(block_k: int, v_padded: int, operand: str, limits: Limits
     both = {"PRECISION": precision, "SUMS": precision}
     is_wide = limits.is_large and operand != "float32"
     wide = min(v_padded, 64 if is_wide else 32)
-    walk = {"BLOCK": wide, "PRECISION": precision, "num_warps": 4, "num_stages": 1}
+    walk = {"PRECISION": precision, "num_warps": 4, "num_stages": 1}
     reads = {"BLOCK": min(block_k, 32), "BLOCK_V": wide, "num_warps": 4, "num_stages": 1}
     return {
-        "_adjoints": options(**walk),
-        "_products": options(**walk),
+        "_adjoints": options(
+            BLOCK=block_of_values(block_k, v_padded, 4 if operand == "float32" else 2, limits), **walk
+        ),
+        "_products": options(BLOCK=wide, **walk),
         "_reads": options(**reads, **both),
         "_pair_gradients": options(BLOCK=16, **both, num_warps=1, num_stages=1),
     }

@@ -115,6 +115,12 @@ def chunk_kda(call: "Arguments") -> None:
     write_back(written, call.output, flat)
 
 
+def block_of_values(block_k: int, block_v: int, itemsize: int, limits: Limits) -> int:
+    """Return how many rows of a state a program has that walks over chunks: so many that few registers are spilled."""
+    most = 64 if limits.is_large and itemsize == 2 else min(max(8192 // itemsize // block_k, 16), 32)
+    return min(block_v, most)
+
+
 @tunable_launch(_pairs="num_warps", _solve="num_warps", _scan="BLOCK num_warps num_stages")
 def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launches:
     """What is multiplied in which precision, too; a block of v has a matrix product's shortest side at least.
@@ -123,7 +129,7 @@ def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launch
     """
     block_k, block_v = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))
     itemsize = 4 if operand == "float32" else 2
-    block = min(block_v, 64 if limits.is_large and itemsize == 2 else 32)
+    block = block_of_values(block_k, block_v, itemsize, limits)
     read_ahead = (CHUNK * (3 * block_k + block + CHUNK) + block * block_k) * itemsize
     stages = 2 if itemsize == 2 and 4 * read_ahead <= 3 * limits.shared_memory else 1
     precisions = precisions_of(operand, limits)
@@ -131,7 +137,7 @@ def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launch
     solve = {"BLOCK_ROWS": 128, "BLOCK": min(block_k, block_v, 64 if itemsize == 2 else 32), **precisions}
     scan = {"BLOCK_ROWS": 128, "BLOCK": block, "PRECISION": precisions["EXACT"]}
     return {
-        "_pairs": part | {"num_warps": 2 if block_k <= 128 else 4},
+        "_pairs": part | {"num_warps": 2 if block_k <= 128 else 4, "num_stages": 1},
         "_solve": solve | {"num_warps": 4, "num_stages": 1},
         "_scan": scan | {"num_warps": 4, "num_stages": stages},
     }

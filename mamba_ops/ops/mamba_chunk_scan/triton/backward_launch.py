@@ -73,6 +73,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
     shape |= {"CHUNK": chunk, "ALIGNED": aligned, "BLOCK_ROWS": 128}
     block_heads = 512 // chunk
     limits = limits_of(x.get_device())
+    warps = 8 if limits.is_small else 4
     ahead = limits.is_large and operand.itemsize < 4  # whether tiles of the next head fit beside those of this one
     with on_device_of(x):
         _step_sizes[(chunks, cdiv(heads, block_heads))](
@@ -114,7 +115,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             **shape,
             BLOCK_DIM=carry_dim,
             BLOCK_STATE=carry_state,
-            **options(num_warps=4, num_stages=3),
+            **options(num_warps=warps, num_stages=1 if limits.is_small else 3),
         )
         of_chunks = {"SPLITS": splits, "BLOCK_DIM": block_dim, "BLOCK_STATE": block_state}
         of_chunks["PRECISION"] = limits.precision(24) if operand == torch.float32 else "ieee"
@@ -139,7 +140,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             tokens,
             **shape,
             **of_chunks,
-            **options(num_warps=4, num_stages=3 if ahead else 1),
+            **options(num_warps=warps, num_stages=3 if ahead else 1),
         )
         _of_heads[(chunks * groups * splits,)](
             x,
@@ -163,7 +164,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             **shape,
             **of_chunks,
             D_PER_CHANNEL=D is not None and D.dim() == 2,
-            **options(num_warps=4, num_stages=2 if ahead else 1),
+            **options(num_warps=warps, num_stages=2 if ahead else 1),
         )
         _of_steps[(chunks, cdiv(heads, block_heads))](
             dt,

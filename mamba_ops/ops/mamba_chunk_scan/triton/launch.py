@@ -9,6 +9,7 @@ import triton.language as tl
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_placeholder, slots_of
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
+from mamba_ops.ops._triton.limits import Limits
 from mamba_ops.ops.mamba_chunk_scan.triton.kernels import _outputs, _prepare, _states
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def mamba_chunk_scan(call: "Arguments") -> None:
     _states="BLOCK_DIM BLOCK_STATE BLOCK_TOKENS num_warps num_stages",
     _outputs="BLOCK_DIM BLOCK_TOKENS BLOCK_PAST num_warps num_stages",
 )
-def _launches(dim: int, dstate: int, chunk_size: int, itemsize: int) -> Launches:
+def _launches(dim: int, dstate: int, chunk_size: int, itemsize: int, *, limits: Limits) -> Launches:
     """No side of a matrix product is shorter than 16."""
     dim, dstate, chunk = (max(triton.next_power_of_2(size), 16) for size in (dim, dstate, chunk_size))
     wide = 64 if itemsize < 4 else 32  # float32 goes without matrix units
@@ -182,4 +183,7 @@ def _launches(dim: int, dstate: int, chunk_size: int, itemsize: int) -> Launches
         "num_warps": 4,
         "num_stages": 2,
     }
+    if limits.is_small:
+        states |= {"num_warps": 8, "num_stages": 1}
+        outputs |= {"num_warps": 8, "num_stages": 1}
     return {"_prepare": prepare, "_states": states, "_outputs": outputs}
