@@ -71,7 +71,7 @@ class _Planned(nn.Module):
         super().__init__()
         self.layer = LAYERS[name]()
 
-    def forward(self, hidden: Tensor, *caches: Tensor, plan: Any) -> Tensor:
+    def forward(self, hidden: Tensor, caches: Any, plan: Any) -> Tensor:
         out: Tensor = self.layer(hidden, *caches, plan=plan)
         return out
 
@@ -80,7 +80,7 @@ def traced(name: str, *, device: str) -> absent.Trace:
     """In a child process: a few mixed batches."""
     tracer = absent.Tracer(_Planned(name), device=device, dynamic=True)
     for plan in random_plans("cpu", 4):
-        tracer(torch.randn(plan.tokens, HIDDEN), *caches_of(LAYERS[name]()), plan=plan)
+        tracer(torch.randn(plan.tokens, HIDDEN), caches_of(LAYERS[name]()), plan)
     return tracer.trace
 
 
