@@ -27,7 +27,7 @@ PACKAGES = (
     "vllm_xpu_kernels",
 )
 OLDEST_TORCH = (2, 11)
-TESTED = "torch 2.11 to 2.14, Triton 3.6 to 3.9, Transformers 5.23 and 5.24"
+TESTED = "torch 2.11 to 2.15, Triton 3.6 to 3.9, Transformers 5.17 to 5.24"
 
 
 def version_of(package: str) -> str | None:
@@ -124,7 +124,7 @@ def faults(installed: Mapping[str, str]) -> Iterator[str]:
         yield f"the interpreter of Triton {triton} refuses masks of a block and a flag; mamba-ops mends it for itself"
     if triton is not None and numbers(triton) < (3, 7) and numbers(installed.get("numpy", "0.0")) >= (2, 5):
         yield f"the interpreter of Triton {triton} does not run with NumPy 2.5: for tests, pip install 'numpy<2.5'"
-    if torch_version > (2, 14):
+    if torch_version > (2, 15):
         yield f"torch {torch.__version__} has not been tried; {TESTED} were"
     if os.environ.get("TRITON_INTERPRET") == "1":
         yield "TRITON_INTERPRET=1: Triton's kernels run in Python, on CPU tensors, and by name alone: for tests"

@@ -117,7 +117,8 @@ def dot_precisions() -> tuple[str, ...]:
     found = [_find(path, "float32 is multiplied without matrix units") for path in (DRIVER, ON_DISK[1])]
     if _GONE not in found:
         driver, make_backend = found
-        return tuple(make_backend(driver.get_current_target()).parse_options({}).allowed_dot_input_precisions)
+        asked = {"enable_fp_fusion": True}  # as launches do; Triton 3.9 warns where it is not said
+        return tuple(make_backend(driver.get_current_target()).parse_options(asked).allowed_dot_input_precisions)
     return ("ieee",)
 
 
