@@ -17,7 +17,7 @@ from tests.test_layers_plan import HIDDEN, LAYERS
 
 DEVICE = ACCELERATOR or torch.device("cpu")
 SLOTS = 24
-OPS = {name: f"{name.split(',')[0]}_mixing" for name in LAYERS}
+OPS = {name: f"{name.split(',')[0].replace(' ', '_')}_mixing" for name in LAYERS}
 NAMES = [
     pytest.param(name, marks=pytest.mark.slow if "," in name else ()) for name in LAYERS
 ]  # one of each op every day

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mamba_ops.ops._common import chunk_layout
 from mamba_ops.registry import Op, Sample
 from mamba_ops.testing.judge import front_on, refusal, results, with_output
 from tests.conftest import ACCELERATOR
@@ -90,8 +91,9 @@ class _HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if not op.composed], ids=lambda op: op.name)
-def test_references_do_not_read_the_host(op: Op[...]) -> None:
+def test_references_do_not_read_the_host(op: Op[...], monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the length of the longest packed row in the update ops, as their docstrings say."""
+    monkeypatch.setattr(chunk_layout, "_are_here", lambda lengths: False)  # as on a device
     for sample in op.make_samples("cpu"):
         is_update = op.name in ("selective_state_update", "gated_delta_rule_update", "kda_update")
         packed = is_update and sample.kwargs.get("cu_seqlens") is not None
@@ -146,3 +148,11 @@ def test_samples_reach_every_argument(op: Op[...]) -> None:
             assert any(v is not None for v in values), p.name
         facts = {(v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in values}
         assert len(facts) > 1, p.name
+
+
+def test_packed_rows_make_no_more_pieces_than_they_have() -> None:
+    """On a CPU, where lengths are there; elsewhere there is room for what any lengths could need."""
+    x, ends = torch.zeros(40, 1), torch.tensor([0, 8, 8, 29, 40])
+    layout = chunk_layout.chunk_layout(x, 8, 1, ends, None)
+    assert (layout.row.tolist(), layout.longest) == ([0, 2, 2, 2, 3, 3], 3)
+    assert chunk_layout.chunk_layout(x, 8, 1, torch.zeros(3, dtype=torch.long), None).longest == 1
