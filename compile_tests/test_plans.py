@@ -17,7 +17,7 @@ from tests.test_layers_plan import HIDDEN, LAYERS
 
 DEVICE = ACCELERATOR or torch.device("cpu")
 SLOTS = 24
-OPS = {name: f"{name.split(',')[0]}_mixing" for name in LAYERS}
+OPS = {name: f"{name.split(',')[0].replace(' ', '_')}_mixing" for name in LAYERS}
 NAMES = [
     pytest.param(name, marks=pytest.mark.slow if "," in name else ()) for name in LAYERS
 ]  # one of each op every day
@@ -71,8 +71,8 @@ class _Planned(nn.Module):
         super().__init__()
         self.layer = LAYERS[name]()
 
-    def forward(self, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: Any) -> Tensor:
-        out: Tensor = self.layer(hidden, conv_state, ssm_state, plan=plan)
+    def forward(self, hidden: Tensor, caches: Any, plan: Any) -> Tensor:
+        out: Tensor = self.layer(hidden, *caches, plan=plan)
         return out
 
 
@@ -80,7 +80,7 @@ def traced(name: str, *, device: str) -> absent.Trace:
     """In a child process: a few mixed batches."""
     tracer = absent.Tracer(_Planned(name), device=device, dynamic=True)
     for plan in random_plans("cpu", 4):
-        tracer(torch.randn(plan.tokens, HIDDEN), *caches_of(LAYERS[name]()), plan)
+        tracer(torch.randn(plan.tokens, HIDDEN), caches_of(LAYERS[name]()), plan)
     return tracer.trace
 
 

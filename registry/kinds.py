@@ -23,7 +23,9 @@ from mamba_ops.registry.sharding import is_distributed
 UNDER_A_TRANSFORM = "a tensor under a transform (vmap, grad, jvp, forward-mode AD)"
 _EXPECTED = {Tensor: "a torch.Tensor", int: "a whole number", float: "a number", bool: "True or False"}
 _PACK = "pack its rows into one tensor, with cu_seqlens where the op has it"
-_OF_PREPARING = (RuntimeError, IndexError, AttributeError, TypeError, ValueError, ZeroDivisionError)
+_OF_PREPARING = (
+    *(RuntimeError, NotImplementedError, IndexError, AttributeError, TypeError, ValueError, ZeroDivisionError),
+)
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, ShortConv
+from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, Mamba3, ShortConv
 from tests.ops.common.layers import (
     GatedDeltaNetOracle,
     KimiDeltaAttentionOracle,
     LayerOracle,
     Mamba2Oracle,
+    Mamba3Oracle,
     MambaOracle,
     ShortConvOracle,
 )
@@ -68,6 +69,15 @@ KINDS = {
         GatedDeltaNetOracle,
         ["causal_conv1d", "chunk_gated_delta_rule"],
         ["causal_conv1d_update", "gated_delta_rule_update"],
+        stages=8,
+    ),
+    "mamba3": Kind(
+        Mamba3,
+        {"heads": 4, "head_dim": 8, "dstate": 12, "groups": 2, "chunk_size": 16},
+        [{}, {"groups": 4, "rope_fraction": 1}, {"groups": 1, "out_norm": True}, {"chunk_size": 64}],
+        Mamba3Oracle,
+        ["mamba3_chunk_scan"],
+        ["mamba3_state_update"],
         stages=8,
     ),
     "short_conv": Kind(

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 import mamba_ops
-from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, ShortConv
+from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, Mamba3, ShortConv
 from mamba_ops.registry import Op, Sample, ops
 from mamba_ops.registry.codegen import is_optional, is_tensor
 from mamba_ops.testing.op_checks import assert_untouched
@@ -205,20 +205,24 @@ SIZES: dict[type, dict[str, Any]] = {
     Mamba2: {"hidden_size": 16, "heads": 2, "head_dim": 8, "dstate": 4, "groups": 1, "chunk_size": 8},
     GatedDeltaNet: {"hidden_size": 16, "num_k_heads": 1, "num_v_heads": 2, "head_k_dim": 8, "head_v_dim": 8},
     ShortConv: {"hidden_size": 16},
+    Mamba3: {"hidden_size": 16, "heads": 2, "head_dim": 8, "dstate": 4, "groups": 1, "chunk_size": 8},
     KimiDeltaAttention: {"hidden_size": 16, "num_heads": 2, "head_dim": 8},
 }
 
 
 @pytest.mark.parametrize("layer", SIZES)
 def test_a_layer_names_what_it_cannot_be_made_of(layer: Any) -> None:
-    sizes = {**SIZES[layer], "d_conv": 4}
+    sizes = {**SIZES[layer], **({} if layer is Mamba3 else {"d_conv": 4})}
     layer(**sizes)
     eps = {} if layer is ShortConv else {"eps": 0}
     layer(**{name: np.int64(size) for name, size in sizes.items()}, **eps, dtype=torch.bfloat16, device="cpu")
     wrong = [(name, value) for name in sizes for value in ("x", -1, 0, 2.5, True, [1], torch.tensor(2))]
     wrong += [(name, None) for name in sizes if name not in ("d_inner", "dt_rank")]
-    wrong += [("d_conv", 9), *(("eps", value) for value in ("x", None, -1.0, float("nan")) if eps)]
+    wrong += [("d_conv", 9)] * ("d_conv" in sizes)
+    wrong += [("eps", value) for value in ("x", None, -1.0, float("nan")) if eps]
     wrong += [("dtype", "float32"), ("dtype", torch.int32), ("device", "nowhere"), ("device", 2.5)]
+    if layer is Mamba3:
+        wrong += [("rope_fraction", 0.7), ("A_floor", 0.0), ("dstate", 3), ("groups", 3), ("decay_dtype", torch.int8)]
     if layer is Mamba2:
         wrong += [("chunk_size", 10**6), ("dt_min", None), ("dt_max", "x"), ("decay_dtype", torch.int8), ("groups", 3)]
     for name, value in wrong:

@@ -35,7 +35,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "kda": lambda: KimiDeltaAttention(HIDDEN, num_heads=2, head_dim=8),
     "kda, bounded": lambda: KimiDeltaAttention(HIDDEN, num_heads=2, head_dim=4, low_rank=False, lower_bound=-5.0),
     "mamba2": lambda: Mamba2(HIDDEN, heads=4, head_dim=8, dstate=8, groups=2, chunk_size=8),
-    "short conv": lambda: ShortConv(HIDDEN),
+    "short_conv": lambda: ShortConv(HIDDEN),
     "mamba2, dt limited": lambda: Mamba2(HIDDEN, heads=2, head_dim=4, dstate=8, chunk_size=8, dt_min=0.01, dt_max=0.1),
     "mamba2, multiplied": lambda: FalconH1Mamba2(
         HIDDEN, heads=4, head_dim=8, dstate=8, chunk_size=8, multipliers=(0.9, 1.2, 0.6, 1.4, 0.8), with_norm=False

@@ -7,6 +7,7 @@ from mamba_ops.layers.hybrids import ZambaMamba as ZambaMamba
 from mamba_ops.layers.kimi_delta_attention import KimiDeltaAttention as KimiDeltaAttention
 from mamba_ops.layers.mamba import Mamba as Mamba
 from mamba_ops.layers.mamba2 import Mamba2 as Mamba2
+from mamba_ops.layers.mamba3 import Mamba3 as Mamba3
 from mamba_ops.layers.norms import GatedRMSNorm as GatedRMSNorm
 from mamba_ops.layers.norms import gated_rms_norm as gated_rms_norm
 from mamba_ops.layers.short_conv import ShortConv as ShortConv

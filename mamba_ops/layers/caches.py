@@ -16,11 +16,13 @@ class Cache(NamedTuple):
 
     Attributes:
         sizes: of a slot; of the last inputs of a convolution, `(channels, width - 1)`.
-        is_window: whether it is the last inputs of a convolution; else it is a state.
+        is_window: whether it is the last inputs of a convolution.
+        of_inputs: whether it is of other inputs. Else it is a state, which sums over a sequence.
     """
 
     sizes: tuple[int, ...]
     is_window: bool = False
+    of_inputs: bool = False
 
 
 class Caches(Protocol):

@@ -12,7 +12,7 @@ def check_layer(
     layer: str,
     *,
     sizes: dict[str, Any],
-    d_conv: Any,
+    d_conv: Any = 4,
     numbers: dict[str, Any],
     dtypes: dict[str, Any],
     device: Any,
@@ -22,7 +22,7 @@ def check_layer(
     Args:
         layer: its name, for messages.
         sizes: what must be whole numbers, 1 at least, by name; `chunk_size` one that ops take.
-        d_conv: must be a width that ops take.
+        d_conv: must be a width that ops take; a layer without convolution leaves it out.
         numbers: what must be numbers; `eps` 0 or more.
         dtypes: what must be floating-point dtypes, or None.
         device: must be a device that is there, its name, or None.

@@ -84,13 +84,13 @@ class Mixer(nn.Module, Generic[C]):
         except ValueError as error:
             raise in_call_of(type(self).__name__, error) from None
         like, found = self._like(), []
-        for sizes, is_window in self._kinds():
+        for sizes, is_window, of_inputs in self._kinds():
             if is_window:
                 channels, length = sizes
                 window = like.new_zeros((slots, length + columns - 1, channels), dtype=dtype)
                 found.append(window.transpose(1, 2))  # dense channels
             else:
-                found.append(like.new_zeros((slots, *sizes), dtype=state_dtype))
+                found.append(like.new_zeros((slots, *sizes), dtype=dtype if of_inputs else state_dtype))
         return self.Caches(*found)
 
     def _read(self, hidden_states: Tensor, plan: HasPlan | None, rows: SequenceArgs, *caches: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from mamba_ops.layers import (
     KimiDeltaAttention,
     Mamba,
     Mamba2,
+    Mamba3,
     OlmoGatedDeltaNet,
     ShortConv,
     ZambaMamba,
@@ -152,13 +153,14 @@ def layers() -> list[Any]:
             FalconH1Mamba2(16, heads=2, head_dim=8, dstate=4, chunk_size=4, multipliers=(0.9, 1.2, 0.6, 1.4, 0.8)),
             OlmoGatedDeltaNet(16, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=8),
             ZambaMamba(16, heads=2, d_inner=32, dstate=4, dt_rank=1),
+            Mamba3(16, heads=2, head_dim=8, dstate=8, chunk_size=4),
         ]
 
 
 def _layers(backend: str) -> Iterator[Target]:
     for layer in layers():
         layer.requires_grad_(False)
-        without_mixing_op = (OlmoGatedDeltaNet, ZambaMamba)  # these refuse plans
+        without_mixing_op = (OlmoGatedDeltaNet, ZambaMamba, Mamba3)  # these refuse plans
         for name in ("forward", "step", *(() if isinstance(layer, without_mixing_op) else ("plan",))):
             truth = functools.partial(_of_layer, copy.deepcopy(layer), name)
             call = on(backend, layer.step if name == "step" else layer)

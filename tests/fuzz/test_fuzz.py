@@ -174,6 +174,14 @@ def test_a_size_of_zero_is_taken_or_refused(target: Target) -> None:
             assert changed(target, {name: value.narrow(dim, 0, 0).clone()}) in (RIGHT, REFUSED, NO_TRUTH)
 
 
+@pytest.mark.parametrize("target", [t for t in all_targets("torch") if not t.has_oracle and not t.records], ids=named)
+def test_a_tensor_of_another_layout_is_refused_if_it_is_read(target: Target) -> None:
+    for name, value in target.bases[0]().items():
+        if isinstance(value, Tensor):
+            others = [value.to_sparse(), *([value.to_mkldnn()] if value.is_floating_point() and value.dim() else [])]
+            assert {changed(target, {name: other}) for other in others} <= {REFUSED, NO_TRUTH, RIGHT}
+
+
 @pytest.mark.parametrize("name", ["cu_seqlens_cpu", "g"])
 def test_a_tangent_may_end_in_an_argument_of_no_effect_alone(name: str) -> None:
     named = [t for t in all_targets("torch") if t.name == "chunk_gated_delta_rule" and not t.records]

@@ -8,6 +8,7 @@ from torch import Tensor
 from tests.ops.chunk_gated_delta_rule.oracle import chunk_step
 from tests.ops.chunk_kda.oracle import chunk_step as chunk_step_by_channel
 from tests.ops.common.exponential import exp
+from tests.ops.common.mamba3 import Head
 from tests.ops.common.mixing import softplus
 
 
@@ -18,7 +19,7 @@ class LayerOracle:
         self.layer, self.dtype = layer, dtype
         self.weights = {name: p.detach().cpu().to(dtype) for name, p in layer.state_dict().items()}
         window, *states = layer.empty_caches(1)
-        self.window = torch.zeros(window.shape[:0:-1], dtype=dtype)
+        self.window = torch.zeros(window.shape[:0:-1], dtype=dtype)  # where there is one
         self.state = torch.zeros(states[0].shape[1:], dtype=dtype) if states else None
 
     def token(self, hidden: Tensor) -> Tensor:
@@ -88,6 +89,36 @@ class ShortConvOracle(LayerOracle):
     def token(self, hidden: Tensor) -> Tensor:
         B, C, x = self.linear(hidden, "in_proj").chunk(3)
         return self.linear(C * self.convolve(B * x, "conv", silu=False), "out_proj")
+
+
+class Mamba3Oracle(LayerOracle):
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+        super().__init__(layer, dtype)
+        sizes = (layer.angles, (layer.head_dim, layer.dstate), layer.dstate, layer.head_dim)
+        self.heads = [Head(*(torch.zeros(size, dtype=dtype) for size in sizes)) for _ in range(layer.heads)]
+
+    def caches(self) -> dict[str, Tensor]:
+        states = {"angle_state": "angle", "ssm_state": "s", "k_state": "k", "v_state": "v"}
+        return {name: torch.stack([getattr(head, part) for head in self.heads]) for name, part in states.items()}
+
+    def token(self, hidden: Tensor) -> Tensor:
+        layer, weights = self.layer, self.weights
+        z, x, B, C, dt, A, trap, angles = self.linear(hidden, "in_proj").split(layer.projected)
+        z, x = z.view(layer.heads, -1), x.view(layer.heads, -1)
+        B = torch.stack([rms(b, 1e-5) for b in B.view(layer.groups, -1)]) * weights["B_norm.weight"]
+        C = torch.stack([rms(c, 1e-5) for c in C.view(layer.groups, -1)]) * weights["C_norm.weight"]
+        outputs = []
+        for h, head in enumerate(self.heads):
+            group = h // (layer.heads // layer.groups)
+            step = softplus(dt[h] + weights["dt_bias"][h])
+            rate = -softplus(A[h]).clamp(min=layer.A_floor)
+            b, c = B[group] + weights["B_bias"][h, 0], C[group] + weights["C_bias"][h, 0]
+            y = head.token(x[h], step, rate, trap[h], angles, b, c) + weights["D"][h] * x[h]
+            if layer.out_norm:
+                norm = weights["norm.weight"].view(layer.heads, -1)[h]
+                y = rms(y, layer.norm.eps) * norm
+            outputs.append(y * z[h] * torch.sigmoid(z[h]))
+        return self.linear(torch.cat(outputs), "out_proj")
 
 
 class GatedDeltaNetOracle(LayerOracle):

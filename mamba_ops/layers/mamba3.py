@@ -1,0 +1,228 @@
+"""The Mamba-3 layer, with one input and one output a head. Its parameters are named as in mamba_ssm."""
+
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mamba_ops.layers.caches import Cache
+from mamba_ops.layers.checking import check_layer
+from mamba_ops.layers.mixer import Mixer
+from mamba_ops.layers.norms import GatedRMSNorm, RMSNorm, upcast
+from mamba_ops.ops import mamba3_chunk_scan, mamba3_state_update, mamba_chunk_scan
+from mamba_ops.ops._common.mamba3 import Tokens, by_head, finished, layout, operands_dtype, scan
+from mamba_ops.ops._common.sequences import NULL_SLOT, DecodeArgs, HasPlan, SequenceArgs
+from mamba_ops.registry import answering
+
+
+class Mamba3Caches(NamedTuple):
+    """The caches of a Mamba-3 layer.
+
+    Attributes:
+        angle_state: `(slots, heads, angles)`, how far the state is turned.
+        ssm_state: `(slots, heads, head_dim, dstate)`.
+        k_state: `(slots, heads, dstate)`, B of the last token, turned.
+        v_state: `(slots, heads, head_dim)`, x of the last token.
+    """
+
+    angle_state: Tensor
+    ssm_state: Tensor
+    k_state: Tensor
+    v_state: Tensor
+
+
+class Mamba3(Mixer[Mamba3Caches]):
+    """Mix the tokens of each sequence, `(..., hidden_size)` to the same shape, with Mamba-3: no convolution, a
+    trapezoidal rule, and states that turn. Each head has one input and one output (SISO).
+
+    A call reads sequences from their beginning, or continues them from caches (prefill); `step` reads the next token
+    of every sequence (decode). Caches are passed in and changed in place; what is returned is the output.
+
+    Args:
+        hidden_size: size of the residual stream.
+        heads, head_dim: number of state space models, and channels of each.
+        dstate: size of the state of a channel.
+        groups: how many pairs of B and C there are for all heads.
+        rope_fraction: the part of dstate that turns: 0.5 or 1.
+        A_floor: the least rate.
+        out_norm: whether the output is normalised by head, and then gated; else it is gated alone.
+        chunk_size: tokens per chunk of the scan; it changes speed and rounding, not what is computed.
+        eps: of the norms.
+        device, dtype: of the parameters.
+        decay_dtype: of D, dt_bias, B_bias and C_bias; None: float32, as in mamba_ssm.
+    """
+
+    Caches = Mamba3Caches
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        heads: int,
+        head_dim: int = 64,
+        dstate: int = 128,
+        groups: int = 1,
+        rope_fraction: float = 0.5,
+        A_floor: float = 1e-4,
+        out_norm: bool = False,
+        chunk_size: int = 64,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        decay_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_size)
+        sizes = {"hidden_size": hidden_size, "heads": heads, "head_dim": head_dim, "dstate": dstate}
+        sizes |= {"groups": groups, "chunk_size": chunk_size}
+        numbers, dtypes = {"A_floor": A_floor, "eps": eps}, {"dtype": dtype, "decay_dtype": decay_dtype}
+        check_layer("Mamba3", sizes=sizes, numbers=numbers, dtypes=dtypes, device=device)
+        if heads % groups:
+            raise ValueError(f"Mamba3: groups: got {groups}, expected a divisor of the {heads} heads")
+        if rope_fraction not in (0.5, 1):
+            raise ValueError(f"Mamba3: rope_fraction: got {rope_fraction!r}, expected 0.5 or 1")
+        if A_floor <= 0:
+            raise ValueError(f"Mamba3: A_floor: got {A_floor}, expected more than 0")
+        if (angles := int(dstate * rope_fraction) // 2) < 1:
+            raise ValueError(f"Mamba3: dstate: got {dstate}, expected {2 if rope_fraction == 1 else 4} at least")
+        self.heads, self.head_dim, self.dstate, self.groups, self.angles = heads, head_dim, dstate, groups, angles
+        self.A_floor, self.chunk_size = A_floor, chunk_size
+        d_inner, bc = heads * head_dim, groups * dstate
+        self.projected = [d_inner, d_inner, bc, bc, heads, heads, heads, angles]  # z, x, B, C, dt, A, trap, angles
+
+        new: dict[str, Any] = {"device": device, "dtype": dtype}
+        decay: dict[str, Any] = {"device": device, "dtype": torch.float32 if decay_dtype is None else decay_dtype}
+        self.in_proj = nn.Linear(hidden_size, sum(self.projected), bias=False, **new)
+        self.dt_bias = nn.Parameter(torch.empty(heads, **decay))
+        self.B_bias = nn.Parameter(torch.empty(heads, 1, dstate, **decay))
+        self.C_bias = nn.Parameter(torch.empty(heads, 1, dstate, **decay))
+        self.B_norm = RMSNorm(dstate, eps=eps, **new)
+        self.C_norm = RMSNorm(dstate, eps=eps, **new)
+        self.D = nn.Parameter(torch.empty(heads, **decay))
+        if out_norm:
+            self.norm = GatedRMSNorm(d_inner, groups=heads, eps=eps, norm_before_gate=True, **new)
+        self.out_norm = out_norm
+        self.out_proj = nn.Linear(d_inner, hidden_size, bias=False, **new)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set D and the biases of B and C to ones, and draw step sizes, log-uniform in 0.001 to 0.1."""
+        for parameter in (self.D, self.B_bias, self.C_bias):
+            nn.init.ones_(parameter)
+        dt = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.dt_bias.copy_(dt.expm1().log())  # the inverse of softplus
+
+    def extra_repr(self) -> str:
+        """Return what the sub-modules do not show."""
+        names = ("heads", "head_dim", "dstate", "groups", "angles", "chunk_size")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    @answering
+    def forward(
+        self,
+        hidden_states: Tensor,
+        angle_state: Tensor | None = None,
+        ssm_state: Tensor | None = None,
+        k_state: Tensor | None = None,
+        v_state: Tensor | None = None,
+        *,
+        plan: HasPlan | None = None,
+        slots: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        has_initial_state: Tensor | None = None,
+        null_slot: int = NULL_SLOT,
+    ) -> Tensor:
+        """Read sequences and return their output; with caches, store each sequence's last states there.
+
+        Args:
+            hidden_states: `(batch, length, hidden_size)`, or packed `(tokens, hidden_size)` with `cu_seqlens`.
+            angle_state, ssm_state, k_state, v_state: caches as `empty_caches` makes them, all or none. Mutated.
+            plan: must be None: there is no mixing op for this layer yet.
+            slots: int32 or int64 `(>= n,)`: the slot of sequence i in the caches. None: slot i.
+            cu_seqlens: int32 or int64 `(n + 1,)`: sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1]. What
+                is returned for tokens after the last sequence has no meaning.
+            has_initial_state: bool `(n,)`: sequence i continues from its states in the caches. None: none does.
+            null_slot: a sequence with this slot, or a negative one, is padding: it is not mixed, no cache is touched.
+        """
+        rows = SequenceArgs(slots, cu_seqlens, has_initial_state, null_slot)
+        return self._read(hidden_states, plan, rows, angle_state, ssm_state, k_state, v_state)
+
+    @answering
+    def step(
+        self,
+        hidden_states: Tensor,
+        angle_state: Tensor,
+        ssm_state: Tensor,
+        k_state: Tensor,
+        v_state: Tensor,
+        *,
+        slots: Tensor | None = None,
+        null_slot: int = NULL_SLOT,
+    ) -> Tensor:
+        """Read the next token of every sequence, advance the caches in place and return the tokens' output.
+
+        Args:
+            hidden_states: `(n, hidden_size)`, or the next few tokens of every sequence `(n, length, hidden_size)`.
+            angle_state, ssm_state, k_state, v_state, slots, null_slot: as for a call of the layer.
+        """
+        rows = DecodeArgs(slots, null_slot=null_slot)
+        return self._advance(hidden_states, rows, angle_state, ssm_state, k_state, v_state)
+
+    def _like(self) -> Tensor:
+        return self.in_proj.weight
+
+    def _kinds(self) -> tuple[Cache, ...]:
+        kept = Cache((self.heads, self.dstate), of_inputs=True), Cache((self.heads, self.head_dim), of_inputs=True)
+        return Cache((self.heads, self.angles)), Cache((self.heads, self.head_dim, self.dstate)), *kept
+
+    def _prefill(self, hidden_states: Tensor, caches: Mamba3Caches, rows: SequenceArgs) -> Tensor:
+        z, tokens, options = self._project(hidden_states)
+        if any(cache is not None for cache in caches):
+            call: Any = rows.bind(mamba3_chunk_scan)
+            return self._output(call(*tokens, self.chunk_size, **caches._asdict(), **options), z)
+        x, dt, A, trap, angles, B, C = tokens
+        compute = torch.promote_types(x.dtype, torch.float32)
+
+        def packed(tensor: Tensor) -> Tensor:
+            return (tensor if rows.cu_seqlens is not None else tensor.flatten(0, 1)).to(compute)
+
+        k = by_head(packed(B), options["B_bias"], self.heads, compute)
+        q = by_head(packed(C), options["C_bias"], self.heads, compute)
+        given = Tokens(packed(x), packed(dt), packed(A), packed(trap), packed(angles), k, q)
+        spread, operands = layout(x, rows.cu_seqlens), operands_dtype(x, B, C)
+        scanned = scan(given, spread, mamba_chunk_scan, self.chunk_size, operands)
+        gate = options.get("z")
+        y = finished(scanned.y, given.x, self.D, None if gate is None else packed(gate))
+        return self._output(y.to(x.dtype).view(x.shape), z)
+
+    def _decode(self, hidden_states: Tensor, caches: Mamba3Caches, rows: DecodeArgs) -> Tensor:
+        z, tokens, options = self._project(hidden_states)
+        options |= {"slots": rows.slots, "null_slot": rows.null_slot}
+        if hidden_states.dim() == 2:
+            return self._output(mamba3_state_update(*caches, *tokens, **options), z)
+        go_on = torch.ones(hidden_states.shape[0], dtype=torch.bool, device=hidden_states.device)
+        options |= {"has_initial_state": go_on, **caches._asdict()}
+        read: Any = mamba3_chunk_scan
+        return self._output(read(*tokens, self.chunk_size, **options), z)
+
+    def _forward_plan(self, hidden_states: Tensor, caches: Mamba3Caches, plan: HasPlan) -> Tensor:
+        raise self._wrong("plan", "a plan", "None: there is no mixing op for this layer yet")
+
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Any]]:
+        """Return the gate, what the ops take for each token, and their keywords."""
+        projected = cast(Tensor, self.in_proj(hidden_states)).split(self.projected, dim=-1)
+        z, x, B, C, dt, A, trap, angles = projected
+        z, x = (tensor.unflatten(-1, (self.heads, self.head_dim)) for tensor in (z, x))
+        B = self.B_norm(B.unflatten(-1, (self.groups, self.dstate)))
+        C = self.C_norm(C.unflatten(-1, (self.groups, self.dstate)))
+        rates = -functional.softplus(upcast(A)).clamp(min=self.A_floor)
+        steps = functional.softplus(upcast(dt) + upcast(self.dt_bias))
+        biases = {"B_bias": self.B_bias.squeeze(1), "C_bias": self.C_bias.squeeze(1)}
+        options = {**biases, "D": self.D} if self.out_norm else {**biases, "D": self.D, "z": z}
+        return z, (x, steps, rates, trap, angles, B, C), options
+
+    def _output(self, y: Tensor, z: Tensor) -> Tensor:
+        y = y.flatten(-2)
+        return cast(Tensor, self.out_proj(self.norm(y, z.flatten(-2)) if self.out_norm else y))

@@ -1,0 +1,102 @@
+"""What is particular to layers.Mamba3: its parameters' names, its gradients, packed rows, and long turns."""
+
+import math
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import mamba_ops
+from mamba_ops import use_backend
+from mamba_ops.layers import Mamba3
+from mamba_ops.ops._common.mamba3 import Tokens, layout, total_turns
+from mamba_ops.serving import Plan
+
+
+def new_layer(**options: object) -> Mamba3:
+    torch.manual_seed(0)
+    return Mamba3(16, heads=2, head_dim=8, dstate=8, chunk_size=4, **options)  # type: ignore[arg-type]
+
+
+def test_parameters_are_mamba_ssms() -> None:
+    names = {"in_proj.weight", "dt_bias", "B_bias", "C_bias", "B_norm.weight", "C_norm.weight", "D", "out_proj.weight"}
+    layer = Mamba3(32, heads=4, head_dim=16, dstate=128, dtype=torch.bfloat16)
+    assert set(layer.state_dict()) == names
+    assert set(new_layer(out_norm=True).state_dict()) == {*names, "norm.weight"}
+    assert layer.in_proj.weight.shape == (2 * 64 + 2 * 128 + 3 * 4 + 32, 32)
+    assert layer.B_bias.shape == (4, 1, 128)
+    assert layer.D.dtype == layer.dt_bias.dtype == layer.B_bias.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_training_is_one_graph_forward_and_one_backward() -> None:
+    layer = new_layer()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.enable_grad(), use_backend("torch"):
+        for length in (20, 21, 33):
+            x = torch.randn(2, length, 16, requires_grad=True)
+            inputs = [x, *layer.parameters()]
+            grads = [torch.autograd.grad(f(x).square().mean(), inputs) for f in (layer, compiled)]
+            torch.testing.assert_close(grads[1], grads[0])
+            assert all(grad.abs().max() > 0 for grad in grads[0])
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["aot_autograd"]["ok"] == 1
+
+
+def test_gradients_are_right() -> None:
+    """By finite differences, also where rows are packed."""
+    layer = Mamba3(4, heads=2, head_dim=2, dstate=4, chunk_size=3, dtype=torch.float64, decay_dtype=torch.float64)
+    with torch.enable_grad(), use_backend("torch"):
+        x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+        ends = torch.tensor([0, 4, 7])
+        names, parameters = zip(*layer.named_parameters(), strict=True)
+
+        def call(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+            given = dict(zip(names, values, strict=True))
+            return torch.func.functional_call(layer, given, (x,), {"cu_seqlens": ends})
+
+        # what is turned is summed as whole numbers: far finer than the step of the differences
+        assert torch.autograd.gradcheck(call, (x, *parameters), eps=1e-4, atol=1e-5, rtol=1e-4)
+
+
+def test_packed_rows_are_as_alone() -> None:
+    layer = new_layer().double()
+    x = torch.randn(17, 16, dtype=torch.double)
+    with torch.no_grad(), use_backend("torch"):
+        packed = layer(x, cu_seqlens=torch.tensor([0, 5, 5, 17]))
+        torch.testing.assert_close(packed, torch.cat([layer(x[None, :5])[0], layer(x[None, 5:])[0]]))
+        caches = layer.empty_caches(2, state_dtype=torch.float64)
+        torch.testing.assert_close(layer(x[None, :9], *caches), layer(x[None, :9]))
+
+
+def test_turns_of_long_sequences_are_as_exact_as_of_short_ones() -> None:
+    tokens = 20000
+    dt, angles = torch.full((tokens, 1), 0.7), torch.full((tokens, 1), 3.0)
+    zeros, empty = torch.zeros(tokens, 1), torch.zeros(tokens, 1, 1)
+    given = Tokens(empty, dt, zeros, zeros, angles, empty, empty)
+    got = total_turns(given, layout(empty.unsqueeze(0), None), None).double()[:, 0, 0]
+    each = (torch.tanh(angles) * dt).double()[:, 0]
+    off = got - each.cumsum(0)
+    assert (off - 2 * (off / 2).round()).abs().max() < 1e-7
+    assert got.abs().max() <= 1
+    assert math.isclose(float(got[0]), float(each[0]), rel_tol=1e-6)
+
+
+def test_a_plan_is_refused() -> None:
+    layer = new_layer().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"^Mamba3: plan: got a plan, expected None: there is no mixing"):
+        layer(torch.randn(3, 16), *layer.empty_caches(2), plan=Plan.of([0], [3], [0]))
+
+
+def test_a_step_is_the_scan_of_one_token() -> None:
+    sample = next(s for s in mamba_ops.mamba3_state_update.make_samples("cpu", dtype=torch.float32) if s.name == "gate")
+    step, read = sample.clone(), sample.clone()
+    with use_backend("torch"):
+        y = mamba_ops.mamba3_state_update(*step.args, **step.kwargs)
+        options = {n: v for n, v in read.kwargs.items() if n != "z"}
+        caches = dict(zip(("angle_state", "ssm_state", "k_state", "v_state"), read.args[:4], strict=True))
+        tokens = [t.unsqueeze(1) for t in read.args[4:]]
+        options |= {"z": read.kwargs["z"].unsqueeze(1), "has_initial_state": torch.ones(3, dtype=torch.bool)}
+        again = mamba_ops.mamba3_chunk_scan(*tokens, 4, **caches, **options)
+    torch.testing.assert_close(again.squeeze(1), y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(read.args[:4], step.args[:4], rtol=1e-5, atol=1e-5)
