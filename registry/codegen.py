@@ -130,7 +130,7 @@ def fronts(
     While tracing it also passes the selection token and, where an input requires grad, leaves a call in the graph that
     raises when the graph runs. It reads nothing else, because Dynamo would guard on it.
 
-    Of an op with a number that is infinite by default, the largest float32 stands for infinity in all numbers: packages
+    Of an op with a number that is infinite by default, the largest float32 stands for infinity (see `_limits`): packages
     of AOTInductor are written as JSON, which has none.
 
     Args:
@@ -156,7 +156,7 @@ def fronts(
     inside_ = closure.pop("inside")
     options: dict[str, Any] = {
         "header": header_of(shown, closure),
-        "limits": _limits(parameters),
+        "limits": _limits(parameters, closure),
         "allocation": f"if out is None: out = {allocated}" if "out" in names else "",
         "traced_caches": "\n            ".join(empties),
         "caches": "\n        ".join(empties),
@@ -199,7 +199,7 @@ def functional_front(op: str, inputs: Parameters, **closure: Any) -> FunctionTyp
     refusal = f"if is_transformed_(): refuse_tangents_({as_tuple(inputs)})"
     source = _FUNCTIONAL_FRONT.format(
         header=header_of(inputs, closure),
-        limits=_limits(inputs),
+        limits=_limits(inputs, closure),
         passed=passed,
         first=next(p.name for p in inputs if p.annotation is Tensor),
         values=as_tuple(inputs),
@@ -327,13 +327,18 @@ def header_of(parameters: Iterable[inspect.Parameter], closure: dict[str, Any]) 
     return ", ".join(parts)
 
 
-def _limits(parameters: Parameters) -> str:
-    """Write what keeps an op's numbers within float32, where one of them is infinite by default."""
-    names = [p.name for p in parameters if p.annotation is float]
-    if not any(isinstance(p.default, float) and math.isinf(p.default) for p in parameters):
+def _limits(parameters: Parameters, closure: dict[str, Any]) -> str:
+    """Write what puts the largest float32 in the place of infinity, in the numbers of an op that has such a default.
+
+    That is infinity itself where it is the default, and -infinity in all.
+    """
+    numbers = [p for p in parameters if p.annotation is float]
+    infinite = [p.name for p in numbers if isinstance(p.default, float) and math.isinf(p.default)]
+    if not infinite:
         return ""
-    within = "if not -{1} <= {0} <= {1}: {0} = min(max({0}, -{1}), {1})"
-    return "\n        ".join(within.format(name, LARGEST) for name in names)
+    closure["inf"] = math.inf
+    lines = [f"if {name} == inf_: {name} = {LARGEST}" for name in infinite]
+    return "\n        ".join([*lines, *(f"if {p.name} == -inf_: {p.name} = -{LARGEST}" for p in numbers)])
 
 
 def passed_on(parameters: Iterable[inspect.Parameter], **renamed: str) -> str:

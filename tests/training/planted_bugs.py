@@ -6,7 +6,7 @@ BUGS = {
         "taps not turned around": ("taps[HISTORY - k] * later[k]", "taps[k] * later[k]"),
         "weights' gradient counts neighbours": ("own = tl.where(token < end, grad, 0.0)", "own = grad"),
         "final states forgotten": ("if grad_final_ptr is not None:", "if False:"),
-        "tail not zeroed": ("call.grad_x.zero_()", "call.grad_x.fill_(1.0)"),
+        "tail not zeroed": ("clear(call.grad_x)", "call.grad_x.fill_(1.0)"),
     },
     "mamba_chunk_scan": {
         "state before the chunk not read": ("tl.dot(g, state, total", "tl.dot(g, state * 0.0, total"),
@@ -19,6 +19,6 @@ BUGS = {
         "decay of a whole chunk forgotten": ("reach += whole *", "reach += 0.0 *"),
         "all pairs are one token with itself": ("tl.where(is_same, pairs, 0.0)", "pairs"),
         "D not in x": ("exact * skip[None, :], of", "exact * 0.0, of"),
-        "tail not zeroed": ("gradient.zero_()  # of tokens", "gradient.fill_(1.0)  # of tokens"),
+        "tail not zeroed": ("clear(gradient)  # of tokens", "gradient.fill_(1.0)  # of tokens"),
     },
 }
