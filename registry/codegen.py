@@ -130,8 +130,8 @@ def fronts(
     While tracing it also passes the selection token and, where an input requires grad, leaves a call in the graph that
     raises when the graph runs. It reads nothing else, because Dynamo would guard on it.
 
-    Of an op with a number that is infinite by default, the largest float32 stands for infinity (see `_limits`): packages
-    of AOTInductor are written as JSON, which has none.
+    Of an op with a number that is infinite by default, the largest float32 stands for infinity (see `_limits`):
+    packages of AOTInductor are written as JSON, which has none.
 
     Args:
         op, parameters: qualified name and parameters of the op.
