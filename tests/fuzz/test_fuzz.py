@@ -208,6 +208,14 @@ def test_a_tangent_may_end_in_an_argument_of_no_effect_alone(name: str) -> None:
         TRANSFORMS["forward-mode AD"](without_tangents, name, **arguments)
 
 
+def test_angles_are_summed_in_small_steps() -> None:
+    """A sum of angles that are less than a step is 0, where the truth is less than a step."""
+    target = first("mamba3_chunk_scan")
+    for number, base in enumerate(target.bases):
+        if (goes_on := base()["has_initial_state"]) is not None:
+            assert changed(target, {"has_initial_state": torch.zeros_like(goes_on)}, number) in (RIGHT, NO_TRUTH)
+
+
 # -- what it finds ----------------------------------------------------------------------------------------------------
 
 
