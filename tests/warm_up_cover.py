@@ -23,6 +23,7 @@ MODELS: dict[str, Any] = {
         layers.GatedDeltaNet(64, **GDN, interleaved=False, **HALF),
         layers.ShortConv(64, **HALF),
         layers.KimiDeltaAttention(64, num_heads=2, head_dim=16, **HALF),
+        layers.Mamba3(64, heads=4, head_dim=16, dstate=16, **HALF),
     ],
     "odd": lambda: [
         layers.Mamba2(40, heads=3, head_dim=10, dstate=6, groups=3, chunk_size=20, dt_min=0.1, dtype=torch.float16),
@@ -30,6 +31,7 @@ MODELS: dict[str, Any] = {
         layers.GatedDeltaNet(30, num_k_heads=1, num_v_heads=3, head_k_dim=9, head_v_dim=7),
         layers.ShortConv(36, d_conv=4, bias=True),
         layers.KimiDeltaAttention(30, num_heads=3, head_dim=9, lower_bound=-5.0),
+        layers.Mamba3(30, heads=3, head_dim=10, dstate=6),
     ],
 }
 
@@ -52,6 +54,8 @@ def call_at_random(layer: Any, rng: random.Random) -> None:
     layer(hidden(sum(lengths) + 1), *caches, slots=slots, has_initial_state=known, cu_seqlens=cu_seqlens)
     layer.step(hidden(rows), *caches, slots=slots)
     layer.step(hidden(rows, rng.choice([1, 2, 3])), *caches, slots=slots)
+    if not layer.takes_plans:
+        return
     computed = [rng.choice([0, 5, 9]) for _ in range(rows)]
     new = [rng.choice([1, 1, 3, 70]) for _ in range(rows)]
     plan = Plan.of(computed, new, range(rows), max_requests=8)

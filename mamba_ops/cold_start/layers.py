@@ -116,7 +116,7 @@ def before_calls_of(module: nn.Module) -> Iterator[tuple[str, Callable[[], objec
 
 def rehearsal_of(module: nn.Module, state_dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield what serving does in each step with a layer of `mamba_ops.layers`: make a plan and run it."""
-    if not isinstance(module, Mixer):
+    if not (isinstance(module, Mixer) and module.takes_plans):
         return
     weight = module.out_proj.weight
 
@@ -168,7 +168,7 @@ def _calls_of_ours(module: Mixer[Any], state_dtype: torch.dtype) -> Iterator[tup
                 f"{what}{words}",
                 partial(lambda lead, at: module.step(hidden(*lead), *caches(), slots=at), lead, where),
             )
-    for tokens, short in lengths.items():
+    for tokens, short in lengths.items() if module.takes_plans else ():
         plan, speculative = _plans(tokens, device)
         yield f"a plan{short}", partial(lambda plan: module(hidden(plan.tokens), *caches(), plan=plan), plan)
         yield (

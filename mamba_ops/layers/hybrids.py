@@ -133,6 +133,7 @@ class ZambaMamba(Mamba, of_model="zamba"):
         d_inner, dstate, dt_rank, d_conv, bias, conv_bias, device, dtype: as for `Mamba`.
     """
 
+    takes_plans = False
     is_divisible = False
 
     def __init__(
@@ -290,6 +291,7 @@ class OlmoGatedDeltaNet(GatedDeltaNet, of_model="olmo_hybrid"):
         RecurrentMixer.__init__(self, hidden_size)
         self._set_sizes(num_k_heads, num_v_heads, head_k_dim, head_v_dim, d_conv, eps, device, dtype)
         self.interleaved, self.allow_neg_eigval = False, allow_neg_eigval
+        self.takes_plans = not allow_neg_eigval
         keys, _, values = self.convolved
         new: dict[str, Any] = {"device": device, "dtype": dtype}
         dim = sum(self.convolved)

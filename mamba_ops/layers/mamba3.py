@@ -55,6 +55,7 @@ class Mamba3(Mixer[Mamba3Caches]):
     """
 
     Caches = Mamba3Caches
+    takes_plans = False
 
     def __init__(
         self,

@@ -34,6 +34,8 @@ class Mixer(nn.Module, Generic[C]):
     """Called with what heads share; `mamba_ops.distributed` sets it where heads are on several ranks."""
     checkpoint_map: Any = None
     """Which part of a whole layer this is; `mamba_ops.distributed` sets it."""
+    takes_plans: bool = True
+    """Whether there is a mixing op for it."""
     is_divisible: ClassVar[bool] = True
     """Whether `mamba_ops.distributed` can put its heads on several ranks."""
     _of_models: ClassVar[dict[str, type[Any]]] = {}
