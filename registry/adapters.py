@@ -26,26 +26,19 @@ def call({header}):
     return function_({passed})
 """
 
-_GUARDED_ADAPTER = """\
+_KERNEL_ADAPTER = """\
 def call({header}):
     try:
-        return function_({passed})
-    except Exception as error_:
-        if (other_ := failed_(error_, *{values})) is error_: raise
-        raise other_ from error_
-"""
-
-_SHORT_ADAPTER = """\
-def call({header}):
-    try:
-        same_tensors_, numbers_, runs_ = shortcut_.last
-        if (same_tensors_({compared}) and numbers_ == {numbers} and runs_({addresses})):
-            return
+        {shortcut}
         function_({passed})
     except Exception as error_:
         if (other_ := failed_(error_, *{values})) is error_: raise
         raise other_ from error_
 """
+
+_SHORTCUT = """\
+same_tensors_, numbers_, runs_ = shortcut_.last
+        if (same_tensors_({compared}) and numbers_ == {numbers} and runs_({addresses})): return"""
 
 
 Last = tuple[Callable[..., bool], tuple[Any, ...], Callable[[tuple[int, ...], int], bool]]
@@ -130,7 +123,7 @@ def adapted_kernel(
         failed: given an error that it raises, and all arguments, returns what to raise.
         shortcut: asked first, and called in the place of `function`, where there is one.
     """
-    template = _GUARDED_ADAPTER if shortcut is None else _SHORT_ADAPTER
+    template = _KERNEL_ADAPTER.replace("{shortcut}", "" if shortcut is None else _SHORTCUT)
     extra = {f"no_{name}": tensor for name, tensor in nothing(parameters).items()}
     function = function if shortcut is None else shortcut
     passed = _as_a_call(parameters)

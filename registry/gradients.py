@@ -61,14 +61,12 @@ class Formula:
 
         `inputs` may end in the selection token: in a graph it names the selection; in eager calls the snapshot does.
         """
-        results = dict(zip(self.forward.returns, (output,) if isinstance(output, Tensor) else output, strict=True))
-        saved = [results[name] for name in self.declared.saves]
+        saved = self._saved_of(ctx, output)
         *values, token = inputs if len(inputs) > len(self.names) else (*inputs, None)
         ctx.save_for_backward(
             *(value for value, is_tensor in zip(values, self.tensors, strict=True) if is_tensor), *saved, token
         )
         ctx.numbers = [value for value, is_tensor in zip(values, self.tensors, strict=True) if not is_tensor]
-        ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
         ctx.snapshot, ctx.count = dispatcher.current(), len(inputs)
 
@@ -105,19 +103,24 @@ class Formula:
         ordered = [None if value is None else by_name.get(name) for name, value in zip(self.names, values, strict=True)]
         return (*ordered, *[None] * (count - len(ordered)))
 
-    def keep(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def _saved_of(self, ctx: Any, output: Any) -> list[Tensor]:
+        """Return what the forward saved, marked as having no gradients."""
+        if not self.declared.saves:
+            return []
+        results = dict(zip(self.forward.returns, (output,) if isinstance(output, Tensor) else output, strict=True))
+        saved = [results[name] for name in self.declared.saves]
+        ctx.mark_non_differentiable(*saved)
+        return saved
+
+    def setup_eager(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Do what `setup_context` does, in an eager call."""
-        saved: tuple[Tensor, ...] = ()
-        if self.declared.saves:
-            results = dict(zip(self.forward.returns, (output,) if isinstance(output, Tensor) else output, strict=True))
-            saved = tuple(results[name] for name in self.declared.saves)
-            ctx.mark_non_differentiable(*saved)
+        saved = self._saved_of(ctx, output)
         ctx.save_for_backward(*[inputs[i] for i in self._tensors], *saved)
         ctx.numbers = [inputs[i] for i in self._numbers]
         ctx.set_materialize_grads(False)
         ctx.snapshot = dispatcher.current()
 
-    def found(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def gradients_of_eager(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Do what `gradients` does, for an eager call."""
         if torch.compiler.is_dynamo_compiling():  # compiled autograd traces this
             return self._gradients(ctx, (*ctx.saved_tensors, None), len(self.names), grads)
@@ -144,10 +147,6 @@ class Formula:
 
         class Joined(torch.autograd.Function):
             @staticmethod
-            def backward(ctx: Any, *grads: Any) -> Any:
-                return formula.gradients(ctx, *grads)
-
-            @staticmethod
             def jvp(ctx: Any, *tangents: Any) -> Any:
                 raise no_jvp(formula.name)
 
@@ -158,17 +157,18 @@ class Formula:
             def forward(ctx: Any, *inputs: Any) -> Any:
                 with _torch.below_autograd():
                     output = dispatch(*inputs)
-                formula.keep(ctx, inputs, output)
+                formula.setup_eager(ctx, inputs, output)
                 return output
 
             @staticmethod
-            def backward(ctx: Any, *grads: Any) -> Any:
-                return formula.found(ctx, *grads)
+            def backward(ctx: Any, *grads: Any) -> Any:  # a function of its own, which compiled autograd traces
+                return formula.gradients_of_eager(ctx, *grads)
 
         class Transformed(Joined):
             """For calls under torch.func."""
 
             setup_context = staticmethod(formula.setup_context)
+            backward = staticmethod(formula.gradients)
 
             @staticmethod
             def forward(*inputs: Any) -> Any:

@@ -95,5 +95,6 @@ def test_every_function_is_bound_and_put_back(name: str) -> None:
         assert {n.rpartition(".")[2] for n in binding.not_bound} == NOT_BOUND.get(name, set())
         now = {f"{file}.{n}": (f, before[file][n]) for file in files for n, f in vars(sys.modules[file]).items()}
         assert {n for n, (f, was) in now.items() if f is not was} == set(binding.bound)
+        assert binding.bound
         assert all(now[n][0].__module__.startswith("mamba_ops.compat.") for n in binding.bound)
     assert {file: dict(vars(sys.modules[file])) for file in files} == before

@@ -160,8 +160,7 @@ def layers() -> list[Any]:
 def _layers(backend: str) -> Iterator[Target]:
     for layer in layers():
         layer.requires_grad_(False)
-        without_mixing_op = (OlmoGatedDeltaNet, ZambaMamba, Mamba3)  # these refuse plans
-        for name in ("forward", "step", *(() if isinstance(layer, without_mixing_op) else ("plan",))):
+        for name in ("forward", "step", *(["plan"] if layer.takes_plans else [])):
             truth = functools.partial(_of_layer, copy.deepcopy(layer), name)
             call = on(backend, layer.step if name == "step" else layer)
             base = functools.partial(_layer_call, layer, name)

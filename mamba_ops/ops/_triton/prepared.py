@@ -106,22 +106,21 @@ def _repeated(tape: Tape, tensors: list[Tensor | None], launching: _triton.Launc
     shared = [(i, addresses.index(a)) for i, a in enumerate(addresses) if a and addresses.index(a) < i]
     device = next(t.device for t in tensors if t is not None)
     *starts, total = accumulate((-(-size // _PAGE) * _PAGE for size in tape.allocated), initial=0)
-    offsets: dict[int, int] = {}  # of an address in allocated memory to its place among all values
-    constants: dict[Any, tuple[int, Any]] = {}  # what is the same in all calls: its number, and itself
-
-    def place(value: Any) -> int:
-        if not isinstance(value, Address):
-            known_by = (type(value), repr(value))  # 0.0 is equal to -0.0
-            return -1 - constants.setdefault(known_by, (len(constants), value))[0]
-        if value.of < inputs:
-            return value.of
-        return inputs + offsets.setdefault(starts[value.of - inputs] + value.offset, len(offsets))
-
-    places = [[place(value) for value in launch.arguments] for launch in tape.launches]
-    own, fixed = tuple(offsets), tuple(value for _, value in constants.values())
+    taken = {_known_by(value): value for launch in tape.launches for value in launch.arguments}
+    own = [value for value in taken.values() if isinstance(value, Address) and value.of >= inputs]
+    constants = {key: value for key, value in taken.items() if not isinstance(value, Address)}
+    places = {key: n for n, key in enumerate((*(Address(i, 0) for i in range(inputs)), *own, *constants))}
+    offsets = [starts[address.of - inputs] + address.offset for address in own]
+    fixed = tuple(constants.values())
     steps = [
-        (kernel.run, grid, kernel.function, kernel.packed_metadata, _picks(taken, inputs + len(own)))
-        for (_, kernel, grid, _), taken in zip(tape.launches, places, strict=True)
+        (
+            kernel.run,
+            grid,
+            kernel.function,
+            kernel.packed_metadata,
+            itemgetter(*(places[_known_by(v)] for v in arguments)),
+        )
+        for _, kernel, grid, arguments in tape.launches
     ]
     hooks = [getattr(launch.function, "pre_run_hooks", ()) for launch in tape.launches]
     valid, number = _valid[0], device.index
@@ -135,10 +134,10 @@ def _repeated(tape: Tape, tensors: list[Tensor | None], launching: _triton.Launc
         for i, j in shared:
             if addresses[i] != addresses[j]:
                 return False
-        if own:
+        if offsets:
             memory = torch.empty(total, dtype=torch.uint8, device=device)  # alive until all is launched
             start = memory.data_ptr()
-            values = (*addresses, *[start + offset for offset in own], *fixed)
+            values = (*addresses, *[start + offset for offset in offsets], *fixed)
         else:
             values = (*addresses, *fixed)
         stream = current_stream(number)
@@ -149,6 +148,6 @@ def _repeated(tape: Tape, tensors: list[Tensor | None], launching: _triton.Launc
     return runs
 
 
-def _picks(places: list[int], first_constant: int) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """Return what picks a launch's arguments out of all values; a constant's place is negative, and counted from -1."""
-    return itemgetter(*(first_constant - 1 - place if place < 0 else place for place in places))
+def _known_by(value: Any) -> Any:
+    """What a launch's arguments of one value have in common: 0.0 is equal to -0.0, and True to 1."""
+    return value if isinstance(value, Address) else (type(value), repr(value))
