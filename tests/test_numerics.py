@@ -93,13 +93,21 @@ class _HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("op", [op for op in OPS if not op.composed], ids=lambda op: op.name)
 def test_references_do_not_read_the_host(op: Op[...], monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the length of the longest packed row in the update ops, as their docstrings say."""
-    monkeypatch.setattr(chunk_layout, "_are_here", lambda lengths: False)  # as on a device
+    monkeypatch.setattr(chunk_layout, "are_here", lambda lengths: False)  # as on a device
     for sample in op.make_samples("cpu"):
         is_update = op.name in ("selective_state_update", "gated_delta_rule_update", "kda_update")
         packed = is_update and sample.kwargs.get("cu_seqlens") is not None
         with _HostReads() as reads:
             op.kernels["torch"].function(**op.bind(sample.clone().args, sample.clone().kwargs))
         assert reads.count == int(packed), sample
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if not op.composed], ids=lambda op: op.name)
+def test_references_as_on_a_device(op: Op[...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they do where the host does not know how long rows are; on a CPU some read them one by one."""
+    monkeypatch.setattr(chunk_layout, "are_here", lambda lengths: False)
+    for sample in op.make_samples("cpu"):
+        judge(op, sample, front_on(op, "torch"))
 
 
 @pytest.mark.parametrize(("op", "backend"), [pair for pair in PAIRS if not pair.values[0].composed])
