@@ -9,7 +9,9 @@ from torch import Tensor
 
 import mamba_ops
 from mamba_ops.ops._common.samples import SampleTensors
-from tests.harness import backends_here
+from mamba_ops.registry import Sample
+from mamba_ops.testing.judge import front_on
+from tests.harness import backends_here, judge
 
 CPU = torch.device("cpu")
 ROWS, TOKENS = 5, 70
@@ -86,12 +88,22 @@ def run(backend: str, name: str, rows: Tensor) -> Iterator[Tensor]:
     yield state
 
 
+def wide_sample(name: str) -> Sample:
+    return Sample(name, (), CALLS[name]).clone()
+
+
 @pytest.fixture(params=[1, 2], ids=lambda threads: f"{threads} threads")
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("backend", "name"), CASES)
+def test_wide_calls_against_the_oracle(backend: str, name: str) -> None:
+    op = getattr(mamba_ops, name.partition(",")[0])
+    judge(op, wide_sample(name), front_on(op, backend))
 
 
 @pytest.mark.parametrize(("backend", "name"), CASES)

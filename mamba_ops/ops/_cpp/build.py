@@ -1,7 +1,5 @@
 """Builds the C++ kernels: each once for a machine and its compiler, in about three seconds, kept on disk."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import hashlib
@@ -21,7 +19,7 @@ _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC")
 _THREADS = "-fopenmp"
 
-Run = Callable[["array[int]"], None]
+Run = Callable[[list[int]], None]
 """A kernel, called with the numbers of a call."""
 
 
@@ -82,8 +80,9 @@ def built(op: str, source: str) -> Run:
         raise BuildError(f"cannot load what it built, {path}: {error}") from error
     function.argtypes, function.restype = (ctypes.c_void_p,), None
 
-    def run(numbers: array[int]) -> None:
-        function(numbers.buffer_info()[0])
+    def run(numbers: list[int]) -> None:
+        given = array("q", numbers)
+        function(given.buffer_info()[0])
 
     return run
 

@@ -263,6 +263,10 @@ inline Floats softplus(Floats x) {
 
 inline Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
 
-constexpr float LOG2_E = 1.44269504f, LEAST_RATE = -1e30f;  // of a rate of -inf a step of 0 decays nothing
+constexpr float LOG2_E = 1.44269504f;
 
-inline float rate_of(float rate) { return std::max(rate * LOG2_E, LEAST_RATE); }
+// A rate for exp2. Of one of -inf a step of 0 decays nothing.
+inline Floats rate_of(Floats rate) {
+  rate *= LOG2_E;
+  return rate < -1e30f ? all(-1e30f) : rate;
+}

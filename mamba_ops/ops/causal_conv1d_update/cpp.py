@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._cpp import build
-from mamba_ops.ops._cpp.call import indices, numbers, tensor, whole
+from mamba_ops.ops._cpp.call import indices, tensor, whole
 
 if TYPE_CHECKING:
     from mamba_ops.ops.causal_conv1d_update.op import Arguments
@@ -32,7 +32,7 @@ def causal_conv1d_update(call: "Arguments") -> None:
         return tensor(given, *(((0, strides[0]) if packed else (strides[0], 0)) if flat else strides[:2]), strides[-1])
 
     build.run_of("causal_conv1d_update")(
-        numbers(
+        [
             n,
             dim,
             width,
@@ -42,13 +42,13 @@ def causal_conv1d_update(call: "Arguments") -> None:
             call.null_slot,
             call.conv_state.shape[0],
             call.x.shape[0] if packed else 1 if flat else call.x.shape[1],
-            indices(call.cu_seqlens),
-            indices(call.slots),
-            indices(call.num_accepted_tokens),
-            tokens(call.x),
-            whole(call.conv_state, 3),
-            whole(call.weight, 2),
-            whole(call.bias, 1),
-            tokens(call.output),
-        )
+            *indices(call.cu_seqlens),
+            *indices(call.slots),
+            *indices(call.num_accepted_tokens),
+            *tokens(call.x),
+            *whole(call.conv_state, 3),
+            *whole(call.weight, 2),
+            *whole(call.bias, 1),
+            *tokens(call.output),
+        ]
     )

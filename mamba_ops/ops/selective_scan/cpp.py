@@ -6,7 +6,7 @@ import torch
 
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._cpp import build
-from mamba_ops.ops._cpp.call import indices, numbers, tensor, whole
+from mamba_ops.ops._cpp.call import indices, tensor, whole
 
 if TYPE_CHECKING:
     from mamba_ops.ops.selective_scan.op import Arguments
@@ -39,7 +39,7 @@ def selective_scan(call: "Arguments") -> None:
         of_group = () if given.dim() > call.x.dim() else (0,)
         return tensor(given, *((0,) if packed else ()), *lead, *of_group, last)
 
-    numbers_of_call = numbers(
+    call_numbers = [
         n,
         dim,
         dstate,
@@ -49,19 +49,19 @@ def selective_scan(call: "Arguments") -> None:
         call.null_slot,
         2**62 if call.ssm_state is None else call.ssm_state.shape[0],
         call.x.shape[0 if packed else 1],
-        indices(call.cu_seqlens),
-        indices(call.slots),
-        indices(call.write_slots),
-        indices(call.has_initial_state),
-        tokens(call.x),
-        tokens(call.dt),
-        whole(call.A, 2),
-        columns(call.B),
-        columns(call.C),
-        whole(call.D, 1),
-        tokens(call.z),
-        whole(call.dt_bias, 1),
-        whole(call.ssm_state, 3),
-        tokens(call.output),
-    )
-    build.run_of("selective_scan")(numbers_of_call)
+        *indices(call.cu_seqlens),
+        *indices(call.slots),
+        *indices(call.write_slots),
+        *indices(call.has_initial_state),
+        *tokens(call.x),
+        *tokens(call.dt),
+        *whole(call.A, 2),
+        *columns(call.B),
+        *columns(call.C),
+        *whole(call.D, 1),
+        *tokens(call.z),
+        *whole(call.dt_bias, 1),
+        *whole(call.ssm_state, 3),
+        *tokens(call.output),
+    ]
+    build.run_of("selective_scan")(call_numbers)

@@ -34,8 +34,7 @@ struct Scan {
     for (int64_t j = 0; j < states; j++) {
       float column[LANES] = {};
       A.read(first * A.strides[0] + j * A.strides[1], A.strides[0], width, column);
-      for (float& rate : column) rate = rate_of(rate);
-      rates[j] = some(column);
+      rates[j] = rate_of(some(column));
       s[j] = Floats{};
       if (begun) {
         state.read(source * state.strides[0] + first * state.strides[1] + j * state.strides[2], state.strides[1], width,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._cpp import build
-from mamba_ops.ops._cpp.call import indices, numbers, tensor
+from mamba_ops.ops._cpp.call import indices, tensor
 
 if TYPE_CHECKING:
     from mamba_ops.ops.selective_state_update.op import Arguments
@@ -31,29 +31,29 @@ def selective_state_update(call: "Arguments") -> None:
     (dim, dstate), packed = call.ssm_state.shape[-2:], call.cu_seqlens is not None
     channels = 2 if has_heads else 1
     flat = call.x.dim() == channels + 1  # one token a row, or packed ones
-    lead = 1 if flat else 2
 
     by_slot, *by_rest = call.ssm_state.stride()
 
     def tokens(given: Tensor | None) -> tuple[int, ...]:
         """With strides by row, token, head or group, and channel or number of the state."""
         if given is None:
-            return tensor(None, 0, 0, 0, 0)
-        strides = given.stride()
-        first = ((0, strides[0]) if packed else (strides[0], 0)) if flat else strides[:2]
-        of_head = strides[lead : lead + 1] if has_heads else (0,)
-        of_channel = strides[lead + has_heads :] or (0,)
-        return tensor(given, *first, *of_head, *of_channel)
+            return (0, 0, 0, 0, 0, 0)
+        by = given.stride()
+        if flat:
+            by = (0, *by) if packed else (by[0], 0, *by[1:])
+        if not has_heads:
+            by = (by[0], by[1], 0, by[2])
+        return tensor(given, *by) if len(by) == 4 else tensor(given, *by, 0)
 
     def weight(given: Tensor | None, rank: int) -> tuple[int, ...]:
         """With strides by head, by channel, and of A by number of the state."""
         if given is None:
-            return tensor(None, *(0,) * rank)
-        strides = given.stride() if has_heads else (0, *given.stride())
-        return tensor(given, *strides, *(0,) * (rank - len(strides)))
+            return (0,) * (rank + 2)
+        by = given.stride() if has_heads else (0, *given.stride())
+        return tensor(given, *by, *(0,) * (rank - len(by)))
 
     build.run_of("selective_state_update")(
-        numbers(
+        [
             n,
             heads,
             dim,
@@ -65,19 +65,19 @@ def selective_state_update(call: "Arguments") -> None:
             call.null_slot,
             call.ssm_state.shape[0],
             call.x.shape[0] if packed else 1 if flat else call.x.shape[1],
-            indices(call.cu_seqlens),
-            indices(call.slots),
-            indices(call.write_slots),
-            indices(call.num_accepted_tokens),
-            tensor(call.ssm_state, by_slot, *(() if has_heads else (0,)), *by_rest),
-            tokens(call.x),
-            tokens(call.dt),
-            weight(call.A, 3),
-            tokens(call.B),
-            tokens(call.C),
-            weight(call.D, 2),
-            tokens(call.z),
-            weight(call.dt_bias, 2),
-            tokens(call.output),
-        )
+            *indices(call.cu_seqlens),
+            *indices(call.slots),
+            *indices(call.write_slots),
+            *indices(call.num_accepted_tokens),
+            *tensor(call.ssm_state, by_slot, *(() if has_heads else (0,)), *by_rest),
+            *tokens(call.x),
+            *tokens(call.dt),
+            *weight(call.A, 3),
+            *tokens(call.B),
+            *tokens(call.C),
+            *weight(call.D, 2),
+            *tokens(call.z),
+            *weight(call.dt_bias, 2),
+            *tokens(call.output),
+        ]
     )

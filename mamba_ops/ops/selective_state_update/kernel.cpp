@@ -51,12 +51,7 @@ struct Update {
     float *cs = bs + padded * length, *s = cs + padded * length, *rates = s + padded;
     const Floats added = bias ? gather(bias, 0, bias.strides[0], bias.strides[1]) : Floats{};
     Floats rates_of_heads{};
-    if (rate_of_head) {
-      float found[LANES];
-      put(gather(A, 0, A.strides[0], A.strides[1]), found);
-      for (float& rate : found) rate = rate_of(rate);
-      rates_of_heads = some(found);
-    }
+    if (rate_of_head) rates_of_heads = rate_of(gather(A, 0, A.strides[0], A.strides[1]));
     for (int64_t t = 0; t < length; t++) {
       Floats d = tokens(dt, t);
       if (bias) d += added;
@@ -80,16 +75,20 @@ struct Update {
         s = state.floats(place(source));
       else
         state.read(place(source), state.strides[3], dstate, s = own);
+      const float* rate = rates;
       if (!rate_of_head) {
-        A.read(head[i] * A.strides[0] + channel[i] * A.strides[1], A.strides[2], dstate, rates);
-        for (int64_t j = 0; j < padded; j += LANES) put(limited(some(rates + j) * LOG2_E, LEAST_RATE, 3e38f), rates + j);
+        const int64_t of_channel = head[i] * A.strides[0] + channel[i] * A.strides[1];
+        if (A.type == FLOAT32 && A.strides[2] == 1 && dstate == padded)
+          rate = A.floats(of_channel);
+        else
+          A.read(of_channel, A.strides[2], dstate, rates);
       }
       for (int64_t t = 0; t < length; t++) {
         const float d = ds[t * LANES + i], pushed = d * us[t * LANES + i];
         const float *b = bs + t * padded, *c = cs + t * padded;
         Floats y{}, decay = exp2(all(rates_of_heads[i] * d));
         for (int64_t j = 0; j < padded; j += LANES) {
-          if (!rate_of_head) decay = exp2(some(rates + j) * d);
+          if (!rate_of_head) decay = exp2(rate_of(some(rate + j)) * d);
           const Floats now = some(s + j) * decay + pushed * some(b + j);
           y += now * some(c + j);
           put(now, s + j);
