@@ -115,6 +115,17 @@ def test_a_table_cannot_make_a_kernel_wrong(launches, sentence, tmp_path):
     assert str(raised.value) == f"{path}: gated_delta_rule_update: {sentence}"
 
 
+def test_a_table_cannot_set_what_is_wrong_otherwise(tmp_path):
+    """The inverse of Kimi Delta Attention with four warps had wrong numbers on an H200."""
+    sizes = {"k_dim": 16, "v_dim": 16, "operand": "float32"}
+    table = {"kernels": {"chunk_kda": [{"sizes": sizes, "launches": {"_solve": {"num_warps": 4}}}]}}
+    (tmp_path / f"{launch_config.family(-1)}.json").write_text(json.dumps(table))
+    with environment(MAMBA_OPS_CONFIG_DIR=str(tmp_path)):
+        launch_config.forget("chunk_kda")
+        with pytest.raises(ValueError, match="_solve: got 'num_warps', expected nothing: its launch is as it must be"):
+            launch_config.choosers["chunk_kda"](-1, *sizes.values())
+
+
 @pytest.mark.parametrize(
     ("text", "got"),
     [

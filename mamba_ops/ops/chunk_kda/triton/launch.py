@@ -121,7 +121,7 @@ def block_of_values(block_k: int, block_v: int, itemsize: int, limits: Limits) -
     return min(block_v, most)
 
 
-@tunable_launch(_pairs="num_warps", _solve="num_warps", _scan="BLOCK num_warps num_stages")
+@tunable_launch(_pairs="num_warps", _solve="", _scan="BLOCK num_warps num_stages")
 def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launches:
     """What is multiplied in which precision, too; a block of v has a matrix product's shortest side at least.
 
@@ -139,7 +139,7 @@ def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launch
     return {
         "_pairs": part | {"num_warps": 2 if block_k <= 128 else 4, "num_stages": 1},
         # Not four warps: Hopper's matrix units would read the inverse from registers, and Triton 3.6 then gives them
-        # wrong numbers where BLOCK is less than 64.
+        # wrong numbers where BLOCK is less than 64. So a table may not set them.
         "_solve": solve | {"num_warps": 2, "num_stages": 1},
         "_scan": scan | {"num_warps": 4, "num_stages": stages},
     }
