@@ -108,7 +108,7 @@ def block_of_values(block_k: int, block_v: int, itemsize: int, limits: Limits) -
     return min(block_v, most)
 
 
-@tunable_launch(_pairs="num_warps", _solve="num_warps", _scan="BLOCK num_warps num_stages")
+@tunable_launch(_pairs="num_warps", _solve="", _scan="BLOCK num_warps num_stages")
 def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launches:
     """What is multiplied in which precision, too; a block of v has a matrix product's shortest side at least.
 
@@ -126,6 +126,7 @@ def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launch
     part |= {"num_warps": 2 if block_k <= 64 or itemsize == 4 else 4, "num_stages": 1}
     if itemsize == 2 and block_k == 128:
         part |= limits.registers(168)
+    # Not four warps, nor may a table set them: Triton 3.6 gave Hopper's matrix units wrong numbers of the inverse.
     solve = {"BLOCK_ROWS": 128, "PRECISION": precisions["PRECISION"], "num_warps": 2, "num_stages": 1}
     scan = {"BLOCK_ROWS": 128, "BLOCK": block, "PRECISION": precisions["EXACT"]}
     return {"_pairs": part, "_solve": solve, "_scan": scan | {"num_warps": 4, "num_stages": stages}}
