@@ -121,7 +121,7 @@ _MAMBA_SSM = Library(
         },
         "mamba_ssm.utils.hf": {"mamba_ssm.checkpoints": "load_config_hf load_state_dict_hf"},
     },
-    "it has the mixers of Mamba-1, Mamba-2 and Mamba-3, and neither kernels of Mamba-3 nor what splits models over ranks",
+    "it has the mixers of Mamba-1 to Mamba-3, and neither kernels of Mamba-3 nor what splits models over ranks",
 )
 
 _FLA = Library(
