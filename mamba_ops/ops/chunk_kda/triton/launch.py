@@ -138,6 +138,8 @@ def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launch
     scan = {"BLOCK_ROWS": 128, "BLOCK": block, "PRECISION": precisions["EXACT"]}
     return {
         "_pairs": part | {"num_warps": 2 if block_k <= 128 else 4, "num_stages": 1},
-        "_solve": solve | {"num_warps": 4, "num_stages": 1},
+        # Not four warps: Hopper's matrix units would read the inverse from registers, and Triton 3.6 then gives them
+        # wrong numbers where BLOCK is less than 64.
+        "_solve": solve | {"num_warps": 2, "num_stages": 1},
         "_scan": scan | {"num_warps": 4, "num_stages": stages},
     }
