@@ -115,7 +115,7 @@ class Hybrid(nn.Module):
 
     def _places(self, tokens: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
         """For each token, padding too: its request's slot, how many tokens went before, and which places it sees."""
-        _, cu_seqlens, _, slots, _, computed, _ = plan.tensors
+        cu_seqlens, slots, computed = plan.tensors.cu_seqlens, plan.tensors.slots, plan.tensors.num_computed_tokens
         token = torch.arange(tokens.shape[0], device=tokens.device, dtype=torch.int32)
         # Not in cu_seqlens[1:]: on a GPU, Inductor of torch 2.11 looks a slice up from its tensor's beginning.
         row = (torch.searchsorted(cu_seqlens, token, right=True) - 1).clamp(max=slots.shape[0] - 1)

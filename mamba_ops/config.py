@@ -1,8 +1,11 @@
 """Which backends run which ops, and how states are rounded: one record, from code, the environment or a string."""
 
+import json
 import os
+import platform
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,15 @@ Order = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
 EVERY = "*"
 """Stands in an order for all ops that it does not name."""
+FILE_KIND = "mamba-ops choices 1"
+"""What a file of choices begins with."""
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a device is, such that timings of one hold for others of the same name."""
+    if device.type == "cpu":
+        return f"cpu {platform.machine()}"
+    return str(torch.get_device_module(device).get_device_name(device))
 
 
 @dataclass(frozen=True, init=False)
@@ -36,6 +48,7 @@ class BackendConfig:
             the device. States of other dtypes are rounded to nearest.
         philox_rounds: rounds of the Philox generator that rounds them; 0 is the default of 10.
         device: what it is checked against. None: the accelerator of this machine, or its CPU.
+        why: op name to a sentence that says why it has its order; `explain` repeats it.
         backend_settings: `<backend>_<setting>=value` for each setting of a backend, such as
             `flashinfer_algorithm="simple"` (auto, simple, vertical or horizontal). Each can be read as an attribute.
 
@@ -49,6 +62,7 @@ class BackendConfig:
     philox_rounds: int
     backend_settings: Mapping[str, str]
     device: torch.device = field(compare=False)
+    why: Mapping[str, str] = field(compare=False)
 
     def __init__(
         self,
@@ -57,6 +71,7 @@ class BackendConfig:
         philox_rounds: int = 0,
         *,
         device: torch.device | str | None = None,
+        why: Mapping[str, str] | None = None,
         **backend_settings: str,
     ) -> None:
         found: list[str] = []
@@ -79,6 +94,7 @@ class BackendConfig:
             "philox_rounds": philox_rounds,
             "backend_settings": dict(backend_settings),
             "device": where,
+            "why": dict(why or {}),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -132,6 +148,37 @@ class BackendConfig:
         except ConfigError as error:
             raise ConfigError([f"MAMBA_OPS_BACKEND: {problem}" for problem in error.problems]) from None
 
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> "BackendConfig":
+        """Read a file that `mamba-ops bench --choose` has written.
+
+        Nothing is timed and nothing is in force yet. All ranks that load one file choose alike.
+
+        Args:
+            path: the file.
+            device: what it is checked against, as for the class: it must be of the kind that was timed.
+
+        Raises:
+            ConfigError: as the class; the file is none of these, or was written on another device.
+            OSError: it cannot be read.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            is_right = found["kind"] == FILE_KIND
+            order, why, timed_on = found["order"], found["why"], found["device"]
+        except (ValueError, KeyError, TypeError):
+            is_right = False
+        if not is_right or not isinstance(order, Mapping) or not isinstance(why, Mapping):
+            raise ConfigError([f"{path}: expected a file that mamba-ops bench --choose has written"])
+        try:
+            config = cls(order, device=device, why={op: f"{path}: {sentence}" for op, sentence in why.items()})
+        except ConfigError as error:
+            raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
+        if (here := device_name(config.device)) != timed_on:
+            hint = f"run mamba-ops bench --choose {path} here"
+            raise ConfigError([f"{path}: got timings of {timed_on}, expected those of {here}; {hint}"])
+        return config
+
     def __str__(self) -> str:
         """Return the string that makes this configuration again."""
         order = {place: ":".join(names) for place, names in self.order.items()}
@@ -145,7 +192,8 @@ class BackendConfig:
     def request(self, by: str) -> Request:
         """Return what `use_backend` and `configure` put in force."""
         named = tuple((place, names) for place, names in self.order.items() if place != EVERY)
-        return Request(by, self.order.get(EVERY, ()), named, tuple(self._settings().items()))
+        settings, why = tuple(self._settings().items()), tuple(self.why.items())
+        return Request(by, self.order.get(EVERY, ()), named, settings, why=why)
 
     def _settings(self) -> dict[str, Hashable]:
         own = {"stochastic_rounding": self.stochastic_rounding, "philox_rounds": self.philox_rounds}

@@ -32,9 +32,11 @@ class Explanation:
     backend: str | None  # that would run; None: no backend takes the call
     bound_by: str | None  # what asked for it by name (use_backend, an environment variable); None: the default order
     reasons: Mapping[str, str]  # backend to the sentence why it would not run
+    why: str | None = None  # why it was asked for, where that is known: it was timed, say
 
     def __str__(self) -> str:
-        rows = [(self.backend, f"runs ({self.bound_by or 'default order'})")] if self.backend else []
+        why = f"; {self.why}" if self.why else ""
+        rows = [(self.backend, f"runs ({self.bound_by or 'default order'}{why})")] if self.backend else []
         return "\n".join([self.op, *_table([*rows, *self.reasons.items()])])
 
 
@@ -250,4 +252,6 @@ def explain(op: "Op[...] | str", /, *args: Any, **kwargs: Any) -> Explanation:
             reasons[kernel.backend.name] = reason or f"comes after {chosen} in {order}"
     if by is not None:
         reasons |= {name: f"{by} asks for {', '.join(asked)}" for name in op.kernels if name not in asked}
-    return Explanation(op.qualname, chosen, by if chosen else None, reasons)
+    asking = next((r for r in snapshot.requests if r.of(op) is not None), None) if by is not None else None
+    why = dict(asking.why).get(op.name) if asking is not None and chosen is not None else None
+    return Explanation(op.qualname, chosen, by if chosen else None, reasons, why)

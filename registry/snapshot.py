@@ -27,6 +27,7 @@ class Request(NamedTuple):
     ops: tuple[tuple[str, Names], ...] = ()  # names of ops, each with its order
     settings: tuple[tuple[str, Hashable], ...] | None = None  # names and values; None: nothing is said about them
     checks_values: bool = False  # whether calls on any device are checked for wrong values
+    why: tuple[tuple[str, str], ...] = ()  # names of ops, each with a sentence that says why it has its order
 
     def of(self, op: "Op[...]") -> Names | None:
         """Return the backends that are asked for, for this op, or None."""

@@ -1,5 +1,7 @@
 """State pools: where caches are in memory, and which slots are in use. The forward context."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -86,3 +88,62 @@ def test_the_context_is_that_of_the_innermost_block() -> None:
         with forward_context(inner):
             assert current_context() is inner
         assert current_context() is outer
+
+
+def numbered_pool(columns: int = 3) -> StatePool:
+    """Every number of a slot is another one."""
+    pool = StatePool.of(LAYERS, 6, columns=columns, null_slot=0)
+    for caches in pool.caches.values():
+        for cache in caches:
+            cache.copy_(torch.arange(cache.numel(), dtype=torch.float32).view(cache.shape))
+    return pool
+
+
+def test_states_are_copied_to_one_slot() -> None:
+    pool, before = numbered_pool(), numbered_pool()
+    pool.copy(2, 4)
+    for name, caches in pool.caches.items():
+        for cache, old in zip(caches, before.caches[name], strict=True):
+            assert torch.equal(cache[4], old[2])
+            assert torch.equal(cache[[0, 1, 2, 3, 5]], old[[0, 1, 2, 3, 5]])
+
+
+def test_a_speculating_request_is_copied_as_of_its_accepted_tokens() -> None:
+    """The window is in the first slot, further on; the state is in the slot of the last accepted token."""
+    pool, before = numbered_pool(), numbered_pool()
+    pool.copy([2, 5, 1], 4, accepted=2)
+    for name, caches in pool.caches.items():
+        for field, cache, old in zip(caches._fields, caches, before.caches[name], strict=True):
+            if field == "conv_state":
+                assert torch.equal(cache[4, :, :-1], old[2, :, 1:])
+            else:
+                assert torch.equal(cache[4], old[5])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((6, 1), {}, "source: got 6, expected a slot of the pool, 0 to 5, and not the null slot"),
+        ((1, -1), {}, "target: got -1, expected a slot of the pool"),
+        ((1, 0), {}, "target: got 0, expected a slot of the pool"),
+        ((1, 2.0), {}, "target: got 2.0, expected a slot of the pool"),
+        (([1, 2], 2), {}, r"target: got \[1, 2\] to 2, expected slots that differ"),
+        (([], 2), {}, "accepted: got 1, expected 1 to the 0 slots of source"),
+        (([1, 2], 3), {"accepted": 3}, "accepted: got 3, expected 1 to the 2 slots of source"),
+        (([1, 2], 3), {"accepted": 0}, "accepted: got 0, expected 1 to the 2 slots of source"),
+    ],
+    ids=str,
+)
+def test_wrong_copies_are_refused(arguments: Any, options: Any, message: str) -> None:
+    pool, before = numbered_pool(), numbered_pool()
+    with pytest.raises(ValueError, match=rf"^StatePool.copy: {message}"):
+        pool.copy(*arguments, **options)
+    for name, caches in pool.caches.items():
+        assert all(map(torch.equal, caches, before.caches[name]))
+
+
+def test_unnamed_windows_cannot_be_rolled_back() -> None:
+    pool = StatePool({"a": [torch.zeros(0, 3, 4)]}, 4)
+    pool.copy([1, 2], 3)
+    with pytest.raises(ValueError, match="got 2 with a tuple for 'a', expected a NamedTuple of caches, where windows"):
+        pool.copy([1, 2], 3, accepted=2)

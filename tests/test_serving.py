@@ -246,7 +246,7 @@ def test_a_piece_that_reads_the_host_is_not_recorded(model: Model) -> None:
         (plan_of([0], [2], [0], max_requests=3), 2, r"plan: got a plan with max_requests=3, expected max_requests=6"),
         (plan_of([0], [2], [0], null_slot=0), 2, r"plan: got null_slot 0, expected -1, as the runner has"),
         (Plan(plan_of([0], [3], [0]).tensors, 2), 2, r"plan: got counts of 3 tokens, expected 2, as it says itself"),
-        (plan_of([0], [2], [[0, 1]]), 2, r"plan: got tensors of shapes .*\(6, 2\).*; see columns and speculative"),
+        (plan_of([0], [2], [[0, 1]]), 2, r"plan: got tensors of shapes .*\(6, 2\).*; see columns, speculative"),
         (plan_of([0], [2], [0], accepted=[0]), 2, r"plan: got tensors of shapes .*, expected .*None\]; see columns"),
         (Plan(Plan.zeros(0).tensors._replace(counts=None), 2), 2, r"plan: got no plan, expected a Plan"),
     ],

@@ -43,7 +43,7 @@ WRONG: dict[str, dict[str, Change]] = {
         "the number of slots": entry(0, lambda slots, _: slots),
         "far beyond": entry(0, lambda slots, _: slots + 1000),
     },
-    "write_slots": {"beyond": entry(0, lambda slots, _: slots + 1)},
+    "write_slots": {"beyond": lambda table, slots: torch.full_like(table, slots + 1)},  # those of decodes are not read
     "cu_seqlens": {
         "one more at the end": lambda bounds, _: torch.where(bounds == bounds[-1], bounds + 1000, bounds),
         "one less at the start": entry(0, lambda *_: -1),

@@ -60,6 +60,10 @@ def call_at_random(layer: Any, rng: random.Random) -> None:
     new = [rng.choice([1, 1, 3, 70]) for _ in range(rows)]
     plan = Plan.of(computed, new, range(rows), max_requests=8)
     layer(hidden(plan.tokens + rng.randint(0, 3)), *caches, plan=plan)
+    keep = [{c + n: SLOTS - 1} if n > 1 else None for c, n in zip(computed, new, strict=True)][:1]
+    keep += [None] * (rows - 1)
+    plan = Plan.of(computed, new, range(rows), keep=keep, rounds=2, max_requests=8)
+    layer(hidden(plan.tokens), *caches, plan=plan)
     accepted = [2 if c and n < 3 else 0 for c, n in zip(computed, new, strict=True)]
     table = [[row, rows + row] for row in range(rows)]
     if all(n < 3 for n, a in zip(new, accepted, strict=True) if a):

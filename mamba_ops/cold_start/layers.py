@@ -121,7 +121,7 @@ def rehearsal_of(module: nn.Module, state_dtype: torch.dtype) -> Iterator[tuple[
     weight = module.out_proj.weight
 
     def step() -> None:
-        plan, _ = _plans(TOKENS, weight.device)
+        plan, _, _ = _plans(TOKENS, weight.device)
         hidden = torch.randn(plan.tokens, weight.shape[0], device=weight.device, dtype=weight.dtype)
         module(hidden, *module.empty_caches(SLOTS, state_dtype=state_dtype), plan=plan)
 
@@ -169,20 +169,28 @@ def _calls_of_ours(module: Mixer[Any], state_dtype: torch.dtype) -> Iterator[tup
                 partial(lambda lead, at: module.step(hidden(*lead), *caches(), slots=at), lead, where),
             )
     for tokens, short in lengths.items() if module.takes_plans else ():
-        plan, speculative = _plans(tokens, device)
+        plan, sharing, speculative = _plans(tokens, device)
         yield f"a plan{short}", partial(lambda plan: module(hidden(plan.tokens), *caches(), plan=plan), plan)
+        yield (
+            f"a plan that keeps states{short}",
+            partial(lambda plan: module(hidden(plan.tokens), *caches(), plan=plan), sharing),
+        )
         yield (
             f"a speculative plan{short}",
             partial(lambda plan: module(hidden(plan.tokens), *caches(columns=2), plan=plan), speculative),
         )
 
 
-def _plans(tokens: int, device: torch.device) -> tuple[Plan, Plan]:
-    """Return two plans of a decode and two prefills, one of them from a state; the second's decode has two tokens."""
+def _plans(tokens: int, device: torch.device) -> tuple[Plan, Plan, Plan]:
+    """Return plans of a decode and two prefills, one of them from a state.
+
+    The second keeps a state, the third's decode has two tokens.
+    """
     rows: dict[str, Any] = {"max_requests": 8, "device": device}
     plain = Plan.of([9, 0, 5], [1, tokens - 3, 3], [0, 1, 2], **rows)
     table = [[0, 1], [2, -1], [3, -1]]
-    return plain, Plan.of([9, 0, 5], [2, tokens - 3, 3], table, accepted=[2, 0, 0], **rows)
+    sharing = Plan.of([9, 0, 5], [1, tokens - 3, 3], [0, 1, 2], keep=[None, {1: 3}, None], rounds=2, **rows)
+    return plain, sharing, Plan.of([9, 0, 5], [2, tokens - 3, 3], table, accepted=[2, 0, 0], **rows)
 
 
 def _calls_of_transformers(layer: Layer, module: nn.Module) -> Iterator[tuple[str, Callable[[], object]]]:

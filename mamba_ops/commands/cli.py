@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
 import mamba_ops
 from mamba_ops.commands.audit.command import audit
 from mamba_ops.commands.backends import backends
+from mamba_ops.commands.bench import bench
 from mamba_ops.commands.compare.command import compare
 from mamba_ops.commands.demo.command import demo
 from mamba_ops.commands.doctor.command import doctor
@@ -23,7 +24,7 @@ from mamba_ops.commands.tune import tune
 from mamba_ops.commands.warm_up import warm_up
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-for command in (doctor, backends, ops, demo, compare, warm_up, tune):
+for command in (doctor, backends, ops, demo, compare, warm_up, tune, bench):
     app.command()(command)  # the name is the function's, with dashes
 app.command(context_settings={"ignore_unknown_options": True})(audit)
 

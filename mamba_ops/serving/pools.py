@@ -124,6 +124,43 @@ class StatePool:
         self._allocated.remove(number)
         self._free.append(number)
 
+    def copy(self, source: int | Sequence[int], target: int, *, accepted: int = 1) -> None:
+        """Copy a request's states to another slot, for a request that goes on as this one, or to keep them.
+
+        Args:
+            source: the request's slot; where it speculates, all its slots, as for plans.
+            target: the slot to copy to. The request there goes on with `accepted` 1.
+            accepted: how many tokens of the request's latest decode were kept: after the last of these the states are.
+
+        Raises:
+            ValueError: before anything is written: a slot that the pool does not have or that is the null slot, one
+                slot twice, a number that `source` has no slot for, or windows that cannot be told from states.
+        """
+        slots = [source] if hasattr(source, "__index__") else list(source)
+        for name, slot in (*(("source", s) for s in slots), ("target", target)):
+            if not hasattr(slot, "__index__") or not 0 <= index(slot) < self.slots or index(slot) == self.null_slot:
+                expected = f"a slot of the pool, 0 to {self.slots - 1}, and not the null slot"
+                raise ValueError(f"StatePool.copy: {name}: got {slot!r}, expected {expected}")
+        if len({*map(index, slots), index(target)}) <= len(slots):
+            raise ValueError(f"StatePool.copy: target: got {slots} to {target}, expected slots that differ")
+        if not hasattr(accepted, "__index__") or not 1 <= index(accepted) <= len(slots):
+            raise ValueError(
+                f"StatePool.copy: accepted: got {accepted!r}, expected 1 to the {len(slots)} slots of source"
+            )
+        for name, caches in self.caches.items():
+            if accepted > 1 and not hasattr(caches, "_fields"):
+                expected = "a NamedTuple of caches, where windows are called conv_state"
+                raise ValueError(
+                    f"StatePool.copy: accepted: got {accepted} with a tuple for {name!r}, expected {expected}"
+                )
+        for caches in self.caches.values():
+            for name, cache in zip(getattr(caches, "_fields", [""] * len(caches)), caches, strict=True):
+                if name.endswith("conv_state"):  # one window for all tokens, in the first slot
+                    kept = cache.shape[-1] - (accepted - 1)
+                    cache[target, :, :kept] = cache[slots[0], :, accepted - 1 :]
+                else:
+                    cache[target] = cache[slots[accepted - 1]]
+
 
 def _check_mapping(name: str, given: Any, expected: str, is_right: Callable[[Any], bool]) -> None:
     """Raise the ValueError about what is no mapping, or the first of its values that is not what is expected."""

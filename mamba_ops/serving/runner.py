@@ -49,6 +49,8 @@ class PiecewiseRunner:
         capture_sizes: Sequence[int] = CAPTURE_SIZES,
         columns: int = 1,
         speculative: bool = False,
+        shared: bool = False,
+        rounds: int = 1,
         null_slot: int = NULL_SLOT,
         device: torch.device | str = "cpu",
         context: ForwardContext | None = None,
@@ -65,7 +67,7 @@ class PiecewiseRunner:
             max_tokens: the most tokens of a step.
             max_requests: the most requests of a plan, as given to `Plan.of`.
             capture_sizes: numbers of tokens to record graphs for; those above max_tokens are left out.
-            columns, speculative, null_slot: as for the plans, see `Plan.zeros`.
+            columns, speculative, shared, rounds, null_slot: as for the plans, see `Plan.zeros`.
             device: where the model is.
             context: the forward context of a model with ops by layer name; it gets each step's plan. The model is
                 then called as `model(*inputs)`.
@@ -76,7 +78,7 @@ class PiecewiseRunner:
         Raises:
             ValueError: the model cannot be called, a number is none or too small, there is no such device.
         """
-        _check_made_of(model, max_tokens, max_requests, capture_sizes, columns, device)
+        _check_made_of(model, max_tokens, max_requests, capture_sizes, columns, rounds, device)
         sizes = sorted({size for size in capture_sizes if size <= max_tokens})
         if not sizes or sizes[0] < 1:
             expected = f"at least one from 1 to max_tokens={max_tokens}"
@@ -86,12 +88,16 @@ class PiecewiseRunner:
         self.capture_sizes, self.max_tokens, self.max_requests = sizes, max_tokens, max_requests
         self.steps: Counter[str] = Counter()
         self.recorded = 0
-        self._columns, self._speculative, self._null_slot = columns, speculative, null_slot
-        self._plan_of = partial(Plan.of, max_requests=max_requests, null_slot=null_slot, device=self.device)
+        self._columns, self._speculative, self._shared, self._null_slot = columns, speculative, shared, null_slot
+        self._plan_of = partial(
+            Plan.of, rounds=rounds, max_requests=max_requests, null_slot=null_slot, device=self.device
+        )
         self._zeros = partial(
             Plan.zeros,
             columns=columns,
             speculative=speculative,
+            shared=shared,
+            rounds=rounds,
             max_requests=max_requests,
             null_slot=null_slot,
             device=self.device,
@@ -100,7 +106,7 @@ class PiecewiseRunner:
         self._context, self._full_graphs = context, full_graphs
         self.compiled = torch.compile(_entry_of(model), backend=self.backend, fullgraph=True, dynamic=False)
         self._plan = self._zeros(0).tensors  # graphs read a step's plan here
-        self._counts = {size: torch.tensor([size, size, 0, 0]) for size in sizes}
+        self._counts = {size: torch.tensor([size, size] + [0] * 2 * rounds) for size in sizes}
         self._buffers: list[Tensor] = []
         self._views: dict[int, list[Tensor]] = {}
         self._forget()
@@ -110,7 +116,7 @@ class PiecewiseRunner:
 
         Args:
             plan: of this step.
-            inputs: each of `plan.tokens` entries, in the plan's order.
+            inputs: each of `plan.tokens` entries, in the plan's order; on the runner's device, or on the CPU.
 
         Raises:
             ValueError: before anything is written: the inputs are not the plan's tokens, there are too many, or the
@@ -137,7 +143,7 @@ class PiecewiseRunner:
                 if kept is not None and given is not None:
                     kept.copy_(given, non_blocking=True)
             staged = Plan(self._plan._replace(counts=plan.tensors.counts), size, null_slot=plan.null_slot)
-            if self._is_full(size) and counts == [plan.tokens, plan.tokens, 0, 0]:
+            if self._is_full(size) and counts[:2] == [plan.tokens] * 2 and not any(counts[2:]):
                 self.steps["full"] += 1
                 return self._full(staged, size, views)[: plan.tokens]
             self.steps["piecewise"] += 1
@@ -153,7 +159,8 @@ class PiecewiseRunner:
             inputs = [example.new_zeros(size, *example.shape[1:]) for example in examples]
             plans = [self._zeros(size)]
             if self._is_full(size):
-                plans.append(self._plan_of([1] * size, [1] * size, [[NULL_SLOT] * self._columns] * size))
+                rows = ([1] * size, [1] * size, [[NULL_SLOT] * self._columns] * size)
+                plans.append(self._plan_of(*rows, sources=[None] * size if self._shared else None))
             for plan in plans:
                 for _ in range(2):  # the first runs, the second records
                     self(plan, *inputs)
@@ -183,21 +190,21 @@ class PiecewiseRunner:
                 "plan", f"{plan.tokens} tokens", f"at most max_tokens={self.max_tokens}; read prompts in chunks"
             )
         if (got := _shapes(tensors)) != (expected := _shapes(self._plan)):
-            raise _wrong("plan", f"tensors of shapes {got}", f"{expected}; see columns and speculative")
+            raise _wrong("plan", f"tensors of shapes {got}", f"{expected}; see columns, speculative, shared and rounds")
         for tensor in inputs:
             if not isinstance(tensor, Tensor) or not tensor.dim():
                 raise _wrong("inputs", f"a {type(tensor).__name__}", "tensors with the step's tokens as first axis")
-            if (tensor.device.type, tensor.layout) != (self.device.type, torch.strided):
+            if tensor.device.type not in (self.device.type, "cpu") or tensor.layout != torch.strided:
                 kind = f"a tensor of {tensor.layout} on {tensor.device}"
-                raise _wrong("inputs", kind, f"a strided one on {self.device}, as the runner's device is")
+                raise _wrong("inputs", kind, f"a strided one on {self.device}, as the runner's device is, or on cpu")
             if tensor.shape[0] != plan.tokens:
                 raise _wrong("inputs", f"{tensor.shape[0]} tokens", f"{plan.tokens}, as the plan has")
         kinds, first = ([(t.dtype, tuple(t.shape[1:])) for t in ts] for ts in (inputs, self._buffers))
         if self._buffers and kinds != first:
             raise _wrong("inputs", f"{kinds} a token", f"{first}, as in the first step")
         counts = [int(n) for n in tensors.counts.tolist()]
-        if counts[1] + counts[3] > plan.tokens:
-            raise _wrong("plan", f"counts of {counts[1] + counts[3]} tokens", f"{plan.tokens}, as it says itself")
+        if (counted := sum(counts[1::2])) > plan.tokens:
+            raise _wrong("plan", f"counts of {counted} tokens", f"{plan.tokens}, as it says itself")
         return counts
 
     def _run(self, plan: Plan, views: Sequence[Tensor]) -> Tensor:
@@ -277,17 +284,17 @@ def _wrong(name: str, got: str, expected: str) -> ValueError:
 
 
 def _check_made_of(
-    model: Any, max_tokens: Any, max_requests: Any, capture_sizes: Any, columns: Any, device: Any
+    model: Any, max_tokens: Any, max_requests: Any, capture_sizes: Any, columns: Any, rounds: Any, device: Any
 ) -> None:
     """Raise the ValueError about what a runner cannot be made of."""
     if not callable(model):
         raise _wrong("model", f"a {type(model).__name__}", "a module or a function")
     if isinstance(capture_sizes, str) or not hasattr(capture_sizes, "__iter__"):
         raise _wrong("capture_sizes", repr(capture_sizes), "a sequence of whole numbers")
-    numbers = [("max_tokens", max_tokens), ("max_requests", max_requests), ("columns", columns)]
+    numbers = [("max_tokens", max_tokens), ("max_requests", max_requests), ("columns", columns), ("rounds", rounds)]
     try:
         for name, number in (*numbers, *(("capture_sizes", size) for size in capture_sizes)):
-            whole_number(name, number, least=1 if name in ("max_tokens", "columns") else 0)
+            whole_number(name, number, least=1 if name in ("max_tokens", "columns", "rounds") else 0)
         device_or_none("device", device)
     except ValueError as error:
         raise in_call_of("PiecewiseRunner", error) from None

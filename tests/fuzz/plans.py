@@ -1,5 +1,6 @@
 """Random plans and pools: each is what was asked for, or refused in a sentence."""
 
+from itertools import pairwise
 from operator import index
 from typing import Any
 
@@ -22,6 +23,12 @@ def plan(pick: Pick) -> str:
     accepted: list[Any] | None = None if pick(2) else [pick(columns + 1) for _ in range(requests)]
     call: dict[str, Any] = {"num_computed_tokens": computed, "new_tokens": new, "slots": slots, "accepted": accepted}
     call |= {"max_requests": 4, "null_slot": -1}
+    if not pick(2):
+        ends = [(c, c + n) for c, n in zip(computed, new, strict=True)]
+        call["sources"] = [20 + pick(2) if c and not pick(3) else None for c in computed]
+        call["keep"] = [{1 + c + pick(e - c): 30 + i} if pick(2) else None for i, (c, e) in enumerate(ends)]
+        call |= {"max_requests": 8, "rounds": 2 + pick(2)}
+        call["prompt_tokens"] = [pick(1 + c) for c in computed]
     is_right = accepted is None  # and stays so if nothing is changed
     for _ in range(pick(3)):
         is_right = False
@@ -46,10 +53,13 @@ def plan(pick: Pick) -> str:
     counts, bounds = made.tensors.counts, made.tensors.cu_seqlens
     assert counts is not None
     assert bounds is not None
-    decodes, decoding, prefills, reading = counts.tolist()
+    decodes, decoding, *rounds = counts.tolist()
+    rows = decodes + sum(rounds[::2])
     is_right = (
-        sorted(made.order) == list(range(decodes + prefills))
-        and decoding + reading == made.tokens == int(bounds[decodes + prefills])
+        sorted({*made.order}) == sorted(made.last_tokens) == list(range(len(made.last_tokens)))
+        and all(b.start == a.stop for a, b in pairwise(sorted(made.pieces)) if a.request == b.request)
+        and sum(p.stop - p.start for p in made.pieces) == made.tokens == int(bounds[rows])
+        and decoding + sum(rounds[1::2]) == made.tokens
         and bool((bounds.diff() >= 0).all())
         and int(bounds[decodes]) == decoding
     )

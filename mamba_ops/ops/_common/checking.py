@@ -138,7 +138,8 @@ def slots_for(name: str, cache: Tensor, slots: Tensor | None) -> None:
 
 def whole_number(name: str, value: Any, least: int = 1) -> None:
     """`value` is a whole number, of numpy too, and `least` or more."""
-    if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
+    is_array = getattr(value, "ndim", 0) > 0  # numpy's have a method for the case that they are one number
+    if isinstance(value, bool | Tensor) or not hasattr(value, "__index__") or is_array:
         raise bad_argument(name, got=repr(value), expected="a whole number")
     if not least <= value < 2**63:
         raise bad_argument(name, got=value, expected=f"{least} at least, and 64 bits")

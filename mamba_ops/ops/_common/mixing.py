@@ -33,11 +33,13 @@ class Rows(NamedTuple):
     Attributes:
         tokens: where their tokens are among those of the batch.
         arguments: what is passed about them to the ops of their kind.
+        num_computed_tokens: how many tokens of each row came before these; None for decodes.
         check_only: whether ops are only asked if they take the call.
     """
 
     tokens: slice
     arguments: SequenceArgs | DecodeArgs
+    num_computed_tokens: Tensor | None = None
     check_only: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -72,18 +74,17 @@ class Rows(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A plan's rows; None where there are none of a kind.
+    """A plan's rows.
 
     Attributes:
-        decodes, prefills: the rows of either kind.
-        num_computed_tokens: of the prefills.
+        decodes: those that decode; None where there are none.
+        prefills: the others, round by round: those of one round read what earlier ones have stored.
         tokens: how many of the batch's tokens rows have; they come first.
         owned: (tokens,): which of the tokens rows have, where their number is not known on the host.
     """
 
     decodes: Rows | None
-    prefills: Rows | None
-    num_computed_tokens: Tensor | None
+    prefills: tuple[Rows, ...]
     tokens: int
     owned: Tensor | None = None
 
@@ -93,15 +94,15 @@ class Batch(NamedTuple):
         Where backends are asked for by name, a mixing op goes through its ops with it first: so a call that will be
         refused is refused before anything is written.
         """
-        decodes, prefills = (rows and rows._replace(check_only=True) for rows in (self.decodes, self.prefills))
-        return self._replace(decodes=decodes, prefills=prefills)
+        decodes = self.decodes and self.decodes._replace(check_only=True)
+        return self._replace(decodes=decodes, prefills=tuple(r._replace(check_only=True) for r in self.prefills))
 
     def kinds(self, decode: Op[...], prefill: Op[...]) -> Iterator[tuple[Rows, Op[...]]]:
-        """Yield the decodes and the prefills, if there are any, each with its op."""
+        """Yield the decodes, if there are any, and each round of prefills, with the op of their kind."""
         if self.decodes is not None:
             yield self.decodes, decode
-        if self.prefills is not None:
-            yield self.prefills, prefill
+        for rows in self.prefills:
+            yield rows, prefill
 
     def clear_rest(self, output: Tensor) -> None:
         """Set to zero the output for tokens that no row has."""
@@ -181,9 +182,9 @@ def _check_slots(plan: PlanTensors, name: str, slots: int) -> int:
 def _check_plan(device: torch.device, plan: PlanTensors) -> None:
     """Raise the ValueError about a plan's shapes and dtypes; it may be left out as a whole."""
     needed = plan._asdict()
-    accepted = needed.pop("num_accepted_tokens")
+    optional = {name: needed.pop(name) for name in ("num_accepted_tokens", "write_slots")}
     if plan.counts is None:
-        for name, tensor in {**needed, "num_accepted_tokens": accepted}.items():
+        for name, tensor in {**needed, **optional}.items():
             if tensor is not None:
                 raise bad_argument(name, got="a tensor without counts", expected="a whole plan, or none")
         return
@@ -195,7 +196,11 @@ def _check_plan(device: torch.device, plan: PlanTensors) -> None:
         raise bad_argument("counts", got=str(plan.counts.device), expected="cpu", hint=hint)
     if plan.counts.dtype != torch.int64:
         raise bad_argument("counts", got=short(plan.counts.dtype), expected="int64")
-    shape_is("counts", plan.counts, (4,), hint="decodes, their tokens, prefills, their tokens")
+    tensor_rank("counts", plan.counts, {1: "(2 + 2 * rounds,)"})
+    if (size := plan.counts.shape[0]) < 4 or size % 2:
+        expected = "4, and 2 more for each further round of prefills"
+        hint = "decodes, their tokens, prefills, their tokens"
+        raise bad_argument("counts", got=f"{size} numbers", expected=expected, hint=hint)
     assert plan.cu_seqlens is not None  # for mypy; the loop above refuses None
     packed_rows(plan.cu_seqlens)
     rows = plan.cu_seqlens.shape[0] - 1
@@ -209,6 +214,7 @@ def _check_plan(device: torch.device, plan: PlanTensors) -> None:
         got = short(plan.has_initial_state.dtype)
         raise bad_argument("has_initial_state", got=got, expected="bool", hint="convert it first")
     slot_table("slots", plan.slots, rows=rows)
+    slot_table("write_slots", plan.write_slots, rows=rows)
     one_device(device, "projected", **{n: t for n, t in plan._asdict().items() if n != "counts"})
 
 
@@ -243,7 +249,7 @@ def batch_of(op: str, call: Any, tokens: int) -> Batch:
     """
     plan, null_slot = PlanTensors.of(call), call.null_slot
     if plan.counts is None or plan.slots is None or plan.cu_seqlens is None:
-        return Batch(None, None, None, 0)
+        return Batch(None, (), 0)
     if is_decomposing():
         return _all_as_prefills(op, plan, tokens, null_slot)
     global _latest
@@ -268,12 +274,20 @@ def _all_as_prefills(op: str, plan: PlanTensors, tokens: int, null_slot: int) ->
         expected = "None in an exported program that is decomposed"
         hint = "how many tokens a decode has would be read on the host; keep the op, or decode one token a row"
         raise in_call_of(op, bad_argument("num_accepted_tokens", got="a tensor", expected=expected, hint=hint))
+    if counts.shape[0] > 4:
+        hint = "how many rounds there are would be read on the host; keep the op, or keep no states inside prompts"
+        got, expected = f"{counts.shape[0]} numbers", "4 in an exported program that is decomposed"
+        raise in_call_of(op, bad_argument("counts", got=got, expected=expected, hint=hint))
     device, rows = slots.device, ends.shape[0] - 1
     goes_on = initial | (torch.arange(rows, device=device) < counts[0].to(device))
     first = slots[:rows] if slots.dim() == 1 else slots[:rows, 0]
-    arguments = SequenceArgs(first, ends, goes_on, null_slot)
+    targets = None
+    if (table := plan.write_slots) is not None:
+        targets = table[:rows] if table.dim() == 1 else table[:rows, 0]
+        targets = torch.where(torch.arange(rows, device=device) < counts[0].to(device), first, targets)
+    arguments = SequenceArgs(first, ends, goes_on, null_slot, targets)
     owned = torch.arange(tokens, device=device) < ends[-1]
-    return Batch(None, Rows(slice(0, tokens), arguments), None, tokens, owned)
+    return Batch(None, (Rows(slice(0, tokens), arguments),), tokens, owned)
 
 
 class _Latest(NamedTuple):
@@ -301,7 +315,9 @@ def _batch_of(op: str, plan: PlanTensors, counts: list[int], tokens: int, null_s
 
     assert plan.slots is not None  # for mypy; the caller looked
     assert plan.cu_seqlens is not None
-    decodes, decode_tokens, prefills, prefill_tokens = counts
+    decodes, decode_tokens, *sizes = counts
+    rounds = list(zip(sizes[::2], sizes[1::2], strict=True))
+    prefills, prefill_tokens = map(sum, zip(*rounds, strict=True))
     rows, total = decodes + prefills, decode_tokens + prefill_tokens
     most = plan.cu_seqlens.shape[0] - 1
     if min(counts) < 0 or rows > most:
@@ -311,11 +327,11 @@ def _batch_of(op: str, plan: PlanTensors, counts: list[int], tokens: int, null_s
     if plan.num_accepted_tokens is None and decode_tokens != decodes:
         hint = "decodes of several tokens need num_accepted_tokens"
         raise wrong(f"{decode_tokens} tokens of {decodes} decodes", "one each", hint)
-    for what, requests, its_tokens in (("decodes", decodes, decode_tokens), ("prefills", prefills, prefill_tokens)):
+    for what, requests, its_tokens in (("decodes", decodes, decode_tokens), *(("prefills", *r) for r in rounds)):
         if its_tokens and not requests:
             raise wrong(f"{its_tokens} tokens of 0 {what}", "0 tokens")
 
-    decoding, reading, computed = None, None, None
+    decoding: Rows | None = None
     first = plan.slots if plan.slots.dim() == 1 else plan.slots[:, 0]
     if decodes and decode_tokens:
         arguments = DecodeArgs(first[:decodes], null_slot=null_slot)
@@ -323,8 +339,18 @@ def _batch_of(op: str, plan: PlanTensors, counts: list[int], tokens: int, null_s
             accepted = plan.num_accepted_tokens[:decodes]
             arguments = DecodeArgs(plan.slots[:decodes], plan.cu_seqlens[: decodes + 1], accepted, null_slot)
         decoding = Rows(slice(0, decode_tokens), arguments)
-    if prefills and prefill_tokens and plan.prefill_cu_seqlens is not None and plan.has_initial_state is not None:
-        ends, initial = plan.prefill_cu_seqlens[: prefills + 1], plan.has_initial_state[decodes:rows]
-        reading = Rows(slice(decode_tokens, total), SequenceArgs(first[decodes:rows], ends, initial, null_slot))
-        computed = None if plan.num_computed_tokens is None else plan.num_computed_tokens[decodes:rows]
-    return Batch(decoding, reading, computed, total)
+    ends, initial, computed = plan.prefill_cu_seqlens, plan.has_initial_state, plan.num_computed_tokens
+    assert ends is not None and initial is not None and computed is not None  # noqa: PT018 # for mypy
+    targets = plan.write_slots
+    if targets is not None and targets.dim() == 2:
+        targets = targets[:, 0]
+    reading, before, read = [], 0, 0  # prefills and their tokens of the rounds before
+    for prefills, prefill_tokens in rounds:
+        if prefills and (prefill_tokens or targets is not None):
+            here, own = slice(decodes + before, decodes + before + prefills), ends[before : before + prefills + 1]
+            written = None if targets is None else targets[here]
+            sequences = SequenceArgs(first[here], own - read if read else own, initial[here], null_slot, written)
+            tokens_here = slice(decode_tokens + read, decode_tokens + read + prefill_tokens)
+            reading.append(Rows(tokens_here, sequences, computed[here]))
+        before, read = before + prefills, read + prefill_tokens
+    return Batch(decoding, tuple(reading), total)

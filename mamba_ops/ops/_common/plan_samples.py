@@ -1,8 +1,8 @@
 """The plans that the samples of mixing ops are made with."""
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
-from typing import NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +22,24 @@ class SamplePlan(NamedTuple):
 
 
 def sample_plans(device: torch.device) -> Iterator[SamplePlan]:
-    """Yield plans of every kind: mixed, of one kind, speculative, with padding rows or tokens, empty, none."""
+    """Yield plans of every kind: mixed, of one kind, speculative, in rounds, with padding, empty, none."""
 
     def plan(
-        decodes: Sequence[int], prefills: Sequence[int], slots: Tensor, *, most: int = 7, accepted: Sequence[int] = ()
+        decodes: Sequence[int],
+        prefills: Sequence[int],
+        slots: Tensor,
+        *,
+        most: int = 7,
+        accepted: Sequence[int] = (),
+        rounds: Sequence[int] = (),
+        write_slots: Tensor | None = None,
+        initial: Sequence[int] = (),
     ) -> PlanTensors:
+        """Make one; with `rounds` prefills are in several of so many rows, and `initial` says which have a state."""
         lengths, idle = [*decodes, *prefills], most - len(decodes) - len(prefills)
+        goes_on = initial or [i % 2 for i in range(len(prefills))]
+        ends_of_rounds = [0, *accumulate(rounds or [len(prefills)])]
+        sizes = [prefills[a:b] for a, b in pairwise(ends_of_rounds)]
 
         def on(values: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
@@ -36,13 +48,14 @@ def sample_plans(device: torch.device) -> Iterator[SamplePlan]:
             return on([0, *accumulate(lengths), *[sum(lengths)] * (most - len(lengths))])
 
         return PlanTensors(
-            torch.tensor([len(decodes), sum(decodes), len(prefills), sum(prefills)]),
+            torch.tensor([len(decodes), sum(decodes), *(n for part in sizes for n in (len(part), sum(part)))]),
             ends(lengths),
             ends(prefills),
             slots.to(device),
-            on([1] * len(decodes) + [i % 2 for i in range(len(prefills))] + [0] * idle, torch.bool),
-            on([9] * len(decodes) + [5 * (i % 2) for i in range(len(prefills))] + [0] * idle),
+            on([1] * len(decodes) + [*goes_on] + [0] * idle, torch.bool),
+            on([9] * len(decodes) + [5 * i for i in goes_on] + [0] * idle),
             on([*accepted, *[1] * (most - len(accepted))]) if accepted else None,
+            None if write_slots is None else write_slots.to(device),
         )
 
     slots = torch.tensor([3, 8, 1, 4, 6, -1, -1], dtype=torch.int32)
@@ -53,5 +66,10 @@ def sample_plans(device: torch.device) -> Iterator[SamplePlan]:
     yield SamplePlan("padding rows", 12, plan([1, 1, 1], [4, 5], slots), 8)
     yield SamplePlan("padded", 31, plan([1], [6], slots.unsqueeze(1), most=4), 0)
     yield SamplePlan("speculative", 14, plan([3, 2], [4, 5], table, accepted=[2, 1]), 0)
+    elsewhere = torch.tensor([-1, -1, 0, 7, -1, -1, -1], dtype=torch.int32)
+    yield SamplePlan("write slots", 20, plan([1], [3, 0, 12], slots, write_slots=elsewhere), 6)
+    source, target = (torch.tensor(n, dtype=torch.int64) for n in ([[3], [8], [1], [2], [4], [0]], [3, 2, 4, 0, 6, 7]))
+    pieces: dict[str, Any] = {"rounds": [2, 2, 1], "initial": [1, 0, 1, 1, 1], "write_slots": target, "most": 6}
+    yield SamplePlan("rounds", 21, plan([1], [6, 5, 2, 6, 0], source, **pieces), NULL_SLOT)
     yield SamplePlan("no rows", 6, plan([], [], slots), NULL_SLOT)
     yield SamplePlan("no plan", 6, NO_PLAN, NULL_SLOT)

@@ -22,6 +22,7 @@ class SequenceArgs(NamedTuple):
     cu_seqlens: Tensor | None = None
     has_initial_state: Tensor | None = None
     null_slot: int = NULL_SLOT
+    write_slots: Tensor | None = None
 
     def bind(self, op: Callable[..., T]) -> Callable[..., T]:
         """Return the op with these arguments."""
@@ -45,7 +46,8 @@ class PlanTensors(NamedTuple):
     """A batch of decodes and prefills, as the mixing ops take it. R is the most rows that a batch can have.
 
     Attributes:
-        counts: int64 (4,), on the host: decodes, their tokens, prefills, their tokens.
+        counts: int64 (2 + 2 * rounds,), on the host: decodes, their tokens, then of each round its prefills and their
+            tokens. Rounds run one after the other, so a row may go on from what one of an earlier round has stored.
         cu_seqlens: int32 or int64 (R + 1,): the tokens of row i; rows beyond the last are empty.
         prefill_cu_seqlens: the same for the prefills alone, counted from the first prefill's first token.
         slots: int32 or int64 (R,) or (R, columns): where the rows' states are; columns from 1 on are those of the
@@ -54,6 +56,9 @@ class PlanTensors(NamedTuple):
         num_computed_tokens: int32 or int64 (R,): how many tokens of a row came before these.
         num_accepted_tokens: int32 or int64 (R,): how many of a speculative decode's latest tokens were kept. None:
             every decode is one token.
+        write_slots: int32 or int64 (R,) or (R, columns): where prefills leave their last states, in column 0; a null
+            slot stores none, and of a row without tokens the initial state is copied there. Those of decodes are not
+            read. None: where they came from.
     """
 
     counts: Tensor | None
@@ -63,6 +68,7 @@ class PlanTensors(NamedTuple):
     has_initial_state: Tensor | None
     num_computed_tokens: Tensor | None
     num_accepted_tokens: Tensor | None
+    write_slots: Tensor | None = None
 
     @classmethod
     def of(cls, call: Any) -> "PlanTensors":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.mixing import Batch, batch_of
-from mamba_ops.ops._common.sequences import DecodeArgs, PlanTensors
+from mamba_ops.ops._common.sequences import DecodeArgs, PlanTensors, SequenceArgs
 from mamba_ops.ops._common.slots import is_padding, row_ends, update_ends
 from mamba_ops.registry import bad_argument
 
@@ -142,7 +142,8 @@ def check_mixing(
     plan, batch = PlanTensors.of(call), batch_of(op, call, projected.shape[0])
     if plan.counts is None or plan.cu_seqlens is None:
         return
-    decoding, _, reading, _ = plan.counts.tolist()
+    counts = plan.counts.tolist()
+    decoding, reading = counts[0], sum(counts[2::2])
     check_rows(projected[: batch.tokens], plan.cu_seqlens[: decoding + reading + 1])
     _check_ends(batch, plan.cu_seqlens, decoding, reading)
     if (decodes := batch.decodes) is not None:
@@ -158,12 +159,15 @@ def check_mixing(
             check_update_slots(rows, getattr(call, name), name, *tables, args.null_slot)
         for name in windows:
             check_sequence_slots(rows, getattr(call, name), name, args.slots, None, args.null_slot)
-    if (prefills := batch.prefills) is not None:
+    first = decoding
+    for prefills in batch.prefills:
         args = prefills.arguments
-        rows = check_rows(prefills.of(projected), args.cu_seqlens, name="prefill_cu_seqlens", first=decoding)
+        assert isinstance(args, SequenceArgs)  # for mypy: those of prefills are
+        rows = check_rows(prefills.of(projected), args.cu_seqlens, name="prefill_cu_seqlens", first=first)
         for name in windows or states[:1]:  # all caches have as many slots
-            check_sequence_slots(rows, getattr(call, name), name, args.slots, None, args.null_slot)
-        check_counts("num_computed_tokens", batch.num_computed_tokens, 0, first=decoding)
+            check_sequence_slots(rows, getattr(call, name), name, args.slots, args.write_slots, args.null_slot)
+        check_counts("num_computed_tokens", prefills.num_computed_tokens, 0, first=first)
+        first += rows.size
 
 
 def _check_padding(args: DecodeArgs) -> None:
@@ -187,15 +191,18 @@ def _check_ends(batch: Batch, cu_seqlens: Tensor, decoding: int, reading: int) -
         wrong = (differs[:-1] | differs[1:]) & ~is_padding(args.slots, args.null_slot)
         expected = "one more than for the row before: a decode has one token"
         refuse("cu_seqlens", ends[1:], wrong, expected, what="for the end of row")
-    if batch.prefills is not None and (prefill_ends := batch.prefills.arguments.cu_seqlens) is not None:
-        hint = "the counts and cu_seqlens are of two batches"
-        for row, count in ((decoding, batch.prefills.tokens.start), (decoding + reading, batch.tokens)):
-            if int(ends[row]) != count:
-                got, expected = f"{int(ends[row])} as the start of row {row}", f"{count}, as counts says"
+    row, hint = decoding, "the counts and cu_seqlens are of two batches"
+    for prefills in batch.prefills:
+        assert prefills.arguments.cu_seqlens is not None  # for mypy; a plan has them
+        own, first = prefills.arguments.cu_seqlens, row
+        row += own.shape[0] - 1
+        for place, count in ((first, prefills.tokens.start), (row, prefills.tokens.stop)):
+            if int(ends[place]) != count:
+                got, expected = f"{int(ends[place])} as the start of row {place}", f"{count}, as counts says"
                 raise bad_argument("cu_seqlens", got=got, expected=expected, hint=hint)
-        wrong = prefill_ends != ends[decoding:] - ends[decoding]
-        expected = "what cu_seqlens has there, less the decodes' tokens"
-        refuse("prefill_cu_seqlens", prefill_ends, wrong, expected, what="at entry")
+        wrong = own != ends[first : row + 1] - ends[first]
+        expected = "what cu_seqlens has there, less the tokens before this round's"
+        refuse("prefill_cu_seqlens", own, wrong, expected, first - decoding, what="at entry")
 
 
 def slots_in_cache(

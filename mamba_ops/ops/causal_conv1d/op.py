@@ -22,6 +22,7 @@ class Arguments(NamedTuple):
     cu_seqlens: Tensor | None
     conv_state: Tensor | None
     slots: Tensor | None
+    write_slots: Tensor | None
     has_initial_state: Tensor | None
     silu: bool
     null_slot: int
@@ -42,6 +43,7 @@ def causal_conv1d(
     cu_seqlens: Tensor | None = None,
     conv_state: Tensor | None = None,
     slots: Tensor | None = None,
+    write_slots: Tensor | None = None,
     has_initial_state: Tensor | None = None,
     silu: bool = True,
     null_slot: int = -1,
@@ -56,22 +58,26 @@ def causal_conv1d(
         cu_seqlens: int32 or int64 `(n + 1,)`; sequence i has tokens cu_seqlens[i] up to cu_seqlens[i + 1].
         conv_state: `(slots, dim, state_len)`, state_len >= width - 1; column 0 is the oldest input. Mutated.
             None: every sequence starts from zeros and nothing is kept.
-        slots: int32 or int64 `(>= n,)` or `(>= n, columns)`, of which column 0 is read; two sequences must not share a
-            slot. None: sequence i uses slot i, and none is padding.
+        slots: int32 or int64 `(>= n,)` or `(>= n, columns)`, of which column 0 is read: where sequence i's last
+            inputs are. None: sequence i uses slot i, and none is padding.
+        write_slots: the same for where its last inputs go. None: where they came from. A null slot here means that they
+            are not stored.
         has_initial_state: bool `(n,)`; which sequences go on from their slot. None: they all start from zeros.
         silu: apply silu to the result.
         null_slot: a sequence with this slot, or a negative one, is padding: its output is zero and no state is touched.
         out: like `x`, of any floating dtype, in other memory. Mutated.
 
     All floating dtypes mix; everything is computed in float32 (float64 for float64 `x`) and rounded once at each store.
-    An empty sequence leaves its state alone; tokens that belong to no sequence are neither read nor written.
+    An empty sequence leaves its state alone; with a write slot other than its slot, its past is copied there. No two
+    sequences may store to one slot, nor one sequence store to a slot that another reads. Tokens that belong to no
+    sequence are neither read nor written.
 
     With h = width - 1, `past` the first h columns of a sequence's slot where it has an initial state and zeros where it
     has none, and window = [past, x_0 .. x_(length - 1)]:
 
         out[t] = silu(bias + sum_j weight[:, j] * window[t + j])        j = 0 .. h
 
-    Columns 0 .. h - 1 of the slot become the last h entries of window; further columns stay.
+    Columns 0 .. h - 1 of the slot, or of the write slot, become the last h entries of window; further columns stay.
     """
 
 
@@ -100,13 +106,14 @@ def _validate(call: Arguments) -> None:
     shape_is("out", call.output, tuple(call.x.shape), hint="it is like x")
 
     slot_table("slots", call.slots, rows=n)
+    slot_table("write_slots", call.write_slots, rows=n)
     if call.has_initial_state is not None and call.has_initial_state.dtype != torch.bool:
         got = short(call.has_initial_state.dtype)
         raise bad_argument("has_initial_state", got=got, expected="bool", hint="compare it with 0")
     shape_is("has_initial_state", call.has_initial_state, (n,), hint="one a sequence")
     if call.conv_state is None:
-        for name, tensor in {"slots": call.slots, "has_initial_state": call.has_initial_state}.items():
-            if tensor is not None:
+        for name in ("slots", "write_slots", "has_initial_state"):
+            if getattr(call, name) is not None:
                 hint = "pass the cache that it refers to, or leave both out"
                 raise bad_argument(name, got="a tensor", expected="None where there is no conv_state", hint=hint)
         return

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import row_count
-from mamba_ops.ops._common.slots import row_at, row_bounds, row_slots, store_rows
+from mamba_ops.ops._common.slots import initial_states, row_at, row_bounds, row_ends, store_rows
 from mamba_ops.ops.causal_conv1d.op import Arguments
 
 _BLOCK = 2**17  # numbers that the reference convolves at a time: a CPU's cache holds them
@@ -12,7 +12,7 @@ _BLOCK = 2**17  # numbers that the reference convolves at a time: a CPU's cache 
 
 def causal_conv1d(call: Arguments) -> None:
     n = row_count(call.x, call.cu_seqlens)
-    if n == 0 or call.x.numel() == 0:
+    if n == 0 or (call.x.numel() == 0 and call.write_slots is None):
         return
     dim, width = call.weight.shape
     history = width - 1
@@ -23,16 +23,19 @@ def causal_conv1d(call: Arguments) -> None:
     else:
         starts, ends = row_bounds(call.cu_seqlens, call.x.shape[0])
     starts, lengths = starts.unsqueeze(1), (ends - starts).unsqueeze(1)
-    slot_count = None if call.conv_state is None else call.conv_state.shape[0]
-    slot, is_active = (c[:, 0] for c in row_slots(call.slots, n, call.null_slot, call.x.device, slot_count))
+    slots = row_ends(call.slots, call.write_slots, call.null_slot, lengths.squeeze(1) == 0, call.conv_state)
+    is_active = slots.is_active
     tokens = call.x.reshape(-1, dim)
     total = tokens.shape[0]
 
     past = call.x.new_zeros(n, history, dim)
     if call.conv_state is not None:
-        known = torch.zeros_like(is_active) if call.has_initial_state is None else call.has_initial_state & is_active
-        columns = call.conv_state[torch.where(is_active, slot, 0), :, :history].transpose(1, 2)
-        past = torch.where(known[:, None, None], columns, 0)
+        known = torch.zeros_like(is_active) if call.has_initial_state is None else call.has_initial_state
+        columns = call.conv_state[..., :history].transpose(1, 2)
+        past = initial_states(columns, slots, known, columns.dtype)
+        if call.x.numel() == 0:
+            store_rows(columns, slots.target, past, slots.stored)
+            return
     entry = torch.arange(history, device=call.x.device)
     first = starts + entry  # the first tokens of each sequence, and what follows where it is shorter
     firsts = tokens[first.clamp(max=total - 1)]
@@ -95,4 +98,4 @@ def causal_conv1d(call: Arguments) -> None:
         old = past[rows.unsqueeze(1), entry.clamp(max=history - 1)].to(call.conv_state.dtype)
         new = tokens[(starts + entry - history).clamp(0, total - 1)].to(call.conv_state.dtype)
         kept = torch.where((entry < history).unsqueeze(-1), old, new).transpose(1, 2)
-        store_rows(call.conv_state[..., :history], slot, kept, is_active & (lengths.squeeze(1) > 0))
+        store_rows(call.conv_state[..., :history], slots.target, kept, slots.stored)

@@ -73,6 +73,10 @@ def _samples(
     table = torch.stack((column, column.roll(1)), dim=1)
     yield Sample("slot columns", (x, weight), base(slots=table))
 
+    moved = base(write_slots=indices(1, -1, 3))
+    yield Sample("write slots", (x, weight), moved)
+    yield Sample("write slots, no tokens", (x[:, :0], weight), base(write_slots=indices(1, 0, 4)))
+
     ends = (0, 16, 18, 51)  # a power of two of tokens, fewer than a window looks back, and many
     tokens, packed = ends[-1], base(cu_seqlens=indices(*ends))
     yield Sample("packed", (normal(tokens, dim), weight), packed)
@@ -83,6 +87,8 @@ def _samples(
     yield Sample("packed, transposed", (normal(dim, tokens).t(), weight), transposed)
     empty = {**packed, "cu_seqlens": indices(0, 0, tokens, tokens, dtype=torch.int64)}
     yield Sample("empty sequences", (normal(tokens, dim), weight), empty)
+    elsewhere = {**packed, "cu_seqlens": indices(0, 0, 49, 51), "write_slots": table[:3].flip(1)}
+    yield Sample("packed, write slots", (normal(tokens, dim), weight), elsewhere)
     past = {**packed, "slots": indices(5, -1, 3), "out": normal(tokens + length, dim)}
     yield Sample("tokens past the end", (normal(tokens + length, dim), weight), past)
 
@@ -121,6 +127,8 @@ _ERROR_INPUTS = error_table(
     ("no slots", "conv_state", lambda s: None, "has_initial_state: got a tensor, expected None where there is no"),
     ("base", "slots", lambda s: s.float(), "got float32, expected int32 or int64"),
     ("base", "slots", lambda s: s[:2], "got 2 rows, expected at least 3; give every row a slot"),
+    ("write slots", "write_slots", lambda s: s.float(), "got float32, expected int32 or int64"),
+    ("write slots", "write_slots", lambda s: s[:2], "got 2 rows, expected at least 3; give every row a slot"),
     ("base", "has_initial_state", lambda k: k.int(), "got int32, expected bool; compare it with 0"),
     ("base", "has_initial_state", lambda k: k[:2], r"got shape \(2,\), expected \(3,\)"),
     ("base", "out", lambda o: o[:2], r"got shape \(2, 6, 24\), expected \(3, 6, 24\)"),

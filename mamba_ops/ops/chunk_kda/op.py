@@ -95,11 +95,4 @@ def _validate_values(call: Arguments) -> None:
     check_sequences(call, call.v, "ssm_state")
 
 
-def unsupported(q: Tensor, v: Tensor) -> str | None:
-    """Takes tensors on a CPU alone, which Triton's interpreter reads, as long as its kernels are wrong on GPUs."""
-    if q.device.type != "cpu":
-        return "its kernels, right in Triton's interpreter, gave wrong numbers on an H200 with Triton 3.6"
-    return unsupported_by_triton(q, v)
-
-
-triton.implements(chunk_kda, "mamba_ops.ops.chunk_kda.triton:chunk_kda", unsupported=unsupported)
+triton.implements(chunk_kda, "mamba_ops.ops.chunk_kda.triton:chunk_kda", unsupported=unsupported_by_triton)

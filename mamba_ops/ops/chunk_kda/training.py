@@ -4,14 +4,15 @@ import math
 
 import torch
 
+from mamba_ops.ops._common.delta_rule import unsupported_by_triton
 from mamba_ops.ops._common.delta_rule_training import record_gradients
-from mamba_ops.ops.chunk_kda.op import chunk_kda, unsupported
+from mamba_ops.ops.chunk_kda.op import chunk_kda
 
 record_gradients(
     chunk_kda,
     "mamba_ops.ops.chunk_kda.reference_backward:chunk_kda_backward",
     "mamba_ops.ops.chunk_kda.triton:chunk_kda_backward",
-    unsupported,
+    unsupported_by_triton,
 )
 
 

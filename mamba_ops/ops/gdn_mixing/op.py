@@ -32,6 +32,7 @@ class Arguments(NamedTuple):
     has_initial_state: Tensor | None
     num_computed_tokens: Tensor | None
     num_accepted_tokens: Tensor | None
+    write_slots: Tensor | None
     num_k_heads: int
     num_v_heads: int
     head_k_dim: int
@@ -66,6 +67,7 @@ def gdn_mixing(
     has_initial_state: Tensor | None,
     num_computed_tokens: Tensor | None,
     num_accepted_tokens: Tensor | None,
+    write_slots: Tensor | None,
     num_k_heads: int,
     num_v_heads: int,
     head_k_dim: int,
@@ -94,8 +96,8 @@ def gdn_mixing(
         conv_bias: `(dim,)` or None.
         A_log: `(num_v_heads,)`.
         dt_bias: `(num_v_heads,)`.
-        counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, num_computed_tokens, num_accepted_tokens: the
-            plan, see `mamba_ops.serving.Plan` and `PlanTensors` there; all None: no plan.
+        counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, num_computed_tokens, num_accepted_tokens,
+            write_slots: the plan, see `mamba_ops.serving.Plan` and `PlanTensors` there; all None: no plan.
         num_k_heads, num_v_heads, head_k_dim, head_v_dim: the layer's sizes on this rank.
         interleaved: whether the projections hold one head of k after the other, with its q, k, v, gate and its b, a (as
             Qwen3-Next's do), or all of q, then all of k, v, gate, and all of b, then a (as Qwen3.5's do).

@@ -65,7 +65,7 @@ def gdn_mixing(call: Arguments) -> None:
                 qk_l2norm=True,
                 out=rows.of(call.output),
             )
-        if (rows := batch.prefills) is not None:
+        for rows in batch.prefills:
             q, k, v = by_head(rows.convolve(causal_conv1d, call, mixed), *heads)
             g, beta = delta_rule_gates(rows.of(a), rows.of(b), call.A_log, call.dt_bias)
             rows.bind(chunk_gated_delta_rule)(

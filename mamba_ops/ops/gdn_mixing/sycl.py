@@ -56,6 +56,10 @@ def unsupported(call: "Arguments") -> str | None:
         # In speculative decoding it keeps a window in the slot of every column; other backends keep one long window in
         # column 0.
         return f"keeps {width - 1} inputs in every slot, and conv_state has a state_len of {call.conv_state.shape[2]}"
+    if call.write_slots is not None:
+        return "leaves a state where it came from, and write_slots has others"
+    if call.counts is not None and call.counts.shape[0] != 4:
+        return f"reads prompts in one round, and counts has {call.counts.shape[0] // 2 - 1}"
     if call.counts is not None and call.null_slot < 0:
         return f"runs padding rows in a spare slot, and null_slot is {call.null_slot}; use a slot of the caches"
     if call.counts is not None and call.null_slot >= call.conv_state.shape[0]:

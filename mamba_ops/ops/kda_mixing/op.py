@@ -31,6 +31,7 @@ class Arguments(NamedTuple):
     has_initial_state: Tensor | None
     num_computed_tokens: Tensor | None
     num_accepted_tokens: Tensor | None
+    write_slots: Tensor | None
     num_k_heads: int
     num_v_heads: int
     head_k_dim: int
@@ -65,6 +66,7 @@ def kda_mixing(
     has_initial_state: Tensor | None,
     num_computed_tokens: Tensor | None,
     num_accepted_tokens: Tensor | None,
+    write_slots: Tensor | None,
     num_k_heads: int,
     num_v_heads: int,
     head_k_dim: int,
@@ -92,8 +94,8 @@ def kda_mixing(
         conv_bias: `(dim,)` or None.
         A_log: `(num_v_heads,)`.
         dt_bias: `(num_v_heads, head_k_dim)`.
-        counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, num_computed_tokens, num_accepted_tokens: the
-            plan, see `mamba_ops.serving.Plan` and `PlanTensors` there; all None: no plan.
+        counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, num_computed_tokens, num_accepted_tokens,
+            write_slots: the plan, see `mamba_ops.serving.Plan` and `PlanTensors` there; all None: no plan.
         num_k_heads, num_v_heads, head_k_dim, head_v_dim: the layer's sizes on this rank.
         lower_bound: of the logs of decays, below 0; None: there is none. See kda_update.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.

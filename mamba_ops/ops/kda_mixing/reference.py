@@ -35,7 +35,7 @@ def kda_mixing(call: Arguments) -> None:
                 qk_l2norm=True,
                 out=rows.of(call.output),
             )
-        if (rows := batch.prefills) is not None:
+        for rows in batch.prefills:
             q, k, v = by_head(rows.convolve(causal_conv1d, call, mixed), *heads)
             g = kda_gate(rows.of(a), call.A_log, call.dt_bias, call.lower_bound)
             beta = sigmoid(rows.of(b).to(g.dtype))

@@ -31,6 +31,7 @@ class Arguments(NamedTuple):
     has_initial_state: Tensor | None
     num_computed_tokens: Tensor | None
     num_accepted_tokens: Tensor | None
+    write_slots: Tensor | None
     heads: int
     head_dim: int
     dstate: int
@@ -66,6 +67,7 @@ def mamba2_mixing(
     has_initial_state: Tensor | None,
     num_computed_tokens: Tensor | None,
     num_accepted_tokens: Tensor | None,
+    write_slots: Tensor | None,
     heads: int,
     head_dim: int,
     dstate: int,
@@ -94,8 +96,8 @@ def mamba2_mixing(
         A: `(heads,)`, negative.
         D: `(heads,)`.
         dt_bias: `(heads,)`.
-        counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, num_computed_tokens, num_accepted_tokens: the
-            plan, see `mamba_ops.serving.Plan` and `PlanTensors` there; all None: no plan.
+        counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, num_computed_tokens, num_accepted_tokens,
+            write_slots: the plan, see `mamba_ops.serving.Plan` and `PlanTensors` there; all None: no plan.
         heads, head_dim, dstate, groups: the layer's sizes on this rank.
         chunk_size: tokens of a chunk in prefills, 1 to 4096; they end at multiples of it from a request's first token.
         dt_min, dt_max: limits of the step sizes after their softplus.

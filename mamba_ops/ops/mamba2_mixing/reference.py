@@ -39,7 +39,7 @@ def mamba2_mixing(call: Arguments) -> None:
                 dt_softplus=not limited,
                 out=rows.of(call.output),
             )
-        if (rows := batch.prefills) is not None:
+        for rows in batch.prefills:
             x, B, C = by_head(rows.convolve(causal_conv1d, call, mixed), *sizes)
             rows.bind(mamba_chunk_scan)(
                 x,
@@ -53,7 +53,7 @@ def mamba2_mixing(call: Arguments) -> None:
                 dt_softplus=True,
                 dt_min=call.dt_min,
                 dt_max=call.dt_max,
-                num_computed_tokens=batch.num_computed_tokens,
+                num_computed_tokens=rows.num_computed_tokens,
                 ssm_state=call.ssm_state,
                 out=rows.of(call.output),
             )

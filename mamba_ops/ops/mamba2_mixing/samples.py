@@ -85,7 +85,12 @@ _ERROR_INPUTS = error_table(
     ("base", "dt_bias", lambda a: a[1:], r"got shape \(3,\), expected \(4,\)"),
     ("base", "counts", lambda c: None, "cu_seqlens: got a tensor without counts, expected a whole plan, or none"),
     ("base", "slots", lambda s: None, "got None with counts, expected a whole plan, or none"),
-    ("base", "counts", lambda c: c[1:], r"got shape \(3,\), expected \(4,\); decodes, their tokens, prefills"),
+    (
+        "base",
+        "counts",
+        lambda c: c[1:],
+        "got 3 numbers, expected 4, and 2 more for each further round of prefills; dec",
+    ),
     (
         "speculative",
         "conv_state",

@@ -41,6 +41,7 @@ class Arguments(NamedTuple):
     k_state: Tensor | None
     v_state: Tensor | None
     slots: Tensor | None
+    write_slots: Tensor | None
     has_initial_state: Tensor | None
     null_slot: int
     output: Tensor
@@ -73,6 +74,7 @@ def mamba3_chunk_scan(
     k_state: Tensor | None = None,
     v_state: Tensor | None = None,
     slots: Tensor | None = None,
+    write_slots: Tensor | None = None,
     has_initial_state: Tensor | None = None,
     null_slot: int = -1,
     out: Tensor | None = None,
@@ -101,7 +103,9 @@ def mamba3_chunk_scan(
         k_state: cache (slots, heads, dstate) of the last B, turned; mutated.
         v_state: cache (slots, heads, dim) of the last x; mutated. All four caches, or None of them: no state is kept.
         slots: int32 or int64, (n,) or (n, columns), rows beyond n ignored: where row i's states are, in column 0. None:
-            row i uses slot i, and none is padding. No two rows have one slot.
+            row i uses slot i, and none is padding.
+        write_slots: the same for where the last states go. None: where they came from. A null slot here means that they
+            are not stored.
         has_initial_state: bool, (n,): whether row i goes on from the states in its slot. None, or False: from zero.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and nothing else is read or
             stored for it.
@@ -115,8 +119,9 @@ def mamba3_chunk_scan(
         out[t] = (sum(s * q) + D * x[t]) * (z[t] * sigmoid(z[t]))
         k', v' = k, x[t]
 
-    k and q are rounded to the dtype that x, B and C promote to before they are multiplied. A row without tokens leaves
-    its states alone.
+    k and q are rounded to the dtype that x, B and C promote to before they are multiplied. A row without tokens has no
+    output; with a write slot other than its slot, its initial states are copied there. No two rows may store to one
+    slot, nor one row store to a slot that another reads.
     """
 
 
@@ -137,6 +142,7 @@ def _validate(call: Arguments) -> None:
     check_tokens(call)
     n = row_count(call.x, call.cu_seqlens)
     slot_table("slots", call.slots, rows=n)
+    slot_table("write_slots", call.write_slots, rows=n)
     initial_flags("ssm_state", call.ssm_state, call.has_initial_state, rows=n)
     given = [name for name in CACHES if getattr(call, name) is not None]
     if given and len(given) < len(CACHES):
@@ -146,8 +152,9 @@ def _validate(call: Arguments) -> None:
         check_caches(call)
         for name in CACHES:
             slot_for_each(name, getattr(call, name), call.slots, rows=n)
-    elif call.slots is not None:
-        raise bad_argument("slots", got="a tensor", expected="None where there are no caches")
+    for name in () if given else ("slots", "write_slots"):
+        if getattr(call, name) is not None:
+            raise bad_argument(name, got="a tensor", expected="None where there are no caches")
 
 
 @mamba3_chunk_scan.validate_values

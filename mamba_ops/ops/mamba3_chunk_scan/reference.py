@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.mamba3 import State, Tokens, by_head, finished, layout, operands_dtype, scan
-from mamba_ops.ops._common.slots import initial_states, row_ends, store_rows
+from mamba_ops.ops._common.mamba3_checks import CACHES
+from mamba_ops.ops._common.slots import Ends, initial_states, row_ends, store_rows
 from mamba_ops.ops.mamba3_chunk_scan.op import Arguments
 from mamba_ops.ops.mamba_chunk_scan import mamba_chunk_scan as chunk_scan
 
@@ -14,7 +15,22 @@ from mamba_ops.ops.mamba_chunk_scan import mamba_chunk_scan as chunk_scan
 def mamba3_chunk_scan(call: Arguments) -> None:
     compute = torch.promote_types(call.x.dtype, torch.float32)
     rows, heads = layout(call.x, call.cu_seqlens), call.x.shape[-2]
-    if not rows.starts.shape[0] or not rows.row.shape[0]:
+    if not rows.starts.shape[0]:
+        return
+    is_empty = rows.starts == rows.ends
+    ends = row_ends(call.slots, call.write_slots, call.null_slot, is_empty, call.ssm_state)
+    begun = {name: _begun(call, name, ends) for name in CACHES}
+
+    def keep(name: str, value: Tensor | None) -> None:
+        cache, initial = getattr(call, name), begun[name]
+        if cache is not None and initial is not None:
+            empty = is_empty.view(-1, *[1] * (initial.dim() - 1))
+            value = initial if value is None else torch.where(empty, initial, value.to(initial.dtype))
+            store_rows(cache, ends.target, value, ends.stored)
+
+    if not rows.row.shape[0]:
+        for name in CACHES if call.write_slots is not None else ():
+            keep(name, None)
         return
 
     def packed(tensor: Tensor) -> Tensor:
@@ -23,12 +39,10 @@ def mamba3_chunk_scan(call: Arguments) -> None:
     k, q = (by_head(packed(t), bias, heads, compute) for t, bias in ((call.B, call.B_bias), (call.C, call.C_bias)))
     x, dt, A, trap, angles = map(packed, (call.x, call.dt, call.A, call.trap, call.angles))
     tokens = Tokens(x, dt, A, trap, angles, k, q)
-    is_empty = rows.starts == rows.ends
-    ends, state = row_ends(call.slots, None, call.null_slot, is_empty, call.ssm_state), None
+    state = None
     if call.has_initial_state is not None:
-        caches = (call.angle_state, call.k_state, call.v_state)
-        goes_on = call.has_initial_state
-        state = State(*(initial_states(cache, ends, goes_on, compute) for cache in caches if cache is not None))
+        kept = (begun[name] for name in ("angle_state", "k_state", "v_state"))
+        state = State(*(initial.to(compute) for initial in kept if initial is not None))
 
     def run(*arguments: Any, cu_seqlens: Tensor) -> Tensor:
         out: Tensor = arguments[0].new_zeros(arguments[0].shape)
@@ -37,6 +51,7 @@ def mamba3_chunk_scan(call: Arguments) -> None:
             cu_seqlens=cu_seqlens,
             ssm_state=call.ssm_state,
             slots=call.slots,
+            write_slots=call.write_slots,
             has_initial_state=call.has_initial_state,
             null_slot=call.null_slot,
             out=out,
@@ -51,7 +66,14 @@ def mamba3_chunk_scan(call: Arguments) -> None:
     output = torch.where(rows.owned.view(-1, 1, 1), y, output)
     call.output.copy_(output.view(call.output.shape))
     last = (rows.ends - 1).clamp(min=0)
-    values = {"angle_state": found.angle[last], "k_state": found.k[last], "v_state": x[last]}
-    for name, value in values.items():
-        if (cache := getattr(call, name)) is not None:
-            store_rows(cache, ends.target, value, ends.stored)
+    for name, value in {"angle_state": found.angle[last], "k_state": found.k[last], "v_state": x[last]}.items():
+        keep(name, value)
+
+
+def _begun(call: Arguments, name: str, ends: Ends) -> Tensor | None:
+    """Return what rows begin with of a cache, in float32 at least; None without it."""
+    cache: Tensor | None = getattr(call, name)
+    if cache is None:
+        return None
+    goes_on = torch.zeros_like(ends.is_active) if call.has_initial_state is None else call.has_initial_state
+    return initial_states(cache, ends, goes_on, torch.promote_types(cache.dtype, torch.float32))

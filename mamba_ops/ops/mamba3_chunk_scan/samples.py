@@ -62,9 +62,14 @@ def _samples(
     yield sample("null slot 0", slots=indices(5, 0, 2), null_slot=0, **initial)
     yield sample("rates above 0", A=normal(3, length, heads, dtype=torch.float32), **initial)
     yield sample("tiny steps", dt=torch.full((3, length, heads), 1e-30, device=device), **initial)
+    moved = indices(3, 1, -1)
+    yield sample("write slots", write_slots=moved, **initial)
+    yield sample("rows of no token, write slots", 3, 0, write_slots=indices(3, 4, 6), **initial)
     yield sample("packed", tokens, **packed)
     yield sample("packed, initial states", tokens, **packed, **initial)
     yield sample("packed, empty rows", length, cu_seqlens=indices(0, 0, length, length, dtype=torch.int64), **initial)
+    ends: dict[str, Any] = {"cu_seqlens": indices(0, 0, length, length), "write_slots": indices(6, 7, 2)}
+    yield sample("packed, empty rows, write slots", length, **ends, **initial)
     past = {**packed, "out": normal(tokens + 5, heads, dim)}
     yield sample("packed, tokens past the end", tokens + 5, **past, **initial)
     bare: dict[str, Any] = dict.fromkeys((*caches(), "slots"))
@@ -130,6 +135,13 @@ _ERROR_INPUTS = error_table(
     ("no slots", "has_initial_state", lambda h: h.int(), "got int32, expected bool"),
     ("packed, no caches", "slots", lambda s: torch.tensor([0, 1, 2]), "got a tensor, expected None where there are no"),
     ("base", "slots", lambda s: s[:2], "got 2 rows, expected at least 3"),
+    ("write slots", "write_slots", lambda s: s[:2], "got 2 rows, expected at least 3"),
+    (
+        "packed, no caches",
+        "write_slots",
+        lambda s: torch.tensor([0, 1, 2]),
+        "got a tensor, expected None where there are",
+    ),
     ("base", "out", lambda o: o[..., :4], r"got shape \(3, 20, 4, 4\), expected \(3, 20, 4, 8\); out is like x"),
 )
 

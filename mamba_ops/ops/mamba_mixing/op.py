@@ -35,6 +35,7 @@ class Arguments(NamedTuple):
     has_initial_state: Tensor | None
     num_computed_tokens: Tensor | None
     num_accepted_tokens: Tensor | None
+    write_slots: Tensor | None
     norm_eps: float
     null_slot: int
     output: Tensor
@@ -69,6 +70,7 @@ def mamba_mixing(
     has_initial_state: Tensor | None,
     num_computed_tokens: Tensor | None,
     num_accepted_tokens: Tensor | None,
+    write_slots: Tensor | None,
     *,
     norm_eps: float = 1e-6,
     null_slot: int = -1,
@@ -95,8 +97,8 @@ def mamba_mixing(
         D: `(inner,)`.
         dt_norm_weight, B_norm_weight, C_norm_weight: `(dt_rank,)` and twice `(dstate,)`: weights of RMS norms over dt
             before its projection, B and C, as Jamba has (Falcon-Mamba: ones). None: there is no such norm.
-        counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, num_computed_tokens, num_accepted_tokens: the
-            plan, see `mamba_ops.serving.Plan` and `PlanTensors` there; all None: no plan.
+        counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, num_computed_tokens, num_accepted_tokens,
+            write_slots: the plan, see `mamba_ops.serving.Plan` and `PlanTensors` there; all None: no plan.
         norm_eps: added to the norms' mean squares.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.
         out: `(tokens, inner)`. Mutated. Zero for padding tokens; all zero without a plan or rows.

@@ -26,6 +26,7 @@ class Arguments(NamedTuple):
     has_initial_state: Tensor | None
     num_computed_tokens: Tensor | None
     num_accepted_tokens: Tensor | None
+    write_slots: Tensor | None
     null_slot: int
     output: Tensor
 
@@ -50,6 +51,7 @@ def short_conv_mixing(
     has_initial_state: Tensor | None,
     num_computed_tokens: Tensor | None,
     num_accepted_tokens: Tensor | None,
+    write_slots: Tensor | None,
     *,
     null_slot: int = -1,
     out: Tensor | None = None,
@@ -66,8 +68,8 @@ def short_conv_mixing(
             speculative decode has tokens beyond its first. Mutated.
         conv_weight: `(dim, width)`, width 2 to 8, oldest tap first.
         conv_bias: `(dim,)` or None.
-        counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, num_computed_tokens, num_accepted_tokens: the
-            plan, see `mamba_ops.serving.Plan` and `PlanTensors` there; all None: no plan.
+        counts, cu_seqlens, prefill_cu_seqlens, slots, has_initial_state, num_computed_tokens, num_accepted_tokens,
+            write_slots: the plan, see `mamba_ops.serving.Plan` and `PlanTensors` there; all None: no plan.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.
         out: `(tokens, dim)`. Mutated. Zero for padding tokens; all zero without a plan or rows.
 

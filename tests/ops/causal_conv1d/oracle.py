@@ -14,6 +14,7 @@ def causal_conv1d(
     cu_seqlens: Tensor | None = None,
     conv_state: Tensor | None = None,
     slots: Tensor | None = None,
+    write_slots: Tensor | None = None,
     has_initial_state: Tensor | None = None,
     silu: bool = True,
     null_slot: int = -1,
@@ -34,7 +35,9 @@ def causal_conv1d(
             for place in places:
                 output[place] = 0
             continue
-        if not places:
+        target = slot if write_slots is None else int(write_slots.reshape(write_slots.shape[0], -1)[sequence, 0])
+        is_kept = write_slots is None or (target >= 0 and target != null_slot)
+        if not places and (target == slot or not is_kept):
             continue
         # Each entry as the output sees it, and as it is stored: an old column moves as it is, a new input is rounded.
         nothing = torch.zeros(x.shape[-1], dtype=dtype, device=x.device)
@@ -53,9 +56,9 @@ def causal_conv1d(
             if silu:
                 acc = acc * torch.sigmoid(acc)
             output[place] = acc.to(output.dtype)
-        if state is not None:
+        if state is not None and is_kept:
             for column, entry in enumerate(stored[-(width - 1) :]):
-                state[slot, :, column] = entry.to(state.dtype)
+                state[target, :, column] = entry.to(state.dtype)
     return output, state
 
 

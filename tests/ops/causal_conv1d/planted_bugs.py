@@ -11,7 +11,9 @@ BUGS = {
     "initial state assumed": (" & carried", ""),
     "state not written": ("kept[k], mask=inside)", "kept[k], mask=inside & (tokens < 0))"),
     "state of short sequences forgotten": ("tl.where(place < HISTORY, old, new)", "new"),
-    "state not moved by short sequences": ("state_ptr + place * state_column", "state_ptr + k * state_column"),
+    "state not moved by short sequences": ("source_ptr + place * state_column", "source_ptr + k * state_column"),
+    "write slot ignored": ("state_ptr += target * state_slot", "state_ptr += slot * state_slot"),
+    "past of empty sequences not moved": ("tl.maximum(tokens, 1)", "tokens"),
     "null slot ignored": ("slots_stride, null_slot, slot_count)", "slots_stride, -1, slot_count)"),
 }
 

@@ -13,9 +13,17 @@ class Row:
     tokens: range
     source: int
     slot: int  # where the convolution's state is
+    target: int | None  # where it goes
     goes_on: bool
     targets: list[int | None]  # after token t the state goes to targets[t]
     accepted: int | None  # of the tokens of the call before, for a speculative decode
+
+    def begin(self, states: Tensor, dtype: torch.dtype) -> Tensor:
+        """The state before the row's tokens; without any, that is the one that is kept."""
+        state = states[self.source].to(dtype, copy=True) if self.goes_on else torch.zeros_like(states[0], dtype=dtype)
+        if not self.tokens and self.target is not None:
+            states[self.target] = state.to(states.dtype)
+        return state
 
     def keep(self, states: Tensor, number: int, state: Tensor) -> None:
         if (target := self.targets[number]) is not None:
@@ -30,6 +38,7 @@ def rows_of(
     has_initial_state: Tensor,
     num_computed_tokens: Tensor,
     num_accepted_tokens: Tensor | None,
+    write_slots: Tensor | None,
     *,
     null_slot: int,
     windows_alone: bool = False,
@@ -37,19 +46,21 @@ def rows_of(
     """The rows that have tokens and are no padding; where there are windows alone, column 0 says which are."""
     if counts is None:
         return []
-    decodes, _, prefills, _ = counts.tolist()
+    decodes, prefills = int(counts[0]), int(counts[2::2].sum())
     ends, table = cu_seqlens.tolist(), slots.reshape(slots.shape[0], -1).tolist()
     rows = []
     for i in range(decodes + prefills):
         tokens = range(ends[i], ends[i + 1])
         accepted = None if num_accepted_tokens is None or i >= decodes else int(num_accepted_tokens[i])
         source = table[i][0 if accepted is None or windows_alone else accepted - 1]
-        if not tokens or source < 0 or source == null_slot:
+        target = table[i][0] if write_slots is None or i < decodes else int(write_slots.flatten()[i])
+        if source < 0 or source == null_slot or (not tokens and target in (source, -1, null_slot)):
             continue
         last = len(tokens) - 1
-        columns = [0 if t == last else None for t in range(len(tokens))] if accepted is None else range(len(tokens))
-        targets = [None if c is None or table[i][c] in (-1, null_slot) else table[i][c] for c in columns]
-        rows.append(Row(tokens, source, table[i][0], i < decodes or bool(has_initial_state[i]), targets, accepted))
+        wanted = [target if t == last else -1 for t in range(len(tokens))] if accepted is None else table[i]
+        to, *targets = [None if slot in (-1, null_slot) else slot for slot in (target, *wanted)]
+        goes_on = i < decodes or bool(has_initial_state[i])
+        rows.append(Row(tokens, source, table[i][0], to, goes_on, targets, accepted))
     return rows
 
 
@@ -74,7 +85,7 @@ class Convolution:
         self, state: Tensor, weight: Tensor, bias: Tensor | None, rounding: Rounding, *, silu: bool = True
     ) -> None:
         self.silu = silu
-        self.before, self.state, self.rounding = state, rounding.copy(state), rounding
+        self.state, self.rounding = rounding.copy(state), rounding
         self.weight = weight.to(rounding.dtype)
         self.bias = None if bias is None else bias.to(rounding.dtype)
 
@@ -87,7 +98,7 @@ class Window:
 
     def __init__(self, convolution: Convolution, row: Row) -> None:
         self.convolution, self.row = convolution, row
-        history, old = convolution.weight.shape[1] - 1, convolution.before[row.slot].t()
+        history, old = convolution.weight.shape[1] - 1, convolution.state[row.slot].t()
         first = 0 if row.accepted is None else row.accepted - 1
         self.entries = [e.clone() if row.goes_on else torch.zeros_like(e) for e in old[first : first + history]]
 
@@ -105,8 +116,8 @@ class Window:
         """Keep the last inputs; a speculative decode keeps all that it may have to go back to."""
         history = self.convolution.weight.shape[1] - 1
         kept = self.entries[-history:] if self.row.accepted is None else self.entries[1:]
-        for column, entry in enumerate(kept):
-            self.convolution.state[self.row.slot, :, column] = entry.to(self.convolution.state.dtype)
+        for column, entry in enumerate(kept if self.row.target is not None else []):
+            self.convolution.state[self.row.target, :, column] = entry.to(self.convolution.state.dtype)
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def gdn_mixing(
 
     for row in rows_of(*plan, null_slot=null_slot):
         window = convolution.begin(row)
-        s = ssm_state[row.source].to(dtype).clone() if row.goes_on else torch.zeros(V, v_dim, k_dim, dtype=dtype)
+        s = row.begin(states, dtype)
         for number, token in enumerate(row.tokens):
             q, k, v, gate, b, a = apart(projected_qkvz[token], projected_ba[token])
             mixed = window.push(torch.cat([q, k, v]))

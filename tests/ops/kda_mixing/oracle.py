@@ -43,7 +43,7 @@ def kda_mixing(
 
     for row in rows_of(*plan, null_slot=null_slot):
         window = convolution.begin(row)
-        s = ssm_state[row.source].to(dtype).clone() if row.goes_on else torch.zeros(V, v_dim, k_dim, dtype=dtype)
+        s = row.begin(states, dtype)
         for number, token in enumerate(row.tokens):
             q, k, v = window.push(projected[token]).split([K * k_dim, K * k_dim, V * v_dim])
             for h in range(V):

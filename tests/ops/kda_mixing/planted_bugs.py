@@ -1,10 +1,11 @@
 """Bugs to plant in kda_mixing."""
 
 BUGS = {
-    "prefills in the slots of decodes": ("first[decodes:rows]", "first[:prefills]"),
-    "prefills read decodes' tokens": ("slice(decode_tokens, total)", "slice(0, prefill_tokens)"),
-    "initial states of the decodes": ("plan.has_initial_state[decodes:rows]", "plan.has_initial_state[:prefills]"),
+    "prefills in the slots of decodes": ("first[here]", "first[:prefills]"),
+    "prefills read decodes' tokens": ("slice(decode_tokens + read, decode_tokens + read", "slice(read, read"),
+    "initial states of the decodes": ("initial[here]", "initial[:prefills]"),
     "accepted tokens ignored": ("accepted = plan.num_accepted_tokens[:decodes]", "accepted = None"),
+    "write slots ignored": ("if targets is None else targets[here]", "if True else targets"),
     "null slot ignored": ("null_slot = PlanTensors.of(call), call.null_slot", "null_slot = PlanTensors.of(call), -1"),
     "padding not zeroed": ("batch.clear_rest(call.output)", "pass"),
     "q and k swapped": ("q, k, v = by_head", "k, q, v = by_head"),

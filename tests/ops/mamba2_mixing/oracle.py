@@ -40,7 +40,7 @@ def mamba2_mixing(
     inner = heads * head_dim
     for row in rows_of(*plan, null_slot=null_slot):
         window = convolution.begin(row)
-        s = ssm_state[row.source].to(dtype) if row.goes_on else torch.zeros(heads, head_dim, dstate, dtype=dtype)
+        s = row.begin(states, dtype)
         for number, token in enumerate(row.tokens):
             _, mixed, dt = projected[token].split([inner, inner + 2 * groups * dstate, heads])
             x, B, C = window.push(mixed).split([inner, groups * dstate, groups * dstate])

@@ -1,12 +1,16 @@
 """Bugs to plant in mamba2_mixing."""
 
 BUGS = {
-    "prefills in the slots of decodes": ("first[decodes:rows]", "first[:prefills]"),
-    "prefills read decodes' tokens": ("slice(decode_tokens, total)", "slice(0, prefill_tokens)"),
-    "prefills' tokens counted from the first decode": ("plan.prefill_cu_seqlens[:", "plan.cu_seqlens[:"),
-    "initial states of the decodes": ("plan.has_initial_state[decodes:rows]", "plan.has_initial_state[:prefills]"),
+    "prefills in the slots of decodes": ("first[here]", "first[:prefills]"),
+    "prefills read decodes' tokens": ("slice(decode_tokens + read, decode_tokens + read", "slice(read, read"),
+    "prefills' tokens counted from the first decode": (
+        "computed = plan.prefill_cu_seqlens",
+        "computed = plan.cu_seqlens",
+    ),
+    "initial states of the decodes": ("initial[here]", "initial[:prefills]"),
     "accepted tokens ignored": ("accepted = plan.num_accepted_tokens[:decodes]", "accepted = None"),
     "one column when speculating": ("DecodeArgs(plan.slots[:decodes]", "DecodeArgs(first[:decodes]"),
+    "write slots ignored": ("if targets is None else targets[here]", "if True else targets"),
     "null slot ignored": ("null_slot = PlanTensors.of(call), call.null_slot", "null_slot = PlanTensors.of(call), -1"),
     "padding not zeroed": ("batch.clear_rest(call.output)", "pass"),
     "B and C swapped": ("x, B, C = by_head", "x, C, B = by_head"),

@@ -28,6 +28,7 @@ def mamba3_chunk_scan(
     k_state: Tensor | None = None,
     v_state: Tensor | None = None,
     slots: Tensor | None = None,
+    write_slots: Tensor | None = None,
     has_initial_state: Tensor | None = None,
     null_slot: int = -1,
     out: Tensor | None = None,
@@ -49,6 +50,8 @@ def mamba3_chunk_scan(
     for row in range(x.shape[0] if ends is None else len(ends) - 1):
         slot = row if slots is None else int(slots.reshape(slots.shape[0], -1)[row, 0])
         padding = slots is not None and (slot < 0 or slot == null_slot)
+        target = slot if write_slots is None else int(write_slots.reshape(write_slots.shape[0], -1)[row, 0])
+        is_kept = write_slots is None or (target >= 0 and target != null_slot)
         places = [(row, t) for t in range(x.shape[1])] if ends is None else list(range(ends[row], ends[row + 1]))
         for h in range(heads):
             zeros = (angles.shape[-1], (dim, dstate), dstate, dim)
@@ -69,8 +72,8 @@ def mamba3_chunk_scan(
                     gate = z[at][h].to(dtype)
                     y = y * gate * torch.sigmoid(gate)
                 output[at][h] = y.to(output.dtype)
-            if places and not padding:
+            if not padding and is_kept and (places or target != slot):
                 for state, value in zip(states, (head.angle, head.s, head.k, head.v), strict=True):
                     if state is not None:
-                        state[slot, h] = value.to(state.dtype)
+                        state[target, h] = value.to(state.dtype)
     return (output, *states)

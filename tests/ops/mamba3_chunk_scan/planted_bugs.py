@@ -13,6 +13,8 @@ BUGS = {
     "angles not kept": ('"angle_state": found.angle[last], ', ""),
     "angles of the first row": ("found.angle[last]", "found.angle[last[:1]].expand(last.shape[0], -1, -1)"),
     "k not turned": ("found.k[last]", "tokens.k[last]"),
+    "write slots ignored": ("row_ends(call.slots, call.write_slots,", "row_ends(call.slots, None,"),
+    "empty rows keep what is not theirs": ("torch.where(empty, initial, value.to(initial.dtype))", "value"),
     "null slot ignored": ("null_slot=call.null_slot", "null_slot=-1"),
     "tokens past the end written": ("torch.where(rows.owned.view(-1, 1, 1), y, output)", "y"),
 }

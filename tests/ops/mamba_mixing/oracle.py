@@ -48,7 +48,7 @@ def mamba_mixing(
 
     for row in rows_of(*plan, null_slot=null_slot):
         window = convolution.begin(row)
-        s = ssm_state[row.source].to(dtype) if row.goes_on else torch.zeros(inner, dstate, dtype=dtype)
+        s = row.begin(states, dtype)
         for number, token in enumerate(row.tokens):
             x, z = projected[token].split(inner)
             u = window.push(x)

@@ -12,6 +12,7 @@ import triton.language as tl
 from mamba_ops.ops._triton.common import (
     cdiv,
     channel_ptrs,
+    final_slot,
     kernel,
     load_flag,
     load_slot,
@@ -23,7 +24,7 @@ from mamba_ops.ops._triton.common import (
     within,
 )
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
-from mamba_ops.ops._triton.layout import by_channel, write_back
+from mamba_ops.ops._triton.layout import by_channel, dense, write_back
 from mamba_ops.ops._triton.limits import Limits
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def _kernel(
     cu_seqlens_ptr,  # None: every sequence has `length` tokens
     state_ptr,  # this and the next two: see `or_placeholder`
     slots_ptr,
+    write_slots_ptr,  # None: states go to where they came from
     initial_ptr,
     output_ptr,
     sequences,  # None without cu_seqlens
@@ -47,6 +49,7 @@ def _kernel(
     null_slot: tl.int64,
     slot_count: tl.int64,
     slots_stride: tl.int64,
+    write_stride,
     initial_stride: tl.int64,
     x_row: tl.int64,
     x_token: tl.int64,
@@ -78,7 +81,7 @@ def _kernel(
         bias = tl.load(bias_ptr + channels, mask=inside).to(tl.float32)
 
     if cu_seqlens_ptr is None:
-        tiles = tl.cdiv(length, BLOCK_T)
+        tiles = tl.maximum(tl.cdiv(length, BLOCK_T), 1)
         row = (tile // tiles).to(tl.int64)
         tile %= tiles
         first = row
@@ -98,7 +101,8 @@ def _kernel(
         tile -= (first // BLOCK_T).to(tl.int32) + row
         row = row.to(tl.int64)
     begin = tile * BLOCK_T
-    if (begin < 0) | (begin >= tokens):
+    # A sequence without tokens has a tile, too: its past may go to another slot.
+    if (begin < 0) | (begin >= tl.maximum(tokens, 1)):
         return
     x_ptr += first * x_row
     output_ptr += first * output_row + begin * output_token
@@ -119,11 +123,11 @@ def _kernel(
         window += (tl.load(of_token, mask=valid, other=0.0).to(tl.float32),)
 
     # Only a sequence's first tile looks back into the cache; of both, the cache and x, one is zero.
-    state_ptr += slot * state_slot
+    source_ptr = state_ptr + slot * state_slot
     looks_back = (tile == 0) & (state_slot >= 0) & carried
     past: tl.tuple = ()
     for k in tl.static_range(HISTORY):
-        column = channel_ptrs(state_ptr + k * state_column, channels, state_channel)
+        column = channel_ptrs(source_ptr + k * state_column, channels, state_channel)
         past += (window[k] + tl.load(column, mask=inside & looks_back, other=0.0).to(tl.float32),)
     window = past + window[HISTORY:]
 
@@ -138,11 +142,13 @@ def _kernel(
 
     # The program of the first tile also stores what the sequence leaves in the cache, read from x even where it is
     # another tile's, so that no program writes what another one reads.
-    if (tile == 0) & (state_slot >= 0):
+    target, stored = final_slot(row, slot, tokens, write_slots_ptr, write_stride, null_slot, slot_count)
+    if (tile == 0) & (state_slot >= 0) & stored:
+        state_ptr += target * state_slot
         kept: tl.tuple = ()
         for k in tl.static_range(HISTORY):
             place = tokens + k  # in the window at the first token, then on through all inputs
-            source = channel_ptrs(state_ptr + place * state_column, channels, state_channel)
+            source = channel_ptrs(source_ptr + place * state_column, channels, state_channel)
             old = tl.load(source, mask=inside & looks_back & (place < HISTORY), other=0.0).to(tl.float32)
             later = offset_ptr(x_ptr + (place - HISTORY) * x_token, channels, ALIGNED)
             new = tl.load(later, mask=inside & (place >= HISTORY), other=0.0).to(tl.float32)
@@ -162,7 +168,7 @@ def causal_conv1d(call: "Arguments") -> None:
     """
     flat = call.cu_seqlens is not None
     sequences = call.x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
-    if sequences == 0 or call.x.numel() == 0:
+    if sequences == 0 or (call.x.numel() == 0 and call.write_slots is None):
         return
     dim, width = call.weight.shape
     x, written = by_channel(call.x, flat), by_channel(call.output, flat)
@@ -179,13 +185,14 @@ def causal_conv1d(call: "Arguments") -> None:
     aligned = state_channel == 1 and starts % 16 == 0
 
     slots, slots_stride = or_placeholder(call.slots, x, tl.int32)
+    write_slots = None if call.write_slots is None else dense(call.write_slots)
     has_initial_state, initial_stride = or_placeholder(call.has_initial_state, x, tl.int1)
 
     launch = _launches(x.get_device(), dim, width)["_kernel"]
     if not aligned:  # needs more of them
         launch = {name: value for name, value in launch.items() if name != "maxnreg"}
     if call.cu_seqlens is None:
-        tiles = sequences * cdiv(x.shape[1], launch["BLOCK_T"])
+        tiles = sequences * max(cdiv(x.shape[1], launch["BLOCK_T"]), 1)
     else:
         tiles = x.shape[0] // launch["BLOCK_T"] + sequences  # at most: how many there are, the device knows
     with on_device_of(x):
@@ -196,6 +203,7 @@ def causal_conv1d(call: "Arguments") -> None:
             None if call.cu_seqlens is None else call.cu_seqlens.contiguous(),
             x if call.conv_state is None else call.conv_state,
             slots,
+            write_slots,
             has_initial_state,
             written,
             None if call.cu_seqlens is None else sequences,
@@ -203,6 +211,7 @@ def causal_conv1d(call: "Arguments") -> None:
             call.null_slot,
             slots_of(call.conv_state),
             slots_stride,
+            None if write_slots is None else write_slots.stride(0),
             initial_stride,
             x_row,
             x_token,
