@@ -92,6 +92,17 @@ def wide_sample(name: str) -> Sample:
     return Sample(name, (), CALLS[name]).clone()
 
 
+@pytest.mark.parametrize(("backend", "name"), CASES)
+def test_an_infinity_stays_in_its_channel(backend: str, name: str) -> None:
+    op = getattr(mamba_ops, name.partition(",")[0])
+    given, other = (wide_sample(name).kwargs for _ in range(2))
+    other["x"][0, ..., 0] = torch.inf  # of every head
+    whole, changed = (front_on(op, backend)(**kwargs) for kwargs in (given, other))
+    same = whole == changed
+    same[0, ..., 0] = True
+    assert same.all()
+
+
 @pytest.fixture(params=[1, 2], ids=lambda threads: f"{threads} threads")
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()

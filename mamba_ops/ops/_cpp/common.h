@@ -190,6 +190,13 @@ inline Floats some(const float* from, int64_t count = LANES) {
 
 inline void put(Floats x, float* to, int64_t count = LANES) { std::memcpy(to, &x, 4 * count); }
 
+// The first numbers, and zeros.
+inline Floats leading(int64_t count, Floats x) {
+  typedef int32_t Numbers __attribute__((vector_size(4 * LANES)));
+  const Numbers place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return place < int32_t(count) ? x : Floats{};
+}
+
 inline float sum(Floats x) {
   struct {
     float __attribute__((vector_size(2 * LANES))) low, high;

@@ -32,7 +32,10 @@ def _step(
 
     window = torch.cat((old.to(compute), new.to(compute)), dim=1)
     length = new.shape[1]
-    ends_at = window.unbind(1) if length == 1 else tuple(window[:, tap : tap + length] for tap in range(history + 1))
+    if isinstance(length, int) and length == 1:
+        ends_at = window.unbind(1)
+    else:  # a symbol is not compared
+        ends_at = tuple(window[:, tap : tap + length] for tap in range(history + 1))
     acc = weight.new_zeros(x.shape[-1], dtype=compute) if bias is None else bias.to(compute)
     for entries, tap in zip(ends_at, weight.to(compute).unbind(1), strict=True):
         acc = acc + entries * tap

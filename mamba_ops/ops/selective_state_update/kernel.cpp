@@ -89,7 +89,8 @@ struct Update {
         Floats y{}, decay = exp2(all(rates_of_heads[i] * d));
         for (int64_t j = 0; j < padded; j += LANES) {
           if (!rate_of_head) decay = exp2(rate_of(some(rate + j)) * d);
-          const Floats now = some(s + j) * decay + pushed * some(b + j);
+          Floats now = some(s + j) * decay + pushed * some(b + j);
+          if (dstate - j < LANES) now = leading(dstate - j, now);  // an infinity times what fills up is NaN
           y += now * some(c + j);
           put(now, s + j);
         }
