@@ -97,6 +97,11 @@ class Kernel:
             {self.backend.name: reason},
         )
 
+    def forget(self) -> None:
+        """Find out again what the device can run: the kernel is launched otherwise from now on."""
+        self.rehearsed.clear()
+        dispatcher.changed()
+
     def why_not_now(self, arguments: Mapping[str, Any]) -> str | None:
         """Return why a kernel that takes calls like this one does not take these very arguments, or None."""
         return None if self.unsupported_layout is None else self.unsupported_layout(**arguments)

@@ -19,15 +19,12 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
+FROM_311 = "python_version >= '3.11'"  # on Python 3.10 it is the last Transformers for that
 ENVIRONMENTS = {
-    "2.11": (
-        "torch==2.11.*",
-        "triton==3.6.*",
-        "transformers==5.22.*",
-        "numpy<2.5",
-    ),  # its interpreter takes no newer one
-    "2.13": ("torch==2.13.*", "triton==3.7.*", "transformers==5.23.*"),
-    "2.14": ("torch==2.14.*", "triton==3.8.*", "transformers==5.24.*"),
+    # numpy: the interpreter of this Triton takes no newer one
+    "2.11": ("torch==2.11.*", "triton==3.6.*", f"transformers==5.22.*; {FROM_311}", "numpy<2.5"),
+    "2.13": ("torch==2.13.*", "triton==3.7.*", f"transformers==5.23.*; {FROM_311}"),
+    "2.14": ("torch==2.14.*", "triton==3.8.*", f"transformers==5.24.*; {FROM_311}"),
     "newest": ("torch", "triton", "transformers"),
 }
 NEEDS = 8  # GiB of disk, with a CUDA build of torch, where there is no other

@@ -36,6 +36,9 @@ SIZES: dict[tuple[str, str], dict[str, int]] = {
 }
 """Backend and op to the sizes of samples, where the backend takes only some."""
 
+PARTIAL = ("cpp",)
+"""Backends that refuse some calls of an op, whatever the sizes; composed ops are not called on them."""
+
 FATAL = {("flashinfer", "speculative, more tokens than columns")}
 """Backend and sample that ends in an assertion on the device: after it the process can use the device no more."""
 
@@ -45,7 +48,7 @@ def backends_here(op: Op[...], device: torch.device) -> list[str]:
 
     For a composed op those that run what is inside, whatever its samples.
     """
-    limited = {backend for backend, _ in SIZES} if op.composed else ()
+    limited = {*PARTIAL, *(backend for backend, _ in SIZES)} if op.composed else ()
     return [name for name in backends_on(op, device) if name not in limited]
 
 
@@ -60,7 +63,7 @@ def samples_for(op: Op[...], backend: str, device: torch.device) -> list[Sample]
     """An op's samples for a backend, less those that it refuses; that it does is for the backend's own tests."""
     sizes: dict[str, Any] = {"dtype": torch.float32} if truncates(op, backend, device) else {}
     samples = op.make_samples(device, **sizes, **SIZES.get((backend, op.name), {}))
-    if (backend, op.name) not in SIZES:
+    if (backend, op.name) not in SIZES and backend not in PARTIAL:
         return samples
     return [s for s in samples if (backend, s.name) not in FATAL and refusal(op, backend, s) is None]
 

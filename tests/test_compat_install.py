@@ -77,7 +77,7 @@ def test_metadata_tell_of_it(name: str) -> None:
     [
         ("fla.ops.chunk_gla", "no other kind of attention"),
         ("fla.layers", "no other kind of attention"),
-        ("mamba_ssm.modules.mamba3", "neither Mamba-3"),
+        ("mamba_ssm.ops.triton.mamba3", "neither kernels of Mamba-3"),
     ],
 )
 def test_what_is_not_here_says_so(path: str, says: str) -> None:

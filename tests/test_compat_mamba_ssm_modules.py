@@ -32,6 +32,8 @@ MIXERS: dict[str, Callable[[], Any]] = {
     "Mamba2": lambda: mamba_ssm.Mamba2(32, headdim=8, d_state=16, ngroups=2, layer_idx=0, dt_limit=(0.01, 0.05)),
     "Mamba2 beside an MLP": lambda: mamba_ssm.Mamba2(32, headdim=8, d_state=16, d_ssm=32, D_has_hdim=True, layer_idx=0),
     "Mamba2 without norm": lambda: mamba_ssm.Mamba2(32, headdim=8, d_state=16, rmsnorm=False, layer_idx=0),
+    "Mamba3": lambda: mamba_ssm.Mamba3(32, 16, headdim=8, ngroups=2, chunk_size=4, layer_idx=0),
+    "Mamba3 with norm": lambda: mamba_ssm.Mamba3(32, 16, headdim=8, is_outproj_norm=True, rope_fraction=1, layer_idx=0),
     "MHA": lambda: mamba_ssm.MHA(
         32, 4, num_heads_kv=2, mlp_dim=100, causal=True, d_conv=3, rotary_emb_dim=4, layer_idx=0
     ),
@@ -75,8 +77,9 @@ def test_a_mixer_keeps_packed_sequences_apart(name: str) -> None:
     torch.testing.assert_close(step, torch.cat([mixer(row)[:, -1:] for row in rows]))
 
 
-def test_a_decode_goes_on_from_the_last_sequence_of_a_row() -> None:
-    mixer, u, token = MIXERS["Mamba2"](), torch.randn(1, 9, 32), torch.randn(1, 1, 32)
+@pytest.mark.parametrize("name", ["Mamba2", "Mamba3"])
+def test_a_decode_goes_on_from_the_last_sequence_of_a_row(name: str) -> None:
+    mixer, u, token = MIXERS[name](), torch.randn(1, 9, 32), torch.randn(1, 1, 32)
     idx = torch.tensor([[0] * 7 + [1] * 2])
     with torch.no_grad():
         params = generation.InferenceParams(LENGTH, 1)
@@ -119,6 +122,20 @@ def test_parameters_are_those_of_the_original() -> None:
     }
     assert 2 <= mixer2.A_log.exp().min() <= mixer2.A_log.exp().max() <= 3
     assert mixer2.conv1d.weight.abs().max() <= 0.25
+    mixer3 = mamba_ssm.Mamba3(32, 16, headdim=8, is_outproj_norm=True, dt_min=0.2, dt_max=0.3, dtype=torch.bfloat16)
+    shapes = {n: tuple(p.shape) for n, p in mixer3.named_parameters() if p.dtype != torch.bfloat16}
+    assert shapes == {"dt_bias": (8,), "B_bias": (8, 1, 16), "C_bias": (8, 1, 16), "D": (8,)}
+    assert {n for n, p in mixer3.named_parameters() if getattr(p, "_no_weight_decay", False)} == {"dt_bias", "D"}
+    low = {n: tuple(p.shape) for n, p in mixer3.named_parameters() if p.dtype == torch.bfloat16}
+    assert low == {
+        "in_proj.weight": (2 * 64 + 2 * 16 + 3 * 8 + 4, 32),
+        "B_norm.weight": (16,),
+        "C_norm.weight": (16,),
+        "norm.weight": (64,),
+        "out_proj.weight": (32, 64),
+    }
+    sizes = functional.softplus(mixer3.dt_bias)
+    assert 0.2 * 0.99 <= sizes.min() <= sizes.max() <= 0.3 * 1.01
 
 
 @pytest.mark.parametrize(
@@ -134,6 +151,16 @@ def test_parameters_are_those_of_the_original() -> None:
             lambda: models.create_block(32, 0, {"layer": "Mamba3"}),
             "create_block: ssm_cfg: got layer 'Mamba3', expected",
         ),
+        (
+            lambda: mamba_ssm.Mamba3(32, 16, headdim=8, is_mimo=True),
+            "Mamba3: is_mimo: got True, expected False; mamba_",
+        ),
+        (lambda: mamba_ssm.Mamba3(32, 16, headdim=5), "Mamba3: headdim: got 5, expected a divisor of the 64 channels"),
+        (
+            lambda: mamba_ssm.Mamba3(32, 16, headdim=8)(torch.zeros(2, 3, 32), cu_seqlens=torch.tensor([0, 3])),
+            "got a b",
+        ),
+        (lambda: MIXERS["Mamba3"]().step(torch.zeros(1, 2, 32), *(torch.zeros(0),) * 4), "Mamba3.step: u: got shape"),
         (lambda: MIXERS["Mamba"]().step(torch.zeros(1, 2, 32), *(torch.zeros(0),) * 2), "Mamba.step: hidden_states:"),
     ],
 )

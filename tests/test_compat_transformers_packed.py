@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,11 +13,18 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("transformers")
 
 from mamba_ops.compat.transformers import cache_of, use_mamba_ops
+from mamba_ops.registry import use_backend
 from tests.transformers_models import ALL_MODELS, VOCABULARY, new_model
 
 CUTS = (0, 7, 9, 21)
 ATTENTION_FREE = ("mamba", "falcon_mamba", "mamba2")
 NOT_DAILY = tuple(name for name in ALL_MODELS if name not in ("mamba", "mamba2", "jamba", "qwen3_5", "lfm2"))
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> Iterator[None]:
+    with use_backend("torch"):  # which alone takes float64
+        yield
 
 
 def names(*without: str) -> list[Any]:

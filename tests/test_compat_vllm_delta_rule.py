@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from mamba_ops.compat import vllm
 from mamba_ops.registry import use_backend
-from tests.vllm_inputs import ints
+from tests.vllm_inputs import DEVICE, ints
 
 HK, HV, K, V = 2, 4, 8, 6
 ORIGINALS = {  # of vLLM 0.33
@@ -42,7 +42,7 @@ def test_every_parameter_has_its_name_and_place(name: str) -> None:
 
 
 def normal(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64)
+    return torch.randn(shape, device=DEVICE, dtype=torch.float64)
 
 
 def tokens(*lead: int) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ NEAR = {"rtol": 1e-5, "atol": 1e-5}
 
 def test_chunks_of_packed_sequences() -> None:
     given, start, ends = tokens(1, 12), normal(2, HV, V, K), ints(0, 5, 12)
-    place = torch.zeros(1000, dtype=torch.float64)
+    place = torch.zeros(1000, device=DEVICE, dtype=torch.float64)
     out, last = vllm.chunk_gated_delta_rule(
         **given, initial_state=start, output_final_state=True, cu_seqlens=ends, use_qk_l2norm_in_kernel=True,
         core_attn_out=place,
@@ -132,7 +132,7 @@ def test_one_token_a_row() -> None:
         torch.testing.assert_close(cache[slot], kept[-1], **NEAR)
     assert torch.equal(cache[[0, 1, 3]], begun[[0, 1, 3]])
     del given["beta"]
-    ones = {"beta": torch.ones(3, 1, HV, dtype=torch.float64)}
+    ones = {"beta": torch.ones(3, 1, HV, device=DEVICE, dtype=torch.float64)}
     runs = [
         vllm.fused_recurrent_gated_delta_rule(**given, **more, initial_state=begun.clone(), **options)
         for more in ({}, ones)
@@ -175,7 +175,7 @@ def test_packed_decode_and_what_goes_before_it() -> None:
     ],
 )
 def test_wrong_calls_write_nothing(change: dict[str, Any], error: str) -> None:
-    cache = torch.zeros(5, HV, V, K)
+    cache = torch.zeros(5, HV, V, K, device=DEVICE)
     options: dict[str, Any] = {"initial_state": cache, "ssm_state_indices": ints(2, 0, 4)} | change
     with pytest.raises(ValueError, match=f"^fused_recurrent_gated_delta_rule: {error}"):
         vllm.fused_recurrent_gated_delta_rule(**tokens(3, 1), **options)
@@ -198,7 +198,7 @@ def test_other_refusals() -> None:
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("activation", ["swish", "sigmoid"])
 def test_the_gated_norm(before: bool, activation: str) -> None:
-    norm = vllm.RMSNormGated(12, 1e-3, 4, before, dtype=torch.float64, activation=activation)
+    norm = vllm.RMSNormGated(12, 1e-3, 4, before, device=DEVICE, dtype=torch.float64, activation=activation)
     torch.nn.init.normal_(norm.weight)
     x, z = normal(2, 5, 12), normal(2, 5, 12)
     gate = torch.sigmoid(z) if activation == "sigmoid" else functional.silu(z)

@@ -150,7 +150,10 @@ def test_every_problem_is_listed_at_once() -> None:
             [
                 "stochastic_rounding: got 'maybe', expected true or false",
                 "philox_rounds: got 'few', expected a number of rounds, or 0 for the default of 10",
-                "order: backend 'sycl' has no kernel for mamba_ops::causal_conv1d_update; it can run on: torch, triton",
+                (
+                    "order: backend 'sycl' has no kernel for mamba_ops::causal_conv1d_update; "
+                    "it can run on: cpp, torch, triton"
+                ),
                 "order: sycl runs on xpu, not on cpu",
             ],
         ),

@@ -12,7 +12,7 @@ from mamba_ops.cold_start.specialization import our_modules
 from mamba_ops.ops._triton import _triton, launch_config
 from mamba_ops.ops._triton.common import options
 from mamba_ops.ops._triton.limits import Limits
-from mamba_ops.registry import use_backend
+from mamba_ops.registry import ops, use_backend
 from tests.harness import compiled_for_a_gpu, environment
 
 our_modules()  # so that all rules are known
@@ -115,6 +115,17 @@ def test_a_table_cannot_make_a_kernel_wrong(launches, sentence, tmp_path):
     assert str(raised.value) == f"{path}: gated_delta_rule_update: {sentence}"
 
 
+def test_a_table_cannot_set_what_is_wrong_otherwise(tmp_path):
+    """The inverse of Kimi Delta Attention with four warps had wrong numbers on an H200."""
+    sizes = {"k_dim": 16, "v_dim": 16, "operand": "float32"}
+    table = {"kernels": {"chunk_kda": [{"sizes": sizes, "launches": {"_solve": {"num_warps": 4}}}]}}
+    (tmp_path / f"{launch_config.family(-1)}.json").write_text(json.dumps(table))
+    with environment(MAMBA_OPS_CONFIG_DIR=str(tmp_path)):
+        launch_config.forget("chunk_kda")
+        with pytest.raises(ValueError, match="_solve: got 'num_warps', expected nothing: its launch is as it must be"):
+            launch_config.choosers["chunk_kda"](-1, *sizes.values())
+
+
 @pytest.mark.parametrize(
     ("text", "got"),
     [
@@ -207,6 +218,27 @@ def test_tuning_keeps_what_is_fastest_in_a_table_that_is_then_used(tune, device)
     with environment(MAMBA_OPS_CONFIG_DIR=str(tune.folder)):
         launch_config.forget("gated_delta_rule_update")
         assert LAUNCHES(index, 16, 16, 4)["_kernel"]["BLOCK"] == 4
+
+
+def test_tuning_finds_a_launch_that_runs_where_the_rules_own_does_not(tune, monkeypatch):
+    """A launch that the device refuses, before it runs or at the launch, says nothing of others."""
+    kernel = ops()["gated_delta_rule_update"].kernels["triton"]
+    rule = launch_config.rules["gated_delta_rule_update"](H100, 16, 16, 4)["_kernel"]
+    most = rule["BLOCK"] // 4
+
+    def rehearse(function, arguments):
+        forced = launch_config.forced.get("gated_delta_rule_update", {}).get("_kernel", {})
+        LAUNCHES(-1, 16, 16, 4)
+        return "" if {**rule, **forced}["BLOCK"] <= most else "_kernel takes too much"
+
+    monkeypatch.setattr(kernel.backend, "rehearse", rehearse)
+    (tuned,) = tune()
+    assert tuned.launches["_kernel"]["BLOCK"] <= most
+    assert (tuned.before_us, tuned.us[0]) == (math.inf, None)
+    assert len({tuple(launch.items()) for launch, _ in tune.seen}) > 1
+    entry = json.loads(next(tune.folder.glob("*.json")).read_text())["kernels"]["gated_delta_rule_update"][0]
+    assert entry["us"] == [None, tuned.after_us]
+    assert kernel.rehearsed == {}  # another table may be read now
 
 
 def test_tuning_goes_on_where_it_was(tune):

@@ -103,6 +103,17 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel: Path):
     assert wheel.name.split("-")[1] == mamba_ops.__version__
 
 
+def test_what_an_index_shows_has_no_link_that_leads_nowhere(wheel: Path):
+    [name] = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA")]
+    headers, _, shown = zipfile.ZipFile(wheel).read(name).decode().partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in headers
+    links = re.findall(r"\]\(([^)]+)\)", shown)
+    assert len(links) == (ROOT / "README.md").read_text(encoding="utf-8").count("](") > 10
+    repository = re.search(r"^Project-URL: Repository, (.+)$", headers, re.MULTILINE)[1]
+    assert not [link for link in links if not link.startswith(f"{repository}/blob/main/")]
+    assert not [link for link in links if not (ROOT / link.removeprefix(f"{repository}/blob/main/")).exists()]
+
+
 def test_the_sdist_holds_real_files(dist: Path):
     [sdist] = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

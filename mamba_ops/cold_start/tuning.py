@@ -28,7 +28,13 @@ class Tuned(NamedTuple):
     sizes: Mapping[str, Any]
     launches: Mapping[str, Mapping[str, int]]
     before_us: float
+    """Infinite where the device does not run the launch."""
     after_us: float
+
+    @property
+    def us(self) -> list[float | None]:
+        """Both, as JSON has them."""
+        return [None if math.isinf(self.before_us) else self.before_us, self.after_us]
 
 
 def tune(
@@ -87,7 +93,7 @@ def tune(
                 continue
             tuned = _tune(name, keys[0], samples, clock or _milliseconds, launch_config, progress)
             found.append(tuned)
-            entry = {"sizes": keys[0], "launches": tuned.launches, "us": [tuned.before_us, tuned.after_us]}
+            entry = {"sizes": keys[0], "launches": tuned.launches, "us": tuned.us}
             table["kernels"].setdefault(name, []).append(entry)
             table |= _facts(device)
             folder.mkdir(parents=True, exist_ok=True)
@@ -117,6 +123,7 @@ def _keys_of(name: str, samples: list[Sample], chosen: list[Any]) -> list[dict[s
     before = len(chosen)
 
     launch_config.forget(name)
+    ops()[name].kernels["triton"].forget()
     for sample in samples:
         try:
             _run(name, sample)()
@@ -144,7 +151,7 @@ def _tune(
     from mamba_ops.ops._triton.limits import limits_of
 
     def cost(launches: dict[str, dict[str, int]]) -> float:
-        launch_config.force(name, launches)
+        force(launches)
         try:
             # The geometric mean: each workload counts as much as the others.
             return math.exp(sum(math.log(1e3 * clock(_run(name, sample))) for sample in samples) / len(samples))
@@ -153,7 +160,11 @@ def _tune(
                 raise
             return math.inf
         finally:
-            launch_config.force(name, None)
+            force(None)
+
+    def force(launches: dict[str, dict[str, int]] | None) -> None:
+        launch_config.force(name, launches)
+        ops()[name].kernels["triton"].forget()  # where one launch does not run, another one may
 
     rule = launch_config.rules[name](limits_of(samples[0].args[0].get_device()), *key.values())
     best: dict[str, dict[str, int]] = {}
@@ -170,6 +181,8 @@ def _tune(
                     break
                 trial = {**best, kernel: {**best.get(kernel, {}), number: value}}
                 if (taken := cost(trial)) >= WORTH * least:
+                    if taken == least == math.inf:  # none has run yet: go on to those that take less
+                        continue
                     break
                 best, least = trial, taken
     progress(f"{name}: done", len(free), len(free))

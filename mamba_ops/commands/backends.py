@@ -33,7 +33,7 @@ def _show(console: Console, device: torch.device) -> None:
     """Print the table of one device, and below it the reason of each backend that does not run there by default."""
     order = registry.backends()
     reasons = {backend.name: _why_not(backend, device) for backend in order}
-    table = Table(title=f"On {device}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=f"On {device}", title_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("op", no_wrap=True)
     for heading in [*reasons, "runs on"]:
         table.add_column(heading)

@@ -1,5 +1,6 @@
 """`mamba-ops tune`: time an op's Triton kernels in other launch configurations."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -31,8 +32,7 @@ def tune(
             )
     for tuned in found:
         sizes = ", ".join(f"{name} {value}" for name, value in tuned.sizes.items())
-        console.print(
-            f"{tuned.op}, {sizes}: {tuned.before_us:.1f} us, now {tuned.after_us:.1f}: {dict(tuned.launches)}"
-        )
+        before = "did not run" if math.isinf(tuned.before_us) else f"{tuned.before_us:.1f} us"
+        console.print(f"{tuned.op}, {sizes}: {before}, now {tuned.after_us:.1f} us: {dict(tuned.launches)}")
     if not found:
         console.print(f"all of it is in {out} already")

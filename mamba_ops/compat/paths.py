@@ -68,7 +68,7 @@ _MAMBA_SSM = Library(
     "2.3.2.post1",
     ("mamba-ssm",),
     {
-        "mamba_ssm": {"mamba_ssm": f"{_SCAN} mamba_inner_fn Mamba Mamba2 MambaLMHeadModel"},
+        "mamba_ssm": {"mamba_ssm": f"{_SCAN} mamba_inner_fn Mamba Mamba2 Mamba3 MambaLMHeadModel"},
         "mamba_ssm.models": {},
         "mamba_ssm.models.config_mamba": {"mamba_ssm.models": "MambaConfig"},
         "mamba_ssm.models.mixer_seq_simple": {
@@ -78,6 +78,7 @@ _MAMBA_SSM = Library(
         "mamba_ssm.modules.block": {"mamba_ssm": "Block"},
         "mamba_ssm.modules.mamba2": {"mamba_ssm": "Mamba2"},
         "mamba_ssm.modules.mamba2_simple": {"mamba_ssm": "Mamba2Simple"},
+        "mamba_ssm.modules.mamba3": {"mamba_ssm": "Mamba3"},
         "mamba_ssm.modules.mamba_simple": {"mamba_ssm": "Mamba Block"},
         "mamba_ssm.modules.mha": {"mamba_ssm": "MHA"},
         "mamba_ssm.modules.mlp": {"mamba_ssm": "GatedMLP"},
@@ -120,7 +121,7 @@ _MAMBA_SSM = Library(
         },
         "mamba_ssm.utils.hf": {"mamba_ssm.checkpoints": "load_config_hf load_state_dict_hf"},
     },
-    "it has Mamba-1 and Mamba-2, and neither Mamba-3 nor what splits models over ranks",
+    "it has the mixers of Mamba-1 to Mamba-3, and neither kernels of Mamba-3 nor what splits models over ranks",
 )
 
 _FLA = Library(

@@ -77,6 +77,7 @@ class _Held:
             kind.forward = wrap(kind.forward)
 
 
+_CACHES = ("cache", "cache_params", "past_key_values")  # what a cache is called, the newest name first
 _bindings: dict[str, _Held] = {}  # by file
 
 
@@ -128,14 +129,15 @@ def use_mamba_ops(model: nn.Module) -> Binding:
 
 
 def cache_keyword(module: nn.Module) -> str:
-    """Return what a mixer calls its cache: Transformers 5.24 renamed `cache_params` to `cache`."""
-    return "cache" if "cache" in inspect.signature(module.forward).parameters else "cache_params"
+    """Return what a mixer calls its cache: from Transformers 5.24 on `cache`; before, two names by family."""
+    known = inspect.signature(module.forward).parameters
+    return next((name for name in _CACHES if name in known), "cache_params")
 
 
 def cache_of(output: Mapping[str, Any]) -> dict[str, Any]:
     """Return the cache in what a model returned, as the keyword of its next call."""
     fields = set(output.keys())  # and not what it takes for one under an older name
-    return {name: output[name] for name in ("cache", "cache_params", "past_key_values") if name in fields}
+    return {name: output[name] for name in _CACHES if name in fields}
 
 
 def is_bound(module: nn.Module) -> bool:

@@ -116,7 +116,7 @@ class PiecewiseRunner:
 
         Args:
             plan: of this step.
-            inputs: each of `plan.tokens` entries, in the plan's order.
+            inputs: each of `plan.tokens` entries, in the plan's order; on the runner's device, or on the CPU.
 
         Raises:
             ValueError: before anything is written: the inputs are not the plan's tokens, there are too many, or the
@@ -194,9 +194,9 @@ class PiecewiseRunner:
         for tensor in inputs:
             if not isinstance(tensor, Tensor) or not tensor.dim():
                 raise _wrong("inputs", f"a {type(tensor).__name__}", "tensors with the step's tokens as first axis")
-            if (tensor.device.type, tensor.layout) != (self.device.type, torch.strided):
+            if tensor.device.type not in (self.device.type, "cpu") or tensor.layout != torch.strided:
                 kind = f"a tensor of {tensor.layout} on {tensor.device}"
-                raise _wrong("inputs", kind, f"a strided one on {self.device}, as the runner's device is")
+                raise _wrong("inputs", kind, f"a strided one on {self.device}, as the runner's device is, or on cpu")
             if tensor.shape[0] != plan.tokens:
                 raise _wrong("inputs", f"{tensor.shape[0]} tokens", f"{plan.tokens}, as the plan has")
         kinds, first = ([(t.dtype, tuple(t.shape[1:])) for t in ts] for ts in (inputs, self._buffers))

@@ -16,6 +16,7 @@ from mamba_ops.audit.processes import add_process
 from mamba_ops.audit.report import Report
 from mamba_ops.audit.source_locations import SourceLocation
 from mamba_ops.audit.timeline import bars
+from tests.conftest import ACCELERATOR
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -127,6 +128,7 @@ def broken(x):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
+@pytest.mark.skipif(ACCELERATOR is not None, reason="a forked process cannot use its parent's GPU")
 def test_a_forked_process_is_in_the_report_and_one_that_hides_is_counted():
     environment = dict(os.environ)
     with watch() as report:

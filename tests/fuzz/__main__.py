@@ -22,7 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--count", type=int, default=2000, help="number of calls (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first call; call i has seed + i")
-    parser.add_argument("--backend", choices=("torch", "triton"), default="torch", help="default: %(default)s")
+    parser.add_argument("--backend", choices=("torch", "cpp", "triton"), default="torch", help="default: %(default)s")
     parser.add_argument("--show", type=int, default=20, help="how many wrong calls to print (default: %(default)s)")
     given = parser.parse_args()
     torch.set_num_threads(1)

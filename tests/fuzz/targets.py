@@ -26,7 +26,7 @@ from mamba_ops.layers import (
 from mamba_ops.registry import codegen
 from mamba_ops.serving import Plan
 from tests.fuzz.mutations import Arguments
-from tests.harness import OPS, backends_here, expected, truncates
+from tests.harness import OPS, backends_here, expected, samples_for
 
 CPU = torch.device("cpu")
 INSIDE = ("mamba_chunk_scan_combined",)
@@ -103,9 +103,8 @@ def _op(op: registry.Op[...], backend: str) -> Iterator[Target]:
         return {"result 0": output, **({"out": output} if arguments.get("out") is not None else {}), **found}
 
     caches = codegen.left_out(op.parameters, op.mutates)
-    sizes = {"dtype": torch.float32} if truncates(op, backend, CPU) else {}
     written = frozenset("out" if n == "output" else n for n in op.mutates)
-    bases = [functools.partial(_arguments_of, op, sample) for sample in op.make_samples("cpu", **sizes)]
+    bases = [functools.partial(_arguments_of, op, sample) for sample in samples_for(op, backend, CPU)]
     yield Target(op.name, on(backend, op), bases, truth, written, INSIDE if op.composed else (), True)
 
 

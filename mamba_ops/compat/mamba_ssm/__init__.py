@@ -6,6 +6,7 @@ from mamba_ops.compat.mamba_ssm.blocks import GatedMLP as GatedMLP
 from mamba_ops.compat.mamba_ssm.mamba import Mamba as Mamba
 from mamba_ops.compat.mamba_ssm.mamba2 import Mamba2 as Mamba2
 from mamba_ops.compat.mamba_ssm.mamba2 import Mamba2Simple as Mamba2Simple
+from mamba_ops.compat.mamba_ssm.mamba3 import Mamba3 as Mamba3
 from mamba_ops.compat.mamba_ssm.models import MambaConfig as MambaConfig
 from mamba_ops.compat.mamba_ssm.models import MambaLMHeadModel as MambaLMHeadModel
 from mamba_ops.compat.mamba_ssm.norms import RMSNormGated as RMSNormGated

@@ -72,7 +72,7 @@ def chunk_layout(
     if cu_seqlens is None:
         longest = (length - 1) // size + (1 if num_computed_tokens is None else 2)
         most = n * longest
-    elif n > 0 and _are_here(of_row):
+    elif n > 0 and are_here(of_row):
         longest, most = (max(1, int(count)) for count in (of_row.max(), end[-1]))
     piece = torch.arange(most, device=x.device)
     row = row_at(end, most)
@@ -86,7 +86,7 @@ def chunk_layout(
     return ChunkLayout(row, number, closes, token, inside, of_row, end, longest, cu_seqlens is not None)
 
 
-def _are_here(lengths: Tensor) -> bool:
+def are_here(lengths: Tensor) -> bool:
     """Whether lengths are on the host, so that nothing waits for them."""
     return lengths.device.type == "cpu" and not is_decomposing()
 

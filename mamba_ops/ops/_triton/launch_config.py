@@ -193,7 +193,8 @@ def _check(path: str, op: str, kernel: str, changes: Mapping[str, Any], free: Ma
         raise ValueError(f"{path}: {op}: got kernel {kernel!r}, expected one of {', '.join(sorted(free))}")
     for name, value in changes.items():
         if name not in free[kernel]:
-            raise ValueError(f"{path}: {op}: {kernel}: got {name!r}, expected one of {', '.join(free[kernel])}")
+            expected = f"one of {', '.join(free[kernel])}" if free[kernel] else "nothing: its launch is as it must be"
+            raise ValueError(f"{path}: {op}: {kernel}: got {name!r}, expected {expected}")
         most = _MOST.get(name, 1 << 16)
         if type(value) is not int or not 1 <= value <= most or (name != "num_stages" and value & (value - 1)):
             expected = f"{'a number' if name == 'num_stages' else 'a power of two'} up to {most}"

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_ops.backends import triton
+from mamba_ops.backends import cpp, triton
 from mamba_ops.ops._common.checking import (
     check_tensors,
     index_tensor,
@@ -18,6 +18,7 @@ from mamba_ops.ops._common.checking import (
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._common.values import check_counts, check_sequences
 from mamba_ops.ops._namespace import mamba
+from mamba_ops.ops.causal_conv1d_update import cpp as on_cpp
 from mamba_ops.registry import bad_argument
 
 
@@ -148,3 +149,4 @@ def _unsupported(x: Tensor, conv_state: Tensor | None) -> str | None:
 triton.implements(
     causal_conv1d_update, "mamba_ops.ops.causal_conv1d_update.triton:causal_conv1d_update", unsupported=_unsupported
 )
+cpp.implements(causal_conv1d_update, on_cpp.__name__ + ":causal_conv1d_update", unsupported=on_cpp.unsupported)

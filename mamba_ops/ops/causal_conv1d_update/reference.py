@@ -31,13 +31,18 @@ def _step(
     old = state[:, :, :history].transpose(1, 2)
 
     window = torch.cat((old.to(compute), new.to(compute)), dim=1)
+    length = new.shape[1]
+    if isinstance(length, int) and length == 1:
+        ends_at = window.unbind(1)
+    else:  # a symbol is not compared
+        ends_at = tuple(window[:, tap : tap + length] for tap in range(history + 1))
     acc = weight.new_zeros(x.shape[-1], dtype=compute) if bias is None else bias.to(compute)
-    for tap in range(history + 1):
-        acc = acc + window[:, tap : tap + new.shape[1]] * weight[:, tap].to(compute)
+    for entries, tap in zip(ends_at, weight.to(compute).unbind(1), strict=True):
+        acc = acc + entries * tap
     if silu:
         acc = acc / (1 + torch.exp(-acc))  # not torch.sigmoid: on a CPU its last bit depends on an element's place
     if is_active is not None:
-        acc = torch.where(is_active.view(n, 1, 1), acc, 0)
+        acc = torch.where(is_active.view(n, *[1] * (acc.dim() - 1)), acc, 0)
     # Old entries move as they are, new ones are rounded to the state's dtype. Read first: `output` may be `x`.
     moved = torch.cat((old, new.to(old.dtype)), dim=1)[:, new.shape[1] :].transpose(1, 2)
     output.copy_(acc.view_as(x))

@@ -128,8 +128,9 @@ def mamba_chunk_scan(
     A row without tokens has no chunk and no output; with a write slot other than its slot, its initial state is copied
     there. No two rows may store to one slot, nor one row store to a slot that another reads.
 
-    The reference reads nothing on the host but lengths on a CPU: it arranges the tokens in as many chunks as there can
-    be, or in halves, quarters, ... of chunks, until the square of their size is at most the size of a head's state.
+    The reference reads nothing on the host but lengths on a CPU, where it reads rows one by one in chunks of up to 64
+    tokens. Elsewhere, and for chunk_states, it arranges the tokens in as many chunks as there can be, or in halves,
+    quarters, ... of chunks, until the square of their size is at most the size of a head's state.
     """
 
 

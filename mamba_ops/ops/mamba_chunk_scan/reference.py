@@ -5,7 +5,9 @@ from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import ChunkLayout, before, carried, chunk_layout, row_count
 from mamba_ops.ops._common.decay import finite_rates, log_decay_between
+from mamba_ops.ops._common.rows import rows_here
 from mamba_ops.ops._common.slots import initial_states, row_ends, store_rows
+from mamba_ops.ops.mamba_chunk_scan.by_row import scan_rows
 from mamba_ops.ops.mamba_chunk_scan.op import Arguments
 
 
@@ -49,6 +51,9 @@ def mamba_chunk_scan(call: Arguments) -> None:
     heads, dim, dstate = *call.x.shape[-2:], call.B.shape[-1]
     n = row_count(call.x, call.cu_seqlens)
     if n == 0:
+        return
+    if kept is None and (rows := rows_here(call.x, call.cu_seqlens)) is not None:
+        scan_rows(call, rows, compute)
         return
 
     size = call.chunk_size

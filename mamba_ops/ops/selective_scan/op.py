@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_ops.backends import triton
+from mamba_ops.backends import cpp, triton
 from mamba_ops.ops._common.checking import (
     check_tensors,
     count_of,
@@ -20,6 +20,7 @@ from mamba_ops.ops._common.checking import (
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._common.values import check_sequences
 from mamba_ops.ops._namespace import mamba
+from mamba_ops.ops.selective_scan import cpp as on_cpp
 from mamba_ops.ops.selective_scan.blocks import check_blocks
 from mamba_ops.registry import bad_argument
 
@@ -223,3 +224,4 @@ def _unsupported(x: Tensor, A: Tensor) -> str | None:
 
 
 triton.implements(selective_scan, "mamba_ops.ops.selective_scan.triton:selective_scan", unsupported=_unsupported)
+cpp.implements(selective_scan, on_cpp.__name__ + ":selective_scan", unsupported=on_cpp.unsupported)

@@ -5,8 +5,10 @@ from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import before, carried, chunk_layout, row_count
 from mamba_ops.ops._common.decay import finite_rates
+from mamba_ops.ops._common.rows import rows_here
 from mamba_ops.ops._common.slots import initial_states, is_padding, row_ends, slot_columns, store_rows
 from mamba_ops.ops.selective_scan.blocks import kept_states
+from mamba_ops.ops.selective_scan.by_row import scan_rows
 from mamba_ops.ops.selective_scan.op import Arguments
 
 PIECE = 16  # tokens that the reference reads one after the other, of all pieces at once
@@ -18,6 +20,9 @@ def selective_scan(call: Arguments) -> None:
     if n == 0:
         return
     blocks = call.block_size > 0
+    if not blocks and (rows := rows_here(call.x, call.cu_seqlens)) is not None:
+        scan_rows(call, rows, compute)
+        return
     layout = chunk_layout(call.x, PIECE, 1, call.cu_seqlens, None)
     empty = layout.of_row == 0
     of_rows = call.slots

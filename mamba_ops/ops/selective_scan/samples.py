@@ -68,7 +68,7 @@ def _samples(
     out = normal(tokens + 4, dim, dtype=torch.float32)
     yield sample("packed, empty row", tokens + 4, write_slots=indices(4, 3, 0), out=out, **empty, **initial)
 
-    long: dict[str, Any] = {"cu_seqlens": indices(0, 135, 140, 205), "write_slots": indices(3, 2, 7)}
+    long: dict[str, Any] = {"cu_seqlens": indices(0, 135, 140, 205), "write_slots": indices(3, 4, 7)}
     yield sample("packed, long", 205, groups=(1,), **long, **initial)
     yield sample("everything", tokens + 4, write_slots=indices(4, 3, 0), **packed, **initial)
     stateless: dict[str, Any] = {"ssm_state": None, "slots": None, "write_slots": indices(3, 2, 4)}

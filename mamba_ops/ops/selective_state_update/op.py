@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_ops.backends import flashinfer, triton
+from mamba_ops.backends import cpp, flashinfer, triton
 from mamba_ops.ops._common.checking import (
     check_tensors,
     index_tensor,
@@ -23,6 +23,7 @@ from mamba_ops.ops._common.checking import (
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._common.values import check_updates
 from mamba_ops.ops._namespace import mamba
+from mamba_ops.ops.selective_state_update import cpp as on_cpp
 from mamba_ops.ops.selective_state_update import flashinfer as on_flashinfer
 from mamba_ops.registry import bad_argument, settings
 
@@ -227,4 +228,9 @@ flashinfer.implements(
     "mamba_ops.ops.selective_state_update.flashinfer:selective_state_update",
     unsupported=on_flashinfer.unsupported,
     unsupported_layout=on_flashinfer.unsupported_layout,
+)
+cpp.implements(
+    selective_state_update,
+    "mamba_ops.ops.selective_state_update.cpp:selective_state_update",
+    unsupported=on_cpp.unsupported,
 )

@@ -8,10 +8,14 @@ from mamba_ops.ops._common.decay import finite_rates
 from mamba_ops.ops._common.rounding import round_stochastically
 from mamba_ops.ops._common.slots import padded_rows, store_rows, update_ends
 from mamba_ops.ops.selective_state_update.op import Arguments
+from mamba_ops.ops.selective_state_update.step import is_step, step
 
 
 def selective_state_update(call: Arguments) -> None:
     compute = torch.promote_types(call.x.dtype, torch.float32)
+    if is_step(call):
+        step(call, compute)
+        return
     headless, flat = call.ssm_state.dim() == 3, call.x.dim() < call.ssm_state.dim()
     if call.cu_seqlens is not None:
         index, inside = padded_rows(call.cu_seqlens, call.x.shape[0])

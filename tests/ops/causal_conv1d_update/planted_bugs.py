@@ -16,3 +16,16 @@ BUGS = {
     "old columns kept when speculating": ("tl.static_range(1, HISTORY)", "tl.static_range(2, HISTORY)"),
     "packed rows taken for single tokens": ("x_ptr += first * x_row", "x_ptr += row * x_row"),
 }
+
+CPP_BUGS = {
+    "taps in reverse": ("taps[j] * some", "taps[width - 1 - j] * some"),
+    "silu always": ("if (is_silu)", "if (true)"),
+    "bias dropped": ("if (bias) {", "if (false) {"),
+    "state not written": ("k < kept; k++)", "k < kept - 1; k++)"),
+    "window from the first column": ("if (accepted) from =", "if (false) from ="),
+    "accepted windows moved too far": ("kept_from = accepted ? 1 : length", "kept_from = length"),
+    "null rows not zeroed": ("room.begin() + LANES, 0.0f)", "room.begin() + LANES, 1.0f)"),
+    "null slot ignored": ("Slots{slots, null, count}", "Slots{slots, -1, count}"),
+    "packed rows from the start": ("begin = rows.begin(row),", "begin = 0,"),
+    "output before all is read": ("t < length; t++) {\n      Floats y", "t < length - 1; t++) {\n      Floats y"),
+}

@@ -4,24 +4,26 @@ BUGS = {
     "wrong group": ("head // (V_HEADS // K_HEADS)", "head % K_HEADS"),
     "not normalised": ("    if L2NORM:", "    if False:"),
     "system without beta": ("known * strength[:, None]", "known"),
-    "values without beta": ("(values * strength[:, None])", "values"),
-    "keys within a part not decayed": ("(keys * tl.exp2(-within))", "keys"),
-    "parts between not decayed": (
-        "tl.cumsum(later, 0, reverse=True) + between[None, :]",
-        "tl.cumsum(later, 0, reverse=True)",
+    "values without beta": ("(new * strength[None, :])", "new"),
+    "keys within a part not decayed": ("(keys * tl.exp2(half - within))", "(keys * tl.exp2(half))"),
+    "parts between not decayed": ("operand, PRECISION) + before)", "operand, PRECISION))"),
+    "pairs of a part not decayed": ("exponents + next_one[None, :], 0.0)", "exponents, 0.0)"),
+    "rows of a part decayed twice": ("half = tl.exp2(within - half)", "half = tl.exp2(within)"),
+    "keys not decayed from the beginning": (
+        "tl.store(place, keys * tl.exp2(before + within))",
+        "tl.store(place, keys * tl.exp2(within))",
     ),
-    "pairs of a part not decayed": ("exponents + later[None, :], 0.0)", "exponents, 0.0)"),
-    "all parts moderate": ("tl.min(within) > -MODERATE", "True"),
+    "keys not decayed to the end": ("operand, PRECISION) + later))", "operand, PRECISION)))"),
     "state not decayed over a chunk": ("s * decay[None, :]", "s"),
-    "token does not read itself": ("i[:, None] >= i[None, :], weight", "i[:, None] > i[None, :], weight"),
+    "token does not read itself": ("tl.where(up_to, weight, 0.0)", "tl.where(i[:, None] > i[None, :], weight, 0.0)"),
     "initial state not read": ("load_flag(row, has_initial_state, initial_stride)", "(slot_stride < -1)"),
 }
 
 SLOW_BUGS = {  # slow: interpreted matrix products
     "later parts not zeroed": ("for other in range(part + 1, PARTS):", "for other in range(PARTS, PARTS):"),
-    "own decay counted in the rest": ("g, t + 1, low, tl.minimum(low + CHUNK", "g, t, low, tl.minimum(low + CHUNK"),
-    "first of a part not in the sum": ("(tl.sum(later, 0) + opener)", "tl.sum(later, 0)"),
-    "tokens of the next row decay": ("tl.minimum(first + _PART, high)", "first + _PART"),
+    "own decay counted in the rest": ("after = i[:, None] < i[None, :]", "after = i[:, None] <= i[None, :]"),
+    "own decay not counted from the beginning": ("up_to = i[:, None] >= i[None, :]", "up_to = i[:, None] > i[None, :]"),
+    "decay of the whole without later parts": ("tl.exp2(within + later), i", "tl.exp2(within), i"),
     "state before a chunk not read": (
         "y = tl.dot(known, tl.trans(queries)",
         "y = 0.0 * tl.dot(known, tl.trans(queries)",

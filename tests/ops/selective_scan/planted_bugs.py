@@ -36,3 +36,22 @@ BUGS = {
         "column = 0 * tl.load(last_block + row)",
     ),
 }
+
+CPP_BUGS = {
+    "wrong group": ("group = first / (dim / groups)", "group = 0"),
+    "softplus always": ("if (is_softplus)", "if (true)"),
+    "bias dropped": ("if (bias) d += added", "if (false) d += added"),
+    "D dropped": ("y += skip * u", "y += 0 * skip * u"),
+    "gate dropped": ("if (z) y *=", "if (false) y *="),
+    "natural exponential": ("exp2(rates[j] * d)", "exp(rates[j] * d)"),
+    "second tile from the first one's place": ("place = begin + t0;", "place = begin;"),
+    "initial state not read": ("const bool begun = state &&", "const bool begun = false && state &&"),
+    "null rows not zeroed": ("std::memset(ys, 0, 4 * LANES * TILE)", "std::fill(ys, ys + LANES * TILE, 1.0f)"),
+    "write slots ignored": ("write_slots.table ? write_slots.at(row) : source", "source"),
+    "empty row's state not copied": ("(length == 0 && target == source)", "length == 0"),
+    "packed rows from the start": ("begin = rows.begin(row);", "begin = 0;"),
+    "channels of a block not the last ones": (
+        "std::min(LANES, width - within)",
+        "std::min(LANES, width - within) / 8 * 8",
+    ),
+}

@@ -100,10 +100,10 @@ def test_halves_of_the_reference() -> None:
     check_halves(reference, oracle, call(2, 27), TOKENS, 11)
 
 
-@pytest.mark.parametrize("arguments", [call(2, 0), call(0, **packed(0, 0))], ids=["dense", "packed"])
-def test_no_tokens(kernel: Backward, arguments: dict[str, Any]) -> None:
-    check_no_tokens(reference, arguments, TOKENS)
-    check_no_tokens(kernel, arguments, TOKENS)
+@pytest.mark.parametrize(("lead", "rows"), [((2, 0), {}), ((0,), packed(0, 0))], ids=["dense", "packed"])
+def test_no_tokens(kernel: Backward, device: torch.device, lead: tuple[int, ...], rows: dict[str, Any]) -> None:
+    check_no_tokens(reference, call(*lead, **rows), TOKENS)
+    check_no_tokens(kernel, call(*lead, device=device, **rows), TOKENS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -38,3 +38,25 @@ ROUNDING_BUGS = {
     "the sign forgotten": ("| (bits & 0x80000000)", ""),
 }
 """Bugs of stochastic rounding: an error budget lets any neighbour pass, so tests/test_rounding.py catches these."""
+
+CPP_BUGS = {
+    "wrong group": ("group = head[0] / (heads / groups)", "group = 0"),
+    "softplus always": ("if (is_softplus)", "if (true)"),
+    "bias dropped": ("if (bias) d += added", "if (false) d += added"),
+    "D dropped": ("if (D) y +=", "if (false) y +="),
+    "gate dropped": ("if (z) y *=", "if (false) y *="),
+    "output from the old state": ("y += now * some(c + j)", "y += some(s + j) * some(c + j)"),
+    "state not written": ("if (slot >= 0) state.write", "if (slot >= 99) state.write"),
+    "write slots ignored": ("store(write_slots.table ? write_slots.at(row) : source,", "store(source,"),
+    "null rows not zeroed": ("const float zeros[LANES] = {};", "const float zeros[LANES] = {1};"),
+    "accepted column off by one": ("accepted.at(row) - 1, 0)", "accepted.at(row), 0)"),
+    "numbers beyond the last of a state": (
+        "std::fill(to + dstate, to + padded, 0.0f)",
+        "std::fill(to + dstate, to + padded, 1.0f)",
+    ),
+    "one head for a block of several": (
+        "const bool one_head = head[0] == head[width - 1]",
+        "const bool one_head = true",
+    ),
+    "first token only": ("t < length; t++) {\n        const float d", "t < 1; t++) {\n        const float d"),
+}

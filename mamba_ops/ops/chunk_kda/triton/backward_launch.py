@@ -77,9 +77,9 @@ def chunk_kda_backward(call: "BackwardArguments") -> None:
     with on_device_of(v):
         factors, system = scratch(2, CHUNK, dtype=torch.float32), scratch(CHUNK, CHUNK, dtype=torch.float32)
         weights, inverses, keyed = scratch(CHUNK, CHUNK), scratch(CHUNK, CHUNK), scratch(3, CHUNK, block_k)
-        alone, whole = scratch(CHUNK, v_padded), scratch(block_k, dtype=torch.float32)
+        whole = scratch(block_k, dtype=torch.float32)
         _pairs[(chunks * v_heads * (CHUNK // PART),)](
-            *(q, k, g, cu_seqlens, slots, factors, system, weights),
+            *(q, k, g, cu_seqlens, slots, factors, system, weights, keyed, whole),
             *(scale, q.stride(0), k.stride(0), g.stride(0), slots_stride, length, rows, -1, rows),
             **sizes,
             K_HEADS=k_heads,
@@ -87,26 +87,35 @@ def chunk_kda_backward(call: "BackwardArguments") -> None:
             **forward["_pairs"],
         )
         _solve[(chunks * v_heads,)](
-            *(q, k, v, g, beta, cu_seqlens, slots, factors, system, keyed, alone, whole, inverses),
-            *(k.stride(0), q.stride(0), v.stride(0), g.stride(0), beta.stride(0), slots_stride, length, rows, -1, rows),
-            **sizes,
-            **values,
-            K_HEADS=k_heads,
+            *(beta, cu_seqlens, slots, system, inverses, beta.stride(0), slots_stride, length, rows, -1, rows),
+            V_HEADS=v_heads,
+            CHUNK=CHUNK,
             **forward["_solve"],
         )
         states, adjoints = scratch(v_padded, block_k), scratch(v_padded, block_k)
         new, found = scratch(CHUNK, v_padded), scratch(CHUNK, v_padded)
         _scan[(rows * v_heads * (v_padded // forward["_scan"]["BLOCK"]),)](
-            *(cu_seqlens, state, slots, None, None, None, keyed, alone, whole, weights, states, new),
-            *(None, slots_stride, None, None, slot_stride, head_stride, value_stride, key_stride),
+            *(v, beta, cu_seqlens, state, slots, None, None, None, keyed, whole, inverses, weights, states, new),
+            *(
+                v.stride(0),
+                beta.stride(0),
+                None,
+                slots_stride,
+                None,
+                None,
+                slot_stride,
+                head_stride,
+                value_stride,
+                key_stride,
+            ),
             *(length, -1, rows),
             **sizes,
             **values,
             **forward["_scan"],
         )
         _adjoints[(rows * v_heads * (v_padded // launches["_adjoints"]["BLOCK"]),)](
-            *(grad_output, grad_final_states, cu_seqlens, keyed, whole, weights, adjoints, found, grad_initial),
-            *(grad_output.stride(0), length, rows),
+            *(grad_output, grad_final_states, beta, cu_seqlens, keyed, whole, inverses, weights, adjoints, found),
+            *(grad_initial, grad_output.stride(0), beta.stride(0), length, rows),
             **sizes,
             **values,
             BLOCK_ROWS=128,

@@ -5,7 +5,18 @@ import triton.language as tl
 
 from mamba_ops.ops._triton.common import chunk_bounds, kernel, tile_ptrs
 from mamba_ops.ops._triton.delta_rule import _PART, through_norm
-from mamba_ops.ops.chunk_kda.triton.kernels import load_decays, until_part
+from mamba_ops.ops.chunk_kda.triton.kernels import _LOG2_E, load_decays
+
+
+@triton.jit
+def until_part(g, first, low, high, between, stride, key, in_key, ALIGNED: tl.constexpr):
+    # Of a part's tokens, from `first` on: the decay from each until the part begins before which the logs of whole
+    # parts are `between`; and those with this part's own.
+    t = first + tl.arange(0, _PART)
+    later = load_decays(g, t + 1, low, tl.minimum(first + _PART, high), stride, key, in_key, ALIGNED)
+    opener = tl.load(g + first.to(tl.int64) * stride + key, in_key & (first < high), other=0.0).to(tl.float32) * _LOG2_E
+    decay = tl.exp2(tl.cumsum(later, 0, reverse=True) + between[None, :])
+    return decay, between + (tl.sum(later, 0) + opener)
 
 
 @triton.jit
@@ -128,7 +139,7 @@ def _pair_gradients(
         j = _PART - 1 - back
         token = (begin + j).to(tl.int64)
         after = in_key & (j < _PART - 1) & (token + 1 < high)
-        after = tl.load(g + (token + 1) * g_stride + key, after, other=0.0).to(tl.float32) * 1.4426950408889634
+        after = tl.load(g + (token + 1) * g_stride + key, after, other=0.0).to(tl.float32) * _LOG2_E
         exponents = tl.where(i[:, None] > j, exponents + after[None, :], 0.0)
         decay = tl.exp2(tl.where(i[:, None] >= j, exponents, float("-inf")))
         factor = tl.load(of_keys + part * _PART + j, token < high, other=0.0)

@@ -7,18 +7,21 @@ from mamba_ops.ops._triton.delta_rule import load_numbers
 from mamba_ops.ops.chunk_kda.triton.kernels import load_decays
 
 
-@kernel(first_number="grad_stride", static="keyed whole weights adjoints found")
+@kernel(first_number="grad_stride", static="keyed whole inverses weights adjoints found")
 def _adjoints(
     grad_output,
     grad_final_states,
+    beta,
     cu_seqlens,
     keyed,
     whole,
+    inverses,
     weights,
     adjoints,  # out: (chunks, v_heads, V_PADDED, BLOCK_K), of the state after each chunk
-    found,  # out: (chunks, v_heads, CHUNK, V_PADDED), of what tokens write
+    found,  # out: (chunks, v_heads, CHUNK, V_PADDED), of what tokens find missing, by their strength
     grad_initial_states,
     grad_stride,
+    beta_stride,
     length,
     rows,
     V_HEADS: tl.constexpr,
@@ -54,9 +57,12 @@ def _adjoints(
     for chunk in range(chunks):
         t = begin + (chunks - 1 - chunk) * CHUNK + i
         is_token = (t < begin + count)[:, None]
-        through = tl.load(keyed + number * (3 * CHUNK * BLOCK_K) + of_key)
-        queries = tl.load(keyed + number * (3 * CHUNK * BLOCK_K) + CHUNK * BLOCK_K + of_key)
-        keys = tl.load(keyed + number * (3 * CHUNK * BLOCK_K) + 2 * CHUNK * BLOCK_K + of_key)
+        of_chunk = keyed + number * (3 * CHUNK * BLOCK_K) + of_key
+        through = tl.load(of_chunk, is_token, other=0.0)
+        queries = tl.load(of_chunk + CHUNK * BLOCK_K, is_token, other=0.0)
+        keys = tl.load(of_chunk + 2 * CHUNK * BLOCK_K, is_token, other=0.0)
+        inverse = tl.load(inverses + number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :])
+        strength = load_numbers(beta, head, t, beta_stride, begin + count)
         weight = tl.load(weights + number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :], is_token, other=0.0)
         there = is_token & in_value
         grad = tl.load(tile_ptrs(grad_output + head * V_DIM, t, grad_stride, value, ALIGNED), there, other=0.0)
@@ -67,9 +73,10 @@ def _adjoints(
         turned = tl.trans(grad.to(operand))
         grad_new = tl.dot(after, tl.trans(keys), input_precision=PRECISION)
         grad_new = tl.dot(turned, weight, grad_new, input_precision=PRECISION).to(operand)
-        tl.store(found + number * (CHUNK * V_PADDED) + i[:, None] * V_PADDED + value[None, :], tl.trans(grad_new))
+        solved = tl.dot(grad_new, inverse, input_precision=PRECISION)
+        tl.store(found + number * (CHUNK * V_PADDED) + i[:, None] * V_PADDED + value[None, :], tl.trans(solved))
         grad_s = tl.dot(turned, queries, grad_s * decay[None, :], input_precision=PRECISION)
-        grad_s -= tl.dot(grad_new, through, input_precision=PRECISION)
+        grad_s -= tl.dot((solved * strength[None, :]).to(operand), through, input_precision=PRECISION)
         number -= V_HEADS
     if grad_initial_states is not None:
         tl.store(grad_initial_states + of_row, grad_s, in_state)
@@ -82,9 +89,9 @@ def _products(
     grad_output,
     cu_seqlens,
     system,
-    inverses,  # in: of the systems; out: the gradients of the decayed products of keys
+    inverses,  # out: the gradients of the decayed products of keys
     written,
-    found,  # in: the gradient of what tokens write; out: that of what they find missing, by their strength
+    found,
     weights,  # out: the gradients of the products of queries and keys
     numbers,  # out: (chunks, v_heads, CHUNK), a part of the gradient of beta
     grad_v,
@@ -113,7 +120,6 @@ def _products(
     i = tl.arange(0, CHUNK)
     t = low + i
     square = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
-    turned = tl.trans(tl.load(inverses + square))
     strength = load_numbers(beta, head, t, beta_stride, high)
     grad_weights = tl.zeros([CHUNK, CHUNK], tl.float32)
     grad_system = tl.zeros([CHUNK, CHUNK], tl.float32)
@@ -123,15 +129,14 @@ def _products(
         there = (t < high)[:, None] & (value < V_DIM)[None, :]
         of_values = number * (CHUNK * V_PADDED) + i[:, None] * V_PADDED + value[None, :]
         new = tl.trans(tl.load(written + of_values))
-        solved = tl.dot(turned, tl.load(found + of_values), input_precision=PRECISION)
-        tl.store(found + of_values, solved)
+        solved = tl.load(found + of_values)
         place = tile_ptrs(grad_v + head * V_DIM, t, grad_v_stride, value, ALIGNED)
-        tl.store(place, solved * strength[:, None], there)
+        tl.store(place, solved.to(tl.float32) * strength[:, None], there)
         values = tl.load(tile_ptrs(v + head * V_DIM, t, v_stride, value, ALIGNED), there, other=0.0)
-        given += tl.sum(solved * values.to(tl.float32), axis=1)
+        given += tl.sum(solved.to(tl.float32) * values.to(tl.float32), axis=1)
         grad = tl.load(tile_ptrs(grad_output + head * V_DIM, t, grad_stride, value, ALIGNED), there, other=0.0)
         grad_weights = tl.dot(grad.to(operand), new, grad_weights, input_precision=PRECISION)
-        grad_system = tl.dot(solved.to(operand), new, grad_system, input_precision=PRECISION)
+        grad_system = tl.dot(solved, new, grad_system, input_precision=PRECISION)
     tl.store(weights + square, tl.where(i[:, None] >= i[None, :], grad_weights, 0.0))
     is_earlier = (i[:, None] > i[None, :]) & (t < high)[:, None]
     grad_system = tl.where(is_earlier, -grad_system, 0.0)

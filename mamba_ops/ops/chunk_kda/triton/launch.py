@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 def chunk_kda(call: "Arguments") -> None:
     """Write `output` and the last states; shapes and meaning are the op's, and are not checked again.
 
-    What matrix units are given is rounded to the dtype of q, k and v: the state before a chunk, what its tokens write
-    and what is subtracted for that state, the inverse of its system, queries and keys with their decays, and how much
-    queries read of what each token writes; float32 stays float32, which is slow. Every token of an activation must be
-    dense: others are copied first, and an output that is not is written through a copy. Where a token of q, k, v, g or
-    output or a slot of the state does not start at a multiple of 16 bytes, or a slot is not dense, reads are narrow and
-    slow.
+    What matrix units are given is rounded to the dtype of q, k and v: the state before a chunk, what its tokens
+    write and what they find missing, the inverse of its system, queries and keys with their decays, and how much
+    queries read of what each token writes; of logs of decays two parts are given. float32 stays float32, which is
+    slow. Every token of an activation must be dense: others are copied first, and an output that is not is written
+    through a copy. Where a token of q, k, v, g or output or a slot of the state does not start at a multiple of 16
+    bytes, or a slot is not dense, reads are narrow and slow.
     """
     flat = call.cu_seqlens is not None
     rows = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
@@ -51,7 +51,7 @@ def chunk_kda(call: "Arguments") -> None:
         return torch.empty((chunks, v_heads, *shape), dtype=dtype, device=v.device)
 
     factors, system = scratch(2, CHUNK, dtype=torch.float32), scratch(CHUNK, CHUNK, dtype=torch.float32)
-    weights, keyed, alone = scratch(CHUNK, CHUNK), scratch(3, CHUNK, block_k), scratch(CHUNK, v_padded)
+    weights, inverses, keyed = scratch(CHUNK, CHUNK), scratch(CHUNK, CHUNK), scratch(3, CHUNK, block_k)
     whole = scratch(block_k, dtype=torch.float32)
     places = 0
     for tensor in (q, k, v, g, written):
@@ -74,7 +74,7 @@ def chunk_kda(call: "Arguments") -> None:
     with on_device_of(v):
         if tokens:
             _pairs[(chunks * v_heads * (CHUNK // PART),)](
-                *(q, k, g, cu_seqlens, slots, factors, system, weights),
+                *(q, k, g, cu_seqlens, slots, factors, system, weights, keyed, whole),
                 k_dim**-0.5 if call.scale is None else float(call.scale),
                 *(q.stride(0), k.stride(0), g.stride(0), slots_stride),
                 *(tokens if length is None else length, rows, call.null_slot, slots_of(call.ssm_state)),
@@ -84,29 +84,16 @@ def chunk_kda(call: "Arguments") -> None:
                 **launches["_pairs"],
             )
             _solve[(chunks * v_heads,)](
-                *(q, k, v, g, beta, cu_seqlens, slots, factors, system, keyed, alone, whole, None),
-                *(k.stride(0), q.stride(0), v.stride(0), g.stride(0), beta.stride(0), slots_stride),
+                *(beta, cu_seqlens, slots, system, inverses, beta.stride(0), slots_stride),
                 *(tokens if length is None else length, rows, call.null_slot, slots_of(call.ssm_state)),
-                **of_values,
-                K_HEADS=k_heads,
+                V_HEADS=v_heads,
+                CHUNK=CHUNK,
                 **launches["_solve"],
             )
         _scan[(rows * v_heads * (v_padded // launches["_scan"]["BLOCK"]),)](
-            *(
-                cu_seqlens,
-                ssm_state,
-                slots,
-                write_slots,
-                has_initial_state,
-                written,
-                keyed,
-                alone,
-                whole,
-                weights,
-                None,
-                None,
-            ),
-            *(written.stride(0), slots_stride, write_stride, initial_stride, slot_stride),
+            *(v, beta, cu_seqlens, ssm_state, slots, write_slots, has_initial_state, written),
+            *(keyed, whole, inverses, weights, None, None),
+            *(v.stride(0), beta.stride(0), written.stride(0), slots_stride, write_stride, initial_stride, slot_stride),
             *(head_stride, value_stride, key_stride, tokens if length is None else length, call.null_slot),
             slots_of(call.ssm_state),
             **of_values,
@@ -121,7 +108,7 @@ def block_of_values(block_k: int, block_v: int, itemsize: int, limits: Limits) -
     return min(block_v, most)
 
 
-@tunable_launch(_pairs="num_warps", _solve="num_warps", _scan="BLOCK num_warps num_stages")
+@tunable_launch(_pairs="num_warps", _solve="", _scan="BLOCK num_warps num_stages")
 def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launches:
     """What is multiplied in which precision, too; a block of v has a matrix product's shortest side at least.
 
@@ -129,17 +116,17 @@ def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launch
     """
     block_k, block_v = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))
     itemsize = 4 if operand == "float32" else 2
-    block = block_of_values(block_k, block_v, itemsize, limits)
-    read_ahead = (CHUNK * (3 * block_k + block + CHUNK) + block * block_k) * itemsize
+    block = min(
+        block_of_values(block_k, block_v, itemsize, limits), 32
+    )  # more programs, which walk one after the other
+    read_ahead = (CHUNK * (3 * block_k + block + 2 * CHUNK) + block * block_k) * itemsize
     stages = 2 if itemsize == 2 and 4 * read_ahead <= 3 * limits.shared_memory else 1
     precisions = precisions_of(operand, limits)
     part = {"BLOCK_ROWS": 128, "MODERATE": 4.0 if operand == "float16" else 60.0, "PRECISION": precisions["EXACT"]}
-    solve = {"BLOCK_ROWS": 128, "BLOCK": min(block_k, block_v, 64 if itemsize == 2 else 32), **precisions}
+    part |= {"num_warps": 2 if block_k <= 64 or itemsize == 4 else 4, "num_stages": 1}
+    if itemsize == 2 and block_k == 128:
+        part |= limits.registers(168)
+    # Not four warps, nor may a table set them: Triton 3.6 gave Hopper's matrix units wrong numbers of the inverse.
+    solve = {"BLOCK_ROWS": 128, "PRECISION": precisions["PRECISION"], "num_warps": 2, "num_stages": 1}
     scan = {"BLOCK_ROWS": 128, "BLOCK": block, "PRECISION": precisions["EXACT"]}
-    return {
-        "_pairs": part | {"num_warps": 2 if block_k <= 128 else 4, "num_stages": 1},
-        # Not four warps: Hopper's matrix units would read the inverse from registers, and Triton 3.6 then gives them
-        # wrong numbers where BLOCK is less than 64.
-        "_solve": solve | {"num_warps": 2, "num_stages": 1},
-        "_scan": scan | {"num_warps": 4, "num_stages": stages},
-    }
+    return {"_pairs": part, "_solve": solve, "_scan": scan | {"num_warps": 4, "num_stages": stages}}
