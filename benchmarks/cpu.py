@@ -54,6 +54,10 @@ def free_ops() -> Iterator[str]:
         backend.remove()
 
 
+def clock_of(options: argparse.Namespace) -> Callable[[], float]:
+    return time.process_time if options.busy else time.perf_counter
+
+
 @contextmanager
 def side(model: Any, name: str, backend: str | None) -> Iterator[None]:
     """Within the block, the model runs as a side does: stock, or on our ops, on a backend."""
@@ -64,15 +68,17 @@ def side(model: Any, name: str, backend: str | None) -> Iterator[None]:
         yield
 
 
-def fastest(model: Any, call: Call, sides: dict[str, str | None], turns: int) -> tuple[measure.Row, dict[str, Any]]:
+def fastest(
+    model: Any, call: Call, sides: dict[str, str | None], turns: int, clock: Callable[[], float]
+) -> tuple[measure.Row, dict[str, Any]]:
     """Seconds of each side's fastest turn, after one that does not count, and what that one returned."""
     found, returned = dict.fromkeys(sides, math.inf), {}
     for turn in range(turns + 1):
         for name, backend in sides.items():
             with side(model, name, backend):
-                start = time.perf_counter()
+                start = clock()
                 result = call()
-                took = time.perf_counter() - start
+                took = clock() - start
             if turn:
                 found[name] = min(found[name], took)
             else:
@@ -97,7 +103,7 @@ def measured(
     rows = []
     for task, (call, turns) in tasks.items():
         row: measure.Row = {"model": name, "task": task, "width": width, "dtype": str(dtype).removeprefix("torch.")}
-        times, returned = fastest(model, call, sides, turns)
+        times, returned = fastest(model, call, sides, turns, clock_of(options))
         row |= {"threads": threads, "goal": GOALS[name, task], **times}
         if task == "prefill":
             row["error"] = error(returned)
@@ -124,9 +130,11 @@ def compiled(options: argparse.Namespace, sides: dict[str, str | None]) -> list[
         model = new_model("mamba2", options.layers, width, CPU)
         tokens, fast = torch.randint(1024, (1, options.length)), torch.compile(model)
         row: measure.Row = {"model": "mamba2", "task": "compiled", "width": width, "dtype": "float32"}
-        times, _ = fastest(
-            model, lambda fast=fast, tokens=tokens: fast(tokens, use_cache=False).logits, sides, options.turns
-        )
+
+        def read(fast: Any = fast, tokens: torch.Tensor = tokens) -> object:
+            return fast(tokens, use_cache=False).logits
+
+        times, _ = fastest(model, read, sides, options.turns, clock_of(options))
         rows.append(row | {"threads": threads, "goal": 1.4, **times})
         print(rows[-1], file=sys.stderr, flush=True)
     return rows
@@ -167,12 +175,15 @@ def main() -> int:
     parser.add_argument("--decode", type=int, default=32, help="tokens that are generated after a prompt of 8")
     parser.add_argument("--turns", type=int, default=5, help="of prefill; decoding has twice as many")
     parser.add_argument("--backends", nargs="*", default=(), help="measured beside the default order")
+    parser.add_argument("--busy", action="store_true", help="count processor time: for one thread, on a busy machine")
     parser.add_argument("--compile", action="store_true", help="Mamba-2 compiled, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     parser.add_argument(
         "--save", type=Path, nargs="?", const=results, metavar="FOLDER", help="write a dated page (default: results/)"
     )
     options = parser.parse_args()
+    if options.busy and tuple(options.threads) != (1,):
+        raise SystemExit("benchmarks.cpu: --busy counts the time of all threads, waiting ones too; add --threads 1")
     rows: list[measure.Row] = []
     with torch.no_grad(), quiet_transformers(), free_ops() as free:
         sides = {"stock": None, "ours": None, **{name: name for name in options.backends}, "free": free}
@@ -189,7 +200,8 @@ def main() -> int:
     }
     notes = [
         f"one row of {options.length} tokens, and {options.decode} tokens by generate after 8; {options.layers} layers",
-        "the fastest of turns that all sides take in one process; ops: what ours takes above ops that write zeros",
+        f"the fastest of turns that all sides take in one process{', processor time' if options.busy else ''}",
+        "ops: what ours takes above ops that write zeros",
         f"torch {torch.__version__}, Transformers {version('transformers')}",
     ]
     tables = {"Stock over ours": (columns(list(options.backends)), rows)}

@@ -170,6 +170,13 @@ def test_it_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_empty_cache")
+def test_a_warm_up_builds_it() -> None:
+    mamba_ops.warm_up("causal_conv1d_update", device="cpu", backends=["cpp"])
+    with no_jit():
+        front_on(mamba_ops.causal_conv1d_update, "cpp")(*usual_call())
+
+
+@pytest.mark.usefixtures("_empty_cache")
 def test_not_while_nothing_may_be_compiled() -> None:
     with no_jit(), pytest.raises(mamba_ops.registry.CompilationError, match=r"causal_conv1d_update \(C\+\+\)"):
         front_on(mamba_ops.causal_conv1d_update, "cpp")(*usual_call())

@@ -78,7 +78,7 @@ def files_of(folder: Path) -> set[str]:
     return {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.suffix in (".j2", ".json", ".py", ".typed") and "__pycache__" not in path.parts
+        if path.suffix in (".cpp", ".h", ".j2", ".json", ".py", ".typed") and "__pycache__" not in path.parts
     }
 
 
