@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from mamba_ops import registry
 from mamba_ops.commands.watch import watch_compiler
-from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
+from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, ShortConv
 from mamba_ops.registry import mark_splitting, record_selections, splitting_ops, use_backend
 from mamba_ops.serving import Plan
 from tests.conftest import ACCELERATOR
@@ -189,3 +189,100 @@ def test_the_pieces_are_captured(events: Events) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert watch.recordings == len(OURS) + 1
     assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+# -- stand-ins of how engines cut -------------------------------------------------------------------------------------
+
+
+class EveryMixer(nn.Module):
+    """A layer of each kind that has a mixing op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [
+            Mamba(HIDDEN, d_inner=24, dstate=8, dt_rank=3),
+            Mamba2(HIDDEN, heads=4, head_dim=8, dstate=8, chunk_size=8),
+            GatedDeltaNet(HIDDEN, num_k_heads=2, num_v_heads=4, head_k_dim=8, head_v_dim=4),
+            KimiDeltaAttention(HIDDEN, num_heads=2, head_dim=8),
+            ShortConv(HIDDEN),
+        ]
+        self.layers = nn.ModuleList(layers).to(DEVICE)
+        self.caches = [layer.empty_caches(SLOTS) for layer in layers]
+
+    def forward(self, hidden: Tensor, plan: Plan) -> Tensor:
+        for layer, caches in zip(self.layers, self.caches, strict=True):
+            hidden = hidden + layer(hidden.sin(), *caches, plan=plan)
+        return hidden
+
+    def forget(self) -> None:
+        for caches in self.caches:
+            for cache in caches:
+                cache.zero_()
+
+
+MIXING = [f"mamba_ops::{kind}_mixing" for kind in ("mamba", "mamba2", "gdn", "kda", "short_conv")]
+
+
+def as_vllm_splits(target: Any, ops: list[str]) -> bool:
+    """The rule of vLLM 0.33's FX split: a packet by its qualified name, an overload with its own name or without."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name in ops
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    name = target._schema.name
+    return name in ops or f"{name}.{target._overloadname}" in ops
+
+
+def as_sglang_splits(target: Any, ops: list[str]) -> bool:
+    """The rule of SGLang's piecewise graphs."""
+    return str(target) in ops
+
+
+def numbers_of(rule: Callable[[Any, list[str]], bool], ops: list[str], gm: GraphModule) -> dict[Any, int]:
+    """Number the pieces as both engines do: each splitting op begins one, and the node after it the next."""
+    number, found, cuts = 0, {}, False
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        splits = node.op == "call_function" and rule(node.target, ops)
+        number += splits or cuts
+        cuts, found[node] = splits, number
+    return found
+
+
+@pytest.mark.parametrize("rule", [as_vllm_splits, as_sglang_splits])
+def test_engines_cut_at_every_mixing_op(rule: Callable[[Any, list[str]], bool]) -> None:
+    """By the list as it is: a piece for each op, with nothing else in it, and one between, before and after."""
+    from torch.fx.passes.split_module import split_module
+
+    ops, pieces = splitting_ops(as_targets=rule is as_sglang_splits), list[list[str]]()
+
+    def backend(gm: GraphModule, inputs: list[Any]) -> Any:
+        numbers = numbers_of(rule, ops, gm)
+        module = split_module(gm, gm, lambda node: numbers[node], keep_original_order=True)
+        for _, piece in module.named_children():
+            nodes = [node for node in piece.graph.nodes if node.op == "call_function"]
+            pieces.append([registry._torch.schema_name(n.target) for n in nodes if rule(n.target, ops)])
+            assert not pieces[-1] or len(nodes) == 1
+        return module
+
+    model, events = EveryMixer(), Events()
+    torch._dynamo.reset()
+    happened = events.of_a_call(torch.compile(model, backend=backend, fullgraph=True, dynamic=False), model)
+    assert happened == MIXING
+    assert pieces == [part for op in MIXING for part in ([], [op])] + [[]]
+
+
+def test_inductor_partitions_at_every_mixing_op(by_inductor: Any) -> None:
+    """As vLLM has it with use_inductor_graph_partition: the list in Inductor's own option."""
+    assert by_inductor(EveryMixer(), Events()) == pieces_between(*MIXING)
+
+
+def test_every_mixing_op_is_in_the_list() -> None:
+    mixing = {op.qualname for op in registry.ops().values() if "counts" in {p.name for p in op.parameters}}
+    assert mixing == set(MIXING) <= set(splitting_ops())
+    targets = splitting_ops(as_targets=True)
+    for name in mixing:
+        packet = getattr(torch.ops.mamba_ops, name.partition("::")[2])
+        assert {str(packet), str(packet.default)} <= set(targets)

@@ -48,6 +48,13 @@ class Model(nn.Module):
         self.pool = StatePool.of(dict(self.layers.items()), slots, columns=columns, dtype=dtype, state_dtype=dtype)
         return self.pool
 
+    def first(self, count: int) -> "Model":
+        """A small model to draft with: the first layers, between the same embedding and head."""
+        small = Model("")
+        small.embedding, small.head = self.embedding, self.head
+        small.layers = nn.ModuleDict(list(self.layers.items())[:count])
+        return small
+
     def forward(self, tokens: Tensor, plan: Plan | None = None) -> Tensor:
         """The logits after each of a step's tokens; without a plan, of one text."""
         hidden = self.embedding(tokens)
@@ -295,7 +302,7 @@ def new_prompts(count: int, seed: int) -> list[list[int]]:
 
 
 def main(
-    requests: Annotated[int, typer.Option(help="How many requests.")] = 32,
+    requests: Annotated[int, typer.Option(help="How many requests.")] = 24,
     drafts: Annotated[int, typer.Option(help="Tokens that the small model guesses in a step, at most.")] = 3,
     seed: Annotated[int, typer.Option(help="Of weights and prompts.")] = 0,
 ) -> None:
@@ -304,7 +311,6 @@ def main(
     device = device or torch.device("cpu")
     torch.manual_seed(seed)
     model = Model().requires_grad_(False).to(device, torch.float64)
-    small = Model("mamba2", hidden=16).requires_grad_(False).to(device, torch.float64)
     runner = PiecewiseRunner(
         model,
         max_tokens=128,
@@ -316,7 +322,7 @@ def main(
         device=device,
         compile_piece="eager" if device.type == "cpu" else "inductor",
     )
-    engine = Engine(model, drafts=drafts, draft=Drafter(small, 9), run=runner)
+    engine = Engine(model, drafts=drafts, draft=Drafter(model.first(3), 9), run=runner)
     prompts = new_prompts(requests, seed)
     work = [Request(list(prompt), 12) for prompt in prompts]
     for request in work:

@@ -28,7 +28,7 @@ PRIVATE = (
     "torch._dynamo.decorators:_dynamo_marked_constant",
     "torch._C:_cuda_getCurrentRawStream",
     "torch._C:_xpu_getCurrentRawStream",
-    "torch._inductor.cudagraph_trees:get_manager",
+    "torch._inductor.cudagraph_trees:CUDAGraphNode._record",
     "torch._inductor.config:custom_should_partition_ops",
     "torch.multiprocessing.reductions:StorageWeakRef",
     "torch.library:Library._destroy",
@@ -168,18 +168,23 @@ def current_stream_of(device: torch.device) -> Callable[[int], int] | None:
     return getattr(torch._C, f"_{device.type}_getCurrentRawStream", None)
 
 
-def inductor_records(device: torch.device) -> bool:
-    """Return whether it is Inductor that captures a graph now: it has a stream of its own for that."""
+def inductor_records() -> bool:
+    """Return whether it is Inductor that captures a graph in this thread now: whether its function for that is running.
+
+    Whose stream is current would not tell: a thread may record with what Inductor made for another one.
+    """
     if (trees := sys.modules.get("torch._inductor.cudagraph_trees")) is None:
         return False
-    if not hasattr(trees, "get_manager"):
-        _warn_once("cudagraph_trees.get_manager", "a swap may warn of graphs that torch records anew by itself")
+    record = getattr(getattr(trees, "CUDAGraphNode", None), "_record", None)
+    if record is None:
+        _warn_once("CUDAGraphNode._record", "a swap may warn of graphs that torch records anew by itself")
         return False
-    try:
-        manager = trees.get_manager(device.index, create_if_none_exists=False)
-    except AssertionError:  # it has never recorded anything in this thread
-        return False
-    return manager is not None and bool(torch.get_device_module(device).current_stream(device) == manager.stream)
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        if caller.f_code is record.__code__:
+            return True
+        frame = caller
+    return False
 
 
 def partition_at(names: list[str]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def noticing_swaps() -> Iterator[None]:
 
 def note(op: "Op[...]", backend: str, refused: Iterable[str], device: torch.device, *, has_token: bool) -> None:
     """Remember that a call of the op is being captured, unless the code that captures notices swaps."""
-    if not _notices.get() and not (has_token and _torch.inductor_records(device)):
+    if not _notices.get() and not (has_token and _torch.inductor_records()):
         settings = _settings_of(op, dispatcher.current())
         dispatcher.captured[op] = Captured(backend, frozenset(refused), settings, device.type)
 

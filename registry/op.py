@@ -277,7 +277,7 @@ class Op(Trainable, Generic[P]):
         snapshot = dispatcher.current()
         if selection_token is not None:
             named = token.named_by(selection_token)
-            if named is None and _torch.inductor_records(device_of(arguments)):
+            if named is None and _torch.inductor_records():
                 raise errors.RegistryError(
                     f"{self.qualname}: got a recording by torch.compile (a CUDA graph) in a thread whose asyncio tasks "
                     "select backends, expected one selection for the thread, as a replay runs no Python that could "

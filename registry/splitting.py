@@ -36,13 +36,22 @@ class SplitGraph(NamedTuple):
     subgraphs: list[Subgraph]
 
 
-def splitting_ops() -> list[str]:
+def splitting_ops(*, as_targets: bool = False) -> list[str]:
     """Return the qualified names (`namespace::op`) of all ops at which engines may cut a graph.
 
     Those are the ops declared with `splits_graph=True`, and what `mark_splitting` said.
+
+    Args:
+        as_targets: return what `str()` says of the targets of graphs' nodes, for engines that compare with that, as
+            SGLang does: of each op `namespace.op`, and `namespace.op.default`, as its overload is called.
     """
     declared = [op.qualname for op in dispatcher.ops.values() if op.splits_graph and _marked.get(op.qualname, True)]
-    return declared + [name for name, splits in _marked.items() if splits and name not in declared]
+    names = declared + [name for name, splits in _marked.items() if splits and name not in declared]
+    if not as_targets:
+        return names
+    return [
+        target + overload for name in names for target in [name.replace("::", ".")] for overload in ("", ".default")
+    ]
 
 
 def mark_splitting(op: "Op[...] | str | Any", splits: bool = True) -> None:

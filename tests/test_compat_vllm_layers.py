@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mamba_ops import registry
 from mamba_ops.compat import vllm
 from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2, ShortConv
+from mamba_ops.ops._common.sequences import NO_PLAN
 from mamba_ops.registry import splitting_ops, use_backend
 from mamba_ops.serving import ForwardContext, PiecewiseRunner, Plan, StatePool, forward_context
 from tests.vllm_inputs import DEVICE, close, normal
@@ -94,9 +95,7 @@ def test_without_a_plan_outputs_are_zero(why: str) -> None:
     plan = Plan.of([0], [3], [2], max_requests=6, null_slot=0, device=DEVICE)
     context = {
         "no plan": model.context,
-        "an empty plan": ForwardContext(
-            model.layers, model.pool.caches, Plan(Plan.zeros(3).tensors._make([None] * 7), 3)
-        ),
+        "an empty plan": ForwardContext(model.layers, model.pool.caches, Plan(NO_PLAN, 3)),
         "another layer": ForwardContext({}, {}, plan),
     }[why]
     out, hidden_out, core, z = normal(3, 32), normal(3, 16), normal(3, 4, 4), normal(3, 4, 4)

@@ -45,6 +45,7 @@ def ran_on(target, k_dim=128, dtype="bfloat16"):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # whole compiles: in float32 for RDNA over a minute of processor time
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("target", ["sm_86", "sm_120", "gfx1100", "gfx90a", B580], ids=str)
 def test_the_gated_delta_rule_runs_on_gpus(target, dtype):
@@ -94,6 +95,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("target", ["gfx1100", "sm_86", "sm_75", B580], ids=str)
 def test_every_op_ends_on_a_backend_that_runs_with_one_sentence_at_most(target):
     found = compiled_for_a_gpu(EVERY_OP, target if isinstance(target, str) else json.dumps(target))

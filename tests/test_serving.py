@@ -317,3 +317,18 @@ def test_many_runners_over_one_class_of_models() -> None:
         runner = runner_of(small, graphs=None)
         for computed, new in ((0, 3), (3, 1)):
             as_eager(runner, small, plan_of([computed], [new], [0]))
+
+
+def test_steps_that_share_prefixes_are_as_in_the_eager_model(model: Model) -> None:
+    """One that keeps a state runs piecewise; decodes, with the same tensors in their plan, as one graph."""
+    runner = runner_of(model, shared=True, rounds=2)
+    runner.prepare(torch.zeros(1, 16, device=DEVICE, dtype=torch.float64))
+    steps = [
+        plan_of([0, 0], [5, 3], [1, 2], keep=[{2: 4}, None], rounds=2),
+        plan_of([2], [1], [3], sources=[4], rounds=2),
+        plan_of([5, 3, 3], [1, 1, 1], [1, 2, 3], sources=[None] * 3, rounds=2),
+    ]
+    for plan in steps * 2:
+        as_eager(runner, model, plan)
+    assert runner.steps == {"piecewise": 4, "full": 2}
+    assert len(runner.backend.graphs) == 2  # one of them for a single token

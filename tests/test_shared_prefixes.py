@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import mamba_ops
+from benchmarks import prefixes
 from examples.shared_prefixes import Engine, Model, Request, is_as_alone
 from mamba_ops.registry import Backend, use_backend
 from mamba_ops.serving import NoFreeSlot, PiecewiseRunner, Plan, PrefixCache, StatePool
@@ -274,3 +275,17 @@ class TestPrefixCache:
     def test_a_block_is_a_whole_number_of_tokens(self, size: Any) -> None:
         with pytest.raises(ValueError, match=r"^PrefixCache: block_size: got .*, expected a whole number, 1 at least"):
             PrefixCache(StatePool({}, 4), size)
+
+
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2", "GatedDeltaNet", "KimiDeltaAttention", "ShortConv"])
+def test_the_benchmark_reads_what_it_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way of reading runs, and the times are in the order of its columns."""
+    clock = iter(range(100))
+
+    def once(call: Any, device: torch.device) -> float:
+        call()
+        return next(clock)
+
+    monkeypatch.setattr(prefixes, "microseconds", once)
+    layer = prefixes.layers_of(32, 16)[name]
+    assert prefixes.times_of(layer, 24, 8, DEVICE, torch.float32) == [*range(len(prefixes.ROUNDS) + 3)]

@@ -7,6 +7,7 @@ that, once in a process, and reports end with the same sentence.
 import contextlib
 import functools
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from traceback import FrameSummary
@@ -102,6 +103,12 @@ def replace(stack: contextlib.ExitStack, name: str, around: Callable[..., Any]) 
         if hasattr(target, last):
             stack.enter_context(mock.patch.object(target, last, replaced))
     return True
+
+
+def let_triton_be_found(stack: contextlib.ExitStack) -> None:
+    """Until the stack closes, torch takes an installed Triton to be usable, as where its device is."""
+    found = importlib.util.find_spec("triton") is not None
+    replace(stack, HAS_TRITON, lambda original, **options: found)  # torch 2.15 asks with one
 
 
 def set_value(name: str, value: Any) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -36,9 +35,8 @@ def traced_as_if_present(device: str, on_assumption: Callable[[str], None] | Non
         kept = {name: value for name, value in options.items() if name in ("fullgraph", "dynamic", "disable")}
         return compile_as_asked(model, backend=_lower, **kept)
 
-    has_triton = importlib.util.find_spec("triton") is not None
     with contextlib.ExitStack() as stack:
-        _torch.replace(stack, _torch.HAS_TRITON, lambda original: has_triton)
+        _torch.let_triton_be_found(stack)
         let_devices_be_entered(stack, kind)
         stack.enter_context(present(kind))
         _torch.replace(stack, "torch.nn:Module._apply", _apply)

@@ -1,7 +1,6 @@
 """Runs a model under the collector: eagerly once, then compiled, call after call."""
 
 import contextlib
-import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -253,11 +252,10 @@ def _trace_absent(
 ) -> None:
     report = collector.report
     note_absence(report, device)
-    has_triton = importlib.util.find_spec("triton") is not None
     with contextlib.ExitStack() as stack:
         stack.enter_context(collector.listen())
         # Dynamo recognises a Triton launch only where a device could run it.
-        _torch.replace(stack, _torch.HAS_TRITON, lambda original: has_triton)
+        _torch.let_triton_be_found(stack)
         let_devices_be_entered(stack, device)
         stack.enter_context(present(device))
         tracer = absent.Tracer(fn, device=device.type, dynamic=dynamic, on_assumption=collector.assumption)

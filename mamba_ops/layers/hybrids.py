@@ -223,9 +223,6 @@ class ZambaMamba(Mamba, of_model="zamba"):
         )
         return cast(Tensor, self.out_proj(y))
 
-    def _forward_plan(self, hidden_states: Tensor, caches: ConvAndState, plan: HasPlan) -> Tensor:
-        raise self._wrong("plan", "a plan", "None: there is no mixing op for this layer")
-
     def _decode(self, hidden_states: Tensor, caches: ConvAndState, rows: DecodeArgs) -> Tensor:
         x, z = self._project(hidden_states, caches)
         x = rows.bind(causal_conv1d_update)(x, caches.conv_state, *self.conv1d())

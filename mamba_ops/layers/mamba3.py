@@ -208,9 +208,6 @@ class Mamba3(Mixer[Mamba3Caches]):
         read: Any = mamba3_chunk_scan
         return self._output(read(*tokens, self.chunk_size, **options), z)
 
-    def _forward_plan(self, hidden_states: Tensor, caches: Mamba3Caches, plan: HasPlan) -> Tensor:
-        raise self._wrong("plan", "a plan", "None: there is no mixing op for this layer yet")
-
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Any]]:
         """Return the gate, what the ops take for each token, and their keywords."""
         projected = cast(Tensor, self.in_proj(hidden_states)).split(self.projected, dim=-1)

@@ -156,7 +156,7 @@ class Mixer(nn.Module, Generic[C]):
         raise NotImplementedError
 
     def _forward_plan(self, hidden_states: Tensor, caches: C, plan: HasPlan) -> Tensor:
-        raise NotImplementedError
+        raise self._wrong("plan", "a plan", "None: there is no mixing op for this layer")
 
 
 class RecurrentMixer(Mixer[ConvAndState]):

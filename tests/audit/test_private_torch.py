@@ -1,6 +1,7 @@
 """Without a private name of torch an audit still gives a report, with less detail; one warning says what is lost."""
 
 import ast
+import contextlib
 import importlib.util
 import json
 import os
@@ -282,3 +283,14 @@ def private_names(path: Path) -> Iterator[str]:
             name = ast.unparse(node)
             if name.startswith("torch.") and not name.startswith("torch.ops."):
                 yield name
+
+
+def test_what_stands_for_a_private_function_takes_what_newer_releases_ask_with():
+    """Torch 2.15 says whether it means the CPU too; the audit called that an error of the compiler."""
+    from torch.utils import _triton
+
+    found = importlib.util.find_spec("triton") is not None
+    with contextlib.ExitStack() as stack:
+        _torch.let_triton_be_found(stack)
+        assert _triton.has_triton(include_cpu=True) is found
+        assert _triton.has_triton() is found

@@ -3,9 +3,11 @@
 `compile_tests/test_swap_graphs.py` has the same with real graphs, on a GPU.
 """
 
+import importlib
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from mamba_ops import registry
-from mamba_ops.registry import Op, RegistryError, noticing_swaps, use_backend
+from mamba_ops.registry import Op, RegistryError, _torch, noticing_swaps, use_backend
 from tests.registry.toys import adapter, call
 
 Capture = Callable[[], Any]
@@ -130,3 +132,17 @@ def test_a_recording_holds_the_selection_that_its_token_names(add: Op[...], capt
             assert float(out[0]) == mark
         add.overload(total, x, bias=None, scale=1.0, output=out, selection=two)  # not captured: the one in force
         assert float(out[0]) == 2.0
+
+
+def test_what_inductor_records_is_told_by_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the thread that records alone, whatever made the recording's stream."""
+    trees = importlib.import_module("torch._inductor.cudagraph_trees")
+
+    class Node:
+        def _record(self) -> list[bool]:
+            with ThreadPoolExecutor(1) as other:
+                return [_torch.inductor_records(), other.submit(_torch.inductor_records).result()]
+
+    monkeypatch.setattr(trees, "CUDAGraphNode", Node)
+    assert Node()._record() == [True, False]
+    assert not _torch.inductor_records()

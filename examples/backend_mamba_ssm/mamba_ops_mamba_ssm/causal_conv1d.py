@@ -23,6 +23,7 @@ def causal_conv1d(
     cu_seqlens: Tensor | None = None,
     conv_state: Tensor | None = None,
     slots: Tensor | None = None,
+    write_slots: Tensor | None = None,
     has_initial_state: Tensor | None = None,
     silu: bool = True,
     null_slot: int = -1,
@@ -31,7 +32,8 @@ def causal_conv1d(
     rows, _, dim = x.shape
     history = weight.shape[1] - 1
     weight, bias = _weights(weight, bias)
-    slot, is_active = (table[:, 0] for table in slot_tables.row_slots(slots, rows, null_slot, x.device))
+    is_empty = torch.zeros(rows, dtype=torch.bool, device=x.device)
+    slot, is_active, target, stored = slot_tables.row_ends(slots, write_slots, null_slot, is_empty, None)
     initial = last = None
     if conv_state is not None:
         last = x.new_empty(rows, history, dim).transpose(1, 2)
@@ -45,7 +47,7 @@ def causal_conv1d(
     if slots is not None:
         output.masked_fill_(~is_active.view(-1, 1, 1), 0)
     if conv_state is not None and last is not None:
-        slot_tables.store_rows(conv_state[:, :, :history], slot, last, is_active)
+        slot_tables.store_rows(conv_state[:, :, :history], target, last, stored)
 
 
 def causal_conv1d_update(
