@@ -52,7 +52,8 @@ def mutate(arguments: Arguments, name: str, pick: Pick) -> str | None:
 
 def in_memory_of(other: Tensor, like: Tensor) -> Tensor:
     """Return a tensor of one shape in another's memory, if it fits; else the other itself."""
-    fits = other.is_contiguous() and other.numel() >= like.numel()
+    # Of a DTensor without numbers torch looks for a view for ever.
+    fits = type(other) is Tensor and other.is_contiguous() and other.numel() >= like.numel()
     return other.view(-1)[: like.numel()].view(like.shape) if fits else other
 
 
