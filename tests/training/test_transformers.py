@@ -293,7 +293,9 @@ def test_what_stock_ignores_is_ignored(name: str) -> None:
     def loop() -> Tensor:
         others = {"cache_position": torch.arange(tokens.shape[1]), "token_type_ids": torch.zeros_like(tokens)}
         out = model(tokens, use_cache=True, **others)
-        return model(tokens[:, -1:], **cache_of(out), use_cache=True, cache_position=torch.tensor([tokens.shape[1]])).logits
+        return model(
+            tokens[:, -1:], **cache_of(out), use_cache=True, cache_position=torch.tensor([tokens.shape[1]])
+        ).logits
 
     stock = loop()
     with use_mamba_ops(model):
