@@ -200,6 +200,8 @@ def test_the_inner_function_projects_what_is_not_given(given: str) -> None:
     torch.testing.assert_close(got, y.mT @ out_proj.t())
     with pytest.raises(ValueError, match=r"mamba_inner_fn: x_proj_weight: got \d+ rows, expected \d+: the step's rank"):
         parts.mamba_inner_fn(xz, conv, bias, torch.randn(5, 6), dt_proj, out_proj, None, A, **options)
+    with pytest.raises(ValueError, match=r"mamba_inner_fn: xz: got shape \(\d+, \d+\), expected \(batch, 2 \* dim, le"):
+        parts.mamba_inner_fn(xz[0], conv, bias, x_proj, dt_proj, out_proj, None, A, **options)
 
 
 # -- norms ------------------------------------------------------------------------------------------------------------

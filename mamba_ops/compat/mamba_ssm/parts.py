@@ -69,6 +69,8 @@ def mamba_inner_fn(
     }
     floating(name, xz=xz, **convolution, **weights, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
     numbers(name, b_c_dt_rms_eps=b_c_dt_rms_eps)
+    if xz.dim() != 3:
+        raise ValueError(f"{name}: xz: got shape {tuple(xz.shape)}, expected (batch, 2 * dim, length)")
     rank, dstate = delta_proj_weight.shape[1], A.shape[-1]
     x, z = xz.chunk(2, dim=1)
     packed: dict[str, Any] = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}

@@ -1,4 +1,4 @@
-"""Builds the C++ kernels: each once for a machine and its compiler, in about three seconds, kept on disk."""
+"""Builds the C++ kernels: each once for a machine and its compiler, in some seconds, kept on disk."""
 
 import ctypes
 import functools
