@@ -93,6 +93,29 @@ def wide_sample(name: str) -> Sample:
 
 
 @pytest.mark.parametrize(("backend", "name"), CASES)
+def test_wide_calls_in_any_layout(backend: str, name: str) -> None:
+    """Every tensor lies in memory with its first dimension innermost."""
+    op, sample = getattr(mamba_ops, name.partition(",")[0]), wide_sample(name)
+
+    def turned(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        backwards = range(value.dim() - 1, -1, -1)
+        return value.permute(*backwards).contiguous().permute(*backwards)
+
+    judge(op, Sample(name, (), {n: turned(v) for n, v in sample.kwargs.items()}), front_on(op, backend))
+
+
+@pytest.mark.parametrize(("backend", "name"), [case for case in CASES if "_update" in case.values[1]])
+def test_a_step_has_the_same_bits_with_slots(backend: str, name: str) -> None:
+    op, slots = getattr(mamba_ops, name.partition(",")[0]), torch.arange(ROWS)
+    plain, looked_up = (wide_sample(name).kwargs for _ in range(2))
+    assert torch.equal(front_on(op, backend)(**plain), front_on(op, backend)(**looked_up, slots=slots))
+    state = "ssm_state" if "ssm_state" in plain else "conv_state"
+    assert torch.equal(plain[state], looked_up[state])
+
+
+@pytest.mark.parametrize(("backend", "name"), CASES)
 def test_an_infinity_stays_in_its_channel(backend: str, name: str) -> None:
     op = getattr(mamba_ops, name.partition(",")[0])
     given, other = (wide_sample(name).kwargs for _ in range(2))

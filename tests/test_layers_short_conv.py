@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from mamba_ops import use_backend
+from mamba_ops.compat.transformers import cache_keyword
 from mamba_ops.layers import ShortConv
 from mamba_ops.serving import Plan
 
@@ -38,13 +39,13 @@ def test_a_batch_padded_on_the_left(pair: tuple[Any, ShortConv], device: torch.d
     mask = torch.arange(most, device=device) >= most - torch.tensor(lengths, device=device).unsqueeze(1)
     hidden, more = torch.randn(3, most, HIDDEN, device=device), torch.randn(3, 5, HIDDEN, device=device)
     cache, caches = transformers.DynamicCache(config=mixer.config), layer.empty_caches(3)
-    expected = mixer(hidden, past_key_values=cache, attention_mask=mask)
+    expected = mixer(hidden, **{cache_keyword(mixer): cache}, attention_mask=mask)
     got = layer(hidden * mask.unsqueeze(-1), *caches)
     close(got, expected)
     for row, length in enumerate(lengths):
         close(got[row, most - length :], layer(hidden[row : row + 1, most - length :])[0])
     for token in more.split(1, dim=1):
-        close(layer.step(token, *caches), mixer(token, past_key_values=cache))
+        close(layer.step(token, *caches), mixer(token, **{cache_keyword(mixer): cache}))
 
 
 def test_packed_documents_are_as_alone(pair: tuple[Any, ShortConv], device: torch.device) -> None:

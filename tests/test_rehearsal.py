@@ -1,6 +1,7 @@
 """What a GPU cannot run is refused in a sentence before anything runs, on stand-ins for GPUs that are not here."""
 
 import json
+import re
 
 import pytest
 
@@ -113,12 +114,12 @@ def test_every_op_ends_on_a_backend_that_runs_with_one_sentence_at_most(target):
 BY_NAME = """
 import torch
 import mamba_ops
-from mamba_ops.cold_start.targets import StandIn, target_of
+from mamba_ops.cold_start.targets import StandIn, Target
 from mamba_ops.ops._triton import launch_config
 from mamba_ops.registry import NoBackendError, use_backend
 import triton
 
-triton.runtime.driver.set_active(StandIn(target_of("sm_75")))
+triton.runtime.driver.set_active(StandIn(Target("small", "cuda", 75, 32, 24_576)))
 launch_config.forget_device()
 op, errors = mamba_ops.chunk_gated_delta_rule, []
 sample = op.make_samples("cpu", k_dim=128, v_dim=128)[0]
@@ -154,7 +155,8 @@ print(json.dumps(errors))
 def test_by_name_it_is_an_error_and_a_failure_at_a_launch_is_remembered():
     by_name, at_launch, explained = compiled_for_a_gpu(BY_NAME)
     assert "the backend asked for refuses this call" in by_name
-    assert "triton  _solve takes 65,792 bytes of shared memory, and cuda-75 has 65,536" in by_name
+    # how much it takes goes by Triton's version: with 3.9 it fits a real sm_75
+    assert re.search(r"triton  _solve takes [\d,]+ bytes of shared memory, and cuda-75 has 24,576", by_name)
     assert (
         "triton cannot run this call here: OutOfResources: out of resource: shared memory, Required: 70000" in at_launch
     )

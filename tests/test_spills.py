@@ -16,7 +16,9 @@ CEILINGS = {
     ("sm_90", "bfloat16"): {
         "chunk_gated_delta_rule._adjoints": 256,
         "chunk_gated_delta_rule._gradients": 640,
-        "chunk_kda._pairs": 64,
+        "chunk_kda._pairs": 128,
+        "chunk_kda._solve": 64,
+        "chunk_kda._scan": 64,
         "chunk_kda._adjoints": 64,
         "mamba_chunk_scan._of_groups": 256,
         "mamba_chunk_scan._of_heads": 256,

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 pytest.importorskip("transformers")
 
-from mamba_ops.compat.transformers import use_mamba_ops
+from mamba_ops.compat.transformers import cache_of, use_mamba_ops
 from tests.transformers_models import ALL_MODELS, VOCABULARY, new_model
 
 DAILY = ("mamba", "mamba2", "qwen3_5")
@@ -293,8 +293,9 @@ def test_what_stock_ignores_is_ignored(name: str) -> None:
     def loop() -> Tensor:
         others = {"cache_position": torch.arange(tokens.shape[1]), "token_type_ids": torch.zeros_like(tokens)}
         out = model(tokens, use_cache=True, **others)
-        cache = {key: out[key] for key in ("cache_params", "past_key_values") if out.get(key) is not None}
-        return model(tokens[:, -1:], **cache, use_cache=True, cache_position=torch.tensor([tokens.shape[1]])).logits
+        return model(
+            tokens[:, -1:], **cache_of(out), use_cache=True, cache_position=torch.tensor([tokens.shape[1]])
+        ).logits
 
     stock = loop()
     with use_mamba_ops(model):

@@ -17,7 +17,6 @@ REFUSED = {
     ("chunk_gated_delta_rule_backward", "float32"),  # this release gives a product of `_adjoints` two layouts
     ("chunk_kda", "float16"),  # this release's compiler ends with an error in `_solve`
     ("chunk_kda_backward", "float16"),
-    ("chunk_kda_backward", "float32"),  # `_adjoints` takes more shared memory than there is
 }
 """Op and dtype that go on to the backend `torch`."""
 

@@ -119,10 +119,10 @@ class _Scan:
 
         def by_group(tokens: Tensor) -> Tensor:
             """Of tokens, (chunks, size, groups or heads, ...), as (chunks * groups, size, the rest)."""
-            return tokens.view(chunks, size, groups, -1).transpose(1, 2).reshape(chunks * groups, size, -1)
+            return tokens.reshape(chunks, size, groups, -1).transpose(1, 2).reshape(chunks * groups, size, -1)
 
         # What each chunk adds to the state, and the state before every chunk.
-        B, C = (by_group(tensor.contiguous()) for tensor in (B, C))
+        B, C = (by_group(tensor) for tensor in (B, C))
         added = torch.bmm(B.transpose(1, 2), by_group(x * (until * d).unsqueeze(3)))
         added = added.view(chunks, groups, dstate, -1, dim)
         over, state = since[:, -1].view(chunks, groups, 1, -1, 1), state.unflatten(2, (-1, dim))

@@ -72,7 +72,7 @@ def selective_state_update(call: Arguments) -> None:
     s = (cache[:n] if in_order else cache[torch.where(is_active, source, 0)]).to(compute)
     sums = []
     for t in range(fixed(length)):
-        decay, written = torch.exp(a * d[:, t]), (b[:, t] * d[:, t]) * u[:, t].unsqueeze(-1)
+        decay, written = torch.exp(a * d[:, t]), (d[:, t] * u[:, t].unsqueeze(-1)) * b[:, t]
         if index is None:
             s = s.mul_(decay).add_(written)
         else:
