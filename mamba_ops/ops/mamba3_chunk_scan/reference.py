@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._common.mamba3 import State, Tokens, by_head, finished, layout, operands_dtype, scan
 from mamba_ops.ops._common.mamba3_checks import CACHES
 from mamba_ops.ops._common.slots import Ends, initial_states, row_ends, store_rows
@@ -14,9 +15,9 @@ from mamba_ops.ops.mamba_chunk_scan import mamba_chunk_scan as chunk_scan
 
 def mamba3_chunk_scan(call: Arguments) -> None:
     compute = torch.promote_types(call.x.dtype, torch.float32)
-    rows, heads = layout(call.x, call.cu_seqlens), call.x.shape[-2]
-    if not rows.starts.shape[0]:
+    if row_count(call.x, call.cu_seqlens) == 0:
         return
+    rows, heads = layout(call.x, call.cu_seqlens), call.x.shape[-2]
     is_empty = rows.starts == rows.ends
     ends = row_ends(call.slots, call.write_slots, call.null_slot, is_empty, call.ssm_state)
     begun = {name: _begun(call, name, ends) for name in CACHES}

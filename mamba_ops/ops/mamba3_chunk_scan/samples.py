@@ -55,6 +55,7 @@ def _samples(
     yield sample("odd chunks", 1, length, slots=indices(5), chunk_size=3)
     yield sample("one token", 3, 1, **initial)
     yield sample("no rows", 0, length)
+    yield sample("packed, no rows", length, cu_seqlens=indices(0))
     yield sample("rows of no token", 3, 0, **initial)
     yield sample("no slots", slots=None, null_slot=0, **initial)
     yield sample("slot table", slots=indices((5, 1), (0, 3), (7, 6), (2, 2), dtype=torch.int64), **initial)
