@@ -69,6 +69,22 @@ def test_packed_rows_are_as_alone() -> None:
         torch.testing.assert_close(layer(x[None, :9], *caches), layer(x[None, :9]))
 
 
+@pytest.mark.parametrize("out_norm", [False, True])
+def test_no_rows_and_rows_of_no_token(out_norm: bool) -> None:
+    layer = new_layer(out_norm=out_norm)
+    for size in ((0, 3, 16), (3, 0, 16)):
+        assert layer(torch.randn(size)).shape == size
+    none = torch.tensor([0])
+    assert layer(torch.randn(0, 16), cu_seqlens=none).shape == (0, 16)
+    after_the_last = layer(torch.randn(5, 16), cu_seqlens=none)
+    assert after_the_last.shape == (5, 16)
+    after_the_last.sum().backward()
+    with torch.no_grad():
+        caches = layer.empty_caches(1)
+        assert layer(torch.randn(5, 16), *caches, cu_seqlens=none).shape == (5, 16)
+        assert not any(cache.any() for cache in caches)
+
+
 def test_turns_of_long_sequences_are_as_exact_as_of_short_ones() -> None:
     tokens = 20000
     dt, angles = torch.full((tokens, 1), 0.7), torch.full((tokens, 1), 3.0)

@@ -12,6 +12,7 @@ from mamba_ops.layers.checking import check_layer
 from mamba_ops.layers.mixer import Mixer
 from mamba_ops.layers.norms import GatedRMSNorm, RMSNorm, upcast
 from mamba_ops.ops import mamba3_chunk_scan, mamba3_state_update, mamba_chunk_scan
+from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._common.mamba3 import Tokens, by_head, finished, layout, operands_dtype, scan
 from mamba_ops.ops._common.sequences import NULL_SLOT, DecodeArgs, HasPlan, SequenceArgs
 from mamba_ops.registry import answering
@@ -184,6 +185,8 @@ class Mamba3(Mixer[Mamba3Caches]):
             call: Any = rows.bind(mamba3_chunk_scan)
             return self._output(call(*tokens, self.chunk_size, **caches._asdict(), **options), z)
         x, dt, A, trap, angles, B, C = tokens
+        if x.numel() == 0 or row_count(x, rows.cu_seqlens) == 0:
+            return self._output(torch.zeros_like(x), z)
         compute = torch.promote_types(x.dtype, torch.float32)
 
         def packed(tensor: Tensor) -> Tensor:
