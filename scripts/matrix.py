@@ -22,7 +22,7 @@ CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
 FROM_311 = "python_version >= '3.11'"  # on Python 3.10 it is the last Transformers for that
 ENVIRONMENTS = {
     # numpy: the interpreter of this Triton takes no newer one
-    "2.11": ("torch==2.11.*", "triton==3.6.*", f"transformers==5.22.*; {FROM_311}", "numpy<2.5"),
+    "2.11": ("torch==2.11.*", "triton==3.6.*", f"transformers==5.22.*; {FROM_311}", "numpy<2.4"),
     "2.13": ("torch==2.13.*", "triton==3.7.*", f"transformers==5.23.*; {FROM_311}"),
     "2.14": ("torch==2.14.*", "triton==3.8.*", f"transformers==5.24.*; {FROM_311}"),
     "newest": ("torch", "triton", "transformers"),

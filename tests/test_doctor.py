@@ -44,7 +44,7 @@ def test_a_fact_that_cannot_be_found_out_is_said(monkeypatch):
     [
         ({"triton": "3.7.1", "triton-xpu": "3.3.0"}, "linux", "triton and triton-xpu are both installed"),
         ({"triton": "3.10.0"}, "linux", "Triton 3.10.0 has not been tried"),
-        ({"triton": "3.6.0", "numpy": "2.5.2"}, "linux", "the interpreter of Triton 3.6.0 does not run with NumPy 2.5"),
+        ({"triton": "3.6.0", "numpy": "2.4.6"}, "linux", "the interpreter of Triton 3.6.0 does not run with NumPy 2.4"),
         ({}, "win32", "there is no Triton for Windows on PyPI"),
         ({}, "darwin", "on a Mac ops run on torch"),
     ],

@@ -122,8 +122,8 @@ def faults(installed: Mapping[str, str]) -> Iterator[str]:
         yield f"Triton {triton} has not been tried ({TESTED} were); kernels that do not compile are refused by name"
     if triton is not None and (numbers(triton) >= (3, 9)) and os.environ.get("TRITON_INTERPRET") == "1":
         yield f"the interpreter of Triton {triton} refuses masks of a block and a flag; mamba-ops mends it for itself"
-    if triton is not None and numbers(triton) < (3, 7) and numbers(installed.get("numpy", "0.0")) >= (2, 5):
-        yield f"the interpreter of Triton {triton} does not run with NumPy 2.5: for tests, pip install 'numpy<2.5'"
+    if triton is not None and numbers(triton) < (3, 7) and numbers(installed.get("numpy", "0.0")) >= (2, 4):
+        yield f"the interpreter of Triton {triton} does not run with NumPy 2.4: for tests, pip install 'numpy<2.4'"
     if torch_version > (2, 15):
         yield f"torch {torch.__version__} has not been tried; {TESTED} were"
     if os.environ.get("TRITON_INTERPRET") == "1":
