@@ -32,7 +32,7 @@ class Tape:
         if (fail := self.fail) is not None:
             self.fail = None
             raise fail
-        mode = _Record()
+        mode = Recording()
         with mode:
             result = call()
         for tensor, content in mode.before.values():
@@ -44,20 +44,25 @@ class Tape:
 
         def replay() -> None:
             self.replays += 1
-            for function, args, kwargs, outputs in mode.calls:
-                results = _tensors(function(*args, **kwargs))
-                for mine, new in zip(outputs, results, strict=bool(outputs)):  # what writes in place has none
-                    mine.copy_(new)
+            mode.play()
 
         return result, replay
 
 
-class _Record(TorchDispatchMode):
+class Recording(TorchDispatchMode):
+    """What is called within the block, to be done again."""
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
         self.made: list[Tensor] = []  # memory that is new, not views of it
         self.before: dict[int, tuple[Tensor, Tensor]] = {}  # by storage: what was there, of memory that is not
+
+    def play(self) -> None:
+        for function, args, kwargs, outputs in self.calls:
+            results = _tensors(function(*args, **kwargs))
+            for mine, new in zip(outputs, results, strict=bool(outputs)):  # what writes in place has none
+                mine.copy_(new)
 
     @classmethod
     def is_infra_mode(cls) -> bool:
