@@ -20,7 +20,7 @@ from mamba_ops.ops._triton.limits import Limits, limits_of
 from mamba_ops.ops.chunk_kda.triton.backward_pairs import _gather, _pair_gradients
 from mamba_ops.ops.chunk_kda.triton.backward_states import _adjoints, _products, _reads
 from mamba_ops.ops.chunk_kda.triton.kernels import _pairs, _scan, _solve
-from mamba_ops.ops.chunk_kda.triton.launch import _launches, block_of_values
+from mamba_ops.ops.chunk_kda.triton.launch import _launches, block_of_values, warps_of_walks
 
 if TYPE_CHECKING:
     from mamba_ops.ops._common.delta_rule import BackwardArguments
@@ -163,17 +163,14 @@ def chunk_kda_backward(call: "BackwardArguments") -> None:
 
 def _backward_launches(block_k: int, v_padded: int, operand: str, limits: Limits) -> dict[str, dict[str, Any]]:
     """What is multiplied in which precision, too; blocks are so wide that few registers are spilled."""
-    precision = precisions_of(operand, limits)["PRECISION"]
+    precision, itemsize = precisions_of(operand, limits)["PRECISION"], 4 if operand == "float32" else 2
     both = {"PRECISION": precision, "SUMS": precision}
-    is_wide = limits.is_large and operand != "float32"
-    wide = min(v_padded, 64 if is_wide else 32)
-    walk = {"PRECISION": precision, "num_warps": 4, "num_stages": 1}
+    wide = min(v_padded, 64 if limits.is_large and itemsize == 2 else 32)
+    walk = {"BLOCK": block_of_values(block_k, v_padded, itemsize, limits), "PRECISION": precision, "num_stages": 1}
     reads = {"BLOCK": min(block_k, 32), "BLOCK_V": wide, "num_warps": 4, "num_stages": 1}
     return {
-        "_adjoints": options(
-            BLOCK=block_of_values(block_k, v_padded, 4 if operand == "float32" else 2, limits), **walk
-        ),
-        "_products": options(BLOCK=wide, **walk),
+        "_adjoints": options(**walk, num_warps=warps_of_walks(itemsize, limits)),
+        "_products": options(BLOCK=wide, PRECISION=precision, num_warps=4, num_stages=1),
         "_reads": options(**reads, **both),
         "_pair_gradients": options(BLOCK=16, **both, num_warps=1, num_stages=1),
     }

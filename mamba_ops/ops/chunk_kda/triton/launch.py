@@ -108,6 +108,11 @@ def block_of_values(block_k: int, block_v: int, itemsize: int, limits: Limits) -
     return min(block_v, most)
 
 
+def warps_of_walks(itemsize: int, limits: Limits) -> int:
+    """Return how many warps hold a state, and what it is multiplied with, in registers."""
+    return 4 if itemsize == 2 and not limits.is_small else 8
+
+
 @tunable_launch(_pairs="num_warps", _solve="", _scan="BLOCK num_warps num_stages")
 def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launches:
     """What is multiplied in which precision, too; a block of v has a matrix product's shortest side at least.
@@ -116,17 +121,21 @@ def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launch
     """
     block_k, block_v = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))
     itemsize = 4 if operand == "float32" else 2
-    block = min(
-        block_of_values(block_k, block_v, itemsize, limits), 32
-    )  # more programs, which walk one after the other
+    block = min(block_of_values(block_k, block_v, itemsize, limits), 32)  # narrow: a program walks over a whole row
     read_ahead = (CHUNK * (3 * block_k + block + 2 * CHUNK) + block * block_k) * itemsize
     stages = 2 if itemsize == 2 and 4 * read_ahead <= 3 * limits.shared_memory else 1
     precisions = precisions_of(operand, limits)
     part = {"BLOCK_ROWS": 128, "MODERATE": 4.0 if operand == "float16" else 60.0, "PRECISION": precisions["EXACT"]}
-    part |= {"num_warps": 2 if block_k <= 64 or itemsize == 4 else 4, "num_stages": 1}
-    if itemsize == 2 and block_k == 128:
+    part |= {"num_warps": 2 if block_k <= 64 else 4, "num_stages": 1}
+    if itemsize == 2 and limits.is_large and block_k == 128:
         part |= limits.registers(168)
-    # Not four warps, nor may a table set them: Triton 3.6 gave Hopper's matrix units wrong numbers of the inverse.
-    solve = {"BLOCK_ROWS": 128, "PRECISION": precisions["PRECISION"], "num_warps": 2, "num_stages": 1}
+    # Two warps are faster where a thread has the registers, and a table may not set more: in an earlier form of this
+    # kernel Triton 3.6 gave Hopper's matrix units wrong numbers of the inverse with four.
+    solve = {"BLOCK_ROWS": 128, "PRECISION": precisions["PRECISION"], "num_stages": 1}
+    solve["num_warps"] = 2 if itemsize == 2 and limits.is_large else 4
     scan = {"BLOCK_ROWS": 128, "BLOCK": block, "PRECISION": precisions["EXACT"]}
-    return {"_pairs": part, "_solve": solve, "_scan": scan | {"num_warps": 4, "num_stages": stages}}
+    return {
+        "_pairs": part,
+        "_solve": solve,
+        "_scan": scan | {"num_warps": warps_of_walks(itemsize, limits), "num_stages": stages},
+    }
