@@ -32,12 +32,12 @@ def other() -> Iterator[Backend]:
 
 
 def clock_of(other_us: float, *, torch_us: float = 10.0) -> Callable[..., float]:
-    """A clock by which the two backends take so long, whatever they do."""
+    """A clock by which backends take so long, whatever they do; others take longer than both."""
 
     def clock(call: Callable[[], object], device: torch.device) -> float:
         with record_selections() as record:
             call()
-        return {"torch": torch_us, "other": other_us}[record[-1].backend]
+        return {"torch": torch_us, "other": other_us}.get(record[-1].backend, 100.0)
 
     return clock
 
@@ -65,9 +65,10 @@ def test_the_fastest_comes_first_and_the_default_stays_within_noise(us: float, o
 
 def test_what_refuses_a_size_comes_after_what_takes_all() -> None:
     [choice] = chosen(1.0, causal_conv1d_update)
-    assert choice.order == ("torch", "other")
-    assert choice.us["256 rows"] == {"torch": 10.0, "other": "takes no batch of 256"}
-    assert choice.us["1 row"] == {"torch": 10.0, "other": 1.0}
+    order = [name for name in choice.order if name != "cpp"]  # which there may be, too
+    assert order == ["torch", "other"]
+    assert choice.us["256 rows"].items() >= {"torch": 10.0, "other": "takes no batch of 256"}.items()
+    assert choice.us["1 row"].items() >= {"torch": 10.0, "other": 1.0}.items()
 
 
 def test_a_file_is_read_and_explained(tmp_path: Path) -> None:
@@ -134,8 +135,8 @@ def test_the_command_times_and_writes(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         (["causal_conv"], "causal_conv1d"),
         (
-            ["selective_scan"],
-            "bench: op: got selective_scan, expected one for which several backends run on cpu: torch",
+            ["mamba_chunk_scan"],
+            "bench: op: got mamba_chunk_scan, expected one for which several backends run on cpu: torch",
         ),
         (["causal_conv1d", "--size", "chanels=4"], "channels"),
         (

@@ -38,13 +38,13 @@ def test_an_example_runs(example: Path, tmp_path: Path):
         assert "OK: 64 of 64 requests equal, token for token, to themselves alone" in done.stdout
         [mixed] = re.findall(r"decodes beside prompts: \d+ \((\d+)%\)", done.stdout)
         assert int(mixed) >= 30
+        assert "9 and 9 in 2 graphs (2 x 4 layers + 1 = 9)" in done.stdout
     if example.name == "shared_prefixes.py":
         assert "OK: 24 of 24 requests equal to themselves alone" in done.stdout
         [known] = re.findall(r"(\d+) were not read", done.stdout)
         [(guessed, kept)] = re.findall(r"of (\d+) guesses (\d+) were right; 1 graphs", done.stdout)
         assert int(known) > 400
         assert int(kept) > int(guessed) / 4
-        assert "9 and 9 in 2 graphs (2 x 4 layers + 1 = 9)" in done.stdout
     if example.name == "port_from_mamba_ssm.py":
         [(first, last)] = re.findall(r"loss ([\d.]+) before, ([\d.]+) after", done.stdout)
         assert float(last) < float(first) - 2
