@@ -110,7 +110,7 @@ def block_of_values(block_k: int, block_v: int, itemsize: int, limits: Limits) -
 
 def warps_of_walks(itemsize: int, limits: Limits) -> int:
     """Return how many warps hold a state, and what it is multiplied with, in registers."""
-    return 4 if itemsize == 2 and not limits.is_small else 8
+    return 8 if limits.is_small or (itemsize == 4 and limits.caps_registers) else 4
 
 
 @tunable_launch(_pairs="num_warps", _solve="", _scan="BLOCK num_warps num_stages")
