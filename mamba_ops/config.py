@@ -24,7 +24,7 @@ FILE_KIND = "mamba-ops choices 1"
 """What a file of choices begins with."""
 
 
-def device_name(device: torch.device) -> str:
+def device_kind(device: torch.device) -> str:
     """Return what a device is, such that timings of one hold for others of the same name."""
     if device.type == "cpu":
         return f"cpu {platform.machine()}"
@@ -174,7 +174,7 @@ class BackendConfig:
             config = cls(order, device=device, why={op: f"{path}: {sentence}" for op, sentence in why.items()})
         except ConfigError as error:
             raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
-        if (here := device_name(config.device)) != timed_on:
+        if (here := device_kind(config.device)) != timed_on:
             hint = f"run mamba-ops bench --choose {path} here"
             raise ConfigError([f"{path}: got timings of {timed_on}, expected those of {here}; {hint}"])
         return config

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from mamba_ops.config import FILE_KIND, device_name
+from mamba_ops.config import FILE_KIND, device_kind
 from mamba_ops.ops._common.random_inputs import RandomInputs
 from mamba_ops.registry import Op, Sample, backends, ops, use_backend
 from mamba_ops.registry.errors import NoBackendError, unknown
@@ -101,7 +101,7 @@ def write(path: Path, choices: Sequence[Choice], device: torch.device) -> None:
     """Write what `BackendConfig.load` reads, at once: a reader sees all of it or what was there before."""
     found = {
         "kind": FILE_KIND,
-        "device": device_name(device),
+        "device": device_kind(device),
         "torch": torch.__version__,
         "order": {choice.op: list(choice.order) for choice in choices},
         "why": {choice.op: choice.why for choice in choices},

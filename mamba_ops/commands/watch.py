@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mamba_ops.audit import _torch
+from mamba_ops.config import device_kind
 
 
 @dataclass
@@ -67,7 +68,7 @@ def watch_compiler() -> Iterator[CompilerWatch]:
 def device_name(device: torch.device) -> str:
     """Return what a report calls a device: the GPU's name, or the CPU's and its number of cores."""
     if device.type != "cpu":
-        return str(torch.get_device_module(device).get_device_name(device))
+        return device_kind(device)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -55,26 +55,34 @@ class WithCaches(nn.Module):
     def _get_states_from_cache(
         self, inference_params: HasCaches, batch_size: int, initialize_states: bool = False
     ) -> tuple[Tensor, Tensor]:
-        if self.layer_idx is None:
-            expected = "the number of the layer, under which it finds its states in inference_params"
-            raise ValueError(f"{type(self).__name__}: layer_idx: got None, expected {expected}")
-        caches = inference_params.key_value_memory_dict
-        if self.layer_idx not in caches:
-            caches[self.layer_idx] = self.allocate_inference_cache(batch_size, 0)
-        begin = inference_params.batch_size_offset
-        conv_state, ssm_state = (states[begin : begin + batch_size] for states in caches[self.layer_idx])
-        if conv_state.shape[0] != batch_size:
-            raise ValueError(
-                f"{type(self).__name__}: inference_params: got states of {conv_state.shape[0]} rows in layer "
-                f"{self.layer_idx}, expected at least {batch_size}; make new ones for a larger batch"
-            )
-        if initialize_states:
-            conv_state.zero_()
-            ssm_state.zero_()
+        conv_state, ssm_state = states_of(self, inference_params, batch_size, initialize_states)
         return conv_state, ssm_state
 
     def continues_cache(self, inference_params: HasCaches | None) -> bool:
         return inference_params is not None and inference_params.seqlen_offset > 0
+
+
+def states_of(
+    mixer: Any, inference_params: HasCaches, batch_size: int, initialize_states: bool = False
+) -> tuple[Tensor, ...]:
+    """Return a mixer's states of a batch, made where there are none yet; zero, if they are to be initialised."""
+    name = type(mixer).__name__
+    if mixer.layer_idx is None:
+        expected = "the number of the layer, under which it finds its states in inference_params"
+        raise ValueError(f"{name}: layer_idx: got None, expected {expected}")
+    caches = inference_params.key_value_memory_dict
+    if mixer.layer_idx not in caches:
+        caches[mixer.layer_idx] = mixer.allocate_inference_cache(batch_size, 0)
+    begin = inference_params.batch_size_offset
+    states = tuple(state[begin : begin + batch_size] for state in caches[mixer.layer_idx])
+    if states[0].shape[0] != batch_size:
+        raise ValueError(
+            f"{name}: inference_params: got states of {states[0].shape[0]} rows in layer {mixer.layer_idx}, expected "
+            f"at least {batch_size}; make new ones for a larger batch"
+        )
+    for state in states if initialize_states else ():
+        state.zero_()
+    return states
 
 
 def step_sizes(count: int, low: float, high: float, floor: float, **new: Any) -> Tensor:

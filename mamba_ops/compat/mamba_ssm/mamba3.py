@@ -1,12 +1,10 @@
 """The Mamba-3 mixer of mamba_ssm, with the original's constructor, parameters and caches, over our layer."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from mamba_ops import layers
-from mamba_ops.compat.mamba_ssm.caches import HasCaches, not_decayed, step_sizes
+from mamba_ops.compat.mamba_ssm.caches import HasCaches, not_decayed, states_of, step_sizes
 from mamba_ops.compat.packing import Packed
 
 States = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -95,13 +93,13 @@ class Mamba3(layers.Mamba3):
         if inference_params is None:
             return self._outside(packed, super().forward(flat, cu_seqlens=packed.cu_seqlens))
         of_last = cu_seqlens is None and packed.cu_seqlens is not None
-        states = self._get_states_from_cache(inference_params, u.shape[0] if of_last else packed.count())
         continues = inference_params.seqlen_offset > 0
-        if continues and u.shape[1] == 1 and not packed.is_packed:
-            return self.step(u, *states)[0]
         if continues and of_last:
             expected = "None where states are continued"
             raise ValueError(f"Mamba3: seq_idx: got a tensor, expected {expected}")
+        states = self._get_states_from_cache(inference_params, u.shape[0] if of_last else packed.count())
+        if continues and u.shape[1] == 1 and not packed.is_packed:
+            return self.step(u, *states)[0]
         caches = _caches(states)
         own = self.empty_caches(packed.count(), dtype=caches[2].dtype, state_dtype=caches[1].dtype) if of_last else None
         goes_on = torch.full((packed.count(),), continues, dtype=torch.bool, device=u.device)
@@ -143,23 +141,8 @@ class Mamba3(layers.Mamba3):
     def _get_states_from_cache(
         self, inference_params: HasCaches, batch_size: int, initialize_states: bool = False
     ) -> States:
-        if self.layer_idx is None:
-            expected = "the number of the layer, under which it finds its states in inference_params"
-            raise ValueError(f"Mamba3: layer_idx: got None, expected {expected}")
-        kept = inference_params.key_value_memory_dict
-        if self.layer_idx not in kept:
-            kept[self.layer_idx] = self.allocate_inference_cache(batch_size, 0)
-        begin = inference_params.batch_size_offset
-        states: Any = tuple(state[begin : begin + batch_size] for state in kept[self.layer_idx])
-        if states[0].shape[0] != batch_size:
-            raise ValueError(
-                f"Mamba3: inference_params: got states of {states[0].shape[0]} rows in layer {self.layer_idx}, "
-                f"expected at least {batch_size}; make new ones for a larger batch"
-            )
-        for state in states if initialize_states else ():
-            state.zero_()
-        found: States = states
-        return found
+        angle, ssm, k, v = states_of(self, inference_params, batch_size, initialize_states)
+        return angle, ssm, k, v
 
     @staticmethod
     def _outside(packed: Packed, out: Tensor) -> Tensor:
