@@ -155,6 +155,12 @@ def test_parameters_are_those_of_the_original() -> None:
             lambda: mamba_ssm.Mamba3(32, 16, headdim=8, is_mimo=True),
             "Mamba3: is_mimo: got True, expected False; mamba_",
         ),
+        (lambda: mamba_ssm.Mamba3(32, 16, headdim=0), "Mamba3: headdim: got 0, expected a divisor of the 64 channels"),
+        (lambda: mamba_ssm.Mamba2(32, headdim=0), "Mamba2: headdim: got 64 channels, heads of 0 and 1 groups"),
+        (
+            lambda: mamba_ssm.Mamba2Simple(32, headdim=8, ngroups=0),
+            "Mamba2Simple: headdim: got 64 channels, heads of 8",
+        ),
         (lambda: mamba_ssm.Mamba3(32, 16, headdim=5), "Mamba3: headdim: got 5, expected a divisor of the 64 channels"),
         (
             lambda: mamba_ssm.Mamba3(32, 16, headdim=8)(torch.zeros(2, 3, 32), cu_seqlens=torch.tensor([0, 3])),

@@ -85,6 +85,33 @@ def test_no_rows_and_rows_of_no_token(out_norm: bool) -> None:
         assert not any(cache.any() for cache in caches)
 
 
+@pytest.mark.parametrize(
+    ("size", "rows", "error"),
+    [
+        ((4, 16), {"cu_seqlens": torch.tensor([0.0, 4.0])}, "cu_seqlens: got float32, expected int32 or int64"),
+        ((4, 16), {"cu_seqlens": torch.tensor([[0, 4]])}, r"cu_seqlens: got shape \(1, 2\), expected \(n \+ 1,\)"),
+        (
+            (4, 16),
+            {"cu_seqlens": torch.tensor([0, 9])},
+            "cu_seqlens: got 9 for the end of row 0, expected at most the 4",
+        ),
+        (
+            (1, 4, 16),
+            {"cu_seqlens": torch.tensor([0, 4])},
+            r"hidden_states: got shape \(1, 4, 16\), expected \(tokens,",
+        ),
+        ((4, 16), {}, r"hidden_states: got shape \(4, 16\), expected \(tokens, hidden_size\) with cu_seqlens"),
+        ((1, 4, 16), {"slots": torch.tensor([0])}, "slots: got a tensor, expected None where there are no caches"),
+        ((1, 4, 16), {"has_initial_state": torch.tensor([True])}, "has_initial_state: got a tensor, expected None"),
+    ],
+)
+def test_wrong_rows_are_refused_without_caches_too(
+    size: tuple[int, ...], rows: dict[str, torch.Tensor], error: str
+) -> None:
+    with pytest.raises(ValueError, match=error):
+        new_layer()(torch.zeros(size), **rows)
+
+
 def test_turns_of_long_sequences_are_as_exact_as_of_short_ones() -> None:
     tokens = 20000
     dt, angles = torch.full((tokens, 1), 0.7), torch.full((tokens, 1), 3.0)

@@ -12,10 +12,12 @@ from mamba_ops.layers.checking import check_layer
 from mamba_ops.layers.mixer import Mixer
 from mamba_ops.layers.norms import GatedRMSNorm, RMSNorm, upcast
 from mamba_ops.ops import mamba3_chunk_scan, mamba3_state_update, mamba_chunk_scan
+from mamba_ops.ops._common.checking import packed_rows
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._common.mamba3 import Tokens, by_head, finished, layout, operands_dtype, scan
 from mamba_ops.ops._common.sequences import NULL_SLOT, DecodeArgs, HasPlan, SequenceArgs
 from mamba_ops.registry import answering
+from mamba_ops.registry.errors import in_call_of
 
 
 class Mamba3Caches(NamedTuple):
@@ -184,6 +186,7 @@ class Mamba3(Mixer[Mamba3Caches]):
         if any(cache is not None for cache in caches):
             call: Any = rows.bind(mamba3_chunk_scan)
             return self._output(call(*tokens, self.chunk_size, **caches._asdict(), **options), z)
+        self._check_rows(hidden_states, rows)
         x, dt, A, trap, angles, B, C = tokens
         if x.numel() == 0 or row_count(x, rows.cu_seqlens) == 0:
             return self._output(torch.zeros_like(x), z)
@@ -196,10 +199,29 @@ class Mamba3(Mixer[Mamba3Caches]):
         q = by_head(packed(C), options["C_bias"], self.heads, compute)
         given = Tokens(packed(x), packed(dt), packed(A), packed(trap), packed(angles), k, q)
         spread, operands = layout(x, rows.cu_seqlens), operands_dtype(x, B, C)
-        scanned = scan(given, spread, mamba_chunk_scan, self.chunk_size, operands)
+
+        def run(*arguments: Any, cu_seqlens: Tensor) -> Tensor:
+            """Scan rows as they were given, which the op checks."""
+            given = cu_seqlens if rows.cu_seqlens is None else rows.cu_seqlens
+            return mamba_chunk_scan(*arguments, cu_seqlens=given)
+
+        scanned = scan(given, spread, run, self.chunk_size, operands)
         gate = options.get("z")
         y = finished(scanned.y, given.x, self.D, None if gate is None else packed(gate))
         return self._output(y.to(x.dtype).view(x.shape), z)
+
+    def _check_rows(self, hidden_states: Tensor, rows: SequenceArgs) -> None:
+        """Raise the ValueError about rows of a call without caches, which does not go through the layer's op."""
+        for name in ("slots", "has_initial_state"):
+            if getattr(rows, name) is not None:
+                raise self._wrong(name, "a tensor", "None where there are no caches")
+        try:
+            packed_rows(rows.cu_seqlens)
+        except ValueError as error:
+            raise in_call_of("Mamba3", error) from None
+        if (hidden_states.dim() == 2) != (rows.cu_seqlens is not None):
+            expected = "(tokens, hidden_size) with cu_seqlens, (batch, length, hidden_size) without"
+            raise self._wrong("hidden_states", f"shape {tuple(hidden_states.shape)}", expected)
 
     def _decode(self, hidden_states: Tensor, caches: Mamba3Caches, rows: DecodeArgs) -> Tensor:
         z, tokens, options = self._project(hidden_states)

@@ -223,7 +223,7 @@ class Mamba2(_Mamba2):
 
 
 def _heads_of(mixer: nn.Module, channels: int, headdim: int, ngroups: int) -> int:
-    heads, rest = divmod(channels, headdim)
+    heads, rest = divmod(channels, headdim) if headdim > 0 and ngroups > 0 else (0, channels)
     if rest or heads % ngroups:
         got, name = f"{channels} channels, heads of {headdim} and {ngroups} groups", type(mixer).__name__
         raise ValueError(f"{name}: headdim: got {got}, expected whole heads, as many in every group")

@@ -45,7 +45,7 @@ class Mamba3(layers.Mamba3):
             expected = "False; mamba_ops has Mamba-3 with one input and one output a head"
             raise ValueError(f"Mamba3: is_mimo: got {is_mimo}, expected {expected}")
         d_inner = int(expand * d_model)
-        if d_inner % headdim:
+        if headdim < 1 or d_inner % headdim:
             raise ValueError(f"Mamba3: headdim: got {headdim}, expected a divisor of the {d_inner} channels")
         super().__init__(
             d_model,
