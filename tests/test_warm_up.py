@@ -23,7 +23,9 @@ COVER = "from tests.warm_up_cover import cover\nprint(json.dumps(cover(sys.argv[
 def test_after_a_warm_up_random_calls_compile_nothing(name):
     result = compiled_for_a_gpu(COVER, name, compiles=False)
     assert result["skipped"] == []
-    assert 30 < result["compiled"] < 90
+    assert sum(result["variants"].values()) == result["compiled"]
+    assert len(result["variants"]) >= 15
+    assert max(result["variants"].values()) <= 15, "a new way to call a kernel compiles it anew"
     assert result["again"] == 0
     assert result["again_cached"]
     assert result["again_seconds"] < 0.05

@@ -99,6 +99,7 @@ def cover(name: str, *, steps: int = 30, training: bool = False) -> dict[str, An
     return {
         "rows": warmed,
         "compiled": warmed.compiled,
+        "variants": {kernel: count for kernel, count, _ in warmed.slowest},
         "skipped": warmed.skipped,
         "again": again.compiled,
         "again_cached": all(row.cached for row in again),
