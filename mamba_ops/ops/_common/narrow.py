@@ -4,14 +4,16 @@ A row is the last axis of a state. It stands for its numbers times its scale, wh
 largest number of the format.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.checking import floating, shape_is, short
+from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._common.rounding import round_stochastically
-from mamba_ops.ops._common.slots import store_rows
+from mamba_ops.ops._common.sequences import SequenceArgs
+from mamba_ops.ops._common.slots import Ends, row_ends, store_rows
 from mamba_ops.registry import bad_argument, settings
 
 MOST = {torch.int16: 32767.0, torch.float8_e4m3fn: 448.0}
@@ -73,6 +75,48 @@ def store_states(call: Any, slots: Tensor, states: Tensor, is_active: Tensor | N
                 cache[: values.shape[0]].copy_(values)
             else:
                 store_rows(as_bytes(cache), slots, as_bytes(values), is_active)
+
+
+class Wide(NamedTuple):
+    """The states that an op over sequences goes on from, and that it leaves.
+
+    Attributes:
+        states: of all slots, the cache itself; or, where that is narrow, of the op's rows, in float32 at least.
+        rows: the op's arguments about its rows, for these states.
+        cache, scale: where the states of rows belong.
+        ends: where among them; None where they are there already.
+    """
+
+    states: Tensor
+    rows: SequenceArgs
+    cache: Tensor
+    scale: Tensor | None
+    ends: Ends | None = None
+
+    def keep(self) -> None:
+        """Narrow the states that the op left, to the nearest, and store them."""
+        if self.ends is None or self.scale is None:
+            return
+        states, scale = narrow(self.states, self.cache.dtype)
+        store_rows(as_bytes(self.cache), self.ends.target, as_bytes(states), self.ends.stored)
+        store_rows(self.scale, self.ends.target, scale, self.ends.stored)
+
+
+def widened(cache: Tensor, scale: Tensor | None, rows: SequenceArgs, x: Tensor) -> Wide:
+    """Return the states that an op over sequences x goes on from, by its arguments about rows."""
+    if scale is None:
+        return Wide(cache, rows, cache, scale)
+    n, cu_seqlens, device = row_count(x, rows.cu_seqlens), rows.cu_seqlens, cache.device
+    empty = torch.full((n,), x.shape[1] == 0, device=device) if cu_seqlens is None else cu_seqlens.diff() <= 0
+    ends = row_ends(rows.slots, rows.write_slots, rows.null_slot, empty, cache)
+    states = cache.new_zeros((n, *cache.shape[1:]), dtype=torch.promote_types(x.dtype, torch.float32))
+    if rows.has_initial_state is not None:
+        carried = ends.is_active & rows.has_initial_state
+        source = torch.where(carried, ends.source, 0)
+        found = widen(as_bytes(cache)[source].view(cache.dtype), scale[source], states.dtype)
+        states = torch.where(carried.view(-1, *[1] * (cache.dim() - 1)), found, states)
+    slots = torch.where(ends.is_active, torch.arange(n, device=device), -1)
+    return Wide(states, rows._replace(slots=slots, write_slots=None, null_slot=-1), cache, scale, ends)
 
 
 # -- checks and settings ----------------------------------------------------------------------------------------------
