@@ -87,24 +87,24 @@ class Wide(NamedTuple):
         ends: where among them; None where they are there already.
     """
 
-    states: Tensor
+    states: Tensor | None
     rows: SequenceArgs
-    cache: Tensor
+    cache: Tensor | None
     scale: Tensor | None
     ends: Ends | None = None
 
     def keep(self) -> None:
         """Narrow the states that the op left, to the nearest, and store them."""
-        if self.ends is None or self.scale is None:
+        if self.ends is None or self.states is None or self.cache is None or self.scale is None:
             return
         states, scale = narrow(self.states, self.cache.dtype)
         store_rows(as_bytes(self.cache), self.ends.target, as_bytes(states), self.ends.stored)
         store_rows(self.scale, self.ends.target, scale, self.ends.stored)
 
 
-def widened(cache: Tensor, scale: Tensor | None, rows: SequenceArgs, x: Tensor) -> Wide:
+def widened(cache: Tensor | None, scale: Tensor | None, rows: SequenceArgs, x: Tensor) -> Wide:
     """Return the states that an op over sequences x goes on from, by its arguments about rows."""
-    if scale is None:
+    if cache is None or scale is None:
         return Wide(cache, rows, cache, scale)
     n, cu_seqlens, device = row_count(x, rows.cu_seqlens), rows.cu_seqlens, cache.device
     empty = torch.full((n,), x.shape[1] == 0, device=device) if cu_seqlens is None else cu_seqlens.diff() <= 0
