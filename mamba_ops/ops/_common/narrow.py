@@ -175,6 +175,6 @@ def meant(ssm_state: Tensor, state_scale: Tensor | None) -> dict[str, tuple[Tens
     """
     if state_scale is None:
         return {}
-    wide, scale = widen(ssm_state, state_scale, torch.float64), state_scale.double().unsqueeze(-1)
+    wide, scale = widen(ssm_state, state_scale, torch.float64), state_scale.double().abs().unsqueeze(-1)
     step = scale.expand_as(wide) if ssm_state.dtype == torch.int16 else torch.maximum(wide.abs() / 8, scale / 512)
     return {"ssm_state": (wide, step), "state_scale": None}

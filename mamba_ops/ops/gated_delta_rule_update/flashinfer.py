@@ -40,8 +40,6 @@ def unsupported(call: "Arguments") -> str | None:
             return f"takes {name} in q's bfloat16, and it is {short(gate.dtype)}"
     if call.ssm_state.dtype not in (torch.float32, torch.bfloat16):
         return f"takes a float32 or bfloat16 state, and it is {short(call.ssm_state.dtype)}"
-    if call.rounding_seed is not None:
-        return "rounds states to the nearest, and a rounding_seed is given"
     if call.cu_seqlens is not None:
         return "takes no packed rows"
     if call.num_accepted_tokens is not None:
