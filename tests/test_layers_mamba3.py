@@ -78,6 +78,7 @@ def test_no_rows_and_rows_of_no_token(out_norm: bool) -> None:
     after_the_last = layer(torch.randn(5, 16), cu_seqlens=none)
     assert after_the_last.shape == (5, 16)
     after_the_last.sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
     with torch.no_grad():
         caches = layer.empty_caches(1)
         assert layer(torch.randn(5, 16), *caches, cu_seqlens=none).shape == (5, 16)

@@ -155,6 +155,14 @@ def test_packed_rows_are_as_alone(out_norm: bool) -> None:
         assert layer(x, cu_seqlens=torch.tensor([0])).shape == (17, 4)
 
 
+@pytest.mark.parametrize("out_norm", [False, True])
+def test_all_parameters_have_gradients_where_there_are_no_rows(out_norm: bool) -> None:
+    layer = small(out_norm=out_norm)
+    with torch.enable_grad():
+        layer(torch.randn(5, 4).double(), cu_seqlens=torch.tensor([0])).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
 def test_wrong_rows_are_named_as_they_were_given() -> None:
     with pytest.raises(ValueError, match=r"^Mamba3: cu_seqlens: got 9 for the end of row 0, expected at most the 4"):
         small()(torch.zeros(4, 4).double(), cu_seqlens=torch.tensor([0, 9]))

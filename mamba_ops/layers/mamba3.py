@@ -211,7 +211,10 @@ class Mamba3(Mixer[Mamba3Caches]):
         self._check_rows(hidden_states, rows)
         x, dt, A, trap, angles, B, C = tokens
         if x.numel() == 0 or row_count(x, rows.cu_seqlens) == 0:
-            return self._output(x.new_zeros(output_shape(x, options.get("mimo_x"), options.get("mimo_o"))), z)
+            y = x.new_zeros(output_shape(x, options.get("mimo_x"), options.get("mimo_o")))
+            for tensor in (*tokens, *options.values()):
+                y = y + tensor.flatten()[:0].sum()  # so that all have gradients, of zeros
+            return self._output(y, z)
         compute = torch.promote_types(x.dtype, torch.float32)
 
         def packed(tensor: Tensor) -> Tensor:
