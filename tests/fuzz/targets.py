@@ -153,6 +153,7 @@ def layers() -> list[Any]:
             OlmoGatedDeltaNet(16, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=8),
             ZambaMamba(16, heads=2, d_inner=32, dstate=4, dt_rank=1),
             Mamba3(16, heads=2, head_dim=8, dstate=8, chunk_size=4),
+            Mamba3(16, heads=2, head_dim=8, dstate=8, chunk_size=4, is_mimo=True, mimo_rank=2),
         ]
 
 

@@ -17,6 +17,7 @@ class Row:
     goes_on: bool
     targets: list[int | None]  # after token t the state goes to targets[t]
     accepted: int | None  # of the tokens of the call before, for a speculative decode
+    decodes: bool
 
     def begin(self, states: Tensor, dtype: torch.dtype) -> Tensor:
         """The state before the row's tokens; without any, that is the one that is kept."""
@@ -60,7 +61,7 @@ def rows_of(
         wanted = [target if t == last else -1 for t in range(len(tokens))] if accepted is None else table[i]
         to, *targets = [None if slot in (-1, null_slot) else slot for slot in (target, *wanted)]
         goes_on = i < decodes or bool(has_initial_state[i])
-        rows.append(Row(tokens, source, table[i][0], to, goes_on, targets, accepted))
+        rows.append(Row(tokens, source, table[i][0], to, goes_on, targets, accepted, i < decodes))
     return rows
 
 
