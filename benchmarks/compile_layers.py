@@ -6,6 +6,7 @@ processor's, for the process and the C++ compilers that it runs, so that other w
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -75,7 +76,7 @@ def compiled(family: str, side: str, task: str, length: int) -> dict[str, float]
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     with use_mamba_ops(model) if side == "ours" else nullcontext():
-        call = torch.compile(mixer, dynamic=True)
+        call = torch.compile(mixer)
         begin = used()
         run(call, *args, **kwargs)
         first = used()
@@ -85,7 +86,7 @@ def compiled(family: str, side: str, task: str, length: int) -> dict[str, float]
 
 
 def in_child(family: str, side: str, task: str, options: argparse.Namespace) -> dict[str, float] | None:
-    """Measure one in a process of its own; None if it takes longer than the limit."""
+    """Measure one in a process of its own; None if it takes longer than the limit, and no number if it fails."""
     command = [sys.executable, "-m", "benchmarks.compile_layers", "--length", str(options.length)]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         folders = {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -103,7 +104,8 @@ def in_child(family: str, side: str, task: str, options: argparse.Namespace) -> 
         )
     if ended.returncode < 0:
         return None
-    ended.check_returncode()
+    if ended.returncode:
+        return {"seconds": math.nan}
     found: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
     return found
 
@@ -129,7 +131,11 @@ def main() -> int:
             rows.append(row)
             for side in SIDES:
                 found = in_child(family, side, task, options)
-                row |= {side: None} if found is None else {side: found["seconds"], f"{side} graphs": found["graphs"]}
+                row |= (
+                    {side: None}
+                    if found is None
+                    else {side: found["seconds"], f"{side} graphs": found.get("graphs", "-")}
+                )
             print(row, file=sys.stderr, flush=True)
     facts = {
         "date": date.today().isoformat(),
@@ -140,7 +146,7 @@ def main() -> int:
     }
     notes = [
         "seconds of the processor, one thread and one compiler at a time; Inductor's headers are compiled before",
-        f"float32, two rows of {options.length} tokens, no cache; torch.compile(mixer, dynamic=True)",
+        f"float32, two rows of {options.length} tokens, no cache; torch.compile(mixer)",
         f"torch {facts['torch']}, transformers {facts['transformers']}",
     ]
     text = measure.page("Compiling one layer", facts, {"One layer": (COLUMNS, rows)}, notes)
@@ -150,12 +156,16 @@ def main() -> int:
 
 
 def _seconds(row: measure.Row, side: str) -> str:
-    return f"more than {row['cap']}" if row[side] is None else f"{row[side]:.1f}"
+    if row[side] is None:
+        return f"more than {row['cap']}"
+    return "fails" if math.isnan(row[side]) else f"{row[side]:.1f}"
 
 
 def _times(row: measure.Row) -> str:
     stock = row["cap"] if row["stock"] is None else row["stock"]
-    return "-" if row["ours"] is None else f"{'more than ' * (row['stock'] is None)}{stock / row['ours']:.1f}"
+    if row["ours"] is None or math.isnan(stock + row["ours"]):
+        return "-"
+    return f"{'more than ' * (row['stock'] is None)}{stock / row['ours']:.1f}"
 
 
 COLUMNS = {
