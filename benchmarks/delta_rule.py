@@ -11,13 +11,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import mamba_ops
-from benchmarks import measure, peers
-from benchmarks.measure import AGREEMENT, MIXED, nbytes
-from benchmarks.peers import Prefill
-from benchmarks.prefill import COLUMNS, VARIANT_TOKENS, Case, Contestants, measured, packed, spread, variants
+from benchmarks import measure
+from benchmarks.measure import MIXED
+from benchmarks.prefill import COLUMNS, VARIANT_TOKENS, contestants, measured, variants
+from mamba_ops.commands.bench import cases
+from mamba_ops.commands.bench.case import Case, spread
+from mamba_ops.commands.bench.clocks import copy_bandwidth
+from mamba_ops.commands.bench.run import AGREEMENT
 
 PREFILL = ((512,), (2048,), (8192,), (2048,) * 8, MIXED)
 DECODE = (1, 8, 64, 256)
@@ -27,113 +29,23 @@ LIMIT = 1.05  # ours may take so many times as long as fla's
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
 
-def tokens_of(count: int, device: torch.device, by_channel: bool) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """q, k and v, views of one tensor as the convolution leaves them, the raw gates a and b, and an output."""
-    k_heads, v_heads, dim = (2, 4, 16) if device.type == "cpu" else (32 if by_channel else 16, 32, 128)
-    random, keys, values = partial(measure.random, device=device), k_heads * dim, v_heads * dim
-    q, k, v = random(count, 2 * keys + values).split([keys, keys, values], dim=1)
-    heads = {"q": q.unflatten(1, (k_heads, dim)), "k": k.unflatten(1, (k_heads, dim)), "v": v.unflatten(1, (-1, dim))}
-    a, b = random(count, 2 * v_heads).chunk(2, dim=1)
-    return heads, random(count, v_heads, dim) if by_channel else a, b, random(count, v_heads, dim)
-
-
-def states_of(rows: int, out: Tensor) -> Tensor:
-    return torch.randn(1 + rows, *out.shape[1:], out.shape[2], device=out.device)
-
-
-def prefill(lengths: tuple[int, ...], device: torch.device, by_channel: bool = False) -> Case:
-    """Packed sequences that go on from states."""
-    heads, a, b, out = tokens_of(sum(lengths), device, by_channel)
-    rows = len(lengths)
-    cache = states_of(rows, out)
-    tensors = heads | {
-        "g": -0.1 * torch.nn.functional.softplus(a.float()),
-        "beta": b.sigmoid(),
-        **packed(lengths, device),
-        "has_initial_state": torch.ones(rows, dtype=torch.bool, device=device),
-    }
-    one = len(set(lengths)) == 1
-    name = f"{rows} x {lengths[0]} tokens" if one else f"{rows} sequences, {sum(lengths)} tokens"
-    moved = nbytes(*tensors.values(), out) + 2 * nbytes(cache[1:])
-    op = "chunk_kda" if by_channel else "chunk_gated_delta_rule"
-    return Case(op, name, tensors | {"qk_l2norm": True}, "ssm_state", cache, out, moved)
-
-
-def decode(rows: int, device: torch.device, by_channel: bool = False) -> Case:
-    """One token for every row, the gates computed by the kernel; float32 states."""
-    heads, a, b, out = tokens_of(rows, device, by_channel)
-    cache = states_of(rows, out)
-    tensors = heads | {
-        "a": a,
-        "b": b,
-        "A_log": torch.rand(out.shape[1], device=device),
-        "dt_bias": torch.randn(a.shape[1:], device=device) - 3,
-        "slots": torch.arange(1, rows + 1, dtype=torch.int32, device=device),
-    }
-    moved = nbytes(*tensors.values(), out) + 2 * nbytes(cache[1:])
-    name = f"{rows} row{'s' * (rows > 1)}"
-    op = "kda_update" if by_channel else "gated_delta_rule_update"
-    return Case(op, name, tensors | {"qk_l2norm": True}, "ssm_state", cache, out, moved)
-
-
 OPS: dict[str, tuple[Callable[[Any, torch.device], Case], tuple[Any, ...], tuple[Any, ...]]] = {
-    "chunk_gated_delta_rule": (prefill, PREFILL, ((40,), (3, 20, 70))),
-    "gated_delta_rule_update": (decode, DECODE, (1, 3)),
-    "chunk_kda": (partial(prefill, by_channel=True), PREFILL_BY_CHANNEL, ((40,), (3, 20, 70))),
-    "kda_update": (partial(decode, by_channel=True), DECODE_BY_CHANNEL, (1, 3)),
+    "chunk_gated_delta_rule": (cases.delta_rule, PREFILL, ((40,), (3, 20, 70))),
+    "gated_delta_rule_update": (cases.delta_rule_update, DECODE, (1, 3)),
+    "chunk_kda": (partial(cases.delta_rule, by_channel=True), PREFILL_BY_CHANNEL, ((40,), (3, 20, 70))),
+    "kda_update": (partial(cases.delta_rule_update, by_channel=True), DECODE_BY_CHANNEL, (1, 3)),
 }
 """For every op: what builds a case, of which sizes, and of which on a CPU."""
 
 
-def cases(op: str, device: torch.device) -> Iterator[Case]:
+def cases_of(op: str, device: torch.device) -> Iterator[Case]:
     """Yield cases one by one, as the expected result of one takes gigabytes."""
     build, sizes, small = OPS[op]
     for size in small if device.type == "cpu" else sizes:
         yield build(size, device)
 
 
-# ---- the peer --------------------------------------------------------------------------------------------------------
-
-
-def fla(case: Case) -> tuple[Prefill, Prefill]:
-    """fla's kernel as its layers call it: once with a copy of our states, for errors, and once bare, for times.
-
-    Its states are (k_dim, v_dim) and have no slots; q, k and v are made contiguous, and the gates of decode computed,
-    before the clock starts.
-    """
-    by_channel = "kda" in case.op
-    module = peers.module("fla.ops.kda" if by_channel else "fla.ops.gated_delta_rule")
-    given, many = case.arguments, case.op.startswith("chunk")
-    name = "kda" if by_channel else "gated_delta_rule"
-    function = getattr(module, f"chunk_{name}" if many else f"fused_recurrent_{name}")
-    options, axis = ({"cu_seqlens": given["cu_seqlens"].long()}, 0) if many else ({}, 1)
-    if many:
-        g, beta = given["g"], given["beta"]
-    else:
-        steps = torch.nn.functional.softplus(given["a"].float() + given["dt_bias"])
-        g, beta = -given["A_log"].exp().view(-1, *[1] * (steps.dim() - 2)) * steps, given["b"].sigmoid()
-    tensors = {"q": given["q"], "k": given["k"], "v": given["v"], "g": g, "beta": beta}
-    options |= {name: tensor.contiguous().unsqueeze(axis) for name, tensor in tensors.items()}
-    options |= {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
-    start = case.cache[1:].mT.contiguous()
-
-    def call(cache: Tensor) -> Any:
-        out, last = function(initial_state=cache[1:].mT.contiguous(), **options)
-        cache[1:].copy_(last.mT)
-        return out.squeeze(axis)
-
-    return call, lambda _: function(initial_state=start, **options)
-
-
 # ---- measures --------------------------------------------------------------------------------------------------------
-
-
-def contestants(case: Case) -> Contestants:
-    """Ours and, on a GPU, fla's if it is there: a call for errors, and one for times."""
-    calls = {"ours": (case.ours(), case.ours())}
-    if case.cache.device.type != "cpu":
-        calls |= peers.present({"fla": fla}, case=case)
-    return calls
 
 
 def main() -> int:
@@ -148,10 +60,10 @@ def main() -> int:
             whole = op.startswith("chunk")
             sizes = (spread(n, min(n, 7)) if whole else min(n, 300) for n in VARIANT_TOKENS)
             facts["variants"][op] = variants(OPS[op][0](size, device) for size in sizes)
-        facts["copy_bandwidth"] = measure.copy_bandwidth(device) if timed else None
+        facts["copy_bandwidth"] = copy_bandwidth(device) if timed else None
         bandwidth = facts["copy_bandwidth"]
         groups = {
-            op: [row for case in cases(op, device) for row in measured(case, contestants, bandwidth)] for op in ops
+            op: [row for case in cases_of(op, device) for row in measured(case, contestants, bandwidth)] for op in ops
         }
 
     notes = [", ".join(f"{name} {facts[name]}" for name in ("torch", "triton"))]

@@ -19,8 +19,10 @@ from torch import Tensor
 import mamba_ops
 from benchmarks import measure
 from benchmarks.idle_ops import idle_backend
-from benchmarks.kernels import slot_tables
-from benchmarks.measure import AGREEMENT, Row, number, ratio
+from benchmarks.measure import Row, number, ratio
+from mamba_ops.commands.bench.case import slot_tables
+from mamba_ops.commands.bench.clocks import copy_bandwidth
+from mamba_ops.commands.bench.run import AGREEMENT
 from mamba_ops.registry import Op, Sample, noticing_swaps
 from tests.harness import SIZES, samples_for
 
@@ -277,7 +279,7 @@ def main() -> int:
         if mine.compile:
             return compile_all(device, mine.compile)
         facts: dict[str, Any] = {**measure.facts(options), "flashinfer": flashinfer.__version__}
-        facts["copy_bandwidth"] = measure.copy_bandwidth(device)
+        facts["copy_bandwidth"] = copy_bandwidth(device)
         rows = [measured(batch, kind, device) for kind, batches in STATES.items() for batch in batches]
     measure.report(options, page(facts, rows), {**facts, "rows": rows})
     return 0 if all(row["agrees"] for row in rows) else 1

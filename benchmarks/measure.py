@@ -15,57 +15,29 @@ import torch
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from mamba_ops.registry import noticing_swaps
-
-AGREEMENT = 1e-2  # relative error above which two kernels do not compute the same thing; bf16 products alone make 3e-3
+from mamba_ops.commands.bench.clocks import by_turns, captured
 
 MIXED = (37, 512, 1024, 77, 2048, 300, 900, 64, 128, 1500, 33, 256, 700, 444, 130, 39)  # tokens of 16 packed sequences
 
-LABELS = ("case", "kernels")  # columns of words
+LABELS = ("case", "kernels", "layer", "compiled")  # columns of words
 
 Row = dict[str, Any]
 """What was measured, by key."""
 
 
-def random(*shape: int, device: torch.device) -> Tensor:
-    """In bfloat16, which Triton's interpreter cannot multiply: in float32 on a CPU."""
-    return torch.randn(shape, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
-
-
-def nbytes(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-# ---- clocks ----------------------------------------------------------------------------------------------------------
-
-
 def bench_us(call: Callable[[], object]) -> float:
-    from triton.testing import do_bench
-
-    return 1e3 * float(do_bench(call, return_mode="median"))
+    """Median of one eager call as the accelerator sees it, its L2 cache cold."""
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    call()
+    return by_turns({"call": call}, device)["call"]
 
 
 def device_us(calls: Callable[[], object], device: torch.device) -> float:
     """Time of the calls on the device alone: recorded in one CUDA graph, where there are such, and replayed."""
-    module = torch.get_device_module(device)
-    calls()
-    module.synchronize()
-    replay = calls
-    if hasattr(module, "CUDAGraph"):
-        graph = module.CUDAGraph()
-        with noticing_swaps(), module.graph(graph):  # freed before the next swap
-            calls()
-        replay = graph.replay
-    return bench_us(replay)
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a large copy on the device."""
-    source = torch.randn(1 << 28, device=device)
-    target = torch.empty_like(source)
-    return 2 * nbytes(source) / (1e-6 * bench_us(lambda: target.copy_(source)))
+    with captured(calls, device) as replay:
+        return by_turns({"calls": replay}, device)["calls"]
 
 
 @contextmanager
@@ -90,19 +62,24 @@ def options(name: str, description: str, ops: Iterable[str]) -> argparse.Namespa
     """Return the arguments of `python -m benchmarks.<name>`. On a CPU, Triton is set to interpret before it is
     imported, as it reads the variable when it decorates kernels."""
     default = torch.accelerator.current_accelerator() or torch.device("cpu")
-    results = Path(__file__).parent / "results"
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description.partition("\n")[0])
     parser.add_argument("--op", choices=list(ops), help="this op alone")
     parser.add_argument("--device", type=torch.device, default=default, help=f"default: {default}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-    parser.add_argument(
-        "--save", type=Path, nargs="?", const=results, metavar="FOLDER", help="write a dated page (default: results/)"
-    )
+    add_outputs(parser)
     given = parser.parse_args()
     given.name = name
     if given.device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
     return given
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Give a command the options that `report` reads."""
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    parser.add_argument(
+        "--save", type=Path, nargs="?", const=results, metavar="FOLDER", help="write a dated page (default: results/)"
+    )
 
 
 def command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from mamba_ops.cold_start.choosing import microseconds
 from mamba_ops.commands.watch import device_name
-from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, ShortConv
+from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, Mamba3, ShortConv
 from mamba_ops.serving import Plan, StatePool
 
 ROUNDS = (1, 2, 4, 8)
@@ -30,6 +30,7 @@ def layers_of(hidden: int, head: int) -> dict[str, Any]:
     return {
         "Mamba": Mamba(hidden, d_inner=2 * hidden, dstate=16),
         "Mamba2": Mamba2(hidden, heads=2 * heads, head_dim=head, dstate=head, groups=1),
+        "Mamba3": Mamba3(hidden, heads=2 * heads, head_dim=head, dstate=head),
         "GatedDeltaNet": GatedDeltaNet(hidden, num_k_heads=heads, num_v_heads=heads, head_k_dim=head, head_v_dim=head),
         "KimiDeltaAttention": KimiDeltaAttention(hidden, num_heads=heads, head_dim=head),
         "ShortConv": ShortConv(hidden),

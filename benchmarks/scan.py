@@ -6,18 +6,20 @@ interpreter on small sizes, and only errors are shown.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import mamba_ops
-from benchmarks import measure, peers
-from benchmarks.measure import AGREEMENT, MIXED, Row, nbytes
-from benchmarks.peers import Prefill
-from benchmarks.prefill import COLUMNS, VARIANT_TOKENS, Case, Contestants, measured, packed, spread, variants
+from benchmarks import measure
+from benchmarks.measure import MIXED, Row
+from benchmarks.peers import PEERS, versions
+from benchmarks.prefill import COLUMNS, VARIANT_TOKENS, Contestants, measured, present, variants
+from mamba_ops.commands.bench import cases
+from mamba_ops.commands.bench.case import Case, spread
+from mamba_ops.commands.bench.clocks import copy_bandwidth
+from mamba_ops.commands.bench.peers import Calls
+from mamba_ops.commands.bench.run import AGREEMENT
 
 SINGLE = (512, 2048, 8192)  # tokens of one sequence, which is what mamba_ssm's kernel takes
 LIMITS = {"mamba_ssm": 1.4, "ours, channel-major": 1.1}  # for SINGLE's longest, ours may take so many times as long
@@ -25,44 +27,10 @@ LIMITS = {"mamba_ssm": 1.4, "ours, channel-major": 1.1}  # for SINGLE's longest,
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
 
-def case_of(lengths: tuple[int, ...], device: torch.device) -> Case:
-    """Packed sequences from no state; x and z, and B and C, are views of one tensor each, as the projections are."""
-    dim, dstate, rank = (16, 16, 8) if device.type == "cpu" else (8192, 16, 256)
-    tokens, random = sum(lengths), partial(measure.random, device=device)
-    x, z = random(tokens, 2 * dim).split(dim, dim=1)
-    _, B, C = random(tokens, rank + 2 * dstate).split([rank, dstate, dstate], dim=1)
-    out = random(tokens, dim)
-    cache = torch.randn(1 + len(lengths), dim, dstate, device=device)
-    tensors = {
-        "x": x,
-        "dt": random(tokens, dim),
-        "A": -1 - 15 * torch.rand(dim, dstate, device=device),
-        "B": B,
-        "C": C,
-        "D": torch.randn(dim, device=device),
-        "z": z,
-        "dt_bias": torch.randn(dim, device=device) - 3,
-        **packed(lengths, device),
-    }
-    name = f"{tokens} tokens" if len(lengths) == 1 else f"{len(lengths)} sequences, {tokens} tokens"
-    moved = nbytes(*tensors.values(), out, cache[1:])
-    return Case("selective_scan", name, tensors | {"dt_softplus": True}, "ssm_state", cache, out, moved)
-
-
-def cases(device: torch.device) -> Iterator[Case]:
+def cases_of(device: torch.device) -> Iterator[Case]:
     """Yield cases one by one, as the expected result of one takes gigabytes."""
     for lengths in ((40,), (3, 20, 70)) if device.type == "cpu" else ((*((n,) for n in SINGLE), MIXED)):
-        yield case_of(lengths, device)
-
-
-def channel_major(case: Case) -> Prefill:
-    """Ours, on the same numbers with a channel's tokens contiguous."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        return tensor.t().contiguous().t()
-
-    arguments = {n: moved(v) if n in ("x", "dt", "z", "B", "C") else v for n, v in case.arguments.items()}
-    return replace(case, arguments=arguments, out=moved(case.out)).ours()
+        yield cases.scan(lengths, device)
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------
@@ -70,10 +38,11 @@ def channel_major(case: Case) -> Prefill:
 
 def contestants(case: Case) -> Contestants:
     """Ours in both layouts and, on a GPU, the peers that are there and take this."""
-    calls = {"ours": case.ours(), "ours, channel-major": channel_major(case)}
-    if case.cache.device.type != "cpu" and len(case.arguments["slots"]) == 1:
-        calls |= peers.present(peers.PREFILL[case.op], **case.arguments)
-    return {contestant: (call, call) for contestant, call in calls.items()}
+    calls = {"ours": case.ours(), "ours, channel-major": cases.channel_major(case).ours()}
+    found = {name: Calls(call, call) for name, call in calls.items()}
+    if case.cache.device.type != "cpu" and case.rows == 1:
+        found |= present(PEERS[case.op], case)
+    return found
 
 
 def criteria(rows: list[Row]) -> list[tuple[str, float, float]]:
@@ -91,12 +60,12 @@ def main() -> int:
     options = measure.options("scan", str(__doc__), ["selective_scan"])
     device: torch.device = options.device
     timed = device.type != "cpu"
-    facts: dict[str, Any] = {**measure.facts(options), "peers": peers.versions() if timed else {}}
+    facts: dict[str, Any] = {**measure.facts(options), "peers": versions() if timed else {}}
     torch.manual_seed(0)
     with torch.inference_mode(), mamba_ops.use_backend("triton"):
-        after = variants(case_of(spread(n, min(n, 7)), device) for n in VARIANT_TOKENS) if timed else []
-        facts["copy_bandwidth"] = measure.copy_bandwidth(device) if timed else None
-        rows = [row for case in cases(device) for row in measured(case, contestants, facts["copy_bandwidth"])]
+        after = variants(cases.scan(spread(n, min(n, 7)), device) for n in VARIANT_TOKENS) if timed else []
+        facts["copy_bandwidth"] = copy_bandwidth(device) if timed else None
+        rows = [row for case in cases_of(device) for row in measured(case, contestants, facts["copy_bandwidth"])]
 
     notes = [", ".join(f"{name} {facts[name]}" for name in ("torch", "triton"))]
     notes[0] += "".join(f"; {name} {version}" for name, version in facts["peers"].items())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks import measure, peers
 from benchmarks.measure import Row, number, ratio
+from mamba_ops.commands.bench import clocks
 
 Inputs = dict[str, Any]
 Call = Callable[[Inputs], Tensor]
@@ -34,14 +35,14 @@ class Contestant:
 def conv_inputs(device: torch.device) -> Inputs:
     """The convolution of a Mamba-2 layer of 4096 channels, 8 rows of 2048 tokens."""
     rows, length, dim = (2, 40, 32) if device.type == "cpu" else (8, 2048, 4352)
-    random = partial(measure.random, device=device)
+    random = partial(clocks.random, device=device)
     return {"x": random(rows, length, dim), "weight": random(dim, 4), "bias": random(dim)}
 
 
 def scan_inputs(device: torch.device) -> Inputs:
     """The recurrence of that layer: 64 heads of 64 channels, a state of 128, one group."""
     rows, length, heads, dim, dstate = (1, 80, 2, 16, 16) if device.type == "cpu" else (8, 2048, 64, 64, 128)
-    random = partial(measure.random, device=device)
+    random = partial(clocks.random, device=device)
     inputs = {"x": random(rows, length, heads, dim), "dt": random(rows, length, heads)}
     inputs["A"] = -1 - 15 * torch.rand(heads, device=device)
     inputs |= {name: random(rows, length, 1, dstate) for name in ("B", "C")}
@@ -51,7 +52,7 @@ def scan_inputs(device: torch.device) -> Inputs:
 def selective_inputs(device: torch.device) -> Inputs:
     """The recurrence of a Mamba-1 layer of 4096 channels, 8 rows of 1024 tokens."""
     rows, length, dim, dstate = (1, 40, 32, 4) if device.type == "cpu" else (8, 1024, 4096, 16)
-    random = partial(measure.random, device=device)
+    random = partial(clocks.random, device=device)
     inputs = {name: random(rows, length, dim) for name in ("x", "dt")}
     inputs["A"] = -1 - 15 * torch.rand(dim, dstate, device=device)
     inputs |= {name: random(rows, length, dstate) for name in ("B", "C")}
@@ -61,7 +62,7 @@ def selective_inputs(device: torch.device) -> Inputs:
 def delta_inputs(device: torch.device) -> Inputs:
     """A layer of Qwen3-Next: 16 heads of q and k, 32 of v, 4 rows of 2048 tokens; gates as the layer computes them."""
     rows, length, k_heads, v_heads, dim = (1, 80, 1, 2, 16) if device.type == "cpu" else (4, 2048, 16, 32, 128)
-    random = partial(measure.random, device=device)
+    random = partial(clocks.random, device=device)
     inputs = {name: random(rows, length, k_heads, dim) for name in ("q", "k")}
     inputs["v"] = random(rows, length, v_heads, dim)
     inputs["g"] = -0.1 * torch.nn.functional.softplus(torch.randn(rows, length, v_heads, device=device))

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from mamba_ops import registry
 from mamba_ops.commands.watch import watch_compiler
-from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, ShortConv
+from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, Mamba3, ShortConv
 from mamba_ops.registry import mark_splitting, record_selections, splitting_ops, use_backend
 from mamba_ops.serving import Plan
 from tests.conftest import ACCELERATOR
@@ -206,6 +206,7 @@ class EveryMixer(nn.Module):
             GatedDeltaNet(HIDDEN, num_k_heads=2, num_v_heads=4, head_k_dim=8, head_v_dim=4),
             KimiDeltaAttention(HIDDEN, num_heads=2, head_dim=8),
             ShortConv(HIDDEN),
+            Mamba3(HIDDEN, heads=2, head_dim=8, dstate=8, chunk_size=8),
         ]
         self.layers = nn.ModuleList(layers).to(DEVICE)
         self.caches = [layer.empty_caches(SLOTS) for layer in layers]
@@ -221,7 +222,7 @@ class EveryMixer(nn.Module):
                 cache.zero_()
 
 
-MIXING = [f"mamba_ops::{kind}_mixing" for kind in ("mamba", "mamba2", "gdn", "kda", "short_conv")]
+MIXING = [f"mamba_ops::{kind}_mixing" for kind in ("mamba", "mamba2", "gdn", "kda", "short_conv", "mamba3")]
 
 
 def as_vllm_splits(target: Any, ops: list[str]) -> bool:

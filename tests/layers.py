@@ -74,7 +74,14 @@ KINDS = {
     "mamba3": Kind(
         Mamba3,
         {"heads": 4, "head_dim": 8, "dstate": 12, "groups": 2, "chunk_size": 16},
-        [{}, {"groups": 4, "rope_fraction": 1}, {"groups": 1, "out_norm": True}, {"chunk_size": 64}],
+        [
+            {},
+            {"groups": 4, "rope_fraction": 1},
+            {"groups": 1, "out_norm": True},
+            {"chunk_size": 64},
+            {"is_mimo": True, "mimo_rank": 3},
+            {"is_mimo": True, "mimo_rank": 2, "out_norm": True, "rope_fraction": 1},
+        ],
         Mamba3Oracle,
         ["mamba3_chunk_scan"],
         ["mamba3_state_update"],
@@ -116,7 +123,7 @@ def new_layer(name: str, device: torch.device | str, **changes: Any) -> Any:
 def set_weights(module: torch.nn.Module, name: str) -> None:
     """Let every weight of a layer of that kind matter, where it would begin with ones or forget all."""
     for parameter_name, parameter in module.named_parameters():
-        if parameter_name == "D":
+        if parameter_name == "D" or parameter_name.startswith("mimo_"):
             parameter.normal_()
         elif parameter_name.endswith("A_log") and name in ("gdn", "kda"):
             # As initialised, most heads forget all in one token: their memory would not be tested, and sums of such

@@ -88,7 +88,7 @@ def test_a_plan_needs_caches_with_a_slot(op: Op[...]) -> None:
     bad = op.make_samples(DEVICE)[0]
     for name in (name for name in op.mutates if name.endswith("_state")):
         bad = changed(op, bad, name, lambda cache: cache[:0])
-    with torch.no_grad(), pytest.raises(ValueError, match="conv_state: got 0 slots, expected 1 at least"):
+    with torch.no_grad(), pytest.raises(ValueError, match="_state: got 0 slots, expected 1 at least"):
         op(*bad.args, **bad.kwargs)
 
 

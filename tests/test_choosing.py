@@ -120,7 +120,7 @@ def test_files_of_other_machines_are_refused(tmp_path: Path, change: dict[str, A
 def test_the_command_times_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing, "READS", {"a short prompt": (1, 8)})
     path = tmp_path / "chosen.json"
-    options = ["bench", "causal_conv1d", "--choose", str(path), "--size", "channels=4", "--device", "cpu"]
+    options = ["bench", "--ops", "causal_conv1d", "--choose", str(path), "--size", "channels=4", "--device", "cpu"]
     result = CliRunner().invoke(app, options)
     assert result.exit_code == 0, result.output
     assert "a short prompt" in result.output
@@ -133,17 +133,17 @@ def test_the_command_times_and_writes(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["causal_conv"], "causal_conv1d"),
+        (["--ops", "causal_conv", "--choose", "f"], "causal_conv1d"),
         (
-            ["mamba_chunk_scan"],
+            ["--ops", "mamba_chunk_scan", "--choose", "f"],
             "bench: op: got mamba_chunk_scan, expected one for which several backends run on cpu: torch",
         ),
-        (["causal_conv1d", "--size", "chanels=4"], "channels"),
+        (["--ops", "causal_conv1d", "--choose", "f", "--size", "chanels=4"], "channels"),
         (
-            ["causal_conv1d", "--choose", "missing/folder/f"],
+            ["--ops", "causal_conv1d", "--choose", "missing/folder/f"],
             "--choose: got missing/folder/f, expected a file in a folder",
         ),
-        (["--dtype", "int8"], "--dtype: got 'int8', expected one of"),
+        (["--choose", "f", "--dtype", "int8"], "--dtype: got 'int8', expected one of"),
     ],
     ids=str,
 )

@@ -2,14 +2,15 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
+from mamba_ops.compat import vllm
 from mamba_ops.compat.mamba_ssm import chunks, norms, parts
 from mamba_ops.registry import use_backend
 from tests.compat_inputs import compat, scan_arguments
@@ -264,3 +265,12 @@ def test_gated_norms(kind: type[nn.Module], before: bool) -> None:
         kind(12, group_size=5)(x)
     gate, value = torch.randn(2, 3, 8).chunk(2, -1)
     torch.testing.assert_close(norms.swiglu(torch.cat((gate, value), -1)), functional.silu(gate) * value)
+
+
+@pytest.mark.parametrize("scan", [compat.selective_scan_fn, vllm.selective_scan_fn, parts.selective_scan_ref])
+def test_a_flag_that_is_none_is_refused_by_the_name_it_was_given_by(scan: Callable[..., Tensor]) -> None:
+    x, A, B = torch.randn(1, 4, 6), -torch.rand(4, 3), torch.randn(1, 3, 6)
+    state = (torch.zeros(1, 4, 3),) if scan is vllm.selective_scan_fn else ()
+    expected = rf"^{scan.__name__}: delta_softplus: got -0.0, expected True or False"
+    with pytest.raises(TypeError, match=expected):
+        scan(x, *state, x.clone(), A, B, B, delta_softplus=-0.0)

@@ -27,6 +27,14 @@ def _exact() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+def drawn(mixer: Any) -> Any:
+    """A MIMO mixer whose weights differ along its rank."""
+    for name, parameter in mixer.named_parameters():
+        if name.startswith("mimo_"):
+            nn.init.normal_(parameter)
+    return mixer
+
+
 MIXERS: dict[str, Callable[[], Any]] = {
     "Mamba": lambda: mamba_ssm.Mamba(32, layer_idx=0, bias=True),
     "Mamba2": lambda: mamba_ssm.Mamba2(32, headdim=8, d_state=16, ngroups=2, layer_idx=0, dt_limit=(0.01, 0.05)),
@@ -34,6 +42,10 @@ MIXERS: dict[str, Callable[[], Any]] = {
     "Mamba2 without norm": lambda: mamba_ssm.Mamba2(32, headdim=8, d_state=16, rmsnorm=False, layer_idx=0),
     "Mamba3": lambda: mamba_ssm.Mamba3(32, 16, headdim=8, ngroups=2, chunk_size=4, layer_idx=0),
     "Mamba3 with norm": lambda: mamba_ssm.Mamba3(32, 16, headdim=8, is_outproj_norm=True, rope_fraction=1, layer_idx=0),
+    "Mamba3 MIMO": lambda: drawn(mamba_ssm.Mamba3(32, 16, headdim=8, is_mimo=True, mimo_rank=2, layer_idx=0)),
+    "Mamba3 MIMO with norm": lambda: drawn(
+        mamba_ssm.Mamba3(32, 16, headdim=8, ngroups=2, is_mimo=True, chunk_size=2, is_outproj_norm=True, layer_idx=0)
+    ),
     "MHA": lambda: mamba_ssm.MHA(
         32, 4, num_heads_kv=2, mlp_dim=100, causal=True, d_conv=3, rotary_emb_dim=4, layer_idx=0
     ),
@@ -77,7 +89,7 @@ def test_a_mixer_keeps_packed_sequences_apart(name: str) -> None:
     torch.testing.assert_close(step, torch.cat([mixer(row)[:, -1:] for row in rows]))
 
 
-@pytest.mark.parametrize("name", ["Mamba2", "Mamba3"])
+@pytest.mark.parametrize("name", ["Mamba2", "Mamba3", "Mamba3 MIMO"])
 def test_a_decode_goes_on_from_the_last_sequence_of_a_row(name: str) -> None:
     mixer, u, token = MIXERS[name](), torch.randn(1, 9, 32), torch.randn(1, 1, 32)
     idx = torch.tensor([[0] * 7 + [1] * 2])
@@ -134,6 +146,18 @@ def test_parameters_are_those_of_the_original() -> None:
         "norm.weight": (64,),
         "out_proj.weight": (32, 64),
     }
+    mimo = mamba_ssm.Mamba3(32, 16, headdim=8, is_mimo=True, mimo_rank=3, dtype=torch.bfloat16)
+    kept = {n: tuple(p.shape) for n, p in mimo.named_parameters() if p.dtype != torch.bfloat16}
+    weights = dict.fromkeys(("mimo_x", "mimo_z", "mimo_o"), (8, 3, 8))
+    assert kept == shapes | weights | {"B_bias": (8, 3, 16), "C_bias": (8, 3, 16)}
+    assert mimo.in_proj.weight.shape == (2 * 64 + 2 * 3 * 16 + 3 * 8 + 4, 32)
+    assert [float(getattr(mimo, n)[0, 0, 0]) for n in weights] == pytest.approx([1 / 3, 1, 1 / 3])
+    assert [tuple(s.shape) for s in mimo.allocate_inference_cache(5, 9)] == [
+        (5, 8, 4),
+        (5, 8, 8, 16),
+        (5, 3, 8, 16),
+        (5, 8, 8),
+    ]
     sizes = functional.softplus(mixer3.dt_bias)
     assert 0.2 * 0.99 <= sizes.min() <= sizes.max() <= 0.3 * 1.01
 
@@ -152,8 +176,8 @@ def test_parameters_are_those_of_the_original() -> None:
             "create_block: ssm_cfg: got layer 'Mamba3', expected",
         ),
         (
-            lambda: mamba_ssm.Mamba3(32, 16, headdim=8, is_mimo=True),
-            "Mamba3: is_mimo: got True, expected False; mamba_",
+            lambda: mamba_ssm.Mamba3(32, 16, headdim=8, is_mimo=True, mimo_rank=0),
+            "Mamba3: mimo_rank: got 0, expected 1 at least",
         ),
         (lambda: mamba_ssm.Mamba3(32, 16, headdim=0), "Mamba3: headdim: got 0, expected a divisor of the 64 channels"),
         (lambda: mamba_ssm.Mamba2(32, headdim=0), "Mamba2: headdim: got 64 channels, heads of 0 and 1 groups"),

@@ -16,6 +16,7 @@ from mamba_ops.layers import (
     KimiDeltaAttention,
     Mamba,
     Mamba2,
+    Mamba3,
     OlmoGatedDeltaNet,
     ShortConv,
 )
@@ -36,6 +37,10 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "kda, bounded": lambda: KimiDeltaAttention(HIDDEN, num_heads=2, head_dim=4, low_rank=False, lower_bound=-5.0),
     "mamba2": lambda: Mamba2(HIDDEN, heads=4, head_dim=8, dstate=8, groups=2, chunk_size=8),
     "short_conv": lambda: ShortConv(HIDDEN),
+    "mamba3": lambda: Mamba3(HIDDEN, heads=4, head_dim=8, dstate=8, groups=2, chunk_size=8),
+    "mamba3, mimo": lambda: Mamba3(
+        HIDDEN, heads=2, head_dim=4, dstate=8, chunk_size=4, is_mimo=True, mimo_rank=2, out_norm=True
+    ),
     "mamba2, dt limited": lambda: Mamba2(HIDDEN, heads=2, head_dim=4, dstate=8, chunk_size=8, dt_min=0.01, dt_max=0.1),
     "mamba2, multiplied": lambda: FalconH1Mamba2(
         HIDDEN, heads=4, head_dim=8, dstate=8, chunk_size=8, multipliers=(0.9, 1.2, 0.6, 1.4, 0.8), with_norm=False

@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
 import mamba_ops
 from mamba_ops.commands.audit.command import audit
 from mamba_ops.commands.backends import backends
-from mamba_ops.commands.bench import bench
+from mamba_ops.commands.bench.command import bench
 from mamba_ops.commands.compare.command import compare
 from mamba_ops.commands.demo.command import demo
 from mamba_ops.commands.doctor.command import doctor

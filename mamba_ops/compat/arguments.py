@@ -65,6 +65,13 @@ def numbers(function: str, **values: object) -> None:
             raise ValueError(f"{function}: {name}: got a tensor, expected a number")
 
 
+def flags(function: str, **values: object) -> None:
+    """Raise about a flag, which the op calls otherwise, that is no truth value."""
+    for name, value in values.items():
+        if not isinstance(value, (bool, int, Tensor)):
+            raise ArgumentTypeError(f"{function}: {name}: got {value!r}, expected True or False")
+
+
 def written(function: str, inputs: Mapping[str, Tensor | None] | None = None, /, **tensors: Tensor | None) -> None:
     """Raise about a tensor that the function writes after the op has run, if it is none that could be written.
 

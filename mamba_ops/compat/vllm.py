@@ -4,18 +4,14 @@ Names, order and meaning of the arguments are vLLM's. Rows of block 0, the null 
 their outputs are zero, where vLLM leaves them undefined. Products are float32, where its convolutions round them first.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from mamba_ops import ops
-from mamba_ops.compat import arguments, vllm_delta_rule, vllm_layers
-from mamba_ops.compat.arguments import all_have, check_states, floating, is_silu_or_flag, per_head, upcast, written
+from mamba_ops.compat import arguments, vllm_chunks, vllm_delta_rule, vllm_layers
+from mamba_ops.compat.arguments import flags, floating, is_silu_or_flag, per_head, written
 from mamba_ops.compat.fla.norms import l2norm
 from mamba_ops.compat.mamba_ssm.norms import rmsnorm_fn
-from mamba_ops.compat.vllm_chunks import Chunks, check_final_states
-from mamba_ops.ops._common.slots import store_rows
 from mamba_ops.registry import answering
 
 NULL_BLOCK_ID = 0
@@ -25,6 +21,7 @@ mamba_mixer, mamba_mixer2 = vllm_layers.mamba_mixer, vllm_layers.mamba_mixer2
 short_conv = vllm_layers.short_conv
 gdn_attention_core_xpu = vllm_layers.gdn_attention_core_xpu
 RMSNormGated, fused_post_conv_prep = vllm_delta_rule.RMSNormGated, vllm_delta_rule.fused_post_conv_prep
+mamba_chunk_scan_combined_varlen = vllm_chunks.mamba_chunk_scan_combined_varlen
 chunk_gated_delta_rule = vllm_delta_rule.chunk_gated_delta_rule
 fused_recurrent_gated_delta_rule = vllm_delta_rule.fused_recurrent_gated_delta_rule
 fused_recurrent_gated_delta_rule_packed_decode = vllm_delta_rule.fused_recurrent_gated_delta_rule_packed_decode
@@ -145,6 +142,7 @@ def selective_scan_fn(
             last_chunk_indices: states of a prefix cache, see `mamba_ops.selective_scan`; in use where the second is
             given.
     """
+    flags("selective_scan_fn", delta_softplus=delta_softplus)
     target = delta if z is None else z
     target = target if target.stride(-1) == 1 else target.contiguous()
     written("selective_scan_fn", ssm_states=ssm_states, **{"delta" if z is None else "z": target})
@@ -286,113 +284,3 @@ def causal_conv1d_update(
         out=result,
     )
     return (x if out is None else out).copy_(result.transpose(1, 2) if long else result)
-
-
-@answering
-def mamba_chunk_scan_combined_varlen(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    chunk_size: int,
-    cu_seqlens: Tensor,
-    cu_chunk_seqlens: Tensor,
-    last_chunk_indices: Tensor,
-    seq_idx: Tensor,
-    out: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    initial_states: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-    return_intermediate_states: bool = False,
-    state_dtype: torch.dtype | None = None,
-    final_states_out: Tensor | None = None,
-    final_state_indices: Tensor | None = None,
-) -> Tensor | None:
-    """Scan packed sequences, write the output to `out`, and their last states to `final_states_out` or return them.
-
-    Args:
-        x, z: `(tokens, heads, dim)`.
-        dt: `(tokens, heads)`.
-        A, dt_bias: `(heads,)`.
-        B, C: `(tokens, groups, dstate)`.
-        chunk_size: tokens per chunk, at most.
-        cu_seqlens: int `(n + 1,)`.
-        cu_chunk_seqlens, last_chunk_indices: int `(chunks + 1,)` and `(n,)`: which chunks there are, and the last one
-            of each sequence. They decide what `return_intermediate_states` returns, and nothing but rounding otherwise.
-        seq_idx: of no effect: it follows from the former.
-        out: `(tokens, heads, dim)`. Mutated.
-        D: `(heads,)` or `(heads, dim)`.
-        initial_states: `(n, heads, dim, dstate)`; None: zeros.
-        dt_softplus: whether softplus is applied to dt after the bias.
-        dt_limit: the least and the largest dt, always applied.
-        return_intermediate_states: return the states after every chunk, `(chunks, heads, dim, dstate)`.
-        state_dtype: of what is returned; None: that of `C`.
-        final_states_out: a cache `(slots, heads, dim, dstate)`, which takes each sequence's last state. Mutated.
-        final_state_indices: int `(n,)`: where in it; a negative one is not stored, block 0 is a block like any other.
-    """
-    name = "mamba_chunk_scan_combined_varlen"
-    if final_states_out is not None and return_intermediate_states:
-        raise ValueError(f"{name}: return_intermediate_states: got it with final_states_out, expected one of the two")
-    if (final_states_out is None) != (final_state_indices is None):
-        raise ValueError(f"{name}: final_state_indices: got one of it and final_states_out, expected both or neither")
-    floating(name, x=x, final_states_out=final_states_out)
-    written(name, out=out, final_states_out=final_states_out)
-    n, compute = cu_seqlens.shape[0] - 1, upcast(x)
-    if final_states_out is not None and final_state_indices is not None:
-        check_final_states(final_states_out, (*x.shape[1:], B.shape[-1]), final_state_indices, n)
-    arguments.floating_dtypes(name, state_dtype=state_dtype)
-    kept = C.dtype if state_dtype is None else state_dtype
-    state = x.new_zeros(n, *x.shape[1:], B.shape[-1], dtype=compute)
-    check_states(name, "initial_states", initial_states, state.shape)
-    if initial_states is not None:
-        state.copy_(initial_states)
-    dt_min, dt_max = dt_limit
-    if return_intermediate_states:
-        states = x.new_empty(cu_chunk_seqlens.shape[0] - 1 + n, *state.shape[1:], dtype=kept)
-        d = dt.to(compute) if dt_bias is None else dt.to(compute) + dt_bias.to(compute)
-        d = (torch.nn.functional.softplus(d) if dt_softplus else d).clamp(dt_min, dt_max)
-        chunks = Chunks(cu_chunk_seqlens, x.shape[0], chunk_size)
-        y = ops.mamba_chunk_scan(
-            chunks.padded(x),
-            chunks.padded(d),
-            A,
-            chunks.padded(B),
-            chunks.padded(C),
-            chunk_size,
-            D=D,
-            z=None if z is None else chunks.padded(z),
-            dt_min=-math.inf,
-            cu_seqlens=torch.nn.functional.pad((last_chunk_indices + 1) * chunk_size, (1, 0)),
-            ssm_state=state,
-            has_initial_state=all_have(state),
-            chunk_states=states,
-            out=x.new_empty(chunks.tokens, *x.shape[1:], dtype=out.dtype),
-        )
-        chunks.unpad(y, out)
-        return states[:-n] if n else states
-    ops.mamba_chunk_scan(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        chunk_size,
-        D=D,
-        z=z,
-        dt_bias=dt_bias,
-        dt_softplus=dt_softplus,
-        dt_min=dt_min,
-        dt_max=dt_max,
-        cu_seqlens=cu_seqlens,
-        ssm_state=state,
-        has_initial_state=all_have(state),
-        out=out,
-    )
-    if final_states_out is None or final_state_indices is None:
-        return state.to(kept)
-    store_rows(final_states_out, final_state_indices[:n].long(), state, final_state_indices[:n] >= 0)
-    return None

@@ -10,7 +10,8 @@ from torch.distributed.fsdp import fully_shard as shard
 from mamba_ops.layers.mixer import Mixer
 
 M = TypeVar("M", bound=Mixer[Any])
-DECAYS = ("A_log", "D", "dt_bias")
+DECAYS = ("A_log", "D", "dt_bias", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o")
+"""What stays in float32: decays, and what Mamba-3 has in float32 beside them."""
 
 
 class Decays(nn.Module):
@@ -27,7 +28,7 @@ class Decays(nn.Module):
 
 
 def fully_shard(layer: M, **options: Any) -> M:
-    """Apply `torch.distributed.fsdp.fully_shard` to a layer, with A_log, D and dt_bias in float32, and return it.
+    """Apply `torch.distributed.fsdp.fully_shard` to a layer, with `DECAYS` in float32, and return it.
 
     They become a submodule with a policy of its own, `layer.decays` (`layer.forget_gate.decays`, where they are the
     gate's), which is gathered and reduced in float32 whatever `mp_policy` says of the rest; they are float32 also where

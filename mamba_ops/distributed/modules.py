@@ -1,5 +1,6 @@
 """The modules of a layer that is split over ranks."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,8 @@ from torch.nn import functional
 
 from mamba_ops.distributed.collectives import Ranks
 from mamba_ops.layers.mixer import Taps
-from mamba_ops.layers.norms import GatedRMSNorm, upcast
+from mamba_ops.layers.norms import GatedRMSNorm, RMSNorm, upcast
+from mamba_ops.ops._common.norms import rms_norm
 
 
 class Shared(NamedTuple):
@@ -18,19 +20,19 @@ class Shared(NamedTuple):
     rows: range
 
 
-def used(module: nn.Linear | nn.Conv1d, shared: Shared | None) -> tuple[Tensor, Tensor | None]:
+def used(module: nn.Linear | nn.Conv1d, shared: Sequence[Shared]) -> tuple[Tensor, Tensor | None]:
     """Return the weight and the bias of a module for use on this rank."""
-    if shared is None:
-        return module.weight, module.bias
-    ranks, rows = shared
-    return ranks.use_rows(module.weight, rows), None if module.bias is None else ranks.use_rows(module.bias, rows)
+    weight, bias = module.weight, module.bias
+    for ranks, rows in shared:
+        weight, bias = ranks.use_rows(weight, rows), None if bias is None else ranks.use_rows(bias, rows)
+    return weight, bias
 
 
 class InputLinear(nn.Linear):
     """Some rows of a projection, of an input that all ranks have."""
 
     ranks: Ranks
-    shared: Shared | None
+    shared: Sequence[Shared]
 
     def forward(self, input: Tensor) -> Tensor:
         """Project the input to this rank's part of the output."""
@@ -40,7 +42,7 @@ class InputLinear(nn.Linear):
 class SharedTaps(Taps):
     """The taps of this rank's channels, some of which other ranks have too."""
 
-    shared: Shared
+    shared: Sequence[Shared]
 
     def forward(self) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
         """Return the weight and the bias."""
@@ -67,6 +69,16 @@ class SharedWeightNorm(GatedRMSNorm):
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """Gate `x` and normalise it."""
         return self.norm(x, gate, self.ranks.use(self.weight))
+
+
+class SharedRMSNorm(RMSNorm):
+    """A norm of what this rank has, whose weight is that of all ranks."""
+
+    ranks: Ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` over its last axis."""
+        return rms_norm(x, self.ranks.use(self.weight), self.eps)
 
 
 class PartOfGroupNorm(GatedRMSNorm):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2, ShortConv
+from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2, Mamba3, ShortConv
 
 
 class Slice(NamedTuple):
@@ -29,6 +29,7 @@ class Part(NamedTuple):
         shared: the rows of its part that its neighbours have too, by name of module.
         sets: how many sets of neighbouring ranks share such rows; 0: none does.
         mine: the number of this rank's set.
+        of_all: the rows of its part that all ranks have, by name of module; None: none.
     """
 
     sizes: dict[str, object]
@@ -36,6 +37,7 @@ class Part(NamedTuple):
     shared: dict[str, range]
     sets: int = 0
     mine: int = 0
+    of_all: dict[str, range] | None = None
 
 
 def part_of(layer: nn.Module, rank: int, ranks: int) -> Part:
@@ -129,6 +131,29 @@ def _mamba2(layer: Mamba2, rank: int, ranks: int) -> Part:
     return _shared_part(changed, slices, shared, layer.groups, ranks, groups)
 
 
+def _mamba3(layer: Mamba3, rank: int, ranks: int) -> Part:
+    heads = _share("heads", layer.heads, rank, ranks)
+    groups = _shared("groups", layer.groups, rank, ranks)
+    sizes = layer.projected  # z, x, B, C, dt, A, trap, angles
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    own = _rows(0, heads, layer.head_dim)
+    of_groups = [  # of B, or of C: its groups, for each number of the rank of MIMO
+        row for r in range(layer.mimo_rank) for row in _rows(r * layer.groups * layer.dstate, groups, layer.dstate)
+    ]
+    parts = [own, own, of_groups, of_groups, [*heads], [*heads], [*heads], [*range(layer.angles)]]
+    slices = _slices(
+        in_proj__weight=[start + row for start, part in zip(starts, parts, strict=True) for row in part],
+        **{name: [*heads] for name in ("dt_bias", "B_bias", "C_bias", "D", "mimo_x", "mimo_z", "mimo_o")},
+        norm__weight=own,
+        out_proj__weight=(1, own),
+    )
+    projected = [len(part) for part in parts]
+    changed = {"heads": len(heads), "groups": len(groups), "projected": projected}
+    of_both = {"in_proj": range(2 * len(own), 2 * len(own) + 2 * len(of_groups))}
+    part = _shared_part(changed, slices, of_both, layer.groups, ranks, groups)
+    return part._replace(of_all={"in_proj": range(sum(projected) - layer.angles, sum(projected))})
+
+
 def _gated_delta_net(layer: GatedDeltaNet, rank: int, ranks: int) -> Part:
     values = _share("heads of v", layer.num_v_heads, rank, ranks)
     keys = _shared("heads of k", layer.num_k_heads, rank, ranks)
@@ -185,6 +210,7 @@ def _shared_part(
 _PARTS: dict[type[nn.Module], Callable[..., Part]] = {
     Mamba: _mamba,
     Mamba2: _mamba2,
+    Mamba3: _mamba3,
     GatedDeltaNet: _gated_delta_net,
     ShortConv: _short_conv,
 }

@@ -1,5 +1,6 @@
 """Tensor parallelism: every rank has some heads of a layer, and computes what they add to its output."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -14,11 +15,12 @@ from mamba_ops.distributed.modules import (
     OutputLinear,
     PartOfGroupNorm,
     Shared,
+    SharedRMSNorm,
     SharedTaps,
     SharedWeightNorm,
 )
 from mamba_ops.distributed.parts import Part, part_of
-from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2
+from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2, Mamba3
 from mamba_ops.layers.mixer import Mixer
 
 M = TypeVar("M", bound=Mixer[Any])
@@ -115,14 +117,22 @@ def tensor_parallel(layer: M, mesh: DeviceMesh) -> M:
         module.register_parameter(last, nn.Parameter(tensor.detach().clone(), requires_grad=old.requires_grad))
     for name, size in part.sizes.items():
         setattr(layer, name, size)
-    shared = {} if sharers is None else {name: Shared(sharers, rows) for name, rows in part.shared.items()}
+    shared: dict[str, list[Shared]] = defaultdict(list)
+    for ranks, of_module in ((sharers, part.shared), (everyone, part.of_all)):
+        for name, rows in (of_module or {}).items():
+            shared[name] += [] if ranks is None else [Shared(ranks, rows)]
     for name, module in [*layer.named_children()]:
         if isinstance(module, nn.Linear) and name != "dt_proj":  # its weight alone is used
             kind: Any = OutputLinear if name in ("out_proj", "x_proj") else InputLinear
-            setattr(layer, name, _as(module, kind, ranks=everyone, shared=shared.get(name)))
+            setattr(layer, name, _as(module, kind, ranks=everyone, shared=shared[name]))
     _fit_sizes(layer)
     if isinstance(layer, GatedDeltaNet):
         layer.norm = _as(layer.norm, SharedWeightNorm, ranks=everyone)
+    elif isinstance(layer, Mamba3):
+        for name in ("B_norm", "C_norm"):
+            setattr(layer, name, _as(layer.get_submodule(name), SharedRMSNorm, ranks=everyone))
+        if layer.out_norm:
+            layer.norm.groups = layer.heads
     elif isinstance(layer, Mamba2):
         layer.norm.groups = layer.groups
         if sharers is not None:
@@ -130,7 +140,7 @@ def tensor_parallel(layer: M, mesh: DeviceMesh) -> M:
             layer.norm = _as(layer.norm, PartOfGroupNorm, ranks=sharers, channels=channels)
     if isinstance(layer, Mamba):
         layer.share = everyone.use
-    elif sharers is not None:
+    elif shared["conv1d"]:
         layer.conv1d = _as(layer.get_submodule("conv1d"), SharedTaps, shared=shared["conv1d"])
     layer.checkpoint_map = checkpoint
     return layer

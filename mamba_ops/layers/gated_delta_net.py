@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mamba_ops.layers.caches import ConvAndState, require_caches
 from mamba_ops.layers.checking import check_layer
-from mamba_ops.layers.mixer import RecurrentMixer, Taps, require_silu
+from mamba_ops.layers.mixer import RecurrentMixer, Taps, require_silu, side_by_side
 from mamba_ops.layers.norms import GatedRMSNorm
 from mamba_ops.ops import (
     causal_conv1d,
@@ -197,9 +197,9 @@ class GatedDeltaNet(RecurrentMixer):
     def _forward_plan(self, hidden_states: Tensor, caches: ConvAndState, plan: HasPlan) -> Tensor:
         if self.interleaved:
             qkvz, ba = self.in_proj_qkvz(hidden_states), self.in_proj_ba(hidden_states)
-        else:  # compiled, the projections write to their part of the result, and nothing is copied
-            qkvz = torch.cat([self.in_proj_qkv(hidden_states), self.in_proj_z(hidden_states)], dim=-1)
-            ba = torch.cat([self.in_proj_b(hidden_states), self.in_proj_a(hidden_states)], dim=-1)
+        else:
+            qkvz = side_by_side(hidden_states, self.in_proj_qkv, self.in_proj_z)
+            ba = side_by_side(hidden_states, self.in_proj_b, self.in_proj_a)
         z = qkvz.new_empty(hidden_states.shape[0], self.num_v_heads, self.head_v_dim)
         return self._output(self.mix(qkvz, ba, *caches[:2], plan, z=z, state_scale=caches.state_scale), z)
 

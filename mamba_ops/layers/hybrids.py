@@ -15,7 +15,7 @@ from mamba_ops.layers.configs import mamba2_sizes
 from mamba_ops.layers.gated_delta_net import GatedDeltaNet
 from mamba_ops.layers.mamba import Mamba
 from mamba_ops.layers.mamba2 import Mamba2
-from mamba_ops.layers.mixer import RecurrentMixer, Taps, require_silu
+from mamba_ops.layers.mixer import RecurrentMixer, Taps, require_silu, side_by_side
 from mamba_ops.layers.norms import GatedRMSNorm, upcast
 from mamba_ops.ops import (
     causal_conv1d,
@@ -348,10 +348,9 @@ class OlmoGatedDeltaNet(GatedDeltaNet, of_model="olmo_hybrid"):
     def _forward_plan(self, hidden_states: Tensor, caches: ConvAndState, plan: HasPlan) -> Tensor:
         if self.allow_neg_eigval:
             raise self._wrong("plan", "a plan with allow_neg_eigval", "None: the mixing op does not double beta")
-        parts = {name: getattr(self, f"{name}_proj")(hidden_states) for name in "qkvgba"}
-        qkvz = torch.cat([parts[name] for name in "qkvg"], dim=-1)
+        qkvz = self._projected(hidden_states, "qkvg")
         z = qkvz.new_empty(hidden_states.shape[0], self.num_v_heads, self.head_v_dim)
-        ba = torch.cat([parts["b"], parts["a"]], dim=-1)
+        ba = self._projected(hidden_states, "ba")
         return self._output(self.mix(qkvz, ba, *caches[:2], plan, z=z, state_scale=caches.state_scale), z)
 
     def _decode(self, hidden_states: Tensor, caches: ConvAndState, rows: DecodeArgs) -> Tensor:
@@ -363,14 +362,17 @@ class OlmoGatedDeltaNet(GatedDeltaNet, of_model="olmo_hybrid"):
         )
         return self._output(y, z)
 
+    def _projected(self, hidden_states: Tensor, names: str) -> Tensor:
+        return side_by_side(hidden_states, *(getattr(self, f"{name}_proj") for name in names))
+
     def _gates(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         g, beta = delta_rule_gates(a, b, self.A_log, self.dt_bias)
         return g, 2 * beta if self.allow_neg_eigval else beta
 
     def _project(self, hidden_states: Tensor, caches: ConvAndState) -> tuple[Tensor, ...]:
         """Return what is convolved, gate, b and a; refuse caches that the op after the convolution would refuse."""
-        q, k, v, z, b, a = (getattr(self, f"{name}_proj")(hidden_states) for name in "qkvgba")
-        mixed = torch.cat([q, k, v], dim=-1)
+        mixed = self._projected(hidden_states, "qkv")
+        z, b, a = (getattr(self, f"{name}_proj")(hidden_states) for name in "gba")
         require_caches(type(self).__name__, mixed, caches, self._kinds())
         return mixed, z.unflatten(-1, (self.num_v_heads, self.head_v_dim)), b, a
 

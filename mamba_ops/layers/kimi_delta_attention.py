@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mamba_ops.layers.caches import ConvAndState, require_caches
 from mamba_ops.layers.checking import check_layer
-from mamba_ops.layers.mixer import RecurrentMixer, Taps, require_silu
+from mamba_ops.layers.mixer import RecurrentMixer, Taps, require_silu, side_by_side
 from mamba_ops.layers.norms import GatedRMSNorm
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, chunk_kda, kda_mixing, kda_update
 from mamba_ops.ops._common.delta_rule import check_lower_bound
@@ -194,7 +194,7 @@ class KimiDeltaAttention(RecurrentMixer):
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """Return what is convolved, a, b and the gate: all that is made of tokens, which may lie where a cache does."""
-        mixed = torch.cat([p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
+        mixed = side_by_side(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         gate = self.g_b_proj(self.g_a_proj(hidden_states)) if self.low_rank else self.g_proj(hidden_states)
         return mixed, self.forget_gate.project(hidden_states), self.b_proj(hidden_states), gate
 

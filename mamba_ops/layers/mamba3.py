@@ -1,4 +1,4 @@
-"""The Mamba-3 layer, with one input and one output a head. Its parameters are named as in mamba_ssm."""
+"""The Mamba-3 layer, with one input and output a head, or several. Its parameters are named as in mamba_ssm."""
 
 import math
 from typing import Any, NamedTuple, cast
@@ -11,13 +11,17 @@ from mamba_ops.layers.caches import Cache
 from mamba_ops.layers.checking import check_layer
 from mamba_ops.layers.mixer import Mixer
 from mamba_ops.layers.norms import GatedRMSNorm, RMSNorm, upcast
-from mamba_ops.ops import mamba3_chunk_scan, mamba3_state_update, mamba_chunk_scan
+from mamba_ops.ops import mamba3_chunk_scan, mamba3_mixing, mamba3_state_update, mamba_chunk_scan
 from mamba_ops.ops._common.checking import packed_rows
 from mamba_ops.ops._common.chunk_layout import row_count
-from mamba_ops.ops._common.mamba3 import Tokens, by_head, finished, layout, operands_dtype, scan
+from mamba_ops.ops._common.mamba3 import Ranks, Tokens, by_head, layout, operands_dtype, scan
+from mamba_ops.ops._common.mamba3_checks import output_shape
 from mamba_ops.ops._common.sequences import NULL_SLOT, DecodeArgs, HasPlan, SequenceArgs
+from mamba_ops.ops._common.values import check_rows
 from mamba_ops.registry import answering
 from mamba_ops.registry.errors import in_call_of
+
+_MIMO = ("mimo_x", "mimo_z", "mimo_o")
 
 
 class Mamba3Caches(NamedTuple):
@@ -26,7 +30,7 @@ class Mamba3Caches(NamedTuple):
     Attributes:
         angle_state: `(slots, heads, angles)`, how far the state is turned.
         ssm_state: `(slots, heads, head_dim, dstate)`.
-        k_state: `(slots, heads, dstate)`, B of the last token, turned.
+        k_state: `(slots, heads, dstate)`, B of the last token, turned. MIMO: `(slots, rank, heads, dstate)`.
         v_state: `(slots, heads, head_dim)`, x of the last token.
     """
 
@@ -38,7 +42,7 @@ class Mamba3Caches(NamedTuple):
 
 class Mamba3(Mixer[Mamba3Caches]):
     """Mix the tokens of each sequence, `(..., hidden_size)` to the same shape, with Mamba-3: no convolution, a
-    trapezoidal rule, and states that turn. Each head has one input and one output (SISO).
+    trapezoidal rule, and states that turn. Each head has one input and one output (SISO), or several (MIMO).
 
     A call reads sequences from their beginning, or continues them from caches (prefill); `step` reads the next token
     of every sequence (decode). Caches are passed in and changed in place; what is returned is the output.
@@ -51,14 +55,17 @@ class Mamba3(Mixer[Mamba3Caches]):
         rope_fraction: the part of dstate that turns: 0.5 or 1.
         A_floor: the least rate.
         out_norm: whether the output is normalised by head, and then gated; else it is gated alone.
+        is_mimo, mimo_rank: whether a head has as many inputs and outputs as its rank, and not one.
         chunk_size: tokens per chunk of the scan; it changes speed and rounding, not what is computed.
         eps: of the norms.
         device, dtype: of the parameters.
-        decay_dtype: of D, dt_bias, B_bias and C_bias; None: float32, as in mamba_ssm.
+        decay_dtype: of D, dt_bias, B_bias, C_bias, mimo_x, mimo_z and mimo_o; None: float32, as in mamba_ssm.
     """
 
     Caches = Mamba3Caches
-    takes_plans = False
+    mimo_x: nn.Parameter
+    mimo_z: nn.Parameter
+    mimo_o: nn.Parameter
 
     def __init__(
         self,
@@ -71,6 +78,8 @@ class Mamba3(Mixer[Mamba3Caches]):
         rope_fraction: float = 0.5,
         A_floor: float = 1e-4,
         out_norm: bool = False,
+        is_mimo: bool = False,
+        mimo_rank: int = 4,
         chunk_size: int = 64,
         eps: float = 1e-5,
         device: torch.device | str | None = None,
@@ -79,7 +88,7 @@ class Mamba3(Mixer[Mamba3Caches]):
     ) -> None:
         super().__init__(hidden_size)
         sizes = {"hidden_size": hidden_size, "heads": heads, "head_dim": head_dim, "dstate": dstate}
-        sizes |= {"groups": groups, "chunk_size": chunk_size}
+        sizes |= {"groups": groups, "chunk_size": chunk_size, "mimo_rank": mimo_rank}
         numbers, dtypes = {"A_floor": A_floor, "eps": eps}, {"dtype": dtype, "decay_dtype": decay_dtype}
         check_layer("Mamba3", sizes=sizes, numbers=numbers, dtypes=dtypes, device=device)
         if heads % groups:
@@ -92,35 +101,43 @@ class Mamba3(Mixer[Mamba3Caches]):
             raise ValueError(f"Mamba3: dstate: got {dstate}, expected {2 if rope_fraction == 1 else 4} at least")
         self.heads, self.head_dim, self.dstate, self.groups, self.angles = heads, head_dim, dstate, groups, angles
         self.A_floor, self.chunk_size = A_floor, chunk_size
-        d_inner, bc = heads * head_dim, groups * dstate
+        self.out_norm, self.is_mimo, self.mimo_rank = out_norm, bool(is_mimo), mimo_rank if is_mimo else 1
+        d_inner, bc = heads * head_dim, self.mimo_rank * groups * dstate
         self.projected = [d_inner, d_inner, bc, bc, heads, heads, heads, angles]  # z, x, B, C, dt, A, trap, angles
 
         new: dict[str, Any] = {"device": device, "dtype": dtype}
         decay: dict[str, Any] = {"device": device, "dtype": torch.float32 if decay_dtype is None else decay_dtype}
         self.in_proj = nn.Linear(hidden_size, sum(self.projected), bias=False, **new)
         self.dt_bias = nn.Parameter(torch.empty(heads, **decay))
-        self.B_bias = nn.Parameter(torch.empty(heads, 1, dstate, **decay))
-        self.C_bias = nn.Parameter(torch.empty(heads, 1, dstate, **decay))
+        self.B_bias = nn.Parameter(torch.empty(heads, self.mimo_rank, dstate, **decay))
+        self.C_bias = nn.Parameter(torch.empty(heads, self.mimo_rank, dstate, **decay))
         self.B_norm = RMSNorm(dstate, eps=eps, **new)
         self.C_norm = RMSNorm(dstate, eps=eps, **new)
         self.D = nn.Parameter(torch.empty(heads, **decay))
+        if is_mimo:
+            for name in _MIMO:
+                self.register_parameter(name, nn.Parameter(torch.empty(heads, mimo_rank, head_dim, **decay)))
         if out_norm:
             self.norm = GatedRMSNorm(d_inner, groups=heads, eps=eps, norm_before_gate=True, **new)
-        self.out_norm = out_norm
         self.out_proj = nn.Linear(d_inner, hidden_size, bias=False, **new)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set D and the biases of B and C to ones, and draw step sizes, log-uniform in 0.001 to 0.1."""
-        for parameter in (self.D, self.B_bias, self.C_bias):
+        """Set D and the biases of B and C to ones, and draw step sizes, log-uniform in 0.001 to 0.1.
+
+        MIMO: what goes in and comes out is the mean over the rank, and gates are one.
+        """
+        for parameter in (self.D, self.B_bias, self.C_bias, *((self.mimo_z,) if self.is_mimo else ())):
             nn.init.ones_(parameter)
+        for parameter in (self.mimo_x, self.mimo_o) if self.is_mimo else ():
+            nn.init.constant_(parameter, 1 / self.mimo_rank)
         dt = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.dt_bias.copy_(dt.expm1().log())  # the inverse of softplus
 
     def extra_repr(self) -> str:
         """Return what the sub-modules do not show."""
-        names = ("heads", "head_dim", "dstate", "groups", "angles", "chunk_size")
+        names = ("heads", "head_dim", "dstate", "groups", "angles", "is_mimo", "mimo_rank", "chunk_size")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     @answering
@@ -140,10 +157,13 @@ class Mamba3(Mixer[Mamba3Caches]):
     ) -> Tensor:
         """Read sequences and return their output; with caches, store each sequence's last states there.
 
+        With a plan, the tokens are those of an engine's step: some sequences decode, others are prefilled.
+
         Args:
             hidden_states: `(batch, length, hidden_size)`, or packed `(tokens, hidden_size)` with `cu_seqlens`.
             angle_state, ssm_state, k_state, v_state: caches as `empty_caches` makes them, all or none. Mutated.
-            plan: must be None: there is no mixing op for this layer yet.
+            plan: a `mamba_ops.serving.Plan` of packed tokens, in place of the arguments after it. What is returned for
+                padding tokens has no meaning.
             slots: int32 or int64 `(>= n,)`: the slot of sequence i in the caches. None: slot i.
             cu_seqlens: int32 or int64 `(n + 1,)`: sequence i is the tokens cu_seqlens[i] up to cu_seqlens[i + 1]. What
                 is returned for tokens after the last sequence has no meaning.
@@ -178,18 +198,23 @@ class Mamba3(Mixer[Mamba3Caches]):
         return self.in_proj.weight
 
     def _kinds(self) -> tuple[Cache, ...]:
-        kept = Cache((self.heads, self.dstate), of_inputs=True), Cache((self.heads, self.head_dim), of_inputs=True)
-        return Cache((self.heads, self.angles)), Cache((self.heads, self.head_dim, self.dstate)), *kept
+        rank = (self.mimo_rank,) if self.is_mimo else ()
+        kept = (*rank, self.heads, self.dstate), (self.heads, self.head_dim)
+        states = Cache((self.heads, self.angles)), Cache((self.heads, self.head_dim, self.dstate))
+        return *states, *(Cache(sizes, of_inputs=True) for sizes in kept)
 
     def _prefill(self, hidden_states: Tensor, caches: Mamba3Caches, rows: SequenceArgs) -> Tensor:
-        z, tokens, options = self._project(hidden_states)
+        z, tokens, options = self.project(hidden_states)
         if any(cache is not None for cache in caches):
             call: Any = rows.bind(mamba3_chunk_scan)
             return self._output(call(*tokens, self.chunk_size, **caches._asdict(), **options), z)
         self._check_rows(hidden_states, rows)
         x, dt, A, trap, angles, B, C = tokens
         if x.numel() == 0 or row_count(x, rows.cu_seqlens) == 0:
-            return self._output(torch.zeros_like(x), z)
+            y = x.new_zeros(output_shape(x, options.get("mimo_x"), options.get("mimo_o")))
+            for tensor in (*tokens, *options.values()):
+                y = y + tensor.flatten()[:0].sum()  # so that all have gradients, of zeros
+            return self._output(y, z)
         compute = torch.promote_types(x.dtype, torch.float32)
 
         def packed(tensor: Tensor) -> Tensor:
@@ -197,18 +222,20 @@ class Mamba3(Mixer[Mamba3Caches]):
 
         k = by_head(packed(B), options["B_bias"], self.heads, compute)
         q = by_head(packed(C), options["C_bias"], self.heads, compute)
-        given = Tokens(packed(x), packed(dt), packed(A), packed(trap), packed(angles), k, q)
+        ranks = Ranks.of(options.get("mimo_x"), options.get("mimo_z"), options.get("mimo_o"), compute)
+        given = Tokens(packed(x), packed(dt), packed(A), packed(trap), packed(angles), k, q, ranks)
         spread, operands = layout(x, rows.cu_seqlens), operands_dtype(x, B, C)
 
         def run(*arguments: Any, cu_seqlens: Tensor) -> Tensor:
             """Scan rows as they were given, which the op checks."""
-            given = cu_seqlens if rows.cu_seqlens is None else rows.cu_seqlens
-            return mamba_chunk_scan(*arguments, cu_seqlens=given)
+            if rows.cu_seqlens is not None:
+                cu_seqlens = rows.cu_seqlens if self.mimo_rank == 1 else rows.cu_seqlens * self.mimo_rank
+            return mamba_chunk_scan(*arguments, cu_seqlens=cu_seqlens)
 
         scanned = scan(given, spread, run, self.chunk_size, operands)
         gate = options.get("z")
-        y = finished(scanned.y, given.x, self.D, None if gate is None else packed(gate))
-        return self._output(y.to(x.dtype).view(x.shape), z)
+        y = ranks.finish(scanned.y, given.x, self.D, None if gate is None else packed(gate)).to(x.dtype)
+        return self._output(y.view(*x.shape[:-2], *y.shape[1:]), z)
 
     def _check_rows(self, hidden_states: Tensor, rows: SequenceArgs) -> None:
         """Raise the ValueError about rows of a call without caches, which does not go through the layer's op."""
@@ -217,35 +244,61 @@ class Mamba3(Mixer[Mamba3Caches]):
                 raise self._wrong(name, "a tensor", "None where there are no caches")
         try:
             packed_rows(rows.cu_seqlens)
+            if self.mimo_rank > 1 and hidden_states.is_cpu and not torch.compiler.is_compiling():
+                check_rows(hidden_states, rows.cu_seqlens)  # the scan is told of other rows
         except ValueError as error:
             raise in_call_of("Mamba3", error) from None
         if (hidden_states.dim() == 2) != (rows.cu_seqlens is not None):
             expected = "(tokens, hidden_size) with cu_seqlens, (batch, length, hidden_size) without"
             raise self._wrong("hidden_states", f"shape {tuple(hidden_states.shape)}", expected)
 
-    def _decode(self, hidden_states: Tensor, caches: Mamba3Caches, rows: DecodeArgs) -> Tensor:
-        z, tokens, options = self._project(hidden_states)
-        options |= {"slots": rows.slots, "null_slot": rows.null_slot}
-        if hidden_states.dim() == 2:
-            return self._output(mamba3_state_update(*caches, *tokens, **options), z)
-        go_on = torch.ones(hidden_states.shape[0], dtype=torch.bool, device=hidden_states.device)
-        options |= {"has_initial_state": go_on, **caches._asdict()}
-        read: Any = mamba3_chunk_scan
-        return self._output(read(*tokens, self.chunk_size, **options), z)
+    def mix(
+        self,
+        tokens: tuple[Tensor, ...],
+        options: dict[str, Any],
+        caches: Mamba3Caches,
+        plan: HasPlan,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Run `mamba3_mixing` with what `project` returned: all between its projections but the norm of the output."""
+        call: Any = plan.tensors.bind(mamba3_mixing)
+        size = self.chunk_size
+        mixed: Tensor = call(*tokens, *caches, chunk_size=size, **options, null_slot=plan.null_slot, out=out)
+        return mixed
 
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Any]]:
+    def _forward_plan(self, hidden_states: Tensor, caches: Mamba3Caches, plan: HasPlan) -> Tensor:
+        z, tokens, options = self.project(hidden_states)
+        return self._output(self.mix(tokens, options, caches, plan), z)
+
+    def _decode(self, hidden_states: Tensor, caches: Mamba3Caches, rows: DecodeArgs) -> Tensor:
+        z, tokens, options = self.project(hidden_states)
+        advance: Any = rows.bind(mamba3_state_update)
+        return self._output(advance(*caches, *tokens, **options), z)
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Any]]:
         """Return the gate, what the ops take for each token, and their keywords."""
         projected = cast(Tensor, self.in_proj(hidden_states)).split(self.projected, dim=-1)
         z, x, B, C, dt, A, trap, angles = projected
         z, x = (tensor.unflatten(-1, (self.heads, self.head_dim)) for tensor in (z, x))
-        B = self.B_norm(B.unflatten(-1, (self.groups, self.dstate)))
-        C = self.C_norm(C.unflatten(-1, (self.groups, self.dstate)))
+        by_group = (self.mimo_rank, self.groups, self.dstate) if self.is_mimo else (self.groups, self.dstate)
+        B, C = self.B_norm(B.unflatten(-1, by_group)), self.C_norm(C.unflatten(-1, by_group))
         rates = -functional.softplus(upcast(A)).clamp(min=self.A_floor)
         steps = functional.softplus(upcast(dt) + upcast(self.dt_bias))
-        biases = {"B_bias": self.B_bias.squeeze(1), "C_bias": self.C_bias.squeeze(1)}
-        options = {**biases, "D": self.D} if self.out_norm else {**biases, "D": self.D, "z": z}
+        options: dict[str, Any] = {"B_bias": self.B_bias, "C_bias": self.C_bias, "D": self.D}
+        if self.is_mimo:
+            options["mimo_x"] = self.mimo_x
+            options |= {} if self.out_norm else {"z": z, "mimo_z": self.mimo_z, "mimo_o": self.mimo_o}
+        else:
+            options |= {name: options[name].squeeze(1) for name in ("B_bias", "C_bias")}
+            options |= {} if self.out_norm else {"z": z}
         return z, (x, steps, rates, trap, angles, B, C), options
 
     def _output(self, y: Tensor, z: Tensor) -> Tensor:
+        if self.out_norm and self.is_mimo:
+            weights, gate = (upcast(weight).transpose(0, 1) for weight in (self.mimo_o, self.mimo_z))
+            gated = self.norm(upcast(y).flatten(-2), (upcast(z).unsqueeze(-3) * gate).flatten(-2))
+            y = (gated.unflatten(-1, (self.heads, self.head_dim)) * weights).sum(-3).to(y.dtype)
+            return cast(Tensor, self.out_proj(y.flatten(-2)))
         y = y.flatten(-2)
         return cast(Tensor, self.out_proj(self.norm(y, z.flatten(-2)) if self.out_norm else y))

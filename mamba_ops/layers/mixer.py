@@ -258,6 +258,16 @@ class Taps(nn.Conv1d):
         return self.weight.squeeze(1), self.bias
 
 
+def side_by_side(hidden_states: Tensor, *projections: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return projections of the same tokens in one tensor.
+
+    Compiled, each product writes to its part of it, and nothing is copied: Inductor does so for matrices alone.
+    """
+    tokens = hidden_states.flatten(0, -2)
+    found = torch.cat([project(tokens) for project in projections], dim=-1)
+    return found.view(*hidden_states.shape[:-1], found.shape[-1])
+
+
 def require_silu(layer: str, activation: str) -> None:
     """Raise ValueError unless a config's activation is the one that the convolution's ops have."""
     if activation not in ("silu", "swish"):

@@ -14,6 +14,7 @@ from mamba_ops.ops.kda_mixing import kda_mixing as kda_mixing
 from mamba_ops.ops.kda_update import kda_update as kda_update
 from mamba_ops.ops.mamba2_mixing import mamba2_mixing as mamba2_mixing
 from mamba_ops.ops.mamba3_chunk_scan import mamba3_chunk_scan as mamba3_chunk_scan
+from mamba_ops.ops.mamba3_mixing import mamba3_mixing as mamba3_mixing
 from mamba_ops.ops.mamba3_state_update import mamba3_state_update as mamba3_state_update
 from mamba_ops.ops.mamba_chunk_scan import mamba_chunk_scan as mamba_chunk_scan
 from mamba_ops.ops.mamba_mixing import mamba_mixing as mamba_mixing

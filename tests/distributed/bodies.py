@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from mamba_ops import functional, ops
 from mamba_ops.distributed import checkpoint_map, fully_shard, tensor_parallel
 from mamba_ops.distributed.fsdp import DECAYS
-from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2, ShortConv
+from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2, Mamba3, ShortConv
 from mamba_ops.ops._common.random_inputs import RandomInputs
 from mamba_ops.registry import record_selections
 from tests.export.programs import bound
@@ -32,6 +32,11 @@ LAYERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "mamba2, two groups": (Mamba2, {"heads": 8, "head_dim": 4, "dstate": 6, "groups": 2, "chunk_size": 4}),
     "gdn": (GatedDeltaNet, {"num_k_heads": 4, "num_v_heads": 8, "head_k_dim": 4, "head_v_dim": 6}),
     "gdn, two heads of k": (GatedDeltaNet, {"num_k_heads": 2, "num_v_heads": 8, "head_k_dim": 4, "head_v_dim": 6}),
+    "mamba3": (Mamba3, {"heads": 4, "head_dim": 4, "dstate": 6, "groups": 4, "chunk_size": 4, "out_norm": True}),
+    "mamba3, two groups, mimo": (
+        Mamba3,
+        {"heads": 4, "head_dim": 4, "dstate": 4, "groups": 2, "chunk_size": 4, "is_mimo": True, "mimo_rank": 2},
+    ),
     "short conv": (ShortConv, {"bias": True}),
     "gdn, one head of k, four projections": (
         GatedDeltaNet,
@@ -99,7 +104,7 @@ def decays_stay_in_float32(rank: int, compiled: bool) -> None:
     """FSDP2 with a bfloat16 policy: decays, as the layer sees them, and their gradients, are float32 and right."""
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,))
-    for name in ("mamba", "mamba2", "gdn", "short conv"):
+    for name in ("mamba", "mamba2", "gdn", "short conv", "mamba3, two groups, mimo"):
         torch.manual_seed(0)
         whole = new_layer(name).float()
         layer = copy.deepcopy(whole)

@@ -117,7 +117,10 @@ def _op(op: registry.Op[...], backend: str) -> Iterator[Target]:
 
 
 def _meant(op: registry.Op[...], arguments: Arguments) -> dict[str, tuple[Tensor, Tensor] | None]:
-    return numbers_meant(op, {"output" if n == "out" else n: plain(a) for n, a in arguments.items()})
+    given = {"output" if n == "out" else n: plain(a) for n, a in arguments.items()}
+    if isinstance(scale := given.get("state_scale"), Tensor) and not scale.numel():
+        given["state_scale"] = None  # as an empty cache stands for one that is left out
+    return numbers_meant(op, given)
 
 
 def _arguments_of(op: registry.Op[...], sample: registry.Sample) -> Arguments:
@@ -165,6 +168,7 @@ def layers() -> list[Any]:
             OlmoGatedDeltaNet(16, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=8),
             ZambaMamba(16, heads=2, d_inner=32, dstate=4, dt_rank=1),
             Mamba3(16, heads=2, head_dim=8, dstate=8, chunk_size=4),
+            Mamba3(16, heads=2, head_dim=8, dstate=8, chunk_size=4, is_mimo=True, mimo_rank=2),
         ]
 
 

@@ -8,12 +8,12 @@ from mamba_ops.compat.mamba_ssm.caches import HasCaches, not_decayed, states_of,
 from mamba_ops.compat.packing import Packed
 
 States = tuple[Tensor, Tensor, Tensor, Tensor]
-"""`(batch, nheads, angles)`, `(batch, nheads, headdim, d_state)`, `(batch, 1, nheads, d_state)`, `(batch, nheads,
-headdim)`: how far states are turned, the states, the last B and the last x."""
+"""`(batch, nheads, angles)`, `(batch, nheads, headdim, d_state)`, `(batch, rank, nheads, d_state)`, `(batch, nheads,
+headdim)`, with a rank of 1 unless the mixer is MIMO: how far states are turned, the states, the last B and x."""
 
 
 class Mamba3(layers.Mamba3):
-    """A Mamba-3 mixer with mamba_ssm's constructor, with one input and one output a head.
+    """A Mamba-3 mixer with mamba_ssm's constructor, with one input and output a head or, MIMO, with `mimo_rank`.
 
     Options that nothing reads in the original are of no effect here, either.
     """
@@ -41,9 +41,6 @@ class Mamba3(layers.Mamba3):
         dtype: torch.dtype | None = None,
         **kwargs: object,
     ) -> None:
-        if is_mimo:
-            expected = "False; mamba_ops has Mamba-3 with one input and one output a head"
-            raise ValueError(f"Mamba3: is_mimo: got {is_mimo}, expected {expected}")
         d_inner = int(expand * d_model)
         if headdim < 1 or d_inner % headdim:
             raise ValueError(f"Mamba3: headdim: got {headdim}, expected a divisor of the {d_inner} channels")
@@ -56,6 +53,8 @@ class Mamba3(layers.Mamba3):
             rope_fraction=rope_fraction,
             A_floor=A_floor,
             out_norm=is_outproj_norm,
+            is_mimo=is_mimo,
+            mimo_rank=mimo_rank,
             chunk_size=chunk_size,
             device=device,
             dtype=dtype,
@@ -63,7 +62,7 @@ class Mamba3(layers.Mamba3):
         self.d_model, self.d_state, self.expand, self.headdim, self.d_inner = d_model, d_state, expand, headdim, d_inner
         self.nheads, self.num_bc_heads, self.num_rope_angles = self.heads, ngroups, self.angles
         self.rotary_dim_divisor, self.split_tensor_size = int(2 / rope_fraction), 2 * self.angles
-        self.layer_idx, self.is_outproj_norm, self.is_mimo, self.mimo_rank = layer_idx, is_outproj_norm, False, 1
+        self.layer_idx, self.is_outproj_norm = layer_idx, is_outproj_norm
         sizes = step_sizes(self.heads, dt_min, dt_max, dt_init_floor, dtype=torch.float32, device=device)
         self.dt_bias = nn.Parameter(sizes)
         not_decayed(self.dt_bias)
@@ -100,7 +99,7 @@ class Mamba3(layers.Mamba3):
         states = self._get_states_from_cache(inference_params, u.shape[0] if of_last else packed.count())
         if continues and u.shape[1] == 1 and not packed.is_packed:
             return self.step(u, *states)[0]
-        caches = _caches(states)
+        caches = self._as_caches(states)
         own = self.empty_caches(packed.count(), dtype=caches[2].dtype, state_dtype=caches[1].dtype) if of_last else None
         goes_on = torch.full((packed.count(),), continues, dtype=torch.bool, device=u.device)
         out = super().forward(flat, *(own or caches), cu_seqlens=packed.cu_seqlens, has_initial_state=goes_on)
@@ -119,7 +118,7 @@ class Mamba3(layers.Mamba3):
             raise ValueError(f"Mamba3.step: u: got {got}, expected one token a row; forward continues with several")
         states = (angle_state, ssm_state, k_state, v_state)
         token = u.squeeze(1) if u.dim() == 3 else u
-        out = super().step(token, *_caches(states))
+        out = super().step(token, *self._as_caches(states))
         return (out.unsqueeze(1) if u.dim() == 3 else out), *states
 
     def allocate_inference_cache(
@@ -135,7 +134,7 @@ class Mamba3(layers.Mamba3):
         weight = self.in_proj.weight
         exact = torch.promote_types(weight.dtype, torch.float32)
         angle, ssm, k, v = self.empty_caches(batch_size, dtype=dtype, state_dtype=exact)
-        states = angle, ssm, k.unsqueeze(1), v
+        states = angle, ssm, k if self.is_mimo else k.unsqueeze(1), v
         return states if device is None else tuple(state.to(device) for state in states)  # type: ignore[return-value]
 
     def _get_states_from_cache(
@@ -150,8 +149,7 @@ class Mamba3(layers.Mamba3):
         out = packed.rows(out)
         return out if packed.outside is None else out.masked_fill(packed.outside.unsqueeze(-1), 0)
 
-
-def _caches(states: States) -> States:
-    """Return the states as our layer's caches."""
-    angle, ssm, k, v = states
-    return angle, ssm, k.squeeze(1), v
+    def _as_caches(self, states: States) -> States:
+        """Return the states as our layer's caches."""
+        angle, ssm, k, v = states
+        return angle, ssm, k if self.is_mimo else k.squeeze(1), v

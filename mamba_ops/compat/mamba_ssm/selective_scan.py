@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from mamba_ops import ops
-from mamba_ops.compat.arguments import States, floating, refuse, upcast, with_states
+from mamba_ops.compat.arguments import States, flags, floating, refuse, upcast, with_states
 from mamba_ops.compat.packing import Packed, with_skip_and_gate, without_past
 from mamba_ops.registry import answering
 
@@ -49,6 +49,7 @@ def selective_scan_fn(
     name = "selective_scan_fn"
     refuse(name, **others)
     floating(name, u=u, delta=delta, delta_bias=delta_bias)  # which the op calls otherwise
+    flags(name, delta_softplus=delta_softplus)
     for argument, tensor in (("B", B), ("C", C)):
         if tensor.dim() not in (3, 4) and tensor.shape != A.shape:
             expected = "(batch, dstate, length), (batch, groups, dstate, length) or (dim, dstate)"

@@ -15,6 +15,8 @@ from mamba_ops.registry.errors import bad_argument
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INDICES = (torch.int32, torch.int64)
+MOST_OF_A_CHUNK = 4096
+"""The most tokens of a chunk."""
 _SEQUENCE_ARGUMENTS = frozenset(
     ["cu_seqlens", "slots", "write_slots", "has_initial_state", "num_computed_tokens", "num_accepted_tokens"]
 )
@@ -116,8 +118,9 @@ def packed_rows(cu_seqlens: Tensor | None) -> None:
 
 def check_chunk_size(chunk_size: int) -> None:
     """`chunk_size` is one that every backend takes: the work of a chunk, and its memory, grow with its square."""
-    if not 1 <= chunk_size <= 4096:
-        raise bad_argument("chunk_size", got=chunk_size, expected="1 to 4096 tokens", hint="models use 64 to 512")
+    if not 1 <= chunk_size <= MOST_OF_A_CHUNK:
+        expected = f"1 to {MOST_OF_A_CHUNK} tokens"
+        raise bad_argument("chunk_size", got=chunk_size, expected=expected, hint="models use 64 to 512")
 
 
 def check_limits(dt_min: float, dt_max: float) -> None:
@@ -128,6 +131,16 @@ def check_limits(dt_min: float, dt_max: float) -> None:
             raise bad_argument(name, got=limit, expected="a number that float32 holds")
     if not dt_min <= dt_max:
         raise bad_argument("dt_min", got=dt_min, expected=f"at most dt_max, which is {dt_max}")
+
+
+def accepted_tokens(num_accepted_tokens: Tensor | None, slots: Tensor | None, *, rows: int) -> None:
+    """`num_accepted_tokens`, where they are given, are a number for each row, and there is a slot table."""
+    if num_accepted_tokens is None:
+        return
+    index_tensor("num_accepted_tokens", num_accepted_tokens)
+    shape_is("num_accepted_tokens", num_accepted_tokens, (rows,), hint="one for each row")
+    if slots is None:
+        raise bad_argument("slots", got="none", expected="a table", hint="num_accepted_tokens picks its column")
 
 
 def slots_for(name: str, cache: Tensor, slots: Tensor | None) -> None:

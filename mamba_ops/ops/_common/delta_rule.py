@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.checking import (
+    accepted_tokens,
     check_tensors,
     count_of,
-    index_tensor,
     initial_flags,
     packed_rows,
     shape_is,
@@ -146,11 +146,7 @@ def check_update(call: Any, *, by_channel: bool) -> None:
     slot_table("slots", call.slots, rows=n)
     slot_table("write_slots", call.write_slots, rows=n)
     slot_for_each("ssm_state", call.ssm_state, call.slots, rows=n)
-    if call.num_accepted_tokens is not None:
-        index_tensor("num_accepted_tokens", call.num_accepted_tokens)
-        shape_is("num_accepted_tokens", call.num_accepted_tokens, (n,), hint="one for each row")
-        if call.slots is None:
-            raise bad_argument("slots", got="none", expected="a table", hint="num_accepted_tokens picks its column")
+    accepted_tokens(call.num_accepted_tokens, call.slots, rows=n)
     slots_for("ssm_state", call.ssm_state, call.slots)
 
 

@@ -10,6 +10,10 @@ The state without the token's own product, r[t] = s[t] - early[t] * v[t] * k[t],
 
 which is a scan of Mamba-2's that reads each token's k and v one token later. A token more at the end of a row makes s
 of r, where the state is kept.
+
+With a rank (MIMO) a token has that many k, q and v, all products are added at once, and every q reads the same state.
+Each becomes as many tokens of the scan: the first decays the state, the others do not. The q of one of them misses what
+the tokens after it add, which is added to the output: nothing is subtracted.
 """
 
 import math
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mamba_ops.ops._common.checking import MOST_OF_A_CHUNK
 from mamba_ops.ops._common.slots import row_at, row_bounds
 
 LEAST = 1e-20
@@ -30,6 +35,41 @@ _TURN = 6.28125
 """2 pi, but for what float32 cannot multiply by small whole numbers exactly."""
 
 
+class Ranks(NamedTuple):
+    """What makes a rank of one input and one output, each (rank, heads, dim); all None: SISO, a rank of 1."""
+
+    x: Tensor | None = None
+    z: Tensor | None = None
+    o: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor | None, z: Tensor | None, o: Tensor | None, dtype: torch.dtype) -> "Ranks":
+        """Take parameters, (heads, rank, dim)."""
+        return cls(*(None if t is None else t.to(dtype).transpose(0, 1) for t in (x, z, o)))
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Return v of x: (n, heads, dim) to (n, rank, heads, dim)."""
+        return x.unsqueeze(1) if self.x is None else x.unsqueeze(1) * self.x
+
+    def rotate(self, vectors: Tensor, angle: Tensor) -> Tensor:
+        """Turn vectors (n, rank, heads, dstate) by an angle (n, heads, angles)."""
+        return rotate(vectors, angle.unsqueeze(1), apart=self.x is not None)
+
+    def finish(self, y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+        """Return an output (n, rank, heads, dim) with its skip, gated, and summed over the rank as far as it is.
+
+        `x` and `z`: (n, heads, dim).
+        """
+        if D is not None:
+            y = y + self.spread(x) * D.to(x.dtype).unsqueeze(-1)
+        if z is not None:
+            gate = z.to(x.dtype).unsqueeze(1)
+            y = y * functional.silu(gate if self.z is None else gate * self.z)
+        if self.x is None:
+            return y.squeeze(1)
+        return y if self.o is None else (y * self.o).sum(1)
+
+
 class Tokens(NamedTuple):
     """The activations of a call in float32 at least, all of them packed; `dt`, `A` and `trap` (tokens, heads)."""
 
@@ -38,8 +78,9 @@ class Tokens(NamedTuple):
     A: Tensor
     trap: Tensor
     angles: Tensor  # (tokens, angles)
-    k: Tensor  # (tokens, heads, dstate): B by head, with its bias
+    k: Tensor  # (tokens, rank, heads, dstate): B by head, with its bias
     q: Tensor  # C, so too
+    ranks: Ranks = Ranks()
 
 
 class Layout(NamedTuple):
@@ -56,16 +97,23 @@ class State(NamedTuple):
     """What rows go on from: zero, where they begin."""
 
     angle: Tensor  # (n, heads, angles)
-    k: Tensor  # (n, heads, dstate), rotated
-    v: Tensor  # (n, heads, dim)
+    k: Tensor  # (n, rank, heads, dstate), rotated
+    x: Tensor  # (n, heads, dim)
 
 
 def by_head(parameter: Tensor, bias: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor:
-    """Return B or C, (..., groups, dstate), for every head, with its bias (heads, dstate)."""
+    """Return packed B or C for every head, (tokens, rank, heads, dstate), with its bias.
+
+    Args:
+        parameter: (tokens, groups, dstate), or (tokens, rank, groups, dstate).
+        bias: (heads, dstate), or (heads, rank, dstate).
+    """
     groups, found = parameter.shape[-2], parameter.to(dtype)
     if groups != heads:
         found = found.unsqueeze(-2).expand(*found.shape[:-1], heads // groups, -1).flatten(-3, -2)
-    return found if bias is None else found + bias.to(dtype)
+    if bias is not None:
+        found = found + (bias.to(dtype) if bias.dim() == 2 else bias.to(dtype).transpose(0, 1))
+    return found if found.dim() == 4 else found.unsqueeze(1)
 
 
 def operands_dtype(x: Tensor, B: Tensor, C: Tensor) -> torch.dtype:
@@ -89,18 +137,25 @@ def layout(x: Tensor, cu_seqlens: Tensor | None) -> Layout:
     return Layout(starts, ends, row, place, (place >= 0) & (token < ends[row]))
 
 
-def advance(angles: Tensor, dt: Tensor) -> Tensor:
+def turns_of(angles: Tensor, dt: Tensor) -> Tensor:
     """Return by how many half turns every pair of a head turns at a token, (..., heads, angles)."""
     return torch.tanh(angles).unsqueeze(-2) * dt.unsqueeze(-1)
 
 
-def rotate(vectors: Tensor, angle: Tensor) -> Tensor:
-    """Turn the first pairs of neighbours of (..., heads, dstate) by an angle (..., heads, angles); the rest stays."""
-    turned = 2 * angle.shape[-1]
-    first, second = vectors[..., :turned].unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angle.cos(), angle.sin()
+def rotate(vectors: Tensor, angle: Tensor, *, apart: bool = False) -> Tensor:
+    """Turn the first pairs of (..., dstate) by an angle (..., angles); the rest stays.
+
+    A pair is two neighbours, or with `apart` two numbers that are half of dstate apart.
+    """
+    count, cos, sin = angle.shape[-1], angle.cos(), angle.sin()
+    if apart:
+        half = vectors.shape[-1] // 2
+        sizes = [count, half - count, count, vectors.shape[-1] - half - count]
+        first, middle, second, rest = vectors.split(sizes, dim=-1)
+        return torch.cat((first * cos - second * sin, middle, first * sin + second * cos, rest), dim=-1)
+    first, second = vectors[..., : 2 * count].unflatten(-1, (-1, 2)).unbind(-1)
     pairs = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
-    return pairs if turned == vectors.shape[-1] else torch.cat((pairs, vectors[..., turned:]), dim=-1)
+    return pairs if 2 * count == vectors.shape[-1] else torch.cat((pairs, vectors[..., 2 * count :]), dim=-1)
 
 
 def reduced(half_turns: Tensor) -> Tensor:
@@ -119,7 +174,7 @@ def total_turns(tokens: Tokens, rows: Layout, state: State | None) -> Tensor:
 
     They are summed as whole numbers, which rounds nothing: what counts is how far apart two tokens of a row are turned.
     """
-    turn = reduced(advance(tokens.angles, tokens.dt))
+    turn = reduced(turns_of(tokens.angles, tokens.dt))
     one = 2.0 ** (40 if turn.dtype == torch.float32 else 50)  # a sum that overflows is right but for whole turns
 
     def fixed(half_turns: Tensor) -> Tensor:
@@ -140,8 +195,32 @@ def total_turns(tokens: Tokens, rows: Layout, state: State | None) -> Tensor:
     return result + (for_gradients - for_gradients.detach())
 
 
+def one_later(values: Tensor, first: Tensor | None, rows: Layout) -> Tensor:
+    """Return values of tokens one token later in their row; those of `first`, or zero, at the first token of it."""
+    start = torch.zeros_like(values) if first is None else first.to(values.dtype)[rows.row]
+    return torch.where((rows.place == 0).view(-1, *[1] * (values.dim() - 1)), start, values.roll(1, 0))
+
+
+def first_alone(step: Tensor, rank: int) -> Tensor:
+    """Return the steps of the scan's tokens, (n, rank, heads): the first of a rank decays by `step`, others do not."""
+    step = step.unsqueeze(1)
+    return step if rank == 1 else torch.cat((step, torch.full_like(step, LEAST).expand(-1, rank - 1, -1)), dim=1)
+
+
+def read_at_once(k: Tensor, q: Tensor, v: Tensor, *, others: bool = False) -> Tensor:
+    """Return what products of k and v give each q of the same token, (n, rank, heads, dim).
+
+    With `others` each q of a rank gets those of the k after it alone.
+    """
+    rank = k.shape[1]
+    if rank == 1:
+        return torch.zeros_like(v) if others else (k * q).sum(-1, keepdim=True) * v
+    found = q.transpose(1, 2) @ k.transpose(1, 2).transpose(2, 3)  # (n, heads, rank of q, rank of k)
+    return ((found.triu(1) if others else found) @ v.transpose(1, 2)).transpose(1, 2)
+
+
 class Scanned(NamedTuple):
-    """What a scan leaves: the output without skip and gate, and every token's angle and rotated k."""
+    """What a scan leaves: the output (tokens, rank, heads, dim) without skip and gate; every token's angle and k."""
 
     y: Tensor
     angle: Tensor
@@ -168,35 +247,31 @@ def scan(
         state: what rows go on from; the recurrence's own state is in the cache. None: nothing.
         keeps: whether there is a cache.
     """
-    x, dt, is_first = tokens.x, tokens.dt, (rows.place == 0).unsqueeze(1)
+    x, dt, ranks, rank = tokens.x, tokens.dt, tokens.ranks, tokens.k.shape[1]
     angle = math.pi * total_turns(tokens, rows, state)
-    turned = rotate(tokens.k, angle)
-    k, q = turned.to(dtype), rotate(tokens.q, angle).to(dtype)
+    turned = ranks.rotate(tokens.k, angle)
+    k, q, v = turned.to(dtype), ranks.rotate(tokens.q, angle).to(dtype), ranks.spread(x)
     early = torch.sigmoid(tokens.trap) * dt
     late, decay = dt - early, (-tokens.A * dt).clamp(min=0)
-    step = decay.clamp(min=LEAST)
-    weight = torch.exp(-decay) * (late + early.roll(1, 0).masked_fill(is_first, 0)) / step
+    step = first_alone(decay.clamp(min=LEAST), rank)
+    weight = torch.exp(-decay) * (late + one_later(early, None, rows))
+    v_before = one_later(v, None if state is None else ranks.spread(state.x), rows)
+    k_before = one_later(k, None if state is None else state.k, rows)
 
-    def before(values: Tensor, first: Tensor | None) -> Tensor:
-        """The values one token later; those of `first` at the first token of a row."""
-        start = torch.zeros_like(values) if first is None else first.to(values.dtype)[rows.row]
-        return torch.where(is_first.unsqueeze(2), start, values.roll(1, 0))
-
-    given: tuple[Tensor, ...] = (
-        before(x, None if state is None else state.v) * weight.unsqueeze(-1),
-        step,
-        before(k, None if state is None else state.k),
-        q,
-    )
+    given: tuple[Tensor, ...] = (v_before * (weight.unsqueeze(1) / step).unsqueeze(-1), step, k_before, q)
     ends, placed = rows.ends, None
     if keeps:
-        last = ((early / LEAST).unsqueeze(-1) * x, torch.full_like(step, LEAST), k, torch.zeros_like(q))
+        last = ((early / LEAST)[:, None, :, None] * v, torch.full_like(step, LEAST), k, torch.zeros_like(q))
         given, ends, placed = _one_more(given, last, rows)
-    v, step, scan_k, scan_q = given
-    A, cu_seqlens = step.new_full((step.shape[1],), -1), functional.pad(ends, (1, 0))
-    y = chunk_scan(v, step, A, scan_k, scan_q, chunk_size, cu_seqlens=cu_seqlens)
-    own = early * (k.to(x.dtype) * q).sum(-1)
-    return Scanned((y if placed is None else y[placed]) + x * own.unsqueeze(-1), angle, turned)
+    scan_v, step, scan_k, scan_q = (values.flatten(0, 1) for values in given)
+    A, cu_seqlens = step.new_full((step.shape[1],), -1), functional.pad(ends, (1, 0)) * rank
+    chunk_size = min(chunk_size * rank, MOST_OF_A_CHUNK)
+    y = chunk_scan(scan_v, step, A, scan_k, scan_q, chunk_size, cu_seqlens=cu_seqlens).unflatten(0, (-1, rank))
+    k, q = k.to(x.dtype), q.to(x.dtype)
+    y = (y if placed is None else y[placed]) + read_at_once(k, q, early[:, None, :, None] * v)
+    if rank > 1:
+        y = y + read_at_once(k_before.to(x.dtype), q, weight[:, None, :, None] * v_before, others=True)
+    return Scanned(y, angle, turned)
 
 
 def _one_more(
@@ -220,10 +295,3 @@ def _one_more(
 
     placed = torch.arange(count, device=ends.device) + shift[rows.row]
     return tuple(put(*pair) for pair in zip(given, last, strict=True)), ends, placed
-
-
-def finished(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
-    """Return an output with its skip, and gated."""
-    if D is not None:
-        y = y + x * D.to(x.dtype).unsqueeze(-1)
-    return y if z is None else y * functional.silu(z.to(x.dtype))

@@ -135,7 +135,12 @@ def by_head(packed: Tensor, *sizes: tuple[int, int]) -> list[Tensor]:
 
 
 def check_plan_and_caches(
-    call: Any, device: torch.device, windows: Mapping[str, int], states: Mapping[str, tuple[int, ...]]
+    call: Any,
+    device: torch.device,
+    windows: Mapping[str, int],
+    states: Mapping[str, tuple[int, ...]],
+    *,
+    of: str = "projected",
 ) -> None:
     """Raise the ValueError about the plan and the caches of a layer.
 
@@ -145,9 +150,10 @@ def check_plan_and_caches(
         windows: the channels of each convolution, by the name of its cache; "conv_state" is the cache of a convolution
             with "conv_weight" and "conv_bias", and so with any prefix.
         states: sizes of one slot of the other caches, by name.
+        of: the argument that is on that device.
     """
     plan = PlanTensors.of(call)
-    _check_plan(device, plan)
+    _check_plan(device, plan, of)
     slots, hint = None, f"{'both' if len(windows) + len(states) == 2 else 'all'} caches have as many slots"
     for name, dim in windows.items():
         weight, bias = _parameters_of(name)
@@ -189,7 +195,7 @@ def _check_slots(plan: PlanTensors, name: str, slots: int) -> int:
     return slots
 
 
-def _check_plan(device: torch.device, plan: PlanTensors) -> None:
+def _check_plan(device: torch.device, plan: PlanTensors, of: str) -> None:
     """Raise the ValueError about a plan's shapes and dtypes; it may be left out as a whole."""
     needed = plan._asdict()
     optional = {name: needed.pop(name) for name in ("num_accepted_tokens", "write_slots")}
@@ -225,7 +231,7 @@ def _check_plan(device: torch.device, plan: PlanTensors) -> None:
         raise bad_argument("has_initial_state", got=got, expected="bool", hint="convert it first")
     slot_table("slots", plan.slots, rows=rows)
     slot_table("write_slots", plan.write_slots, rows=rows)
-    one_device(device, "projected", **{n: t for n, t in plan._asdict().items() if n != "counts"})
+    one_device(device, of, **{n: t for n, t in plan._asdict().items() if n != "counts"})
 
 
 def require_window(op: str, call: Any, *windows: str) -> None:

@@ -1,4 +1,4 @@
-"""mamba3_chunk_scan: Mamba-3's recurrence over whole sequences, with one input and one output a head (SISO)."""
+"""mamba3_chunk_scan: Mamba-3's recurrence over whole sequences, with one input and output a head, or several."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from mamba_ops.ops._common.checking import (
     tensor_rank,
 )
 from mamba_ops.ops._common.chunk_layout import row_count
-from mamba_ops.ops._common.mamba3_checks import CACHES, check_caches, check_tokens
+from mamba_ops.ops._common.mamba3_checks import CACHES, check_caches, check_tokens, output_shape
 from mamba_ops.ops._common.values import check_sequences
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
@@ -35,6 +35,9 @@ class Arguments(NamedTuple):
     C_bias: Tensor | None
     D: Tensor | None
     z: Tensor | None
+    mimo_x: Tensor | None
+    mimo_z: Tensor | None
+    mimo_o: Tensor | None
     cu_seqlens: Tensor | None
     angle_state: Tensor | None
     ssm_state: Tensor | None
@@ -52,7 +55,7 @@ class Arguments(NamedTuple):
     composed=True,
     reference="mamba_ops.ops.mamba3_chunk_scan.reference:mamba3_chunk_scan",
     arguments=Arguments,
-    replaces="mamba3_siso",
+    replaces="mamba3_siso|mamba3_mimo",
 )
 def mamba3_chunk_scan(
     x: Tensor,
@@ -68,6 +71,9 @@ def mamba3_chunk_scan(
     C_bias: Tensor | None = None,
     D: Tensor | None = None,
     z: Tensor | None = None,
+    mimo_x: Tensor | None = None,
+    mimo_z: Tensor | None = None,
+    mimo_o: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     angle_state: Tensor | None = None,
     ssm_state: Tensor | None = None,
@@ -81,9 +87,10 @@ def mamba3_chunk_scan(
 ) -> Tensor:
     """Run Mamba-3's recurrence over every row's tokens, write their outputs, and keep the rows' last states in caches.
 
-    It is the recurrence with one input and output a head: trapezoidal rule, states that turn, no convolution. A row is
-    a sequence: `(n, length, ...)`, or packed `(tokens, ...)` with `cu_seqlens`. Head h uses group
-    h // (heads / groups) of B and C. It is composed of mamba_chunk_scan: see `mamba_ops/ops/_common/mamba3.py`.
+    Trapezoidal rule, states that turn, no convolution. A row is a sequence: `(n, length, ...)`, or packed
+    `(tokens, ...)` with `cu_seqlens`. Head h uses group h // (heads / groups) of B and C. A head has one input and
+    output (SISO), or with `mimo_x` as many as its rank (MIMO). It is composed of mamba_chunk_scan: see
+    `mamba_ops/ops/_common/mamba3.py`.
 
     Args:
         x: (..., heads, dim).
@@ -91,16 +98,20 @@ def mamba3_chunk_scan(
         A: (..., heads), the rates of every token; negative. A * dt above 0 counts as 0.
         trap: (..., heads): sigmoid(trap) is how much of a step goes to its own token, the rest to the one before.
         angles: (..., angles), raw; of all heads. At most dstate / 2.
-        B, C: (..., groups, dstate), with heads a multiple of groups.
+        B, C: (..., groups, dstate), with heads a multiple of groups. MIMO: (..., rank, groups, dstate).
         chunk_size: tokens of a chunk, 1 to 4096. Results depend on it by rounding alone.
-        B_bias, C_bias: (heads, dstate), added to B and C.
+        B_bias, C_bias: (heads, dstate), added to B and C. MIMO: (heads, rank, dstate).
         D: skip weight, (heads,).
         z: gate, like x.
+        mimo_x: (heads, rank, dim): input r of a head is x * mimo_x[:, r]. None: SISO.
+        mimo_z: (heads, rank, dim), with mimo_x and z: gate r of a head is z * mimo_z[:, r].
+        mimo_o: (heads, rank, dim), with mimo_x: the weights with which outputs are summed over the rank. None: they are
+            not summed.
         cu_seqlens: int32 or int64, (n + 1,): row i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1. Tokens past
             the last row are neither read nor written.
         angle_state: cache (slots, heads, angles), from -pi to pi; mutated.
         ssm_state: cache (slots, heads, dim, dstate); mutated.
-        k_state: cache (slots, heads, dstate) of the last B, turned; mutated.
+        k_state: cache (slots, heads, dstate) of the last B, turned; mutated. MIMO: (slots, rank, heads, dstate).
         v_state: cache (slots, heads, dim) of the last x; mutated. All four caches, or None of them: no state is kept.
         slots: int32 or int64, (n,) or (n, columns), rows beyond n ignored: where row i's states are, in column 0. None:
             row i uses slot i, and none is padding.
@@ -109,7 +120,7 @@ def mamba3_chunk_scan(
         has_initial_state: bool, (n,): whether row i goes on from the states in its slot. None, or False: from zero.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and nothing else is read or
             stored for it.
-        out: like x, any float dtype, in other memory; mutated.
+        out: like x, any float dtype, in other memory; mutated. MIMO without mimo_o: (..., rank, heads, dim).
 
     For every row and head, in float32 at least, from the row's initial states angle, s, k' and v' on:
 
@@ -119,6 +130,13 @@ def mamba3_chunk_scan(
         out[t] = (sum(s * q) + D * x[t]) * (z[t] * sigmoid(z[t]))
         k', v' = k, x[t]
 
+    With mimo_x pair i is (i, i + dstate // 2), and the rank is an axis more of k and q:
+
+        s = exp(A[t] * dt[t]) * (s + (1 - sigmoid(trap[t])) * dt[t] * sum_r v' * mimo_x[r] * k'[r])
+            + sigmoid(trap[t]) * dt[t] * sum_r x[t] * mimo_x[r] * k[r]
+        y[r] = (sum(s * q[r]) + D * x[t] * mimo_x[r]) * silu(z[t] * mimo_z[r])
+        out[t] = sum_r mimo_o[r] * y[r]
+
     k and q are rounded to the dtype that x, B and C promote to before they are multiplied. A row without tokens has no
     output; with a write slot other than its slot, its initial states are copied there. No two rows may store to one
     slot, nor one row store to a slot that another reads.
@@ -126,8 +144,8 @@ def mamba3_chunk_scan(
 
 
 @mamba3_chunk_scan.allocate_output
-def _output(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+def _output(x: Tensor, mimo_x: Tensor | None, mimo_o: Tensor | None) -> Tensor:
+    return x.new_empty(output_shape(x, mimo_x, mimo_o))
 
 
 @mamba3_chunk_scan.validate

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import row_count
-from mamba_ops.ops._common.mamba3 import State, Tokens, by_head, finished, layout, operands_dtype, scan
+from mamba_ops.ops._common.mamba3 import Ranks, State, Tokens, by_head, layout, operands_dtype, scan
 from mamba_ops.ops._common.mamba3_checks import CACHES
 from mamba_ops.ops._common.slots import Ends, initial_states, row_ends, store_rows
 from mamba_ops.ops.mamba3_chunk_scan.op import Arguments
@@ -14,6 +14,11 @@ from mamba_ops.ops.mamba_chunk_scan import mamba_chunk_scan as chunk_scan
 
 
 def mamba3_chunk_scan(call: Arguments) -> None:
+    read(call)
+
+
+def read(call: Arguments, *, check_only: bool = False) -> None:
+    """Make a call; with `check_only` only ask if mamba_chunk_scan takes it."""
     compute = torch.promote_types(call.x.dtype, torch.float32)
     if row_count(call.x, call.cu_seqlens) == 0:
         return
@@ -30,7 +35,7 @@ def mamba3_chunk_scan(call: Arguments) -> None:
             store_rows(cache, ends.target, value, ends.stored)
 
     if not rows.row.shape[0]:
-        for name in CACHES if call.write_slots is not None else ():
+        for name in CACHES if call.write_slots is not None and not check_only else ():
             keep(name, None)
         return
 
@@ -39,15 +44,18 @@ def mamba3_chunk_scan(call: Arguments) -> None:
 
     k, q = (by_head(packed(t), bias, heads, compute) for t, bias in ((call.B, call.B_bias), (call.C, call.C_bias)))
     x, dt, A, trap, angles = map(packed, (call.x, call.dt, call.A, call.trap, call.angles))
-    tokens = Tokens(x, dt, A, trap, angles, k, q)
+    ranks = Ranks.of(call.mimo_x, call.mimo_z, call.mimo_o, compute)
+    tokens = Tokens(x, dt, A, trap, angles, k, q, ranks)
     state = None
     if call.has_initial_state is not None:
         kept = (begun[name] for name in ("angle_state", "k_state", "v_state"))
-        state = State(*(initial.to(compute) for initial in kept if initial is not None))
+        angle, k_before, x_before = (initial.to(compute) for initial in kept if initial is not None)
+        state = State(angle, k_before if k_before.dim() == 4 else k_before.unsqueeze(1), x_before)
 
     def run(*arguments: Any, cu_seqlens: Tensor) -> Tensor:
         out: Tensor = arguments[0].new_zeros(arguments[0].shape)
-        chunk_scan.call_undispatched(
+        inner: Any = chunk_scan.check_supported if check_only else chunk_scan.call_undispatched
+        inner(
             *arguments,
             cu_seqlens=cu_seqlens,
             ssm_state=call.ssm_state,
@@ -61,13 +69,17 @@ def mamba3_chunk_scan(call: Arguments) -> None:
 
     dtype, keeps = operands_dtype(call.x, call.B, call.C), call.ssm_state is not None
     found = scan(tokens, rows, run, call.chunk_size, dtype, state=state, keeps=keeps)
-    y = finished(found.y, x, call.D, None if call.z is None else packed(call.z))
-    y = torch.where(ends.is_active[rows.row].view(-1, 1, 1), y, 0).to(call.output.dtype)
+    if check_only:
+        return
+    y = ranks.finish(found.y, x, call.D, None if call.z is None else packed(call.z))
+    of_token = (-1, *[1] * (y.dim() - 1))
+    y = torch.where(ends.is_active[rows.row].view(of_token), y, 0).to(call.output.dtype)
     output = call.output if call.cu_seqlens is not None else call.output.flatten(0, 1)
-    output = torch.where(rows.owned.view(-1, 1, 1), y, output)
+    output = torch.where(rows.owned.view(of_token), y, output)
     call.output.copy_(output.view(call.output.shape))
     last = (rows.ends - 1).clamp(min=0)
-    for name, value in {"angle_state": found.angle[last], "k_state": found.k[last], "v_state": x[last]}.items():
+    last_k = found.k[last] if call.mimo_x is not None else found.k[last].squeeze(1)
+    for name, value in {"angle_state": found.angle[last], "k_state": last_k, "v_state": x[last]}.items():
         keep(name, value)
 
 

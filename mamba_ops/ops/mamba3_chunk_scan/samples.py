@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from mamba_ops.ops._common.mamba3_samples import TOKENS, caches_of, tokens_of
+from mamba_ops.ops._common.mamba3_checks import TOKENS
+from mamba_ops.ops._common.mamba3_samples import MIMO_ERRORS, caches_of, mimo_of, tokens_of
 from mamba_ops.ops._common.random_inputs import SEQUENCE_PATTERNS, RandomInputs
 from mamba_ops.ops._common.samples import SampleTensors, error_table
 from mamba_ops.ops.mamba3_chunk_scan.op import mamba3_chunk_scan
@@ -24,6 +25,7 @@ def _samples(
     groups: int = 2,
     angles: int = 3,
     chunk_size: int = 8,
+    rank: int = 3,
 ) -> Iterator[Sample]:
     """Yield the base call, then calls that change one thing each; rows have two and a half chunks."""
     make = SampleTensors(device, dtype)
@@ -32,16 +34,19 @@ def _samples(
     tokens = 2 * length + 3
     sizes = {"heads": heads, "dim": dim, "dstate": dstate}
 
-    def caches() -> dict[str, Any]:
-        return caches_of(make, 8, **sizes, angles=angles, dtype=state_dtype)
+    def caches(rank: tuple[int, ...] = ()) -> dict[str, Any]:
+        return caches_of(make, 8, **sizes, angles=angles, dtype=state_dtype, rank=rank)
 
-    def sample(name: str, *lead: int, groups: int = groups, **changes: Any) -> Sample:
-        """A call with tokens of shape `lead`, three rows of them by default."""
+    def sample(
+        name: str, *lead: int, groups: int = groups, angles: int = angles, rank: tuple[int, ...] = (), **changes: Any
+    ) -> Sample:
+        """A call with tokens of shape `lead`, three rows of them by default; of MIMO with a `rank`."""
         lead = lead or (3, length)
-        arguments: dict[str, Any] = tokens_of(make, *lead, **sizes, groups=groups, angles=angles)
+        arguments: dict[str, Any] = tokens_of(make, *lead, **sizes, groups=groups, angles=angles, rank=rank)
         arguments |= {"chunk_size": chunk_size, "D": normal(heads, dtype=torch.float32)}
         arguments |= {name: normal(heads, dstate, dtype=torch.float32) for name in ("B_bias", "C_bias")}
-        arguments |= {**caches(), "slots": indices(5, 1, 2), **changes}
+        arguments |= {} if not rank else mimo_of(make, *rank, **sizes, gated="z" in changes)
+        arguments |= {**caches(rank), "slots": indices(5, 1, 2), **changes}
         return Sample(name, tuple(arguments.pop(key) for key in (*TOKENS, "chunk_size")), arguments)
 
     initial: dict[str, Any] = {"has_initial_state": indices(True, False, True, dtype=torch.bool)}
@@ -75,6 +80,13 @@ def _samples(
     yield sample("packed, tokens past the end", tokens + 5, **past, **initial)
     bare: dict[str, Any] = dict.fromkeys((*caches(), "slots"))
     yield sample("packed, no caches", tokens, **packed, **bare)
+    ranks = (rank,)
+    gate: dict[str, Any] = {"z": normal(3, length, heads, dim)}
+    yield sample("MIMO", rank=ranks, **gate, **initial)
+    yield sample("MIMO, a rank of 1, no caches", 3, length, rank=(1,), **bare)
+    all_outputs: dict[str, Any] = {"mimo_o": None, "out": normal(tokens + 5, rank, heads, dim)}
+    yield sample("MIMO, packed, outputs of the rank", tokens + 5, rank=ranks, **all_outputs, **packed, **initial)
+    yield sample("MIMO, write slots", 3, chunk_size, rank=ranks, groups=heads, chunk_size=1, write_slots=moved)
     yield sample("float32 output", out=normal(3, length, heads, dim, dtype=torch.float32))
     other = torch.float16 if dtype != torch.float16 else torch.float32
     mixed: dict[str, Any] = {name: normal(3, length, groups, dstate, dtype=other) for name in ("B", "C")}
@@ -127,6 +139,20 @@ _ERROR_INPUTS = error_table(
     ("base", "C_bias", lambda b: b[0], r"got shape \(12,\), expected \(4, 12\)"),
     ("base", "D", lambda d: d[:2], r"got shape \(2,\), expected \(4,\)"),
     ("gate", "z", lambda z: z[:1], r"got shape \(1, 20, 4, 8\), expected \(3, 20, 4, 8\); z is like x"),
+    *MIMO_ERRORS,
+    (
+        "MIMO",
+        "B",
+        lambda b: b[:, :, 0],
+        r"got shape \(3, 20, 2, 12\), expected like x: \(\.\.\., rank, groups, dstate\), as",
+    ),
+    ("MIMO", "k_state", lambda k: k[:, 0], r"got shape \(8, 4, 12\), expected \(8, 3, 4, 12\); all four caches"),
+    (
+        "MIMO, packed, outputs of the rank",
+        "out",
+        lambda o: o[:, 0],
+        r"got shape \(48, 4, 8\), expected \(48, 3, 4, 8\); out has the rank's outputs, as mimo_o is none",
+    ),
     ("packed", "cu_seqlens", lambda c: c[None], r"got shape \(1, 4\), expected \(n \+ 1,\)"),
     ("base", "angle_state", lambda s: s[..., :2], r"got shape \(8, 4, 2\), expected \(8, 4, 3\); all four caches"),
     ("base", "ssm_state", lambda s: s[:4], r"angle_state: got shape \(8, 4, 3\), expected \(4, 4, 3\); all four"),

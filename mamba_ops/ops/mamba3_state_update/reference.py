@@ -1,49 +1,132 @@
 """The plain-torch kernel of mamba3_state_update: its reference, composed of selective_state_update."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.mamba3 import LEAST, advance, by_head, finished, near_zero, rotate
-from mamba_ops.ops._common.slots import initial_states, row_ends, store_rows
+from mamba_ops.ops._common.chunk_layout import row_count
+from mamba_ops.ops._common.mamba3 import (
+    LEAST,
+    Layout,
+    Ranks,
+    State,
+    Tokens,
+    by_head,
+    first_alone,
+    layout,
+    near_zero,
+    one_later,
+    read_at_once,
+    total_turns,
+    turns_of,
+)
+from mamba_ops.ops._common.slots import UpdateEnds, refuse_lengths_where_decomposing, store_rows, update_ends
 from mamba_ops.ops.mamba3_state_update.op import Arguments
 from mamba_ops.ops.selective_state_update import selective_state_update
 
 
 def mamba3_state_update(call: Arguments) -> None:
-    compute, (n, heads, _) = torch.promote_types(call.x.dtype, torch.float32), call.x.shape
-    if not n:
+    advance(call)
+
+
+def advance(call: Arguments, *, check_only: bool = False) -> None:
+    """Make a call; with `check_only` only ask if selective_state_update takes it."""
+    compute, heads = torch.promote_types(call.x.dtype, torch.float32), call.x.shape[-2]
+    is_flat, is_packed = call.x.dim() == 3 and call.cu_seqlens is None, call.cu_seqlens is not None
+    if is_packed:
+        refuse_lengths_where_decomposing()  # as the op inside would
+    if not row_count(call.x, call.cu_seqlens):
         return
-    x, dt, A, trap = (tensor.to(compute) for tensor in (call.x, call.dt, call.A, call.trap))
-    none_empty = torch.zeros(n, dtype=torch.bool, device=x.device)
-    ends = row_ends(call.slots, None, call.null_slot, none_empty, call.ssm_state)
-    all_go_on = torch.ones_like(none_empty)
-    angle, k_before, v_before = (
-        initial_states(cache, ends, all_go_on, compute) for cache in (call.angle_state, call.k_state, call.v_state)
-    )
-    angle = near_zero(angle + math.pi * advance(call.angles.to(compute), dt))
-    k = rotate(by_head(call.B, call.B_bias, heads, compute), angle)
-    q = rotate(by_head(call.C, call.C_bias, heads, compute), angle)
-    early = torch.sigmoid(trap)
-    step = (-A * dt).clamp(min=LEAST)
+    rows = layout(call.x.unsqueeze(1) if is_flat else call.x, call.cu_seqlens)
+    n, count = rows.starts.shape[0], rows.row.shape[0]
+    if not count:
+        return
+    inside = torch.arange(_columns(call), device=rows.ends.device) < (rows.ends - rows.starts).unsqueeze(1)
+    tables = (call.slots, call.write_slots, call.null_slot, call.num_accepted_tokens)
+    ends = update_ends(*tables, inside, call.ssm_state)
 
-    def two(before: Tensor, now: Tensor) -> Tensor:
-        return torch.stack((before, now), dim=1)
+    def packed(tensor: Tensor) -> Tensor:
+        return (tensor if is_flat or is_packed else tensor.flatten(0, 1)).to(compute)
 
-    y = x.new_zeros(n, 2, *x.shape[1:])
-    selective_state_update.call_undispatched(
-        call.ssm_state,
-        two(v_before * ((1 - early) * dt / LEAST).unsqueeze(-1), x * (early * dt / step).unsqueeze(-1)),
-        two(torch.full_like(step, LEAST), step),
+    def begun(cache: Tensor) -> Tensor:
+        initial: Tensor = cache[torch.where(ends.is_active, ends.source, 0)].to(compute)
+        return torch.where(ends.is_active.view(-1, *[1] * (cache.dim() - 1)), initial, 0)
+
+    ranks, is_mimo = Ranks.of(call.mimo_x, call.mimo_z, call.mimo_o, compute), call.mimo_x is not None
+    x, dt, A, trap, angles = map(packed, (call.x, call.dt, call.A, call.trap, call.angles))
+    k, q = (by_head(packed(t), bias, heads, compute) for t, bias in ((call.B, call.B_bias), (call.C, call.C_bias)))
+    k_begun = begun(call.k_state)
+    state = State(begun(call.angle_state), k_begun if is_mimo else k_begun.unsqueeze(1), begun(call.v_state))
+    if is_flat:
+        angle = near_zero(state.angle + math.pi * turns_of(angles, dt))
+    else:
+        angle = math.pi * total_turns(Tokens(x, dt, A, trap, angles, k, q), rows, state)
+    k, q, v = ranks.rotate(k, angle), ranks.rotate(q, angle), ranks.spread(x)
+    k_before, v_before = one_later(k, state.k, rows), one_later(v, ranks.spread(state.x), rows)
+    early, rank = torch.sigmoid(trap), k.shape[1]
+    step = first_alone((-A * dt).clamp(min=LEAST), rank)
+    share = (early * dt)[:, None, :, None]
+
+    def both(before: Tensor, now: Tensor) -> Tensor:
+        """The tokens of the step: those that add the products of the token before, then this one's."""
+        tokens = torch.cat((before, now), dim=1).flatten(0, 1)
+        return tokens if is_packed else tokens.view(n, -1, *tokens.shape[1:])
+
+    tokens = (
+        both(v_before * ((1 - early) * dt / LEAST)[:, None, :, None], v * (share / step.unsqueeze(-1))),
+        both(torch.full_like(step, LEAST), step),
         step.new_full((heads,), -1),
-        two(k_before, k),
-        two(torch.zeros_like(q), q),
-        slots=call.slots,
-        null_slot=call.null_slot,
-        out=y,
+        both(k_before, k),
+        both(torch.zeros_like(q), q),
     )
-    result = finished(y[:, 1], x, call.D, call.z)
-    call.output.copy_(torch.where(ends.is_active.view(-1, 1, 1), result, 0))
-    for cache, value in ((call.angle_state, angle), (call.k_state, k), (call.v_state, x)):
-        store_rows(cache, ends.target, value, ends.stored)
+    y = torch.zeros_like(tokens[0])
+    inner: Any = selective_state_update.check_supported if check_only else selective_state_update.call_undispatched
+    inner(call.ssm_state, *tokens, **_rows_of(call, rows, ends, 2 * rank), out=y)
+    if check_only:
+        return
+    y = y.view(count, 2 * rank, *v.shape[2:])[:, rank:]
+    if rank > 1:
+        y = y + read_at_once(k, q, share * v, others=True)
+    y = ranks.finish(y, x, call.D, None if call.z is None else packed(call.z))
+    of_token = (-1, *[1] * (y.dim() - 1))
+    y = torch.where(ends.is_active[rows.row].view(of_token), y, 0).to(call.output.dtype)
+    if is_packed:
+        y = torch.where(rows.owned.view(of_token), y, call.output)
+    call.output.copy_(y.view(call.output.shape))
+    speculates = call.num_accepted_tokens is not None
+    kept = rows.starts.unsqueeze(1) + torch.arange(ends.target.shape[1], device=x.device)
+    kept = (kept if speculates else rows.ends.unsqueeze(1) - 1).clamp(0, count - 1).flatten()
+    for cache, value in ((call.angle_state, angle), (call.k_state, k if is_mimo else k[:, 0]), (call.v_state, x)):
+        store_rows(cache, ends.target.flatten(), value[kept], ends.stored.flatten())
+
+
+def _columns(call: Arguments) -> int:
+    """Return how many states of a row are kept at most; rows of one length have no more than that."""
+    if call.num_accepted_tokens is None:
+        return 1
+    table = call.slots if call.write_slots is None else call.write_slots
+    columns = 1 if table is None or table.dim() == 1 else table.shape[1]
+    if call.cu_seqlens is None:
+        columns = min(columns, 1 if call.x.dim() == 3 else call.x.shape[1])
+    return max(columns, 1)
+
+
+def _rows_of(call: Arguments, rows: Layout, ends: UpdateEnds, each: int) -> dict[str, Tensor | int | None]:
+    """Return what selective_state_update is told of rows, which has `each` tokens for one of the call."""
+    bounds = None if call.cu_seqlens is None else torch.cat((rows.starts[:1], rows.ends)) * each
+    found = {"cu_seqlens": bounds, "null_slot": call.null_slot}
+    if call.num_accepted_tokens is None:
+        return {**found, "slots": call.slots, "write_slots": call.write_slots}
+    n, kept = ends.target.shape
+    length = kept if call.cu_seqlens is not None or call.x.dim() == 3 else call.x.shape[1]
+    table = torch.full((n, length, each), -1, dtype=torch.int64, device=ends.target.device)
+    table[:, :kept, -1] = torch.where(ends.stored, ends.target, -1)
+    first = torch.where(ends.is_active, ends.source, -1).unsqueeze(1)
+    return {
+        **found,
+        "slots": first,
+        "write_slots": table.flatten(1),
+        "num_accepted_tokens": torch.ones_like(first[:, 0]),
+    }

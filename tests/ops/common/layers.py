@@ -94,30 +94,41 @@ class ShortConvOracle(LayerOracle):
 class Mamba3Oracle(LayerOracle):
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         super().__init__(layer, dtype)
-        sizes = (layer.angles, (layer.head_dim, layer.dstate), layer.dstate, layer.head_dim)
-        self.heads = [Head(*(torch.zeros(size, dtype=dtype) for size in sizes)) for _ in range(layer.heads)]
+        rank = (layer.mimo_rank,) if layer.is_mimo else ()
+        sizes = (layer.angles, (layer.head_dim, layer.dstate), (*rank, layer.dstate), layer.head_dim)
+        up = self.weights["mimo_x"] if layer.is_mimo else [None] * layer.heads
+        self.heads = [Head(*(torch.zeros(size, dtype=dtype) for size in sizes), up=up[h]) for h in range(layer.heads)]
 
     def caches(self) -> dict[str, Tensor]:
         states = {"angle_state": "angle", "ssm_state": "s", "k_state": "k", "v_state": "v"}
-        return {name: torch.stack([getattr(head, part) for head in self.heads]) for name, part in states.items()}
+        kept = {name: torch.stack([getattr(head, part) for head in self.heads]) for name, part in states.items()}
+        return {**kept, "k_state": kept["k_state"].transpose(0, 1)} if self.layer.is_mimo else kept
 
     def token(self, hidden: Tensor) -> Tensor:
         layer, weights = self.layer, self.weights
         z, x, B, C, dt, A, trap, angles = self.linear(hidden, "in_proj").split(layer.projected)
         z, x = z.view(layer.heads, -1), x.view(layer.heads, -1)
-        B = torch.stack([rms(b, 1e-5) for b in B.view(layer.groups, -1)]) * weights["B_norm.weight"]
-        C = torch.stack([rms(c, 1e-5) for c in C.view(layer.groups, -1)]) * weights["C_norm.weight"]
+        B, C = (
+            torch.stack([rms(each, 1e-5) for each in t.view(-1, layer.dstate)]) * weights[f"{name}_norm.weight"]
+            for name, t in (("B", B), ("C", C))
+        )
         outputs = []
         for h, head in enumerate(self.heads):
             group = h // (layer.heads // layer.groups)
             step = softplus(dt[h] + weights["dt_bias"][h])
             rate = -softplus(A[h]).clamp(min=layer.A_floor)
-            b, c = B[group] + weights["B_bias"][h, 0], C[group] + weights["C_bias"][h, 0]
-            y = head.token(x[h], step, rate, trap[h], angles, b, c) + weights["D"][h] * x[h]
+            b, c = B[group :: layer.groups] + weights["B_bias"][h], C[group :: layer.groups] + weights["C_bias"][h]
+            b, c = (b, c) if layer.is_mimo else (b[0], c[0])
+            y = head.finish(
+                head.token(x[h], step, rate, trap[h], angles, b, c), x[h], weights["D"][h], None, None, None
+            )
+            of_z, of_o = (weights[n][h] if layer.is_mimo else torch.ones(()) for n in ("mimo_z", "mimo_o"))
             if layer.out_norm:
                 norm = weights["norm.weight"].view(layer.heads, -1)[h]
-                y = rms(y, layer.norm.eps) * norm
-            outputs.append(y * z[h] * torch.sigmoid(z[h]))
+                y = torch.stack([rms(each, layer.norm.eps) for each in y.view(-1, layer.head_dim)]) * norm
+            gate = z[h] * of_z
+            y = y * gate * torch.sigmoid(gate) * of_o
+            outputs.append(y.view(-1, layer.head_dim).sum(0))
         return self.linear(torch.cat(outputs), "out_proj")
 
 

@@ -4,7 +4,7 @@ BUGS = {
     "states of the first token": ("last = (rows.ends - 1)", "last = (rows.starts)"),
     "no row goes on": ("state = State(", "state = None and State("),
     "B's bias dropped": ("(call.B, call.B_bias)", "(call.B, None)"),
-    "padding not zeroed": ("torch.where(ends.is_active[rows.row].view(-1, 1, 1), y, 0)", "y"),
+    "padding not zeroed": ("torch.where(ends.is_active[rows.row].view(of_token), y, 0)", "y"),
     "C's bias dropped": ("(call.C, call.C_bias)", "(call.C, None)"),
     "B and C swapped": ("k, q = (", "q, k = ("),
     "rate and step swapped": ("(call.x, call.dt, call.A,", "(call.x, -call.A, -call.dt,"),
@@ -16,5 +16,6 @@ BUGS = {
     "write slots ignored": ("row_ends(call.slots, call.write_slots,", "row_ends(call.slots, None,"),
     "empty rows keep what is not theirs": ("torch.where(empty, initial, value.to(initial.dtype))", "value"),
     "null slot ignored": ("null_slot=call.null_slot", "null_slot=-1"),
-    "tokens past the end written": ("torch.where(rows.owned.view(-1, 1, 1), y, output)", "y"),
+    "tokens past the end written": ("torch.where(rows.owned.view(of_token), y, output)", "y"),
+    "weights of gates and outputs swapped": ("call.mimo_z, call.mimo_o", "call.mimo_o, call.mimo_z"),
 }

@@ -1,0 +1,248 @@
+"""Whole models in one run: Mamba-2 in its 1.3B shape, and a hybrid; prefill and decode, and where the time goes.
+
+Stock Transformers, mamba_ssm's own model where it is installed, and ours: the Transformers model under `use_mamba_ops`,
+eager and compiled, and mamba_ssm's model over our ops, eager and captured. Weights are random. A model is built,
+measured and freed before the next one. Decoding is greedy, after a prompt of 8, by each library's own `generate`.
+"""
+
+import argparse
+import gc
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import date
+from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.drop_in import seconds
+from benchmarks.measure import command
+from mamba_ops.commands.bench.clocks import nbytes
+from mamba_ops.commands.bench.peers import module
+from mamba_ops.commands.targets import quiet_transformers
+from mamba_ops.commands.watch import device_name
+from mamba_ops.compat.transformers import use_mamba_ops
+
+SIZES = {"mamba2": (2048, 48, 50288), "hybrid": (2048, 24, 50288)}
+"""Width, layers and words of each model."""
+PROMPT = 8
+PRODUCTS = re.compile(r"gemm|nvjet|cutlass|xmma|cublas|_mm_|addmm|bmm|attention|flash|fmha", re.IGNORECASE)
+
+
+class Contestant(NamedTuple):
+    """A model of one library.
+
+    Attributes:
+        read: makes its forward pass over tokens `(batch, length)`.
+        write: appends so many tokens to a prompt, greedily; None: it has no way to.
+        weights: bytes of its parameters.
+    """
+
+    read: Callable[[Tensor], object]
+    write: Callable[[Tensor, int], object] | None
+    weights: int
+
+
+def transformers_model(name: str, width: int, layers: int, words: int, device: torch.device) -> Any:
+    """Return Transformers' model: Mamba-2, or Qwen3-Next with dense MLPs, every fourth layer of it attention."""
+    heads = max(width // 64, 1)
+    sizes: dict[str, Any] = {"vocab_size": words, "hidden_size": width, "num_hidden_layers": layers}
+    if name == "mamba2":
+        kind, family = "Mamba2", "mamba2"
+        sizes |= {"num_heads": 2 * heads, "head_dim": 2 * width // (2 * heads), "n_groups": 1, "state_size": 128}
+    else:
+        kind, family = "Qwen3Next", "qwen3_next"
+        kinds = ["full_attention" if i % 4 == 3 or i == layers - 1 else "linear_attention" for i in range(layers)]
+        sizes |= {"layer_types": kinds, "num_attention_heads": heads, "num_key_value_heads": max(heads // 4, 1)}
+        sizes |= {"head_dim": 64, "linear_num_key_heads": max(heads // 2, 1), "linear_num_value_heads": heads}
+        sizes |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "intermediate_size": 3 * width}
+        sizes |= {"mlp_only_layers": list(range(layers))}
+    modeling = import_module(f"transformers.models.{family}.modeling_{family}")
+    with torch.device(device):
+        model = getattr(modeling, f"{kind}ForCausalLM")(getattr(modeling, f"{kind}Config")(**sizes))
+    return model.eval().to(torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+
+def of_transformers(model: Any, read: Any) -> Contestant:
+    def write(prompt: Tensor, count: int) -> object:
+        return model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+
+    return Contestant(
+        lambda tokens: read(tokens, use_cache=False, logits_to_keep=1), write, nbytes(*model.parameters())
+    )
+
+
+def of_mamba_ssm(library: Any, sizes: tuple[int, int, int], device: torch.device, *, captured: bool) -> Contestant:
+    """Return the model of mamba_ssm, its own or ours: `library` has MambaConfig and MambaLMHeadModel."""
+    width, layers, words = sizes
+    config = library.MambaConfig(d_model=width, n_layer=layers, vocab_size=words, ssm_cfg={"layer": "Mamba2"})
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model = library.MambaLMHeadModel(config, device=device, dtype=dtype).eval()
+
+    def write(prompt: Tensor, count: int) -> object:
+        return model.generate(prompt, prompt.shape[1] + count, cg=captured)
+
+    return Contestant(lambda tokens: model(tokens, num_last_tokens=1), write, nbytes(*model.parameters()))
+
+
+class _Theirs:
+    """mamba_ssm's own model, which needs its compiled modules."""
+
+    def __init__(self) -> None:
+        self.MambaConfig = module("mamba_ssm.models.config_mamba").MambaConfig
+        self.MambaLMHeadModel = module("mamba_ssm.models.mixer_seq_simple").MambaLMHeadModel
+
+
+def contestants(
+    name: str, sizes: tuple[int, int, int], device: torch.device
+) -> Iterator[tuple[str, Callable[[ExitStack], Contestant]]]:
+    """Yield who reads and writes, and how it is built; what the builder enters is left when it was measured."""
+
+    def bound(stack: ExitStack) -> Any:
+        model = transformers_model(name, *sizes, device)
+        stack.callback(use_mamba_ops(model).undo)
+        return model
+
+    def stock(stack: ExitStack) -> Contestant:
+        model = transformers_model(name, *sizes, device)
+        return of_transformers(model, model)
+
+    def ours(stack: ExitStack) -> Contestant:
+        return of_transformers(model := bound(stack), model)
+
+    def compiled(stack: ExitStack) -> Contestant:
+        stack.callback(torch.compiler.reset)
+        model = bound(stack)
+        return of_transformers(model, torch.compile(model))._replace(write=None)
+
+    yield "Transformers", stock
+    yield "ours, eager", ours
+    yield "ours, compiled", compiled
+    if name == "mamba2":
+        front = import_module("mamba_ops.compat.mamba_ssm.models")
+        yield "mamba_ssm", lambda stack: of_mamba_ssm(_Theirs(), sizes, device, captured=False)
+        yield "mamba_ssm, captured", lambda stack: of_mamba_ssm(_Theirs(), sizes, device, captured=True)
+        yield "ours by mamba_ssm's names", lambda stack: of_mamba_ssm(front, sizes, device, captured=False)
+        yield "ours by those, captured", lambda stack: of_mamba_ssm(front, sizes, device, captured=True)
+
+
+def shares(call: Callable[[], object], took: float) -> dict[str, float]:
+    """Return the parts of a call's time: matrix products, kernels of the ops, other kernels, and no kernel."""
+    with profile(activities=[ProfilerActivity.CUDA]) as watched:
+        call()
+        torch.accelerator.synchronize()
+    found = dict.fromkeys(("products", "ops", "rest"), 0.0)
+    for event in watched.events() or ():
+        if event.device_type != DeviceType.CPU:
+            of_triton = event.name.startswith("_") or "ssd" in event.name or "conv1d" in event.name
+            kind = "products" if PRODUCTS.search(event.name) else "ops" if of_triton else "rest"
+            found[kind] += 1e-6 * event.self_device_time_total / took
+    return {**found, "waiting": max(1 - sum(found.values()), 0.0)}
+
+
+def measured(contestant: Contestant, words: int, options: argparse.Namespace) -> dict[str, float]:
+    """Return tokens a second of prefill and of decode by batch, and the shares of a prefill's time."""
+    device, found = options.device, {}
+    tokens = torch.randint(words, (1, options.length), device=device)
+    took = seconds(lambda: contestant.read(tokens), device, options.runs)
+    found["prefill"] = tokens.numel() / took
+    if device.type != "cpu":
+        found |= {f"prefill {name}": share for name, share in shares(lambda: contestant.read(tokens), took).items()}
+    for batch in options.batch if contestant.write is not None else ():
+        prompt = torch.randint(words, (batch, PROMPT), device=device)
+        few, many = (
+            seconds(partial(contestant.write, prompt, count), device, options.runs) for count in (2, 2 + options.decode)
+        )
+        found[f"decode {batch}"] = batch * options.decode / max(many - few, 1e-9)
+    return found
+
+
+def table(results: dict[str, dict[str, dict[str, float]]], options: argparse.Namespace) -> list[str]:
+    """Return a table for each model."""
+    lines = []
+    for name, rows in results.items():
+        width, layers, words = sizes_of(name, options)
+        columns = list(dict.fromkeys(key for found in rows.values() for key in found))
+        lines += ["", f"## {name}: {layers} layers of width {width}, {words} words", ""]
+        lines += [f"| tokens a second | {' | '.join(columns)} |", f"|---{'|---:' * len(columns)}|"]
+        for title, found in rows.items():
+            cells = (_cell(column, found.get(column, math.nan)) for column in columns)
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(column: str, value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:.0%}" if column.startswith("prefill ") else f"{value:,.0f}"
+
+
+def sizes_of(name: str, options: argparse.Namespace) -> tuple[int, int, int]:
+    width, layers, words = SIZES[name]
+    return options.width or width, options.layers or layers, options.words or words
+
+
+def main(arguments: list[str] | None = None) -> int:
+    default = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--device", type=torch.device, default=default, help=f"default: {default}")
+    parser.add_argument("--models", nargs="+", default=tuple(SIZES), choices=SIZES)
+    parser.add_argument("--width", type=int, help="of every model; default: 2048")
+    parser.add_argument("--layers", type=int, help="of every model; default: 48 and 24")
+    parser.add_argument("--words", type=int, help="default: 50288")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a prefill")
+    parser.add_argument("--batch", type=int, nargs="+", default=(1, 8, 64), help="rows that decode")
+    parser.add_argument("--decode", type=int, default=32, help="tokens that are timed, a row")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, after every row")
+    results = Path(__file__).parent / "results"
+    parser.add_argument(
+        "--save", type=Path, nargs="?", const=results, metavar="FOLDER", help="write a dated page (default: results/)"
+    )
+    options = parser.parse_args(arguments)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    missing: list[str] = []
+    todo = [(n, *who) for n in options.models for who in contestants(n, sizes_of(n, options), options.device)]
+    with torch.no_grad(), quiet_transformers(), Progress(disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("models", total=len(todo))
+        for name, title, build in todo:
+            try:
+                with ExitStack() as stack:
+                    row = measured(build(stack), sizes_of(name, options)[2], options)
+                found.setdefault(name, {})[title] = row
+                print(f"{name}, {title}: {json.dumps(row)}", file=sys.stderr, flush=True)
+            except ImportError as error:
+                missing.append(f"{title}: {error}")
+            gc.collect()
+            torch.accelerator.empty_cache() if options.device.type != "cpu" else None
+            progress.advance(task)
+            if options.json:
+                options.json.write_text(json.dumps(found, indent=1) + "\n")
+    lines = [f"# Whole models on {device_name(options.device)}, {date.today().isoformat()}", *table(found, options), ""]
+    lines += [f"- prefill: one row of {options.length} tokens, its last logits; decode: rows x {options.decode} tokens"]
+    lines += ["- shares of a prefill: matrix products and attention, the ops' kernels, other kernels, no kernel"]
+    lines += [f"- not measured: {sentence}" for sentence in missing]
+    versions = f"torch {torch.__version__}, transformers {version('transformers')}"
+    lines += [f"- the median of {options.runs} calls; {versions}; `{command(parser, options)}`"]
+    text = "\n".join(lines) + "\n"
+    if options.save:
+        options.save.mkdir(parents=True, exist_ok=True)
+        stem = re.sub(r"[^A-Za-z0-9]+", "-", device_name(options.device))
+        (options.save / f"{date.today().isoformat()}_{stem}_models.md").write_text(text)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""Measures: each case's numbers are checked first, and what is right is timed, all of it by turns."""
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from datetime import date
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import mamba_ops
+from mamba_ops.commands.bench import clocks, peers
+from mamba_ops.commands.bench.case import Call, Case
+from mamba_ops.commands.bench.shapes import Build
+from mamba_ops.commands.watch import device_name
+from mamba_ops.registry import backends, ops, use_backend
+from mamba_ops.registry.errors import NoBackendError
+from mamba_ops.registry.jit import allow_jit
+
+KIND = "mamba-ops bench 1"
+AGREEMENT = 1e-2  # relative error above which two kernels do not compute the same thing; bf16 products alone make 3e-3
+RUNS = 3  # from the same inputs, which must give the same bits: a race would show
+
+Row = dict[str, Any]
+"""What was measured of a case, as JSON has it."""
+Progress = Callable[[str, int, int], None]
+
+
+class Rates(NamedTuple):
+    """What the device does in a second at best; None: not known.
+
+    Attributes:
+        bytes: read and written by a large copy.
+        products: floating-point operations of a large product of matrices.
+        exponentials: by a kernel that does little else.
+    """
+
+    bytes: float
+    products: float | None = None
+    exponentials: float | None = None
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Rates":
+        """Measure them."""
+        return cls(clocks.copy_bandwidth(device), clocks.product_rate(device), clocks.exponential_rate(device))
+
+    def floor(self, case: Case) -> tuple[float, str]:
+        """Return the microseconds that no kernel can do a case in, and which of the rates says so."""
+        least = {name: 1e6 * getattr(case, name) / rate for name, rate in self._asdict().items() if rate is not None}
+        bound = max(least, key=least.__getitem__)
+        return least[bound], bound
+
+
+class Contestant(NamedTuple):
+    """One that computes a case: a backend of ours, or a peer."""
+
+    name: str
+    kind: str
+    calls: peers.Calls
+    within: Callable[[], AbstractContextManager[object]]
+
+
+def backends_of(op: str, device: torch.device, names: Sequence[str] = ()) -> list[str]:
+    """Return the backends that an op is measured on: those that run on a device, less those named if any are.
+
+    Triton's interpreter, on a CPU, is measured where it is named alone.
+    """
+    inside = [ops()["mamba_chunk_scan"]] if ops()[op].composed else [ops()[op]]
+    found = [
+        backend.name
+        for backend in backends()
+        if all(backend.name in part.kernels for part in inside)
+        and backend.why_unusable(device.type, by_name=device.type != "cpu" or backend.name in names) is None
+    ]
+    return [name for name in found if not names or name in names]
+
+
+def check(
+    case: Case, call: Call, expected: tuple[Tensor, Mapping[str, Tensor]], runs: int = RUNS
+) -> tuple[float, bool, bool]:
+    """Return the largest relative error of output and states, whether all runs gave the same bits, and whether slots
+    that are in no table kept theirs."""
+    first, steady, kept = None, True, True
+    table = case.tables[0].long()
+    for _ in range(runs):
+        if case.out.is_floating_point():
+            case.out.fill_(math.nan)
+        caches = {name: cache.clone() for name, cache in case.caches.items()}
+        out = call(caches, case.tables[0]).clone()
+        states = {name: cache[table] for name, cache in caches.items()}
+        for name, cache in caches.items():
+            others = torch.ones(len(cache), dtype=torch.bool, device=cache.device).index_fill_(0, table, False)
+            kept &= torch.equal(cache[others], case.caches[name][others])
+        got = [out, *states.values()]
+        first = first or got
+        steady &= all(map(torch.equal, got, first))
+    assert first is not None
+    true = {"out": expected[0], **expected[1]}
+    return max(_error(*pair) for pair in zip(true, first, true.values(), strict=True)), steady, kept
+
+
+def _error(name: str, got: Tensor, true: Tensor) -> float:
+    got = got.double()
+    if name == "angle_state":  # on a circle
+        got, true = (torch.cat([t.cos(), t.sin()]) for t in (got, true))
+    return float((got - true).norm() / true.norm())
+
+
+def contestants(case: Case, names: Sequence[str], device: torch.device) -> tuple[list[Contestant], list[Row]]:
+    """Return who computes a case, and rows of those that are not there or do not take it."""
+    found = []
+    for name in backends_of(case.op, device, names):
+        composed = ops()[case.op].composed  # then the name is for the ops inside
+        within = partial(use_backend, name) if composed else partial(use_backend, **{case.op: name})
+        found.append(Contestant(name, "backend", peers.Calls(case.ours(), case.ours()), within))
+    calls, absent = peers.present(peers.PEERS.get(case.op, {}), case)
+    found += [Contestant(name, "peer", each, ExitStack) for name, each in calls.items()]
+    rows = []
+    for name, why in absent.items():
+        status = "refused" if isinstance(why, peers.NotTaken) else "absent"
+        rows.append({"name": name, "kind": "peer", "status": status, "reason": _sentence(why)})
+    return found, rows
+
+
+def measured(case: Case, names: Sequence[str], device: torch.device, rates: Rates, late: Callable[[], bool]) -> Row:
+    """Check all who compute a case, and time those that are right. A failure is noted, so that others still run."""
+    floor, bound = rates.floor(case)
+    row: Row = {"op": case.op, "case": case.name, "bytes": case.bytes, "floor_us": floor, "bound": bound}
+    found, row["contestants"] = contestants(case, names, device)
+    expected = case.expected()
+    ready: dict[str, Contestant] = {}
+    for each in found:
+        result: Row = {"name": each.name, "kind": each.kind, "status": "not reached"}
+        row["contestants"].append(result)
+        if late():
+            continue
+        result |= _checked(case, each, expected)
+        if result["status"] == "timed":
+            ready[each.name] = each
+    with ExitStack() as stack:
+        calls = {name: _timed_call(case, each, device, stack) for name, each in ready.items()}
+        within = {name: each.within for name, each in ready.items()}
+        times = clocks.by_turns(calls, device, within=within)
+    for result in row["contestants"]:
+        if result["name"] in times:
+            result["us"] = times[result["name"]] / len(case.tables)
+    return row
+
+
+def _checked(case: Case, each: Contestant, expected: tuple[Tensor, Mapping[str, Tensor]]) -> Row:
+    """Return what the check of a contestant says: its errors, and whether it may be timed."""
+    try:
+        with each.within():
+            error, steady, kept = check(case, each.calls.checked, expected)
+    except NoBackendError as refusal:
+        return {"status": "refused", "reason": refusal.reasons.get(each.name) or str(refusal)}
+    except Exception as failure:  # of a peer, or memory: the others are still measured
+        return {"status": "failed", "reason": f"{type(failure).__name__}: {_sentence(failure)}"}
+    problems = [f"relative error {error:.1e}, expected {AGREEMENT:.0e} at most"] * (not error <= AGREEMENT)
+    problems += ["two runs gave different bits"] * (not steady)
+    problems += ["wrote to a slot that was not named"] * (not kept)
+    found: Row = {"steady": steady, "status": "wrong" if problems else "timed"}
+    found |= {"error": error} if math.isfinite(error) else {}  # JSON has no other numbers
+    return found | ({"reason": "; ".join(problems)} if problems else {})
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _timed_call(case: Case, each: Contestant, device: torch.device, stack: ExitStack) -> clocks.Call:
+    """Return what runs a contestant once for each of the case's tables; captured in a graph, but for plain torch."""
+    caches = {name: cache.clone() for name, cache in case.caches.items()}
+
+    def calls() -> None:
+        for table in case.tables:
+            each.calls.timed(caches, table)
+
+    with each.within():
+        if each.name == "torch":  # it may wait for the device
+            calls()
+            return calls
+        return stack.enter_context(clocks.captured(calls, device))
+
+
+def run(
+    builds: Mapping[str, Sequence[Build]],
+    device: torch.device,
+    *,
+    names: Sequence[str] = (),
+    limit: float | None = None,
+    progress: Progress = lambda step, done, total: None,
+    rates: Rates | None = None,
+) -> Row:
+    """Measure cases, and return all that was found, as JSON has it.
+
+    Args:
+        builds: what builds each case, by op.
+        device: where.
+        names: of backends; none: all that run there.
+        limit: seconds after which nothing new begins.
+        progress: called with the op, how many of its cases are done, and of how many.
+        rates: of the device; None: they are measured.
+    """
+    end = math.inf if limit is None else time.monotonic() + limit
+
+    def late() -> bool:
+        return time.monotonic() > end
+
+    with allow_jit(), torch.inference_mode():
+        rates = rates or Rates.of(device)
+        rows = [row for op in builds for row in _of_op(op, builds[op], device, names, rates, late, progress)]
+    reached = all(each["status"] != "not reached" for row in rows for each in row["contestants"])
+    finished = reached and len(rows) == sum(map(len, builds.values()))
+    return facts(device) | {"rates": rates._asdict(), "finished": finished, "rows": rows}
+
+
+def _of_op(
+    op: str,
+    builds: Sequence[Build],
+    device: torch.device,
+    names: Sequence[str],
+    rates: Rates,
+    late: Callable[[], bool],
+    progress: Progress,
+) -> Iterable[Row]:
+    for done, build in enumerate(builds):
+        progress(op, done, len(builds))
+        if late():
+            break
+        torch.manual_seed(0)
+        try:
+            yield measured(build(device), names, device, rates, late)
+        except RuntimeError as error:  # memory, most of all
+            yield {"op": op, "case": f"case {done + 1}", "failed": _sentence(error), "contestants": []}
+        if device.type != "cpu":
+            torch.get_device_module(device).empty_cache()
+    progress(op, len(builds), len(builds))
+
+
+def facts(device: torch.device) -> Row:
+    """Return what the figures were made on and with."""
+    try:
+        import triton
+    except ImportError:
+        of_triton = "absent"
+    else:
+        of_triton = triton.__version__
+    versions = {"mamba_ops": mamba_ops.__version__, "torch": torch.__version__, "triton": of_triton}
+    return {
+        "kind": KIND,
+        "date": date.today().isoformat(),
+        "device": device_name(device),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "versions": versions | {"python": platform.python_version(), **peers.versions()},
+    }

@@ -1,0 +1,397 @@
+"""`mamba-ops bench`: what is checked, timed, left out, written; and calls of peers, by our functions of their names."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mamba_ops.commands.bench import cases, clocks, host, peers, run, shapes, show
+from mamba_ops.commands.bench.case import Call, Case
+from mamba_ops.commands.bench.cases import TINY
+from mamba_ops.commands.bench.peers import Calls, NotTaken
+from mamba_ops.commands.cli import app
+from mamba_ops.compat import causal_conv1d as of_causal_conv1d
+from mamba_ops.compat import fla as of_fla
+from mamba_ops.compat import mamba_ssm as of_mamba_ssm
+from mamba_ops.compat import vllm as of_vllm
+from mamba_ops.registry import Backend, ops
+from tests.mamba_ssm_stand_ins import selective_scan_cuda
+
+CPU = torch.device("cpu")
+OP = "causal_conv1d_update"
+RATES = run.Rates(1e10, 1e11)
+BUILDS = {OP: [lambda device: cases.conv_update(3, device, scale=TINY)]}
+
+
+def changed(change: Callable[[torch.Tensor, dict[str, torch.Tensor]], object]) -> Callable[[Case], Call]:
+    """A peer that does what the op does, and something more."""
+
+    def arrange(case: Case) -> Call:
+        ours, op = case.ours(), ops()[case.op]
+
+        def call(caches: Any, slots: torch.Tensor) -> torch.Tensor:
+            out = ours(caches, slots)
+            change(out, caches)
+            return out
+
+        assert op.kernels
+        return call
+
+    return arrange
+
+
+def absent(case: Case) -> Call:
+    raise ImportError("no such project")
+
+
+def picky(case: Case) -> Call:
+    raise NotTaken("takes no such case")
+
+
+def broken(case: Case) -> Call:
+    def call(caches: Any, slots: torch.Tensor) -> torch.Tensor:
+        raise TypeError("got an unexpected keyword argument 'slots'\nand more")
+
+    return call
+
+
+FAKES = {
+    "right": changed(lambda out, caches: None),
+    "wrong": changed(lambda out, caches: out.add_(0.3)),
+    "nan": changed(lambda out, caches: out[:1].fill_(math.nan)),
+    "wrong state": changed(lambda out, caches: caches["conv_state"].mul_(1.5)),
+    "wandering": changed(lambda out, caches: caches["conv_state"][0].add_(1)),
+    "unsteady": changed(lambda out, caches: out.mul_(1 + 1e-4 * torch.rand(()))),
+    "absent": absent,
+    "picky": picky,
+    "broken": broken,
+}
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """The peers of one op; and how many calls of each were timed."""
+    timed: dict[str, list[int]] = {}
+
+    def counting(name: str, arrange: Callable[[Case], Call]) -> Callable[[Case], Calls]:
+        def arranged(case: Case) -> Calls:
+            checked = arrange(case)
+
+            def call(*arguments: Any) -> torch.Tensor:
+                timed.setdefault(name, []).append(1)
+                return checked(*arguments)
+
+            return Calls(checked, call)
+
+        return arranged
+
+    monkeypatch.setattr(peers, "PEERS", {OP: {name: counting(name, arrange) for name, arrange in FAKES.items()}})
+    return timed
+
+
+@pytest.fixture
+def refusing() -> Iterator[Backend]:
+    made = Backend("other", devices=None, priority=-5)
+    made.implements(ops()[OP], unsupported=lambda x: "takes no batch of three" if x.shape[0] == 3 else None)(
+        ops()[OP].kernels["torch"].function
+    )
+    yield made
+    made.remove()
+
+
+def found(**options: Any) -> run.Row:
+    return {**run.run(BUILDS, CPU, rates=RATES, **options), "command": "mamba-ops bench", "host": []}
+
+
+def test_what_is_wrong_is_reported_and_not_timed(fakes: dict[str, list[int]]) -> None:
+    result = found(names=["torch"])
+    [row] = result["rows"]
+    by_name = {each["name"]: each for each in row["contestants"]}
+    assert {name: each["status"] for name, each in by_name.items()} == {
+        "torch": "timed",
+        "right": "timed",
+        "wrong": "wrong",
+        "nan": "wrong",
+        "wrong state": "wrong",
+        "wandering": "wrong",
+        "unsteady": "wrong",
+        "absent": "absent",
+        "picky": "refused",
+        "broken": "failed",
+    }
+    assert {name for name, each in by_name.items() if "us" in each} == {"torch", "right"}
+    assert list(fakes) == ["right"]
+    assert "relative error" in by_name["wrong"]["reason"]
+    assert "slot that was not named" in by_name["wandering"]["reason"]
+    assert by_name["unsteady"]["reason"] == "two runs gave different bits"
+    assert by_name["broken"]["reason"] == "TypeError: got an unexpected keyword argument 'slots'"
+    assert by_name["right"]["error"] < 1e-6
+    text = show.text(result)
+    assert "WRONG" in text
+    assert "wandering: wrote to a slot that was not named" in text
+    assert "absent" not in text
+    json.dumps(result, allow_nan=False)
+    assert max(map(len, text.partition("Not timed:")[0].splitlines()[3:])) <= 80
+
+
+def test_a_backend_that_refuses_is_told_and_the_others_are_timed(refusing: Backend) -> None:
+    result = found(names=["torch", "other"])
+    statuses = {each["name"]: each["status"] for each in result["rows"][0]["contestants"] if each["kind"] == "backend"}
+    assert statuses == {"torch": "timed", "other": "refused"}
+    assert f"{OP}, 3 rows, other: takes no batch of three" in show.text(result)
+
+
+def test_all_take_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in ("one", "other")}  # type: ignore[misc]
+    monkeypatch.setattr(clocks, "_host_clock", lambda _: lambda call: (call(), lambda: 7.0)[1])
+    assert clocks.by_turns(calls, CPU, seconds=0) == {"one": 7.0, "other": 7.0}
+    assert order == ["one", "other"] * clocks.LEAST
+
+
+def test_the_median_of_turns_counts_and_a_slow_one_ends_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"fast": iter([1e3, *[10.0] * 1000]), "slow": iter([1e6] * 1000)}
+    turns: list[str] = []
+
+    def clock(call: Callable[[], str]) -> Callable[[], float]:
+        turns.append(call())
+        return lambda: next(times[turns[-1]]) if False else next(times[call()])
+
+    monkeypatch.setattr(clocks, "_host_clock", lambda _: clock)
+    measured = clocks.by_turns({"fast": lambda: "fast", "slow": lambda: "slow"}, CPU, seconds=0.2)
+    assert measured == {"fast": 10.0, "slow": 1e6}
+    assert turns.count("slow") == clocks.LEAST
+    assert turns.count("fast") == clocks.MOST
+
+
+def test_the_floor_is_the_slowest_of_what_must_be_done() -> None:
+    case = cases.scan((64,), CPU, scale=TINY)
+    assert run.Rates(1e9, 1e9, 1e3).floor(case) == (1e3 * case.exponentials, "exponentials")
+    assert run.Rates(1e3, 1e12, 1e12).floor(case) == (1e3 * case.bytes, "bytes")
+    assert run.Rates(1e3).floor(case)[1] == "bytes"
+    assert run.Rates(1e12, 1e3).floor(cases.chunk_scan(64, 1, CPU))[1] == "products"
+
+
+def test_a_limit_ends_it_and_says_so() -> None:
+    result = found(limit=0)
+    assert not result["finished"]
+    assert result["rows"] == []
+    assert "The limit came first" in show.text(result)
+
+
+def test_a_case_that_cannot_be_made_does_not_end_the_run() -> None:
+    def build(device: torch.device) -> Case:
+        raise torch.OutOfMemoryError("tried to allocate\nmore")
+
+    steps: list[tuple[str, int, int]] = []
+    result = run.run({OP: [build, *BUILDS[OP]]}, CPU, rates=RATES, progress=lambda *step: steps.append(step))
+    first, second = result["rows"]
+    assert first["failed"] == "tried to allocate"
+    assert any("us" in each for each in second["contestants"])
+    assert steps == [(OP, 0, 2), (OP, 1, 2), (OP, 2, 2)]
+    assert "FAILED" in show.text({**result, "host": [], "command": ""})
+
+
+SCHEMA: dict[str, Any] = {
+    "kind": str,
+    "date": str,
+    "device": str,
+    "device_type": str,
+    "threads": int,
+    "command": str,
+    "versions": dict,
+    "rates": dict,
+    "finished": bool,
+    "without_case": list,
+    "host": list,
+    "rows": [
+        {
+            "op": str,
+            "case": str,
+            "bytes": int,
+            "floor_us": float,
+            "bound": str,
+            "contestants": [
+                {"name": str, "kind": str, "status": str, "us": (float, "?"), "error": (float, "?"),
+                 "steady": (bool, "?"), "reason": (str, "?")}
+            ],
+        }
+    ],
+}  # fmt: skip
+
+
+def check_schema(value: Any, schema: Any) -> None:
+    if isinstance(schema, list):
+        for each in value:
+            check_schema(each, schema[0])
+    elif isinstance(schema, dict):
+        assert value.keys() <= schema.keys()
+        assert value.keys() >= {name for name, kind in schema.items() if not isinstance(kind, tuple)}
+        for name, each in value.items():
+            check_schema(each, schema[name])
+    else:
+        assert isinstance(value, schema[0] if isinstance(schema, tuple) else schema)
+
+
+def test_the_command_writes_figures_a_table_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "_small", lambda: BUILDS)
+    monkeypatch.setattr(run.Rates, "of", lambda device: RATES)
+    folder = tmp_path / "figures"
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["bench", "--device", "cpu", "--output", str(folder)])
+    assert result.exit_code == 0, result.output
+    assert "floor (bytes)" in result.output
+    figures = json.loads((folder / "bench.json").read_text())
+    check_schema(figures, SCHEMA)
+    assert figures["kind"] == run.KIND
+    assert figures["finished"]
+    assert figures["versions"].keys() >= {"mamba_ops", "torch", "triton", "python", *peers.PACKAGES}
+    assert "gdn_mixing" in figures["without_case"]
+    assert any(each["name"] == "torch" for each in figures["rows"][0]["contestants"])
+    assert (folder / "bench.txt").read_text() == show.text(figures)
+    pytest.importorskip("matplotlib")
+    assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_there_is_no_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plot(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+
+    monkeypatch.setattr(show, "plot", plot)
+    assert [path.name for path in show.write(found(), tmp_path)] == ["bench.json", "bench.txt"]
+
+
+def test_a_backend_of_ours_that_is_wrong_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = Backend("bad", devices=None, priority=-5)
+    try:
+
+        @bad.implements(ops()[OP])
+        def wrong(call: Any) -> None:
+            ops()[OP].kernels["torch"].function(**call._asdict())
+            call.output.add_(1)
+
+        monkeypatch.setattr(shapes, "_small", lambda: BUILDS)
+        monkeypatch.setattr(run.Rates, "of", lambda device: RATES)
+        result = CliRunner().invoke(app, ["bench", "--device", "cpu", "--backends", "bad"])
+    finally:
+        bad.remove()
+    assert result.exit_code == 1
+    assert "gave wrong numbers" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ops", "causal_conv"], "causal_conv1d"),
+        (["--ops", "gdn_mixing"], "--ops: got gdn_mixing, expected one that has a case: selective_scan, mamba_chunk"),
+        (["--backends", "tritom"], "triton"),
+        (["--output", "missing/folder/f"], "--output: got missing/folder/f, expected a folder in one that exists"),
+        (["--host"], "--host: got the device cpu, expected a GPU"),
+        (["--size", "dstate=3"], "--size and --dtype: expected them with --choose"),
+        (["--choose", "f", "--host"], "expected it alone"),
+    ],
+    ids=str,
+)
+def test_wrong_usage_is_a_sentence(options: list[str], message: str) -> None:
+    result = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["bench", *options, "--device", "cpu"])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+def test_every_op_that_is_no_layer_has_cases_of_both_scales() -> None:
+    mine = {name for name, op in ops().items() if op.patterns and not name.endswith("_mixing")}
+    assert shapes._small().keys() == shapes._large().keys() == mine
+    assert mine - {name for name in mine if ops()[name].composed} == set(host.OPS)
+
+
+# -- peers, by our functions of their names ---------------------------------------------------------------------------
+
+VLLM = peers.VLLM
+
+
+class _Gathers(ModuleType):
+    @staticmethod
+    def gather_initial_states(cache: torch.Tensor, slots: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
+        return torch.where(carried[:, None, None, None], cache[slots.long()], 0)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules: dict[str, Any] = {
+        "causal_conv1d": of_causal_conv1d,
+        "causal_conv1d.causal_conv1d_varlen": of_causal_conv1d,
+        "fla.ops.gated_delta_rule": of_fla,
+        "fla.ops.kda": of_fla,
+        "mamba_ssm.ops.triton.ssd_combined": of_mamba_ssm,
+        "mamba_ssm.ops.triton.selective_state_update": of_mamba_ssm,
+        "selective_scan_cuda": selective_scan_cuda,
+        f"{VLLM}.ssd_combined": of_vllm,
+        f"{VLLM}.gather_initial_states": _Gathers("gathers"),
+        f"{VLLM}.causal_conv1d": of_vllm,
+        f"{VLLM}.mamba_ssm": of_vllm,
+    }
+    monkeypatch.setattr(peers, "module", lambda name: modules[name])
+
+
+TINIES: list[Callable[[], Case]] = [
+    lambda: cases.scan((5, 5), CPU),
+    lambda: cases.chunk_scan(40, 2, CPU),
+    lambda: cases.chunk_scan(40, 2, CPU, carried=True),
+    lambda: cases.conv(40, 2, CPU),
+    lambda: cases.conv(40, 2, CPU, carried=True),
+    lambda: cases.delta_rule((20, 20), CPU),
+    lambda: cases.delta_rule((20, 3), CPU, by_channel=True),
+    lambda: cases.state_update(2, torch.float32, 3, CPU),
+    lambda: cases.state_update(1, torch.float32, 3, CPU),
+    lambda: cases.conv_update(3, CPU),
+    lambda: cases.delta_rule_update(3, CPU),
+    lambda: cases.delta_rule_update(3, CPU, by_channel=True),
+]
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("build", TINIES, ids=lambda build: f"{(c := build()).op}, {c.name}")
+def test_peers_get_the_same_numbers(build: Callable[[], Case]) -> None:
+    """Each peer's call of a case gives what the reference does, output and states: arguments are in their places."""
+    torch.manual_seed(0)
+    case = build()
+    known = {name: arrange for name, arrange in peers.PEERS[case.op].items() if name != "FlashInfer"}
+    assert known
+    refused = set()
+    with torch.no_grad():
+        for name, arrange in known.items():
+            try:
+                arranged = arrange(case)
+            except NotTaken:
+                refused.add(name)
+                continue
+            calls = arranged if isinstance(arranged, Calls) else Calls(arranged, arranged)
+            error, _, kept = run.check(case, calls.checked, case.expected(), runs=1)
+            assert error < 1e-5, (name, error)
+            assert kept
+            assert calls.timed(case.caches, case.tables[0]) is not None
+    assert refused == ({"causal-conv1d, packed"} if case.op == "causal_conv1d" and "states" in case.name else set())
+
+
+def test_a_dense_batch_is_not_taken_of_sequences_that_differ() -> None:
+    with pytest.raises(NotTaken, match="the sequences differ in length"):
+        peers._batched(cases.scan((5, 4), CPU))
+
+
+@pytest.mark.parametrize("op", host.OPS)
+def test_the_host_is_timed_with_calls_that_are_taken(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "bare", lambda device: lambda: None)
+    calls = host.calls_of(op, CPU)
+    assert calls.keys() >= {host.GIVEN, host.ALLOCATED, host.BARE}
+    for call in calls.values():
+        call()
+    row = {"op": op, "us": {host.GIVEN: 30.0, host.BARE: 12.0, "vLLM": 24.0}}
+    text = show.text({**found(limit=0), "host": [row]})
+    assert op in text
+    assert "2.50" in text
+    assert "2.00" in text
