@@ -10,6 +10,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 FILES = "https://github.com/mamba-ops/mamba-ops/blob/main/"
+PICTURES = FILES.replace("/blob/", "/raw/")
 
 if not (ROOT / "mamba_ops" / "registry" / "__init__.py").is_file():
     raise SystemExit(
@@ -18,6 +19,7 @@ if not (ROOT / "mamba_ops" / "registry" / "__init__.py").is_file():
     )
 
 readme = (ROOT / "README.md").read_text(encoding="utf-8")
+readme = re.sub(r"(!\[[^\]]*\]\()(?!https?:)", rf"\1{PICTURES}", readme)
 setup(
     long_description=re.sub(r"\]\((?!https?:|#)", f"]({FILES}", readme),
     long_description_content_type="text/markdown",

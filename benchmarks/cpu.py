@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -164,7 +163,6 @@ def columns(backends: list[str]) -> dict[str, Callable[[measure.Row], str]]:
 
 def main() -> int:
     """Measure, print the page, and say whether every goal is met by one of our sides."""
-    results = Path(__file__).parent / "results"
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--widths", nargs="+", type=int, default=(256, 1024))
@@ -177,10 +175,7 @@ def main() -> int:
     parser.add_argument("--backends", nargs="*", default=(), help="measured beside the default order")
     parser.add_argument("--busy", action="store_true", help="count processor time: for one thread, on a busy machine")
     parser.add_argument("--compile", action="store_true", help="Mamba-2 compiled, too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-    parser.add_argument(
-        "--save", type=Path, nargs="?", const=results, metavar="FOLDER", help="write a dated page (default: results/)"
-    )
+    measure.add_outputs(parser)
     options = parser.parse_args()
     if options.busy and tuple(options.threads) != (1,):
         raise SystemExit("benchmarks.cpu: --busy counts the time of all threads, waiting ones too; add --threads 1")

@@ -20,7 +20,7 @@ from mamba_ops.commands.bench.clocks import by_turns, captured
 
 MIXED = (37, 512, 1024, 77, 2048, 300, 900, 64, 128, 1500, 33, 256, 700, 444, 130, 39)  # tokens of 16 packed sequences
 
-LABELS = ("case", "kernels")  # columns of words
+LABELS = ("case", "kernels", "layer", "compiled")  # columns of words
 
 Row = dict[str, Any]
 """What was measured, by key."""
@@ -62,19 +62,24 @@ def options(name: str, description: str, ops: Iterable[str]) -> argparse.Namespa
     """Return the arguments of `python -m benchmarks.<name>`. On a CPU, Triton is set to interpret before it is
     imported, as it reads the variable when it decorates kernels."""
     default = torch.accelerator.current_accelerator() or torch.device("cpu")
-    results = Path(__file__).parent / "results"
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description.partition("\n")[0])
     parser.add_argument("--op", choices=list(ops), help="this op alone")
     parser.add_argument("--device", type=torch.device, default=default, help=f"default: {default}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-    parser.add_argument(
-        "--save", type=Path, nargs="?", const=results, metavar="FOLDER", help="write a dated page (default: results/)"
-    )
+    add_outputs(parser)
     given = parser.parse_args()
     given.name = name
     if given.device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
     return given
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Give a command the options that `report` reads."""
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    parser.add_argument(
+        "--save", type=Path, nargs="?", const=results, metavar="FOLDER", help="write a dated page (default: results/)"
+    )
 
 
 def command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:

@@ -41,7 +41,7 @@ KNOWN: dict[str, dict[str, Counter[Around]]] = {
     },
     "gdn, apart": {"backward": Counter({Around(f"{GDN}_backward", "after", COPY): 3, CONV_BACK: 1})},
     "kda": {"backward": Counter({Around(f"{KDA}_backward", "after", COPY): 3, CONV_BACK: 1})},
-    # q is turned in float32, in two halves, and rounded when both are there.
+    # The pairs of q that are turned, and the rest, in float32; rounded where they are put side by side.
     "mamba3": {"forward": Counter({Around(f"{SSD}_forward", "before", CAST): 1})},
     "short_conv": {},
 }
@@ -53,7 +53,7 @@ KERNELS = {
     "gdn": (3, 5, 3, 3),
     "gdn, apart": (2, 4, 1, 3),
     "kda": (2, 4, 1, 3),
-    "mamba3": (4, 6, 1, 1),
+    "mamba3": (4, 7, 1, 1),
     "short_conv": (2, 2, 2, 2),
 }
 """Generated kernels at most: of a forward that trains, of its backward, of a decode step, of a prefill into caches."""

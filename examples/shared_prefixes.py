@@ -185,7 +185,7 @@ class Engine:
             [r.computed for r in batch],
             new,
             [r.slots for r in batch],
-            accepted=[r.accepted for r in batch],
+            accepted=[r.accepted for r in batch] if self.columns > 1 else None,
             prompt_tokens=[r.reading for r in batch],
             sources=[r.source for r in batch],
             keep=keep,

@@ -250,3 +250,125 @@ def test_tuning_goes_on_where_it_was(tune):
     assert tuned.sizes["v_dim"] == 32
     table = json.loads(next(tune.folder.glob("*.json")).read_text())
     assert len(table["kernels"]["gated_delta_rule_update"]) == 2
+
+
+def others_raise(name, sample):
+    """As if launches with blocks of less than 8 did not run with activations of two bytes."""
+    if sample.args[1].dtype == torch.bfloat16 and _block(name) < 8:
+        raise RuntimeError("out of resource: shared memory")
+    return RESULTS(name, sample)
+
+
+def others_differ(name, sample):
+    return [found + 1 if _block(name) < 8 else found for found in RESULTS(name, sample)]
+
+
+def _block(name):
+    rule = launch_config.rules[name](H100, 16, 16, 4)["_kernel"]
+    return {**rule, **launch_config.forced.get(name, {}).get("_kernel", {})}["BLOCK"]
+
+
+RESULTS = tuning._results
+
+
+@pytest.mark.parametrize("results", [others_raise, others_differ])
+def test_a_launch_is_kept_that_runs_with_all_dtypes_that_get_it_and_is_right(results, tune, monkeypatch):
+    """By the clock alone, blocks of 4 are fastest."""
+    monkeypatch.setattr(tuning, "_results", results)
+    (tuned,) = tune()
+    assert tuned.launches == {"_kernel": {"BLOCK": 8}}
+
+
+def test_every_op_with_a_table_is_tuned_for_every_layer_that_has_it(tmp_path, monkeypatch, device):
+    """The gated delta rule and KDA too, and the update that Mamba-1 shares with Mamba-2."""
+    monkeypatch.setattr(tuning, "UPDATES", ((2, 1),))
+    monkeypatch.setattr(tuning, "READS", ((1, 3),))
+    known = {name for name, op in ops().items() if op.patterns and not op.composed}
+    assert known == launch_config.rules.keys() >= {"chunk_kda", "kda_update", "chunk_gated_delta_rule"}
+    options = {"sizes": {}, "dtype": torch.float32, "state_dtype": torch.float32, "progress": lambda *_: None}
+    found = tuning.tune(sorted(known), device, tmp_path, clock=lambda call: 1.0, **options)
+    assert [tuned.op for tuned in found] == sorted([*known, "selective_state_update"])
+    assert all(tuned.launches == {} for tuned in found)  # nothing was faster
+    forms = [tuned.sizes["full_A"] for tuned in found if tuned.op == "selective_state_update"]
+    assert forms == [False, True]
+    (path,) = tmp_path.glob("*.json")
+    with environment(MAMBA_OPS_CONFIG_DIR=str(tmp_path)):
+        for tuned in found:
+            index = -1 if device.index is None else device.index
+            launch_config.forget(tuned.op)
+            launch_config.choosers[tuned.op](index, *tuned.sizes.values())
+    assert launch_config.load(path)["kernels"].keys() == known
+
+
+TUNED = """
+import torch
+from pathlib import Path
+from mamba_ops.cold_start import fitting, tuning
+from mamba_ops.cold_start.specialization import our_modules
+from mamba_ops.ops._triton import _triton
+import triton
+
+limit, taken, asked = 232_448, {}, []
+modules = our_modules()
+kernels = [f for m in modules for f in vars(m).values() if isinstance(f, triton.JITFunction)]
+
+def note(*_, key, fn, compile, **__):
+    if (fn.name, key) not in taken:
+        taken[fn.name, key] = _triton.shared_memory(fn.jit_function, compile)
+    asked.append(taken[fn.name, key])
+    return True
+
+def clock(call):
+    asked.clear()
+    call()
+    if max(asked) > limit:
+        raise RuntimeError("out of resource: shared memory")
+    return 1e9 / (1 + sum(asked))
+
+def results(name, sample):
+    asked.clear()
+    tuning._run(name, sample)()
+    if max(asked) > limit:
+        raise RuntimeError("out of resource: shared memory")
+    return []
+
+tuning._results, tuning._facts = results, lambda _: {}
+tuning.READS, tuning.UPDATES = ((2, 70),), ((2, 1),)
+name, folder, sizes = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+options = {"sizes": sizes, "dtype": torch.bfloat16, "state_dtype": torch.float32, "progress": lambda *_: None}
+with _triton.hook(_triton.BEFORE_LOAD, note, "-"), _triton.unloaded(kernels):
+    found = tuning.tune([name], torch.device("cpu"), folder, clock=clock, **options)
+print(json.dumps([[dict(t.sizes), t.launches] for t in found]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("chunk_kda", {"dim": 128}),
+        ("chunk_gated_delta_rule", {"dim": 128}),
+        ("mamba_chunk_scan", {"dim": 64, "dstate": 128, "chunk_size": 256}),
+        ("kda_update", {"dim": 128}),
+        ("gated_delta_rule_update", {"dim": 128}),
+    ],
+)
+def test_what_tuning_writes_fits(name, sizes, tmp_path):
+    """With a clock that likes shared memory: what is written takes much of it, in two bytes and in four."""
+    from mamba_ops.cold_start import fitting
+
+    found = compiled_for_a_gpu(TUNED, name, tmp_path, json.dumps(sizes), compiles=False)
+    assert any(launches for _, launches in found), found
+    [path] = tmp_path.glob("*.json")
+    assert path.stem == "cuda-90"
+    dims = {"k_dim": 128, "v_dim": 128} if sizes == {"dim": 128} else sizes
+    with environment(MAMBA_OPS_CONFIG_DIR=str(tmp_path)):
+        rows = list(fitting.fits(["sm_90"], ops=[name], dtypes=["bfloat16", "float32"], sizes=dims))
+    assert rows
+    assert not [str(row) for row in rows if not row.fits]
+    told = " ".join(row.launch for row in rows if row.dtype == "bfloat16")
+    for _, launches in found:
+        for launch in launches.values():
+            for number, value in launch.items():
+                assert f"{number.removeprefix('num_')} {value}" in told

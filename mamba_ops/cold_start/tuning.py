@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from mamba_ops.backends import triton
 from mamba_ops.cold_start.specialization import our_modules
@@ -17,7 +18,9 @@ from mamba_ops.registry.errors import NoBackendError, unknown
 from mamba_ops.registry.jit import allow_jit
 
 WORTH = 0.98  # of the time: a smaller saving is noise
+AGREEMENT = 1e-2  # relative error above which two launches have not computed the same
 LARGEST = {"num_warps": 8, "num_stages": 4}
+PREFILL, UPDATE = "packed cached", "one token"
 READS, UPDATES = ((1, 4096), (16, 512)), ((64, 1), (256, 1))  # rows, and tokens of each
 
 
@@ -51,7 +54,8 @@ def tune(
     """Time the kernels of some ops with other blocks, warps and stages, and keep the fastest in a table.
 
     The table is `<family>.json` in the folder. Entries that it has for these sizes are not timed again, so a run that
-    was stopped can be continued. Each trial runs on copies of what the op mutates.
+    was stopped can be continued. Each trial runs on copies of what the op mutates. A launch is kept that also runs with
+    other dtypes which get the same one, and that gives the numbers of the rule's.
 
     Args:
         names: the ops.
@@ -83,15 +87,16 @@ def tune(
     path = folder / f"{launch_config.family(-1 if device.index is None else device.index)}.json"
     found = []
     with allow_jit(), use_backend("triton"), torch.no_grad():
-        for name in names:
-            samples = list(_workloads(name, device, sizes, dtype, state_dtype))
+        for work in [each for name in names for each in _works(name, device, sizes, state_dtype)]:
+            name, samples = work.op, list(work.calls(dtype))
             keys = _keys_of(name, samples, launch_config.chosen)
             table = launch_config.load(path)
             done = [entry["sizes"] for entry in table["kernels"].get(name, ())]
             if all(key in done for key in keys):
                 progress(f"{name}: in the table", 1, 1)
                 continue
-            tuned = _tune(name, keys[0], samples, clock or _milliseconds, launch_config, progress)
+            others = _of_other_dtypes(work, keys[0], dtype, launch_config.chosen)
+            tuned = _tune(name, keys[0], samples, others, clock or _milliseconds, launch_config, progress)
             found.append(tuned)
             entry = {"sizes": keys[0], "launches": tuned.launches, "us": tuned.us}
             table["kernels"].setdefault(name, []).append(entry)
@@ -102,18 +107,31 @@ def tune(
     return found
 
 
-def _workloads(
-    name: str, device: torch.device, sizes: Mapping[str, int], dtype: torch.dtype, state_dtype: torch.dtype
-) -> Iterator[Sample]:
-    """Yield the most frequent calls of serving: one long prompt and many shorter ones, or a token of many rows."""
-    op, prefill = ops()[name], "packed cached"
-    reads = prefill in op.patterns
-    for rows, length in READS if reads else UPDATES:
-        random = RandomInputs(device, rows, length, sizes=sizes, dtype=dtype, state_dtype=state_dtype)
-        call = op.make_call(random, prefill if reads else op.patterns[0])
-        if stray := sizes.keys() - random.asked:
-            raise unknown("size", min(stray), random.asked)
-        yield call
+class _Work(NamedTuple):
+    """An op's most frequent calls in serving: one long prompt and many shorter ones, or a token of many rows."""
+
+    op: str
+    pattern: str
+    device: torch.device
+    sizes: Mapping[str, int]
+    state_dtype: torch.dtype
+
+    def calls(self, dtype: torch.dtype) -> Iterator[Sample]:
+        """Yield them, with activations of a dtype."""
+        for rows, length in READS if self.pattern == PREFILL else UPDATES:
+            options: dict[str, Any] = {"sizes": self.sizes, "dtype": dtype, "state_dtype": self.state_dtype}
+            random = RandomInputs(self.device, rows, length, **options)
+            call = ops()[self.op].make_call(random, self.pattern)
+            if stray := self.sizes.keys() - random.asked:
+                raise unknown("size", min(stray), random.asked)
+            yield call
+
+
+def _works(name: str, device: torch.device, sizes: Mapping[str, int], state_dtype: torch.dtype) -> Iterator[_Work]:
+    """Yield the calls of an op: of Mamba-1, and of Mamba-2, where one op is for both."""
+    patterns = ops()[name].patterns
+    for pattern in [PREFILL] if PREFILL in patterns else [p for p in patterns if p.startswith(UPDATE)]:
+        yield _Work(name, pattern, device, sizes, state_dtype)
 
 
 def _keys_of(name: str, samples: list[Sample], chosen: list[Any]) -> list[dict[str, Any]]:
@@ -132,6 +150,39 @@ def _keys_of(name: str, samples: list[Sample], chosen: list[Any]) -> list[dict[s
     return [dict(choice.sizes) for choice in chosen[before:] if choice.op == name]
 
 
+def _of_other_dtypes(work: _Work, key: dict[str, Any], dtype: torch.dtype, chosen: list[Any]) -> list[Sample]:
+    """Return a call for each other dtype whose launches are those of the same key, and which the rule's launch takes.
+
+    What is fastest in two bytes may take more shared memory in four than there is.
+    """
+    found = []
+    for other in {torch.bfloat16, torch.float32} - {dtype}:
+        sample = next(work.calls(other))
+        try:
+            if key in _keys_of(work.op, [sample], chosen):
+                _run(work.op, sample)()
+                found.append(sample)
+        except Exception as error:  # nothing that the launch could be tried with
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+    return found
+
+
+def _results(name: str, sample: Sample) -> list[Tensor]:
+    """Return the output of a call on copies, and what it leaves in what it mutates."""
+    mine = sample.clone()
+    op = ops()[name]
+    arguments = op.bind(mine.args, mine.kwargs)
+    arguments["output"] = op(*mine.args, **mine.kwargs)
+    return [arguments[mutated] for mutated in sorted(op.mutates) if arguments[mutated] is not None]
+
+
+def _agree(some: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether two launches have computed the same, but for rounding."""
+    pairs = [(a.nan_to_num().double(), b.nan_to_num().double()) for a, b in zip(some, others, strict=True)]
+    return all(float((a - b).norm()) <= AGREEMENT * float(b.norm()) for a, b in pairs)
+
+
 def _run(name: str, sample: Sample) -> Callable[[], object]:
     """Return a call on copies of what the op mutates, with a given output, as in a compiled graph."""
     mine = sample.clone()
@@ -142,6 +193,7 @@ def _tune(
     name: str,
     key: dict[str, Any],
     samples: list[Sample],
+    others: list[Sample],
     clock: Callable[[Callable[[], object]], float],
     launch_config: Any,
     progress: Callable[[str, int, int], None],
@@ -162,13 +214,32 @@ def _tune(
         finally:
             force(None)
 
+    def is_right(launches: dict[str, dict[str, int]]) -> bool:
+        """Whether a launch runs with all dtypes that get it, and gives what the first that ran gave."""
+        force(launches)
+        try:
+            for number, sample in enumerate([*samples, *others]):
+                found = _results(name, sample)
+                if not _agree(found, expected.setdefault(number, found)):
+                    return False
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return False
+        finally:
+            force(None)
+        return True
+
     def force(launches: dict[str, dict[str, int]] | None) -> None:
         launch_config.force(name, launches)
         ops()[name].kernels["triton"].forget()  # where one launch does not run, another one may
 
     rule = launch_config.rules[name](limits_of(samples[0].args[0].get_device()), *key.values())
     best: dict[str, dict[str, int]] = {}
+    expected: dict[int, list[Tensor]] = {}
     before = least = cost(best)
+    if least < math.inf:
+        is_right(best)  # keeps what the rule's launches give
     free = [(kernel, number) for kernel, numbers in launch_config.tunable[name].items() for number in numbers]
     for done, (kernel, number) in enumerate(free):
         progress(f"{name}: {kernel}, {number}", done, len(free))
@@ -183,6 +254,8 @@ def _tune(
                 if (taken := cost(trial)) >= WORTH * least:
                     if taken == least == math.inf:  # none has run yet: go on to those that take less
                         continue
+                    break
+                if not is_right(trial):
                     break
                 best, least = trial, taken
     progress(f"{name}: done", len(free), len(free))

@@ -37,10 +37,12 @@ def mamba2_mixing(call: Arguments) -> None:
                 D=call.D,
                 dt_bias=None if limited else call.dt_bias,
                 dt_softplus=not limited,
+                state_scale=call.state_scale,
                 out=rows.of(call.output),
             )
-        for rows in batch.prefills:
-            x, B, C = by_head(rows.convolve(causal_conv1d, call, mixed), *sizes)
+        for prefills in batch.prefills:
+            rows, states = prefills.widened(call, mixed)
+            x, B, C = by_head(prefills.convolve(causal_conv1d, call, mixed), *sizes)
             rows.bind(mamba_chunk_scan)(
                 x,
                 rows.of(dt),
@@ -54,9 +56,10 @@ def mamba2_mixing(call: Arguments) -> None:
                 dt_min=call.dt_min,
                 dt_max=call.dt_max,
                 num_computed_tokens=rows.num_computed_tokens,
-                ssm_state=call.ssm_state,
+                ssm_state=states.states,
                 out=rows.of(call.output),
             )
+            states.keep()
 
     if has_explicit_backend(causal_conv1d_update, selective_state_update, causal_conv1d, mamba_chunk_scan):
         mix(batch.check_only())

@@ -65,6 +65,11 @@ def rows_of(
     return rows
 
 
+def wide(states: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What states with scales stand for."""
+    return states if scale is None else states.to(dtype) * scale.to(dtype).unsqueeze(-1)
+
+
 @dataclass
 class Rounding:
     """The dtype to compute in, and the one that the convolution hands its result on in (None: as computed)."""

@@ -24,7 +24,7 @@ def test_nothing_is_written_before_an_op_inside_refuses(inner: Any, name: str) -
     sample = next(s for s in mamba_ops.mamba3_mixing.make_samples("cpu", dtype=torch.float32) if s.name == name)
     before = sample.clone()
     try:
-        with use_backend("unwilling"), pytest.raises(ValueError, match=r"got \d dimensions of x"):
+        with use_backend("unwilling"), pytest.raises(ValueError, match=r"got . dimensions of x"):
             mamba_ops.mamba3_mixing(*sample.args, **sample.kwargs)
     finally:
         backend.remove()
