@@ -1,18 +1,20 @@
-"""Decode of one request under the full graph: a step's time, and how much of it its kernels take themselves.
+"""Decode of one request under the full graph, and requests that arrive: times to first tokens and between tokens.
 
-The model is that of examples/continuous_batching.py with the sizes of large hybrids, random weights, in bfloat16.
+For the former the model is that of examples/continuous_batching.py with the sizes of large hybrids, random weights, in
+bfloat16: a step's time, and how much of it its kernels take themselves. The latter is in serving_requests.py.
 """
 
 import time
 from collections.abc import Callable
 
 import torch
+from rich.progress import Progress
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import mamba_ops
 from benchmarks.measure import Row, facts, number, options, page, report
-from examples.continuous_batching import NULL_SLOT, Hybrid, backends_here
+from examples.continuous_batching import RESERVED_SLOT, Hybrid, backends_here
 from mamba_ops.serving import PiecewiseRunner, Plan
 
 SIZES: dict[str, dict[str, int]] = {
@@ -59,11 +61,11 @@ def measure(sizes: dict[str, int], device: torch.device) -> list[Row]:
         model,
         max_tokens=1,
         max_requests=4,
-        null_slot=NULL_SLOT,
+        null_slot=RESERVED_SLOT,
         device=device,
         compile_piece="inductor" if on_device else "eager",
     )
-    plan = Plan.of([100], [1], [slot], max_requests=4, null_slot=NULL_SLOT, device=device)
+    plan = Plan.of([100], [1], [slot], max_requests=4, null_slot=RESERVED_SLOT, device=device)
     tokens = torch.zeros(1, dtype=torch.int64, device=device)
     for backend in backends_here(device):
         with mamba_ops.use_backend(backend), torch.no_grad():
@@ -95,22 +97,29 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def main() -> None:
-    given = options("serving", __doc__, SIZES)
-    sizes = {given.op: SIZES[given.op]} if given.op else SIZES
-    sizes = sizes if given.device.type != "cpu" else {"tiny": TINY}
+    given = options("serving", __doc__, [*SIZES, "requests"])
+    sizes = {given.op: SIZES[given.op]} if given.op in SIZES else {} if given.op else SIZES
+    sizes = sizes if given.device.type != "cpu" or not sizes else {"tiny": TINY}
     known = facts(given)
     tables = {name: (COLUMNS, measure(size, given.device)) for name, size in sizes.items()}
-    notes = [
-        "one request, 2 Mamba-2 and 2 attention layers, bfloat16 weights, float32 states",
-        "the copies of a step's tokens and plan are among the kernels",
-        f"torch {known['torch']}, triton {known['triton']}",
-    ]
+    notes = [f"torch {known['torch']}, triton {known['triton']}"]
+    if sizes:
+        notes.append("one request, 2 Mamba-2 and 2 attention layers, bfloat16 weights, float32 states")
+        notes.append("the copies of a step's tokens and plan are among the kernels")
     for name, (_, rows) in tables.items():
         for row in rows:
             if row.get("ratio", 0) > LIMIT:
                 notes.append(f"FAILED: {name} on {row['case']}: {row['ratio']:.2f} times its kernels, expected {LIMIT}")
+    if given.op in (None, "requests"):
+        from benchmarks import serving_requests
+
+        backends = ["flashinfer:triton" if name == "flashinfer" else name for name in backends_here(given.device)]
+        with Progress(transient=True) as progress:
+            rows = serving_requests.measure(given.device, [b for b in backends if b != "cpp"], progress)
+        tables["requests"] = (serving_requests.COLUMNS, rows)
+        notes += serving_requests.NOTES
     results = {**known, "sizes": {name: rows for name, (_, rows) in tables.items()}}
-    report(given, page("Decode under one graph", known, tables, notes), results)
+    report(given, page("Serving", known, tables, notes), results)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, ShortConv
+from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, Mamba3, ShortConv
 from mamba_ops.serving import NoFreeSlot, PiecewiseRunner, Plan, PrefixCache, StatePool
 
 VOCABULARY = 256
@@ -29,13 +29,14 @@ class Model(nn.Module):
 
     pool: StatePool
 
-    def __init__(self, kinds: str = "mamba mamba2 gdn kda short_conv", hidden: int = 32) -> None:
+    def __init__(self, kinds: str = "mamba mamba2 gdn kda mamba3 short_conv", hidden: int = 32) -> None:
         super().__init__()
         made: dict[str, Callable[[], Any]] = {
             "mamba": lambda: Mamba(hidden, d_inner=hidden, dstate=8, dt_rank=4),
             "mamba2": lambda: Mamba2(hidden, heads=2, head_dim=hidden // 2, dstate=8, chunk_size=8),
             "gdn": lambda: GatedDeltaNet(hidden, num_k_heads=2, num_v_heads=2, head_k_dim=8, head_v_dim=hidden // 2),
             "kda": lambda: KimiDeltaAttention(hidden, num_heads=2, head_dim=hidden // 2),
+            "mamba3": lambda: Mamba3(hidden, heads=2, head_dim=hidden // 2, dstate=8, chunk_size=8, is_mimo=True),
             "short_conv": lambda: ShortConv(hidden),
         }
         self.embedding = nn.Embedding(VOCABULARY, hidden)
@@ -184,7 +185,7 @@ class Engine:
             [r.computed for r in batch],
             new,
             [r.slots for r in batch],
-            accepted=[r.accepted for r in batch],
+            accepted=[r.accepted for r in batch] if self.columns > 1 else None,
             prompt_tokens=[r.reading for r in batch],
             sources=[r.source for r in batch],
             keep=keep,

@@ -66,6 +66,13 @@ class Facets:
         """
         return self._store("default_arguments", function, self.parameters)
 
+    def meant(self, function: F) -> F:
+        """Register what tensors that the op mutates stand for, where that is not their own numbers: it names any of the
+        op's parameters and returns by name what is meant, in float64, and how far apart neighbours are there; None for
+        what only others are read with. Tests compare that.
+        """
+        return self._store("meant", function, self.parameters)
+
     def decomposition(self, function: F) -> F:
         """Register what the op is decomposed to in exported programs, where that is not its reference: it names any of
         the op's parameters, and neither reads values on the host nor branches on sizes that may vary.

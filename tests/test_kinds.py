@@ -205,7 +205,7 @@ SIZES: dict[type, dict[str, Any]] = {
     Mamba2: {"hidden_size": 16, "heads": 2, "head_dim": 8, "dstate": 4, "groups": 1, "chunk_size": 8},
     GatedDeltaNet: {"hidden_size": 16, "num_k_heads": 1, "num_v_heads": 2, "head_k_dim": 8, "head_v_dim": 8},
     ShortConv: {"hidden_size": 16},
-    Mamba3: {"hidden_size": 16, "heads": 2, "head_dim": 8, "dstate": 4, "groups": 1, "chunk_size": 8},
+    Mamba3: {"hidden_size": 16, "heads": 2, "head_dim": 8, "dstate": 4, "groups": 1, "chunk_size": 8, "mimo_rank": 2},
     KimiDeltaAttention: {"hidden_size": 16, "num_heads": 2, "head_dim": 8},
 }
 

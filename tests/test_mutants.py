@@ -77,15 +77,15 @@ def composed_with(bug: Bug, op: Op[...]) -> Callable[..., None]:
 
 
 def source_of(op: Op[...]) -> str:
-    """The text of an op's Triton kernels, of all files as if they were one, with what both delta rules share; of a
-    composed op, of its body.
+    """The text of an op's Triton kernels, of all files as if they were one, with what several ops share; of a composed
+    op, of its body.
     """
     if not op.composed:
         folder = Path(mamba_ops.__path__[0]) / "ops" / op.name
         files = sorted([*folder.glob("triton.py"), *folder.glob("triton*/[a-z]*.py")])
         texts = [path.read_text() for path in files]
         names = rf"{op.name}\.triton[\w.]*"
-        for shared in ("delta_rule", "delta_rule_update"):
+        for shared in ("delta_rule", "delta_rule_update", "states"):
             if any(f"ops._triton.{shared} import" in text for text in texts):
                 texts.insert(0, (folder.parent / "_triton" / f"{shared}.py").read_text())
                 names += rf"|_triton\.{shared}"

@@ -57,7 +57,8 @@ def test_dtype_pairs(op: Op[...], backend: str, dtype: torch.dtype, state_dtype:
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_reference_gives_the_truth_for_float64(op: Op[...]) -> None:
-    samples = [s for s in op.make_samples("cpu") if "rounding_seed" not in s.kwargs]  # that is float16's
+    # less those whose state has a dtype that it must have
+    samples = [s for s in op.make_samples("cpu") if not {"rounding_seed", "state_scale"} & s.kwargs.keys()]
     assert samples
     for sample in samples:
         exact = with_output(op, sample).to(torch.float64).clone()

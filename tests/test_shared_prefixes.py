@@ -277,7 +277,7 @@ class TestPrefixCache:
             PrefixCache(StatePool({}, 4), size)
 
 
-@pytest.mark.parametrize("name", ["Mamba", "Mamba2", "GatedDeltaNet", "KimiDeltaAttention", "ShortConv"])
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2", "Mamba3", "GatedDeltaNet", "KimiDeltaAttention", "ShortConv"])
 def test_the_benchmark_reads_what_it_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each way of reading runs, and the times are in the order of its columns."""
     clock = iter(range(100))

@@ -31,7 +31,7 @@ MODELS: dict[str, Any] = {
         layers.GatedDeltaNet(30, num_k_heads=1, num_v_heads=3, head_k_dim=9, head_v_dim=7),
         layers.ShortConv(36, d_conv=4, bias=True),
         layers.KimiDeltaAttention(30, num_heads=3, head_dim=9, lower_bound=-5.0),
-        layers.Mamba3(30, heads=3, head_dim=10, dstate=6),
+        layers.Mamba3(30, heads=3, head_dim=10, dstate=6, is_mimo=True, mimo_rank=3),
     ],
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamba_ops.layers.caches import scale_of
 from mamba_ops.ops._common.sequences import HasPlan
 from mamba_ops.registry import mark_splitting
 from mamba_ops.serving import current_context
@@ -31,7 +32,7 @@ def _mamba_mixer2(projected_states: Tensor, output: Tensor, layer_name: str) -> 
         return
     layer, caches, plan = found
     out = output.view(-1, layer.heads, layer.head_dim)
-    layer.mix(projected_states, *caches, plan, out=out)
+    layer.mix(projected_states, *caches[:2], plan, out=out, **scale_of(caches))
 
 
 def _mamba_mixer(hidden_states: Tensor, output: Tensor, layer_name: str) -> None:
@@ -57,7 +58,7 @@ def _gdn_attention_core_xpu(
         z.zero_()
         return
     layer, caches, plan = found
-    layer.mix(projected_states_qkvz, projected_states_ba, *caches, plan, z=z, out=core_attn_out)
+    layer.mix(projected_states_qkvz, projected_states_ba, *caches[:2], plan, z=z, out=core_attn_out, **scale_of(caches))
 
 
 _library = torch.library.Library("mamba_ops_vllm", "FRAGMENT")

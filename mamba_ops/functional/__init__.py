@@ -8,10 +8,13 @@ gradients: `mamba_ops.causal_conv1d(x, weight)`.
 import math
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from mamba_ops import ops
-from mamba_ops.registry import Op
+from mamba_ops.ops._common import narrow
+from mamba_ops.registry import Op, bad_argument
+from mamba_ops.registry.errors import in_call_of
 
 
 def _call(op: Op[...], *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -175,3 +178,44 @@ def chunk_kda(
         ValueError: an argument does not fit the others.
     """
     return _call(ops.chunk_kda, q, k, v, g, beta, initial_states, cu_seqlens, scale, qk_l2norm)
+
+
+def narrow_states(states: Tensor, dtype: torch.dtype = torch.int16) -> tuple[Tensor, Tensor]:
+    """Return states in few bits, as ops that decode take them, and a scale for each of their rows.
+
+    Args:
+        states: (slots, ..., dstate) of any float dtype; a row is the last axis.
+        dtype: torch.int16 or torch.float8_e4m3fn.
+
+    Returns:
+        The states in that dtype, and their `state_scale`, float32 (slots, ...): a row's largest size divided by the
+        dtype's, 32767 or 448, and 2^-126 at least. Numbers are rounded to the nearest. A row with an infinity or NaN
+        becomes NaN.
+
+    Raises:
+        ValueError: another dtype, or states that are no floats.
+    """
+    if dtype not in narrow.MOST:
+        raise bad_argument("narrow_states: dtype", got=repr(dtype), expected="torch.int16 or torch.float8_e4m3fn")
+    if not isinstance(states, Tensor) or not states.is_floating_point() or states.itemsize == 1 or not states.dim():
+        got = f"a tensor of {states.dtype}" if isinstance(states, Tensor) else f"a {type(states).__name__}"
+        raise bad_argument("narrow_states: states", got=got, expected="floats of 16 bits or more, (slots, ..., dstate)")
+    return narrow.narrow(states, dtype)
+
+
+def widen_states(states: Tensor, state_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the numbers that states in few bits stand for: for ops over sequences, which take no others.
+
+    Args:
+        states: (slots, ..., dstate), int16 or float8_e4m3fn.
+        state_scale: float32 (slots, ...).
+        dtype: of the result.
+
+    Raises:
+        ValueError: the two do not fit each other.
+    """
+    try:
+        narrow.check_state(states, state_scale, "(slots, ...)")
+    except ValueError as error:
+        raise in_call_of("widen_states", error) from None
+    return narrow.widen(states, state_scale, dtype)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from mamba_ops.ops._common.narrow import MOST
 from mamba_ops.registry import check_written, is_plain
 from mamba_ops.registry.errors import in_call_of
 
@@ -18,11 +19,13 @@ class Cache(NamedTuple):
         sizes: of a slot; of the last inputs of a convolution, `(channels, width - 1)`.
         is_window: whether it is the last inputs of a convolution.
         of_inputs: whether it is of other inputs. Else it is a state, which sums over a sequence.
+        dtypes: that it may have.
     """
 
     sizes: tuple[int, ...]
     is_window: bool = False
     of_inputs: bool = False
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Caches(Protocol):
@@ -43,6 +46,37 @@ class ConvAndState(NamedTuple):
     conv_state: Tensor
     ssm_state: Tensor
 
+    @property
+    def state_scale(self) -> Tensor | None:
+        """There are no scales."""
+        return None
+
+
+class ConvAndNarrowState(NamedTuple):
+    """The caches of such a layer whose states are in few bits.
+
+    Attributes:
+        conv_state: `(slots, channels, width - 1)`, the last inputs of the convolution.
+        ssm_state: `(slots, ...)`, the state of the recurrence, int16 or float8_e4m3fn.
+        state_scale: float32, what the numbers of each row of the state, its last axis, are multiplied by.
+    """
+
+    conv_state: Tensor
+    ssm_state: Tensor
+    state_scale: Tensor
+
+
+def scale_of(caches: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return the third of a layer's caches, where there is one, as the argument of `mix`."""
+    return {"state_scale": caches[2]} if len(caches) == 3 else {}
+
+
+def narrow_kinds(kinds: Sequence[Cache]) -> tuple[Cache, ...]:
+    """Return what the caches of a layer are if its state, the last of them, is in few bits."""
+    *others, state = kinds
+    scale = Cache(state.sizes[:-1], dtypes=(torch.float32,))
+    return (*others, state._replace(dtypes=tuple(MOST)), scale)
+
 
 def require_caches(layer: str, mixed: Tensor, caches: Caches, kinds: Sequence[Cache]) -> None:
     """Raise ValueError unless a layer's caches fit the first of them, so that ops after the first one accept them too.
@@ -59,6 +93,8 @@ def require_caches(layer: str, mixed: Tensor, caches: Caches, kinds: Sequence[Ca
         kinds: what each of them is.
     """
     named = caches._asdict()
+    if "state_scale" in named:
+        kinds = narrow_kinds(kinds)
     if torch.compiler.is_dynamo_compiling():
         if not _fit_together(list(named.values()), kinds):
             torch.ops.mamba_ops.refuse_caches(mixed, list(named.values()), ",".join(named), *_flat(kinds))
@@ -91,7 +127,7 @@ def _fits(cache: Any, first: Tensor, kind: Cache) -> bool:
         sizes = (sizes[0], cache.shape[2])
     return (
         cache.shape == (*first.shape[:1], *sizes)
-        and cache.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        and cache.dtype in kind.dtypes
         and cache.device == first.device
         and not (cache.requires_grad and torch.is_grad_enabled())
         and not any(step == 0 and size > 1 for step, size in zip(cache.stride(), cache.shape, strict=True))
@@ -126,10 +162,11 @@ def _refuse(
     kinds = zip(names.split(","), accumulate(ranks), ranks, are_windows, strict=True)
     others = [expected(*kind) for kind in kinds][1:]
     got, pair = [shown(cache) for cache in caches], len(caches) == 2
+    dtype = "int16 or float8_e4m3fn, with scales of float32" if "state_scale" in names else "a float dtype"
     raise ValueError(
         f"{names.replace(',', ', ')}: got {', '.join(got[:-1])} and {got[-1]}, expected "
         f"{'neither or a pair' if pair else 'none or all of them'}: on one device, as many slots, {', '.join(others)} "
-        f"of a float dtype and, in grad mode, {'one that requires' if pair else 'ones that require'} no grad; not "
+        f"of {dtype} and, in grad mode, {'one that requires' if pair else 'ones that require'} no grad; not "
         "expanded; see empty_caches()"
     )
 

@@ -18,6 +18,7 @@ from mamba_ops.ops import (
     gated_delta_rule_update,
     gdn_mixing,
 )
+from mamba_ops.ops._common.narrow import widened
 from mamba_ops.ops._common.sequences import DecodeArgs, HasPlan, SequenceArgs
 from mamba_ops.ops.gated_delta_rule_update.reference import delta_rule_gates
 from mamba_ops.ops.gdn_mixing.reference import unpack
@@ -156,7 +157,9 @@ class GatedDeltaNet(RecurrentMixer):
         mixed, z, b, a = self._project(hidden_states, caches)
         q, k, v = self._split(rows.bind(causal_conv1d)(mixed, *self.conv1d(), conv_state=caches.conv_state))
         g, beta = delta_rule_gates(a, b, self.A_log, self.dt_bias)
-        y = rows.bind(chunk_gated_delta_rule)(q, k, v, g, beta, ssm_state=caches.ssm_state, qk_l2norm=True)
+        states = widened(caches.ssm_state, caches.state_scale, rows, v)
+        y = states.rows.bind(chunk_gated_delta_rule)(q, k, v, g, beta, ssm_state=states.states, qk_l2norm=True)
+        states.keep()
         return self._output(y, z)
 
     def mix(
@@ -168,6 +171,7 @@ class GatedDeltaNet(RecurrentMixer):
         plan: HasPlan,
         *,
         z: Tensor,
+        state_scale: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Run `gdn_mixing` with the layer's parameters: all between its projections but the gated norm."""
@@ -186,6 +190,7 @@ class GatedDeltaNet(RecurrentMixer):
             interleaved=self.interleaved,
             z=z,
             null_slot=plan.null_slot,
+            state_scale=state_scale,
             out=out,
         )
 
@@ -196,13 +201,22 @@ class GatedDeltaNet(RecurrentMixer):
             qkvz = side_by_side(hidden_states, self.in_proj_qkv, self.in_proj_z)
             ba = side_by_side(hidden_states, self.in_proj_b, self.in_proj_a)
         z = qkvz.new_empty(hidden_states.shape[0], self.num_v_heads, self.head_v_dim)
-        return self._output(self.mix(qkvz, ba, *caches, plan, z=z), z)
+        return self._output(self.mix(qkvz, ba, *caches[:2], plan, z=z, state_scale=caches.state_scale), z)
 
     def _decode(self, hidden_states: Tensor, caches: ConvAndState, rows: DecodeArgs) -> Tensor:
         mixed, z, b, a = self._project(hidden_states, caches)
         q, k, v = self._split(rows.bind(causal_conv1d_update)(mixed, caches.conv_state, *self.conv1d()))
         y = rows.bind(gated_delta_rule_update)(
-            caches.ssm_state, q, k, v, a=a, b=b, A_log=self.A_log, dt_bias=self.dt_bias, qk_l2norm=True
+            caches.ssm_state,
+            q,
+            k,
+            v,
+            a=a,
+            b=b,
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            qk_l2norm=True,
+            state_scale=caches.state_scale,
         )
         return self._output(y, z)
 

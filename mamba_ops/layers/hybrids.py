@@ -25,6 +25,7 @@ from mamba_ops.ops import (
     selective_scan,
     selective_state_update,
 )
+from mamba_ops.ops._common.narrow import widened
 from mamba_ops.ops._common.sequences import DecodeArgs, HasPlan, SequenceArgs
 from mamba_ops.ops.gated_delta_rule_update.reference import delta_rule_gates
 
@@ -209,7 +210,8 @@ class ZambaMamba(Mamba, of_model="zamba"):
         x, z = self._project(hidden_states, caches)
         x = rows.bind(causal_conv1d)(x, *self.conv1d(), conv_state=caches.conv_state)
         dt, B, C = self._steps(x)
-        y = rows.bind(selective_scan)(
+        states = widened(caches.ssm_state, caches.state_scale, rows, x)
+        y = states.rows.bind(selective_scan)(
             x,
             dt,
             self._A(),
@@ -219,15 +221,16 @@ class ZambaMamba(Mamba, of_model="zamba"):
             z=z,
             dt_bias=self.dt_proj_bias.flatten(),
             dt_softplus=True,
-            ssm_state=caches.ssm_state,
+            ssm_state=states.states,
         )
+        states.keep()
         return cast(Tensor, self.out_proj(y))
 
     def _decode(self, hidden_states: Tensor, caches: ConvAndState, rows: DecodeArgs) -> Tensor:
         x, z = self._project(hidden_states, caches)
         x = rows.bind(causal_conv1d_update)(x, caches.conv_state, *self.conv1d())
         dt, B, C = self._steps(x)
-        by_head = (self.heads, -1)
+        by_head, scale = (self.heads, -1), caches.state_scale
         y = rows.bind(selective_state_update)(
             caches.ssm_state.unflatten(1, by_head),
             x.unflatten(-1, by_head),
@@ -239,6 +242,7 @@ class ZambaMamba(Mamba, of_model="zamba"):
             z=z.unflatten(-1, by_head),
             dt_bias=self.dt_proj_bias,
             dt_softplus=True,
+            state_scale=None if scale is None else scale.unflatten(1, by_head),
         )
         return cast(Tensor, self.out_proj(y.flatten(-2)))
 
@@ -335,7 +339,10 @@ class OlmoGatedDeltaNet(GatedDeltaNet, of_model="olmo_hybrid"):
     def _prefill(self, hidden_states: Tensor, caches: ConvAndState, rows: SequenceArgs) -> Tensor:
         mixed, z, b, a = self._project(hidden_states, caches)
         q, k, v = self._split(rows.bind(causal_conv1d)(mixed, *self.conv1d(), conv_state=caches.conv_state))
-        y = rows.bind(chunk_gated_delta_rule)(q, k, v, *self._gates(a, b), ssm_state=caches.ssm_state, qk_l2norm=True)
+        states = widened(caches.ssm_state, caches.state_scale, rows, v)
+        prefill = states.rows.bind(chunk_gated_delta_rule)
+        y = prefill(q, k, v, *self._gates(a, b), ssm_state=states.states, qk_l2norm=True)
+        states.keep()
         return self._output(y, z)
 
     def _forward_plan(self, hidden_states: Tensor, caches: ConvAndState, plan: HasPlan) -> Tensor:
@@ -344,15 +351,16 @@ class OlmoGatedDeltaNet(GatedDeltaNet, of_model="olmo_hybrid"):
         qkvz = self._projected(hidden_states, "qkvg")
         z = qkvz.new_empty(hidden_states.shape[0], self.num_v_heads, self.head_v_dim)
         ba = self._projected(hidden_states, "ba")
-        return self._output(self.mix(qkvz, ba, *caches, plan, z=z), z)
+        return self._output(self.mix(qkvz, ba, *caches[:2], plan, z=z, state_scale=caches.state_scale), z)
 
     def _decode(self, hidden_states: Tensor, caches: ConvAndState, rows: DecodeArgs) -> Tensor:
         mixed, z, b, a = self._project(hidden_states, caches)
         q, k, v = self._split(rows.bind(causal_conv1d_update)(mixed, caches.conv_state, *self.conv1d()))
         g, beta = self._gates(a, b)
-        return self._output(
-            rows.bind(gated_delta_rule_update)(caches.ssm_state, q, k, v, g=g, beta=beta, qk_l2norm=True), z
+        y = rows.bind(gated_delta_rule_update)(
+            caches.ssm_state, q, k, v, g=g, beta=beta, qk_l2norm=True, state_scale=caches.state_scale
         )
+        return self._output(y, z)
 
     def _projected(self, hidden_states: Tensor, names: str) -> Tensor:
         return side_by_side(hidden_states, *(getattr(self, f"{name}_proj") for name in names))

@@ -14,6 +14,7 @@ from mamba_ops.layers.norms import GatedRMSNorm
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, chunk_kda, kda_mixing, kda_update
 from mamba_ops.ops._common.delta_rule import check_lower_bound
 from mamba_ops.ops._common.delta_rule_update import sigmoid
+from mamba_ops.ops._common.narrow import widened
 from mamba_ops.ops._common.sequences import DecodeArgs, HasPlan, SequenceArgs
 from mamba_ops.ops.kda_update.reference import kda_gate
 from mamba_ops.registry.errors import in_call_of
@@ -129,7 +130,9 @@ class KimiDeltaAttention(RecurrentMixer):
         require_caches(type(self).__name__, mixed, caches, self._kinds())
         q, k, v = self._split(rows.bind(causal_conv1d)(mixed, *self.conv1d(), conv_state=caches.conv_state))
         g, beta = self.forget_gate(a), sigmoid(b.to(torch.promote_types(b.dtype, torch.float32)))
-        y = rows.bind(chunk_kda)(q, k, v, g, beta, ssm_state=caches.ssm_state, qk_l2norm=True)
+        states = widened(caches.ssm_state, caches.state_scale, rows, v)
+        y = states.rows.bind(chunk_kda)(q, k, v, g, beta, ssm_state=states.states, qk_l2norm=True)
+        states.keep()
         return self._output(y, gate)
 
     def mix(
@@ -141,6 +144,7 @@ class KimiDeltaAttention(RecurrentMixer):
         ssm_state: Tensor,
         plan: HasPlan,
         *,
+        state_scale: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Run `kda_mixing` with the layer's parameters: all between its projections but the gated norm."""
@@ -160,12 +164,13 @@ class KimiDeltaAttention(RecurrentMixer):
             head_v_dim=self.head_dim,
             lower_bound=self.forget_gate.lower_bound,
             null_slot=plan.null_slot,
+            state_scale=state_scale,
             out=out,
         )
 
     def _forward_plan(self, hidden_states: Tensor, caches: ConvAndState, plan: HasPlan) -> Tensor:
         mixed, a, b, gate = self._project(hidden_states)
-        return self._output(self.mix(mixed, a, b, *caches, plan), gate)
+        return self._output(self.mix(mixed, a, b, *caches[:2], plan, state_scale=caches.state_scale), gate)
 
     def _decode(self, hidden_states: Tensor, caches: ConvAndState, rows: DecodeArgs) -> Tensor:
         mixed, a, b, gate = self._project(hidden_states)
@@ -183,6 +188,7 @@ class KimiDeltaAttention(RecurrentMixer):
             dt_bias=dt_bias,
             lower_bound=self.forget_gate.lower_bound,
             qk_l2norm=True,
+            state_scale=caches.state_scale,
         )
         return self._output(y, gate)
 

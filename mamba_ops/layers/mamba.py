@@ -12,6 +12,7 @@ from mamba_ops.layers.checking import check_layer
 from mamba_ops.layers.mixer import RecurrentMixer, Taps, require_silu
 from mamba_ops.layers.norms import RMSNorm, upcast
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba_mixing, selective_scan, selective_state_update
+from mamba_ops.ops._common.narrow import widened
 from mamba_ops.ops._common.sequences import DecodeArgs, HasPlan, SequenceArgs
 
 NORMS = (None, "weightless", "weighted")
@@ -143,7 +144,8 @@ class Mamba(RecurrentMixer):
         x, z = self._project(hidden_states, caches)
         x = rows.bind(causal_conv1d)(x, *self.conv1d(), conv_state=caches.conv_state)
         dt, B, C = self._steps(x)
-        y = rows.bind(selective_scan)(
+        states = widened(caches.ssm_state, caches.state_scale, rows, x)
+        y = states.rows.bind(selective_scan)(
             x,
             dt,
             self._A(),
@@ -153,8 +155,9 @@ class Mamba(RecurrentMixer):
             z=z,
             dt_bias=self.dt_proj.bias,
             dt_softplus=True,
-            ssm_state=caches.ssm_state,
+            ssm_state=states.states,
         )
+        states.keep()
         return cast(Tensor, self.out_proj(y))
 
     def _forward_plan(self, hidden_states: Tensor, caches: ConvAndState, plan: HasPlan) -> Tensor:
@@ -168,7 +171,7 @@ class Mamba(RecurrentMixer):
             norms = self.dt_layernorm.weight, self.b_layernorm.weight, self.c_layernorm.weight
         y = plan.tensors.bind(mamba_mixing)(
             self.in_proj(hidden_states),
-            *caches,
+            *caches[:2],
             *self.conv1d(),
             self.x_proj.weight,
             self.dt_proj.weight,
@@ -178,6 +181,7 @@ class Mamba(RecurrentMixer):
             *norms,
             norm_eps=self.eps,
             null_slot=plan.null_slot,
+            state_scale=caches.state_scale,
         )
         return cast(Tensor, self.out_proj(y))
 
@@ -186,7 +190,17 @@ class Mamba(RecurrentMixer):
         x = rows.bind(causal_conv1d_update)(x, caches.conv_state, *self.conv1d())
         dt, B, C = self._steps(x)
         y = rows.bind(selective_state_update)(
-            caches.ssm_state, x, dt, self._A(), B, C, D=self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True
+            caches.ssm_state,
+            x,
+            dt,
+            self._A(),
+            B,
+            C,
+            D=self.D,
+            z=z,
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+            state_scale=caches.state_scale,
         )
         return cast(Tensor, self.out_proj(y))
 

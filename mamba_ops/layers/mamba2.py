@@ -13,6 +13,7 @@ from mamba_ops.layers.configs import mamba2_sizes
 from mamba_ops.layers.mixer import RecurrentMixer, Taps, require_silu
 from mamba_ops.layers.norms import GatedRMSNorm, upcast
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba2_mixing, mamba_chunk_scan, selective_state_update
+from mamba_ops.ops._common.narrow import widened
 from mamba_ops.ops._common.sequences import DecodeArgs, HasPlan, SequenceArgs
 
 
@@ -120,7 +121,8 @@ class Mamba2(RecurrentMixer):
         gate, mixed, dt = self._project(hidden_states, caches)
         weight, bias = self.conv1d()
         x, B, C = self._split(rows.bind(causal_conv1d)(mixed, weight, bias, conv_state=caches.conv_state))
-        y = rows.bind(mamba_chunk_scan)(
+        states = widened(caches.ssm_state, caches.state_scale, rows, x)
+        y = states.rows.bind(mamba_chunk_scan)(
             x,
             dt,
             self._A(),
@@ -132,12 +134,20 @@ class Mamba2(RecurrentMixer):
             dt_softplus=True,
             dt_min=self.dt_min,
             dt_max=self.dt_max,
-            ssm_state=caches.ssm_state,
+            ssm_state=states.states,
         )
+        states.keep()
         return self._output(y, gate)
 
     def mix(
-        self, projected: Tensor, conv_state: Tensor, ssm_state: Tensor, plan: HasPlan, *, out: Tensor | None = None
+        self,
+        projected: Tensor,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        plan: HasPlan,
+        *,
+        state_scale: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Run `mamba2_mixing` with the layer's parameters: all between its projections but the gated norm."""
         return plan.tensors.bind(mamba2_mixing)(
@@ -156,12 +166,13 @@ class Mamba2(RecurrentMixer):
             dt_min=self.dt_min,
             dt_max=self.dt_max,
             null_slot=plan.null_slot,
+            state_scale=state_scale,
             out=out,
         )
 
     def _forward_plan(self, hidden_states: Tensor, caches: ConvAndState, plan: HasPlan) -> Tensor:
         projected = cast(Tensor, self.in_proj(hidden_states))
-        y = self.mix(projected, *caches, plan)
+        y = self.mix(projected, *caches[:2], plan, state_scale=caches.state_scale)
         return self._output(y, projected[..., : self.projected[0]])
 
     def _decode(self, hidden_states: Tensor, caches: ConvAndState, rows: DecodeArgs) -> Tensor:
@@ -172,7 +183,16 @@ class Mamba2(RecurrentMixer):
         if limited := self.dt_min > 0 or self.dt_max < math.inf:  # the update has no limits of its own
             dt, dt_bias = functional.softplus(upcast(dt) + upcast(self.dt_bias)).clamp(self.dt_min, self.dt_max), None
         y = rows.bind(selective_state_update)(
-            caches.ssm_state, x, dt, self._A(), B, C, D=self.D, dt_bias=dt_bias, dt_softplus=not limited
+            caches.ssm_state,
+            x,
+            dt,
+            self._A(),
+            B,
+            C,
+            D=self.D,
+            dt_bias=dt_bias,
+            dt_softplus=not limited,
+            state_scale=caches.state_scale,
         )
         return self._output(y, gate)
 

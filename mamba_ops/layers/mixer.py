@@ -1,15 +1,16 @@
 """What all layers have in common: their calls and their caches."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Generic, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from mamba_ops.layers.caches import Cache, Caches, ConvAndState
-from mamba_ops.ops._common.checking import floating_dtype, whole_number
+from mamba_ops.layers.caches import Cache, Caches, ConvAndNarrowState, ConvAndState, narrow_kinds
+from mamba_ops.ops._common.checking import floating_dtype, short, whole_number
+from mamba_ops.ops._common.narrow import MOST
 from mamba_ops.ops._common.sequences import NULL_SLOT, DecodeArgs, HasPlan, SequenceArgs
-from mamba_ops.registry import answering
+from mamba_ops.registry import answering, bad_argument
 from mamba_ops.registry.errors import ArgumentTypeError, in_call_of
 
 C = TypeVar("C", bound=Caches)
@@ -27,6 +28,8 @@ class Mixer(nn.Module, Generic[C]):
 
     Caches: type[C]
     """The NamedTuple of the layer's caches; in a call without caches each of them is None."""
+    NarrowCaches: type[Any] | None = None
+    """The same for states of int16 or float8_e4m3fn, where ops take them: with their scales."""
     out_proj: nn.Linear
     step: Callable[..., Tensor]
     """Reads the next token of every sequence."""
@@ -71,47 +74,62 @@ class Mixer(nn.Module, Generic[C]):
         Args:
             slots: how many sequences they hold.
             dtype: of what is kept of inputs (conv_state); None: that of the parameters.
-            state_dtype: of states (ssm_state), which sum over a whole sequence.
+            state_dtype: of states (ssm_state), which sum over a whole sequence. With int16 or float8_e4m3fn there is a
+                cache more, `state_scale`, float32: see `mamba_ops.selective_state_update`.
             columns: the most tokens of a speculative decode, as for plans. Any but the first may be discarded, so a
                 convolution keeps `columns - 1` more inputs.
 
         Raises:
-            ValueError: a number is no whole number, or a dtype is none of floating-point numbers.
+            ValueError: a number is no whole number, a dtype is none of floating-point numbers, or none that the layer's
+                states can have.
         """
+        kinds = self._kinds()
+        is_narrow = state_dtype in MOST and any(not kind.is_window and not kind.of_inputs for kind in kinds)
         try:
             whole_number("slots", slots, least=0)
             whole_number("columns", columns)
             floating_dtype("dtype", dtype)
-            floating_dtype("state_dtype", state_dtype)
+            if state_dtype not in MOST:
+                floating_dtype("state_dtype", state_dtype)
+            elif is_narrow and self.NarrowCaches is None:
+                expected, hint = "a float of 16 bits or more", "no op of this layer takes a narrow state"
+                raise bad_argument("state_dtype", got=short(state_dtype), expected=expected, hint=hint)
         except ValueError as error:
             raise in_call_of(type(self).__name__, error) from None
         like, found = self._like(), []
-        for sizes, is_window, of_inputs in self._kinds():
-            if is_window:
-                channels, length = sizes
+        for kind in narrow_kinds(kinds) if is_narrow else kinds:
+            if kind.is_window:
+                channels, length = kind.sizes
                 window = like.new_zeros((slots, length + columns - 1, channels), dtype=dtype)
                 found.append(window.transpose(1, 2))  # dense channels
             else:
-                found.append(like.new_zeros((slots, *sizes), dtype=dtype if of_inputs else state_dtype))
-        return self.Caches(*found)
+                of_state = state_dtype if len(kind.dtypes) > 1 else kind.dtypes[0]
+                found.append(like.new_zeros((slots, *kind.sizes), dtype=dtype if kind.of_inputs else of_state))
+        return self._named(found)
+
+    def _named(self, caches: Sequence[Tensor | None]) -> C:
+        """Return the layer's caches by name."""
+        if self.NarrowCaches is not None and len(caches) == len(self.NarrowCaches._fields):
+            return cast(C, self.NarrowCaches(*caches))
+        return self.Caches(*caches)
 
     def _read(self, hidden_states: Tensor, plan: HasPlan | None, rows: SequenceArgs, *caches: Tensor | None) -> Tensor:
         """Answer a call of the layer, `forward`."""
         if plan is None:
             self._check_call(hidden_states, rows.null_slot)
-            return self._prefill(hidden_states, self.Caches(*caches), rows)
+            return self._prefill(hidden_states, self._named(caches), rows)
         if not hasattr(plan, "tensors"):
             raise self._wrong("plan", f"a {type(plan).__name__}", "a mamba_ops.serving.Plan")
         if any(cache is None for cache in caches):
             which = {1: "its cache", 2: "both caches"}.get(len(caches), "all caches")
             raise self._wrong("plan", "a plan without caches", f"{which}; see empty_caches()")
         self._check_call(hidden_states, rows.null_slot)
-        return self._forward_plan(hidden_states, self.Caches(*caches), plan)
+        return self._forward_plan(hidden_states, self._named(caches), plan)
 
     def _advance(self, hidden_states: Tensor, rows: DecodeArgs, *caches: Tensor) -> Tensor:
         """Answer a call of `step`."""
         self._check_call(hidden_states, rows.null_slot)
-        return self._decode(hidden_states, self.Caches(*caches), rows)
+        return self._decode(hidden_states, self._named(caches), rows)
 
     def _check_call(self, hidden_states: Tensor, null_slot: int) -> None:
         """Raise the error that the projection would raise in words of its own, or only the op after the convolution.
@@ -163,6 +181,7 @@ class RecurrentMixer(Mixer[ConvAndState]):
     """A mixer with one convolution and one recurrence."""
 
     Caches = ConvAndState
+    NarrowCaches = ConvAndNarrowState
     conv1d: "Taps"
 
     @answering
@@ -171,6 +190,7 @@ class RecurrentMixer(Mixer[ConvAndState]):
         hidden_states: Tensor,
         conv_state: Tensor | None = None,
         ssm_state: Tensor | None = None,
+        state_scale: Tensor | None = None,
         *,
         plan: HasPlan | None = None,
         slots: Tensor | None = None,
@@ -185,6 +205,7 @@ class RecurrentMixer(Mixer[ConvAndState]):
         Args:
             hidden_states: `(batch, length, hidden_size)`, or packed `(tokens, hidden_size)` with `cu_seqlens`.
             conv_state, ssm_state: caches as `empty_caches` makes them, both or neither. Mutated.
+            state_scale: the third of them, with states of int16 or float8_e4m3fn. Mutated.
             plan: a `mamba_ops.serving.Plan` of packed tokens, in place of the arguments after it. What is returned for
                 padding tokens has no meaning.
             slots: int32 or int64 `(>= n,)`: the slot of sequence i in the caches. None: slot i.
@@ -194,7 +215,8 @@ class RecurrentMixer(Mixer[ConvAndState]):
             null_slot: a sequence with this slot, or a negative one, is padding: it is not mixed, no cache is touched.
         """
         rows = SequenceArgs(slots, cu_seqlens, has_initial_state, null_slot)
-        return self._read(hidden_states, plan, rows, conv_state, ssm_state)
+        caches = (conv_state, ssm_state) if state_scale is None else (conv_state, ssm_state, state_scale)
+        return self._read(hidden_states, plan, rows, *caches)
 
     @answering
     def step(
@@ -202,6 +224,7 @@ class RecurrentMixer(Mixer[ConvAndState]):
         hidden_states: Tensor,
         conv_state: Tensor,
         ssm_state: Tensor,
+        state_scale: Tensor | None = None,
         *,
         slots: Tensor | None = None,
         null_slot: int = NULL_SLOT,
@@ -210,9 +233,10 @@ class RecurrentMixer(Mixer[ConvAndState]):
 
         Args:
             hidden_states: `(n, hidden_size)`, or the next few tokens of every sequence `(n, length, hidden_size)`.
-            conv_state, ssm_state, slots, null_slot: as for a call of the layer.
+            conv_state, ssm_state, state_scale, slots, null_slot: as for a call of the layer.
         """
-        return self._advance(hidden_states, DecodeArgs(slots, null_slot=null_slot), conv_state, ssm_state)
+        caches = (conv_state, ssm_state) if state_scale is None else (conv_state, ssm_state, state_scale)
+        return self._advance(hidden_states, DecodeArgs(slots, null_slot=null_slot), *caches)
 
     def _like(self) -> Tensor:
         return self.conv1d.weight

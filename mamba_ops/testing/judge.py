@@ -1,6 +1,6 @@
 """How one call of an op is judged: its numbers, what it must write, and what it must leave alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ Expected = Callable[[torch.dtype], dict[str, Tensor]]
 """What a call leaves in each tensor that the op mutates, by name, computed in a dtype."""
 
 
-def error_budget(truth: Tensor, low: Tensor, stored: torch.dtype) -> Tensor:
+def error_budget(truth: Tensor, low: Tensor, stored: torch.dtype, step: Tensor | None = None) -> Tensor:
     """Return how far, element by element, a kernel may be from the truth.
 
     Twice the largest error that the oracle itself makes when it computes in the kernel's precision, plus one rounding
@@ -30,17 +30,20 @@ def error_budget(truth: Tensor, low: Tensor, stored: torch.dtype) -> Tensor:
         truth: the oracle's result in float64.
         low: the oracle's result computed in float32 and rounded as the kernel's is.
         stored: dtype of the kernel's result.
+        step: how far apart neighbours are where the result is stored, if that is not in a float dtype.
     """
     finite = torch.isfinite(truth)
     max_error = (low.double() - truth)[finite].abs().max() if finite.any() else torch.zeros((), dtype=torch.float64)
-    return 2 * max_error + torch.finfo(stored).eps * truth.abs() + torch.finfo(stored).tiny
+    return 2 * max_error + (torch.finfo(stored).eps * truth.abs() if step is None else step) + torch.finfo(stored).tiny
 
 
-def assert_within_budget(actual: Tensor, truth: Tensor, low: Tensor, what: str = "result") -> None:
+def assert_within_budget(
+    actual: Tensor, truth: Tensor, low: Tensor, what: str = "result", *, step: Tensor | None = None
+) -> None:
     """Raise AssertionError, with the worst element, if a kernel's result is outside `error_budget`."""
     assert actual.shape == truth.shape, f"{what}: got shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     error = (actual.double() - truth).abs()
-    budget = error_budget(truth, low, actual.dtype)
+    budget = error_budget(truth, low, actual.dtype, step)
     wrong = ~(error <= budget)  # NaN is wrong too
     if wrong.any():
         worst = int((error - budget).nan_to_num(torch.inf).argmax())
@@ -86,6 +89,11 @@ def results(op: Op[...], sample: Sample) -> dict[str, Tensor]:
     """Return the tensors of a call that the op mutates, by the op's names, without caches that were left out."""
     arguments = op.bind(sample.args, sample.kwargs)
     return {name: arguments[name] for name in sorted(op.mutates) if arguments[name] is not None}
+
+
+def numbers_meant(op: Op[...], arguments: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor] | None]:
+    """Return what tensors that the op mutates stand for, where that is not their own numbers: see `Op.meant`."""
+    return op.facets["meant"](**arguments) if "meant" in op.facets else {}
 
 
 def front_on(op: Op[...], backend: str) -> Front:
@@ -152,8 +160,13 @@ def judge(op: Op[...], sample: Sample, front: Front, expected: Expected) -> None
 def assert_numbers(op: Op[...], before: Sample, after: Sample, expected: Expected) -> None:
     """What the op mutates has the expected numbers, under the error budget; where NaN is expected, it stays NaN."""
     truth, low = (expected(dtype) for dtype in (torch.float64, torch.float32))
+    meant = numbers_meant(op, op.bind(after.args, after.kwargs))
     for name, actual in results(op, after).items():
         what, actual = f"{op.name}, {before.name}: {name}", actual.cpu()
+        if name in meant:
+            if (found := meant[name]) is not None:
+                assert_within_budget(found[0].cpu(), truth[name], low[name], what, step=found[1].cpu())
+            continue
         if not actual.is_floating_point():
             assert torch.equal(actual, truth[name]), f"{what}: got {actual.tolist()}, expected {truth[name].tolist()}"
             continue

@@ -30,7 +30,7 @@ for name in ("onnx", "onnxscript"):
     pytest.importorskip(name, reason="pip install 'mamba-ops[export]' brings it")
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'mamba-ops[export]' brings it")
 
-READS_LENGTHS = {"selective_state_update", "gated_delta_rule_update", "kda_update"}
+READS_LENGTHS = {"selective_state_update", "gated_delta_rule_update", "kda_update", "mamba3_state_update"}
 MOST = 512
 """Rows, tokens and the like in a call of an op; the less, the less time a program of the gated delta rule takes."""
 CASES = [

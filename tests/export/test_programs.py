@@ -26,7 +26,7 @@ from tests.export.programs import (
 from tests.harness import OPS
 
 CASES = [pytest.param(op, pattern, id=f"{op.name}-{pattern}") for op, pattern in op_cases()]
-READS_LENGTHS = {"selective_state_update", "gated_delta_rule_update", "kda_update"}
+READS_LENGTHS = {"selective_state_update", "gated_delta_rule_update", "kda_update", "mamba3_state_update"}
 """Ops whose reference reads the longest of packed rows on the host: they cannot be decomposed there."""
 
 

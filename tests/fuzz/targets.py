@@ -25,7 +25,8 @@ from mamba_ops.layers import (
 )
 from mamba_ops.registry import codegen
 from mamba_ops.serving import Plan
-from tests.fuzz.mutations import Arguments
+from mamba_ops.testing.judge import numbers_meant
+from tests.fuzz.mutations import Arguments, plain
 from tests.harness import OPS, backends_here, expected, samples_for
 
 CPU = torch.device("cpu")
@@ -51,6 +52,8 @@ class Target(NamedTuple):
             for each by itself.
         records: whether the call itself asks for gradients.
         returns_gradients: whether gradients are among its results.
+        meant: after a call, what numbers tensors stand for that do not stand for themselves, and how far apart
+            neighbours are there, by name.
     """
 
     name: str
@@ -63,12 +66,15 @@ class Target(NamedTuple):
     judge: Callable[[Results, Results, Results, str], None] | None = None
     records: bool = False
     returns_gradients: bool = False
+    meant: Callable[[Arguments], dict[str, tuple[Tensor, Tensor] | None]] = lambda arguments: {}
 
     def results(self, returned: Any, arguments: Arguments) -> Results:
         """Return the tensors that a call returned and wrote."""
         tensors = returned if isinstance(returned, tuple) else (returned,)
         found = {f"result {i}": t for i, t in enumerate(tensors) if isinstance(t, Tensor)}
-        return found | {n: a for n in self.written if isinstance(a := arguments.get(n), Tensor)}
+        found |= {n: a for n in self.written if isinstance(a := arguments.get(n), Tensor)}
+        meant = self.meant(arguments)
+        return {n: t for n, t in found.items() if n not in meant} | {n: m[0] for n, m in meant.items() if m is not None}
 
 
 def targets(backend: str = "torch") -> list[Target]:
@@ -100,12 +106,21 @@ def _op(op: registry.Op[...], backend: str) -> Iterator[Target]:
         kwargs = {n: arguments[n] for n in list(arguments)[len(args) :]}
         found = expected(op, registry.Sample("fuzz", args, kwargs), dtype)
         output = found.pop("output")
+        found.pop("state_scale", None)
         return {"result 0": output, **({"out": output} if arguments.get("out") is not None else {}), **found}
 
     caches = codegen.left_out(op.parameters, op.mutates)
     written = frozenset("out" if n == "output" else n for n in op.mutates)
     bases = [functools.partial(_arguments_of, op, sample) for sample in samples_for(op, backend, CPU)]
-    yield Target(op.name, on(backend, op), bases, truth, written, INSIDE if op.composed else (), True)
+    meant = functools.partial(_meant, op)
+    yield Target(op.name, on(backend, op), bases, truth, written, INSIDE if op.composed else (), True, meant=meant)
+
+
+def _meant(op: registry.Op[...], arguments: Arguments) -> dict[str, tuple[Tensor, Tensor] | None]:
+    given = {"output" if n == "out" else n: plain(a) for n, a in arguments.items()}
+    if isinstance(scale := given.get("state_scale"), Tensor) and not scale.numel():
+        given["state_scale"] = None  # as an empty cache stands for one that is left out
+    return numbers_meant(op, given)
 
 
 def _arguments_of(op: registry.Op[...], sample: registry.Sample) -> Arguments:

@@ -66,6 +66,10 @@ def _aligned(tensor: Tensor, free: int, to: int = 16) -> None:
 # ---- flashinfer.mamba -----------------------------------------------------------------------------------------------
 
 
+def several_tokens(x: Tensor, cu_seqlens: Tensor | None) -> bool:
+    return x.dim() == 4 or cu_seqlens is not None
+
+
 def selective_state_update(
     state: Tensor,
     x: Tensor,
@@ -96,13 +100,19 @@ def selective_state_update(
 ) -> Tensor:
     calls.append(dict(locals()))
     assert algorithm in ("auto", "simple", "vertical", "horizontal", "async_horizontal")
-    assert state_scale is intermediate_states_buffer is num_accepted_tokens is None  # the adapter has no use for them
+    assert intermediate_states_buffer is num_accepted_tokens is None  # the adapter has no use for them
     assert not disable_state_update
     assert backend == "auto"
     assert out is not None
 
     slots, heads, dim, dstate = state.shape
-    assert state.dtype in FLOATS
+    assert (state.dtype == torch.int16) == (state_scale is not None)
+    assert state.dtype in (*FLOATS, torch.int16)
+    if state_scale is not None:
+        assert state_scale.dtype == torch.float32
+        _is(state_scale, slots, heads, dim, strides=(heads * dim, dim, 1))
+        assert rand_seed is None
+        assert not several_tokens(x, cu_seqlens) or algorithm != "horizontal"
     assert dim in (64, 128)
     assert dstate in (64, 96, 128, 256)
     _is(state, slots, heads, dim, dstate, strides=(None, dim * dstate, dstate, 1))
@@ -163,7 +173,11 @@ def selective_state_update(
 
     def store(s: Tensor, source: int, target: int) -> None:
         assert 0 <= target < slots  # the vendor would write outside the cache
-        if rand_seed is None:
+        if state_scale is not None:
+            largest = s.abs().amax(-1)
+            scale = torch.where(largest > 0, largest / 32767, 1.0)
+            state[target], state_scale[target] = (s / scale.unsqueeze(-1)).round().to(state.dtype), scale
+        elif rand_seed is None:
             state[target] = s.to(state.dtype)
         else:
             state[target] = rounded_to_half(s, int(rand_seed), source * state.stride(0), philox_rounds)
@@ -177,6 +191,8 @@ def selective_state_update(
         nobody = source == pad_slot_id
         assert nobody or 0 <= source < slots
         s = torch.zeros(heads, dim, dstate) if nobody else state[source].float().clone()
+        if state_scale is not None and not nobody:
+            s *= state_scale[source].unsqueeze(-1)
         for step, token in enumerate(range(first, last)):
             at = (token,) if packed else (row, token) if x.dim() == 4 else (row,)
             d = dt[at][:, 0].float()

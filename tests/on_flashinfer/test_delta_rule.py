@@ -28,6 +28,11 @@ NO_UPDATE = {
     "packed, empty row": "takes out in q's bfloat16, and it is float32",
     "speculative": "takes no packed rows",
     "speculative, write slots": "does no speculative decoding",
+    "stochastic rounding": "takes a float32 or bfloat16 state, and it is float16",
+    **dict.fromkeys(
+        (sample.name for sample in samples_of(gated_delta_rule_update) if "int16" in sample.name),
+        "takes a float32 or bfloat16 state, and it is int16",
+    ),
 }
 
 

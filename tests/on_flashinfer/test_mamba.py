@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mamba_ops import selective_state_update, use_backend
 from mamba_ops.backends import flashinfer
+from mamba_ops.functional import narrow_states
 from mamba_ops.registry import Sample
 from mamba_ops.testing.judge import front_on, refusal
 from tests.harness import judge
@@ -23,11 +24,25 @@ NOT_TAKEN = {
     "per-channel dt": WHOLE_HEAD.format("dt"),
     "per-channel D and bias": WHOLE_HEAD.format("D"),
     **dict.fromkeys(
-        ("full A", "nothing tied", "mamba1", "mamba1 gate", "packed mamba1", "everything"),
+        (
+            "full A",
+            "nothing tied",
+            "mamba1",
+            "mamba1 gate",
+            "packed mamba1",
+            "everything",
+            "int16 state, packed mamba1",
+        ),
         "takes one A for a whole head, as Mamba-2 has it, and A has one for every channel and entry of the state",
     ),
     "float32 output": "takes out in x's bfloat16, and it is float32",
     "transposed state": "takes a state whose slots are each dense, and its strides are (16384, 4096, 1, 64)",
+    "int16 state, padded scales, null destinations": (
+        "takes a state whose slots are each dense, and its strides are (16384, 4096, 1, 64)"
+    ),
+    "int16 state, stochastic rounding, speculative rows": (
+        "rounds an int16 state to the nearest, and a rounding_seed is given"
+    ),
     "transposed x": "takes an out that is contiguous, and its strides are (1, 3, 12)",
     "rows of two tokens, by token": "takes an out that is contiguous, and its strides are (256, 768, 64, 1)",
     **dict.fromkeys(
@@ -135,6 +150,16 @@ def double(tensor: Tensor) -> Tensor:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "int16 state",
+        {"ssm_state": lambda state: state.to(torch.float8_e4m3fn)},
+        "takes no float8_e4m3fn state, but one of int16",
+    ),
+    (
+        "int16 state",
+        {"state_scale": lambda scale: torch.cat([scale, scale], -1)[..., : scale.shape[-1]]},
+        "takes a state_scale that is contiguous, and its strides are (512, 128, 1)",
+    ),
     ("base", {"x": double}, "computes in float32, and x is float64"),
     ("base", {"ssm_state": double}, "computes in float32, and ssm_state is float64"),
     ("base", {"B": lambda B: B.float()}, "takes B in x's bfloat16, and it is float32"),
@@ -240,6 +265,12 @@ def test_it_refuses_rows_of_many_tokens(calls: Calls) -> None:
             ),
         ),
         ((10, 0), "vertical", "speculative rows", None),
+        (
+            (10, 0),
+            "horizontal",
+            "int16 state, two tokens",
+            "takes no int16 state with the algorithm horizontal for several tokens a row, or write slots",
+        ),
         ((10, 0), "horizontal", "speculative packed", "takes no packed rows with the algorithm horizontal"),
     ],
 )
@@ -255,7 +286,11 @@ def test_algorithms(
     capability(*numbers)
     # a configuration would refuse some
     monkeypatch.setattr(type(flashinfer), "settings", property(lambda _: {"algorithm": algorithm}))
-    sample = sample_of(selective_state_update, name)
+    narrow = name == "int16 state, two tokens"
+    sample = sample_of(selective_state_update, "rows of two tokens" if narrow else name)
+    if narrow:
+        state, scale = narrow_states(sample.args[0])
+        sample = Sample(name, (state, *sample.args[1:]), {**sample.kwargs, "state_scale": scale})
     if sentence is None:
         judge(selective_state_update, sample, front_on(selective_state_update, "flashinfer"))
         assert calls[0]["algorithm"] == algorithm

@@ -19,6 +19,7 @@ from mamba_ops.ops._common.checking import (
     tensor_rank,
 )
 from mamba_ops.ops._common.chunk_layout import row_count
+from mamba_ops.ops._common.narrow import check_rounding, check_state
 from mamba_ops.registry import bad_argument
 
 CHUNK = 64  # tokens
@@ -109,7 +110,7 @@ def check_update(call: Any, *, by_channel: bool) -> None:
     """
     given_gates = {"g": call.g, "beta": call.beta}
     raw_gates = {"a": call.a, "b": call.b, "A_log": call.A_log, "dt_bias": call.dt_bias}
-    check_tensors(call, "v")
+    check_tensors(call, "v", indices=["rounding_seed", "ssm_state"])
     wanted, others = (raw_gates, given_gates) if call.g is None and call.beta is None else (given_gates, raw_gates)
     names = f"{' and '.join(given_gates)}, or {', '.join(raw_gates)}"
     for name, tensor in wanted.items():
@@ -120,6 +121,8 @@ def check_update(call: Any, *, by_channel: bool) -> None:
             raise bad_argument(name, got="a tensor", expected=f"none: either {names} are given")
 
     tensor_rank("ssm_state", call.ssm_state, {4: "(slots, v_heads, v_dim, k_dim)"})
+    check_state(call.ssm_state, call.state_scale, "(slots, v_heads, v_dim)")
+    check_rounding(call.ssm_state, call.rounding_seed, call.philox_rounds)
     _, v_heads, v_dim, k_dim = call.ssm_state.shape
     packed_rows(call.cu_seqlens)
     if call.cu_seqlens is None:

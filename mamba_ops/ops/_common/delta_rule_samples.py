@@ -192,6 +192,21 @@ def update_samples(
     yield sample("speculative", 6, a=a, b=b, slots=table.abs(), null_slot=0, **speculative)
     written: dict[str, Any] = {"slots": table[:, :2], "write_slots": table.flip(1), "k_heads": v_heads}
     yield sample("speculative, write slots", 3, 2, num_accepted_tokens=indices(0, 2, 1), **written)
+    half = normal(9, v_heads, v_dim, k_dim, dtype=torch.float16)
+    seed = indices(0x123456789ABCDEF, dtype=torch.int64)
+    yield sample("stochastic rounding", ssm_state=half, rounding_seed=seed)
+    whole = (normal(9, v_heads, v_dim, k_dim) * 9000).to(torch.int16)
+    narrow: dict[str, Any] = {
+        "ssm_state": whole,
+        "state_scale": 1e-4 * normal(9, v_heads, v_dim, dtype=torch.float32).abs(),
+    }
+    yield sample("int16 state", **narrow)
+    yield sample("int16 state, rows in order", **narrow, slots=None)
+    far = (normal(9, v_heads, k_dim, v_dim) * 9000).to(torch.int16).transpose(2, 3)
+    pages = 1e-4 * normal(9, v_heads, v_dim + 5, dtype=torch.float32)[..., 2:-3].abs()
+    yield sample("int16 state, padded scales, null rows, write slots", ssm_state=far, state_scale=pages, **moved)
+    written |= {**narrow, "rounding_seed": seed[0], "philox_rounds": 7, "num_accepted_tokens": indices(0, 2, 1)}
+    yield sample("int16 state, stochastic rounding, speculative", 3, 2, **written)
 
 
 def update_call(random: RandomInputs, pattern: str, *, by_channel: bool) -> Sample:
@@ -268,6 +283,25 @@ def update_errors(device: torch.device, *, by_channel: bool) -> list[ErrorInput]
         ("speculative", "num_accepted_tokens", lambda a: a.float(), "got float32, expected int32 or"),
         ("base", "out", lambda o: o[..., :1], r"got shape \(3, 4, 1\), expected \(3, 4, 24\); out is like v"),
         ("base", "out", lambda o: o.int(), "got int32, expected float16"),
+        ("base", "philox_rounds", lambda _: -7, "got -7, expected 1 to 100, or 0 for 10"),
+        ("base", "philox_rounds", lambda _: 10**9, "got 1000000000, expected 1 to 100, or 0 for 10"),
+        ("stochastic rounding", "rounding_seed", lambda s: s.repeat(2), r"got shape \(2,\), expected \(1,\) or"),
+        ("stochastic rounding", "rounding_seed", lambda s: s.int(), "got int32, expected int64"),
+        (
+            "stochastic rounding",
+            "ssm_state",
+            lambda s: s.bfloat16(),
+            "got bfloat16, expected float16, int16 or float",
+        ),
+        ("int16 state", "ssm_state", lambda s: s.float(), "got float32, expected int16 or float8_e4m3fn; state_scale"),
+        ("int16 state", "state_scale", lambda s: None, r"got none for a state of int16, expected float32 \(slots, v_h"),
+        ("int16 state", "state_scale", lambda s: s.double(), "got float64, expected float32; mamba_ops.functional.na"),
+        (
+            "int16 state",
+            "state_scale",
+            lambda s: s[..., :-1],
+            r"got shape \(9, 4, 23\), expected \(9, 4, 24\)",
+        ),
     )
     g = torch.zeros(3, 4, *((16,) if by_channel else ()), device=device)
     table.append(ErrorInput("base", "g", lambda _: g, "beta: got none, expected a tensor: either g and beta, or a, b"))

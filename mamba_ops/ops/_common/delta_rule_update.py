@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import fixed
 from mamba_ops.ops._common.delta_rule_reference import normalised
+from mamba_ops.ops._common.narrow import read_states, store_states
 from mamba_ops.ops._common.slots import padded_rows, store_rows, update_ends
 
 
@@ -70,11 +71,8 @@ def advance(call: Any, gates: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[T
 
     k_heads, per_key = call.q.shape[-2], call.v.shape[-2] // call.q.shape[-2]
     # Rows in order are a view: a state of the dtype that is computed in then advances where it is.
-    s = (
-        (call.ssm_state[:n] if in_order else call.ssm_state[torch.where(is_active, source, 0)])
-        .to(compute)
-        .unflatten(1, (k_heads, per_key))
-    )
+    s = read_states(call, slice(n) if in_order else torch.where(is_active, source, 0), compute)
+    s = s.unflatten(1, (k_heads, per_key))
     y = values.new_empty(values.shape)  # not empty_like, which ONNX has not
     for t in range(fixed(length)):
         here = inside[:, t] & is_active
@@ -86,11 +84,11 @@ def advance(call: Any, gates: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[T
         y[:, t] = torch.where(here.view(n, 1, 1), (new @ query).view_as(y[:, t]), 0)
         s = new if index is None else torch.where(here.view(n, 1, 1, 1, 1), new, s)
         if call.num_accepted_tokens is not None and t < target.shape[1]:
-            store_rows(call.ssm_state, target[:, t], s.flatten(1, 2), stored[:, t])
+            store_states(call, target[:, t], s.flatten(1, 2), stored[:, t])
     if in_order and call.ssm_state.dtype != compute:
-        call.ssm_state[:n].copy_(s.flatten(1, 2))
+        store_states(call, source, s.flatten(1, 2), None)
     elif not in_order and call.num_accepted_tokens is None:
-        store_rows(call.ssm_state, target[:, 0], s.flatten(1, 2), stored[:, 0])
+        store_states(call, target[:, 0], s.flatten(1, 2), stored[:, 0])
 
     if index is not None:
         store_rows(call.output, index.flatten(), y.flatten(0, 1), inside.flatten())

@@ -21,6 +21,7 @@ from mamba_ops.ops._common.checking import (
     slot_table,
     tensor_rank,
 )
+from mamba_ops.ops._common.narrow import Wide, check_state, widened
 from mamba_ops.ops._common.sequences import DecodeArgs, PlanTensors, SequenceArgs
 from mamba_ops.registry import Op, bad_argument
 from mamba_ops.registry.decomposition import is_decomposing
@@ -50,6 +51,13 @@ class Rows(NamedTuple):
         """Return the op for these rows."""
         call: Callable[..., object] = op.check_supported if self.check_only else op.call_undispatched
         return self.arguments.bind(call)
+
+    def widened(self, call: Any, x: Tensor) -> tuple["Rows", Wide]:
+        """Return these prefills and their states, as ops over sequences `x` take them; then those are to be kept."""
+        assert isinstance(self.arguments, SequenceArgs)  # for mypy: those of prefills are
+        wide = widened(call.ssm_state, call.state_scale, self.arguments, x)
+        wide = wide._replace(ends=None) if self.check_only else wide
+        return self._replace(arguments=wide.rows), wide
 
     def convolve(
         self,
@@ -165,6 +173,8 @@ def check_plan_and_caches(
         if slots is None:
             slots = _check_slots(plan, name, cache.shape[0] if cache.dim() else 0)
         shape_is(name, cache, (slots, *sizes), hint=hint if len(windows) + len(states) > 1 else "")
+        if name == "ssm_state" and hasattr(call, "state_scale"):
+            check_state(cache, call.state_scale, f"(slots, {'heads, ' * (len(sizes) > 2)}dim)")
 
 
 def _check_taps(name: str, weight: Tensor, bias_name: str, bias: Tensor | None, dim: int) -> int:

@@ -10,6 +10,13 @@ from torch import Tensor
 from mamba_ops.ops._common.sequences import NO_PLAN, NULL_SLOT, PlanTensors
 
 SAMPLE_SLOTS = 9
+NARROW = ("base", "padded", "speculative", "write slots")
+"""Plans to sample a mixing op with that has a narrow state; none in which a row reads what another has stored."""
+
+
+def as_int16(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a state of int16, and scales, made of random states."""
+    return (states * 9000).to(torch.int16), states[..., 0].abs().float() * 1e-4
 
 
 class SamplePlan(NamedTuple):

@@ -1,4 +1,4 @@
-"""Stochastic rounding to float16, as a function of a seed and of the slot and index that a number is stored at."""
+"""Stochastic rounding of states, as a function of a seed and of the slot and index that a number is stored at."""
 
 import functools
 import math
@@ -8,6 +8,10 @@ from torch import Tensor
 
 ROUNDS = 10  # what 0 rounds mean
 _MASK = 0xFFFFFFFF
+_GRIDS = {torch.float16: (-13, 18, 11), torch.float8_e4m3fn: (-5, 9, 4)}
+"""Of formats whose neighbours are not equally far apart: the exponents (as frexp has them) between which numbers lie,
+below which it is like at the least, and the bits of a number.
+"""
 
 
 def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor], rounds: int) -> Tensor:
@@ -50,15 +54,19 @@ def _has_float64(device: torch.device) -> bool:
     return True
 
 
-def round_stochastically(states: Tensor, seed: Tensor, slots: Tensor, rounds: int) -> Tensor:
-    """Return states as float16, every number rounded to one of its two float16 neighbours, without a bias in the mean.
+def round_stochastically(
+    states: Tensor, seed: Tensor, slots: Tensor, rounds: int, dtype: torch.dtype = torch.float16
+) -> Tensor:
+    """Return states in another dtype, every number rounded to one of its two neighbours there, without a bias in the
+    mean.
 
     The entry (..., p, s) of a slot's state, p counted through all of its channels, has the word s % 4 of
     philox(seed, (s // 4, p, slot)), and u is the word's upper 24 bits as a number from 0 to 1, which is excluded. A
     number that lies the part f of the way from its neighbour on the side of zero to the other is rounded to that other
     where f + u >= 1, and to the one on the side of zero elsewhere: it is the other with probability f, to within 2^-24.
-    So a number of float16 stays as it is, as do infinities and NaN. The neighbour above 65504 is infinity, where 65536
-    would be; from there on everything is infinity.
+    So a number of the dtype stays as it is. In float16 infinities and NaN stay, too; the neighbour above 65504 is
+    infinity, where 65536 would be, and from there on everything is infinity. In int16 and float8_e4m3fn there are none
+    of these, and no number is larger than the dtype's largest: states are scaled before (narrow.py).
 
     On a device without float64 it is done on the CPU.
 
@@ -67,9 +75,10 @@ def round_stochastically(states: Tensor, seed: Tensor, slots: Tensor, rounds: in
         seed: one int64.
         slots: (n,), where each is stored.
         rounds: of philox; 0 means 10.
+        dtype: float16, int16 or float8_e4m3fn.
     """
     if not _has_float64(states.device):
-        return round_stochastically(states.cpu(), seed.cpu(), slots.cpu(), rounds).to(states.device)
+        return round_stochastically(states.cpu(), seed.cpu(), slots.cpu(), rounds, dtype).to(states.device)
     _, *channels, dstate = states.shape
     quads = torch.arange(-(-dstate // 4), device=states.device)
     channel = torch.arange(math.prod(channels), device=states.device)
@@ -79,9 +88,12 @@ def round_stochastically(states: Tensor, seed: Tensor, slots: Tensor, rounds: in
 
     exact = states.to(torch.float64)
     finite = torch.isfinite(exact)
-    _, exponent = torch.frexp(torch.where(finite, exact, 0))
-    step = torch.ldexp(torch.ones_like(exact), exponent.clamp(-13, 18) - 11)  # between neighbours
+    step = torch.ones_like(exact)  # between neighbours
+    if dtype in _GRIDS:
+        least, most, bits = _GRIDS[dtype]
+        _, exponent = torch.frexp(torch.where(finite, exact, 0))
+        step = torch.ldexp(step, exponent.clamp(least, most) - bits)
     steps = exact.abs() / step
     whole = steps.floor()
     rounded = (whole + (steps - whole + u >= 1)) * step
-    return torch.where(finite, rounded.copysign(exact), exact).to(torch.float16)
+    return torch.where(finite, rounded.copysign(exact), exact).to(dtype)

@@ -159,16 +159,21 @@ def padded_rows(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
     Both are `(n, longest)`; padding has index 0. Reads the longest length on the host.
     """
-    if is_decomposing():
-        expected = "None in an exported program that is decomposed"
-        hint = "the longest row would be read on the host; keep the op, or give all rows as many tokens"
-        raise bad_argument("cu_seqlens", got="a tensor", expected=expected, hint=hint)
+    refuse_lengths_where_decomposing()
     starts, ends = row_bounds(cu_seqlens, tokens)
     lengths = ends - starts
     longest = int(lengths.max()) if lengths.numel() else 0
     offsets = torch.arange(longest, device=cu_seqlens.device)
     inside = offsets < lengths.unsqueeze(1)
     return torch.where(inside, starts.unsqueeze(1) + offsets, 0), inside
+
+
+def refuse_lengths_where_decomposing() -> None:
+    """Raise ValueError about rows of several lengths in an exported program that is decomposed."""
+    if is_decomposing():
+        expected = "None in an exported program that is decomposed"
+        hint = "the longest row would be read on the host; keep the op, or give all rows as many tokens"
+        raise bad_argument("cu_seqlens", got="a tensor", expected=expected, hint=hint)
 
 
 def row_of_tokens(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

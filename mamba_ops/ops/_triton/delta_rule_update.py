@@ -25,6 +25,7 @@ from mamba_ops.ops._triton.common import (
 from mamba_ops.ops._triton.decay import finite_rate
 from mamba_ops.ops._triton.launch_config import Launches
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
+from mamba_ops.ops._triton.states import load_state, states_of, store_state
 
 
 @triton.jit
@@ -51,12 +52,17 @@ def _kernel(
     write_slots,
     cu_seqlens,
     num_accepted_tokens,
+    rounding_seed,
+    state_scale,
     lower_bound,  # of g, with RAW; None: there is none
     scale,
     slot_stride,
     head_stride,  # this and the next two are None for an ALIGNED state, which is dense
     value_stride,
     key_stride,
+    scale_stride,  # this and the next two are None without scales
+    scale_head_stride,
+    scale_value_stride,
     q_stride,  # this and the next five: from token to token
     k_stride,
     v_stride,
@@ -80,6 +86,9 @@ def _kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = (V_DIM + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
@@ -108,6 +117,9 @@ def _kernel(
     else:
         of_state = value.to(tl.int64)[:, None] * value_stride + key.to(tl.int64)[None, :] * key_stride
         of_state += head.to(tl.int64) * head_stride
+    of_scale = value
+    if state_scale is not None:
+        of_scale = head.to(tl.int64) * scale_head_stride + value.to(tl.int64) * scale_value_stride
 
     if num_accepted_tokens is not None:
         accepted = tl.load(num_accepted_tokens + row).to(tl.int32)
@@ -118,7 +130,10 @@ def _kernel(
             tl.store(output + (first + t) * output_stride + of_v, tl.zeros([BLOCK], tl.float32), in_value)
         return
 
-    s = tl.load(offset_ptr(ssm_state, source * slot_stride, ALIGNED) + of_state, in_state, other=0.0).to(tl.float32)
+    s = load_state(
+        ssm_state, source, slot_stride, of_state, in_state, state_scale, scale_stride, of_scale, in_value, ALIGNED,
+        NATIVE,
+    )  # fmt: skip
     if RAW:
         rate = finite_rate(-tl.exp(tl.load(A_log + head).to(tl.float32)))
         bias = _load_gate(dt_bias, head, key, K_DIM, BY_CHANNEL)
@@ -148,17 +163,26 @@ def _kernel(
             if t < write_columns:
                 target = tl.load(write_slots + row * write_stride + t).to(tl.int64)
                 if is_slot(target, null_slot, slot_count):
-                    tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + of_state, s, in_state)
+                    store_state(
+                        s, ssm_state, target, slot_stride, of_state, in_state, state_scale, scale_stride, of_scale,
+                        in_value, rounding_seed, of_v, WIDTH, ROUNDS, HARDWARE, ALIGNED, NATIVE,
+                    )  # fmt: skip
         y = tl.sum(s * (query * scale)[None, :], axis=1)
         tl.store(output + token * output_stride + of_v, y, in_value)
 
     if num_accepted_tokens is None:
         if write_slots is None:
-            tl.store(offset_ptr(ssm_state, source * slot_stride, ALIGNED) + of_state, s, in_state)
+            store_state(
+                s, ssm_state, source, slot_stride, of_state, in_state, state_scale, scale_stride, of_scale,
+                in_value, rounding_seed, of_v, WIDTH, ROUNDS, HARDWARE, ALIGNED, NATIVE,
+            )  # fmt: skip
         else:
             target = tl.load(write_slots + row * write_stride).to(tl.int64)
             if is_slot(target, null_slot, slot_count):
-                tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + of_state, s, in_state)
+                store_state(
+                    s, ssm_state, target, slot_stride, of_state, in_state, state_scale, scale_stride, of_scale,
+                    in_value, rounding_seed, of_v, WIDTH, ROUNDS, HARDWARE, ALIGNED, NATIVE,
+                )  # fmt: skip
 
 
 def advance(call: Any, launches: Callable[..., Launches], by_channel: bool, lower_bound: float | None = None) -> None:
@@ -204,11 +228,14 @@ def advance(call: Any, launches: Callable[..., Launches], by_channel: bool, lowe
     places |= slot_stride * call.ssm_state.itemsize | q.stride(0) * q.itemsize | k.stride(0) * k.itemsize
     aligned = places % 16 == 0 and is_dense(call.ssm_state)
     head_stride, value_stride, key_stride = (None, None, None) if aligned else strides
+    states = states_of(call)
 
     launch = launches(call.ssm_state.get_device(), v_dim, k_dim, call.ssm_state.itemsize)["_kernel"]
+    if call.rounding_seed is not None:
+        launch = {**launch, "WIDTH": max(launch["WIDTH"], 4)}
     with on_device_of(call.ssm_state):
         _kernel[(rows * v_heads * cdiv(v_dim, launch["BLOCK"]),)](
-            call.ssm_state,
+            states.states,
             q,
             k,
             v,
@@ -221,12 +248,15 @@ def advance(call: Any, launches: Callable[..., Launches], by_channel: bool, lowe
             write_slots,
             cu_seqlens,
             num_accepted_tokens,
+            call.rounding_seed,
+            call.state_scale,
             None if lower_bound is None else float(lower_bound),
             k_dim**-0.5 if call.scale is None else float(call.scale),
             slot_stride,
             head_stride,
             value_stride,
             key_stride,
+            *states.strides,
             q.stride(0),
             k.stride(0),
             v.stride(0),
@@ -248,6 +278,9 @@ def advance(call: Any, launches: Callable[..., Launches], by_channel: bool, lowe
             BY_CHANNEL=by_channel,
             L2NORM=call.qk_l2norm,
             ALIGNED=aligned,
+            ROUNDS=states.rounds,
+            HARDWARE=states.hardware,
+            NATIVE=states.native,
             **launch,
         )
     write_back(written, call.output, flat)
@@ -260,5 +293,5 @@ def one_warp(v_dim: int, k_dim: int, itemsize: int) -> Launches:
     programs share a multiprocessor.
     """
     width = triton.next_power_of_2(k_dim)
-    block = min(triton.next_power_of_2(v_dim), max(2048 // (width * itemsize), 1))
+    block = min(triton.next_power_of_2(v_dim), max(2048 // (width * max(itemsize, 2)), 1))  # in float32 it is large
     return {"_kernel": {"BLOCK": block, "WIDTH": width, "num_warps": 1}}

@@ -8,6 +8,7 @@ from mamba_ops.backends import sycl
 from mamba_ops.ops._common.checking import check_tensors, shape_is, tensor_rank
 from mamba_ops.ops._common.delta_rule import check_heads
 from mamba_ops.ops._common.mixing import check_plan_and_caches
+from mamba_ops.ops._common.narrow import meant
 from mamba_ops.ops._common.sequences import PlanTensors
 from mamba_ops.ops._common.values import check_mixing
 from mamba_ops.ops._namespace import mamba
@@ -40,11 +41,12 @@ class Arguments(NamedTuple):
     interleaved: bool
     z: Tensor | None
     null_slot: int
+    state_scale: Tensor | None
     output: Tensor
 
 
 @mamba.op(
-    mutates=("conv_state", "ssm_state", "z", "out"),
+    mutates=("conv_state", "ssm_state", "z", "state_scale", "out"),
     splits_graph=True,
     reads_host=True,
     composed=True,
@@ -76,6 +78,7 @@ def gdn_mixing(
     *,
     z: Tensor | None = None,
     null_slot: int = -1,
+    state_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Mix a batch of decodes and prefills: convolve, advance the states, write every token's output and its gate.
@@ -104,6 +107,9 @@ def gdn_mixing(
         z: `(tokens, num_v_heads, head_v_dim)`: becomes the gate, zero for padding tokens. Mutated. None: it is not
             written.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.
+        state_scale: float32 `(slots, num_v_heads, head_v_dim)`, with an ssm_state of int16 or
+            float8_e4m3fn, and with no other: the scales of its rows, as in the op that decodes. Mutated. Prefills read
+            and leave such states through float32, rounded to the nearest.
         out: like `z`. Mutated. Zero for padding tokens; all zero without a plan or rows.
 
     q and k are normalised (see chunk_gated_delta_rule), the scale is head_k_dim ** -0.5.
@@ -128,13 +134,18 @@ def _validate(call: Arguments) -> None:
     hint += f"v and gate of {call.num_v_heads} heads of {call.head_v_dim}"
     shape_is("projected_qkvz", call.projected_qkvz, (tokens, 2 * keys + 2 * values), hint=hint)
     shape_is("projected_ba", call.projected_ba, (tokens, 2 * call.num_v_heads), hint="b and a of every head of v")
-    check_tensors(call, "projected_qkvz", elsewhere=PlanTensors._fields)
+    check_tensors(call, "projected_qkvz", indices=["ssm_state"], elsewhere=PlanTensors._fields)
     shape_is("A_log", call.A_log, (call.num_v_heads,))
     shape_is("dt_bias", call.dt_bias, (call.num_v_heads,))
     state = (call.num_v_heads, call.head_v_dim, call.head_k_dim)
     check_plan_and_caches(call, call.projected_qkvz.device, {"conv_state": 2 * keys + values}, {"ssm_state": state})
     shape_is("z", call.z, (tokens, call.num_v_heads, call.head_v_dim))
     shape_is("out", call.output, (tokens, call.num_v_heads, call.head_v_dim))
+
+
+@gdn_mixing.meant
+def _meant(ssm_state: Tensor, state_scale: Tensor | None) -> dict[str, tuple[Tensor, Tensor] | None]:
+    return meant(ssm_state, state_scale)
 
 
 @gdn_mixing.validate_values

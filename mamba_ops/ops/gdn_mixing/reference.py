@@ -63,14 +63,17 @@ def gdn_mixing(call: Arguments) -> None:
                 A_log=call.A_log,
                 dt_bias=call.dt_bias,
                 qk_l2norm=True,
+                state_scale=call.state_scale,
                 out=rows.of(call.output),
             )
-        for rows in batch.prefills:
-            q, k, v = by_head(rows.convolve(causal_conv1d, call, mixed), *heads)
+        for prefills in batch.prefills:
+            rows, states = prefills.widened(call, mixed)
+            q, k, v = by_head(prefills.convolve(causal_conv1d, call, mixed), *heads)
             g, beta = delta_rule_gates(rows.of(a), rows.of(b), call.A_log, call.dt_bias)
             rows.bind(chunk_gated_delta_rule)(
-                q, k, v, g, beta, ssm_state=call.ssm_state, qk_l2norm=True, out=rows.of(call.output)
+                q, k, v, g, beta, ssm_state=states.states, qk_l2norm=True, out=rows.of(call.output)
             )
+            states.keep()
 
     if has_explicit_backend(causal_conv1d_update, gated_delta_rule_update, causal_conv1d, chunk_gated_delta_rule):
         mix(batch.check_only())

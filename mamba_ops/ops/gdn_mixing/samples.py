@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mamba_ops.ops._common.plan_samples import SAMPLE_SLOTS, sample_plans
+from mamba_ops.ops._common.plan_samples import NARROW, SAMPLE_SLOTS, as_int16, sample_plans
 from mamba_ops.ops._common.random_inputs import RandomInputs
 from mamba_ops.ops._common.samples import SampleTensors, error_table
 from mamba_ops.ops.gdn_mixing.op import gdn_mixing
@@ -49,6 +49,14 @@ def _samples(
             normal(V, dtype=weights_dtype),
         )
         yield Sample(name, (*arguments, *plan, K, V, k_dim, v_dim, interleaved), options)
+        if name in NARROW:
+            narrow, scale = as_int16(arguments[3])
+            arguments = (*arguments[:3], narrow, *arguments[4:])
+            yield Sample(
+                f"{name}, int16 state",
+                (*arguments, *plan, K, V, k_dim, v_dim, interleaved),
+                {**options, "state_scale": scale},
+            )
 
 
 @gdn_mixing.call_patterns("mixed")
@@ -93,6 +101,14 @@ _ERROR_INPUTS = error_table(
     ("base", "counts", lambda c: c.int(), "got int32, expected int64"),
     ("base", "slots", lambda s: None, "got None with counts, expected a whole plan, or none"),
     ("decodes", "z", lambda z: z[1:], r"got shape \(4, 4, 12\), expected \(5, 4, 12\)"),
+    ("base, int16 state", "state_scale", lambda s: None, r"got none for a state of int16, expected float32 \(slots, "),
+    ("base, int16 state", "state_scale", lambda s: s[1:], r"got shape \(8, "),
+    (
+        "base, int16 state",
+        "ssm_state",
+        lambda s: s.float(),
+        "got float32, expected int16 or float8_e4m3fn; state_",
+    ),
     ("base", "out", lambda o: o.flatten(1), r"got shape \(25, 48\), expected \(25, 4, 12\)"),
 )
 

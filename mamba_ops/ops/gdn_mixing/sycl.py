@@ -41,6 +41,8 @@ def unsupported(call: "Arguments") -> str | None:
             return (
                 f"takes {name} in projected_qkvz's {short(call.projected_qkvz.dtype)}, and it is {short(tensor.dtype)}"
             )
+    if call.state_scale is not None:
+        return f"takes states of 16-bit floats and wider ones, and ssm_state is {short(call.ssm_state.dtype)}"
     if call.ssm_state.dtype == torch.float64:
         return "computes in float32, and ssm_state is float64"
     if call.head_k_dim not in (32, 64, 128, 256):

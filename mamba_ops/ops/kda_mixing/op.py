@@ -7,6 +7,7 @@ from torch import Tensor
 from mamba_ops.ops._common.checking import check_tensors, shape_is, tensor_rank
 from mamba_ops.ops._common.delta_rule import check_heads, check_lower_bound
 from mamba_ops.ops._common.mixing import check_plan_and_caches
+from mamba_ops.ops._common.narrow import meant
 from mamba_ops.ops._common.sequences import PlanTensors
 from mamba_ops.ops._common.values import check_mixing
 from mamba_ops.ops._namespace import mamba
@@ -38,11 +39,12 @@ class Arguments(NamedTuple):
     head_v_dim: int
     lower_bound: float | None
     null_slot: int
+    state_scale: Tensor | None
     output: Tensor
 
 
 @mamba.op(
-    mutates=("conv_state", "ssm_state", "out"),
+    mutates=("conv_state", "ssm_state", "state_scale", "out"),
     splits_graph=True,
     reads_host=True,
     composed=True,
@@ -74,6 +76,7 @@ def kda_mixing(
     *,
     lower_bound: float | None = None,
     null_slot: int = -1,
+    state_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Mix a batch of decodes and prefills: convolve, advance the states and write every token's output.
@@ -99,6 +102,9 @@ def kda_mixing(
         num_k_heads, num_v_heads, head_k_dim, head_v_dim: the layer's sizes on this rank.
         lower_bound: of the logs of decays, below 0; None: there is none. See kda_update.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.
+        state_scale: float32 `(slots, num_v_heads, head_v_dim)`, with an ssm_state of int16 or
+            float8_e4m3fn, and with no other: the scales of its rows, as in the op that decodes. Mutated. Prefills read
+            and leave such states through float32, rounded to the nearest.
         out: `(tokens, num_v_heads, head_v_dim)`. Mutated. Zero for padding tokens; all zero without a plan or rows.
 
     q and k are normalised (see chunk_kda), the scale is head_k_dim ** -0.5.
@@ -125,12 +131,17 @@ def _validate(call: Arguments) -> None:
     shape_is("projected", call.projected, (tokens, 2 * keys + values), hint=hint)
     shape_is("a", call.a, (tokens, call.num_v_heads * call.head_k_dim), hint="a number a head of v and channel of k")
     shape_is("b", call.b, (tokens, call.num_v_heads), hint="a number a head of v")
-    check_tensors(call, "projected", elsewhere=PlanTensors._fields)
+    check_tensors(call, "projected", indices=["ssm_state"], elsewhere=PlanTensors._fields)
     shape_is("A_log", call.A_log, (call.num_v_heads,))
     shape_is("dt_bias", call.dt_bias, (call.num_v_heads, call.head_k_dim))
     state = (call.num_v_heads, call.head_v_dim, call.head_k_dim)
     check_plan_and_caches(call, call.projected.device, {"conv_state": 2 * keys + values}, {"ssm_state": state})
     shape_is("out", call.output, (tokens, call.num_v_heads, call.head_v_dim))
+
+
+@kda_mixing.meant
+def _meant(ssm_state: Tensor, state_scale: Tensor | None) -> dict[str, tuple[Tensor, Tensor] | None]:
+    return meant(ssm_state, state_scale)
 
 
 @kda_mixing.validate_values

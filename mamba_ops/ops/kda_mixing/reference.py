@@ -33,13 +33,16 @@ def kda_mixing(call: Arguments) -> None:
                 dt_bias=call.dt_bias,
                 lower_bound=call.lower_bound,
                 qk_l2norm=True,
+                state_scale=call.state_scale,
                 out=rows.of(call.output),
             )
-        for rows in batch.prefills:
-            q, k, v = by_head(rows.convolve(causal_conv1d, call, mixed), *heads)
+        for prefills in batch.prefills:
+            rows, states = prefills.widened(call, mixed)
+            q, k, v = by_head(prefills.convolve(causal_conv1d, call, mixed), *heads)
             g = kda_gate(rows.of(a), call.A_log, call.dt_bias, call.lower_bound)
             beta = sigmoid(rows.of(b).to(g.dtype))
-            rows.bind(chunk_kda)(q, k, v, g, beta, ssm_state=call.ssm_state, qk_l2norm=True, out=rows.of(call.output))
+            rows.bind(chunk_kda)(q, k, v, g, beta, ssm_state=states.states, qk_l2norm=True, out=rows.of(call.output))
+            states.keep()
 
     if has_explicit_backend(causal_conv1d_update, kda_update, causal_conv1d, chunk_kda):
         mix(batch.check_only())

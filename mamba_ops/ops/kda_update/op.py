@@ -3,12 +3,13 @@
 The state stays in the caller's cache; slot tables say which entry each row reads and which it writes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from mamba_ops.backends import triton
 from mamba_ops.ops._common.delta_rule import check_lower_bound, check_update, unsupported_by_triton
+from mamba_ops.ops._common.narrow import default_seed, meant
 from mamba_ops.ops._common.values import check_updates
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
@@ -35,11 +36,14 @@ class Arguments(NamedTuple):
     num_accepted_tokens: Tensor | None
     qk_l2norm: bool
     null_slot: int
+    rounding_seed: Tensor | None
+    philox_rounds: int
+    state_scale: Tensor | None
     output: Tensor
 
 
 @mamba.op(
-    mutates=("ssm_state", "out"),
+    mutates=("ssm_state", "state_scale", "out"),
     reference="mamba_ops.ops.kda_update.reference:kda_update",
     arguments=Arguments,
     replaces="fused_recurrent_kda|recurrent_kimi_delta_attention",
@@ -64,6 +68,9 @@ def kda_update(
     num_accepted_tokens: Tensor | None = None,
     qk_l2norm: bool = False,
     null_slot: int = -1,
+    rounding_seed: Tensor | None = None,
+    philox_rounds: int = 0,
+    state_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Advance the cached `ssm_state` of every row by the row's tokens, in place, and write the tokens' outputs.
@@ -99,6 +106,13 @@ def kda_update(
         qk_l2norm: divide every head of q and k by its length: by sqrt(sum(x^2) + 1e-6).
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and nothing is read or
             stored for it.
+        rounding_seed: one int64, () or (1,): a state of float16, int16 or float8_e4m3fn, which it must be, is rounded
+            stochastically at each store, as by `mamba_ops.selective_state_update`. None: to the nearest.
+        philox_rounds: rounds of the generator for that, 100 at most. 0: 10.
+        state_scale: float32, (slots, v_heads, v_dim), with an ssm_state of int16 or float8_e4m3fn, and with no other: a
+            row of k_dim numbers stands for them times its scale. Mutated together with the state: at each store a row's
+            scale is its largest size divided by the format's, 32767 or 448, and its numbers are rounded after they were
+            multiplied by the inverse. A row with an infinity or NaN becomes NaN.
         out: like v, any float dtype, in other memory; mutated.
 
     For every row and head, in float32 at least, from the row's state S on:
@@ -136,6 +150,16 @@ def _validate(call: Arguments) -> None:
 @kda_update.validate_values
 def _validate_values(call: Arguments) -> None:
     check_updates(call, call.v)
+
+
+@kda_update.default_arguments
+def _default_arguments(ssm_state: Tensor, rounding_seed: Tensor | None, philox_rounds: int) -> dict[str, Any]:
+    return default_seed(ssm_state, rounding_seed, philox_rounds)
+
+
+@kda_update.meant
+def _meant(ssm_state: Tensor, state_scale: Tensor | None) -> dict[str, tuple[Tensor, Tensor] | None]:
+    return meant(ssm_state, state_scale)
 
 
 triton.implements(kda_update, "mamba_ops.ops.kda_update.triton:kda_update", unsupported=unsupported_by_triton)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mamba_ops.ops._common.checking import check_chunk_size, check_limits, check_tensors, shape_is, tensor_rank
 from mamba_ops.ops._common.mixing import check_plan_and_caches
+from mamba_ops.ops._common.narrow import meant
 from mamba_ops.ops._common.sequences import PlanTensors
 from mamba_ops.ops._common.values import check_mixing
 from mamba_ops.ops._namespace import mamba
@@ -40,11 +41,12 @@ class Arguments(NamedTuple):
     dt_min: float
     dt_max: float
     null_slot: int
+    state_scale: Tensor | None
     output: Tensor
 
 
 @mamba.op(
-    mutates=("conv_state", "ssm_state", "out"),
+    mutates=("conv_state", "ssm_state", "state_scale", "out"),
     splits_graph=True,
     reads_host=True,
     composed=True,
@@ -77,6 +79,7 @@ def mamba2_mixing(
     dt_min: float = 0.0,
     dt_max: float = math.inf,
     null_slot: int = -1,
+    state_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Mix a batch of decodes and prefills: convolve, advance the states, and write every token's output.
@@ -102,6 +105,9 @@ def mamba2_mixing(
         chunk_size: tokens of a chunk in prefills, 1 to 4096; they end at multiples of it from a request's first token.
         dt_min, dt_max: limits of the step sizes after their softplus.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.
+        state_scale: float32 `(slots, heads, head_dim)`, with an ssm_state of int16 or
+            float8_e4m3fn, and with no other: the scales of its rows, as in the op that decodes. Mutated. Prefills read
+            and leave such states through float32, rounded to the nearest.
         out: `(tokens, heads, head_dim)`. Mutated. Zero for padding tokens; all zero without a plan or rows.
 
     Raises:
@@ -129,12 +135,17 @@ def _validate(call: Arguments) -> None:
     tensor_rank("projected", call.projected, {2: "(tokens, size)"})
     hint = f"gate, x, B, C and dt of {call.heads} heads of {call.head_dim} and {call.groups} groups of {call.dstate}"
     shape_is("projected", call.projected, (call.projected.shape[0], inner + dim + call.heads), hint=hint)
-    check_tensors(call, "projected", elsewhere=PlanTensors._fields)
+    check_tensors(call, "projected", indices=["ssm_state"], elsewhere=PlanTensors._fields)
     for name in ("A", "D", "dt_bias"):
         shape_is(name, getattr(call, name), (call.heads,))
     state = (call.heads, call.head_dim, call.dstate)
     check_plan_and_caches(call, call.projected.device, {"conv_state": dim}, {"ssm_state": state})
     shape_is("out", call.output, (call.projected.shape[0], call.heads, call.head_dim))
+
+
+@mamba2_mixing.meant
+def _meant(ssm_state: Tensor, state_scale: Tensor | None) -> dict[str, tuple[Tensor, Tensor] | None]:
+    return meant(ssm_state, state_scale)
 
 
 @mamba2_mixing.validate_values

@@ -1,8 +1,8 @@
 """The plain-torch kernel of mamba2_mixing: its reference, which runs on any device."""
 
 import torch
-from torch.nn import functional
 
+from mamba_ops.ops._common.delta_rule_update import softplus
 from mamba_ops.ops._common.mixing import Batch, batch_of, by_head, require_window
 from mamba_ops.ops.causal_conv1d import causal_conv1d
 from mamba_ops.ops.causal_conv1d_update import causal_conv1d_update
@@ -26,7 +26,7 @@ def mamba2_mixing(call: Arguments) -> None:
             d = rows.of(dt)
             if limited := call.dt_min > 0 or call.dt_max < LARGEST:  # the update has no limits of its own
                 upcast = torch.promote_types(d.dtype, torch.float32)
-                d = functional.softplus(d.to(upcast) + call.dt_bias.to(upcast)).clamp(call.dt_min, call.dt_max)
+                d = softplus(d.to(upcast) + call.dt_bias.to(upcast)).clamp(call.dt_min, call.dt_max)
             rows.bind(selective_state_update)(
                 call.ssm_state,
                 x,
@@ -37,10 +37,12 @@ def mamba2_mixing(call: Arguments) -> None:
                 D=call.D,
                 dt_bias=None if limited else call.dt_bias,
                 dt_softplus=not limited,
+                state_scale=call.state_scale,
                 out=rows.of(call.output),
             )
-        for rows in batch.prefills:
-            x, B, C = by_head(rows.convolve(causal_conv1d, call, mixed), *sizes)
+        for prefills in batch.prefills:
+            rows, states = prefills.widened(call, mixed)
+            x, B, C = by_head(prefills.convolve(causal_conv1d, call, mixed), *sizes)
             rows.bind(mamba_chunk_scan)(
                 x,
                 rows.of(dt),
@@ -54,9 +56,10 @@ def mamba2_mixing(call: Arguments) -> None:
                 dt_min=call.dt_min,
                 dt_max=call.dt_max,
                 num_computed_tokens=rows.num_computed_tokens,
-                ssm_state=call.ssm_state,
+                ssm_state=states.states,
                 out=rows.of(call.output),
             )
+            states.keep()
 
     if has_explicit_backend(causal_conv1d_update, selective_state_update, causal_conv1d, mamba_chunk_scan):
         mix(batch.check_only())

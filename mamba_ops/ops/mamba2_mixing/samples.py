@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mamba_ops.ops._common.plan_samples import SAMPLE_SLOTS, sample_plans
+from mamba_ops.ops._common.plan_samples import NARROW, SAMPLE_SLOTS, as_int16, sample_plans
 from mamba_ops.ops._common.random_inputs import RandomInputs
 from mamba_ops.ops._common.samples import SampleTensors, error_table
 from mamba_ops.ops.mamba2_mixing.op import mamba2_mixing
@@ -47,6 +47,14 @@ def _samples(
             normal(h, dtype=weights_dtype),
         )
         yield Sample(name, (*arguments, *plan, h, p, s, g, chunk_size // (1 + other)), options)
+        if name in NARROW:
+            narrow, scale = as_int16(arguments[2])
+            arguments = (*arguments[:2], narrow, *arguments[3:])
+            yield Sample(
+                f"{name}, int16 state",
+                (*arguments, *plan, h, p, s, g, chunk_size // (1 + other)),
+                {**options, "state_scale": scale},
+            )
 
 
 @mamba2_mixing.call_patterns("mixed")
@@ -110,6 +118,14 @@ _ERROR_INPUTS = error_table(
     ("base", "has_initial_state", lambda h: h.int(), "got int32, expected bool; convert it first"),
     ("base", "has_initial_state", lambda h: h[1:], r"got shape \(6,\), expected \(7,\); all tensors"),
     ("base", "num_computed_tokens", lambda c: c.float(), "got float32, expected int32 or int64"),
+    ("base, int16 state", "state_scale", lambda s: None, r"got none for a state of int16, expected float32 \(slots, "),
+    ("base, int16 state", "state_scale", lambda s: s[1:], r"got shape \(8, "),
+    (
+        "base, int16 state",
+        "ssm_state",
+        lambda s: s.float(),
+        "got float32, expected int16 or float8_e4m3fn; state_",
+    ),
     ("base", "out", lambda o: o.flatten(1), r"got shape \(25, 32\), expected \(25, 4, 8\)"),
 )
 

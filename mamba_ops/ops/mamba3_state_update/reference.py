@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import row_count
+from mamba_ops.ops._common.delta_rule_update import sigmoid
 from mamba_ops.ops._common.mamba3 import (
     LEAST,
     Layout,
@@ -22,7 +23,7 @@ from mamba_ops.ops._common.mamba3 import (
     total_turns,
     turns_of,
 )
-from mamba_ops.ops._common.slots import UpdateEnds, store_rows, update_ends
+from mamba_ops.ops._common.slots import UpdateEnds, refuse_lengths_where_decomposing, store_rows, update_ends
 from mamba_ops.ops.mamba3_state_update.op import Arguments
 from mamba_ops.ops.selective_state_update import selective_state_update
 
@@ -35,6 +36,8 @@ def advance(call: Arguments, *, check_only: bool = False) -> None:
     """Make a call; with `check_only` only ask if selective_state_update takes it."""
     compute, heads = torch.promote_types(call.x.dtype, torch.float32), call.x.shape[-2]
     is_flat, is_packed = call.x.dim() == 3 and call.cu_seqlens is None, call.cu_seqlens is not None
+    if is_packed:
+        refuse_lengths_where_decomposing()  # as the op inside would
     if not row_count(call.x, call.cu_seqlens):
         return
     rows = layout(call.x.unsqueeze(1) if is_flat else call.x, call.cu_seqlens)
@@ -63,7 +66,7 @@ def advance(call: Arguments, *, check_only: bool = False) -> None:
         angle = math.pi * total_turns(Tokens(x, dt, A, trap, angles, k, q), rows, state)
     k, q, v = ranks.rotate(k, angle), ranks.rotate(q, angle), ranks.spread(x)
     k_before, v_before = one_later(k, state.k, rows), one_later(v, ranks.spread(state.x), rows)
-    early, rank = torch.sigmoid(trap), k.shape[1]
+    early, rank = sigmoid(trap), k.shape[1]
     step = first_alone((-A * dt).clamp(min=LEAST), rank)
     share = (early * dt)[:, None, :, None]
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mamba_ops.ops._common.checking import check_tensors, shape_is, short, tensor_rank
 from mamba_ops.ops._common.mixing import check_plan_and_caches
+from mamba_ops.ops._common.narrow import meant
 from mamba_ops.ops._common.sequences import PlanTensors
 from mamba_ops.ops._common.values import check_mixing
 from mamba_ops.ops._namespace import mamba
@@ -38,11 +39,12 @@ class Arguments(NamedTuple):
     write_slots: Tensor | None
     norm_eps: float
     null_slot: int
+    state_scale: Tensor | None
     output: Tensor
 
 
 @mamba.op(
-    mutates=("conv_state", "ssm_state", "out"),
+    mutates=("conv_state", "ssm_state", "state_scale", "out"),
     splits_graph=True,
     reads_host=True,
     composed=True,
@@ -74,6 +76,7 @@ def mamba_mixing(
     *,
     norm_eps: float = 1e-6,
     null_slot: int = -1,
+    state_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Mix a batch of decodes and prefills: convolve, project to dt, B and C, advance the states, write gated outputs.
@@ -101,6 +104,9 @@ def mamba_mixing(
             write_slots: the plan, see `mamba_ops.serving.Plan` and `PlanTensors` there; all None: no plan.
         norm_eps: added to the norms' mean squares.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and no cache is touched.
+        state_scale: float32 `(slots, inner)`, with an ssm_state of int16 or
+            float8_e4m3fn, and with no other: the scales of its rows, as in the op that decodes. Mutated. Prefills read
+            and leave such states through float32, rounded to the nearest.
         out: `(tokens, inner)`. Mutated. Zero for padding tokens; all zero without a plan or rows.
 
     Rows share two matrix products. Their last bits may change with the number of tokens; apart from that rows are
@@ -125,7 +131,7 @@ def _validate(call: Arguments) -> None:
         raise bad_argument("A", got=f"shape {tuple(call.A.shape)}", expected="(inner, dstate), neither of them 0")
     tensor_rank("projected", call.projected, {2: "(tokens, size)"})
     shape_is("projected", call.projected, (call.projected.shape[0], 2 * inner), hint=f"x and gate of {inner} channels")
-    check_tensors(call, "projected", elsewhere=PlanTensors._fields)
+    check_tensors(call, "projected", indices=["ssm_state"], elsewhere=PlanTensors._fields)
     shape_is("x_proj_weight", call.x_proj_weight, (rank + 2 * dstate, inner), hint="to dt, B and C")
     shape_is("dt_proj_weight", call.dt_proj_weight, (inner, rank))
     for name in ("x_proj_weight", "dt_proj_weight"):
@@ -139,6 +145,11 @@ def _validate(call: Arguments) -> None:
         shape_is(name, getattr(call, name), (dstate,))
     check_plan_and_caches(call, call.projected.device, {"conv_state": inner}, {"ssm_state": (inner, dstate)})
     shape_is("out", call.output, (call.projected.shape[0], inner))
+
+
+@mamba_mixing.meant
+def _meant(ssm_state: Tensor, state_scale: Tensor | None) -> dict[str, tuple[Tensor, Tensor] | None]:
+    return meant(ssm_state, state_scale)
 
 
 @mamba_mixing.validate_values

@@ -26,7 +26,11 @@ def mamba_mixing(call: Arguments) -> None:
             rows.convolve(op, call, x, out=mixed)
 
     def scan(batch: Batch) -> None:
-        for rows, op in batch.kinds(selective_state_update, selective_scan):
+        for kind, op in batch.kinds(selective_state_update, selective_scan):
+            rows, states, more = kind, None, {"ssm_state": call.ssm_state, "state_scale": call.state_scale}
+            if kind is not batch.decodes:
+                rows, states = kind.widened(call, x)
+                more = {"ssm_state": states.states}
             rows.bind(op)(
                 x=rows.of(mixed),
                 dt=rows.of(dt),
@@ -37,9 +41,11 @@ def mamba_mixing(call: Arguments) -> None:
                 z=rows.of(z),
                 dt_bias=call.dt_proj_bias,
                 dt_softplus=True,
-                ssm_state=call.ssm_state,
                 out=rows.of(call.output),
+                **more,
             )
+            if states is not None:
+                states.keep()
 
     if has_explicit_backend(causal_conv1d_update, causal_conv1d, selective_state_update, selective_scan):
         convolve(batch.check_only())

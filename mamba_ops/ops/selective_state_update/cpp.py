@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mamba_ops.ops._common.checking import short
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._cpp import build
 from mamba_ops.ops._cpp.call import indices, tensor
@@ -14,11 +15,13 @@ if TYPE_CHECKING:
 
 
 def unsupported(call: "Arguments") -> str | None:
-    """Takes no float64 x, and no rounding_seed."""
+    """Takes no float64 x, no rounding_seed and no state_scale."""
     if call.x.dtype == torch.float64:
         return "computes in float32, and x is float64"
     if call.rounding_seed is not None:
         return "rounds states to the nearest, and a rounding_seed is given"
+    if call.state_scale is not None:
+        return f"takes states of 16-bit floats and wider ones, and ssm_state is {short(call.ssm_state.dtype)}"
     return build.why_not("selective_state_update")
 
 

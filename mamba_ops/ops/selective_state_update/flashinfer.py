@@ -41,6 +41,10 @@ def unsupported(call: "Arguments") -> str | None:
     for name, tensor in (("x", call.x), ("ssm_state", call.ssm_state)):
         if tensor.dtype == torch.float64:
             return f"computes in float32, and {name} is float64"
+    if call.ssm_state.dtype == torch.float8_e4m3fn:
+        return "takes no float8_e4m3fn state, but one of int16"
+    if call.state_scale is not None and call.rounding_seed is not None:
+        return "rounds an int16 state to the nearest, and a rounding_seed is given"
     for name, given in (("B", call.B), ("C", call.C), ("z", call.z), ("out", call.output)):
         if given is not None and given.dtype != call.x.dtype:
             return f"takes {name} in x's {short(call.x.dtype)}, and it is {short(given.dtype)}"
@@ -65,6 +69,8 @@ def unsupported(call: "Arguments") -> str | None:
         length = columns if call.cu_seqlens is not None else call.x.shape[1] if call.x.dim() == 4 else 1
         if length > _LONGEST:
             return f"takes at most {_LONGEST} tokens a row, and there may be {length}"
+        if algorithm == "horizontal" and call.state_scale is not None:
+            return "takes no int16 state with the algorithm horizontal for several tokens a row, or write slots"
         if algorithm in ("vertical", "horizontal"):
             what = f"the algorithm {algorithm} for several tokens a row, or write slots, on "
             if reason := older_than(10, call.x.device, what):
@@ -79,12 +85,13 @@ def unsupported(call: "Arguments") -> str | None:
 
 
 def unsupported_layout(
-    ssm_state: Tensor, x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, output: Tensor
+    ssm_state: Tensor, x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, state_scale: Tensor | None, output: Tensor
 ) -> str | None:
     """Call `_unsupported_addresses` only if it returns a refusal: this runs in every call, and has to be short."""
     _, _, dim, dstate = ssm_state.shape
     slot, *inner = ssm_state.stride()
     bad = inner != [dim * dstate, dstate, 1] or not output.is_contiguous()
+    bad |= state_scale is not None and not state_scale.is_contiguous()
     places = ssm_state.data_ptr() | slot * ssm_state.itemsize | output.data_ptr()
     for tensor, width in ((x, dim), (B, dstate), (C, dstate), (z, dim)):
         if tensor is not None:
@@ -93,11 +100,11 @@ def unsupported_layout(
             for token in tokens:
                 places |= token * tensor.itemsize
             places |= tensor.data_ptr()
-    return _unsupported_addresses(ssm_state, x, B, C, z, output) if bad or places & 15 else None
+    return _unsupported_addresses(ssm_state, x, B, C, z, state_scale, output) if bad or places & 15 else None
 
 
 def _unsupported_addresses(
-    ssm_state: Tensor, x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, output: Tensor
+    ssm_state: Tensor, x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, state_scale: Tensor | None, output: Tensor
 ) -> str | None:
     """Return the refusal of strides or addresses."""
     _, _, dim, dstate = ssm_state.shape
@@ -106,6 +113,8 @@ def _unsupported_addresses(
         return f"takes a state whose slots are each dense, and its strides are {ssm_state.stride()}"
     if (ssm_state.data_ptr() | slot * ssm_state.itemsize) & 15:
         return "takes a state whose slots start at multiples of 16 bytes, and not all of them do"
+    if state_scale is not None and not state_scale.is_contiguous():
+        return f"takes a state_scale that is contiguous, and its strides are {state_scale.stride()}"
     if not output.is_contiguous():
         return f"takes an out that is contiguous, and its strides are {output.stride()}"
     for name, tensor, width in (("x", x, dim), ("B", B, dstate), ("C", C, dstate), ("z", z, dim), ("out", output, dim)):
@@ -135,7 +144,8 @@ def _kernel() -> Callable[..., Tensor]:
 def selective_state_update(call: "Arguments") -> None:
     """Takes Mamba-2 alone (one A, dt, D and dt_bias a head), a dim of 64 or 128, a dstate of 64, 96, 128 or 256, B, C,
     z and out in x's dtype, dense slots and tokens that start at multiples of 16 bytes, at most 16 tokens a row, and
-    packed rows in speculative decoding alone. There a row of more tokens than its write slots have columns fails an
+    packed rows in speculative decoding alone. An int16 state is rounded to the nearest, and its state_scale contiguous.
+    In speculative decoding a row of more tokens than its write slots have columns fails an
     assertion on the device.
 
     Its exponential and logarithm are the GPU's fast ones. With the algorithm auto the number of rows decides on the
@@ -204,6 +214,7 @@ def selective_state_update(call: "Arguments") -> None:
         dt_softplus=call.dt_softplus,
         state_batch_indices=source,
         pad_slot_id=-1,
+        state_scale=call.state_scale,
         out=written,
         rand_seed=call.rounding_seed,
         philox_rounds=call.philox_rounds or 10,

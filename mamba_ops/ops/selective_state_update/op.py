@@ -14,18 +14,18 @@ from mamba_ops.ops._common.checking import (
     index_tensor,
     packed_rows,
     shape_is,
-    short,
     slot_for_each,
     slot_table,
     slots_for,
     tensor_rank,
 )
 from mamba_ops.ops._common.chunk_layout import row_count
+from mamba_ops.ops._common.narrow import check_rounding, check_state, default_seed, meant
 from mamba_ops.ops._common.values import check_updates
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.selective_state_update import cpp as on_cpp
 from mamba_ops.ops.selective_state_update import flashinfer as on_flashinfer
-from mamba_ops.registry import bad_argument, settings
+from mamba_ops.registry import bad_argument
 
 
 class Arguments(NamedTuple):
@@ -48,11 +48,12 @@ class Arguments(NamedTuple):
     null_slot: int
     rounding_seed: Tensor | None
     philox_rounds: int
+    state_scale: Tensor | None
     output: Tensor
 
 
 @mamba.op(
-    mutates=("ssm_state", "out"),
+    mutates=("ssm_state", "state_scale", "out"),
     reference="mamba_ops.ops.selective_state_update.reference:selective_state_update",
     arguments=Arguments,
     replaces="selective_state_update",
@@ -76,6 +77,7 @@ def selective_state_update(
     null_slot: int = -1,
     rounding_seed: Tensor | None = None,
     philox_rounds: int = 0,
+    state_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Advance the cached `ssm_state` of every row by the row's tokens, in place, and write the tokens' outputs.
@@ -108,9 +110,14 @@ def selective_state_update(
             is stored in column 0.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero, and nothing is read or
             stored for it.
-        rounding_seed: one int64, () or (1,): a state of float16, which it must be, is rounded stochastically at each
-            store, in any of the forms above. None: to the nearest.
-        philox_rounds: rounds of the generator for that. 0: 10.
+        rounding_seed: one int64, () or (1,): a state of float16, int16 or float8_e4m3fn, which it must be, is rounded
+            stochastically at each store, in any of the forms above. None: to the nearest.
+        philox_rounds: rounds of the generator for that, 100 at most. 0: 10.
+        state_scale: float32, (slots, heads, dim), or (slots, dim) for Mamba-1, with an ssm_state of int16 or
+            float8_e4m3fn, and with no other: a row of dstate numbers stands for them times its scale. Mutated together
+            with the state: at each store a row's scale is its largest size divided by the format's, 32767 or 448, and
+            its numbers are rounded after they were multiplied by the inverse. A row with an infinity or NaN becomes
+            NaN.
         out: like x, any float dtype, in other memory; mutated.
 
     For every row, head and channel, in float32 at least, from the row's state s on:
@@ -137,12 +144,13 @@ def _output(x: Tensor) -> Tensor:
 
 @selective_state_update.validate
 def _validate(call: Arguments) -> None:
-    check_tensors(call, "x", indices=["rounding_seed"])
+    check_tensors(call, "x", indices=["rounding_seed", "ssm_state"])
     ranks = {3: "(slots, dim, dstate)", 4: "(slots, heads, dim, dstate)"}
     tensor_rank("ssm_state", call.ssm_state, ranks, hint="Mamba-1 has no heads dimension, Mamba-2 has one")
     if 0 in call.ssm_state.shape[1:]:
         raise bad_argument("ssm_state", got=f"shape {tuple(call.ssm_state.shape)}", expected="only slots of size 0")
     *heads, dim, dstate = call.ssm_state.shape[1:]
+    check_state(call.ssm_state, call.state_scale, "(slots, heads, dim)" if heads else "(slots, dim)")
     channels, axes = ((*heads, dim), "heads, dim") if heads else ((dim,), "dim")
 
     packed_rows(call.cu_seqlens)
@@ -166,16 +174,7 @@ def _validate(call: Arguments) -> None:
     if heads and (groups == (0,) or heads[0] % groups[0]):
         raise bad_argument("B", got=f"{groups[0]} groups", expected=f"a divisor of the {heads[0]} heads")
 
-    if call.rounding_seed is not None:
-        if call.rounding_seed.dtype != torch.int64:
-            hint = "one number from torch.randint will do"
-            raise bad_argument("rounding_seed", got=short(call.rounding_seed.dtype), expected="int64", hint=hint)
-        shape_is("rounding_seed", call.rounding_seed, (1,), ())
-        if call.ssm_state.dtype != torch.float16:
-            hint = "rounding_seed asks for stochastic rounding, which is for states of float16"
-            raise bad_argument("ssm_state", got=short(call.ssm_state.dtype), expected="float16", hint=hint)
-    if call.philox_rounds < 0:
-        raise bad_argument("philox_rounds", got=call.philox_rounds, expected="at least 1, or 0 for 10")
+    check_rounding(call.ssm_state, call.rounding_seed, call.philox_rounds)
 
     n = row_count(call.x, call.cu_seqlens)
     states = 1
@@ -199,18 +198,12 @@ def _validate_values(call: Arguments) -> None:
 
 @selective_state_update.default_arguments
 def _default_arguments(ssm_state: Tensor, rounding_seed: Tensor | None, philox_rounds: int) -> dict[str, Any]:
-    """Draw a seed for a float16 state, if the configuration asks for stochastic rounding and the caller brought none.
+    return default_seed(ssm_state, rounding_seed, philox_rounds)
 
-    The op's body does so, not the front: so a swap of the configuration recompiles nothing, and a graph that captured
-    the call draws another seed in every replay.
-    """
-    now = settings()
-    given: dict[str, Any] = {}
-    if rounding_seed is None and now.get("stochastic_rounding") and ssm_state.dtype == torch.float16:
-        given["rounding_seed"] = torch.randint(0, 2**63 - 1, (1,), device=ssm_state.device)
-    if (given or rounding_seed is not None) and not philox_rounds and now.get("philox_rounds"):
-        given["philox_rounds"] = now["philox_rounds"]
-    return given
+
+@selective_state_update.meant
+def _meant(ssm_state: Tensor, state_scale: Tensor | None) -> dict[str, tuple[Tensor, Tensor] | None]:
+    return meant(ssm_state, state_scale)
 
 
 def _unsupported(x: Tensor) -> str | None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import fixed
 from mamba_ops.ops._common.decay import finite_rates
-from mamba_ops.ops._common.rounding import round_stochastically
+from mamba_ops.ops._common.narrow import read_states, store_states
 from mamba_ops.ops._common.slots import padded_rows, store_rows, update_ends
 from mamba_ops.ops.selective_state_update.op import Arguments
 from mamba_ops.ops.selective_state_update.step import is_step, step
@@ -61,15 +61,13 @@ def selective_state_update(call: Arguments) -> None:
     a = finite_rates(weights(call.A))
     a = a if a.dim() == 3 else a.unsqueeze(-1)
 
-    def kept_in(slots: Tensor, s: Tensor) -> Tensor:
-        """What is stored of a state."""
-        return (
-            s if call.rounding_seed is None else round_stochastically(s, call.rounding_seed, slots, call.philox_rounds)
-        )
+    def as_kept(s: Tensor) -> Tensor:
+        """States by channel, as the cache has them."""
+        return s.squeeze(1) if headless else s
 
-    cache = call.ssm_state.unsqueeze(1) if headless else call.ssm_state
     # Rows in order are a view: a cache of the dtype that is computed in then advances where it is.
-    s = (cache[:n] if in_order else cache[torch.where(is_active, source, 0)]).to(compute)
+    s = read_states(call, slice(n) if in_order else torch.where(is_active, source, 0), compute)
+    s = s.unsqueeze(1) if headless else s
     sums = []
     for t in range(fixed(length)):
         decay, written = torch.exp(a * d[:, t]), (d[:, t] * u[:, t].unsqueeze(-1)) * b[:, t]
@@ -79,11 +77,11 @@ def selective_state_update(call: Arguments) -> None:
             s = torch.where(inside[:, t].view(n, 1, 1, 1), s * decay + written, s)
         sums.append(torch.mul(s, c[:, t], out=written).sum(-1))
         if call.num_accepted_tokens is not None and t < target.shape[1]:
-            store_rows(cache, target[:, t], kept_in(target[:, t], s), stored[:, t])
+            store_states(call, target[:, t], as_kept(s), stored[:, t])
     if in_order and call.ssm_state.dtype != compute:
-        cache[:n].copy_(kept_in(source, s))
+        store_states(call, source, as_kept(s), None)
     elif not in_order and call.num_accepted_tokens is None:
-        store_rows(cache, target[:, 0], kept_in(target[:, 0], s), stored[:, 0])
+        store_states(call, target[:, 0], as_kept(s), stored[:, 0])
 
     y = torch.stack(sums, dim=1)
     if call.D is not None:

@@ -108,6 +108,18 @@ def _samples(
     yield sample("stochastic rounding", **seed)
     rounded: dict[str, Any] = {**seed, **accepted, "rounding_seed": indices(-5, dtype=torch.int64)[0]}
     yield sample("stochastic rounding, speculative rows", 3, 3, **rounded, philox_rounds=7)
+    whole = (normal(8, *channels, dstate) * 9000).to(torch.int16)
+    narrow: dict[str, Any] = {"ssm_state": whole, "state_scale": 1e-4 * normal(8, *channels, dtype=torch.float32).abs()}
+    yield sample("int16 state", **narrow)
+    yield sample("int16 state, rows in order", **narrow, slots=None)
+    pages = normal(8, heads, dim + 5, dtype=torch.float32)[..., 2:-3].abs() * 1e-4
+    turned = (normal(8, heads, dstate, dim) * 9000).to(torch.int16).transpose(2, 3)
+    far: dict[str, Any] = {"ssm_state": turned, "state_scale": pages, "write_slots": indices(4, -1, 0), "null_slot": 0}
+    yield sample("int16 state, padded scales, null destinations", **far)
+    seeded: dict[str, Any] = {**narrow, **accepted, "rounding_seed": seed["rounding_seed"]}
+    yield sample("int16 state, stochastic rounding, speculative rows", 3, 3, **seeded)
+    of_mamba1: dict[str, Any] = {n: t.flatten(1, 2) for n, t in narrow.items()}
+    yield sample("int16 state, packed mamba1", 7, heads=0, cu_seqlens=indices(0, 2, 3, 7), **of_mamba1)
     yield sample("no rows", 0, slots=None)
     yield sample("one row", 1)
     yield sample(
@@ -161,9 +173,15 @@ _ERROR_INPUTS = error_table(
     ("speculative", "num_accepted_tokens", lambda a: a[:1], r"got shape \(1,\)"),
     ("speculative", "slots", lambda s: None, "got None"),
     ("base", "out", lambda o: o[..., :1], "got shape"),
-    ("base", "philox_rounds", lambda _: -7, "got -7, expected at least 1, or 0 for 10"),
+    ("base", "philox_rounds", lambda _: -7, "got -7, expected 1 to 100, or 0 for 10"),
+    ("base", "philox_rounds", lambda _: 10**9, "got 1000000000, expected 1 to 100, or 0 for 10"),
     ("stochastic rounding", "rounding_seed", lambda s: s.repeat(2), r"got shape \(2,\), expected \(1,\) or"),
-    ("stochastic rounding", "ssm_state", lambda s: s.bfloat16(), "got bfloat16, expected float16; rounding_seed asks"),
+    ("stochastic rounding", "ssm_state", lambda s: s.bfloat16(), "got bfloat16, expected float16, int16 or float8_e4"),
+    ("int16 state", "ssm_state", lambda s: s.float(), "got float32, expected int16 or float8_e4m3fn; state_scale is"),
+    ("int16 state", "state_scale", lambda s: None, r"got none for a state of int16, expected float32 \(slots, heads,"),
+    ("int16 state", "state_scale", lambda s: s.double(), "got float64, expected float32; mamba_ops.functional.narrow_"),
+    ("int16 state", "state_scale", lambda s: s[..., :-1], r"got shape \(8, 4, 15\), expected \(8, 4, 16\); \(slots, h"),
+    ("int16 state", "state_scale", lambda s: s[:-1], r"got shape \(7, 4, 16\), expected \(8, 4, 16\); \(slots, heads"),
 )
 
 

@@ -20,6 +20,7 @@ def is_step(call: "Arguments") -> bool:
         and call.write_slots is None
         and call.cu_seqlens is None
         and call.rounding_seed is None
+        and call.state_scale is None
         and call.x.dim() < call.ssm_state.dim()
     )
 

@@ -3,10 +3,8 @@
 A program owns some channels of one head of one row: their state stays in registers over all tokens of the row.
 """
 
-import functools
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 
@@ -25,6 +23,7 @@ from mamba_ops.ops._triton.common import (
 from mamba_ops.ops._triton.decay import finite_rate
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
+from mamba_ops.ops._triton.states import load_state, states_of, store_state
 
 if TYPE_CHECKING:
     from mamba_ops.ops.selective_state_update.op import Arguments
@@ -38,63 +37,6 @@ def _weight(values, head, channel, in_dim, DIM: tl.constexpr, PER_CHANNEL: tl.co
     else:
         weight = tl.load(values + head)
     return weight.to(tl.float32)
-
-
-@triton.jit
-def _rounded(s, r):
-    # s as float16, rounded by the random words r as in mamba_ops/ops/_common/rounding.py.
-    bits = s.to(tl.uint32, bitcast=True)
-    exponent = (bits >> 23) & 0xFF
-    exponent = tl.maximum(exponent, 113)  # below 2^-14 neighbours are as far apart as there
-    steps = tl.abs(s) * ((264 - exponent) << 23).to(tl.float32, bitcast=True)
-    whole = tl.floor(steps)
-    u = (r >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
-    whole += (steps - whole >= 1.0 - u).to(tl.float32)
-    size = whole * ((exponent - 10) << 23).to(tl.float32, bitcast=True)
-    return (size.to(tl.uint32, bitcast=True) | (bits & 0x80000000)).to(tl.float32, bitcast=True).to(tl.float16)
-
-
-@triton.jit
-def _rounded_by_hardware(s, r):
-    # The same for normal numbers: the instruction adds 13 random bits a number, and takes two numbers.
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 low, high;
-        shr.u32 low, $3, 19;
-        shr.u32 high, $4, 19;
-        shl.b32 high, high, 16;
-        or.b32 low, low, high;
-        cvt.rs.f16x2.f32 $0, $2, $1, low;
-        }""",
-        "=r,f,f,r,r",
-        [s, r],
-        dtype=tl.float16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def _stored(s, rounding_seed, slot, channel, WIDTH: tl.constexpr, ROUNDS: tl.constexpr, HARDWARE: tl.constexpr):
-    # What is stored of a state. Four entries in a row share one call of the generator.
-    if rounding_seed is not None:
-        quad = tl.arange(0, WIDTH // 4)
-        zero = tl.zeros([1, WIDTH // 4], tl.uint32)
-        place = channel[:, None].to(tl.uint32) + zero
-        r0, r1, r2, r3 = tl.philox(
-            tl.load(rounding_seed),
-            quad[None, :].to(tl.uint32) + 0 * place,
-            place,
-            slot.to(tl.uint32) + zero,
-            zero,
-            ROUNDS,
-        )
-        words = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), s.shape)
-        if HARDWARE:
-            s = _rounded_by_hardware(s, words)
-        else:
-            s = _rounded(s, words)
-    return s
 
 
 @kernel(first_number="slot_stride", static="A D dt_bias")
@@ -114,10 +56,14 @@ def _kernel(
     cu_seqlens,
     num_accepted_tokens,
     rounding_seed,
+    state_scale,
     slot_stride,
     head_stride,  # this and the next two are None for an ALIGNED state, which is dense
     dim_stride,
     dstate_stride,
+    scale_stride,  # this and the next two are None without scales
+    scale_head_stride,
+    scale_dim_stride,
     x_stride,  # this and the next five: from token to token
     dt_stride,
     B_stride,
@@ -145,6 +91,7 @@ def _kernel(
     WIDTH: tl.constexpr,
     ROUNDS: tl.constexpr,
     HARDWARE: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     # Rows are outermost: programs that run together then read neighbouring state, and share B and C.
     BLOCKS: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
@@ -174,6 +121,9 @@ def _kernel(
     else:
         of_head = head.to(tl.int64) * head_stride
         of_state = of_head + channel.to(tl.int64)[:, None] * dim_stride + entry.to(tl.int64)[None, :] * dstate_stride
+    of_scale = channel
+    if state_scale is not None:
+        of_scale = head.to(tl.int64) * scale_head_stride + channel.to(tl.int64) * scale_dim_stride
 
     if num_accepted_tokens is not None:
         accepted = tl.load(num_accepted_tokens + row).to(tl.int32)
@@ -184,7 +134,9 @@ def _kernel(
             tl.store(output + (first + t) * output_stride + of_x, tl.zeros([BLOCK], tl.float32), in_dim)
         return
 
-    s = tl.load(offset_ptr(ssm_state, source * slot_stride, ALIGNED) + of_state, in_state, other=0.0).to(tl.float32)
+    s = load_state(
+        ssm_state, source, slot_stride, of_state, in_state, state_scale, scale_stride, of_scale, in_dim, ALIGNED, NATIVE
+    )  # fmt: skip
     if A_IS_FULL:
         a = tl.load(A + of_x[:, None] * DSTATE + entry[None, :], in_state, other=0.0).to(tl.float32)
     else:
@@ -213,8 +165,10 @@ def _kernel(
             if t < write_columns:
                 target = tl.load(write_slots + row * write_stride + t).to(tl.int64)
                 if is_slot(target, null_slot, slot_count):
-                    new = _stored(s, rounding_seed, target, of_x, WIDTH, ROUNDS, HARDWARE)
-                    tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + of_state, new, in_state)
+                    store_state(
+                        s, ssm_state, target, slot_stride, of_state, in_state, state_scale, scale_stride, of_scale,
+                        in_dim, rounding_seed, of_x, WIDTH, ROUNDS, HARDWARE, ALIGNED, NATIVE,
+                    )  # fmt: skip
 
         y = tl.sum(s * c[None, :], axis=1)
         if D is not None:
@@ -226,21 +180,17 @@ def _kernel(
 
     if num_accepted_tokens is None:
         if write_slots is None:
-            new = _stored(s, rounding_seed, source, of_x, WIDTH, ROUNDS, HARDWARE)
-            tl.store(offset_ptr(ssm_state, source * slot_stride, ALIGNED) + of_state, new, in_state)
+            store_state(
+                s, ssm_state, source, slot_stride, of_state, in_state, state_scale, scale_stride, of_scale,
+                in_dim, rounding_seed, of_x, WIDTH, ROUNDS, HARDWARE, ALIGNED, NATIVE,
+            )  # fmt: skip
         else:
             target = tl.load(write_slots + row * write_stride).to(tl.int64)
             if is_slot(target, null_slot, slot_count):
-                new = _stored(s, rounding_seed, target, of_x, WIDTH, ROUNDS, HARDWARE)
-                tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + of_state, new, in_state)
-
-
-@functools.cache
-def _rounds_by_hardware(device: torch.device) -> bool:
-    """Whether the GPU has the instruction that rounds stochastically, cvt.rs."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return False
-    return torch.get_device_module(device).get_device_capability(device) in ((10, 0), (10, 3))
+                store_state(
+                    s, ssm_state, target, slot_stride, of_state, in_state, state_scale, scale_stride, of_scale,
+                    in_dim, rounding_seed, of_x, WIDTH, ROUNDS, HARDWARE, ALIGNED, NATIVE,
+                )  # fmt: skip
 
 
 def selective_state_update(call: "Arguments") -> None:
@@ -250,8 +200,6 @@ def selective_state_update(call: "Arguments") -> None:
     not is written through a copy. Where the state is not dense within a slot, or a slot of it or a token of B or C
     does not start at a multiple of 16 bytes, the state is read and written element by element, which is slower.
     """
-    philox_rounds = call.philox_rounds or 10
-    round_by_hardware = call.rounding_seed is not None and _rounds_by_hardware(call.x.device)
     if call.output.numel() == 0 or (call.cu_seqlens is not None and call.cu_seqlens.shape[0] == 1):
         return
     flat, headless = call.x.dim() < call.ssm_state.dim(), call.ssm_state.dim() == 3
@@ -281,15 +229,17 @@ def selective_state_update(call: "Arguments") -> None:
     places |= slot_stride * call.ssm_state.itemsize | B.stride(0) * B.itemsize | C.stride(0) * C.itemsize
     aligned = places % 16 == 0 and is_dense(call.ssm_state)
     head_stride, dim_stride, dstate_stride = (None, None, None) if aligned else (0, *strides)[-3:]
+    states = states_of(call)
+    scale_stride, *scale_strides = states.strides
+    if headless:  # its one head is at no distance
+        scale_strides = [None if scale_stride is None else 0, *scale_strides]
 
     launch = _launches(call.ssm_state.get_device(), dim, dstate, A.dim() > 1)["_kernel"]
-    if call.rounding_seed is None:  # then neither is to tell kernels apart
-        philox_rounds, round_by_hardware = 0, False
-    else:
+    if call.rounding_seed is not None:
         launch = {**launch, "WIDTH": max(launch["WIDTH"], 4)}
     with on_device_of(call.ssm_state):
         _kernel[(rows * heads * cdiv(dim, launch["BLOCK"]),)](
-            call.ssm_state,
+            states.states,
             x,
             dt,
             A,
@@ -304,10 +254,13 @@ def selective_state_update(call: "Arguments") -> None:
             cu_seqlens,
             num_accepted_tokens,
             call.rounding_seed,
+            call.state_scale,
             slot_stride,
             head_stride,
             dim_stride,
             dstate_stride,
+            scale_stride,
+            *scale_strides,
             x.stride(0),
             dt.stride(0),
             B.stride(0),
@@ -331,8 +284,9 @@ def selective_state_update(call: "Arguments") -> None:
             BIAS_PER_CHANNEL=headless or (dt_bias is not None and dt_bias.dim() > 1),
             SOFTPLUS=call.dt_softplus,
             ALIGNED=aligned,
-            ROUNDS=philox_rounds,
-            HARDWARE=round_by_hardware,
+            ROUNDS=states.rounds,
+            HARDWARE=states.hardware,
+            NATIVE=states.native,
             **launch,
         )
     write_back(written, call.output, flat)

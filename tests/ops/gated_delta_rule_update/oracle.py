@@ -28,14 +28,21 @@ def gated_delta_rule_update(
     num_accepted_tokens: Tensor | None = None,
     qk_l2norm: bool = False,
     null_slot: int = -1,
+    rounding_seed: Tensor | None = None,
+    philox_rounds: int = 0,
+    state_scale: Tensor | None = None,
     out: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor]:
-    """Return (output, state), both new.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (output, state, its scales), the first two new.
 
     Everything is computed in `dtype`. In float64 the results are float64 too; else they are rounded once, to the dtypes
-    of what holds them. What the op does not write is what was there before; without `out` that is NaN.
+    of what holds them. What the op does not write is what was there before; without `out` that is NaN. The
+    state is rounded to the nearest, whatever the seed; one with scales is returned as the numbers that it stands for,
+    not rounded.
     """
+    if state_scale is not None:
+        ssm_state = ssm_state.to(dtype) * state_scale.to(dtype).unsqueeze(-1)
     exact = dtype == torch.float64
     before = torch.full_like(v, torch.nan) if out is None else out
     output = before.to(dtype if exact else before.dtype, copy=True)
@@ -76,7 +83,7 @@ def gated_delta_rule_update(
                 target = slot_of(slots if write_slots is None else write_slots, row, column)
                 if target is not None:
                     after[target] = S.to(after.dtype)
-    return output, after
+    return output, after, torch.empty(0) if state_scale is None else state_scale
 
 
 def tokens_of_rows(ssm_state: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[list[tuple[int, ...]]]:

@@ -40,4 +40,6 @@ BUGS = {
     "all speculative states in one column": ("row * write_stride + t)", "row * write_stride)"),
     "first token only": ("    for t in range(tokens):\n        token", "    for t in range(1):\n        token"),
     "turned state taken as dense": (" and is_dense(call.ssm_state)", ""),
+    "scale not stored": ("    tl.store(state_scale + slot", "    tl.store(state_scale + 0 * slot"),
+    "scale of another value": ("+ value.to(tl.int64) * scale_value_stride", "+ 0 * value.to(tl.int64)"),
 }

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.ops.common.mixing import Convolution, Rounding, rows_of
+from tests.ops.common.mixing import Convolution, Rounding, rows_of, wide
 from tests.ops.gated_delta_rule_update.oracle import delta_step, raw_gates
 
 
@@ -21,11 +21,12 @@ def gdn_mixing(
     *plan_and_sizes: Any,
     z: Tensor | None = None,
     null_slot: int = -1,
+    state_scale: Tensor | None = None,
     out: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     operands: torch.dtype | None = None,
-) -> tuple[Tensor, ...]:
-    """Return (output, conv_state, ssm_state, z), all new, None for a z that is not there.
+) -> tuple[Tensor | None, ...]:
+    """Return (output, conv_state, ssm_state, z, state_scale), all new but for the last, None for what is not there.
 
     Computed in `dtype`; with `operands` what the convolution leaves, and the normalised q and k of prefills, are
     rounded to that dtype, as they are where one kernel hands them to the next.
@@ -33,7 +34,7 @@ def gdn_mixing(
     *plan, K, V, k_dim, v_dim, interleaved = plan_and_sizes
     rounding = Rounding(dtype, operands)
     convolution = Convolution(conv_state, conv_weight, conv_bias, rounding)
-    states = rounding.copy(ssm_state)
+    states = rounding.copy(wide(ssm_state, state_scale, dtype))
     shape = (projected_qkvz.shape[0], V, v_dim)
     output = rounding.copy(projected_qkvz.new_zeros(shape) if out is None else out).zero_()
     gates = None if z is None else rounding.copy(z).zero_()
@@ -77,4 +78,4 @@ def gdn_mixing(
     if gates is not None and plan[0] is not None:  # tokens of padding rows have a gate, too
         for token in range(int(plan[0][1] + plan[0][3])):
             gates[token] = apart(projected_qkvz[token], projected_ba[token])[3].view(V, v_dim).to(gates.dtype)
-    return output, convolution.state, states, gates  # type: ignore[return-value]
+    return output, convolution.state, states, gates, state_scale

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.ops.common.mixing import Convolution, Rounding, rows_of, softplus
+from tests.ops.common.mixing import Convolution, Rounding, rows_of, softplus, wide
 from tests.ops.gated_delta_rule_update.oracle import delta_step
 
 
@@ -22,11 +22,12 @@ def kda_mixing(
     *plan_and_sizes: Any,
     lower_bound: float | None = None,
     null_slot: int = -1,
+    state_scale: Tensor | None = None,
     out: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     operands: torch.dtype | None = None,
-) -> tuple[Tensor, ...]:
-    """Return (output, conv_state, ssm_state), all new.
+) -> tuple[Tensor | None, ...]:
+    """Return (output, conv_state, ssm_state, state_scale), all new but for the last.
 
     Computed in `dtype`; with `operands` what the convolution leaves, and the normalised q and k of prefills, are
     rounded to that dtype, as they are where one kernel hands them to the next.
@@ -34,7 +35,7 @@ def kda_mixing(
     *plan, K, V, k_dim, v_dim = plan_and_sizes
     rounding = Rounding(dtype, operands)
     convolution = Convolution(conv_state, conv_weight, conv_bias, rounding)
-    states = rounding.copy(ssm_state)
+    states = rounding.copy(wide(ssm_state, state_scale, dtype))
     shape = (projected.shape[0], V, v_dim)
     output = rounding.copy(projected.new_zeros(shape) if out is None else out).zero_()
     d = a.to(dtype).view(-1, V, k_dim) + dt_bias.to(dtype)
@@ -56,4 +57,4 @@ def kda_mixing(
                 output[token, h] = o.to(output.dtype)
             row.keep(states, number, s)
         window.end()
-    return output, convolution.state, states
+    return output, convolution.state, states, state_scale

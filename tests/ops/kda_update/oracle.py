@@ -23,8 +23,9 @@ def kda_update(
     lower_bound: float | None = None,
     dtype: torch.dtype = torch.float64,
     **rows: Any,
-) -> tuple[Tensor, Tensor]:
-    """Return (output, state): the loops are those of the gated delta rule, whose states take a decay for each column.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (output, state, its scales): the loops are those of the gated delta rule, whose states take a
+    decay for each column.
 
     Everything is computed in `dtype`.
     """

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.common.exponential import exp
-from tests.ops.common.mixing import Convolution, Rounding, rows_of, softplus
+from tests.ops.common.mixing import Convolution, Rounding, rows_of, softplus, wide
 
 
 def mamba2_mixing(
@@ -23,11 +23,12 @@ def mamba2_mixing(
     dt_min: float = 0.0,
     dt_max: float = math.inf,
     null_slot: int = -1,
+    state_scale: Tensor | None = None,
     out: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     operands: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (output, conv_state, ssm_state), all new.
+) -> tuple[Tensor | None, ...]:
+    """Return (output, conv_state, ssm_state, state_scale), all new but for the last.
 
     Computed in `dtype`; with `operands` what the convolution leaves is rounded to that dtype, as it is where one kernel
     hands it to the next.
@@ -35,7 +36,7 @@ def mamba2_mixing(
     *plan, heads, head_dim, dstate, groups, _ = plan_and_sizes
     rounding = Rounding(dtype, operands)
     convolution = Convolution(conv_state, conv_weight, conv_bias, rounding)
-    states = rounding.copy(ssm_state)
+    states = rounding.copy(wide(ssm_state, state_scale, dtype))
     output = rounding.copy(projected.new_zeros(projected.shape[0], heads, head_dim) if out is None else out).zero_()
     inner = heads * head_dim
     for row in rows_of(*plan, null_slot=null_slot):
@@ -52,4 +53,4 @@ def mamba2_mixing(
                 output[token, h] = (s[h] @ C[group] + D[h].to(dtype) * u).to(output.dtype)
             row.keep(states, number, s)
         window.end()
-    return output, convolution.state, states
+    return output, convolution.state, states, state_scale

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.common.exponential import exp
-from tests.ops.common.mixing import Convolution, Rounding, rows_of, softplus
+from tests.ops.common.mixing import Convolution, Rounding, rows_of, softplus, wide
 
 
 def mamba_mixing(
@@ -26,18 +26,19 @@ def mamba_mixing(
     *plan: Any,
     norm_eps: float = 1e-6,
     null_slot: int = -1,
+    state_scale: Tensor | None = None,
     out: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     operands: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (output, conv_state, ssm_state), all new.
+) -> tuple[Tensor | None, ...]:
+    """Return (output, conv_state, ssm_state, state_scale), all new but for the last.
 
     Computed in `dtype`; with `operands` what the convolution, the two projections and the norms leave is rounded to
     that dtype, as it is where one kernel hands it to the next.
     """
     rounding = Rounding(dtype, operands)
     convolution = Convolution(conv_state, conv_weight, conv_bias, rounding)
-    states = rounding.copy(ssm_state)
+    states = rounding.copy(wide(ssm_state, state_scale, dtype))
     (inner, dstate), rank = A.shape, dt_proj_weight.shape[1]
     output = rounding.copy(projected.new_zeros(projected.shape[0], inner) if out is None else out).zero_()
 
@@ -61,4 +62,4 @@ def mamba_mixing(
             output[token] = ((s @ C + D.to(dtype) * u) * z * torch.sigmoid(z)).to(output.dtype)
             row.keep(states, number, s)
         window.end()
-    return output, convolution.state, states
+    return output, convolution.state, states, state_scale

@@ -27,10 +27,11 @@ def selective_state_update(
     null_slot: int = -1,
     rounding_seed: Tensor | None = None,
     philox_rounds: int = 0,
+    state_scale: Tensor | None = None,
     out: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor]:
-    """Return (output, state); the arguments stay as they are.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (output, state, its scales); the arguments stay as they are.
 
     Everything is computed in `dtype`. In float64 the results are float64 too; else they are rounded once,
     to the dtypes of the output (`out`'s, or x's) and of the state, as a kernel's are. What the op does not write is
@@ -38,6 +39,8 @@ def selective_state_update(
     rounded stochastically has an oracle of its own, rounding.py.
     """
     exact = dtype == torch.float64
+    if state_scale is not None:
+        ssm_state = ssm_state.to(dtype) * state_scale.to(dtype).unsqueeze(-1)
     before = torch.full_like(x, torch.nan) if out is None else out
     output, new_state = (t.to(dtype if exact else t.dtype, copy=True) for t in (before, ssm_state))
     x, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
@@ -93,7 +96,7 @@ def selective_state_update(
                 target = None
             if target is not None:
                 new_state[target] = s.to(new_state.dtype)
-    return output, new_state
+    return output, new_state, torch.empty(0) if state_scale is None else state_scale
 
 
 def _tokens_of_rows(x: Tensor, ssm_state: Tensor, cu_seqlens: Tensor | None) -> list[list[tuple[int, ...]]]:

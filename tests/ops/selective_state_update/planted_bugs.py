@@ -16,10 +16,12 @@ BUGS = {
     "accepted column off by one": ("slots_columns) - 1", "slots_columns - 1)"),
     "state rounded between tokens": ("u[:, None]\n", "u[:, None]\n        s = s.to(tl.bfloat16).to(tl.float32)\n"),
     "first token only": ("    for t in range(tokens):\n        token", "    for t in range(1):\n        token"),
+    "scale not stored": ("    tl.store(state_scale + slot", "    tl.store(state_scale + 0 * slot"),
+    "scale of another channel": ("+ channel.to(tl.int64) * scale_dim_stride", "+ 0 * channel.to(tl.int64)"),
 }
 
 ROUNDING_BUGS = {
-    "rounded to the nearest": ("s = _rounded(", "_rounded("),
+    "rounded to the nearest": ("_rounded(s, words, 10, 113)", "_rounded(s, None, 10, 113)"),
     "every number has the first word": (
         "tl.join(tl.join(r0, r2), tl.join(r1, r3))",
         "tl.join(tl.join(r0, r0), tl.join(r0, r0))",
@@ -28,16 +30,34 @@ ROUNDING_BUGS = {
         "tl.join(tl.join(r0, r2), tl.join(r1, r3))",
         "tl.join(tl.join(r0, r1), tl.join(r2, r3))",
     ),
-    "the row's words": ("rounding_seed, target,", "rounding_seed, row,"),
-    "the source's words": ("rounding_seed, target,", "rounding_seed, source,"),
+    "the row's words": ("else _words(s, rounding_seed, slot,", "else _words(s, rounding_seed, slot * 0,"),
+    "the source's words": ("s, ssm_state, target, slot_stride", "s, ssm_state, source, slot_stride"),
     "one channel's words": ("channel[:, None].to(tl.uint32)", "(0 * channel)[:, None].to(tl.uint32)"),
-    "the head forgotten": ("source, of_x, WIDTH", "source, channel, WIDTH"),
-    "rounds ignored": ("            ROUNDS,\n        )", "            10,\n        )"),
+    "the head forgotten": ("rounding_seed, of_x, WIDTH", "rounding_seed, channel, WIDTH"),
+    "rounds ignored": ("        ROUNDS,\n    )", "        10,\n    )"),
     "biased towards zero": ("(r >> 8)", "(r >> 9)"),
-    "subnormals like the others": ("tl.maximum(exponent, 113)", "tl.maximum(exponent, 10)"),
+    "subnormals like the others": ("tl.maximum(exponent, LEAST)", "tl.maximum(exponent, MANTISSA)"),
     "the sign forgotten": ("| (bits & 0x80000000)", ""),
 }
 """Bugs of stochastic rounding: an error budget lets any neighbour pass, so tests/test_rounding.py catches these."""
+
+NARROW_BUGS = {
+    "cut off, not rounded": ("(steps + 12582912.0) - 12582912.0", "tl.floor(steps)"),
+    "one scale for all rows": (
+        "axis=1)\n        is_byte",
+        "axis=1)\n        size = size * 0 + tl.max(size, axis=0)\n        is_byte",
+    ),
+    "a scale for half of the range": ("448.0 if is_byte else 32767.0", "224.0 if is_byte else 16383.0"),
+    "infinities taken for numbers": ("finite = size < 0x7F800000", "finite = size < 0x7FF00000"),
+    "seed not used": ("_rounded(q, words, 15, 142)", "_rounded(q, None, 15, 142)"),
+    "8-bit seed not used": ("_to_byte(q, words, NATIVE)", "_to_byte(q, None, NATIVE)"),
+    "8-bit subnormals lost": ("tl.abs(q) * 512.0", "tl.abs(q) * 0.0"),
+    "8-bit subnormals misread": ("0.001953125", "0.00390625"),
+    "8-bit signs lost": ("(bits >> 24) & 0x80", "(bits >> 24) & 0x00"),
+    "8-bit signs misread": ("byte >= 0x80, -wide, wide", "byte >= 0x80, wide, wide"),
+    "another smallest scale": ("scale, 1.1754943508222875e-38", "scale, 1e-30"),
+}
+"""Bugs of narrow states, which tests/test_narrow.py catches, bit by bit."""
 
 CPP_BUGS = {
     "wrong group": ("group = head[0] / (heads / groups)", "group = 0"),
