@@ -239,7 +239,8 @@ def plot(found: dict[str, dict[str, Row]], path: Path) -> None:
                 axis.loglog(row["steps"], row[key], label=label, color=color)
                 axis.loglog(row["steps"], row[f"stand-in's {key}"], ":", color=color)
             axis.set(xlabel="steps", ylabel=f"relative error, {key}", title=name)
-    axes[0][0].legend(fontsize="x-small", title="dotted: stand-in", title_fontsize="x-small")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, title="dotted: the stand-in of that format")
     figure.savefig(path)
 
 
@@ -277,7 +278,7 @@ def main() -> int:
                     found[name][label]["us"] = us
     console = Console(width=120, highlight=False, markup=False)
     console.print(f"After {given.steps} steps on {device_name(given.device)}, torch {torch.__version__}")
-    console.print(f"`{command(parser, given)}`")
+    console.print(f"`{command(parser, argparse.Namespace(**{**vars(given), 'plot': None}))}`")
     missed = []
     for name, rows in found.items():
         console.print(table_of(name, rows))

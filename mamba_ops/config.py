@@ -43,10 +43,10 @@ class BackendConfig:
         order: op name to the backends to try, in order, `"*"` standing for all other ops; or a string or list for all.
             A backend without a kernel for an op is passed over under `"*"`, and an error under the op's name. A call
             that the last backend of an order refuses is refused, with every reason. Names in any case.
-        stochastic_rounding: round a float16 state of `selective_state_update` up or down at random, without bias, in
-            every call that brings no `rounding_seed` of its own: one is drawn for each call, from torch's generator of
-            the device. States of other dtypes are rounded to nearest.
-        philox_rounds: rounds of the Philox generator that rounds them; 0 is the default of 10.
+        stochastic_rounding: round a state of float16, int16 or float8_e4m3fn of the ops that take a `rounding_seed`,
+            as `selective_state_update`, up or down at random, without bias, in every call that brings none: one is
+            drawn for each call, from torch's generator of the device. States of other dtypes are rounded to nearest.
+        philox_rounds: rounds of the Philox generator that rounds them, 100 at most; 0 is the default of 10.
         device: what it is checked against. None: the accelerator of this machine, or its CPU.
         why: op name to a sentence that says why it has its order; `explain` repeats it.
         backend_settings: `<backend>_<setting>=value` for each setting of a backend, such as
@@ -212,8 +212,10 @@ def _wrong_values(config: BackendConfig) -> list[str]:
     if not isinstance(config.stochastic_rounding, bool):
         found.append(f"stochastic_rounding: got {config.stochastic_rounding!r}, expected True or False")
     rounds = config.philox_rounds
-    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 0:
-        found.append(f"philox_rounds: got {rounds!r}, expected a number of rounds, or 0 for the default of 10")
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or not 0 <= rounds <= 100:
+        found.append(
+            f"philox_rounds: got {rounds!r}, expected a number of rounds, 1 to 100, or 0 for the default of 10"
+        )
     known = {f"{b.name}_{setting}": (b, setting) for b in backends() for setting in b.choices}
     for name, value in config.backend_settings.items():
         if name not in known:

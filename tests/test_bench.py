@@ -61,6 +61,10 @@ def broken(case: Case) -> Call:
     return call
 
 
+def changed_since(case: Case) -> Call:
+    raise AttributeError("module 'peer' has no attribute 'update'")
+
+
 FAKES = {
     "right": changed(lambda out, caches: None),
     "wrong": changed(lambda out, caches: out.add_(0.3)),
@@ -71,6 +75,7 @@ FAKES = {
     "absent": absent,
     "picky": picky,
     "broken": broken,
+    "changed since": changed_since,
 }
 
 
@@ -124,6 +129,7 @@ def test_what_is_wrong_is_reported_and_not_timed(fakes: dict[str, list[int]]) ->
         "absent": "absent",
         "picky": "refused",
         "broken": "failed",
+        "changed since": "failed",
     }
     assert {name for name, each in by_name.items() if "us" in each} == {"torch", "right"}
     assert list(fakes) == ["right"]
@@ -256,6 +262,28 @@ def test_the_command_writes_figures_a_table_and_a_plot(tmp_path: Path, monkeypat
     assert (folder / "bench.txt").read_text() == show.text(figures)
     pytest.importorskip("matplotlib")
     assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_library_that_does_not_load_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def module(name: str) -> ModuleType:
+        raise OSError("libcuda.so: no such file\nand more")
+
+    monkeypatch.setattr(peers, "module", module)
+    assert peers.versions() == dict.fromkeys(peers.PACKAGES, "absent (libcuda.so: no such file)")
+
+
+def test_what_cannot_be_captured_is_timed_as_it_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def captured(call: Any, device: torch.device) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(clocks, "captured", captured)
+    other = Backend("other", devices=None, priority=-5)
+    other.implements(ops()[OP])(ops()[OP].kernels["torch"].function)
+    try:
+        [row] = found(names=["other"])["rows"]
+    finally:
+        other.remove()
+    assert [each["status"] for each in row["contestants"] if each["kind"] == "backend"] == ["timed"]
 
 
 def test_without_matplotlib_there_is_no_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

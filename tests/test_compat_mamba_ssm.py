@@ -267,9 +267,10 @@ def test_gated_norms(kind: type[nn.Module], before: bool) -> None:
     torch.testing.assert_close(norms.swiglu(torch.cat((gate, value), -1)), functional.silu(gate) * value)
 
 
-@pytest.mark.parametrize("scan", [compat.selective_scan_fn, vllm.selective_scan_fn])
+@pytest.mark.parametrize("scan", [compat.selective_scan_fn, vllm.selective_scan_fn, parts.selective_scan_ref])
 def test_a_flag_that_is_none_is_refused_by_the_name_it_was_given_by(scan: Callable[..., Tensor]) -> None:
     x, A, B = torch.randn(1, 4, 6), -torch.rand(4, 3), torch.randn(1, 3, 6)
     state = (torch.zeros(1, 4, 3),) if scan is vllm.selective_scan_fn else ()
-    with pytest.raises(TypeError, match=r"^selective_scan_fn: delta_softplus: got -0.0, expected True or False"):
+    expected = rf"^{scan.__name__}: delta_softplus: got -0.0, expected True or False"
+    with pytest.raises(TypeError, match=expected):
         scan(x, *state, x.clone(), A, B, B, delta_softplus=-0.0)

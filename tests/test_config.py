@@ -128,7 +128,7 @@ def test_every_problem_is_listed_at_once() -> None:
         "order: no backend is named for causal_conv1d",
         "order: sycl runs on xpu, not on cpu",
         "stochastic_rounding: got 'yes', expected True or False",
-        "philox_rounds: got -1, expected a number of rounds, or 0 for the default of 10",
+        "philox_rounds: got -1, expected a number of rounds, 1 to 100, or 0 for the default of 10",
         "flashinfer_algorithm: got 'fast', expected auto, simple, vertical, horizontal",
     ]
     assert str(refused.value).startswith(

@@ -225,3 +225,46 @@ def test_expected_is_not_rounded() -> None:
     """The truth that narrow states are judged by is that of the numbers that they stand for."""
     sample = narrowed(selective_state_update, torch.float8_e4m3fn)
     assert expected(selective_state_update, sample, torch.float64)["ssm_state"].dtype == torch.float64
+
+
+COMPILED = """
+import json, sys
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from tests.compile_only import Driver
+from mamba_ops import gated_delta_rule_update, kda_update, selective_state_update
+from mamba_ops.functional import narrow_states
+from mamba_ops.ops._triton import states
+
+capability = int(sys.argv[1])
+Driver.get_current_target = lambda self: GPUTarget("cuda", capability, 32)
+states._capability = lambda device: divmod(capability, 10)
+used = []
+def note(*, key, fn, **_):
+    used.append("e4m3x2" in fn.jit_function.device_caches[0][0][key].asm["ptx"])
+knobs.runtime.jit_post_compile_hook = note
+table, seed = torch.tensor([[3, 4], [6, 0]]), torch.tensor([1])
+for dtype in (torch.int16, torch.float8_e4m3fn):
+    for form in ({"rounding_seed": seed}, {"slots": table, "num_accepted_tokens": torch.tensor([1, 2])}):
+        state, scale = narrow_states(torch.zeros(8, 2, 16, 16), dtype)
+        x, B = torch.zeros(2, 2, 16), torch.zeros(2, 1, 16)
+        selective_state_update(state, x, x[..., 0], x[0, :, 0], B, B, state_scale=scale, **form)
+        gates = {"g": x[..., 0], "beta": x[..., 0]}
+        gated_delta_rule_update(state, x, x, x, state_scale=scale, **gates, **form)
+        gates["g"] = x
+        kda_update(state, x, x, x, state_scale=scale, **gates, **form)
+print(json.dumps(used))
+"""
+
+
+@pytest.mark.parametrize(
+    ("capability", "by_hardware"),
+    [(90, True), pytest.param(80, False, marks=pytest.mark.slow), pytest.param(100, True, marks=pytest.mark.slow)],
+)
+def test_it_compiles_for_gpus_with_and_without_8_bit_floats(capability: int, by_hardware: bool) -> None:
+    """The interpreter takes what a compiler does not; so every kernel is compiled, for each format."""
+    pytest.importorskip("triton")
+    from tests.test_specialization import compiled_for_a_gpu
+
+    assert compiled_for_a_gpu(COMPILED, capability) == [False] * 6 + [by_hardware] * 6

@@ -117,7 +117,10 @@ def _op(op: registry.Op[...], backend: str) -> Iterator[Target]:
 
 
 def _meant(op: registry.Op[...], arguments: Arguments) -> dict[str, tuple[Tensor, Tensor] | None]:
-    return numbers_meant(op, {"output" if n == "out" else n: plain(a) for n, a in arguments.items()})
+    given = {"output" if n == "out" else n: plain(a) for n, a in arguments.items()}
+    if isinstance(scale := given.get("state_scale"), Tensor) and not scale.numel():
+        given["state_scale"] = None  # as an empty cache stands for one that is left out
+    return numbers_meant(op, given)
 
 
 def _arguments_of(op: registry.Op[...], sample: registry.Sample) -> Arguments:

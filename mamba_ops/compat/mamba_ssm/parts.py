@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import linear, softplus
 
-from mamba_ops.compat.arguments import States, floating, numbers, only, upcast
+from mamba_ops.compat.arguments import States, flags, floating, numbers, only, upcast
 from mamba_ops.compat.causal_conv1d import causal_conv1d_fn
 from mamba_ops.compat.mamba_ssm.scans import mamba_chunk_scan_combined, selective_state_update
 from mamba_ops.compat.mamba_ssm.selective_scan import selective_scan_fn
@@ -69,6 +69,7 @@ def mamba_inner_fn(
     }
     floating(name, xz=xz, **convolution, **weights, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
     numbers(name, b_c_dt_rms_eps=b_c_dt_rms_eps)
+    flags(name, delta_softplus=delta_softplus)
     if xz.dim() != 3:
         raise ValueError(f"{name}: xz: got shape {tuple(xz.shape)}, expected (batch, 2 * dim, length)")
     rank, dstate = delta_proj_weight.shape[1], A.shape[-1]
@@ -148,6 +149,7 @@ def ssd_selective_scan(
         dt_softplus: whether softplus is applied to dt after the bias.
         dt_limit: the least and the largest dt; the default does not limit it.
     """
+    flags("ssd_selective_scan", dt_softplus=dt_softplus)
     heads, dim = x.shape[2:]
 
     def by_channel(tensor: Tensor | None) -> Tensor | None:
@@ -194,6 +196,7 @@ def selective_scan_ref(
     return_last_state: bool = False,
 ) -> Tensor | States:
     """Do what `selective_scan_fn` does, on the backend `torch`."""
+    flags("selective_scan_ref", delta_softplus=delta_softplus)
     with use_backend("torch"):
         return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 

@@ -283,7 +283,8 @@ def update_errors(device: torch.device, *, by_channel: bool) -> list[ErrorInput]
         ("speculative", "num_accepted_tokens", lambda a: a.float(), "got float32, expected int32 or"),
         ("base", "out", lambda o: o[..., :1], r"got shape \(3, 4, 1\), expected \(3, 4, 24\); out is like v"),
         ("base", "out", lambda o: o.int(), "got int32, expected float16"),
-        ("base", "philox_rounds", lambda _: -7, "got -7, expected at least 1, or 0 for 10"),
+        ("base", "philox_rounds", lambda _: -7, "got -7, expected 1 to 100, or 0 for 10"),
+        ("base", "philox_rounds", lambda _: 10**9, "got 1000000000, expected 1 to 100, or 0 for 10"),
         ("stochastic rounding", "rounding_seed", lambda s: s.repeat(2), r"got shape \(2,\), expected \(1,\) or"),
         ("stochastic rounding", "rounding_seed", lambda s: s.int(), "got int32, expected int64"),
         (

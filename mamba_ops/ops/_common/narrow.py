@@ -149,8 +149,8 @@ def check_rounding(ssm_state: Tensor, rounding_seed: Tensor | None, philox_round
             hint = "rounding_seed asks for stochastic rounding, which is for these"
             expected = f"{short(torch.float16)}, {_NARROW}"
             raise bad_argument("ssm_state", got=short(ssm_state.dtype), expected=expected, hint=hint)
-    if philox_rounds < 0:
-        raise bad_argument("philox_rounds", got=philox_rounds, expected="at least 1, or 0 for 10")
+    if not 0 <= philox_rounds <= 100:  # a kernel is compiled for each number, and every round is one of its steps
+        raise bad_argument("philox_rounds", got=philox_rounds, expected="1 to 100, or 0 for 10")
 
 
 def default_seed(ssm_state: Tensor, rounding_seed: Tensor | None, philox_rounds: int) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def selective_state_update(
             stored for it.
         rounding_seed: one int64, () or (1,): a state of float16, int16 or float8_e4m3fn, which it must be, is rounded
             stochastically at each store, in any of the forms above. None: to the nearest.
-        philox_rounds: rounds of the generator for that. 0: 10.
+        philox_rounds: rounds of the generator for that, 100 at most. 0: 10.
         state_scale: float32, (slots, heads, dim), or (slots, dim) for Mamba-1, with an ssm_state of int16 or
             float8_e4m3fn, and with no other: a row of dstate numbers stands for them times its scale. Mutated together
             with the state: at each store a row's scale is its largest size divided by the format's, 32767 or 448, and

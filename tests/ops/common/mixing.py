@@ -55,11 +55,11 @@ def rows_of(
         accepted = None if num_accepted_tokens is None or i >= decodes else int(num_accepted_tokens[i])
         source = table[i][0 if accepted is None or windows_alone else accepted - 1]
         target = table[i][0] if write_slots is None or i < decodes else int(write_slots.flatten()[i])
-        if source < 0 or source == null_slot or (not tokens and target in (source, -1, null_slot)):
+        if source < 0 or source == null_slot or (not tokens and (target in (source, null_slot) or target < 0)):
             continue
         last = len(tokens) - 1
         wanted = [target if t == last else -1 for t in range(len(tokens))] if accepted is None else table[i]
-        to, *targets = [None if slot in (-1, null_slot) else slot for slot in (target, *wanted)]
+        to, *targets = [None if slot < 0 or slot == null_slot else slot for slot in (target, *wanted)]
         goes_on = i < decodes or bool(has_initial_state[i])
         rows.append(Row(tokens, source, table[i][0], to, goes_on, targets, accepted, i < decodes))
     return rows
