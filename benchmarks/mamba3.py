@@ -6,7 +6,6 @@ mimo, and CuteDSL for steps; what is not there is left out. On a CPU ours run al
 
 import math
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from benchmarks import measure, peers
 from benchmarks.measure import Row, number, ratio
+from mamba_ops.commands.bench.clocks import by_turns
 from mamba_ops.compat.mamba_ssm import Mamba3
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -41,17 +41,9 @@ def mixers(kind: str, device: torch.device) -> dict[str, Any]:
     return {"ours": ours} | ({} if small else peers.present({"mamba_ssm": theirs}))
 
 
-def microseconds(call: Callable[[], object], device: torch.device, *, captured: bool) -> float:
-    """Time of a call: on the device alone, where it is captured, else as the host makes it."""
-    if device.type != "cpu":
-        return measure.device_us(call, device) if captured else measure.bench_us(call)
-    call()
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return 1e6 * sorted(times)[2]
+def time_of(call: Callable[[], object], device: torch.device, *, is_captured: bool) -> float:
+    """Microseconds of a call, which was made before: on the device alone, where it is captured, else as it is made."""
+    return measure.device_us(call, device) if is_captured else by_turns({"call": call}, device)["call"]
 
 
 def off(got: Tensor, other: Tensor) -> float:
@@ -75,7 +67,7 @@ def measured(kind: str, device: torch.device) -> list[Row]:
                 call = calls_of(mixer, prompt, token)[what]
                 with torch.set_grad_enabled("training" in what):
                     results[name] = call()
-                    row[f"{name} us"] = microseconds(call, device, captured="training" not in what)
+                    row[f"{name} us"] = time_of(call, device, is_captured="training" not in what)
             except (AssertionError, ImportError, RuntimeError, TypeError) as error:
                 print(f"  {kind}, {what}: {name}: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
         if len(results) == 2:
@@ -114,7 +106,10 @@ def main() -> int:
     options = measure.options("mamba3", str(__doc__), KINDS)
     facts = measure.facts(options)
     tables = {kind: (COLUMNS, measured(kind, options.device)) for kind in KINDS if options.op in (None, kind)}
-    notes = ["apart: the largest difference of both outputs, of the largest number; steps are timed in a CUDA graph"]
+    notes = [
+        "apart: the largest difference of both outputs, of the largest number;"
+        " but for training, calls are timed in a CUDA graph"
+    ]
     results = {**facts, **{kind: rows for kind, (_, rows) in tables.items()}}
     measure.report(options, measure.page("Mamba-3", facts, tables, notes), results)
     return 0

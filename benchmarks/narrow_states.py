@@ -20,8 +20,9 @@ from rich.table import Table
 from torch import Tensor
 
 import mamba_ops
-from benchmarks.measure import Row, command, nbytes
+from benchmarks.measure import Row, command
 from mamba_ops.cold_start.choosing import microseconds
+from mamba_ops.commands.bench.clocks import nbytes
 from mamba_ops.commands.watch import device_name
 from mamba_ops.functional import narrow_states, widen_states
 

@@ -151,7 +151,7 @@ def test_parameters_are_those_of_the_original() -> None:
     weights = dict.fromkeys(("mimo_x", "mimo_z", "mimo_o"), (8, 3, 8))
     assert kept == shapes | weights | {"B_bias": (8, 3, 16), "C_bias": (8, 3, 16)}
     assert mimo.in_proj.weight.shape == (2 * 64 + 2 * 3 * 16 + 3 * 8 + 4, 32)
-    assert [float(getattr(mimo, n)[0, 0, 0]) for n in weights] == pytest.approx([1 / 3, 1, 1 / 3])
+    assert [getattr(mimo, n)[0, 0, 0].item() for n in weights] == pytest.approx([1 / 3, 1, 1 / 3])
     assert [tuple(s.shape) for s in mimo.allocate_inference_cache(5, 9)] == [
         (5, 8, 4),
         (5, 8, 8, 16),

@@ -57,13 +57,15 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def present(known: Mapping[str, Arrange], case: Case) -> tuple[dict[str, Calls], dict[str, ImportError | NotTaken]]:
-    """Return the calls of those peers that are here and take a case, and of the others why not."""
-    found, absent = {}, {}
+def present(known: Mapping[str, Arrange], case: Case) -> tuple[dict[str, Calls], dict[str, Exception]]:
+    """Return the calls of those peers that are here and take a case, and of the others why not: an ImportError, a
+    NotTaken, or what another version of a peer raises that is not as we know it."""
+    found: dict[str, Calls] = {}
+    absent: dict[str, Exception] = {}
     for name, arrange in known.items():
         try:
             calls = arrange(case)
-        except (ImportError, NotTaken) as error:
+        except Exception as error:
             absent[name] = error
         else:
             found[name] = calls if isinstance(calls, Calls) else Calls(calls, calls)
@@ -76,7 +78,7 @@ def versions() -> dict[str, str]:
     for name, package in PACKAGES.items():
         try:
             found[name] = str(getattr(module(package), "__version__", "of no stated version"))
-        except ImportError as error:
+        except Exception as error:  # of a library that it loads, say
             sentence, _, _ = str(error).partition("\n")
             found[name] = f"absent ({sentence})"
     return found
@@ -243,7 +245,9 @@ def fla(case: Case) -> Calls:
     tensors = {"q": given["q"], "k": given["k"], "v": given["v"], "g": g, "beta": beta}
     options |= {name: tensor.contiguous().unsqueeze(axis) for name, tensor in tensors.items()}
     options |= {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
-    start = case.cache[case.tables[0].long()].mT.contiguous()
+    starts = {
+        table.data_ptr(): case.cache[table.long()].mT.contiguous() for table in case.tables
+    }  # as cold as slots are
 
     def checked(caches: Mapping[str, Tensor], slots: Tensor) -> Tensor:
         cache, rows = caches["ssm_state"], slots.long()
@@ -252,8 +256,8 @@ def fla(case: Case) -> Calls:
         found: Tensor = out.squeeze(axis)
         return found
 
-    def timed(_: Mapping[str, Tensor], __: Tensor) -> Tensor:
-        out: Tensor = function(initial_state=start, **options)[0]
+    def timed(_: Mapping[str, Tensor], slots: Tensor) -> Tensor:
+        out: Tensor = function(initial_state=starts[slots.data_ptr()], **options)[0]
         return out
 
     return Calls(checked, timed)

@@ -121,7 +121,8 @@ def contestants(case: Case, names: Sequence[str], device: torch.device) -> tuple
     found += [Contestant(name, "peer", each, ExitStack) for name, each in calls.items()]
     rows = []
     for name, why in absent.items():
-        status = "refused" if isinstance(why, peers.NotTaken) else "absent"
+        known = {peers.NotTaken: "refused", ImportError: "absent"}
+        status = next((status for kind, status in known.items() if isinstance(why, kind)), "failed")
         rows.append({"name": name, "kind": "peer", "status": status, "reason": _sentence(why)})
     return found, rows
 
@@ -173,7 +174,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _timed_call(case: Case, each: Contestant, device: torch.device, stack: ExitStack) -> clocks.Call:
-    """Return what runs a contestant once for each of the case's tables; captured in a graph, but for plain torch."""
+    """Return what runs a contestant once for each of the case's tables: captured in a graph, unless it cannot be."""
     caches = {name: cache.clone() for name, cache in case.caches.items()}
 
     def calls() -> None:
@@ -181,10 +182,15 @@ def _timed_call(case: Case, each: Contestant, device: torch.device, stack: ExitS
             each.calls.timed(caches, table)
 
     with each.within():
-        if each.name == "torch":  # it may wait for the device
-            calls()
-            return calls
-        return stack.enter_context(clocks.captured(calls, device))
+        if each.name != "torch":  # which may wait for the device
+            try:
+                return stack.enter_context(clocks.captured(calls, device))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # waits for it, too
+                pass
+        calls()
+        return calls
 
 
 def run(

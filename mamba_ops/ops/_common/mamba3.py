@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mamba_ops.ops._common.checking import MOST_OF_A_CHUNK
+from mamba_ops.ops._common.delta_rule_update import sigmoid
 from mamba_ops.ops._common.slots import row_at, row_bounds
 
 LEAST = 1e-20
@@ -64,7 +65,8 @@ class Ranks(NamedTuple):
             y = y + self.spread(x) * D.to(x.dtype).unsqueeze(-1)
         if z is not None:
             gate = z.to(x.dtype).unsqueeze(1)
-            y = y * functional.silu(gate if self.z is None else gate * self.z)
+            gate = gate if self.z is None else gate * self.z
+            y = y * (gate.clamp(min=-88) * sigmoid(gate))  # no more is lost than sigmoid does
         if self.x is None:
             return y.squeeze(1)
         return y if self.o is None else (y * self.o).sum(1)
@@ -251,7 +253,7 @@ def scan(
     angle = math.pi * total_turns(tokens, rows, state)
     turned = ranks.rotate(tokens.k, angle)
     k, q, v = turned.to(dtype), ranks.rotate(tokens.q, angle).to(dtype), ranks.spread(x)
-    early = torch.sigmoid(tokens.trap) * dt
+    early = sigmoid(tokens.trap) * dt
     late, decay = dt - early, (-tokens.A * dt).clamp(min=0)
     step = first_alone(decay.clamp(min=LEAST), rank)
     weight = torch.exp(-decay) * (late + one_later(early, None, rows))

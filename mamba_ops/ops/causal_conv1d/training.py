@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mamba_ops.backends import triton
 from mamba_ops.ops._common.chunk_layout import row_count
+from mamba_ops.ops._common.delta_rule_update import sigmoid
 from mamba_ops.ops._common.samples import SampleTensors, training_samples
 from mamba_ops.ops._common.slots import row_at
 from mamba_ops.ops._common.training import check_initial_states, new_output, states_to_run_on
@@ -107,7 +108,7 @@ def _backward(call: BackwardArguments) -> None:
         before = torch.zeros_like(tokens) if call.bias is None else call.bias.to(compute).expand_as(tokens)
         for tap in range(width):
             before = before + taps[tap] * back(history - tap)
-        opened = torch.sigmoid(before)
+        opened = sigmoid(before)
         grad = grad * (opened * (1 + before * (1 - opened)))
     grad = torch.where(inside, grad, 0)
 

@@ -1,8 +1,8 @@
 """The plain-torch kernel of mamba2_mixing: its reference, which runs on any device."""
 
 import torch
-from torch.nn import functional
 
+from mamba_ops.ops._common.delta_rule_update import softplus
 from mamba_ops.ops._common.mixing import Batch, batch_of, by_head, require_window
 from mamba_ops.ops.causal_conv1d import causal_conv1d
 from mamba_ops.ops.causal_conv1d_update import causal_conv1d_update
@@ -26,7 +26,7 @@ def mamba2_mixing(call: Arguments) -> None:
             d = rows.of(dt)
             if limited := call.dt_min > 0 or call.dt_max < LARGEST:  # the update has no limits of its own
                 upcast = torch.promote_types(d.dtype, torch.float32)
-                d = functional.softplus(d.to(upcast) + call.dt_bias.to(upcast)).clamp(call.dt_min, call.dt_max)
+                d = softplus(d.to(upcast) + call.dt_bias.to(upcast)).clamp(call.dt_min, call.dt_max)
             rows.bind(selective_state_update)(
                 call.ssm_state,
                 x,

@@ -29,27 +29,30 @@ def _samples(
     rank: int = 3,
 ) -> Iterator[Sample]:
     make = SampleTensors(device, dtype)
-    normal, sizes = make.normal, {"heads": heads, "dim": dim, "dstate": dstate}
+    normal = make.normal
 
-    def sample(name: str, tokens: int, plan: Any, chunk_size: int = chunk_size, **changes: Any) -> Sample:
-        ranks = (rank,) if name.startswith("MIMO") else ()
-        given = tokens_of(make, tokens, **sizes, groups=groups, angles=angles, rank=ranks)
-        given |= caches_of(make, SAMPLE_SLOTS, **sizes, angles=angles, dtype=state_dtype, rank=ranks)
-        options: dict[str, Any] = {"D": normal(heads, dtype=torch.float32)}
-        options |= {name: normal(heads, dstate, dtype=torch.float32) for name in ("B_bias", "C_bias")}
+    def sample(name: str, tokens: int, plan: Any, **changes: Any) -> Sample:
+        """A call with such a plan; the one of prefills alone has other sizes."""
+        ranks, more = (rank,) if name.startswith("MIMO") else (), 2 if name == "prefills" else 1
+        sizes = {"heads": more * heads, "dim": dim, "dstate": more * dstate}
+        given = tokens_of(make, tokens, **sizes, groups=groups, angles=more * angles, rank=ranks)
+        given |= caches_of(make, SAMPLE_SLOTS, **sizes, angles=more * angles, dtype=state_dtype, rank=ranks)
+        options: dict[str, Any] = {"D": normal(sizes["heads"], dtype=torch.float32)}
+        of_both = {name: normal(sizes["heads"], sizes["dstate"], dtype=torch.float32) for name in ("B_bias", "C_bias")}
+        options |= of_both
         options |= mimo_of(make, rank, **sizes, gated="z" in changes) if ranks else {}
-        positional = (*(given[key] for key in (*TOKENS, *CACHES)), *plan, chunk_size)
+        positional = (*(given[key] for key in (*TOKENS, *CACHES)), *plan, chunk_size // more)
         return Sample(name, positional, {**options, **changes})
 
     for name, tokens, plan, null_slot in sample_plans(device):
         options: dict[str, Any] = {"null_slot": null_slot}
         if name in ("prefills", "decodes", "speculative"):
-            options["z"] = normal(tokens, heads, dim)
+            options["z"] = normal(tokens, 2 * heads if name == "prefills" else heads, dim)
         if name in ("padded", "decodes", "no plan"):
             options["out"] = normal(tokens, heads, dim, dtype=torch.float32)
         if name == "padding rows":
             options |= dict.fromkeys(("B_bias", "C_bias", "D"))
-        yield sample(name, tokens, plan, 5 if name == "prefills" else chunk_size, **options)
+        yield sample(name, tokens, plan, **options)
         if name in ("base", "speculative", "rounds"):
             options |= {"z": normal(tokens, heads, dim)} if name == "base" else {"mimo_o": None}
             if name == "speculative":
@@ -93,7 +96,7 @@ _ERROR_INPUTS = error_table(
     ("base", "k_state", lambda s: s[1:], r"got shape \(8, 4, 12\), expected \(9, 4, 12\); all caches have as many"),
     ("base", "v_state", lambda s: s.int(), "got int32, expected float16"),
     ("base", "D", lambda d: d[:, None], r"got shape \(4, 1\), expected \(4,\)"),
-    ("prefills", "z", lambda z: z[1:], r"got shape \(19, 4, 8\), expected \(20, 4, 8\); z is like x"),
+    ("prefills", "z", lambda z: z[1:], r"got shape \(19, 8, 8\), expected \(20, 8, 8\); z is like x"),
     *MIMO_ERRORS,
     (
         "MIMO",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import row_count
+from mamba_ops.ops._common.delta_rule_update import sigmoid
 from mamba_ops.ops._common.mamba3 import (
     LEAST,
     Layout,
@@ -65,7 +66,7 @@ def advance(call: Arguments, *, check_only: bool = False) -> None:
         angle = math.pi * total_turns(Tokens(x, dt, A, trap, angles, k, q), rows, state)
     k, q, v = ranks.rotate(k, angle), ranks.rotate(q, angle), ranks.spread(x)
     k_before, v_before = one_later(k, state.k, rows), one_later(v, ranks.spread(state.x), rows)
-    early, rank = torch.sigmoid(trap), k.shape[1]
+    early, rank = sigmoid(trap), k.shape[1]
     step = first_alone((-A * dt).clamp(min=LEAST), rank)
     share = (early * dt)[:, None, :, None]
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from mamba_ops.ops._common.chunk_layout import ChunkLayout, before, carried, chunk_layout, row_count
 from mamba_ops.ops._common.decay import finite_rates, log_decay_between
+from mamba_ops.ops._common.delta_rule_update import sigmoid
 from mamba_ops.ops.mamba_chunk_scan.training import BackwardArguments
 
 
@@ -68,7 +69,7 @@ def mamba_chunk_scan_backward(call: BackwardArguments) -> None:
         z = gather(call.z)
         y = begin * (C @ begun.transpose(-1, -2)) + (between * products) @ u
         y = y if skip is None else y + skip * x
-        opened = torch.sigmoid(z)
+        opened = sigmoid(z)
         _store(layout, call.grad_z, grad * y * opened * (1 + z * (1 - opened)))
         grad = grad * z * opened
 
@@ -102,7 +103,7 @@ def mamba_chunk_scan_backward(call: BackwardArguments) -> None:
     is_free = inside & (unlimited >= call.dt_min) & (unlimited <= call.dt_max)
     grad_dt = torch.where(is_free, grad_d, 0)
     if call.dt_softplus:
-        grad_dt = torch.where(raw > 20, grad_dt, grad_dt * torch.sigmoid(raw))
+        grad_dt = torch.where(raw > 20, grad_dt, grad_dt * sigmoid(raw))
     _store(layout, call.grad_dt, grad_dt)
     if call.dt_bias is not None:
         call.grad_dt_bias.copy_(grad_dt.sum((0, 2)))

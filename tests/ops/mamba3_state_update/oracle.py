@@ -45,7 +45,7 @@ def mamba3_state_update(
             for at in places:
                 run.output[at] = 0
             continue
-        heads = before.begin(source)
+        heads = before.begin(source) if places else []
         for number, at in enumerate(places):
             run.read(heads, at)
             column = number if num_accepted_tokens is not None else 0
