@@ -212,14 +212,14 @@ def _narrow_call(layer: Any, name: str) -> Arguments:
 def _of_narrow_layer(layer: Any, name: str, arguments: Arguments, dtype: torch.dtype) -> Results:
     """What a layer leaves where its states are the numbers that narrow ones stand for."""
     state, scale = arguments["ssm_state"], arguments.get("state_scale")
-    if scale is not None:
-        arguments = {**arguments, "ssm_state": widen_states(plain(state), plain(scale), dtype), "state_scale": None}
-    return _of_layer(layer, name, arguments, dtype)
+    if scale is not None and scale.numel():  # an empty one stands for none, at an op
+        arguments = {**arguments, "ssm_state": widen_states(plain(state), plain(scale), dtype)}
+    return _of_layer(layer, name, {**arguments, "state_scale": None}, dtype)
 
 
 def _meant_of_narrow_layer(arguments: Arguments) -> dict[str, tuple[Tensor, Tensor] | None]:
     state, scale = (plain(arguments.get(n)) for n in ("ssm_state", "state_scale"))
-    return narrow.meant(state, scale) if isinstance(state, Tensor) and isinstance(scale, Tensor) else {}
+    return narrow.meant(state, scale) if isinstance(scale, Tensor) and scale.numel() else {}
 
 
 def _of_layer(layer: Any, name: str, arguments: Arguments, dtype: torch.dtype) -> Results:
