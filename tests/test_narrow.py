@@ -204,6 +204,14 @@ def test_widening_gives_what_was_narrowed(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", MOST)
+def test_states_of_16_bits_are_narrowed_in_float32(dtype: torch.dtype) -> None:
+    for given in (torch.float16, torch.bfloat16):
+        states = torch.randn(3, 5, 64).to(given)
+        got, right = narrow(states, dtype), narrow(states.float(), dtype)
+        assert all(torch.equal(as_bytes(a), as_bytes(b)) for a, b in zip(got, right, strict=True))
+
+
+@pytest.mark.parametrize("dtype", MOST)
 @pytest.mark.parametrize("backend", OURS)
 def test_unbiased(backend: str, dtype: torch.dtype) -> None:
     """The mean of many roundings is within 4 sigma of the number, and only its neighbours occur."""

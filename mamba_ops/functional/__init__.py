@@ -13,8 +13,10 @@ from torch import Tensor
 
 from mamba_ops import ops
 from mamba_ops.ops._common import narrow
-from mamba_ops.registry import Op, bad_argument
-from mamba_ops.registry.errors import in_call_of
+from mamba_ops.ops._common.checking import one_device
+from mamba_ops.registry import Op, answering, bad_argument
+from mamba_ops.registry.errors import ArgumentTypeError, in_call_of
+from mamba_ops.registry.kinds import check
 
 
 def _call(op: Op[...], *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -180,6 +182,7 @@ def chunk_kda(
     return _call(ops.chunk_kda, q, k, v, g, beta, initial_states, cu_seqlens, scale, qk_l2norm)
 
 
+@answering
 def narrow_states(states: Tensor, dtype: torch.dtype = torch.int16) -> tuple[Tensor, Tensor]:
     """Return states in few bits, as ops that decode take them, and a scale for each of their rows.
 
@@ -195,14 +198,16 @@ def narrow_states(states: Tensor, dtype: torch.dtype = torch.int16) -> tuple[Ten
     Raises:
         ValueError: another dtype, or states that are no floats.
     """
-    if dtype not in narrow.MOST:
+    if not isinstance(dtype, torch.dtype) or dtype not in narrow.MOST:
         raise bad_argument("narrow_states: dtype", got=repr(dtype), expected="torch.int16 or torch.float8_e4m3fn")
-    if not isinstance(states, Tensor) or not states.is_floating_point() or states.itemsize == 1 or not states.dim():
-        got = f"a tensor of {states.dtype}" if isinstance(states, Tensor) else f"a {type(states).__name__}"
-        raise bad_argument("narrow_states: states", got=got, expected="floats of 16 bits or more, (slots, ..., dstate)")
+    _require_tensors("narrow_states", states=states)
+    if not states.is_floating_point() or states.itemsize == 1 or states.dim() < 2 or not states.shape[-1]:
+        got, expected = f"{tuple(states.shape)} of {states.dtype}", "floats of 16 bits or more, (slots, ..., dstate)"
+        raise bad_argument("narrow_states: states", got=got, expected=expected)
     return narrow.narrow(states, dtype)
 
 
+@answering
 def widen_states(states: Tensor, state_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the numbers that states in few bits stand for: for ops over sequences, which take no others.
 
@@ -214,8 +219,27 @@ def widen_states(states: Tensor, state_scale: Tensor, dtype: torch.dtype = torch
     Raises:
         ValueError: the two do not fit each other.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
+        raise bad_argument("widen_states: dtype", got=repr(dtype), expected="a float of 16 bits or more")
+    _require_tensors("widen_states", states=states, state_scale=state_scale)
     try:
+        if states.dtype not in narrow.MOST or states.dim() < 2:
+            got, expected = f"{tuple(states.shape)} of {states.dtype}", "(slots, ..., dstate), int16 or float8_e4m3fn"
+            raise bad_argument("states", got=got, expected=expected)
         narrow.check_state(states, state_scale, "(slots, ...)")
+        one_device(states.device, "states", state_scale=state_scale)
     except ValueError as error:
         raise in_call_of("widen_states", error) from None
     return narrow.widen(states, state_scale, dtype)
+
+
+def _require_tensors(function: str, **given: Any) -> None:
+    """Raise the ValueError about an argument of a function that is no tensor with strides."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            got = "None" if value is None else f"a {type(value).__name__}"
+            raise ArgumentTypeError(str(bad_argument(f"{function}: {name}", got=got, expected="a torch.Tensor")))
+    try:
+        check(given)
+    except ValueError as error:
+        raise in_call_of(function, error) from None

@@ -81,7 +81,7 @@ class Target(NamedTuple):
 
 def targets(backend: str = "torch") -> list[Target]:
     """Return all that there is to call where a backend is asked for, but what `tests.fuzz.training` is about."""
-    return [*(t for op in OPS for t in _op(op, backend)), *_layers(backend), *_compat(backend)]
+    return [*(t for op in OPS for t in _op(op, backend)), *_layers(backend), *_compat(backend), *_formats()]
 
 
 def on(backend: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -225,6 +225,32 @@ def _meant_of_narrow_layer(arguments: Arguments) -> dict[str, tuple[Tensor, Tens
 def _of_layer(layer: Any, name: str, arguments: Arguments, dtype: torch.dtype) -> Results:
     mine = layer.to(dtype)
     return in_dtype(mine.step if name == "step" else mine, arguments, dtype)
+
+
+# -- functions of states ---------------------------------------------------------------------------------------------
+
+
+def _formats() -> Iterator[Target]:
+    """Functions that widen states and narrow them, of which the scales are compared."""
+
+    def states() -> Arguments:
+        return {"states": torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0)), "dtype": torch.int16}
+
+    def narrowed() -> Arguments:
+        state, scale = narrow_states(**states())
+        return {"states": state, "state_scale": scale, "dtype": torch.float32}
+
+    def scale(arguments: Arguments, dtype: torch.dtype) -> Results:
+        most = 32767 if arguments["dtype"] == torch.int16 else 448
+        largest = plain(arguments["states"]).to(dtype).abs().amax(-1) / most
+        return {"result 1": torch.where(largest.isfinite(), largest.clamp(min=2.0**-126), torch.nan)}
+
+    def product(arguments: Arguments, dtype: torch.dtype) -> Results:
+        state, scale = (plain(arguments[n]).to(dtype) for n in ("states", "state_scale"))
+        return {"result 0": state * scale.unsqueeze(-1)}
+
+    yield Target("narrow_states", narrow_states, [states], scale, has_oracle=True)
+    yield Target("widen_states", widen_states, [narrowed], product, has_oracle=True)
 
 
 # -- functions of other libraries -------------------------------------------------------------------------------------

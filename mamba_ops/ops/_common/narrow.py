@@ -40,7 +40,7 @@ def narrow(
     inverse of that, are rounded to the nearest, to even ones in the middle; or stochastically, with a seed, which needs
     the slots (n,). A row in which one is infinite or NaN has the scale NaN and zeros: it is NaN when it is read.
     """
-    most = MOST[dtype]
+    most, states = MOST[dtype], states.to(torch.promote_types(states.dtype, torch.float32))
     scale = (states.abs().amax(-1) / most).to(torch.float32).clamp(min=SMALLEST)
     finite = torch.isfinite(scale)
     scale = torch.where(finite, scale, torch.nan)
