@@ -275,7 +275,7 @@ def test_no_file_names_a_vendors_device_but_where_that_is_its_business():
         "mamba_ops/cold_start/targets.py",  # the GPUs that kernels are compiled for without one
         "mamba_ops/commands/doctor/facts.py",  # what torch was built for
         "mamba_ops/ops/_triton/_triton.py",  # Triton's names of its targets
-        "mamba_ops/ops/selective_state_update/triton",  # an instruction that NVIDIA's GPUs alone have
+        "mamba_ops/ops/_triton/states.py",  # instructions that NVIDIA's GPUs alone have
         "mamba_ops/serving/capture.py",
     )
     named = [
