@@ -107,8 +107,8 @@ def main() -> int:
     facts = measure.facts(options)
     tables = {kind: (COLUMNS, measured(kind, options.device)) for kind in KINDS if options.op in (None, kind)}
     notes = [
-        "apart: the largest difference of both outputs, of the largest number;"
-        " but for training, calls are timed in a CUDA graph"
+        "apart: the largest difference of both outputs, of the largest number",
+        "but for training, calls are timed in a CUDA graph",
     ]
     results = {**facts, **{kind: rows for kind, (_, rows) in tables.items()}}
     measure.report(options, measure.page("Mamba-3", facts, tables, notes), results)
