@@ -14,7 +14,7 @@ BUGS = {
     "q and k swapped": ("q, k, v = by_head", "k, q, v = by_head"),
     "flat whatever the layout": ("*sizes, call.interleaved)", "*sizes, False)"),
     "prefills not normalised": (
-        "ssm_state=call.ssm_state, qk_l2norm=True,",
+        "ssm_state=states.states, qk_l2norm=True,",
         "ssm_state=call.ssm_state,",
     ),
     "decodes' bias dropped": ("dt_bias=call.dt_bias", "dt_bias=0 * call.dt_bias"),

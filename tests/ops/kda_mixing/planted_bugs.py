@@ -9,7 +9,7 @@ BUGS = {
     "null slot ignored": ("null_slot = PlanTensors.of(call), call.null_slot", "null_slot = PlanTensors.of(call), -1"),
     "padding not zeroed": ("batch.clear_rest(call.output)", "pass"),
     "q and k swapped": ("q, k, v = by_head", "k, q, v = by_head"),
-    "prefills not normalised": ("ssm_state=call.ssm_state, qk_l2norm=True,", "ssm_state=call.ssm_state,"),
+    "prefills not normalised": ("ssm_state=states.states, qk_l2norm=True,", "ssm_state=states.states,"),
     "prefills' beta without sigmoid": ("sigmoid(rows.of(b).to(g.dtype))", "rows.of(b).to(g.dtype)"),
     "prefills' bound dropped": ("call.dt_bias, call.lower_bound)", "call.dt_bias, None)"),
     "decodes' bound dropped": ("lower_bound=call.lower_bound", "lower_bound=None"),
