@@ -113,9 +113,10 @@ def main() -> None:
     if given.op in (None, "requests"):
         from benchmarks import serving_requests
 
-        backends = ["flashinfer:triton" if name == "flashinfer" else name for name in backends_here(given.device)]
+        behind = {"flashinfer": "flashinfer:triton", "cpp": "cpp:torch"}  # what one refuses goes to the other
+        backends = [behind.get(name, name) for name in backends_here(given.device)]
         with Progress(transient=True) as progress:
-            rows = serving_requests.measure(given.device, [b for b in backends if b != "cpp"], progress)
+            rows = serving_requests.measure(given.device, backends, progress)
         tables["requests"] = (serving_requests.COLUMNS, rows)
         notes += serving_requests.NOTES
     results = {**known, "sizes": {name: rows for name, (_, rows) in tables.items()}}

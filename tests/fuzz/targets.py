@@ -12,6 +12,7 @@ from torch import Tensor
 import mamba_ops
 from mamba_ops import registry
 from mamba_ops.compat import causal_conv1d, fla, mamba_ssm, vllm
+from mamba_ops.functional import narrow_states, widen_states
 from mamba_ops.layers import (
     FalconH1Mamba2,
     GatedDeltaNet,
@@ -23,6 +24,7 @@ from mamba_ops.layers import (
     ShortConv,
     ZambaMamba,
 )
+from mamba_ops.ops._common import narrow
 from mamba_ops.registry import codegen
 from mamba_ops.serving import Plan
 from mamba_ops.testing.judge import numbers_meant
@@ -181,6 +183,12 @@ def _layers(backend: str) -> Iterator[Target]:
             base = functools.partial(_layer_call, layer, name)
             written = frozenset(layer.Caches._fields)
             yield Target(type(layer).__name__, call, [base], truth, written, inside=INSIDE)
+            if layer.NarrowCaches is not None:
+                base, truth = (functools.partial(f, *truth.args) for f in (_narrow_call, _of_narrow_layer))
+                written = frozenset(layer.NarrowCaches._fields)
+                yield Target(
+                    type(layer).__name__, call, [base], truth, written, inside=INSIDE, meant=_meant_of_narrow_layer
+                )
 
 
 def _layer_call(layer: Any, name: str) -> Arguments:
@@ -193,6 +201,25 @@ def _layer_call(layer: Any, name: str) -> Arguments:
         return {**call, "plan": Plan.of([3, 0], [1, 5], [2, 0], max_requests=3)}
     call |= {"slots": torch.tensor([2, 0]), "null_slot": -1}
     return call if name == "step" else {**call, "cu_seqlens": None, "has_initial_state": torch.tensor([True, False])}
+
+
+def _narrow_call(layer: Any, name: str) -> Arguments:
+    call = _layer_call(layer, name)
+    state, scale = narrow_states(call.pop("ssm_state"))
+    return {**call, "ssm_state": state, "state_scale": scale}
+
+
+def _of_narrow_layer(layer: Any, name: str, arguments: Arguments, dtype: torch.dtype) -> Results:
+    """What a layer leaves where its states are the numbers that narrow ones stand for."""
+    state, scale = arguments["ssm_state"], arguments.get("state_scale")
+    if scale is not None and scale.numel():  # an empty one stands for none, at an op
+        arguments = {**arguments, "ssm_state": widen_states(plain(state), plain(scale), dtype)}
+    return _of_layer(layer, name, {**arguments, "state_scale": None}, dtype)
+
+
+def _meant_of_narrow_layer(arguments: Arguments) -> dict[str, tuple[Tensor, Tensor] | None]:
+    state, scale = (plain(arguments.get(n)) for n in ("ssm_state", "state_scale"))
+    return narrow.meant(state, scale) if isinstance(scale, Tensor) and scale.numel() else {}
 
 
 def _of_layer(layer: Any, name: str, arguments: Arguments, dtype: torch.dtype) -> Results:

@@ -15,8 +15,9 @@ BUGS = {
     "flat whatever the layout": ("*sizes, call.interleaved)", "*sizes, False)"),
     "prefills not normalised": (
         "ssm_state=states.states, qk_l2norm=True,",
-        "ssm_state=call.ssm_state,",
+        "ssm_state=states.states,",
     ),
     "decodes' bias dropped": ("dt_bias=call.dt_bias", "dt_bias=0 * call.dt_bias"),
     "convolution's bias dropped": ("weight=weight, bias=bias", "weight=weight, bias=None"),
+    "narrow states of prompts not kept": ("states.keep()", "states.states"),
 }

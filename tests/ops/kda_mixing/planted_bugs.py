@@ -15,4 +15,5 @@ BUGS = {
     "decodes' bound dropped": ("lower_bound=call.lower_bound", "lower_bound=None"),
     "decodes' bias dropped": ("dt_bias=call.dt_bias", "dt_bias=0 * call.dt_bias"),
     "convolution's bias dropped": ("bias=bias", "bias=None"),
+    "narrow states of prompts not kept": ("states.keep()", "states.states"),
 }

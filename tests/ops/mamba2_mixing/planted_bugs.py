@@ -22,4 +22,5 @@ BUGS = {
     "decodes' limits ignored": (".clamp(call.dt_min, call.dt_max)", ""),
     "prefills' limits ignored": ("dt_min=call.dt_min,\n                dt_max=call.dt_max,", ""),
     "convolution's bias dropped": ("weight=weight, bias=bias", "weight=weight, bias=None"),
+    "narrow states of prompts not kept": ("states.keep()", "states.states"),
 }

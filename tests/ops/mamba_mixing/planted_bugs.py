@@ -20,4 +20,5 @@ BUGS = {
     "gate dropped": ("z=rows.of(z)", "z=None"),
     "the first rows' gate for all": ("z=rows.of(z)", "z=z[: rows.of(z).shape[0]]"),
     "convolution's bias dropped": ("weight=weight, bias=bias", "weight=weight, bias=None"),
+    "narrow states of prompts not kept": ("states.keep()", "states.states"),
 }
