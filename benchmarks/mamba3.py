@@ -106,10 +106,8 @@ def main() -> int:
     options = measure.options("mamba3", str(__doc__), KINDS)
     facts = measure.facts(options)
     tables = {kind: (COLUMNS, measured(kind, options.device)) for kind in KINDS if options.op in (None, kind)}
-    notes = [
-        "apart: the largest difference of both outputs, of the largest number;"
-        " but for training, calls are timed in a CUDA graph"
-    ]
+    note = "apart: the largest difference of both outputs, of the largest number;"
+    notes = [f"{note} but for training, calls are timed in a CUDA graph"]
     results = {**facts, **{kind: rows for kind, (_, rows) in tables.items()}}
     measure.report(options, measure.page("Mamba-3", facts, tables, notes), results)
     return 0

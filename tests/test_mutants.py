@@ -91,8 +91,8 @@ def source_of(op: Op[...]) -> str:
                 names += rf"|_triton\.{shared}"
         own = re.compile(rf"^from mamba_ops\.ops\.({names}) import (\([^)]*\)|.*)$", re.MULTILINE)
         return "\n\n".join(own.sub("", text) for text in texts)
-    composed = getattr(importlib.import_module(op.kernels["composed"].source.partition(":")[0]), op.name)
-    return "\n\n".join(map(inspect.getsource, (mixing.Rows, mixing.batch_of, mixing._batch_of, composed)))
+    composed = importlib.import_module(op.kernels["composed"].source.partition(":")[0])
+    return "\n\n".join(map(inspect.getsource, (composed, mixing.Rows, mixing.batch_of, mixing._batch_of)))
 
 
 def changed(source: str, bug: Bug) -> str:

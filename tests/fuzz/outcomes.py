@@ -165,10 +165,10 @@ def _floats(arguments: Arguments) -> Arguments:
 
 
 def grows(arguments: Arguments) -> bool:
-    """Whether states may grow by more than e^20 within a call: products of such decays are inexact in float32, and
-    overflow.
-    """
+    """Whether states may grow by e^20 within a call, or turn so far: float32 holds no such products, or their turns."""
     floats = {n: t for n, t in _floats(arguments).items() if t.numel()}
+    if "angles" in floats and "dt" in floats and floats["dt"].abs().max() > 2**20:
+        return True
     if (beta := floats.get("beta")) is not None and (k := floats.get("k")) is not None and k.dim():
         is_normal = arguments.get("qk_l2norm") or arguments.get("use_qk_l2norm_in_kernel")
         strength = float(beta.abs().max() * (1 if is_normal else k.norm(dim=-1).max() ** 2))

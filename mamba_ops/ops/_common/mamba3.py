@@ -28,8 +28,9 @@ from mamba_ops.ops._common.checking import MOST_OF_A_CHUNK
 from mamba_ops.ops._common.delta_rule_update import sigmoid
 from mamba_ops.ops._common.slots import row_at, row_bounds
 
-LEAST = 1e-20
-"""The least step of the scan: its decay is 1, and what is divided by it is a number yet."""
+LEAST, MOST = 2.0**-66, 1e4
+"""The least step of the scan, a power of two: its decay is 1, and what is divided by it is a number yet, with the same
+digits. And the most: its decay is 0, and its product with 0 is."""
 
 
 _TURN = 6.28125
@@ -254,7 +255,7 @@ def scan(
     turned = ranks.rotate(tokens.k, angle)
     k, q, v = turned.to(dtype), ranks.rotate(tokens.q, angle).to(dtype), ranks.spread(x)
     early = sigmoid(tokens.trap) * dt
-    late, decay = dt - early, (-tokens.A * dt).clamp(min=0)
+    late, decay = dt - early, (-tokens.A * dt).clamp(0, MOST)
     step = first_alone(decay.clamp(min=LEAST), rank)
     weight = torch.exp(-decay) * (late + one_later(early, None, rows))
     v_before = one_later(v, None if state is None else ranks.spread(state.x), rows)

@@ -10,6 +10,7 @@ from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._common.delta_rule_update import sigmoid
 from mamba_ops.ops._common.mamba3 import (
     LEAST,
+    MOST,
     Layout,
     Ranks,
     State,
@@ -20,6 +21,7 @@ from mamba_ops.ops._common.mamba3 import (
     near_zero,
     one_later,
     read_at_once,
+    reduced,
     total_turns,
     turns_of,
 )
@@ -61,13 +63,13 @@ def advance(call: Arguments, *, check_only: bool = False) -> None:
     k_begun = begun(call.k_state)
     state = State(begun(call.angle_state), k_begun if is_mimo else k_begun.unsqueeze(1), begun(call.v_state))
     if is_flat:
-        angle = near_zero(state.angle + math.pi * turns_of(angles, dt))
+        angle = near_zero(state.angle + math.pi * reduced(turns_of(angles, dt)))
     else:
         angle = math.pi * total_turns(Tokens(x, dt, A, trap, angles, k, q), rows, state)
     k, q, v = ranks.rotate(k, angle), ranks.rotate(q, angle), ranks.spread(x)
     k_before, v_before = one_later(k, state.k, rows), one_later(v, ranks.spread(state.x), rows)
     early, rank = sigmoid(trap), k.shape[1]
-    step = first_alone((-A * dt).clamp(min=LEAST), rank)
+    step = first_alone((-A * dt).clamp(LEAST, MOST), rank)
     share = (early * dt)[:, None, :, None]
 
     def both(before: Tensor, now: Tensor) -> Tensor:
