@@ -146,6 +146,7 @@ def main() -> int:
     }
     notes = [
         "seconds of the processor, one thread and one compiler at a time; Inductor's headers are compiled before",
+        "other work on the machine makes them longer, so it is the ratio that counts",
         f"float32, two rows of {options.length} tokens, no cache; torch.compile(mixer)",
         f"torch {facts['torch']}, transformers {facts['transformers']}",
     ]
