@@ -86,8 +86,9 @@ def mamba3_state_update(
 
     The tokens come in one of three layouts: `(n, ...)`, one token a row; `(n, length, ...)`, a few tokens a row; or
     packed `(tokens, ...)` with `cu_seqlens`. The recurrence is that of mamba3_chunk_scan, which says what MIMO is; k
-    and q are not rounded here. It is composed of selective_state_update, which reads two tokens for each: one that adds
-    the product of the token before, and this one. MIMO: twice the rank.
+    and q are not rounded here. It is composed of selective_state_update, which reads three tokens for each: one that
+    adds the product of the token before, one that decays the state, and one that adds this one's; MIMO: of the first
+    and the last kind as many as the rank.
 
     Args:
         angle_state: cache (slots, heads, angles), from -pi to pi; mutated.

@@ -16,7 +16,6 @@ from mamba_ops.ops._common.mamba3 import (
     State,
     Tokens,
     by_head,
-    first_alone,
     layout,
     near_zero,
     one_later,
@@ -69,27 +68,28 @@ def advance(call: Arguments, *, check_only: bool = False) -> None:
     k, q, v = ranks.rotate(k, angle), ranks.rotate(q, angle), ranks.spread(x)
     k_before, v_before = one_later(k, state.k, rows), one_later(v, ranks.spread(state.x), rows)
     early, rank = sigmoid(trap), k.shape[1]
-    step = first_alone((-A * dt).clamp(LEAST, MOST), rank)
+    step, least = (-A * dt).clamp(LEAST, MOST).unsqueeze(1), early.new_full((count, rank, heads), LEAST)
     share = (early * dt)[:, None, :, None]
 
-    def both(before: Tensor, now: Tensor) -> Tensor:
-        """The tokens of the step: those that add the products of the token before, then this one's."""
-        tokens = torch.cat((before, now), dim=1).flatten(0, 1)
+    def both(before: Tensor, now: Tensor, between: Tensor | None = None) -> Tensor:
+        """The tokens of the step: those that add the products of the token before, one that decays, this one's."""
+        between = torch.zeros_like(now[:, :1]) if between is None else between
+        tokens = torch.cat((before, between, now), dim=1).flatten(0, 1)
         return tokens if is_packed else tokens.view(n, -1, *tokens.shape[1:])
 
     tokens = (
-        both(v_before * ((1 - early) * dt / LEAST)[:, None, :, None], v * (share / step.unsqueeze(-1))),
-        both(torch.full_like(step, LEAST), step),
+        both(v_before * ((1 - early) * dt / LEAST)[:, None, :, None], v * (share / LEAST)),
+        both(least, least, step),
         step.new_full((heads,), -1),
         both(k_before, k),
         both(torch.zeros_like(q), q),
     )
     y = torch.zeros_like(tokens[0])
     inner: Any = selective_state_update.check_supported if check_only else selective_state_update.call_undispatched
-    inner(call.ssm_state, *tokens, **_rows_of(call, rows, ends, 2 * rank), out=y)
+    inner(call.ssm_state, *tokens, **_rows_of(call, rows, ends, 2 * rank + 1), out=y)
     if check_only:
         return
-    y = y.view(count, 2 * rank, *v.shape[2:])[:, rank:]
+    y = y.view(count, 2 * rank + 1, *v.shape[2:])[:, rank + 1 :]
     if rank > 1:
         y = y + read_at_once(k, q, share * v, others=True)
     y = ranks.finish(y, x, call.D, None if call.z is None else packed(call.z))
