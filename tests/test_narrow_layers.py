@@ -10,7 +10,7 @@ from mamba_ops import functional, use_backend
 from mamba_ops.layers import KimiDeltaAttention, Mamba2, Mamba3, ShortConv
 from mamba_ops.layers.caches import ConvAndNarrowState
 from mamba_ops.ops._common.narrow import MOST, as_bytes, widen
-from mamba_ops.registry import NoBackendError
+from mamba_ops.registry import NoBackendError, ops
 from mamba_ops.serving import PiecewiseRunner, Plan, StatePool
 from tests.fuzz.targets import layers
 
@@ -160,6 +160,16 @@ def test_refusals() -> None:
     assert all(map(torch.equal, caches, before))
     with pytest.raises(ValueError, match=r"state_dtype: got torch\.int32, expected a floating"):
         layer.empty_caches(2, state_dtype=torch.int32)
+
+
+@pytest.mark.parametrize("name", ["mamba_chunk_scan", "selective_scan", "chunk_gated_delta_rule", "chunk_kda"])
+def test_ops_over_sequences_say_what_widens_a_state(name: str) -> None:
+    op = ops()[name]
+    sample = next(s for s in op.make_samples("cpu") if s.kwargs.get("ssm_state") is not None)
+    narrow = {**sample.kwargs, "ssm_state": sample.kwargs["ssm_state"].to(torch.int16)}
+    message = r"ssm_state: got int16, expected .*; mamba_ops\.functional\.widen_states makes one of it"
+    with pytest.raises(ValueError, match=message):
+        op(*sample.args, **narrow)
 
 
 def test_a_backend_that_takes_no_narrow_state_says_so() -> None:

@@ -90,7 +90,7 @@ class Mixer(nn.Module, Generic[C]):
             whole_number("columns", columns)
             floating_dtype("dtype", dtype)
             if state_dtype not in MOST:
-                floating_dtype("state_dtype", state_dtype)
+                floating_dtype("state_dtype", state_dtype, others="torch.int16")
             elif is_narrow and self.NarrowCaches is None:
                 expected, hint = "a float of 16 bits or more", "no op of this layer takes a narrow state"
                 raise bad_argument("state_dtype", got=short(state_dtype), expected=expected, hint=hint)

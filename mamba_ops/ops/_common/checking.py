@@ -15,6 +15,7 @@ from mamba_ops.registry.errors import bad_argument
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INDICES = (torch.int32, torch.int64)
+_NARROW, _WIDE_STATES = (torch.int16, torch.float8_e4m3fn), ("ssm_state", "initial_states")
 MOST_OF_A_CHUNK = 4096
 """The most tokens of a chunk."""
 _SEQUENCE_ARGUMENTS = frozenset(
@@ -39,7 +40,9 @@ def floating(**tensors: Tensor | None) -> None:
     """Every given tensor holds ordinary floating-point numbers; they need not be of one dtype."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in _FLOATS:
-            raise bad_argument(name, got=short(tensor.dtype), expected=_one_of(_FLOATS), hint="convert it first")
+            is_narrow = tensor.dtype in _NARROW and name in _WIDE_STATES
+            hint = "mamba_ops.functional.widen_states makes one of it" if is_narrow else "convert it first"
+            raise bad_argument(name, got=short(tensor.dtype), expected=_one_of(_FLOATS), hint=hint)
 
 
 def one_device(device: torch.device, of: str = "x", /, **tensors: Tensor | None) -> None:
@@ -158,10 +161,10 @@ def whole_number(name: str, value: Any, least: int = 1) -> None:
         raise bad_argument(name, got=value, expected=f"{least} at least, and 64 bits")
 
 
-def floating_dtype(name: str, dtype: Any) -> None:
-    """`dtype` is one of floating-point numbers, or None."""
+def floating_dtype(name: str, dtype: Any, *, others: str = "None") -> None:
+    """`dtype` is one of floating-point numbers, or None; `others` says what else may stand there."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise bad_argument(name, got=repr(dtype), expected="a floating-point torch.dtype, or None")
+        raise bad_argument(name, got=repr(dtype), expected=f"a floating-point torch.dtype, or {others}")
 
 
 def device_or_none(name: str, device: Any) -> None:
