@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mamba_ops.ops._common.decay import limited
+from mamba_ops.ops._common.delta_rule_update import softplus
 from mamba_ops.ops._common.samples import SampleTensors
 from mamba_ops.registry import Op, Sample
 from mamba_ops.testing.judge import front_on, refusal, results, with_output
@@ -216,3 +218,17 @@ def test_nan_is_no_decay_of_zero(op: Op[...], backend: str) -> None:
     out = front_on(op, backend)(*sample.args, **sample.kwargs)
     assert out[0, -1, -1].isnan().all()
     assert sample.kwargs["ssm_state"][0, -1].isnan().all()
+
+
+def test_at_a_limit_itself_the_gradient_passes():
+    """As in the ops' backwards; that of torch.clamp does up to torch 2.13."""
+    values = torch.tensor([-1.0, 0.0, 1.0, 2.0, 3.0, math.nan], requires_grad=True)
+    with torch.enable_grad():
+        found = limited(values, 0.0, 2.0)
+        (gradient,) = torch.autograd.grad(found.sum(), values)
+    torch.testing.assert_close(found, values.detach().clamp(0, 2), equal_nan=True)
+    assert gradient.tolist() == [0, 1, 1, 1, 0, 1]
+    with torch.enable_grad():
+        step = torch.tensor([19.5, 20.0, 20.5], requires_grad=True)
+        (gradient,) = torch.autograd.grad(softplus(step).sum(), step)
+    torch.testing.assert_close(gradient, torch.ones(3))

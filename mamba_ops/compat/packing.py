@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import silu, softplus
 
 from mamba_ops.compat.arguments import upcast
+from mamba_ops.ops._common.decay import limited
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -181,7 +182,7 @@ def without_past(
     if dt_softplus:
         step = softplus(step)
     if limit is not None:
-        step = step.clamp(*limit)
+        step = limited(step, *limit)
     rates = A.detach().to(compute).abs()
     long = _FORGOTTEN / (rates.amin(-1) if A.dim() == 2 else rates).clamp(min=1e-30)
     begins = first.unsqueeze(-1)

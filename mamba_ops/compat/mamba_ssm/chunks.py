@@ -9,6 +9,7 @@ from torch.nn.functional import pad, silu, softplus
 
 from mamba_ops.compat.arguments import States, floating, floating_dtypes, upcast, written
 from mamba_ops.ops._common.checking import whole_number
+from mamba_ops.ops._common.decay import limited
 from mamba_ops.registry import answering
 from mamba_ops.registry.errors import in_call_of
 
@@ -78,7 +79,7 @@ def chunk_cumsum(
     if len(dt_limit) != 2:
         raise ValueError(f"chunk_cumsum: dt_limit: got {dt_limit}, expected the least and the largest step")
     step = dt.to(upcast(dt)) if dt_bias is None else dt.to(upcast(dt)) + dt_bias.to(upcast(dt))
-    step = (softplus(step) if dt_softplus else step).clamp(*dt_limit)
+    step = limited(softplus(step) if dt_softplus else step, *dt_limit)
     step = pad(step, (0, 0, 0, -dt.shape[1] % chunk_size)).unflatten(1, (-1, chunk_size)).permute(0, 3, 1, 2)
     return (step * A.view(-1, 1, 1).to(step.dtype)).cumsum(-1), step
 

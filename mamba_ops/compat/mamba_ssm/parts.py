@@ -10,6 +10,7 @@ from mamba_ops.compat.arguments import States, flags, floating, numbers, only, u
 from mamba_ops.compat.causal_conv1d import causal_conv1d_fn
 from mamba_ops.compat.mamba_ssm.scans import mamba_chunk_scan_combined, selective_state_update
 from mamba_ops.compat.mamba_ssm.selective_scan import selective_scan_fn
+from mamba_ops.ops._common.decay import limited
 from mamba_ops.ops._common.norms import rms_norm
 from mamba_ops.registry import answering, use_backend
 
@@ -163,7 +164,7 @@ def ssd_selective_scan(
     bias, is_soft = by_channel(dt_bias), dt_softplus
     if tuple(dt_limit) != (0.0, math.inf):
         step = step.to(upcast(step)) if bias is None else step + bias.to(upcast(step))
-        step = (softplus(step) if dt_softplus else step).clamp(*dt_limit)
+        step = limited(softplus(step) if dt_softplus else step, *dt_limit)
         bias, is_soft = None, False
     y = selective_scan_fn(
         x.flatten(2).transpose(1, 2),

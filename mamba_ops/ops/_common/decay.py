@@ -9,6 +9,13 @@ def finite_rates(rates: Tensor) -> Tensor:
     return rates.clamp(min=-1e30)
 
 
+def limited(values: Tensor, least: float, most: float) -> Tensor:
+    """Return values within limits. At a limit itself the gradient passes, where that of torch.clamp is zero from torch
+    2.14 on: a step of exactly 0 has one.
+    """
+    return torch.where(values < least, least, torch.where(values > most, most, values))
+
+
 def log_decay_between(log_decay: Tensor) -> Tensor:
     """Return the logarithm of the decay from token j to token i, `(..., i, j)`, -inf where j comes after i.
 

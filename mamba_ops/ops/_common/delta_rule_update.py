@@ -14,7 +14,8 @@ from mamba_ops.ops._common.slots import padded_rows, store_rows, update_ends
 
 def softplus(d: Tensor) -> Tensor:
     """Return log(1 + exp(d)); it is linear above 20. Not torch's own, whose last bits on a CPU depend on the place."""
-    return torch.where(d > 20, d, torch.log1p(torch.exp(d.clamp(max=20))))  # clamped, its gradient is finite too
+    # Clamped, its gradient is finite too; above 20, as that of a clamp is zero at the limit itself from torch 2.14 on.
+    return torch.where(d > 20, d, torch.log1p(torch.exp(d.clamp(max=30))))
 
 
 def sigmoid(x: Tensor) -> Tensor:

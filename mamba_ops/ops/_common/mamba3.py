@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mamba_ops.ops._common.checking import MOST_OF_A_CHUNK
+from mamba_ops.ops._common.decay import limited
 from mamba_ops.ops._common.delta_rule_update import sigmoid
 from mamba_ops.ops._common.slots import row_at, row_bounds
 
@@ -255,7 +256,7 @@ def scan(
     turned = ranks.rotate(tokens.k, angle)
     k, q, v = turned.to(dtype), ranks.rotate(tokens.q, angle).to(dtype), ranks.spread(x)
     early = sigmoid(tokens.trap) * dt
-    late, decay = dt - early, (-tokens.A * dt).clamp(0, MOST)
+    late, decay = dt - early, limited(-tokens.A * dt, 0, MOST)
     step = first_alone(decay.clamp(min=LEAST), rank)
     weight = torch.exp(-decay) * (late + one_later(early, None, rows))
     v_before = one_later(v, None if state is None else ranks.spread(state.x), rows)

@@ -125,5 +125,5 @@ def _chunk_ends(tokens: int, computed: int, chunk_size: int) -> list[int]:
 def _step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, smallest: float, largest: float) -> Tensor:
     d = dt if bias is None else dt + bias
     if softplus:
-        d = torch.where(d > 20, d, torch.log1p(torch.exp(d.clamp(max=20))))  # autograd reads both branches
-    return d.clamp(smallest, largest)
+        d = torch.where(d > 20, d, torch.log1p(torch.exp(d.clamp(max=30))))  # autograd reads both branches
+    return torch.where(d < smallest, smallest, torch.where(d > largest, largest, d))  # at a limit a gradient passes

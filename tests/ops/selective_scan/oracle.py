@@ -73,7 +73,7 @@ def selective_scan(
             if dt_bias is not None:
                 d = d + dt_bias.to(dtype)
             if dt_softplus:
-                d = torch.where(d > 20, d, torch.log1p(torch.exp(d.clamp(max=20))))
+                d = torch.where(d > 20, d, torch.log1p(torch.exp(d.clamp(max=30))))
             value = x[at].to(dtype)
             b, c = (t[at].to(dtype).view(-1, dstate) for t in (B, C))
             b, c = (t.repeat_interleave(dim // t.shape[0], 0) for t in (b, c))
