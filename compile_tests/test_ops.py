@@ -86,16 +86,20 @@ def step(op: Op[...], pattern: str, rows: int) -> Sample:
     return compiled.pattern_call(op, pattern, rows, DEVICE)
 
 
-def is_whole(op: Op[...], pattern: str) -> bool:
-    """Whether a pattern passes every cache that the op mutates."""
-    arguments = op.bind(*(lambda s: (s.args, s.kwargs))(step(op, pattern, 2)))
-    return all(arguments[name] is not None for name in op.mutates)
+def whole_patterns(op: Op[...]) -> list[str]:
+    """The patterns that pass most of the caches which the op mutates; scales belong to narrow states alone."""
+    counts = {}
+    for pattern in op.patterns:
+        sample = step(op, pattern, 2)
+        arguments = op.bind(sample.args, sample.kwargs)
+        counts[pattern] = sum(arguments[name] is not None for name in op.mutates)
+    return [pattern for pattern, count in counts.items() if count == max(counts.values())]
 
 
 STEPS = [
     pytest.param(op, pattern, id=f"{op.name}-{pattern}", marks=pytest.mark.slow if number else ())
     for op in OPS
-    for number, pattern in enumerate(pattern for pattern in op.patterns if is_whole(op, pattern))
+    for number, pattern in enumerate(whole_patterns(op))
 ]
 
 DAILY_STEPS: dict[Op[...], str] = {case.values[0]: case.values[1] for case in reversed(STEPS)}
@@ -104,6 +108,10 @@ DAILY_STEPS: dict[Op[...], str] = {case.values[0]: case.values[1] for case in re
 
 def test_every_op_has_a_pattern_with_all_that_it_mutates() -> None:
     assert list(dict.fromkeys(p.values[0] for p in STEPS)) == OPS
+    for op, pattern in (case.values for case in STEPS):
+        sample = step(op, pattern, 2)
+        arguments = op.bind(sample.args, sample.kwargs)
+        assert {name for name in op.mutates if arguments[name] is None} <= {"state_scale"}, (op, pattern)
 
 
 # All of them where they are quick; else 2 to 4, and those beside powers of two.
@@ -153,7 +161,8 @@ def test_no_copy_of_a_cache(op: Op[...], pattern: str, layout: Any, inside: str 
     arguments = op.bind(sample.args, sample.kwargs)
     tokens = arguments.pop("output").shape[0]
     # What is mutated and has the tokens' axes is another output.
-    caches = [name for name in op.mutates - {"output"} if arguments[name].shape[0] != tokens]
+    mutated = [name for name in op.mutates - {"output"} if arguments[name] is not None]
+    caches = [name for name in mutated if arguments[name].shape[0] != tokens]
     assert caches
     for name in caches:
         arguments[name] = layout(arguments[name])

@@ -110,8 +110,9 @@ def test_what_an_index_shows_has_no_link_that_leads_nowhere(wheel: Path):
     links = re.findall(r"\]\(([^)]+)\)", shown)
     assert len(links) == (ROOT / "README.md").read_text(encoding="utf-8").count("](") > 10
     repository = re.search(r"^Project-URL: Repository, (.+)$", headers, re.MULTILINE)[1]
-    assert not [link for link in links if not link.startswith(f"{repository}/blob/main/")]
-    assert not [link for link in links if not (ROOT / link.removeprefix(f"{repository}/blob/main/")).exists()]
+    of_file = re.compile(rf"{re.escape(repository)}/(?:blob|raw)/main/(.+)")  # a picture needs the file itself
+    assert not [link for link in links if not of_file.fullmatch(link)]
+    assert not [link for link in links if not (ROOT / of_file.fullmatch(link)[1]).exists()]
 
 
 def test_the_sdist_holds_real_files(dist: Path):

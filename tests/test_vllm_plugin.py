@@ -155,7 +155,7 @@ assert len(set(found)) == len(found)
 print(*found[len(theirs):])
 """
     found = succeed(START + code, plugin, engine).split()
-    kinds = ("mamba", "mamba2", "gdn", "kda", "short_conv")
+    kinds = ("mamba", "mamba2", "mamba3", "gdn", "kda", "short_conv")
     names = {f"mamba_ops::{kind}_mixing" for kind in kinds}
     names |= {f"mamba_ops_vllm::{op}" for op in ("mamba_mixer", "mamba_mixer2", "short_conv", "gdn_attention_core_xpu")}
     assert set(found) == names

@@ -14,6 +14,7 @@ from torch import Tensor
 from mamba_ops.commands.bench import peers
 from mamba_ops.commands.bench.case import Case
 from mamba_ops.commands.bench.clocks import random
+from mamba_ops.ops._triton import _triton
 from mamba_ops.registry import ops, use_backend
 
 ROWS, TOKENS = 4, 64
@@ -143,16 +144,8 @@ def bare(device: torch.device) -> Callable[[], object]:
 @contextmanager
 def watched() -> Iterator[None]:
     """Within the block, a hook of Triton's hears of every launch."""
-    from triton import knobs
-
-    def heard(*_: Any, **__: Any) -> None:
-        pass
-
-    knobs.runtime.launch_enter_hook.add(heard)
-    try:
+    with _triton.hook(_triton.LAUNCH_HOOKS[0], lambda *_, **__: None, "what watching costs is not seen"):
         yield
-    finally:
-        knobs.runtime.launch_enter_hook.remove(heard)
 
 
 def us_a_call(calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 40) -> dict[str, float]:

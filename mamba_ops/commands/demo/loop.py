@@ -12,7 +12,7 @@ from mamba_ops.registry import Backend, Op
 
 ROWS: dict[Op[...], tuple[str, ...]] = {  # op: its parameters that have one entry a row, if row i is in slot i
     causal_conv1d_update: ("x", "conv_state", "output"),
-    selective_state_update: ("ssm_state", "x", "dt", "B", "C", "z", "output"),
+    selective_state_update: ("ssm_state", "state_scale", "x", "dt", "B", "C", "z", "output"),
 }
 _REFUSED = ("slots", "write_slots", "cu_seqlens", "num_accepted_tokens", "rounding_seed")
 
