@@ -117,11 +117,11 @@ def test_nothing_is_copied_or_cast_beside_an_op_that_serves(name: str) -> None:
 @pytest.fixture
 def strict() -> Iterator[Callable[[Tensor], Tensor]]:
     """An op that wants its input contiguous."""
-    library = torch.library.Library("planted", "DEF")
+    library = torch.library.Library("planted_strides", "DEF")
     library.define("scan(Tensor x) -> Tensor", tags=(torch.Tag.needs_contiguous_strides,))
     library.impl("scan", lambda x: x * 2, "CPU")
     library.impl("scan", lambda x: torch.empty_like(x), "Meta")
-    yield torch.ops.planted.scan.default
+    yield torch.ops.planted_strides.scan.default
     library._destroy()
 
 

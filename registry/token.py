@@ -58,7 +58,8 @@ def _size_of(snapshot: "Snapshot") -> int:
 
 
 def _new_token(size: int, device: str) -> Tensor:
-    token = torch.empty((size, 0), device=device.replace("_", ":"))
+    with torch.inference_mode(False):  # graphs that train take it, too, whoever made it
+        token = torch.empty((size, 0), device=device.replace("_", ":"))
     _torch.mark_dynamic(token)
     return token
 

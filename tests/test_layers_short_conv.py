@@ -103,3 +103,18 @@ def test_packed_rows_train_as_alone() -> None:
 def test_a_config_of_something_else_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ShortConv\.from_config: config: .*'conv_L_cache'; expected Transf"):
         ShortConv.from_config(SimpleNamespace(hidden_size=8))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_selection_first_made_in_inference_mode_trains_too() -> None:
+    """What stands for it is a graph's input, and no inference tensor can be saved for a backward."""
+    layer, x = ShortConv(HIDDEN), torch.randn(2, 20, HIDDEN)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    rare = {"causal_conv1d": "torch", "kda_update": "torch", "mamba_chunk_scan": "torch"}  # that no test selects
+    with torch.enable_grad():
+        compiled(x).sum().backward()
+        with torch.inference_mode(), use_backend(**rare):
+            pass
+        with use_backend(**rare):
+            compiled(x).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1

@@ -126,4 +126,5 @@ def _step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, smallest: float
     d = dt if bias is None else dt + bias
     if softplus:
         d = torch.where(d > 20, d, torch.log1p(torch.exp(d.clamp(max=30))))  # autograd reads both branches
-    return torch.where(d < smallest, smallest, torch.where(d > largest, largest, d))  # at a limit a gradient passes
+    limited = d.clamp(smallest, largest)
+    return torch.where(limited == d, d, limited)  # so that a gradient passes at a limit itself
