@@ -121,7 +121,7 @@ def read(code: str) -> Program:
                     if kind and origin in by_op and by_op[origin]:
                         around.append(Around(by_op[origin], "after", kind))
         elif call := _OP.search(line):
-            if not call[1].startswith(("mamba_ops.", "planted.")):
+            if not call[1].startswith(("mamba_ops.", "planted_strides.")):
                 continue
             op = call[1].rpartition(".")[2]
             program.ops.append(op)
