@@ -27,7 +27,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.drop_in import seconds
-from benchmarks.measure import command
+from benchmarks.measure import command, report
 from mamba_ops.commands.bench.clocks import nbytes
 from mamba_ops.commands.bench.peers import module
 from mamba_ops.commands.targets import quiet_transformers
@@ -206,12 +206,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--decode", type=int, default=32, help="tokens that are timed, a row")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, after every row")
-    results = Path(__file__).parent / "results"
+    folder = Path(__file__).parent / "results"
     parser.add_argument(
-        "--save", type=Path, nargs="?", const=results, metavar="FOLDER", help="write a dated page (default: results/)"
+        "--save", type=Path, nargs="?", const=folder, metavar="FOLDER", help="write a dated page (default: results/)"
     )
     options = parser.parse_args(arguments)
     found: dict[str, dict[str, dict[str, float]]] = {}
+    results = {"device": device_name(options.device), "date": date.today().isoformat(), "models": found}
     missing: list[str] = []
     todo = [(n, *who) for n in options.models for who in contestants(n, sizes_of(n, options), options.device)]
     with torch.no_grad(), quiet_transformers(), Progress(disable=not sys.stderr.isatty()) as progress:
@@ -228,19 +229,16 @@ def main(arguments: list[str] | None = None) -> int:
             torch.accelerator.empty_cache() if options.device.type != "cpu" else None
             progress.advance(task)
             if options.json:
-                options.json.write_text(json.dumps(found, indent=1) + "\n")
-    lines = [f"# Whole models on {device_name(options.device)}, {date.today().isoformat()}", *table(found, options), ""]
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
+    lines = [f"# Whole models on {results['device']}, {results['date']}", *table(found, options), ""]
     lines += [f"- prefill: one row of {options.length} tokens, its last logits; decode: rows x {options.decode} tokens"]
     lines += ["- shares of a prefill: matrix products and attention, the ops' kernels, other kernels, no kernel"]
     lines += [f"- not measured: {sentence}" for sentence in missing]
     versions = f"torch {torch.__version__}, transformers {version('transformers')}"
     lines += [f"- the median of {options.runs} calls; {versions}; `{command(parser, options)}`"]
     text = "\n".join(lines) + "\n"
-    if options.save:
-        options.save.mkdir(parents=True, exist_ok=True)
-        stem = re.sub(r"[^A-Za-z0-9]+", "-", device_name(options.device))
-        (options.save / f"{date.today().isoformat()}_{stem}_models.md").write_text(text)
-    print(text)
+    options.name = "models"  # after the command was read from them
+    report(options, text, results)
     return 0
 
 

@@ -15,7 +15,9 @@ from mamba_ops.registry.errors import bad_argument
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INDICES = (torch.int32, torch.int64)
-_NARROW, _WIDE_STATES = (torch.int16, torch.float8_e4m3fn), ("ssm_state", "initial_states")
+NARROW = (torch.int16, torch.float8_e4m3fn)
+"""The formats of narrow states."""
+_WIDE_STATES = ("ssm_state", "initial_states")
 MOST_OF_A_CHUNK = 4096
 """The most tokens of a chunk."""
 _SEQUENCE_ARGUMENTS = frozenset(
@@ -40,7 +42,7 @@ def floating(**tensors: Tensor | None) -> None:
     """Every given tensor holds ordinary floating-point numbers; they need not be of one dtype."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in _FLOATS:
-            is_narrow = tensor.dtype in _NARROW and name in _WIDE_STATES
+            is_narrow = tensor.dtype in NARROW and name in _WIDE_STATES
             hint = "mamba_ops.functional.widen_states makes one of it" if is_narrow else "convert it first"
             raise bad_argument(name, got=short(tensor.dtype), expected=_one_of(_FLOATS), hint=hint)
 

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._common.checking import floating, shape_is, short
+from mamba_ops.ops._common.checking import NARROW, floating, shape_is, short
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._common.rounding import round_stochastically
 from mamba_ops.ops._common.sequences import SequenceArgs
 from mamba_ops.ops._common.slots import Ends, row_ends, store_rows
 from mamba_ops.registry import bad_argument, settings
 
-MOST = {torch.int16: 32767.0, torch.float8_e4m3fn: 448.0}
+MOST = dict(zip(NARROW, (32767.0, 448.0), strict=True))
 """Each format's largest number."""
 ROUNDED = (torch.float16, *MOST)
 """The formats that are rounded stochastically where a seed is given."""

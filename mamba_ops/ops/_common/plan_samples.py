@@ -1,6 +1,6 @@
 """The plans that the samples of mixing ops are made with."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -12,6 +12,17 @@ from mamba_ops.ops._common.sequences import NO_PLAN, NULL_SLOT, PlanTensors
 SAMPLE_SLOTS = 9
 NARROW = ("base", "padded", "speculative", "write slots")
 """Plans to sample a mixing op with that has a narrow state; none in which a row reads what another has stored."""
+NARROW_ERRORS: tuple[tuple[str, str, Callable[[Tensor], Any], str], ...] = (
+    ("base, int16 state", "state_scale", lambda s: None, r"got none for a state of int16, expected float32 \(slots, "),
+    ("base, int16 state", "state_scale", lambda s: s[1:], r"got shape \(8, "),
+    (
+        "base, int16 state",
+        "ssm_state",
+        lambda s: s.float(),
+        "got float32, expected int16 or float8_e4m3fn; state_",
+    ),
+)
+"""Rows of `error_table` about the sample "base" with narrow states."""
 
 
 def as_int16(states: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mamba_ops.ops._common.plan_samples import NARROW, SAMPLE_SLOTS, as_int16, sample_plans
+from mamba_ops.ops._common.plan_samples import NARROW, NARROW_ERRORS, SAMPLE_SLOTS, as_int16, sample_plans
 from mamba_ops.ops._common.random_inputs import RandomInputs
 from mamba_ops.ops._common.samples import SampleTensors, error_table
 from mamba_ops.ops.mamba2_mixing.op import mamba2_mixing
@@ -118,14 +118,7 @@ _ERROR_INPUTS = error_table(
     ("base", "has_initial_state", lambda h: h.int(), "got int32, expected bool; convert it first"),
     ("base", "has_initial_state", lambda h: h[1:], r"got shape \(6,\), expected \(7,\); all tensors"),
     ("base", "num_computed_tokens", lambda c: c.float(), "got float32, expected int32 or int64"),
-    ("base, int16 state", "state_scale", lambda s: None, r"got none for a state of int16, expected float32 \(slots, "),
-    ("base, int16 state", "state_scale", lambda s: s[1:], r"got shape \(8, "),
-    (
-        "base, int16 state",
-        "ssm_state",
-        lambda s: s.float(),
-        "got float32, expected int16 or float8_e4m3fn; state_",
-    ),
+    *NARROW_ERRORS,
     ("base", "out", lambda o: o.flatten(1), r"got shape \(25, 32\), expected \(25, 4, 8\)"),
 )
 

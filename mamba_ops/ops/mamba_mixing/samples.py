@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mamba_ops.ops._common.plan_samples import NARROW, SAMPLE_SLOTS, as_int16, sample_plans
+from mamba_ops.ops._common.plan_samples import NARROW, NARROW_ERRORS, SAMPLE_SLOTS, as_int16, sample_plans
 from mamba_ops.ops._common.random_inputs import RandomInputs
 from mamba_ops.ops._common.samples import SampleTensors, error_table
 from mamba_ops.ops.mamba_mixing.op import mamba_mixing
@@ -100,14 +100,7 @@ _ERROR_INPUTS = error_table(
     ),
     ("base", "counts", lambda c: c.int(), "got int32, expected int64"),
     ("base", "slots", lambda s: None, "got None with counts, expected a whole plan, or none"),
-    ("base, int16 state", "state_scale", lambda s: None, r"got none for a state of int16, expected float32 \(slots, "),
-    ("base, int16 state", "state_scale", lambda s: s[1:], r"got shape \(8, "),
-    (
-        "base, int16 state",
-        "ssm_state",
-        lambda s: s.float(),
-        "got float32, expected int16 or float8_e4m3fn; state_",
-    ),
+    *NARROW_ERRORS,
     ("base", "out", lambda o: o[:, 1:], r"got shape \(25, 23\), expected \(25, 24\)"),
 )
 
