@@ -103,9 +103,21 @@ def compiled_here(name: str, title: str, options: argparse.Namespace) -> dict[st
     return {"compile, s": took, "compiled": tokens.numel() / taken}
 
 
-def measured(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Return what was measured of a model."""
-    device, found = options.device, {}
+class Found(dict[str, float]):
+    """What was measured of a model, shown as soon as it is."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def __setitem__(self, key: str, value: float) -> None:
+        print(f"{self.name}: {key}: {value:,.2f}", file=sys.stderr, flush=True)
+        super().__setitem__(key, value)
+
+
+def measured(name: str, options: argparse.Namespace, found: Found) -> None:
+    """Note what is measured of a model."""
+    device = options.device
     model = new_model(name, options.layers, options.width, device)
     tokens = torch.randint(1024, (options.rows, options.length), device=device)
     for title in ("stock", "ours"):
@@ -115,7 +127,8 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, float]:
             found["bind, s"] = time.perf_counter() - begin
         found[f"{title}, eager"] = tokens.numel() / seconds(lambda: _read(model, tokens), device, options.runs)
         if not options.eager:
-            found |= {f"{title}, {key}": value for key, value in compiled_alone(name, title, options).items()}
+            for key, value in compiled_alone(name, title, options).items():
+                found[f"{title}, {key}"] = value
         new = options.decode
         more: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
         taken = seconds(lambda more=more: model.generate(tokens[:, :8], **more), device, options.runs)  # type: ignore[misc]
@@ -125,33 +138,33 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, float]:
     whole = seconds(lambda: _read(model, row), device, options.runs)
     packed = seconds(lambda: _read(model, row, cu_seq_lens_q=ends), device, options.runs)
     found["one document"], found["packed"] = row.numel() / whole, row.numel() / packed
+    found["packed / one"] = found["packed"] / found["one document"]
     assert binding is not None
     binding.undo()
-    return found
 
 
-def of_mamba_ssm(layer: str, options: argparse.Namespace) -> dict[str, float]:
-    """Return the tokens a second of decoding by MambaLMHeadModel, without and with graphs."""
+def of_mamba_ssm(layer: str, options: argparse.Namespace, found: Found) -> None:
+    """Note the tokens a second of decoding by MambaLMHeadModel, without and with graphs."""
     device, dtype = options.device, torch.float32 if options.device.type == "cpu" else torch.bfloat16
     config = MambaConfig(d_model=options.width, n_layer=options.layers, vocab_size=1024, ssm_cfg={"layer": layer})
     model = MambaLMHeadModel(config, device=device, dtype=dtype).eval()
     prompt = torch.randint(1024, (options.rows, 8), device=device)
-    found = {}
     for cg in (False, True):
         taken = seconds(lambda cg=cg: model.generate(prompt, 8 + options.decode, cg=cg), device, options.runs)  # type: ignore[misc]
         found[f"decode, cg={cg}"] = options.rows * options.decode / taken
-    return found
 
 
 def _read(model: Any, tokens: Tensor, **more: Any) -> None:
     model(tokens, use_cache=False, **more)
 
 
-def _table(results: dict[str, dict[str, float]], limit: float) -> list[str]:
+def _table(results: dict[str, Found], limit: float) -> list[str]:
     columns = list(dict.fromkeys(key for found in results.values() for key in found))
     lines = [f"| model | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 1)}"]
     for name, found in results.items():
-        lines.append(f"| {name} | {' | '.join(_cell(column, found[column], limit) for column in columns)} |")
+        lines.append(
+            f"| {name} | {' | '.join(_cell(column, found.get(column, math.nan), limit) for column in columns)} |"
+        )
     return lines
 
 
@@ -162,18 +175,18 @@ def _cell(column: str, value: float, limit: float) -> str:
 
 
 def page(
-    results: dict[str, dict[str, float]], fronts: dict[str, dict[str, float]], options: argparse.Namespace, called: str
+    results: dict[str, Found], fronts: dict[str, Found], options: argparse.Namespace, called: str, *, finished: bool
 ) -> str:
     """Return what is printed and saved."""
     lines = [f"# Models of Transformers on {device_name(options.device)}, {date.today().isoformat()}", ""]
-    with_ratio = {n: {**found, "packed / one": found["packed"] / found["one document"]} for n, found in results.items()}
-    lines += [*_table(with_ratio, options.limit), "", *_table(fronts, options.limit)]
+    lines += [*_table(results, options.limit), "", *_table(fronts, options.limit)]
     packed = f"packed: {options.documents} documents of {options.document} in one row, eager"
     runs = f"{options.rows} rows of {options.length} tokens, the median of {options.runs} calls"
     versions = f"torch {torch.__version__}, transformers {version('transformers')}"
     decode = f"decode: {options.decode} tokens a row after a prompt of 8"
     lines += ["", f"- tokens a second, but for columns in seconds; {runs}; {packed}; {decode}"]
     lines += [f"- {options.layers} layers of width {options.width}; {versions}; `{called}`"]
+    lines += [] if finished else ["- broken off: what is missing was not measured"]
     return "\n".join(lines) + "\n"
 
 
@@ -202,20 +215,26 @@ def main(arguments: list[str] | None = None) -> int:
         with torch.no_grad(), quiet_transformers():
             print(json.dumps(compiled_here(*options.compile_one, options)))
         return 0
-    found = {}
+    found = {name: Found(name) for name in options.models}
+    fronts = {layer: Found(f"MambaLMHeadModel, {layer}") for layer in ("Mamba1", "Mamba2")}
+    finished = False
     with torch.no_grad(), quiet_transformers():
-        for name in options.models:
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            found[name] = measured(name, options)
-            print(f"{name}: {json.dumps(found[name])}", file=sys.stderr, flush=True)
-        fronts = {f"MambaLMHeadModel, {layer}": of_mamba_ssm(layer, options) for layer in ("Mamba1", "Mamba2")}
-    text = page(found, fronts, options, command(parser, options))
+        try:
+            for name, of_model in found.items():
+                measured(name, options, of_model)
+            for layer, of_front in fronts.items():
+                of_mamba_ssm(layer, options, of_front)
+            finished = True
+        except KeyboardInterrupt:
+            print("broken off", file=sys.stderr)
+    named = {of_front.name: of_front for of_front in fronts.values()}
+    text = page(found, named, options, command(parser, options), finished=finished)
     if options.save:
         options.save.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"[^A-Za-z0-9]+", "-", device_name(options.device))
         (options.save / f"{date.today().isoformat()}_{name}_drop_in.md").write_text(text)
     print(text)
-    return 0
+    return 0 if finished else 1
 
 
 if __name__ == "__main__":
