@@ -66,7 +66,7 @@ CEILINGS = {
         "chunk_kda._adjoints": 352,
         "chunk_kda._reads": 672,
         "chunk_kda._pair_gradients": 48,
-        "mamba_chunk_scan._outputs": 32,
+        "mamba_chunk_scan._outputs": 112,
         "mamba_chunk_scan._of_groups": 352,
         "mamba_chunk_scan._of_heads": 672,
     },
