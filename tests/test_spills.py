@@ -40,6 +40,7 @@ CEILINGS = {
         "mamba_chunk_scan._of_groups": 1536,
         "mamba_chunk_scan._of_heads": 2368,
         "selective_scan._gradients": 192,
+        "selective_state_update._kernel": 16,  # with narrow states
     },
     ("sm_86", "bfloat16"): {
         "causal_conv1d._kernel": 64,
