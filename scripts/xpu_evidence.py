@@ -37,7 +37,10 @@ ROWS = {
     ),
     "spirv": (
         "The Triton kernels, backward ones too, compile for a B580 and a Max 1550",
-        f"to SPIR-V, by {spirv.RELEASE} (`tests/xpu`), with sizes of large models in bfloat16, float16 and float32",
+        (
+            f"to SPIR-V, by {spirv.RELEASE} (`tests/xpu`), with sizes of large models in bfloat16, float16 and "
+            "float32, and states of float32, int16 and 8 bits"
+        ),
     ),
     "launches": (
         "Their launches are chosen by the GPU's limits, and fit its shared memory",

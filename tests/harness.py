@@ -131,6 +131,13 @@ def environment(**variables: str) -> Iterator[None]:
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
+STRICT_PYTHON = (
+    *(sys.executable, "-W", "error::RuntimeWarning"),
+    *("-W", "ignore:Guards may run slower on Python:RuntimeWarning"),  # torch advises against Python 3.13.0, for speed
+)
+"""A command that runs code as users do, in which what the package warns of is an error."""
+
+
 def compiled_for_a_gpu(code: str, *arguments: object, compiles: bool = True, **variables: str) -> Any:
     """Run code in a process in which Triton compiles for an H100 that is not there; return what it prints, as JSON.
 

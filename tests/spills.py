@@ -50,8 +50,12 @@ def main() -> None:
     """Print what the kernels spill that the first samples of ops launch."""
     name, dtype, *ops = sys.argv[1:]
     triton.knobs.nvidia.dump_ptxas_log = True
-    for _, asked in fitting._asked(target_of(name), ops, dtype, {}, 1):
+    done = set()
+    for _, asked in fitting.variants(target_of(name), ops, dtype, {}, 1):
         for variant in asked:
+            if (identity := (variant.module, variant.function, variant.key)) in done:
+                continue
+            done.add(identity)
             kernel = kernel_name(variant.module, variant.function)
             print(json.dumps([kernel, spills(variant.kernel, variant.asked)]), flush=True)  # noqa: T201
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import STRICT_PYTHON
+
 pytest.importorskip("setuptools", reason="installing the plug-in needs setuptools and pip")
 pytest.importorskip("pip")
 pytestmark = pytest.mark.xdist_group("packaging")
@@ -45,7 +47,7 @@ def run(code: str, *folders: Path, **environment: str) -> subprocess.CompletedPr
     """Run code in a fresh process that sees the packages in `folders`; warnings of ours are errors there."""
     path = os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": path} | environment
-    command = (sys.executable, "-W", "error::RuntimeWarning", "-c", code)
+    command = (*STRICT_PYTHON, "-c", code)
     return subprocess.run(command, env=env, cwd=folders[0], capture_output=True, text=True)
 
 

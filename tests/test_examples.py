@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mamba_ops.audit import absent
+from tests.harness import STRICT_PYTHON
 
 TRAINING = "train_bytes.py"  # trains for two minutes, as it is
 EXAMPLES = [e for e in sorted((Path(__file__).parents[1] / "examples").glob("*.py")) if e.name != TRAINING]
@@ -31,7 +32,7 @@ def test_an_example_runs(example: Path, tmp_path: Path):
         if package in example.read_text():
             pytest.importorskip(package, reason=f"the example needs mamba-ops[{extra}]")
     # A RuntimeWarning is one of ours; torch has its own, that depend on the machine.
-    command = (sys.executable, "-W", "error::RuntimeWarning", example, *BRIEFLY.get(example.name, ()))
+    command = (*STRICT_PYTHON, example, *BRIEFLY.get(example.name, ()))
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     if example.name == "continuous_batching.py":
@@ -63,7 +64,7 @@ def test_training_on_bytes_learns(family: str, tmp_path: Path):
     options = ("--size", "tiny", "--steps", "60", "--rate", "0.01", "--length", "20", "--family", family)
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 20)
-    command = (sys.executable, "-W", "error::RuntimeWarning", EXAMPLES[0].parent / TRAINING, text, *options)
+    command = (*STRICT_PYTHON, EXAMPLES[0].parent / TRAINING, text, *options)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     losses = torch.load(tmp_path / "train_bytes.pt")["losses"]

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 ALIKE = {"sm_89": "sm_86", "sm_103": "sm_100", "gfx1200": "gfx1100"}
 """GPUs of equal limits for which every kernel takes the same bytes as for another one."""
-DELTA_RULE, KDA, SSD = "chunk_gated_delta_rule", "chunk_kda", "mamba_chunk_scan"
+DELTA_RULE, KDA, SSD, MAMBA_3 = "chunk_gated_delta_rule", "chunk_kda", "mamba_chunk_scan", "mamba3_chunk_scan"
 BACKWARD = f"{DELTA_RULE}_backward"
 REFUSED = {
     # No matrix units that Triton knows: all of what is multiplied lies in shared memory, in float32.
@@ -27,10 +27,10 @@ REFUSED = {
     ("sm_75", f"{KDA}_backward", "float32"),
 }
 """GPU, op and dtype that the backend `triton` refuses; then `torch` runs them."""
-LAUNCHED = sorted(name for name, op in ops().items() if "triton" in op.kernels)
+LAUNCHED = sorted(name for name, op in ops().items() if fitting.launches(op))
 
 
-MULTIPLYING = [DELTA_RULE, BACKWARD, KDA, f"{KDA}_backward", SSD, f"{SSD}_backward"]
+MULTIPLYING = [DELTA_RULE, BACKWARD, KDA, f"{KDA}_backward", SSD, f"{SSD}_backward", MAMBA_3]
 """Ops whose kernels multiply matrices. In others, numbers of 2 bytes are loaded alike, whatever they mean."""
 
 
@@ -54,6 +54,26 @@ def test_backward_kernels_compile_for_a_gpu_with_a_compiler_of_its_own():
     rows = list(fitting.fits(["sm_100"], ops=[BACKWARD, f"{SSD}_backward"], dtypes=["bfloat16"]))
     assert len({row.kernel for row in rows}) > 10
     assert not [str(row) for row in rows if not row.fits]
+
+
+def test_narrow_states_are_compiled_too():
+    """On a GPU without instructions for 8-bit floats."""
+    rows = list(fitting.fits(["sm_75"], ops=["kda_update"], dtypes=["bfloat16"]))
+    assert [row.states for row in rows] == ["float32", "int16", "float8_e4m3fn"]
+    assert not [str(row) for row in rows if not row.fits]
+
+
+def test_an_op_that_is_composed_of_others_asks_for_variants_of_its_own():
+    """Mamba-3's scan gives Mamba-2's a float32 x; B and C then come in float32 as well, or kernels spill kilobytes."""
+    rows = list(fitting.fits(["sm_86"], ops=[SSD, MAMBA_3], dtypes=["bfloat16", "float32"]))
+    assert not [str(row) for row in rows if not row.fits]
+
+    def found(op, dtype):
+        return {(row.kernel, row.launch, row.shared) for row in rows if (row.op, row.dtype) == (op, dtype)}
+
+    assert len(found(MAMBA_3, "bfloat16")) == 3
+    assert found(MAMBA_3, "bfloat16") == found(MAMBA_3, "float32")
+    assert found(MAMBA_3, "bfloat16") != found(SSD, "bfloat16")
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ CEILINGS = {
         "mamba_chunk_scan._of_groups": 1536,
         "mamba_chunk_scan._of_heads": 2368,
         "selective_scan._gradients": 192,
+        "selective_state_update._kernel": 16,  # with narrow states
     },
     ("sm_86", "bfloat16"): {
         "causal_conv1d._kernel": 64,
@@ -66,7 +67,7 @@ CEILINGS = {
         "chunk_kda._adjoints": 352,
         "chunk_kda._reads": 672,
         "chunk_kda._pair_gradients": 48,
-        "mamba_chunk_scan._outputs": 32,
+        "mamba_chunk_scan._outputs": 112,
         "mamba_chunk_scan._of_groups": 352,
         "mamba_chunk_scan._of_heads": 672,
     },

@@ -5,17 +5,19 @@ variant then goes through the part of Triton's compiler that allocates shared me
 compiler refuses, and counts the same bytes, in a tenth of the time.
 """
 
+import functools
 import inspect
 import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from mamba_ops.cold_start.targets import Target
+    from mamba_ops.registry import Op, Sample
 
 DTYPES = ("bfloat16", "float16", "float32")
 SIZES: Mapping[str, int] = {
@@ -37,6 +39,7 @@ class Fit(NamedTuple):
 
     Attributes:
         target, op, kernel, dtype: for what it was compiled; `kernel` is `op.function`.
+        states: the dtype of the states that the op was called with.
         launch: what was chosen for it: blocks, warps, stages.
         shared: bytes of shared memory; -1 where it does not compile.
         limit: how many there are.
@@ -47,6 +50,7 @@ class Fit(NamedTuple):
     op: str
     kernel: str
     dtype: str
+    states: str
     launch: str
     shared: int
     limit: int
@@ -59,7 +63,8 @@ class Fit(NamedTuple):
 
     def __str__(self) -> str:
         asks = self.problem or f"{self.shared:,} bytes of shared memory, of {self.limit:,}"
-        return f"{self.kernel} of {self.op}, {self.dtype}, on {self.target} ({self.launch}): {asks}"
+        what = f"{self.kernel} of {self.op}, {self.dtype}, states of {self.states}"
+        return f"{what}, on {self.target} ({self.launch}): {asks}"
 
 
 def fits(
@@ -76,8 +81,9 @@ def fits(
 
     Args:
         targets: names of `targets.TARGETS`, or any others.
-        ops: names of ops; none: all that have Triton kernels, those that compute gradients included.
-        dtypes: of activations; states are float32.
+        ops: names of ops; none: all that have Triton kernels, those that compute gradients included, and those that ask
+            for other variants of these kernels.
+        dtypes: of activations; states are float32, then each narrow dtype that the op takes.
         sizes: static sizes that replace those of `SIZES`.
         samples: how many samples of each op are called, from the first one on; None: all.
 
@@ -87,7 +93,7 @@ def fits(
     from mamba_ops import registry
     from mamba_ops.cold_start import arguments
 
-    known = [op for op in registry.ops().values() if "samples" in op.facets and "triton" in op.kernels]
+    known = [op for op in registry.ops().values() if "samples" in op.facets and launches(op)]
     arguments.check_numbers(sizes or {}, None)
     arguments.check_names(sizes or {}, known)
     request = {"targets": list(targets), "ops": list(ops), "dtypes": list(dtypes), "sizes": sizes, "samples": samples}
@@ -102,9 +108,21 @@ def fits(
         raise subprocess.CalledProcessError(child.returncode, command)
 
 
-class _Variant(NamedTuple):
+def launches(op: "Op[...]") -> bool:
+    """Return whether an op asks for variants of kernels that no other does.
+
+    What mixes a batch does not, nor does what keeps a forward's results for gradients.
+    """
+    return "triton" in op.kernels or ("composed" in op.kernels and not (op.splits_graph or op.returns))
+
+
+class Variant(NamedTuple):
+    """What a call asks of Triton's compiler."""
+
+    states: str
     module: str
     function: str
+    key: str
     kernel: Any
     asked: Any
     """What Triton's hook is given of what it would compile."""
@@ -128,23 +146,28 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     for given in request["targets"]:
         target = target_of(given) if isinstance(given, str) else Target(*given)
+        known: dict[tuple[str, ...], tuple[int, str]] = {}
         for dtype in request["dtypes"]:
-            for op, asked in _asked(target, request["ops"], dtype, request["sizes"] or {}, request["samples"]):
+            for op, asked in variants(target, request["ops"], dtype, request["sizes"] or {}, request["samples"]):
                 for variant in asked:
-                    shared, problem = -1, ""
-                    try:
-                        shared = _triton.shared_memory(variant.kernel, variant.asked)
-                    except Exception as error:  # whatever Triton's compiler raises
-                        problem = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+                    identity = (variant.module, variant.function, variant.key)
+                    if identity not in known:
+                        shared, problem = -1, ""
+                        try:
+                            shared = _triton.shared_memory(variant.kernel, variant.asked)
+                        except Exception as error:  # whatever Triton's compiler raises
+                            problem = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+                        known[identity] = shared, problem
+                    shared, problem = known[identity]
                     kernel = kernel_name(variant.module, variant.function)
-                    row = (target.name, op, kernel, dtype, variant.launch, shared, target.shared_memory, problem)
-                    print(json.dumps(row), flush=True)  # noqa: T201
+                    what = (target.name, op, kernel, dtype, variant.states, variant.launch)
+                    print(json.dumps((*what, shared, target.shared_memory, problem)), flush=True)  # noqa: T201
 
 
-def _asked(
-    target: Any, names: Sequence[str], dtype: str, sizes: Mapping[str, int], samples: int | None
-) -> Iterator[tuple[str, list[_Variant]]]:
-    """Call ops as on a GPU; yield the name of each, and the variants that it was the first to ask for."""
+def variants(
+    target: "Target", names: Sequence[str], dtype: str, sizes: Mapping[str, int], samples: int | None
+) -> Iterator[tuple[str, list[Variant]]]:
+    """Call ops as on a GPU; yield the name of each, and the variants that it asks for."""
     import torch
     import triton
 
@@ -152,38 +175,67 @@ def _asked(
     from mamba_ops.cold_start.specialization import our_modules
     from mamba_ops.cold_start.targets import StandIn
     from mamba_ops.ops._triton import _triton, launch_config
-    from mamba_ops.registry import ops, use_backend
+    from mamba_ops.registry import use_backend
 
     modules = our_modules()
     kernels = [f for m in modules for f in vars(m).values() if isinstance(f, triton.JITFunction)]
     triton.runtime.driver.set_active(StandIn(target))
     backends.triton.devices = ("cpu",)
     launch_config.forget_device()
-    seen: set[Any] = set()
-    asked: list[_Variant] = []
+    asked: dict[tuple[str, str, str], Variant] = {}
+    states = ""
 
     def note(*_: object, key: str, fn: Any, compile: Any, **__: object) -> bool:
-        if (fn.module, fn.name, key) not in seen:
-            seen.add((fn.module, fn.name, key))
-            asked.append(_Variant(fn.module, fn.name, fn.jit_function, compile))
+        new = Variant(states, fn.module, fn.name, key, fn.jit_function, compile)
+        asked.setdefault((fn.module, fn.name, key), new)
         return True
 
     noting = _triton.hook(_triton.BEFORE_LOAD, note, "which variants calls ask for is not known")
     with noting, _triton.unloaded(kernels), use_backend("triton"), torch.no_grad():
-        for name, op in ops().items():
-            if "triton" not in op.kernels or (names and name not in names):
-                continue
-            base = next(
-                (other for other in ops().values() if other.backward_op is op), op
-            )  # the backward's sampler takes its sizes
-            known = inspect.signature(base.sampler).parameters
-            wanted = {"dtype": getattr(torch, dtype), "state_dtype": torch.float32, **SIZES}
-            wanted |= {**OF_OP.get(base.name, {}), **sizes}
-            wanted = {n: size for n, size in wanted.items() if n in known}
-            for sample in itertools.islice(op.sampler(torch.device("cpu"), **wanted), samples):
-                op(*sample.args, **sample.kwargs)
-            yield name, asked
-            asked.clear()
+        for op, found in calls(names, dtype, sizes, samples):
+            asked.clear()  # of what the sample of a backward op was made with
+            for states, call in found:  # noqa: B007  # `note` reads it
+                call()
+            yield op, list(asked.values())
+
+
+def calls(
+    names: Sequence[str], dtype: str, sizes: Mapping[str, int], samples: int | None
+) -> Iterator[tuple[str, list[tuple[str, Callable[[], object]]]]]:
+    """Yield the name of each op, and calls of it, each with the dtype of its states: see `fits`."""
+    import torch
+
+    from mamba_ops.registry import ops
+
+    for name, op in ops().items():
+        if not launches(op) or (names and name not in names):
+            continue
+        # the backward's sampler takes its sizes
+        base = next((other for other in ops().values() if other.backward_op is op), op)
+        known = inspect.signature(base.sampler).parameters
+        wanted = {"dtype": getattr(torch, dtype), "state_dtype": torch.float32, **SIZES}
+        wanted |= {**OF_OP.get(base.name, {}), **sizes}
+        wanted = {n: size for n, size in wanted.items() if n in known}
+        chosen = list(itertools.islice(op.sampler(torch.device("cpu"), **wanted), samples))
+        found = [("float32", functools.partial(op, *each.args, **each.kwargs)) for each in chosen]
+        yield name, found + _narrow(op, chosen[0])
+
+
+def _narrow(op: "Op[...]", sample: "Sample") -> list[tuple[str, Callable[[], object]]]:
+    """Return a sample's calls with states in each narrow dtype, where the op takes them."""
+    from mamba_ops.functional import narrow_states
+    from mamba_ops.ops._common.checking import NARROW
+
+    arguments = op.bind(sample.args, sample.kwargs)
+    if "state_scale" not in arguments:
+        return []
+    arguments["out"] = arguments.pop("output")
+    found: list[tuple[str, Callable[[], object]]] = []
+    for dtype in NARROW:
+        state, scale = narrow_states(arguments["ssm_state"], dtype)
+        given = arguments | {"ssm_state": state, "state_scale": scale}
+        found.append((str(dtype).removeprefix("torch."), functools.partial(op, **given)))
+    return found
 
 
 if __name__ == "__main__":

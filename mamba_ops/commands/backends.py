@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mamba_ops import registry
 from mamba_ops.commands.options import Config, Device, configured, devices, fail
-from mamba_ops.registry import Backend, Op, RegistryError, explain
+from mamba_ops.registry import Backend, RegistryError, explain
 
 
 def backends(device: Device = None, backend: Config = None) -> None:
@@ -30,18 +30,27 @@ def backends(device: Device = None, backend: Config = None) -> None:
 
 
 def _show(console: Console, device: torch.device) -> None:
-    """Print the table of one device, and below it the reason of each backend that does not run there by default."""
+    """Print the table of one device: what the first sample of each op runs on. Below it stand what asked for that, if
+    anything did, and the reason of each backend that does not run there by default.
+    """
     order = registry.backends()
     reasons = {backend.name: _why_not(backend, device) for backend in order}
     table = Table(title=f"On {device}", title_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("op", no_wrap=True)
     for heading in [*reasons, "runs on"]:
         table.add_column(heading)
-    for op in (op for op in registry.ops().values() if not op.returns):
+    bound_by: list[str] = []
+    for op in sorted((op for op in registry.ops().values() if not op.returns), key=lambda op: op.name):
         has_kernel = {name: name in op.kernels for name in reasons}
         marks = [("no" if reason else "yes") if has_kernel[name] else "-" for name, reason in reasons.items()]
-        table.add_row(op.name, *marks, _choice(op, device))
+        sample = op.make_samples(device)[0]
+        explanation = explain(op, *sample.args, **sample.kwargs)
+        if explanation.bound_by:
+            bound_by.append(explanation.bound_by)
+        table.add_row(op.name, *marks, (explanation.backend or "nothing") + (" *" if explanation.bound_by else ""))
     console.print(table)
+    if bound_by:
+        console.print(f"*: asked for by {', '.join(dict.fromkeys(bound_by))}", soft_wrap=True)
     for name, reason in reasons.items():
         if reason:
             console.print(f"{name}: {reason}", soft_wrap=True)
@@ -54,11 +63,3 @@ def _why_not(backend: Backend, device: torch.device) -> str | None:
     if reason and backend.why_unusable(device.type, by_name=True) is None:
         return f"only if asked for by name ({reason})"
     return reason
-
-
-def _choice(op: Op[...], device: torch.device) -> str:
-    """Return the backend that the op's first sample runs on, and what asked for it, if anything did."""
-    sample = op.make_samples(device)[0]
-    explanation = explain(op, *sample.args, **sample.kwargs)
-    source = f" ({explanation.bound_by})" if explanation.bound_by else ""
-    return f"{explanation.backend or 'nothing'}{source}"

@@ -1,12 +1,11 @@
 """Compile the kernels for Intel GPUs that are not here: `python -m tests.xpu.spirv GPU DTYPE [OP ...]`.
 
 `triton` must be triton-xpu: its folder comes first in PYTHONPATH. No device and no SYCL are needed. The first sample of
-every op is called with sizes of large models; each launch ends when its kernel is SPIR-V. Launches come from the rules,
-by the GPU's limits, and what takes more shared memory than it has is refused as there. Prints a line of JSON for each
-kernel, and for each op that is refused.
+every op is called with sizes of large models, and with states in each narrow dtype where the op takes them; each launch
+ends when its kernel is SPIR-V. Launches come from the rules, by the GPU's limits; what takes more shared memory than it
+has is refused as there. Prints a line of JSON for each variant of a kernel, and for each call that is refused.
 """
 
-import inspect
 import json
 import os
 import sys
@@ -61,41 +60,35 @@ def rows(gpu: str, dtype: str, names: list[str]) -> Iterator[dict[str, Any]]:
     warnings.simplefilter("ignore", RuntimeWarning)  # of what this Triton does not have
 
     from mamba_ops import backends
-    from mamba_ops.cold_start.fitting import OF_OP, SIZES
+    from mamba_ops.cold_start.fitting import calls
     from mamba_ops.cold_start.targets import StandIn, Target
     from mamba_ops.ops._triton import launch_config
-    from mamba_ops.registry import NoBackendError, ops, use_backend
+    from mamba_ops.registry import NoBackendError, use_backend
 
     triton.runtime.driver.set_active(StandIn(Target(gpu, "xpu", GPUS[gpu], 32, SHARED_MEMORY)))
     backends.triton.devices = ("cpu",)
     launch_config.forget_device()
+    common = {"gpu": gpu, "family": launch_config.family(-1), "dtype": dtype}
     compiled: dict[str, dict[str, Any]] = {}
     run = jit.JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         size, shared = len(kernel.asm["spv"]), kernel.metadata.shared
-        compiled[self.__name__] = {"kernel": self.__name__, "bytes": size, "shared": shared, "refused": ""}
+        compiled[kernel.hash] = {"kernel": self.__name__, "bytes": size, "shared": shared, "refused": ""}
         return kernel
 
     jit.JITFunction.run = compile_only
-    common = {"gpu": gpu, "family": launch_config.family(-1), "dtype": dtype}
-    wanted = {"dtype": getattr(torch, dtype), "state_dtype": torch.float32, **SIZES}
-    for name, op in ops().items():
-        if "triton" not in op.kernels or (names and name not in names):
-            continue
-        base = next((other for other in ops().values() if other.backward_op is op), op)
-        known = inspect.signature(base.sampler).parameters
-        sizes = {n: value for n, value in {**wanted, **OF_OP.get(base.name, {})}.items() if n in known}
-        with use_backend("torch"), torch.no_grad():  # what a backward sample needs of the forward
-            sample = next(iter(op.sampler(torch.device("cpu"), **sizes)))
-        compiled.clear()
-        try:
-            with use_backend("triton"), torch.no_grad():
-                op(*sample.args, **sample.kwargs)
-        except NoBackendError as error:
-            compiled[name] = {"kernel": "", "bytes": 0, "shared": 0, "refused": error.reasons["triton"]}
-        yield from (common | {"op": name} | row for row in compiled.values())
+    with use_backend("torch"), torch.no_grad():  # for what a backward sample needs of the forward
+        for name, found in calls(names, dtype, {}, 1):
+            for states, call in found:
+                compiled.clear()
+                try:
+                    with use_backend("triton"):
+                        call()
+                except NoBackendError as error:
+                    compiled[""] = {"kernel": "", "bytes": 0, "shared": 0, "refused": error.reasons["triton"]}
+                yield from (common | {"op": name, "states": states} | row for row in compiled.values())
 
 
 if __name__ == "__main__":

@@ -100,10 +100,13 @@ def _show_fits(console: Console, target: Any, sizes: Mapping[str, int]) -> None:
             most = max((row.shared for row in mine), default=0)
             cells.append(f"{most:,}" if all(row.fits for row in mine) else "torch")
         console.print(f"  {op:<{width}}" + "".join(f"  {cell:>9}" for cell in cells))
-    console.print("Bytes of the kernel that takes the most; `torch`: a kernel does not fit, so ops run on torch there:")
+    console.print(
+        "Bytes of the kernel that takes the most, with float32 states, and narrow ones where an op takes them; "
+        "`torch`: a kernel does not fit, so ops run on torch there:"
+    )
     refused = [row for row in rows if not row.fits]
     for row in refused:
         asks = row.problem or f"{row.shared:,} bytes"
-        console.print(f"  {row.kernel}, {row.dtype}: {asks}", soft_wrap=True)
+        console.print(f"  {row.kernel} of {row.op}, {row.dtype}: {asks}", soft_wrap=True)
     if not refused:
         console.print("  none")

@@ -54,6 +54,14 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor if is_dense(tensor) else tensor.contiguous()
 
 
+def as_float32(operand: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """What kernels multiply in a dtype: in float32 where that is the dtype, whatever it was before, else as it is.
+
+    A kernel that converts a factor of a float32 product keeps all of it in registers, and spills kilobytes of it.
+    """
+    return [tensor.float() for tensor in tensors] if operand == torch.float32 else list(tensors)
+
+
 def by_channel(tensor: Tensor, flat: bool) -> Tensor:
     """An activation `(tokens, ...)` if flat, else `(rows, tokens, ...)`: itself where its last dimension is contiguous,
     else a copy.

@@ -6,7 +6,7 @@ import torch
 import triton
 
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options
-from mamba_ops.ops._triton.layout import by_token
+from mamba_ops.ops._triton.layout import as_float32, by_token
 from mamba_ops.ops._triton.limits import limits_of
 from mamba_ops.ops._triton.sums import add_up, clear
 from mamba_ops.ops.mamba_chunk_scan.triton.backward import _carry, _step_sizes
@@ -45,6 +45,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
     operand = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
     if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
         operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+    x, B, C, grad = as_float32(operand, x, B, C, grad)
     tokens, length = x.shape[0], x.shape[0] if flat else call.x.shape[1]
     block_dim, block_state = (max(triton.next_power_of_2(size), 16) for size in (dim, dstate))
     chunk = 64 if operand.itemsize < 4 and block_dim * block_state <= 64 * 128 else 32

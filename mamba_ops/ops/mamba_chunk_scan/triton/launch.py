@@ -8,7 +8,7 @@ import triton.language as tl
 
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_placeholder, slots_of
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
-from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
+from mamba_ops.ops._triton.layout import as_float32, by_token, dense, is_dense, write_back
 from mamba_ops.ops._triton.limits import Limits
 from mamba_ops.ops.mamba_chunk_scan.triton.kernels import _outputs, _prepare, _states
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def mamba_chunk_scan(call: "Arguments") -> None:
     """Write `output`, and the states in place; shapes and meaning are the op's, and are not checked again.
 
-    Matrix products are of the common dtype of x, B and C, and sum in float32. Every token of an activation must be
+    Matrix products are of the common dtype of x, B and C, and sum in float32; where that is float32, those of another
+    dtype are converted first. Every token of an activation must be
     dense, and every parameter: others are copied first, and an output or chunk_states that is not is written through a
     copy. Where a token of x, B, C, z or output or a slot of ssm_state does not start at a multiple of 16 bytes, or a
     slot is not dense, reads are narrow and slow.
@@ -42,6 +43,7 @@ def mamba_chunk_scan(call: "Arguments") -> None:
     operand = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
     if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
         operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+    x, B, C = as_float32(operand, x, B, C)
     steps = x.new_empty(4, heads, tokens, dtype=torch.float32)
     table = x.new_empty(chunks, 3, dtype=torch.int32)
     first_chunks = x.new_empty(rows, dtype=torch.int32)
