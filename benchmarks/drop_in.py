@@ -115,9 +115,9 @@ class Found(dict[str, float]):
         super().__setitem__(key, value)
 
 
-def measured(name: str, options: argparse.Namespace, found: Found) -> None:
-    """Note what is measured of a model."""
-    device = options.device
+def measured(found: Found, options: argparse.Namespace) -> None:
+    """Note what is measured of a model of Transformers."""
+    name, device = found.name, options.device
     model = new_model(name, options.layers, options.width, device)
     tokens = torch.randint(1024, (options.rows, options.length), device=device)
     for title in ("stock", "ours"):
@@ -143,7 +143,7 @@ def measured(name: str, options: argparse.Namespace, found: Found) -> None:
     binding.undo()
 
 
-def of_mamba_ssm(layer: str, options: argparse.Namespace, found: Found) -> None:
+def of_mamba_ssm(found: Found, layer: str, options: argparse.Namespace) -> None:
     """Note the tokens a second of decoding by MambaLMHeadModel, without and with graphs."""
     device, dtype = options.device, torch.float32 if options.device.type == "cpu" else torch.bfloat16
     config = MambaConfig(d_model=options.width, n_layer=options.layers, vocab_size=1024, ssm_cfg={"layer": layer})
@@ -158,13 +158,12 @@ def _read(model: Any, tokens: Tensor, **more: Any) -> None:
     model(tokens, use_cache=False, **more)
 
 
-def _table(results: dict[str, Found], limit: float) -> list[str]:
-    columns = list(dict.fromkeys(key for found in results.values() for key in found))
+def _table(results: list[Found], limit: float) -> list[str]:
+    columns = list(dict.fromkeys(key for found in results for key in found))
     lines = [f"| model | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 1)}"]
-    for name, found in results.items():
-        lines.append(
-            f"| {name} | {' | '.join(_cell(column, found.get(column, math.nan), limit) for column in columns)} |"
-        )
+    for found in results:
+        cells = [_cell(column, found.get(column, math.nan), limit) for column in columns]
+        lines.append(f"| {found.name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -174,9 +173,7 @@ def _cell(column: str, value: float, limit: float) -> str:
     return f"{value:.2f}" if column.endswith((", s", "/ one")) else f"{value:,.0f}"
 
 
-def page(
-    results: dict[str, Found], fronts: dict[str, Found], options: argparse.Namespace, called: str, *, finished: bool
-) -> str:
+def page(results: list[Found], fronts: list[Found], options: argparse.Namespace, called: str, *, finished: bool) -> str:
     """Return what is printed and saved."""
     lines = [f"# Models of Transformers on {device_name(options.device)}, {date.today().isoformat()}", ""]
     lines += [*_table(results, options.limit), "", *_table(fronts, options.limit)]
@@ -215,20 +212,20 @@ def main(arguments: list[str] | None = None) -> int:
         with torch.no_grad(), quiet_transformers():
             print(json.dumps(compiled_here(*options.compile_one, options)))
         return 0
-    found = {name: Found(name) for name in options.models}
-    fronts = {layer: Found(f"MambaLMHeadModel, {layer}") for layer in ("Mamba1", "Mamba2")}
+    found = [Found(name) for name in options.models]
+    layers = ("Mamba1", "Mamba2")
+    fronts = [Found(f"MambaLMHeadModel, {layer}") for layer in layers]
     finished = False
     with torch.no_grad(), quiet_transformers():
         try:
-            for name, of_model in found.items():
-                measured(name, options, of_model)
-            for layer, of_front in fronts.items():
-                of_mamba_ssm(layer, options, of_front)
+            for of_model in found:
+                measured(of_model, options)
+            for layer, of_front in zip(layers, fronts, strict=True):
+                of_mamba_ssm(of_front, layer, options)
             finished = True
         except KeyboardInterrupt:
             print("broken off", file=sys.stderr)
-    named = {of_front.name: of_front for of_front in fronts.values()}
-    text = page(found, named, options, command(parser, options), finished=finished)
+    text = page(found, fronts, options, command(parser, options), finished=finished)
     if options.save:
         options.save.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"[^A-Za-z0-9]+", "-", device_name(options.device))

@@ -20,10 +20,9 @@ def mamba_chunk_scan(call: "Arguments") -> None:
     """Write `output`, and the states in place; shapes and meaning are the op's, and are not checked again.
 
     Matrix products are of the common dtype of x, B and C, and sum in float32; where that is float32, those of another
-    dtype are converted first. Every token of an activation must be
-    dense, and every parameter: others are copied first, and an output or chunk_states that is not is written through a
-    copy. Where a token of x, B, C, z or output or a slot of ssm_state does not start at a multiple of 16 bytes, or a
-    slot is not dense, reads are narrow and slow.
+    dtype are converted first. Every token of an activation must be dense, and every parameter: others are copied first,
+    and an output or chunk_states that is not is written through a copy. Where a token of x, B, C, z or output or a slot
+    of ssm_state does not start at a multiple of 16 bytes, or a slot is not dense, reads are narrow and slow.
     """
     flat = call.cu_seqlens is not None
     rows = call.x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
