@@ -36,6 +36,7 @@ stage scan 110 python3 -m benchmarks.scan --save "$OUT"
 stage delta_rule 110 python3 -m benchmarks.delta_rule --save "$OUT"
 if python3 -c 'import flashinfer' 2>/dev/null; then
   stage flashinfer 240 bash -c 'python3 -m benchmarks.flashinfer --compile && python3 -m benchmarks.flashinfer --save "$OUT"'
+  stage flashinfer_kda 120 python3 -m benchmarks.flashinfer_kda --anyway --save "$OUT"
 fi
 stage bench 300 python3 -m mamba_ops bench --output "$OUT" --limit 280
 stage host 60 python3 -m benchmarks.host --save "$OUT"

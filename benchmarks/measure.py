@@ -20,7 +20,7 @@ from mamba_ops.commands.bench.clocks import by_turns, captured
 
 MIXED = (37, 512, 1024, 77, 2048, 300, 900, 64, 128, 1500, 33, 256, 700, 444, 130, 39)  # tokens of 16 packed sequences
 
-LABELS = ("case", "kernels", "layer", "compiled")  # columns of words
+LABELS = ("case", "kernels", "layer", "model", "compiled")  # columns of words
 
 Row = dict[str, Any]
 """What was measured, by key."""

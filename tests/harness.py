@@ -29,12 +29,14 @@ OPS = sorted(
 OPERANDS = ("x", "B", "C", "q", "k", "v", "projected", "projected_qkvz")
 """What matrix units are given, or a mixing op hands from one op to the next, has the dtype of these arguments."""
 
-SIZES: dict[tuple[str, str], dict[str, int]] = {
+SIZES: dict[tuple[str, str], dict[str, Any]] = {
     ("flashinfer", "selective_state_update"): {"dim": 64, "dstate": 64},
     ("flashinfer", "gated_delta_rule_update"): {"k_dim": 128, "v_dim": 128},
     ("flashinfer", "chunk_gated_delta_rule"): {"k_dim": 128, "v_dim": 128},
+    ("flashinfer", "kda_update"): {"k_heads": 4, "k_dim": 64, "v_dim": 64, "state_dtype": torch.bfloat16},
+    ("flashinfer", "chunk_kda"): {"k_dim": 128, "v_dim": 128},
 }
-"""Backend and op to the sizes of samples, where the backend takes only some."""
+"""Backend and op to the sizes (and the dtype of states) of samples, where the backend takes only some."""
 
 PARTIAL = ("cpp",)
 """Backends that refuse some calls of an op, whatever the sizes; composed ops are not called on them."""

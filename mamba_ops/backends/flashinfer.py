@@ -50,6 +50,21 @@ def older_than(major: int, device: torch.device, what: str = "") -> str | None:
     return f"takes {what}GPUs from compute capability {major}.0 on, and this one has {mine[0]}.{mine[1]}"
 
 
+def other_than(major: int, device: torch.device) -> str | None:
+    """Return a refusal for a GPU of another major compute capability."""
+    mine = capability(device)
+    if mine[0] == major:
+        return None
+    return f"takes GPUs of compute capability {major}, and this one has {mine[0]}.{mine[1]}"
+
+
+def not_installed(module: str, package: str, what: str) -> str | None:
+    """Return a refusal where a module that FlashInfer needs for `what` is not there."""
+    if importlib.util.find_spec(module) is not None:
+        return None
+    return f"needs {package} for {what}, which is not installed; pip install '{INSTALL}'"
+
+
 def why_not_setting(name: str, value: str, device: torch.device) -> str | None:
     tensor_memory = name == "algorithm" and value in ("vertical", "horizontal")
     return older_than(9, device, f"the algorithm {value} on ") if tensor_memory else None
@@ -73,6 +88,12 @@ def cleaned(table: Tensor, null_slot: int) -> Tensor:
     if null_slot <= 0:
         return torch.threshold(table, max(null_slot, -1), -1)  # in one launch
     return torch.where((table < 0) | (table == null_slot), -1, table)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Return a tensor that is contiguous and starts at a multiple of 16 bytes: itself, or a copy."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() & 15 else tensor
 
 
 def first_column(table: Tensor, rows: int) -> Tensor:

@@ -6,7 +6,7 @@ the right thing to functions of that description; that the vendor's are of that 
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -14,26 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.on_flashinfer import stand_in_delta_rule as delta_rule
+from tests.on_flashinfer.checks import FLOATS, INDICES, aligned, calls, has_shape
 from tests.on_flashinfer.philox import rounded_to_half
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-INDICES = (torch.int32, torch.int64)
-calls: list[dict[str, Any]] = []
 
 
 @contextmanager
-def installed(version: str = "0.7.2.post1", cutlass: bool = True) -> Iterator[list[dict[str, Any]]]:
-    """Put the package in place; yield the list of the calls that it gets."""
+def installed(
+    version: str = "0.7.2.post1", needed: Sequence[str] = ("cutlass", "cudnn")
+) -> Iterator[list[dict[str, Any]]]:
+    """Put the package in place, and what it needs of others'; yield the list of the calls that it gets."""
     functions = {
         "flashinfer": {"__version__": version, "__path__": []},
         "flashinfer.mamba": {"selective_state_update": selective_state_update},
         "flashinfer.gdn_decode": {
-            "gated_delta_rule_decode_pretranspose": gated_delta_rule_decode_pretranspose,
+            "gated_delta_rule_decode_pretranspose": delta_rule.gated_delta_rule_decode_pretranspose,
         },
-        "flashinfer.gdn_prefill": {"chunk_gated_delta_rule": chunk_gated_delta_rule},
+        "flashinfer.gdn_prefill": {"chunk_gated_delta_rule": delta_rule.chunk_gated_delta_rule},
+        "flashinfer.kda": {"recurrent_kda": delta_rule.recurrent_kda},
+        "flashinfer.cudnn": {"cudnn_recurrent_kda": delta_rule.cudnn_recurrent_kda},
     }
-    if cutlass:
-        functions["cutlass"] = {"__spec__": object()}
+    for name in needed:
+        functions[name] = {"__spec__": object()}
     before = {name: sys.modules.get(name) for name in functions}
     for name, members in functions.items():
         module = ModuleType(name)
@@ -48,19 +50,6 @@ def installed(version: str = "0.7.2.post1", cutlass: bool = True) -> Iterator[li
                 sys.modules.pop(name, None)
             else:
                 sys.modules[name] = module_before
-
-
-def _is(tensor: Tensor, *shape: int, strides: tuple[int | None, ...] | None = None) -> None:
-    """Shape, and those strides that are not None."""
-    assert tuple(tensor.shape) == shape, (tensor.shape, shape)
-    for has, wants in zip(tensor.stride(), strides or (), strict=strides is not None):
-        assert wants is None or has == wants, (tensor.stride(), strides)
-
-
-def _aligned(tensor: Tensor, free: int, to: int = 16) -> None:
-    """The tensor and what its first `free` strides step to."""
-    assert tensor.data_ptr() % to == 0
-    assert all(stride * tensor.itemsize % to == 0 for stride in tensor.stride()[:free]), tensor.stride()
 
 
 # ---- flashinfer.mamba -----------------------------------------------------------------------------------------------
@@ -110,13 +99,13 @@ def selective_state_update(
     assert state.dtype in (*FLOATS, torch.int16)
     if state_scale is not None:
         assert state_scale.dtype == torch.float32
-        _is(state_scale, slots, heads, dim, strides=(heads * dim, dim, 1))
+        has_shape(state_scale, slots, heads, dim, strides=(heads * dim, dim, 1))
         assert rand_seed is None
         assert not several_tokens(x, cu_seqlens) or algorithm != "horizontal"
     assert dim in (64, 128)
     assert dstate in (64, 96, 128, 256)
-    _is(state, slots, heads, dim, dstate, strides=(None, dim * dstate, dstate, 1))
-    _aligned(state, 1)
+    has_shape(state, slots, heads, dim, dstate, strides=(None, dim * dstate, dstate, 1))
+    aligned(state, 1)
     packed = cu_seqlens is not None
     several = x.dim() == 4 or packed
     lead = x.shape[:-2]
@@ -130,21 +119,21 @@ def selective_state_update(
     for tensor, count, width in ((x, heads, dim), (z, heads, dim), (B, groups, dstate), (C, groups, dstate)):
         if tensor is not None:
             assert tensor.dtype == x.dtype
-            _is(tensor, *lead, count, width, strides=(*free, width, 1))
-            _aligned(tensor, len(lead))
+            has_shape(tensor, *lead, count, width, strides=(*free, width, 1))
+            aligned(tensor, len(lead))
     assert x.dtype in FLOATS
     assert out.dtype == x.dtype
-    _is(out, *x.shape, strides=(*free, dim, 1))
+    has_shape(out, *x.shape, strides=(*free, dim, 1))
     assert several or out.is_contiguous()
-    _aligned(out, 0)
+    aligned(out, 0)
     assert dt.dtype in FLOATS
-    _is(dt, *x.shape, strides=(*free, 1, 0))
+    has_shape(dt, *x.shape, strides=(*free, 1, 0))
     assert A.dtype in FLOATS
-    _is(A, heads, dim, dstate, strides=(1, 0, 0))
+    has_shape(A, heads, dim, dstate, strides=(1, 0, 0))
     for weight in (D, dt_bias):
         if weight is not None:
             assert weight.dtype == dt.dtype
-            _is(weight, heads, dim, strides=(1, 0))
+            has_shape(weight, heads, dim, strides=(1, 0))
     tables = [table for table in (state_batch_indices, dst_state_batch_indices) if table is not None]
     assert len({table.dtype for table in tables}) <= 1
     for table in tables:
@@ -224,159 +213,3 @@ def selective_state_update(
             elif token == last - 1:
                 store(s, source, source)
     return out
-
-
-# ---- the gated delta rule --------------------------------------------------------------------------------------------
-
-
-def gated_delta_rule_decode_pretranspose(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    A_log: Tensor,
-    a: Tensor,
-    dt_bias: Tensor,
-    b: Tensor,
-    scale: float | None = None,
-    output: Tensor | None = None,
-    use_qk_l2norm: bool = True,
-    initial_state: Tensor | None = None,
-    initial_state_indices: Tensor | None = None,
-    output_state_indices: Tensor | None = None,
-    intermediate_states_buffer: Tensor | None = None,
-    disable_state_update: bool = False,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    calls.append(dict(locals()))
-    assert state is intermediate_states_buffer is None
-    assert initial_state is not None
-    assert initial_state_indices is not None
-    assert output is not None
-    assert not disable_state_update
-    assert backend == "flashinfer"
-    batch, length, heads, k_dim = q.shape
-    v_heads, v_dim = v.shape[2:]
-    assert v_heads % heads == 0
-    assert (k_dim, v_dim) == (128, 128)
-    _is(k, batch, length, heads, k_dim)
-    for tensor in (q, k, v, a, b, output):
-        assert tensor.dtype == torch.bfloat16
-        assert tensor.is_contiguous()
-    for gate in (a, b):
-        _is(gate, batch, length, v_heads)
-    for weight in (A_log, dt_bias):
-        assert weight.dtype == torch.float32
-        assert weight.is_contiguous()
-        _is(weight, v_heads)
-    _is(output, batch, length, v_heads, v_dim)
-    pool = initial_state.shape[0]
-    assert initial_state.dtype in (torch.float32, torch.bfloat16)
-    _is(initial_state, pool, v_heads, v_dim, k_dim, strides=(None, v_dim * k_dim, k_dim, 1))
-    _aligned(initial_state, 1, to=32)
-    for table in (initial_state_indices, output_state_indices):
-        if table is not None:
-            assert table.dtype in INDICES
-            assert table.is_contiguous()
-            _is(table, batch)
-    spare = initial_state.dtype == torch.bfloat16  # whose kernel takes slot 0 for a negative slot; the other skips it
-    for row, read in enumerate(initial_state_indices.tolist()):
-        if read < 0 and not spare:
-            output[row] = 0 if length == 1 else output[row]
-            continue
-        write = read if output_state_indices is None else int(output_state_indices[row])
-        assert max(read, write) < pool
-        s = initial_state[max(read, 0)].float().clone()
-        for t in range(length):
-            step = a[row, t].float() + dt_bias
-            step = torch.where(step <= 20, torch.log(1 + torch.exp(step)), step)
-            decay, much = torch.exp(-torch.exp(A_log) * step), 1 / (1 + torch.exp(-b[row, t].float()))
-            _delta_step(s, q[row, t], k[row, t], v[row, t], decay, much, output[row, t], scale, use_qk_l2norm)
-        if write >= 0 or spare or length == 1:
-            initial_state[max(write, 0)] = s.to(initial_state.dtype)
-    return output, initial_state
-
-
-def _delta_step(
-    s: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    much: Tensor,
-    output: Tensor,
-    scale: float | None,
-    normalise: bool,
-) -> None:
-    """One token; `s` (heads of v, v_dim, k_dim) is advanced in place."""
-    q, k = q.float(), k.float()
-    if normalise:
-        q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
-    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
-    of_one = v.shape[0] // q.shape[0]
-    for h in range(v.shape[0]):
-        key, query = k[h // of_one], q[h // of_one]
-        s[h] *= decay[h]
-        s[h] += torch.outer((v[h].float() - s[h] @ key) * much[h], key)
-        output[h] = (s[h] @ query).to(output.dtype)
-
-
-def chunk_gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    beta: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    use_qk_l2norm_in_kernel: bool = False,
-    output: Tensor | None = None,
-    output_state: Tensor | None = None,
-    state_checkpoints: Tensor | None = None,
-    checkpoint_cu_starts: Tensor | None = None,
-    checkpoint_every_n_tokens: int = 0,
-    use_cp: str | bool = "auto",
-    state_indices: Tensor | None = None,
-    _cp_chunk_len: int | None = None,
-    backend: str = "auto",
-    max_seqlen: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    calls.append(dict(locals()))
-    assert g is not None
-    assert beta is not None
-    assert initial_state is not None
-    assert cu_seqlens is not None
-    assert output is not None
-    assert output_state is not None
-    assert output_final_state
-    assert state_indices is None
-    assert (use_cp, backend, checkpoint_every_n_tokens) == (False, "flashinfer", 0)
-    assert scale != 0  # which it would take for None
-    total, heads, dim = q.shape
-    v_heads, rows = v.shape[1], cu_seqlens.shape[0] - 1
-    assert rows > 0
-    assert dim == v.shape[2] == 128
-    assert v_heads % heads == 0
-    _is(k, total, heads, dim)
-    _is(v, total, v_heads, dim)
-    _is(output, total, v_heads, dim)
-    for tensor in (q, k, v, output, g, beta, cu_seqlens, initial_state, output_state):
-        assert tensor.is_contiguous()
-    for tensor in (q, k, v, output):
-        assert tensor.dtype == torch.bfloat16
-        _aligned(tensor, 0)
-    for gate in (g, beta):
-        assert gate.dtype == torch.float32
-        _is(gate, total, v_heads)
-    for s in (initial_state, output_state):
-        assert s.dtype == torch.float32
-        _is(s, rows, v_heads, dim, dim)
-    assert cu_seqlens.dtype in INDICES
-    for row in range(rows):
-        s = initial_state[row].clone()
-        for t in range(int(cu_seqlens[row]), int(cu_seqlens[row + 1])):
-            _delta_step(s, q[t], k[t], v[t], g[t], beta[t], output[t], scale, use_qk_l2norm_in_kernel)
-        output_state[row] = s
-    return output, output_state

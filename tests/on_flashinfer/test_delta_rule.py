@@ -161,7 +161,7 @@ def test_what_the_delta_rule_needs(
     assert refused(op, op.make_samples("cpu", k_dim=64, v_dim=128)[0]) == "takes a k_dim of 128, and it is 64"
     assert refused(op, op.make_samples("cpu", k_dim=128, v_dim=64)[0]) == "takes a v_dim of 128, and it is 64"
     # Put back before the stand-in is taken away: else it would stay.
-    with stand_in.installed(cutlass=False), monkeypatch.context() as patch:
+    with stand_in.installed(needed=()), monkeypatch.context() as patch:
         patch.delitem(sys.modules, "cutlass", raising=False)
         assert refused(op, sample) == (
             "needs nvidia-cutlass-dsl for the gated delta rule, which is not installed; "

@@ -1,6 +1,7 @@
 """FlashInfer missing, broken, too old, or without a compiler: the sentence says what to install."""
 
 import inspect
+from collections.abc import Callable
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -8,15 +9,23 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_ops import chunk_gated_delta_rule, gated_delta_rule_update, registry, selective_state_update
+from mamba_ops import (
+    chunk_gated_delta_rule,
+    chunk_kda,
+    gated_delta_rule_update,
+    kda_update,
+    registry,
+    selective_state_update,
+)
 from mamba_ops.registry import Op
 from mamba_ops.testing.judge import refusal
 from tests.on_flashinfer import stand_in
+from tests.on_flashinfer import stand_in_delta_rule as delta_rule
 from tests.on_flashinfer.calls import Calls, refused, sample_of, samples_of
 
 vendor = import_module("mamba_ops.backends.flashinfer")
 flashinfer = vendor.flashinfer
-UPDATES = [selective_state_update, gated_delta_rule_update, chunk_gated_delta_rule]
+OPS = [selective_state_update, gated_delta_rule_update, chunk_gated_delta_rule, kda_update, chunk_kda]
 
 
 def base_refused() -> str:
@@ -84,19 +93,28 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_stand_in_has_the_vendors_signatures() -> None:
-    """Where the real package is installed."""
-    mamba = pytest.importorskip("flashinfer.mamba")
-    decode = pytest.importorskip("flashinfer.gdn_decode")
-    pairs = [
-        (mamba.selective_state_update, stand_in.selective_state_update),
-        (decode.gated_delta_rule_decode_pretranspose, stand_in.gated_delta_rule_decode_pretranspose),
-    ]
-    for real, ours in pairs:
-        theirs, mine = (inspect.signature(f).parameters.values() for f in (real, ours))
-        assert [(p.name, p.kind, p.default) for p in theirs] == [(p.name, p.kind, p.default) for p in mine]
+    """Where the real package is installed; a newer one has more arguments, which may be left out."""
+    pytest.importorskip("flashinfer")
+    pairs = {
+        ("flashinfer.mamba", "selective_state_update"): stand_in.selective_state_update,
+        ("flashinfer.gdn_decode", "gated_delta_rule_decode_pretranspose"): (
+            delta_rule.gated_delta_rule_decode_pretranspose
+        ),
+        ("flashinfer.gdn_prefill", "chunk_gated_delta_rule"): delta_rule.chunk_gated_delta_rule,
+        ("flashinfer.kda", "recurrent_kda"): delta_rule.recurrent_kda,
+        ("flashinfer.cudnn", "cudnn_recurrent_kda"): delta_rule.cudnn_recurrent_kda,
+    }
+    for (module, name), ours in pairs.items():
+        real = getattr(pytest.importorskip(module), name)
+        theirs, mine = (
+            [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()] for f in (real, ours)
+        )
+        assert theirs[: len(mine)] == mine, name
+        assert all(default is not inspect.Parameter.empty for *_, default in theirs[len(mine) :]), name
 
 
-@pytest.mark.parametrize("op", UPDATES, ids=lambda op: op.name)
-def test_some_samples_are_taken(op: Op[...], calls: Calls) -> None:
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_some_samples_are_taken(op: Op[...], calls: Calls, capability: Callable[[int, int], None]) -> None:
     """Else the tests of all ops would say nothing about this backend."""
+    capability(10, 0)
     assert sum(refusal(op, "flashinfer", sample) is None for sample in samples_of(op)) >= 2

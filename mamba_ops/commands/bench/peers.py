@@ -314,6 +314,43 @@ def flashinfer_state_update(case: Case) -> Call:
     return call
 
 
+def flashinfer_kda_update(case: Case) -> Call:
+    """FlashInfer's decode; q, k and v are made contiguous before the clock starts."""
+    kernel, given = module("flashinfer.kda").recurrent_kda, case.arguments
+    if case.cache.dtype != torch.bfloat16:
+        raise NotTaken("takes a bfloat16 state")
+    tensors = [given[name].contiguous().unsqueeze(0) for name in ("q", "k", "v", "a", "b")]
+    ends = torch.arange(case.rows + 1, dtype=torch.int32, device=case.out.device)
+    options = {"A_log": given["A_log"], "dt_bias": given["dt_bias"].flatten(), "use_gate_in_kernel": True}
+    options |= {"cu_seqlens": ends, "output": case.out.unsqueeze(0), "beta_is_logit": True, "backend": "cute-dsl"}
+
+    def call(caches: Mapping[str, Tensor], slots: Tensor) -> Tensor:
+        kernel(*tensors, initial_state=caches["ssm_state"], ssm_state_indices=slots, **options)
+        return case.out
+
+    return call
+
+
+def flashinfer_kda(case: Case) -> Calls:
+    """cuDNN's prefill, by FlashInfer: once with a copy of our states, for errors, and once bare, for times."""
+    kernel, given = module("flashinfer.cudnn").cudnn_recurrent_kda, case.arguments
+    tensors = [given[name].contiguous() for name in ("q", "k", "v", "g")] + [given["beta"].float()]
+    starts, ends = case.cache[case.tables[0].long()].float(), given["cu_seqlens"]
+    last = torch.empty_like(starts)
+    options = {"cu_seqlens": ends, "output": case.out, "output_state": last, "output_final_state": True}
+
+    def timed(_: Mapping[str, Tensor], slots: Tensor) -> Tensor:
+        kernel(*tensors, initial_state=starts, **options)
+        return case.out
+
+    def checked(caches: Mapping[str, Tensor], slots: Tensor) -> Tensor:
+        timed(caches, slots)
+        caches["ssm_state"][slots.long()] = last.to(case.cache.dtype)
+        return case.out
+
+    return Calls(checked, timed)
+
+
 def _conv_update(case: Case, *, of: str, has_out: bool) -> Call:
     """The kernel of vLLM, or of causal-conv1d, which share their signatures."""
     kernel = module(of).causal_conv1d_update
@@ -336,7 +373,7 @@ PEERS: dict[str, dict[str, Arrange]] = {
     "selective_scan": {"mamba_ssm": cuda_selective_scan},
     "causal_conv1d": {"vLLM": vllm_conv, "causal-conv1d": cuda_conv, "causal-conv1d, packed": cuda_conv_packed},
     "chunk_gated_delta_rule": {"fla": fla},
-    "chunk_kda": {"fla": fla},
+    "chunk_kda": {"fla": fla, "FlashInfer": flashinfer_kda},
     "selective_state_update": {
         "vLLM": vllm_state_update,
         "mamba_ssm": mamba_ssm_state_update,
@@ -344,6 +381,6 @@ PEERS: dict[str, dict[str, Arrange]] = {
     },
     "causal_conv1d_update": {"vLLM": vllm_conv_update, "causal-conv1d": cuda_conv_update},
     "gated_delta_rule_update": {"fla": fla},
-    "kda_update": {"fla": fla},
+    "kda_update": {"fla": fla, "FlashInfer": flashinfer_kda_update},
 }
 """For every op, its peers by name."""

@@ -1,10 +1,12 @@
 """The gated delta rule on FlashInfer's kernels, which are written in nvidia-cutlass-dsl."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mamba_ops.backends.flashinfer import dense
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._common.slots import initial_states, row_ends, row_of_tokens, store_rows
 from mamba_ops.ops.gated_delta_rule_update.flashinfer import unsupported_by_both
@@ -25,18 +27,23 @@ def unsupported_layout(output: Tensor) -> str | None:
     return None
 
 
-def chunk_gated_delta_rule(call: "Arguments") -> None:
-    """Takes bfloat16 with a k_dim and a v_dim of 128. Needs nvidia-cutlass-dsl.
+class Packed(NamedTuple):
+    """A call as FlashInfer's kernels for whole sequences take it: its tokens packed, its states gathered."""
 
-    States go through float32 copies: FlashInfer's own slot table has neither padding nor write slots.
-    """
-    q = call.q
-    k = call.k
-    v = call.v
-    g = call.g
-    beta = call.beta
-    from flashinfer.gdn_prefill import chunk_gated_delta_rule as kernel
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor  # float32, as is beta
+    beta: Tensor
+    initial: Tensor  # float32, (n, v_heads, v_dim, k_dim), as is last
+    ends: Tensor
+    written: Tensor
+    last: Tensor
 
+
+def run_packed(call: "Arguments", kernel: Callable[[Packed], object]) -> None:
+    """Run a kernel that writes the outputs of packed tokens and the last states of their rows."""
+    q, k, v, g, beta = call.q, call.k, call.v, call.g, call.beta
     rows = row_count(v, call.cu_seqlens)
     if rows == 0:
         return
@@ -52,24 +59,38 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
     if call.ssm_state is not None and call.has_initial_state is not None:
         initial = initial_states(call.ssm_state, states, call.has_initial_state, torch.float32)
     last = torch.empty_like(initial)
-    kernel(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        g.float().exp().contiguous(),
-        beta.float().contiguous(),
-        scale=call.scale,
-        initial_state=initial,
-        output_final_state=True,
-        cu_seqlens=ends,
-        use_qk_l2norm_in_kernel=call.qk_l2norm,
-        output=written,
-        output_state=last,
-        use_cp=False,  # with it, how a row is computed would depend on the number of rows
-        backend="flashinfer",
-    )
+    q, k, v, g, beta = (dense(tensor) for tensor in (q, k, v, g.float(), beta.float()))
+    kernel(Packed(q, k, v, g, beta, initial, ends, written, last))
     row, inside = row_of_tokens(ends, written.shape[0])
     if call.slots is not None:
         written.masked_fill_((~states.is_active[row] & inside).view(-1, 1, 1), 0)
     if call.ssm_state is not None:
         store_rows(call.ssm_state, states.target, torch.where(empty.view(-1, 1, 1, 1), initial, last), states.stored)
+
+
+def chunk_gated_delta_rule(call: "Arguments") -> None:
+    """Takes bfloat16 with a k_dim and a v_dim of 128. Needs nvidia-cutlass-dsl.
+
+    States go through float32 copies: FlashInfer's own slot table has neither padding nor write slots.
+    """
+    from flashinfer.gdn_prefill import chunk_gated_delta_rule as kernel
+
+    def run(packed: Packed) -> None:
+        kernel(
+            packed.q,
+            packed.k,
+            packed.v,
+            packed.g.exp(),
+            packed.beta,
+            scale=call.scale,
+            initial_state=packed.initial,
+            output_final_state=True,
+            cu_seqlens=packed.ends,
+            use_qk_l2norm_in_kernel=call.qk_l2norm,
+            output=packed.written,
+            output_state=packed.last,
+            use_cp=False,  # with it, how a row is computed would depend on the number of rows
+            backend="flashinfer",
+        )
+
+    run_packed(call, run)

@@ -5,10 +5,12 @@ Within a chunk what every token writes follows from a triangular system; between
 
 from torch import Tensor
 
-from mamba_ops.backends import triton
+from mamba_ops.backends import flashinfer, triton
 from mamba_ops.ops._common.delta_rule import PrefillArguments, check_prefill, unsupported_by_triton
 from mamba_ops.ops._common.values import check_sequences
 from mamba_ops.ops._namespace import mamba
+from mamba_ops.ops.chunk_gated_delta_rule.flashinfer import unsupported_layout
+from mamba_ops.ops.chunk_kda import flashinfer as on_flashinfer
 
 Arguments = PrefillArguments
 
@@ -96,3 +98,9 @@ def _validate_values(call: Arguments) -> None:
 
 
 triton.implements(chunk_kda, "mamba_ops.ops.chunk_kda.triton:chunk_kda", unsupported=unsupported_by_triton)
+flashinfer.implements(
+    chunk_kda,
+    "mamba_ops.ops.chunk_kda.flashinfer:chunk_kda",
+    unsupported=on_flashinfer.unsupported,
+    unsupported_layout=unsupported_layout,
+)

@@ -1,12 +1,11 @@
 """The gated delta rule on FlashInfer's kernels, which are written in nvidia-cutlass-dsl."""
 
-import importlib.util
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mamba_ops.backends.flashinfer import INSTALL, cleaned, first_column, is_padding, older_than
+from mamba_ops.backends.flashinfer import cleaned, first_column, is_padding, not_installed, older_than
 from mamba_ops.ops._common.checking import short
 
 if TYPE_CHECKING:
@@ -15,10 +14,13 @@ if TYPE_CHECKING:
 
 def unsupported_by_both(q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> str | None:
     """Return what the kernels of both gated delta rule ops refuse."""
-    if reason := older_than(9, q.device):
+    if reason := older_than(9, q.device) or not_installed("cutlass", "nvidia-cutlass-dsl", "the gated delta rule"):
         return reason
-    if importlib.util.find_spec("cutlass") is None:
-        return f"needs nvidia-cutlass-dsl for the gated delta rule, which is not installed; pip install '{INSTALL}'"
+    return unsupported_tokens(q, k, v, output)
+
+
+def unsupported_tokens(q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> str | None:
+    """Return what kernels refuse that take bfloat16 and heads of 128 alone."""
     if q.dtype != torch.bfloat16:
         return f"takes a bfloat16 q, and it is {short(q.dtype)}"
     for name, tensor in (("k", k), ("v", v), ("out", output)):

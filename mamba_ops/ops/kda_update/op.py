@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mamba_ops.backends import triton
+from mamba_ops.backends import flashinfer, triton
 from mamba_ops.ops._common.delta_rule import check_lower_bound, check_update, unsupported_by_triton
 from mamba_ops.ops._common.narrow import default_seed, meant
 from mamba_ops.ops._common.values import check_updates
 from mamba_ops.ops._namespace import mamba
+from mamba_ops.ops.kda_update import flashinfer as on_flashinfer
 from mamba_ops.registry import bad_argument
 
 
@@ -163,3 +164,9 @@ def _meant(ssm_state: Tensor, state_scale: Tensor | None) -> dict[str, tuple[Ten
 
 
 triton.implements(kda_update, "mamba_ops.ops.kda_update.triton:kda_update", unsupported=unsupported_by_triton)
+flashinfer.implements(
+    kda_update,
+    "mamba_ops.ops.kda_update.flashinfer:kda_update",
+    unsupported=on_flashinfer.unsupported,
+    unsupported_layout=on_flashinfer.unsupported_layout,
+)
