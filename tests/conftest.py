@@ -19,6 +19,11 @@ ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
 if ACCELERATOR is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it once, at import
 
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from tests import interpreter
+
+    interpreter.hasten()
+
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN: what nobody wrote shows
 
