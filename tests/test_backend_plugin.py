@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import fresh
+
 pytest.importorskip("setuptools", reason="installing the plug-in needs setuptools and pip")
 pytest.importorskip("pip")
 pytestmark = pytest.mark.xdist_group("packaging")
@@ -41,12 +43,11 @@ def broken(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(code: str, *folders: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, *folders: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Run code in a fresh process that sees the packages in `folders`; warnings of ours are errors there."""
     path = os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": path} | environment
-    command = (sys.executable, "-W", "error::RuntimeWarning", "-c", code)
-    return subprocess.run(command, env=env, cwd=folders[0], capture_output=True, text=True)
+    return fresh.run(["-W", "error::RuntimeWarning", "-c", code], env=env, cwd=folders[0])
 
 
 def succeed(code: str, *folders: Path, **environment: str) -> str:

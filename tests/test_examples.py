@@ -1,8 +1,6 @@
 """Every example runs by itself, as a user would run it; the decode step is one graph on a device that is not here."""
 
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 
 from mamba_ops.audit import absent
+from tests import fresh
 
 TRAINING = "train_bytes.py"  # trains for two minutes, as it is
 EXAMPLES = [e for e in sorted((Path(__file__).parents[1] / "examples").glob("*.py")) if e.name != TRAINING]
@@ -31,8 +30,7 @@ def test_an_example_runs(example: Path, tmp_path: Path):
         if package in example.read_text():
             pytest.importorskip(package, reason=f"the example needs mamba-ops[{extra}]")
     # A RuntimeWarning is one of ours; torch has its own, that depend on the machine.
-    command = (sys.executable, "-W", "error::RuntimeWarning", example, *BRIEFLY.get(example.name, ()))
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = fresh.run(["-W", "error::RuntimeWarning", example, *BRIEFLY.get(example.name, ())], cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     if example.name == "continuous_batching.py":
         assert "OK: 64 of 64 requests equal, token for token, to themselves alone" in done.stdout
@@ -63,8 +61,8 @@ def test_training_on_bytes_learns(family: str, tmp_path: Path):
     options = ("--size", "tiny", "--steps", "60", "--rate", "0.01", "--length", "20", "--family", family)
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 20)
-    command = (sys.executable, "-W", "error::RuntimeWarning", EXAMPLES[0].parent / TRAINING, text, *options)
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    command = ("-W", "error::RuntimeWarning", EXAMPLES[0].parent / TRAINING, text, *options)
+    done = fresh.run(command, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     losses = torch.load(tmp_path / "train_bytes.pt")["losses"]
     assert len(losses) == 60
@@ -78,8 +76,8 @@ def test_training_on_bytes_learns(family: str, tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_engine_in_bfloat16_is_as_exact_as_each_request_alone(tmp_path: Path):
-    command = (sys.executable, EXAMPLES[0].parent / "continuous_batching.py", "--dtype", "bfloat16", "--requests", "12")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    command = (EXAMPLES[0].parent / "continuous_batching.py", "--dtype", "bfloat16", "--requests", "12")
+    done = fresh.run(command, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "OK: logits off by " in done.stdout
 
