@@ -13,27 +13,34 @@ from tests import fresh
 TRAINING = "train_bytes.py"  # trains for two minutes, as it is
 EXAMPLES = [e for e in sorted((Path(__file__).parents[1] / "examples").glob("*.py")) if e.name != TRAINING]
 NEEDS = {"transformers": "transformers", "accelerate": "finetune"}  # what an example names, and the extra with it
-BRIEFLY = {"finetune_transformers.py": ("--steps", "2", "--window", "32")}
+BRIEFLY = {
+    "finetune_transformers.py": ("--steps", "2", "--window", "32"),
+    "continuous_batching.py": ("--requests", "24"),
+}
 SLOW = ("finetune_transformers.py",)  # imports much; tests/test_finetune_transformers.py has what is quick
+WHOLE = ("continuous_batching.py",)  # as they are, too, but not every day
 
 
 @pytest.mark.parametrize(
-    "example",
+    ("example", "options"),
     [
-        pytest.param(e, id=e.name, marks=[pytest.mark.slow] if e.name in SLOW else ())
-        for e in EXAMPLES
-        if e.name != TRAINING
+        *(
+            pytest.param(e, BRIEFLY.get(e.name, ()), id=e.name, marks=[pytest.mark.slow] if e.name in SLOW else ())
+            for e in EXAMPLES
+        ),
+        *(pytest.param(e, (), id=f"{e.name}, whole", marks=pytest.mark.slow) for e in EXAMPLES if e.name in WHOLE),
     ],
 )
-def test_an_example_runs(example: Path, tmp_path: Path):
+def test_an_example_runs(example: Path, options: tuple[str, ...], tmp_path: Path):
     for package, extra in NEEDS.items():
         if package in example.read_text():
             pytest.importorskip(package, reason=f"the example needs mamba-ops[{extra}]")
     # A RuntimeWarning is one of ours; torch has its own, that depend on the machine.
-    done = fresh.run(["-W", "error::RuntimeWarning", example, *BRIEFLY.get(example.name, ())], cwd=tmp_path)
+    done = fresh.run(["-W", "error::RuntimeWarning", example, *options], cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     if example.name == "continuous_batching.py":
-        assert "OK: 64 of 64 requests equal, token for token, to themselves alone" in done.stdout
+        requests = options[1] if options else "64"
+        assert f"OK: {requests} of {requests} requests equal, token for token, to themselves alone" in done.stdout
         [mixed] = re.findall(r"decodes beside prompts: \d+ \((\d+)%\)", done.stdout)
         assert int(mixed) >= 30
         assert "9 and 9 in 2 graphs (2 x 4 layers + 1 = 9)" in done.stdout
