@@ -145,6 +145,8 @@ def planted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     from tests.test_mutants import triton_with
 
     kernel = triton_with(request.param, selective_state_update, tmp_path)
+    # What takes the place of instructions for 8-bit floats has bugs, too: no GPU here has these instructions.
+    kernel.__globals__["_capability"] = lambda device: (0, 0)
     backend = Backend("mutant", devices=[DEVICE.type])
     backend.implements(selective_state_update)(kernel)
     yield backend.name

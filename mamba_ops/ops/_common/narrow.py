@@ -41,7 +41,9 @@ def narrow(
     the slots (n,). A row in which one is infinite or NaN has the scale NaN and zeros: it is NaN when it is read.
     """
     most, states = MOST[dtype], states.to(torch.promote_types(states.dtype, torch.float32))
-    scale = (states.abs().amax(-1) / most).to(torch.float32).clamp(min=SMALLEST)
+    largest = states.abs().amax(-1)
+    # by a tensor: torch multiplies by the inverse of a number on a GPU, and that rounds twice
+    scale = (largest / torch.full_like(largest, most)).to(torch.float32).clamp(min=SMALLEST)
     finite = torch.isfinite(scale)
     scale = torch.where(finite, scale, torch.nan)
     numbers = (states * (1 / scale).unsqueeze(-1)).clamp(-most, most)
