@@ -49,8 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Look for garbage in what tests make alone, and less often: else that is a tenth of their time."""
-    gc.freeze()
+    """Look for garbage less often: else that is a tenth of the tests' time."""
     gc.set_threshold(50_000, 10, 10)
 
 
