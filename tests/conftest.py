@@ -1,12 +1,14 @@
 """What every test stands on: one thread, NaN in fresh memory, and Triton interpreted where there is no GPU."""
 
 import contextlib
+import gc
 import importlib.util
 import os
 import sys
 
 # Before torch reads them: the tests run one process per core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # where a test has two threads
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode asks for it
 
@@ -18,6 +20,11 @@ from tests import daily
 ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
 if ACCELERATOR is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it once, at import
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from tests import interpreter
+
+    interpreter.hasten()
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN: what nobody wrote shows
@@ -40,6 +47,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     whole = ACCELERATOR is None and all(map(importlib.util.find_spec, ("triton", "transformers")))
     if whole and (empty := [item.nodeid for item in items if has_no_cases(item)]):
         raise pytest.UsageError(f"tests of no cases, which would pass: {', '.join(empty)}")
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage less often: else that is a tenth of the tests' time."""
+    gc.set_threshold(50_000, 10, 10)
 
 
 def has_no_cases(item: pytest.Item) -> bool:

@@ -1,7 +1,8 @@
 """What `make test` leaves to `make test-all`, so that it ends in time on two cores.
 
-Of the tests in `ONE_CASE_IN_FOUR` it runs every fourth case, of those in `FIRST_CASE` the first, of those in
-`NOT_DAILY` none. Each is named by file and function, and is dear for what it adds to the others.
+Of the tests in `ONE_CASE_IN_FOUR` it runs every fourth case, of those in `ONE_CASE_IN_EIGHT` every eighth, of those in
+`FIRST_CASE` the first, of those in `NOT_DAILY` none. Each is named by file and function, and is dear for what it adds
+to the others.
 """
 
 from collections import Counter
@@ -16,7 +17,6 @@ ONE_CASE_IN_FOUR = (
     "compile_tests/test_ops.py::test_no_copy_of_a_cache",
     "compile_tests/test_ops.py::test_opcheck",
     "compile_tests/test_ops.py::test_swaps_of_all_backends_keep_the_graph_and_the_bits",
-    "tests/test_bad_input.py::test_bad_argument",
     "tests/test_layers.py::test_nothing_is_half_updated",
     "tests/test_mutants.py::test_planted_bug_is_caught",
     "tests/test_numerics.py::test_against_the_oracle",
@@ -27,6 +27,7 @@ ONE_CASE_IN_FOUR = (
     "tests/training/test_gradients.py::test_the_same_bits_again_and_in_company",
     "tests/training/test_training.py::test_opcheck",
 )
+ONE_CASE_IN_EIGHT = ("tests/test_bad_input.py::test_compiled_code_refuses_in_the_same_words",)
 FIRST_CASE = (
     "compile_tests/test_cold_start.py::test_in_a_whole_models_graph_all_layers_look_alike",
     "compile_tests/test_layers.py::test_decoding_copies_no_cache",
@@ -75,5 +76,5 @@ def mark(items: Iterable[pytest.Item]) -> None:
         number = before[name]
         before[name] += 1
         later = (name in FIRST_CASE and number > 0) or (name in ONE_CASE_IN_FOUR and number % 4 > 0)
-        if later or name in NOT_DAILY:
+        if later or (name in ONE_CASE_IN_EIGHT and number % 8 > 0) or name in NOT_DAILY:
             item.add_marker(pytest.mark.slow)

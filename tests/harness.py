@@ -5,8 +5,6 @@ import importlib
 import inspect
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ from mamba_ops.registry import Op, Sample
 from mamba_ops.testing import judge as testing
 from mamba_ops.testing.judge import Front, oracle_results, refusal, with_output
 from mamba_ops.testing.op_checks import backends_on
+from tests import fresh
 
 OPS = sorted(
     (op for op in registry.ops().values() if op.qualname.startswith("mamba_ops::") and not op.returns),
@@ -93,7 +92,13 @@ def long_interpreted(op: Op[...], backend: str, sample: Sample) -> bool:
     interpreter, whose kernels take seconds.
     """
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    return interpreted and sample.name != op.make_samples("cpu")[0].name
+    return interpreted and sample.name != first_sample(op)
+
+
+@functools.cache
+def first_sample(op: Op[...]) -> str:
+    """The name of the op's first sample."""
+    return next(iter(op.sampler(torch.device("cpu")))).name
 
 
 def oracle_of(op: Op[...]) -> Front:
@@ -133,13 +138,6 @@ def environment(**variables: str) -> Iterator[None]:
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-STRICT_PYTHON = (
-    *(sys.executable, "-W", "error::RuntimeWarning"),
-    *("-W", "ignore:Guards may run slower on Python:RuntimeWarning"),  # torch advises against Python 3.13.0, for speed
-)
-"""A command that runs code as users do, in which what the package warns of is an error."""
-
-
 def compiled_for_a_gpu(code: str, *arguments: object, compiles: bool = True, **variables: str) -> Any:
     """Run code in a process in which Triton compiles for an H100 that is not there; return what it prints, as JSON.
 
@@ -148,7 +146,6 @@ def compiled_for_a_gpu(code: str, *arguments: object, compiles: bool = True, **v
     root = Path(__file__).parents[1]
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
     code = f"import json, sys\nfrom tests import compile_only\ncompile_only.install({compiles=})\n{code}"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=root, env=environment | variables, capture_output=True, text=True, check=False)
+    done = fresh.run(["-c", code, *arguments], cwd=root, env=environment | variables)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import fresh
 from tests.conftest import ACCELERATOR
 from tests.pages import ROOT, blocks, write_files
 
@@ -31,7 +31,7 @@ def package(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_its_test(package: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def run_its_test(package: Path, *options: str) -> "subprocess.CompletedProcess[str]":
     """Run the command of the page, with this checkout's mamba_ops."""
     [(_, line)] = blocks(PAGE, "sh")
     variable, python, *command = line.split()
@@ -40,9 +40,7 @@ def run_its_test(package: Path, *options: str) -> subprocess.CompletedProcess[st
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     if ACCELERATOR is None:  # as the page says
         environment[name] = value
-    return subprocess.run(
-        [sys.executable, *command, *options], cwd=package, env=environment, capture_output=True, text=True
-    )
+    return fresh.run([*command, *options], cwd=package, env=environment)
 
 
 def test_the_packages_own_test_passes_and_prints_what_the_page_shows(package: Path) -> None:

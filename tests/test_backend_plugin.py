@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import STRICT_PYTHON
+from tests import fresh
 
 pytest.importorskip("setuptools", reason="installing the plug-in needs setuptools and pip")
 pytest.importorskip("pip")
@@ -43,12 +43,11 @@ def broken(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(code: str, *folders: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, *folders: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Run code in a fresh process that sees the packages in `folders`; warnings of ours are errors there."""
     path = os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": path} | environment
-    command = (*STRICT_PYTHON, "-c", code)
-    return subprocess.run(command, env=env, cwd=folders[0], capture_output=True, text=True)
+    return fresh.run([*fresh.STRICT, "-c", code], env=env, cwd=folders[0])
 
 
 def succeed(code: str, *folders: Path, **environment: str) -> str:

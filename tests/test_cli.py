@@ -24,14 +24,15 @@ from mamba_ops.commands.compare.comparison import Comparison, Row
 from mamba_ops.commands.demo import run as demo_run
 from mamba_ops.commands.demo import show as demo_show
 from mamba_ops.registry import Backend, backends, ops
+from tests import fresh
 
 
 def run(*arguments: str) -> Result:
     return CliRunner(env={"COLUMNS": "400"}).invoke(app, arguments)
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
+def python(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return fresh.run(["-c", code], env=os.environ | environment)
 
 
 def test_backends_are_listed_with_their_reasons():
@@ -261,8 +262,7 @@ def test_the_version_is_printed():
 
 
 def test_the_package_runs_as_the_command():
-    command = [sys.executable, "-m", "mamba_ops", "nothing"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    done = fresh.run(["-m", "mamba_ops", "nothing"], env=os.environ | {"COLUMNS": "200"})
     assert done.returncode == 2
     assert "Usage: mamba-ops [OPTIONS] COMMAND" in done.stderr
     assert "No such command 'nothing'" in done.stderr

@@ -1,14 +1,13 @@
 """Transformers finds our names where it looks for mamba_ssm, causal_conv1d and fla, and computes what it did."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
+from tests import fresh
 from tests.transformers_models import VOCABULARY, new_model
 
 MODELS = ("mamba", "mamba2", "qwen3_5", "lfm2")
@@ -52,7 +51,7 @@ def answers(name: str) -> list[object]:
 
 
 def test_transformers_takes_its_fast_path() -> None:
-    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    run = fresh.run(["-c", SCRIPT])
     assert run.returncode == 0, run.stderr
     assert "is falling back" not in run.stderr
     found = json.loads(run.stdout.splitlines()[-1])

@@ -1,8 +1,6 @@
 """BackendConfig: from code, a string and the environment; what it refuses; what it puts in force, and before what."""
 
 import inspect
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +22,7 @@ from mamba_ops.registry import (
     settings,
 )
 from mamba_ops.registry.dispatcher import dispatcher
+from tests import fresh
 from tests.harness import environment
 
 CPU = torch.device("cpu")
@@ -265,7 +264,7 @@ configure(None)
 assert settings() == {"philox_rounds": 6}
 """
     with environment(MAMBA_OPS_BACKEND="Philox_Rounds=6"):
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        done = fresh.run(["-c", program])
     assert done.returncode == 0, done.stderr
 
 

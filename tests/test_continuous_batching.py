@@ -264,7 +264,7 @@ def run_random_steps(model: Hybrid, flaky: Flaky, steps: int) -> None:
 
 
 def test_random_steps(model: Hybrid, flaky: Flaky) -> None:
-    run_random_steps(model, flaky, 120)
+    run_random_steps(model, flaky, 60)
 
 
 @pytest.mark.slow

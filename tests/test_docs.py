@@ -2,7 +2,6 @@
 
 import ast
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from mamba_ops.commands import ops_page
-from tests.harness import STRICT_PYTHON
+from tests import fresh
 from tests.pages import BLOCK, PAGES, ROOT, blocks, cells, program, write_files
 
 
@@ -44,8 +43,7 @@ def run(code: str, script: Path) -> str:
     """Run a program in a process of its own and return what it prints."""
     script.write_text(code, encoding="utf-8")
     # A RuntimeWarning is one of ours; torch has its own, that depend on the machine.
-    command = (*STRICT_PYTHON, script)
-    done = subprocess.run(command, cwd=script.parent, capture_output=True, text=True)
+    done = fresh.run([*fresh.STRICT, script], cwd=script.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

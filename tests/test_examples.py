@@ -1,8 +1,6 @@
 """Every example runs by itself, as a user would run it; the decode step is one graph on a device that is not here."""
 
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,33 +8,39 @@ import pytest
 import torch
 
 from mamba_ops.audit import absent
-from tests.harness import STRICT_PYTHON
+from tests import fresh
 
 TRAINING = "train_bytes.py"  # trains for two minutes, as it is
 EXAMPLES = [e for e in sorted((Path(__file__).parents[1] / "examples").glob("*.py")) if e.name != TRAINING]
 NEEDS = {"transformers": "transformers", "accelerate": "finetune"}  # what an example names, and the extra with it
-BRIEFLY = {"finetune_transformers.py": ("--steps", "2", "--window", "32")}
+BRIEFLY = {
+    "finetune_transformers.py": ("--steps", "2", "--window", "32"),
+    "continuous_batching.py": ("--requests", "24"),
+}
 SLOW = ("finetune_transformers.py",)  # imports much; tests/test_finetune_transformers.py has what is quick
+WHOLE = ("continuous_batching.py",)  # as they are, too, but not every day
 
 
 @pytest.mark.parametrize(
-    "example",
+    ("example", "options"),
     [
-        pytest.param(e, id=e.name, marks=[pytest.mark.slow] if e.name in SLOW else ())
-        for e in EXAMPLES
-        if e.name != TRAINING
+        *(
+            pytest.param(e, BRIEFLY.get(e.name, ()), id=e.name, marks=[pytest.mark.slow] if e.name in SLOW else ())
+            for e in EXAMPLES
+        ),
+        *(pytest.param(e, (), id=f"{e.name}, whole", marks=pytest.mark.slow) for e in EXAMPLES if e.name in WHOLE),
     ],
 )
-def test_an_example_runs(example: Path, tmp_path: Path):
+def test_an_example_runs(example: Path, options: tuple[str, ...], tmp_path: Path):
     for package, extra in NEEDS.items():
         if package in example.read_text():
             pytest.importorskip(package, reason=f"the example needs mamba-ops[{extra}]")
     # A RuntimeWarning is one of ours; torch has its own, that depend on the machine.
-    command = (*STRICT_PYTHON, example, *BRIEFLY.get(example.name, ()))
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = fresh.run([*fresh.STRICT, example, *options], cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     if example.name == "continuous_batching.py":
-        assert "OK: 64 of 64 requests equal, token for token, to themselves alone" in done.stdout
+        requests = options[1] if options else "64"
+        assert f"OK: {requests} of {requests} requests equal, token for token, to themselves alone" in done.stdout
         [mixed] = re.findall(r"decodes beside prompts: \d+ \((\d+)%\)", done.stdout)
         assert int(mixed) >= 30
         assert "9 and 9 in 2 graphs (2 x 4 layers + 1 = 9)" in done.stdout
@@ -64,8 +68,8 @@ def test_training_on_bytes_learns(family: str, tmp_path: Path):
     options = ("--size", "tiny", "--steps", "60", "--rate", "0.01", "--length", "20", "--family", family)
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 20)
-    command = (*STRICT_PYTHON, EXAMPLES[0].parent / TRAINING, text, *options)
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    command = (*fresh.STRICT, EXAMPLES[0].parent / TRAINING, text, *options)
+    done = fresh.run(command, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     losses = torch.load(tmp_path / "train_bytes.pt")["losses"]
     assert len(losses) == 60
@@ -79,8 +83,8 @@ def test_training_on_bytes_learns(family: str, tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_engine_in_bfloat16_is_as_exact_as_each_request_alone(tmp_path: Path):
-    command = (sys.executable, EXAMPLES[0].parent / "continuous_batching.py", "--dtype", "bfloat16", "--requests", "12")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    command = (EXAMPLES[0].parent / "continuous_batching.py", "--dtype", "bfloat16", "--requests", "12")
+    done = fresh.run(command, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "OK: logits off by " in done.stdout
 

@@ -1,11 +1,11 @@
 """Apple's GPUs have torch's kernels alone, and no float64: what the backend `torch` does there, told without one."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import fresh
 
 CALLS = """
 import collections, json
@@ -59,7 +59,7 @@ print(json.dumps([[*key, count] for key, count in counts.items()]))
 
 def test_the_reference_runs_there_and_makes_no_float64():
     """Shapes, dtypes and devices of every step; Apple's own kernels are not here."""
-    done = subprocess.run([sys.executable, "-c", CALLS], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = fresh.run(["-c", CALLS], cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     counts = {(op, what): count for op, what, count in json.loads(done.stdout)}
     ran = {op for op, what in counts if what == "ran"}

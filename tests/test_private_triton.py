@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 from mamba_ops.ops._triton import _triton
+from tests import fresh
 from tests.conftest import ACCELERATOR
 from tests.harness import compiled_for_a_gpu
 
@@ -84,9 +83,8 @@ interpreted = pytest.mark.skipif(ACCELERATOR is not None, reason="its forks inte
 
 def without(*names: str) -> None:
     """Call, compile and swap in a fork for each name, or names, that Triton lacks there."""
-    command = [sys.executable, "-c", PROGRAM, *names]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    done = fresh.run(["-c", PROGRAM, *names], cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     said = dict(json.loads(line) for line in done.stdout.splitlines())
     assert list(said) == list(names)

@@ -155,7 +155,7 @@ def require_all(done: Counter[str], steps: int) -> None:
 
 
 def test_every_request_is_as_alone_whatever_happens(borrowed: str) -> None:
-    require_all(run_at_random(300, 0, borrowed), 300)
+    require_all(run_at_random(150, 0, borrowed), 150)
 
 
 @pytest.mark.slow

@@ -16,12 +16,17 @@ from mamba_ops.ops._triton import op_of
 from mamba_ops.registry import Backend, CompilationError, Namespace, RegistryError, Sample, jit, require_out
 from tests.harness import OPS, compiled_for_a_gpu, environment
 
-COVER = "from tests.warm_up_cover import cover\nprint(json.dumps(cover(sys.argv[1])))"
+COVER = """
+from tests.warm_up_cover import cover
+print(json.dumps(cover(sys.argv[1], steps=int(sys.argv[2]), training=sys.argv[3] == "training")))
+"""
+STEPS = [12, pytest.param(30, marks=pytest.mark.slow)]
 
 
+@pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("name", ["tidy", "odd"])
-def test_after_a_warm_up_random_calls_compile_nothing(name):
-    result = compiled_for_a_gpu(COVER, name, compiles=False)
+def test_after_a_warm_up_random_calls_compile_nothing(name, steps):
+    result = compiled_for_a_gpu(COVER, name, steps, "inference", compiles=False)
     assert result["skipped"] == []
     assert sum(result["variants"].values()) == result["compiled"]
     assert len(result["variants"]) >= 15
@@ -33,12 +38,10 @@ def test_after_a_warm_up_random_calls_compile_nothing(name):
     assert {row[1] for row in result["rows"]} == {"triton", "composed"}
 
 
-COVER_TRAINING = "from tests.warm_up_cover import cover\nprint(json.dumps(cover(sys.argv[1], training=True)))"
-
-
+@pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("name", ["tidy", pytest.param("odd", marks=pytest.mark.slow)])
-def test_after_a_warm_up_for_training_random_steps_compile_nothing(name):
-    result = compiled_for_a_gpu(COVER_TRAINING, name, compiles=False)
+def test_after_a_warm_up_for_training_random_steps_compile_nothing(name, steps):
+    result = compiled_for_a_gpu(COVER, name, steps, "training", compiles=False)
     assert result["skipped"] == []
     assert result["again"] == 0
     assert result["again_cached"]

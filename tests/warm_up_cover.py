@@ -82,7 +82,7 @@ def train_at_random(layer: Any, rng: random.Random) -> None:
             layer(hidden, cu_seqlens=ends).square().mean().backward()
 
 
-def cover(name: str, *, steps: int = 30, training: bool = False) -> dict[str, Any]:
+def cover(name: str, *, steps: int, training: bool = False) -> dict[str, Any]:
     """Return the rows of the warm-up and what it compiled; raises if anything compiles after it."""
     rng = random.Random(0)
     torch.manual_seed(0)

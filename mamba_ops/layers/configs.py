@@ -1,6 +1,8 @@
-"""What the configs of Transformers say of a Mamba-2 layer, by family."""
+"""What the configs of Transformers say of layers: what is missing there, and Mamba-2's sizes, by family."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _SIZES: dict[str, dict[str, str]] = {  # by the attribute that names the heads: our names, and the config's
@@ -52,6 +54,15 @@ _SIZES: dict[str, dict[str, str]] = {  # by the attribute that names the heads: 
 _WITH_MULTIPLIERS = "ssm_in_multiplier"  # Falcon-H1's
 
 
+@contextmanager
+def reading_config(layer: str, expected: str) -> Iterator[None]:
+    """Within the block, an attribute that a config lacks is a ValueError which says what configs a layer takes."""
+    try:
+        yield
+    except AttributeError as error:
+        raise ValueError(f"{layer}.from_config: config: {error}; expected {expected}") from None
+
+
 def mamba2_sizes(config: Any, *, with_multipliers: bool = False) -> tuple[str, dict[str, Any]]:
     """Return the activation of a config's Mamba-2 layers, and the arguments of the layer.
 
@@ -69,11 +80,9 @@ def mamba2_sizes(config: Any, *, with_multipliers: bool = False) -> tuple[str, d
             f"Mamba2.from_config: config: got a {name}, whose layers have multipliers; expected {expected}"
         )
     heads = next((heads for heads in _SIZES if hasattr(config, heads)), "num_heads")
-    try:
+    with reading_config("Mamba2", expected):
         found = {ours: getattr(config, theirs) for ours, theirs in _SIZES[heads].items()}
         found |= {"hidden_size": config.hidden_size, "heads": getattr(config, heads)}
-    except AttributeError as error:
-        raise ValueError(f"Mamba2.from_config: config: {error}; expected {expected}") from None
     if (limits := found.pop("limits", None)) is not None:
         found["dt_min"], found["dt_max"] = limits
     found |= {"dt_min": float(found["dt_min"]), "dt_max": float(found.get("dt_max", math.inf))}

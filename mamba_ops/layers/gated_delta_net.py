@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mamba_ops.layers.caches import ConvAndState, require_caches
 from mamba_ops.layers.checking import check_layer
+from mamba_ops.layers.configs import reading_config
 from mamba_ops.layers.mixer import RecurrentMixer, Taps, require_silu, side_by_side
 from mamba_ops.layers.norms import GatedRMSNorm
 from mamba_ops.ops import (
@@ -118,7 +119,7 @@ class GatedDeltaNet(RecurrentMixer):
         """
         if (own := cls._own_of(config)) is not None:
             return cast("GatedDeltaNet", own.from_config(config, device=device, dtype=dtype))
-        try:
+        with reading_config("GatedDeltaNet", "Transformers' Qwen3NextConfig or Qwen3_5TextConfig"):
             activation = config.hidden_act
             sizes: dict[str, Any] = {
                 "hidden_size": config.hidden_size,
@@ -130,9 +131,6 @@ class GatedDeltaNet(RecurrentMixer):
                 "interleaved": config.model_type == "qwen3_next",
                 "eps": config.rms_norm_eps,
             }
-        except AttributeError as error:
-            expected = "Transformers' Qwen3NextConfig or Qwen3_5TextConfig"
-            raise ValueError(f"GatedDeltaNet.from_config: config: {error}; expected {expected}") from None
         if config.model_type != "qwen3_next" and not config.model_type.startswith("qwen3_5"):
             expected = "'qwen3_next' or 'qwen3_5...', the models with known projections"
             raise ValueError(f"GatedDeltaNet.from_config: model_type: got {config.model_type!r}, expected {expected}")

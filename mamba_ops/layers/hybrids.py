@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from mamba_ops.layers.caches import ConvAndState, require_caches
 from mamba_ops.layers.checking import check_layer
-from mamba_ops.layers.configs import mamba2_sizes
+from mamba_ops.layers.configs import mamba2_sizes, reading_config
 from mamba_ops.layers.gated_delta_net import GatedDeltaNet
 from mamba_ops.layers.mamba import Mamba
 from mamba_ops.layers.mamba2 import Mamba2
@@ -82,7 +82,7 @@ class FalconH1Mamba2(Mamba2, of_model="falcon_h1"):
         Raises:
             ValueError: the config has another activation than silu, or is none of these.
         """
-        try:
+        with reading_config("FalconH1Mamba2", "Transformers' FalconH1Config"):
             own = {
                 "in_multiplier": config.ssm_in_multiplier,
                 "multipliers": config.ssm_multipliers,
@@ -90,9 +90,6 @@ class FalconH1Mamba2(Mamba2, of_model="falcon_h1"):
                 "norm_before_gate": config.mamba_norm_before_gate,
                 "out_bias": config.projectors_bias,
             }
-        except AttributeError as error:
-            expected = "Transformers' FalconH1Config"
-            raise ValueError(f"FalconH1Mamba2.from_config: config: {error}; expected {expected}") from None
         activation, sizes = mamba2_sizes(config, with_multipliers=True)
         require_silu("FalconH1Mamba2", activation)
         return cls(**sizes, **own, device=device, dtype=dtype)
@@ -176,7 +173,7 @@ class ZambaMamba(Mamba, of_model="zamba"):
         Raises:
             ValueError: the config has another activation than silu, or is none of these.
         """
-        try:
+        with reading_config("ZambaMamba", "Transformers' ZambaConfig"):
             activation = config.hidden_mamba_act
             sizes: dict[str, Any] = {
                 "heads": config.n_mamba_heads,
@@ -187,9 +184,6 @@ class ZambaMamba(Mamba, of_model="zamba"):
                 "bias": config.mamba_proj_bias,
                 "conv_bias": config.mamba_conv_bias,
             }
-        except AttributeError as error:
-            expected = "Transformers' ZambaConfig"
-            raise ValueError(f"ZambaMamba.from_config: config: {error}; expected {expected}") from None
         require_silu("ZambaMamba", activation)
         return cls(config.hidden_size, **sizes, device=device, dtype=dtype)
 
@@ -320,7 +314,7 @@ class OlmoGatedDeltaNet(GatedDeltaNet, of_model="olmo_hybrid"):
         Raises:
             ValueError: the config has another activation than silu, or is none of these.
         """
-        try:
+        with reading_config("OlmoGatedDeltaNet", "Transformers' OlmoHybridConfig"):
             activation = config.hidden_act
             sizes: dict[str, Any] = {
                 "num_k_heads": config.linear_num_key_heads,
@@ -330,9 +324,6 @@ class OlmoGatedDeltaNet(GatedDeltaNet, of_model="olmo_hybrid"):
                 "d_conv": config.linear_conv_kernel_dim,
                 "allow_neg_eigval": config.linear_allow_neg_eigval,
             }
-        except AttributeError as error:
-            expected = "Transformers' OlmoHybridConfig"
-            raise ValueError(f"OlmoGatedDeltaNet.from_config: config: {error}; expected {expected}") from None
         require_silu("OlmoGatedDeltaNet", activation)
         return cls(config.hidden_size, **sizes, device=device, dtype=dtype)
 

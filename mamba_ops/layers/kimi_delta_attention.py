@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mamba_ops.layers.caches import ConvAndState, require_caches
 from mamba_ops.layers.checking import check_layer
+from mamba_ops.layers.configs import reading_config
 from mamba_ops.layers.mixer import RecurrentMixer, Taps, require_silu, side_by_side
 from mamba_ops.layers.norms import GatedRMSNorm
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, chunk_kda, kda_mixing, kda_update
@@ -95,7 +96,9 @@ class KimiDeltaAttention(RecurrentMixer):
         Raises:
             ValueError: the config has another activation than silu, or is none of these.
         """
-        try:
+        with reading_config(
+            "KimiDeltaAttention", "Transformers' KimiLinearConfig, BailingHybridConfig or Glm5NextTextConfig"
+        ):
             activation = config.hidden_act
             sizes: dict[str, Any] = {
                 "hidden_size": config.hidden_size,
@@ -111,9 +114,6 @@ class KimiDeltaAttention(RecurrentMixer):
                 sizes |= {"lower_bound": config.linear_lower_bound, "flat_rates": True}
             elif config.model_type != "kimi_linear":
                 raise AttributeError(f"got the model_type {config.model_type!r}")
-        except AttributeError as error:
-            expected = "Transformers' KimiLinearConfig, BailingHybridConfig or Glm5NextTextConfig"
-            raise ValueError(f"KimiDeltaAttention.from_config: config: {error}; expected {expected}") from None
         require_silu("KimiDeltaAttention", activation)
         return cls(**sizes, device=device, dtype=dtype)
 

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from mamba_ops.layers.caches import ConvAndState, require_caches
 from mamba_ops.layers.checking import check_layer
+from mamba_ops.layers.configs import reading_config
 from mamba_ops.layers.mixer import RecurrentMixer, Taps, require_silu
 from mamba_ops.layers.norms import RMSNorm, upcast
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, mamba_mixing, selective_scan, selective_state_update
@@ -93,7 +94,7 @@ class Mamba(RecurrentMixer):
         """
         if (own := cls._own_of(config)) is not None:
             return cast("Mamba", own.from_config(config, device=device, dtype=dtype))
-        try:
+        with reading_config("Mamba", "Transformers' MambaConfig, FalconMambaConfig or JambaConfig"):
             activation = config.hidden_act
             sizes: dict[str, Any]
             if hasattr(config, "mamba_d_state"):
@@ -118,9 +119,6 @@ class Mamba(RecurrentMixer):
                 }
                 if hasattr(config, "mixer_rms_eps"):
                     sizes |= {"norms": "weightless", "eps": config.mixer_rms_eps}
-        except AttributeError as error:
-            expected = "Transformers' MambaConfig, FalconMambaConfig or JambaConfig"
-            raise ValueError(f"Mamba.from_config: config: {error}; expected {expected}") from None
         require_silu("Mamba", activation)
         return cls(config.hidden_size, **sizes, device=device, dtype=dtype)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mamba_ops.layers.caches import Cache
 from mamba_ops.layers.checking import check_layer
+from mamba_ops.layers.configs import reading_config
 from mamba_ops.layers.mixer import Mixer, Taps
 from mamba_ops.ops import causal_conv1d, causal_conv1d_update, short_conv_mixing
 from mamba_ops.ops._common.sequences import NULL_SLOT, DecodeArgs, HasPlan, SequenceArgs
@@ -76,12 +77,9 @@ class ShortConv(Mixer[Window]):
         Raises:
             ValueError: the config is none of these.
         """
-        try:
+        with reading_config("ShortConv", "Transformers' Lfm2Config, Lfm2MoeConfig or Lfm3Config"):
             sizes = {"d_conv": config.conv_L_cache, "bias": config.conv_bias}
             return cls(config.hidden_size, **sizes, device=device, dtype=dtype)
-        except AttributeError as error:
-            expected = "Transformers' Lfm2Config, Lfm2MoeConfig or Lfm3Config"
-            raise ValueError(f"ShortConv.from_config: config: {error}; expected {expected}") from None
 
     @answering
     def forward(

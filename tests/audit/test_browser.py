@@ -1,5 +1,6 @@
 """The page in a real browser: it renders, its links lead somewhere, and its text can be read, in light and in dark."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -8,13 +9,14 @@ import subprocess
 import pytest
 
 pytest.importorskip("jinja2")
-from compile_tests.planted import CASES
-from mamba_ops.audit import audit
 from mamba_ops.audit.html import page
 from mamba_ops.audit.outcomes import Counts, Try
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium, from the system's packages")
+pytestmark = [
+    pytest.mark.skipif(BROWSER is None, reason="needs Chromium, from the system's packages"),
+    pytest.mark.xdist_group("deep"),
+]
 LOOK = """
 <script>
 const linear = v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
@@ -54,17 +56,15 @@ document.body.append(said);
 
 
 @pytest.fixture(scope="module")
-def html():
+def html(deep, clean):
     """A page with findings, a picture, links and a comparison, which looks at itself."""
-    [case] = [case for case in CASES if case.name == "deep"]
-    report = audit(case.model().eval(), *case.calls()[0])
     counts = Counts(2, 1, 0, 0.5, 0.001), Counts(1, 0, 0, 0.4, 0.001)
-    names = (report.findings[0].fingerprint,)
-    report.tries = [
+    names = (deep.findings[0].fingerprint,)
+    tries = [
         Try("a flag of Dynamo's", names, *counts, names),
         Try("use_mamba_ops(model)", (), *counts, ours=True),
     ]
-    text = page(report, audit(case.twin().eval(), *case.calls()[0]))
+    text = page(dataclasses.replace(deep, tries=tries), clean)
     assert "</body>" in text
     return text.replace("</body>", LOOK + "</body>")
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from mamba_ops.audit.report import Report
 from mamba_ops.commands.audit.command import audit
+from tests import fresh
 
 ROOT = Path(__file__).parents[2]
 app = typer.Typer(add_completion=False)
@@ -246,8 +247,7 @@ def test_in_time_a_child_says_what_this_process_would_say(tmp_path):
     assert CliRunner().invoke(app, [f"{file}:fails", "--limit", "500"]).exit_code == 2
     script = tmp_path / "script.py"
     script.write_text("import sys; print(sys.argv[1:]); sys.exit(3)")
-    command = [sys.executable, "-m", "mamba_ops", "audit", "--limit", "500", "--run", str(script), "a", "--b"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = fresh.run(["-m", "mamba_ops", "audit", "--limit", "500", "--run", script, "a", "--b"], cwd=ROOT)
     assert done.returncode == 2
     assert "['a', '--b']" in done.stdout
     assert f"{script} ended with status 3" in done.stderr

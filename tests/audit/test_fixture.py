@@ -1,8 +1,6 @@
 """`graph_audit` in somebody's tests: it passes what is one graph, and its failure holds the findings."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 
 from mamba_ops.audit import Report
 from mamba_ops.testing import assert_nothing_new
+from tests import fresh
 
 ROOT = Path(__file__).parents[2]
 TESTS = """
@@ -38,8 +37,7 @@ def test_the_fixture(how: str, tmp_path: Path) -> None:
     else:
         (tmp_path / "conftest.py").write_text('pytest_plugins = ["mamba_ops.testing"]\n')
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "pytest", *options, "test_theirs.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = fresh.run(["-m", "pytest", *options, "test_theirs.py"], cwd=tmp_path, env=environment)
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     assert "test_theirs.py:6 in forward" in done.stdout
     assert "-> Remove the print" in done.stdout
@@ -75,11 +73,7 @@ def test_the_baseline_holds_what_was_there(tmp_path: Path) -> None:
     options = ["-p", "no:cacheprovider", "-p", "no:mamba_ops", "-p", "mamba_ops_pytest", "-q", "test_theirs.py"]
 
     def run(**more: str) -> str:
-        command = [sys.executable, "-m", "pytest", *options]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment | more, capture_output=True, text=True, check=False
-        )
-        return done.stdout
+        return fresh.run(["-m", "pytest", *options], cwd=tmp_path, env=environment | more).stdout
 
     assert "MAMBA_OPS_WRITE_BASELINE=1 writes it" in run()
     assert "1 passed" in run(MAMBA_OPS_WRITE_BASELINE="1")

@@ -3,8 +3,6 @@
 import dataclasses
 import logging
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -12,15 +10,11 @@ from compile_tests.planted import CASES, breaks
 from mamba_ops.audit import Report, audit, compare, watch
 from mamba_ops.audit.run import resize
 from mamba_ops.audit.show import grouped, lines
+from tests import fresh
 
 torch = pytest.importorskip("torch")
 jinja2 = pytest.importorskip("jinja2")
-[DEEP] = [case for case in CASES if case.name == "deep"]
-
-
-@pytest.fixture(scope="module")
-def deep() -> Report:
-    return audit(DEEP.model().eval(), *DEEP.calls()[0])
+pytestmark = pytest.mark.xdist_group("deep")
 
 
 def test_identical_findings_of_layers_are_one(deep):
@@ -37,8 +31,7 @@ def test_json_and_back(deep):
         Report.from_json(deep.to_json().replace('"schema_version": 3', '"schema_version": 99', 1))
 
 
-def test_comparison(deep):
-    clean = audit(DEEP.twin().eval(), *DEEP.calls()[0])
+def test_comparison(deep, clean):
     assert [change.what for change in compare(clean, deep)] == ["gone"]
     assert [change.what for change in compare(deep, clean)] == ["new"]
     assert compare(deep, deep) == []
@@ -162,4 +155,5 @@ def test_it_is_there_when_asked_for():
     """Without an import of its own, which `import mamba_ops` does not make."""
     code = "import sys, mamba_ops; assert 'mamba_ops.audit' not in sys.modules"
     code += "; mamba_ops.audit.watch; mamba_ops.testing.assert_one_graph"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = fresh.run(["-c", code])
+    assert done.returncode == 0, done.stderr

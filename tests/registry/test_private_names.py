@@ -1,12 +1,11 @@
 """Without a private name of torch's everything still works, if slower: import, eager and compiled calls, swaps."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mamba_ops.registry import _torch
+from tests import fresh
 
 PROGRAM = """
 import importlib, pathlib, sys, warnings
@@ -97,9 +96,8 @@ DAILY = ("TensorGuards", "_op", "mark_dynamic", "_dynamo_marked_constant")
 def test_without(name: str, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    command = [sys.executable, str(program), name]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, env=_environment(root))
+    done = fresh.run([program, name], cwd=root, env=_environment(root))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ok")
 

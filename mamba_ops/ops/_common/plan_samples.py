@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.sequences import NO_PLAN, NULL_SLOT, PlanTensors
+from mamba_ops.registry import Sample
 
 SAMPLE_SLOTS = 9
-NARROW = ("base", "padded", "speculative", "write slots")
+_NARROW = ("base", "padded", "speculative", "write slots")
 """Plans to sample a mixing op with that has a narrow state; none in which a row reads what another has stored."""
 NARROW_ERRORS: tuple[tuple[str, str, Callable[[Tensor], Any], str], ...] = (
     ("base, int16 state", "state_scale", lambda s: None, r"got none for a state of int16, expected float32 \(slots, "),
@@ -25,9 +26,14 @@ NARROW_ERRORS: tuple[tuple[str, str, Callable[[Tensor], Any], str], ...] = (
 """Rows of `error_table` about the sample "base" with narrow states."""
 
 
-def as_int16(states: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a state of int16, and scales, made of random states."""
-    return (states * 9000).to(torch.int16), states[..., 0].abs().float() * 1e-4
+def with_narrow_state(sample: Sample, state: int) -> Iterator[Sample]:
+    """Yield a sample of a plan and, of some plans, the same with its state, argument number `state`, in int16."""
+    yield sample
+    if sample.name in _NARROW:
+        states = sample.args[state]
+        narrow, scale = (states * 9000).to(torch.int16), states[..., 0].abs().float() * 1e-4
+        arguments = (*sample.args[:state], narrow, *sample.args[state + 1 :])
+        yield Sample(f"{sample.name}, int16 state", arguments, {**sample.kwargs, "state_scale": scale})
 
 
 class SamplePlan(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mamba_ops.ops._common.plan_samples import NARROW, NARROW_ERRORS, SAMPLE_SLOTS, as_int16, sample_plans
+from mamba_ops.ops._common.plan_samples import NARROW_ERRORS, SAMPLE_SLOTS, sample_plans, with_narrow_state
 from mamba_ops.ops._common.random_inputs import RandomInputs
 from mamba_ops.ops._common.samples import SampleTensors, error_table
 from mamba_ops.ops.kda_mixing.op import kda_mixing
@@ -50,13 +50,7 @@ def _samples(
             normal(V, dtype=torch.float32),
             normal(V, k_dim, dtype=weights_dtype),
         )
-        yield Sample(name, (*arguments, *plan, K, V, k_dim, v_dim), options)
-        if name in NARROW:
-            narrow, scale = as_int16(arguments[4])
-            arguments = (*arguments[:4], narrow, *arguments[5:])
-            yield Sample(
-                f"{name}, int16 state", (*arguments, *plan, K, V, k_dim, v_dim), {**options, "state_scale": scale}
-            )
+        yield from with_narrow_state(Sample(name, (*arguments, *plan, K, V, k_dim, v_dim), options), 4)
 
 
 @kda_mixing.call_patterns("mixed")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mamba_ops.ops._common.plan_samples import NARROW, NARROW_ERRORS, SAMPLE_SLOTS, as_int16, sample_plans
+from mamba_ops.ops._common.plan_samples import NARROW_ERRORS, SAMPLE_SLOTS, sample_plans, with_narrow_state
 from mamba_ops.ops._common.random_inputs import RandomInputs
 from mamba_ops.ops._common.samples import SampleTensors, error_table
 from mamba_ops.ops.mamba_mixing.op import mamba_mixing
@@ -47,11 +47,7 @@ def _samples(
             normal(d, dtype=weights_dtype),
             *(normal(size, dtype=weights_dtype) if normed else None for size in (r, s, s)),
         )
-        yield Sample(name, (*arguments, *plan), options)
-        if name in NARROW:
-            narrow, scale = as_int16(arguments[2])
-            arguments = (*arguments[:2], narrow, *arguments[3:])
-            yield Sample(f"{name}, int16 state", (*arguments, *plan), {**options, "state_scale": scale})
+        yield from with_narrow_state(Sample(name, (*arguments, *plan), options), 2)
 
 
 @mamba_mixing.call_patterns("mixed")
