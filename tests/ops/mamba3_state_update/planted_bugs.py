@@ -23,11 +23,7 @@ BUGS = {
 KERNEL_BUGS = {
     "the token before dropped": ("s += (v_before * late)", "s += 0 * (v_before * late)"),
     "weights swapped": ("early = tl.sigmoid(share) * d", "early = tl.sigmoid(-share) * d"),
-    "the token before not decayed": (
-        "s = s * tl.exp(log_decay(rate, d)) + (u",
-        "s = (s - (v_before * late)[:, None] * k_before[None, :]) * tl.exp(log_decay(rate, d)) + (v_before * late)"
-        "[:, None] * k_before[None, :] + (u",
-    ),
+    "the token before not decayed": ("s += (v_before * late)", "s += (v_before * late / tl.exp(log_decay(rate, d)))"),
     "turned the other way": ("tl.where(is_first, -other, other)", "tl.where(is_first, other, -other)"),
     "k of before is not kept": ("k_before = k\n", "k_before = k_before\n"),
     "v of before is not kept": ("v_before = u\n", "v_before = v_before\n"),
