@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from mamba_ops.backends import triton
 from mamba_ops.ops._common.checking import (
     check_chunk_size,
     check_tensors,
@@ -14,7 +15,7 @@ from mamba_ops.ops._common.checking import (
     tensor_rank,
 )
 from mamba_ops.ops._common.chunk_layout import row_count
-from mamba_ops.ops._common.mamba3_checks import CACHES, check_caches, check_tokens, output_shape
+from mamba_ops.ops._common.mamba3_checks import CACHES, check_caches, check_tokens, output_shape, unsupported_by_triton
 from mamba_ops.ops._common.values import check_sequences
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
@@ -178,3 +179,20 @@ def _validate(call: Arguments) -> None:
 @mamba3_chunk_scan.validate_values
 def _validate_values(call: Arguments) -> None:
     check_sequences(call, call.x, "ssm_state")
+
+
+def _unsupported(x: Tensor, B: Tensor, mimo_x: Tensor | None) -> str | None:
+    """Takes one input and output a head (no mimo_x), no float64 x, and a dstate of at most 256: other calls run on the
+    ops inside.
+    """
+    if B.shape[-1] > 256:
+        return f"takes a dstate of at most 256, and B has {B.shape[-1]}"
+    return unsupported_by_triton(x, mimo_x)
+
+
+triton.implements(
+    mamba3_chunk_scan,
+    "mamba_ops.ops.mamba3_chunk_scan.triton:mamba3_chunk_scan",
+    unsupported=_unsupported,
+    partial=True,
+)

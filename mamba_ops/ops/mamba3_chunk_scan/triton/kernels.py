@@ -1,0 +1,413 @@
+"""Mamba-3's recurrence with one input and output a head over whole sequences, chunk by chunk, in four launches.
+
+The product of token s counts for a later one by w[s] = early[s] + late[s + 1], times the decay between them, where late
+is 0 after the row's last token; for its own token by early[s] alone. So a chunk is one of Mamba-2's but for the
+diagonal of its weights. Nothing is divided, and values are multiplied as they are.
+
+What turns k and q is a sum over all tokens of a row before. It is summed as whole numbers, in units of 2^-40 half turns:
+exact, in any order. `_turns` sums every chunk's, `_begin` all before each chunk; `_prepare` turns k and q, and finds how
+a chunk's queries read its values. `_scan` walks over the chunks of a row with one head's state in registers.
+"""
+
+import triton
+import triton.language as tl
+
+from mamba_ops.ops._triton.common import (
+    chunk_bounds,
+    final_slot,
+    kernel,
+    load_flag,
+    load_slot,
+    offset_ptr,
+    row_chunks,
+    tile_ptrs,
+)
+from mamba_ops.ops._triton.decay import exact_sums, split, to_log2
+from mamba_ops.ops._triton.mamba3 import gated, half_turns, log_decay, sin_cos
+
+_ONE: tl.constexpr = tl.constexpr(2.0**40)
+_WHOLE: tl.constexpr = tl.constexpr(2**41)  # a turn, in units
+_HALF: tl.constexpr = tl.constexpr(2**40)
+_NAN: tl.constexpr = tl.constexpr(2**52)  # stands for NaN; so does every number beyond half of it
+_PI: tl.constexpr = tl.constexpr(3.141592653589793)
+
+
+@triton.jit
+def _units(turn):
+    # Half turns, at most a whole turn of them, as a whole number.
+    is_nan = turn != turn
+    return tl.where(is_nan, _NAN, (tl.where(is_nan, 0.0, turn) * _ONE).to(tl.int64))
+
+
+@triton.jit
+def _without_turns(total):
+    # Less whole turns: within half a turn of zero; NaN stays what stands for it.
+    return tl.where(total > _NAN // 2, _NAN, ((total + _HALF) & (_WHOLE - 1)) - _HALF)
+
+
+@triton.jit
+def _turns_of(angles, dt, t, there, angles_stride, dt_stride, pair, is_angle, head):
+    # By how much each of a chunk's tokens turns each pair.
+    raw = tl.load(tile_ptrs(angles, t, angles_stride, pair, False), there[:, None] & is_angle[None, :], other=0.0)
+    d = tl.load(dt + head + t.to(tl.int64) * dt_stride, there, other=0.0).to(tl.float32)
+    return _units(half_turns(raw.to(tl.float32), d[:, None]))
+
+
+@kernel(first_number="dt_stride", static="turns")
+def _turns(
+    dt,
+    angles,
+    cu_seqlens,
+    turns,  # out: (chunks, heads, HALF), by how much a chunk turns each pair
+    dt_stride,
+    angles_stride,
+    length,  # tokens of every row; with cu_seqlens of all of them together
+    rows,
+    HEADS: tl.constexpr,
+    ANGLES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    chunk = program // HEADS
+    head = program % HEADS
+    row, low, high, _, _ = chunk_bounds(chunk, cu_seqlens, rows, length, CHUNK, BLOCK_ROWS)
+    if row >= rows:
+        return
+    pair = tl.arange(0, HALF)
+    t = low + tl.arange(0, CHUNK)
+    steps = _turns_of(angles, dt, t, t < high, angles_stride, dt_stride, pair, pair < ANGLES, head)
+    tl.store(turns + (chunk.to(tl.int64) * HEADS + head) * HALF + pair, _without_turns(tl.sum(steps, 0)))
+
+
+@kernel(first_number="angle_stride", static="turns starts before")
+def _begin(
+    angle_state,
+    k_state,
+    cu_seqlens,
+    slots,
+    has_initial_state,
+    turns,
+    starts,  # out: (chunks, heads, HALF), by how much pairs are turned where a chunk begins
+    before,  # out: (rows, heads, DSTATE), k_state of rows that go on, which `_scan` overwrites in some of its programs
+    angle_stride,
+    angle_head_stride,
+    angle_pair_stride,
+    k_stride,
+    k_head_stride,
+    k_entry_stride,
+    slots_stride,
+    initial_stride,
+    length,
+    null_slot,
+    slot_count,
+    HEADS: tl.constexpr,
+    DSTATE: tl.constexpr,
+    ANGLES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = program // HEADS
+    head = program % HEADS
+    first, chunks, _, _ = row_chunks(row, tl.num_programs(0) // HEADS, cu_seqlens, length, CHUNK, BLOCK_ROWS)
+    source = load_slot(row, slots, slots_stride, null_slot, slot_count)
+    if source < 0:
+        return
+    pair = tl.arange(0, HALF)
+    entry = tl.arange(0, 2 * HALF)
+    goes_on = load_flag(row, has_initial_state, initial_stride)
+    in_k = (entry < DSTATE) & goes_on
+    of_k = head.to(tl.int64) * k_head_stride + entry.to(tl.int64) * k_entry_stride
+    k = tl.load(k_state + source * k_stride + of_k, in_k, other=0.0)
+    tl.store(before + (row.to(tl.int64) * HEADS + head) * DSTATE + entry, k, in_k)
+    carried = (pair < ANGLES) & goes_on
+    of_angle = head.to(tl.int64) * angle_head_stride + pair.to(tl.int64) * angle_pair_stride
+    angle = tl.load(angle_state + source * angle_stride + of_angle, carried, other=0.0).to(tl.float32) * (1 / _PI)
+    total = _units(angle - 2.0 * tl.floor(angle * 0.5 + 0.5))
+    place = tl.arange(0, BLOCK_CHUNKS)
+    for low in range(0, chunks, BLOCK_CHUNKS):
+        number = low + place
+        at = ((first + number).to(tl.int64) * HEADS + head)[:, None] * HALF + pair[None, :]
+        inside = (number < chunks)[:, None]
+        steps = tl.load(turns + at, inside, other=0)
+        tl.store(starts + at, _without_turns(total[None, :] + (tl.cumsum(steps, 0) - steps)), inside)
+        total = _without_turns(total + tl.sum(steps, 0))
+
+
+@triton.jit
+def _turned(vectors, bias, sine, cosine, CHUNK: tl.constexpr, HALF: tl.constexpr):
+    # The tokens' vectors with a bias, turned by the sines and cosines of their pairs.
+    vectors = vectors.to(tl.float32)
+    if bias is not None:
+        vectors += bias[None, :]
+    first, second = tl.split(tl.reshape(vectors, [CHUNK, HALF, 2]))
+    pairs = tl.join(first * cosine - second * sine, first * sine + second * cosine)
+    return tl.reshape(pairs, [CHUNK, 2 * HALF])
+
+
+@kernel(first_number="dt_stride", static="B_bias C_bias starts keys queries factors weights last_angle last_k")
+def _prepare(
+    dt,
+    A,
+    trap,
+    angles,
+    B,
+    C,
+    B_bias,
+    C_bias,
+    cu_seqlens,
+    slots,
+    starts,
+    keys,  # out: (chunks, heads, CHUNK, DSTATE), turned; in the dtype in which they are multiplied
+    queries,  # out: the same
+    factors,  # out: (chunks, heads, 4, CHUNK), of queries, of values that are kept; the chunk's decay; late
+    weights,  # out: (chunks, heads, CHUNK, CHUNK), how queries read each value
+    last_angle,  # out: (rows, heads, ANGLES), of each row's last token
+    last_k,  # out: (rows, heads, DSTATE)
+    dt_stride,
+    A_stride,
+    trap_stride,
+    angles_stride,
+    B_stride,
+    C_stride,
+    slots_stride,
+    length,
+    rows,
+    null_slot,
+    slot_count,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    DSTATE: tl.constexpr,
+    ANGLES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    chunk = program // HEADS
+    head = program % HEADS
+    row, low, high, _, is_last = chunk_bounds(chunk, cu_seqlens, rows, length, CHUNK, BLOCK_ROWS)
+    if row >= rows:
+        return
+    if load_slot(row, slots, slots_stride, null_slot, slot_count) < 0:
+        return
+    i = tl.arange(0, CHUNK)
+    t = low + i
+    there = t < high
+    pair = tl.arange(0, HALF)
+    entry = tl.arange(0, 2 * HALF)
+    in_dstate = entry < DSTATE
+    number = chunk.to(tl.int64) * HEADS + head
+    operand = keys.dtype.element_ty
+
+    steps = _turns_of(angles, dt, t, there, angles_stride, dt_stride, pair, pair < ANGLES, head)
+    total = _without_turns(tl.load(starts + number * HALF + pair)[None, :] + tl.cumsum(steps, 0))
+    angle = tl.where(total > _NAN // 2, float("nan"), total.to(tl.float32) * (_PI / _ONE))
+    sine, cosine = sin_cos(angle)
+
+    of_group = head // (HEADS // GROUPS) * DSTATE
+    read = there[:, None] & in_dstate[None, :]
+    k = tl.load(tile_ptrs(B + of_group, t, B_stride, entry, ALIGNED), read, other=0.0)
+    q = tl.load(tile_ptrs(C + of_group, t, C_stride, entry, ALIGNED), read, other=0.0)
+    more_k = None
+    more_q = None
+    if B_bias is not None:
+        more_k = tl.load(B_bias + head * DSTATE + entry, in_dstate, other=0.0).to(tl.float32)
+    if C_bias is not None:
+        more_q = tl.load(C_bias + head * DSTATE + entry, in_dstate, other=0.0).to(tl.float32)
+    k = _turned(k, more_k, sine, cosine, CHUNK, HALF)
+    q = _turned(q, more_q, sine, cosine, CHUNK, HALF).to(operand)
+    ends = (t == high - 1) & is_last  # the row
+    of_row = row.to(tl.int64) * HEADS + head
+    place = tl.zeros([CHUNK], tl.int64)[:, None]
+    tl.store(last_angle + of_row * ANGLES + place + pair[None, :], angle, ends[:, None] & (pair < ANGLES)[None, :])
+    tl.store(last_k + of_row * DSTATE + place + entry[None, :], k, ends[:, None] & in_dstate[None, :])
+    k = k.to(operand)
+    at = number * (CHUNK * DSTATE) + i[:, None] * DSTATE + entry[None, :]
+    tl.store(keys + at, k, read)
+    tl.store(queries + at, q, read)
+
+    # What goes to a token's own product, and what the next one gives to it.
+    end = high
+    if not is_last:
+        end = high + 1
+    after = t + 1 < end
+    at_t = t.to(tl.int64)
+    d = tl.load(dt + head + at_t * dt_stride, there, other=0.0).to(tl.float32)
+    share = tl.load(trap + head + at_t * trap_stride, there, other=0.0).to(tl.float32)
+    next_d = tl.load(dt + head + (at_t + 1) * dt_stride, after, other=0.0).to(tl.float32)
+    next_share = tl.load(trap + head + (at_t + 1) * trap_stride, after, other=0.0).to(tl.float32)
+    rate = tl.load(A + head + at_t * A_stride, there, other=0.0).to(tl.float32)
+    early = tl.sigmoid(share) * d
+    weight = early + tl.sigmoid(-next_share) * next_d
+
+    decay = log_decay(rate, d) * 1.4426950408889634
+    sums, left = exact_sums(decay)
+    near, up, down = split(sums)
+    factors += number * (4 * CHUNK)
+    tl.store(factors + i, tl.where(decay == decay, tl.exp2(to_log2(sums)), decay))  # NaN stays NaN
+    tl.store(factors + CHUNK + i, tl.exp2(to_log2(left)) * weight)
+    tl.store(factors + 2 * CHUNK + i, tl.exp2(to_log2(sums + left)), i == 0)  # all of them
+    tl.store(factors + 3 * CHUNK + i, tl.sigmoid(-share) * d)
+    between = tl.exp2(tl.where(i[:, None] >= i[None, :], near[:, None] - near[None, :], float("-inf")))
+    between *= tl.where(i[:, None] == i[None, :], early[None, :], weight[None, :]) * (up[:, None] * down[None, :])
+    product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    tl.store(weights + number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :], product * between)
+
+
+@kernel(first_number="x_stride", static="D keys queries factors weights before last_angle last_k")
+def _scan(
+    x,
+    D,
+    z,
+    cu_seqlens,
+    angle_state,
+    ssm_state,
+    k_state,
+    v_state,
+    slots,
+    write_slots,
+    has_initial_state,
+    output,
+    keys,
+    queries,
+    factors,
+    weights,
+    before,
+    last_angle,
+    last_k,
+    x_stride,  # this and the next two: from token to token
+    z_stride,
+    output_stride,
+    slots_stride,
+    write_stride,
+    initial_stride,
+    angle_stride,  # this and the next three: from slot to slot
+    slot_stride,
+    k_stride,
+    v_stride,
+    head_stride,  # this and the next two are None for an ALIGNED state, which is dense
+    dim_stride,
+    dstate_stride,
+    angle_head_stride,
+    angle_pair_stride,
+    k_head_stride,
+    k_entry_stride,
+    v_head_stride,
+    v_entry_stride,
+    length,
+    null_slot,
+    slot_count,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DSTATE: tl.constexpr,
+    ANGLES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    row = program // (BLOCKS * HEADS)
+    head = program // BLOCKS % HEADS
+    value = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    entry = tl.arange(0, 2 * HALF)
+    i = tl.arange(0, CHUNK)
+    in_dim = value < DIM
+    in_dstate = entry < DSTATE
+    in_value = in_dim[None, :]
+    in_state = in_dim[:, None] & in_dstate[None, :]
+
+    output += head * DIM
+    rows = tl.num_programs(0) // (BLOCKS * HEADS)
+    first, chunks, begin, count = row_chunks(row, rows, cu_seqlens, length, CHUNK, BLOCK_ROWS)
+    source = load_slot(row, slots, slots_stride, null_slot, slot_count)
+    if source < 0:
+        for number in range(chunks):
+            t = begin + number * CHUNK + i
+            place = tile_ptrs(output, t, output_stride, value, ALIGNED)
+            tl.store(place, tl.zeros([CHUNK, BLOCK], tl.float32), (t < begin + count)[:, None] & in_value)
+        return
+    of_head = head.to(tl.int64)
+    of_v = of_head * v_head_stride + value.to(tl.int64) * v_entry_stride
+    if ALIGNED:
+        of_state = (head * DIM + value)[:, None] * DSTATE + entry[None, :]
+    else:
+        of_state = value.to(tl.int64)[:, None] * dim_stride + entry.to(tl.int64)[None, :] * dstate_stride
+        of_state += of_head * head_stride
+    goes_on = load_flag(row, has_initial_state, initial_stride)
+    carried = in_state & goes_on
+    s = tl.load(offset_ptr(ssm_state, source * slot_stride, ALIGNED) + of_state, carried, other=0.0).to(tl.float32)
+    last_v = tl.load(v_state + source * v_stride + of_v, in_dim & goes_on, other=0.0).to(tl.float32)
+
+    operand = keys.dtype.element_ty
+    x += head * DIM
+    of_chunk = first.to(tl.int64) * HEADS + head
+    factors += of_chunk * (4 * CHUNK)
+    keys += of_chunk * (CHUNK * DSTATE)
+    queries += of_chunk * (CHUNK * DSTATE)
+    weights += of_chunk * (CHUNK * CHUNK)
+    of_row = row.to(tl.int64) * HEADS + head
+    late = tl.load(factors + 3 * CHUNK, count > 0, other=0.0)
+    k_before = tl.load(before + of_row * DSTATE + entry, in_dstate & goes_on, other=0.0).to(tl.float32)
+    s += (last_v * late)[:, None] * k_before[None, :]
+    square = i[:, None] * CHUNK + i[None, :]
+    of_key = i[:, None] * DSTATE + entry[None, :]
+    if D is not None:
+        skip = tl.load(D + head).to(tl.float32)
+    for number in range(chunks):
+        t = begin + number * CHUNK + i
+        there = (t < begin + count)[:, None]
+        k = tl.load(keys + of_key, there & in_dstate[None, :], other=0.0)
+        q = tl.load(queries + of_key, there & in_dstate[None, :], other=0.0)
+        values = tl.load(tile_ptrs(x, t, x_stride, value, ALIGNED), there & in_value, other=0.0)
+        weight = tl.load(weights + square)
+        of_query = tl.load(factors + i)
+        decay = tl.load(factors + 2 * CHUNK)
+
+        new = tl.trans(values).to(tl.float32)
+        y = tl.dot(s.to(operand), tl.trans(q), input_precision=PRECISION) * of_query[None, :]
+        kept = (new * tl.load(factors + CHUNK + i)[None, :]).to(operand)
+        s = tl.dot(kept, k, s * decay, input_precision=PRECISION)
+        y = tl.dot(new.to(operand), tl.trans(weight), y, input_precision=PRECISION)
+        y = tl.trans(y)
+        if D is not None:
+            y += values.to(tl.float32) * skip
+        if z is not None:
+            gates = tl.load(tile_ptrs(z + head * DIM, t, z_stride, value, ALIGNED), there & in_value, other=0.0)
+            y = gated(y, gates.to(tl.float32))
+        tl.store(tile_ptrs(output, t, output_stride, value, ALIGNED), y, there & in_value)
+        factors += HEADS * 4 * CHUNK
+        keys += HEADS * CHUNK * DSTATE
+        queries += HEADS * CHUNK * DSTATE
+        weights += HEADS * CHUNK * CHUNK
+
+    target, stored = final_slot(row, source, count, write_slots, write_stride, null_slot, slot_count)
+    if stored & (slot_stride >= 0):
+        pair = tl.arange(0, HALF)
+        is_angle = pair < ANGLES
+        of_angle = of_head * angle_head_stride + pair.to(tl.int64) * angle_pair_stride
+        of_k = of_head * k_head_stride + entry.to(tl.int64) * k_entry_stride
+        if count > 0:
+            last = (begin + count - 1).to(tl.int64)
+            last_v = tl.load(x + last * x_stride + value, in_dim, other=0.0).to(tl.float32)
+            angle = tl.load(last_angle + of_row * ANGLES + pair, is_angle, other=0.0)
+            k_now = tl.load(last_k + of_row * DSTATE + entry, in_dstate, other=0.0)
+        else:
+            angle = tl.load(angle_state + source * angle_stride + of_angle, is_angle & goes_on, other=0.0)
+            angle = angle.to(tl.float32)
+            k_now = tl.load(k_state + source * k_stride + of_k, in_dstate & goes_on, other=0.0).to(tl.float32)
+        is_first = program % BLOCKS == 0  # of the programs of a head
+        tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + of_state, s, in_state)
+        tl.store(v_state + target * v_stride + of_v, last_v, in_dim)
+        tl.store(k_state + target * k_stride + of_k, k_now, in_dstate & is_first)
+        tl.store(angle_state + target * angle_stride + of_angle, angle, is_angle & is_first)
