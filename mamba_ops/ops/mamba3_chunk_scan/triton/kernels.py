@@ -109,6 +109,7 @@ def _begin(
     HALF: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
+    FLOAT16: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = program // HEADS
@@ -123,6 +124,8 @@ def _begin(
     in_k = (entry < DSTATE) & goes_on
     of_k = head.to(tl.int64) * k_head_stride + entry.to(tl.int64) * k_entry_stride
     k = tl.load(k_state + source * k_stride + of_k, in_k, other=0.0)
+    if FLOAT16:
+        k = k.to(tl.float16)
     tl.store(before + (row.to(tl.int64) * HEADS + head) * DSTATE + entry, k, in_k)
     carried = (pair < ANGLES) & goes_on
     of_angle = head.to(tl.int64) * angle_head_stride + pair.to(tl.int64) * angle_pair_stride
@@ -188,6 +191,7 @@ def _prepare(
     HALF: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
+    FLOAT16: tl.constexpr,
 ):
     program = tl.program_id(0)
     chunk = program // HEADS
@@ -222,13 +226,17 @@ def _prepare(
     if C_bias is not None:
         more_q = tl.load(C_bias + head * DSTATE + entry, in_dstate, other=0.0).to(tl.float32)
     k = _turned(k, more_k, sine, cosine, CHUNK, HALF)
-    q = _turned(q, more_q, sine, cosine, CHUNK, HALF).to(operand)
+    q = _turned(q, more_q, sine, cosine, CHUNK, HALF)
     ends = (t == high - 1) & is_last  # the row
     of_row = row.to(tl.int64) * HEADS + head
     place = tl.zeros([CHUNK], tl.int64)[:, None]
     tl.store(last_angle + of_row * ANGLES + place + pair[None, :], angle, ends[:, None] & (pair < ANGLES)[None, :])
     tl.store(last_k + of_row * DSTATE + place + entry[None, :], k, ends[:, None] & in_dstate[None, :])
+    if FLOAT16:
+        k = k.to(tl.float16)
+        q = q.to(tl.float16)
     k = k.to(operand)
+    q = q.to(operand)
     at = number * (CHUNK * DSTATE) + i[:, None] * DSTATE + entry[None, :]
     tl.store(keys + at, k, read)
     tl.store(queries + at, q, read)
@@ -358,7 +366,7 @@ def _scan(
     weights += of_chunk * (CHUNK * CHUNK)
     of_row = row.to(tl.int64) * HEADS + head
     late = tl.load(factors + 3 * CHUNK, count > 0, other=0.0)
-    k_before = tl.load(before + of_row * DSTATE + entry, in_dstate & goes_on, other=0.0).to(tl.float32)
+    k_before = tl.load(before + of_row * DSTATE + entry, in_dstate & goes_on & (count > 0), other=0.0).to(tl.float32)
     s += (last_v * late)[:, None] * k_before[None, :]
     square = i[:, None] * CHUNK + i[None, :]
     of_key = i[:, None] * DSTATE + entry[None, :]

@@ -24,7 +24,8 @@ def mamba3_chunk_scan(call: "Arguments") -> None:
     """Write `output` and the last states; shapes and meaning are the op's, and are not checked again.
 
     What matrix units are given is rounded to the common dtype of x, B and C: turned k and q, the state before a chunk,
-    the weights with which queries read values, and values times their weights in the state. Every token of an
+    the weights with which queries read values, and values times their weights in the state; for float16, whose range is
+    too narrow for all but the first two, to as many digits of float32. Every token of an
     activation must be dense, and every parameter: others are copied first, and an output that is not is written through
     a copy. Where a token of x, B, C, z or output or a slot of ssm_state does not start at a multiple of 16 bytes, or a
     slot is not dense, reads are narrow and slow.
@@ -46,11 +47,12 @@ def mamba3_chunk_scan(call: "Arguments") -> None:
     B_bias, C_bias, D = (None if t is None else t.contiguous() for t in (call.B_bias, call.C_bias, call.D))
     cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
     slots, write_slots = (None if t is None else dense(t) for t in (call.slots, call.write_slots))
-    operand = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
-    if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
-        operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+    common = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
+    operand = torch.bfloat16 if common == torch.bfloat16 and not INTERPRETED else torch.float32
+    # (Triton's interpreter multiplies the bits of bfloat16 numbers.)
+    rounds = {"FLOAT16": common == torch.float16}
 
-    launches = _launches(x.get_device(), dim, dstate, str(operand).removeprefix("torch."))
+    launches = _launches(x.get_device(), dim, dstate, str(common).removeprefix("torch."))
     half = launches["_turns"]["HALF"]
 
     def scratch(dtype: torch.dtype, *sizes: int) -> Tensor:
@@ -118,6 +120,7 @@ def mamba3_chunk_scan(call: "Arguments") -> None:
                 DSTATE=dstate,
                 ANGLES=pairs,
                 CHUNK=CHUNK,
+                **rounds,
                 **launches["_begin"],
             )
             _prepare[(chunks * heads,)](
@@ -155,6 +158,7 @@ def mamba3_chunk_scan(call: "Arguments") -> None:
                 ANGLES=pairs,
                 ALIGNED=aligned,
                 CHUNK=CHUNK,
+                **rounds,
                 **launches["_prepare"],
             )
         _scan[(rows * heads * cdiv(dim, launches["_scan"]["BLOCK"]),)](
@@ -209,14 +213,14 @@ _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32
 @tunable_launch(
     _turns="num_warps", _begin="num_warps", _prepare="num_warps num_stages", _scan="BLOCK num_warps num_stages"
 )
-def _launches(dim: int, dstate: int, operand: str, *, limits: Limits) -> Launches:
+def _launches(dim: int, dstate: int, dtype: str, *, limits: Limits) -> Launches:
     """No side of a matrix product is shorter than 16; of float32, than 32."""
-    is_wide = operand == "float32"
+    is_wide = dtype != "bfloat16"
     least = 32 if is_wide else 16
     half = max(triton.next_power_of_2(dstate), least) // 2
     block = min(max(triton.next_power_of_2(dim), least), 32)
     shared = {"HALF": half, "BLOCK_ROWS": 128}
-    precision = {"PRECISION": limits.precision(24) if is_wide else "ieee"}
+    precision = {"PRECISION": limits.precision(11 if dtype == "float16" else 24) if is_wide else "ieee"}
     read_ahead = (2 * CHUNK * (2 * half + block + CHUNK)) * (4 if is_wide else 2)
     stages = 2 if not is_wide and 2 * read_ahead <= limits.shared_memory else 1
     return {
