@@ -218,6 +218,56 @@ def test_angles_are_summed_in_small_steps() -> None:
             assert changed(target, {"has_initial_state": torch.zeros_like(goes_on)}, number) in (RIGHT, NO_TRUTH)
 
 
+def test_what_a_row_of_narrow_numbers_is_rounded_by_counts_in_layers_on_other_backends() -> None:
+    """Its scale is its largest number's: a layer errs by half a step of that once, and by two steps nowhere."""
+    pytest.importorskip("triton")
+    narrow = [t for t in all_targets("triton") if "state_scale" in t.bases[0]() and t.name == "Mamba2"]
+    for target in narrow:
+        assert changed(target, {}) == RIGHT
+
+        def off(target: Target = target, **arguments: Any) -> Any:
+            result = target.call(**arguments)
+            state = arguments["ssm_state"]
+            state.copy_((state.int() + 3).clamp(-32767, 32767))
+            return result
+
+        with pytest.raises(Wrong, match=r"ssm_state: .* outside the budget"):
+            changed(target._replace(call=off), {})
+
+
+@pytest.mark.parametrize("name", ["Mamba2", "KimiDeltaAttention"])
+def test_a_layer_with_narrow_states_is_called_as_it_is_whatever_its_truth_was_computed_in(name: str) -> None:
+    narrow = [t for t in all_targets("torch") if t.name == name and "state_scale" in t.bases[0]()]
+    assert narrow
+    for target in narrow:
+        for dtype in (torch.float32, torch.float64):
+            target.truth(target.bases[0](), dtype)
+            assert target.bases[0]()["conv_state"].dtype == torch.float32
+
+
+def test_roundings_that_a_kernel_may_leave_out_count_as_those_that_it_makes() -> None:
+    """Here the reference, which rounds what is convolved alone, errs thrice as much as what rounds in chunks, too."""
+    target = first("kda_mixing")
+    for number, base in enumerate(target.bases):
+        if base()["write_slots"] is not None:
+            assert changed(target, {"b": -base()["b"]}, number) in (RIGHT, NO_TRUTH)
+
+
+def test_what_an_angle_is_off_by_counts_in_all_that_it_turns() -> None:
+    """By two steps of float32 k and the state may be turned more, by many not."""
+    target, ends = first("mamba3_state_update"), []
+    for steps in (2, 16):
+
+        def turned(angle_state: Tensor, steps: int = steps, **arguments: Any) -> Any:
+            return target.call(angle_state=angle_state + steps * 2.0**-22, **arguments)
+
+        try:
+            ends.append(changed(target._replace(call=turned, written=target.written - {"angle_state"}), {}, 1))
+        except Wrong as error:
+            ends.append(str(error).split(":")[0])
+    assert ends == [RIGHT, "ssm_state"]
+
+
 # -- what it finds ----------------------------------------------------------------------------------------------------
 
 
