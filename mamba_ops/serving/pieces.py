@@ -125,6 +125,11 @@ def entries_of(name: str, given: Any, requests: int) -> list[Any]:
     return entries
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is one number, not several: arrays and tensors of any shape have `__index__`."""
+    return hasattr(value, "__index__") and not getattr(value, "shape", ())
+
+
 def whole(name: str, value: Any) -> int:
     """Return a number of 32 bits as an int; raise ValueError about what is none."""
     try:
