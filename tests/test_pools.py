@@ -132,6 +132,8 @@ def test_a_speculating_request_is_copied_as_of_its_accepted_tokens() -> None:
         (([], 2), {}, "accepted: got 1, expected 1 to the 0 slots of source"),
         (([1, 2], 3), {"accepted": 3}, "accepted: got 3, expected 1 to the 2 slots of source"),
         (([1, 2], 3), {"accepted": 0}, "accepted: got 0, expected 1 to the 2 slots of source"),
+        ((torch.tensor([1.0]), 3), {}, r"source: got tensor\(1.\), expected a slot of the pool"),
+        ((1, 3), {"accepted": torch.tensor(1.0)}, r"accepted: got tensor\(1.\), expected 1 to the 1 slots"),
         ((None, 3), {}, "source: got None, expected a slot, or all slots of a request"),
         ((1, torch.tensor([2])), {}, r"target: got tensor\(\[2\]\), expected a slot of the pool"),
         (

@@ -126,8 +126,12 @@ def entries_of(name: str, given: Any, requests: int) -> list[Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is one number, not several: arrays and tensors of any shape have `__index__`."""
-    return hasattr(value, "__index__") and not getattr(value, "shape", ())
+    """Whether a value is one whole number: arrays and tensors have `__index__`, whatever their shape and dtype."""
+    try:
+        index(value)
+    except TypeError:
+        return False
+    return not getattr(value, "shape", ())
 
 
 def whole(name: str, value: Any) -> int:

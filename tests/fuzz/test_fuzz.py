@@ -22,6 +22,8 @@ from mamba_ops.compat import causal_conv1d, fla, mamba_ssm, vllm
 from mamba_ops.layers.mixer import Mixer
 from mamba_ops.registry import Op
 from mamba_ops.registry.dispatcher import dispatcher
+from mamba_ops.serving import PrefixCache, StatePool
+from tests.fuzz import plans
 from tests.fuzz.calls import TRANSFORMS, all_targets, call_of, one_call
 from tests.fuzz.mutations import Pick, in_memory_of
 from tests.fuzz.outcomes import NO_TRUTH, REFUSED, RIGHT, Wrong, no_numbers, outcome
@@ -378,3 +380,21 @@ def test_a_call_that_compares_nothing_is_found() -> None:
     types = {n: type(a) for n, a in arguments.items()}
     with torch.no_grad(), pytest.raises(Wrong, match="nothing of which the truth is known"):
         outcome(target._replace(truth=lambda *_: {}), arguments, types)
+
+
+def test_faults_of_pools_and_prefix_caches_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the state before the accepted token, and a state of a step that failed."""
+    copied = StatePool.copy
+
+    def run_many(kind: Any, calls: int = 300) -> None:
+        for seed in range(calls):
+            kind(random.Random(seed).randrange)
+
+    for kind, changed, name, fault in (
+        (plans.copy, StatePool, "copy", lambda self, source, target, *, accepted: copied(self, source, target)),
+        (plans.prefixes, PrefixCache, "discard", PrefixCache.commit),
+    ):
+        run_many(kind)
+        monkeypatch.setattr(changed, name, fault)
+        with pytest.raises(Wrong):
+            run_many(kind)
