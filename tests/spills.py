@@ -26,8 +26,8 @@ LAST = {"cuda": "cubin", "hip": "amdgcn"}
 """The stage of Triton's compiler that tells, by its backend."""
 
 
-def spills(function: Any, asked: Any) -> int:
-    """Compile a variant that `jit_cache_hook` was called for; return what a thread of it spills."""
+def compiled(function: Any, asked: Any) -> tuple[Any, str]:
+    """Compile a variant that `jit_cache_hook` was called for; return the last stage's text or bytes, and its log."""
     source, backend, options = _triton._source(function, asked)
     context, metadata, stages = libtriton.ir.context(), dict(vars(options)), {}
     libtriton.ir.load_dialects(context)
@@ -35,14 +35,19 @@ def spills(function: Any, asked: Any) -> int:
     backend.add_stages(stages, options, source.language)
     generated = backend.get_codegen_implementation(options), backend.get_module_map()
     module = source.make_ir(backend.target, options, *generated, context)
-    last = LAST[backend.target.backend]
     with contextlib.redirect_stdout(io.StringIO()) as log:
         for name, stage in stages.items():
             module = stage(module, metadata)
-            if name == last:
+            if name == LAST[backend.target.backend]:
                 break
-    if last == "cubin":
-        return int(re.findall(r"(\d+) bytes spill stores", log.getvalue())[0])
+    return module, log.getvalue()
+
+
+def spills(function: Any, asked: Any) -> int:
+    """Return what a thread of a variant that `jit_cache_hook` was called for spills."""
+    module, log = compiled(function, asked)
+    if isinstance(module, bytes):
+        return int(re.findall(r"(\d+) bytes spill stores", log)[0])
     return int(re.findall(r"\.vgpr_spill_count:\s*(\d+)", module)[0])
 
 

@@ -27,7 +27,7 @@ def bench(
         str | None, typer.Option(metavar="A,B", help="Names of backends.", show_default="all that run here")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(file_okay=False, metavar="FOLDER", help="Write bench.json, .txt and .png there.")
+        Path | None, typer.Option(file_okay=False, metavar="FOLDER", help="Write bench.json, .txt, .md and .png there.")
     ] = None,
     limit: Annotated[
         float | None, typer.Option(min=0, metavar="SECONDS", help="Begin nothing new after so many.")

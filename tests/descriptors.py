@@ -1,0 +1,168 @@
+"""Where matrix units of a Hopper GPU read shared memory at wrong addresses: `python -m tests.descriptors DTYPE SIZES`.
+
+A product of tiles in shared memory is told by a descriptor where a tile lies. Assemblers were seen to compile some of
+these wrongly: the address came from a register that held something else, or nothing. Results were right by chance, or
+the launch failed. Here the machine code is read: on every path to a product, the address must be made of the address
+of shared memory, and of no argument of the kernel and nothing loaded.
+
+Prints a line of JSON for each kernel and launch that has such products: the kernel's name, how many descriptors there
+are, and where the code of the wrong ones lies. SIZES is JSON, and replaces sizes of `fitting.SIZES`.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Taint = frozenset[str]
+State = dict[str, Taint]
+NOTHING: Taint = frozenset()
+SHARED: Taint = frozenset({"shared"})
+WRITES_NO_REGISTER = (
+    "ST BRA EXIT BAR WARP RED ISETP UISETP FSETP MEMBAR FENCE NOP HGMMA LDGSTS PLOP UPLOP BSSY BSYNC DEPBAR"
+)
+INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")
+LOCAL = re.compile(r"\[R1(?:\+0x([0-9a-f]+))?\]")
+
+
+class Instruction(NamedTuple):
+    """One line of machine code."""
+
+    address: str
+    predicate: str | None
+    name: str
+    operands: list[str]
+
+    @property
+    def width(self) -> int:
+        """How many registers it writes, or stores."""
+        return 4 if ".128" in self.name else 2 if ".64" in self.name or "WIDE" in self.name else 1
+
+    @property
+    def successors(self) -> tuple[bool, str | None]:
+        """Whether the next instruction can follow, and the label that it can jump to."""
+        if self.name.startswith("BRA"):
+            conditional = self.predicate is not None or len(self.operands) > 1
+            return conditional, re.findall(r"\.L_x_\d+", self.operands[-1])[0]
+        return self.predicate is not None or not self.name.startswith(("EXIT", "RET")), None
+
+
+def parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
+    """Return the instructions of one function, and the index that each label names."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := INSTRUCTION.match(line):
+            operands = [operand.strip() for operand in found[4].split(",")]
+            predicates = re.compile(r"!?U?P[T0-9]+$")
+            kept = [operand for operand in operands if not predicates.match(operand)] if found[3] != "BRA" else operands
+            instructions.append(Instruction(found[1], found[2], found[3], kept))
+    return instructions, labels
+
+
+def numbered(register: str, offset: int) -> str:
+    kind, number = re.findall(r"^(U?R)(\d+)", register)[0]
+    return f"{kind}{int(number) + offset}"
+
+
+def after(instruction: Instruction, state: State) -> State:
+    """Return what registers, and places on the stack, are made of after an instruction."""
+    name, operands, width = instruction.name, instruction.operands, instruction.width
+    if name.startswith("STL") and (place := LOCAL.match(operands[0])):
+        start = int(place[1] or "0", 16)
+        stored = {f"stack {start + 4 * i}": state.get(numbered(operands[1], i), NOTHING) for i in range(width)}
+        return state | stored
+    if name.startswith(tuple(WRITES_NO_REGISTER.split())) or not operands or not re.match(r"U?R\d", operands[0]):
+        return state
+    if name.startswith("LDL") and (place := LOCAL.match(operands[1])):
+        start = int(place[1] or "0", 16)
+        loaded = {numbered(operands[0], i): state.get(f"stack {start + 4 * i}", NOTHING) for i in range(width)}
+        return state | loaded
+    sources = ",".join(operands[1:])
+    if name.startswith(("LD", "SHFL")):
+        made = frozenset({"memory"})
+    elif name.startswith(("S2UR", "S2R")):
+        made = SHARED if "CgaCtaId" in sources else frozenset({"position"})
+    else:
+        made = frozenset({"argument"}) if "c[" in sources else NOTHING
+        for register in re.findall(r"\bU?R\d+\b", sources):
+            for i in range(2 if ".64" in name else 1):
+                made |= state.get(numbered(register, i), NOTHING)
+    written = {numbered(operands[0], i): made for i in range(width)}
+    if instruction.predicate:
+        written = {register: made | state.get(register, NOTHING) for register in written}
+    return state | written
+
+
+def wrong(sass: str) -> tuple[int, list[str]]:
+    """Return how many descriptors one function has, and the addresses of products that have a wrong one."""
+    instructions, labels = parse(sass)
+    states: list[State | None] = [{}] + [None] * len(instructions)
+    work = [0]
+    while work:
+        index = work.pop()
+        if index == len(instructions):
+            continue
+        follows, label = instructions[index].successors
+        state = after(instructions[index], states[index] or {})
+        for successor in [index + 1] * follows + ([] if label is None else [labels[label]]):
+            before = states[successor]
+            merged = state if before is None else before | {k: v | before.get(k, NOTHING) for k, v in state.items()}
+            if merged != before:
+                states[successor] = merged
+                work.append(successor)
+    descriptors, found = 0, []
+    for instruction, reached in zip(instructions, states, strict=False):
+        if "GMMA" not in instruction.name or reached is None:
+            continue
+        [first] = re.findall(r"gdesc\[(UR\d+)\]", ",".join(instruction.operands))
+        from_registers = re.match(r"R\d", instruction.operands[1])
+        for offset in (2,) if from_registers else (0, 2):
+            descriptors += 1
+            if reached.get(numbered(first, offset), NOTHING) != SHARED:
+                found.append(instruction.address)
+    return descriptors, found
+
+
+def functions(cubin: bytes) -> Iterator[str]:
+    """Yield the machine code of each function, as NVIDIA's disassembler shows it."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        sass = subprocess.run([knobs.nvidia.nvdisasm.path, "-c", file], capture_output=True, text=True, check=True)
+    yield from sass.stdout.split("\n.text.")[1:]
+
+
+def main() -> None:
+    """Print what is wrong in the kernels that the first samples of ops launch."""
+    from mamba_ops.cold_start import fitting
+    from mamba_ops.cold_start.specialization import kernel_name
+    from mamba_ops.cold_start.targets import target_of
+    from tests.spills import compiled
+
+    dtype, sizes, *ops = sys.argv[1:]
+    done: set[Any] = set()
+    for _, asked in fitting.variants(target_of("sm_90"), ops, dtype, json.loads(sizes), 2):
+        for variant in asked:
+            if (identity := (variant.module, variant.function, variant.key)) in done:
+                continue
+            done.add(identity)
+            for function in functions(compiled(variant.kernel, variant.asked)[0]):
+                count, addresses = wrong(function)
+                if count:
+                    kernel = kernel_name(variant.module, variant.function)
+                    print(json.dumps([kernel, count, addresses]), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported, which decides as it decorates
+    main()
