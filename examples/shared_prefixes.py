@@ -303,8 +303,8 @@ def new_prompts(count: int, seed: int) -> list[list[int]]:
 
 
 def main(
-    requests: Annotated[int, typer.Option(help="How many requests.")] = 24,
-    drafts: Annotated[int, typer.Option(help="Tokens that the small model guesses in a step, at most.")] = 3,
+    requests: Annotated[int, typer.Option(min=1, help="How many requests.")] = 24,
+    drafts: Annotated[int, typer.Option(min=0, help="Tokens that the small model guesses in a step, at most.")] = 3,
     seed: Annotated[int, typer.Option(help="Of weights and prompts.")] = 0,
 ) -> None:
     """Serve requests that begin alike, with speculation, and compare with running each alone."""
@@ -317,7 +317,7 @@ def main(
         max_tokens=128,
         max_requests=32,
         columns=1 + drafts,
-        speculative=True,
+        speculative=drafts > 0,
         shared=True,
         rounds=4,
         device=device,

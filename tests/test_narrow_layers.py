@@ -67,6 +67,20 @@ def test_plans_do_what_calls_and_steps_do(name: str, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", MOST)
+@pytest.mark.parametrize("name", [name for name, layer in LAYERS.items() if layer.takes_plans])
+def test_what_goes_on_from_a_kept_state_is_as_for_the_request_that_kept_it(name: str, dtype: torch.dtype) -> None:
+    """To the bit: that one, too, reads on from the rounded state."""
+    torch.manual_seed(0)
+    layer = LAYERS[name]
+    hidden, caches = torch.randn(9, 16), layer.empty_caches(4, state_dtype=dtype)
+    first = Plan.of([0], [9], [0], keep=[{4: 1}], rounds=2, max_requests=2)
+    second = Plan.of([4], [5], [2], sources=[1], rounds=2, max_requests=2)
+    assert torch.equal(layer(hidden, *caches, plan=first)[4:], layer(hidden[4:], *caches, plan=second))
+    for cache in caches:
+        assert torch.equal(as_bytes(cache[0]), as_bytes(cache[2]))
+
+
+@pytest.mark.parametrize("dtype", MOST)
 def test_one_graph(dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     layer = LAYERS["Mamba2"]

@@ -121,6 +121,7 @@ def _choose(
 ) -> None:
     if not path.absolute().parent.is_dir():
         raise ValueError(f"--choose: got {path}, expected a file in a folder that exists")
+    choosing.require_writable(path)
     activation, state = read_dtypes(dtype)
     ops = choosing.ops_to_choose_for(named, where)
     with arguments.shown(None) as progress:
