@@ -35,6 +35,7 @@ class Kernel:
     unsupported: Refusal | None = None  # its verdict is remembered
     unsupported_layout: Refusal | None = None  # asked before every call
     layouts: Mapping[str, Layout] = field(default_factory=dict, hash=False)
+    partial: bool = False
     rehearsed: dict[Any, str] = field(default_factory=dict, hash=False, compare=False, repr=False)
     """Kind of call to why the device cannot run it, or ""."""
 
@@ -194,6 +195,7 @@ class Backend:
         unsupported: Refusal | None = None,
         unsupported_layout: Refusal | None = None,
         layouts: Mapping[str, Layout] | None = None,
+        partial: bool = False,
     ) -> Any:
         """Register this backend's kernel for `op`; without an implementation, as a decorator.
 
@@ -208,6 +210,8 @@ class Backend:
             layouts: for each cache that the kernel keeps in a layout of its own, what a sentence calls that layout; or
                 a function that names any of the op's parameters, reads what `unsupported` may, and returns that, or
                 None for the op's own layout. A cache in another layout than a kernel's is not given to it.
+            partial: of a composed op: calls that the kernel refuses go to the ops inside, which this backend runs too.
+                Its name asks for both, unless it is given for this op alone, and nothing is said of a refusal.
 
         Raises:
             DeclarationError: another signature than the op's (of a path: when it is loaded), or a second kernel.
@@ -216,6 +220,8 @@ class Backend:
         what = f"{self.name} for {op.qualname}"
         if stray := sorted(set(layouts or {}) - op.mutates):
             raise errors.declaration(what, f"layouts names {', '.join(stray)}, which the op does not mutate")
+        if partial and not op.composed:
+            raise errors.declaration(what, "partial is for ops that are composed of others")
 
         def fitted(given: Any) -> Any:
             return op.adapted(given, op.before_the_call) if callable(given) else given
@@ -223,7 +229,7 @@ class Backend:
         def register(adapter: Any) -> Any:
             errors.refuse_duplicate("kernel", what, op.kernels.get(self.name))
             kept = {name: fitted(layout) for name, layout in (layouts or {}).items()}
-            kernel = Kernel(self, adapter, op, fitted(unsupported), fitted(unsupported_layout), kept)
+            kernel = Kernel(self, adapter, op, fitted(unsupported), fitted(unsupported_layout), kept, partial)
             if callable(adapter):
                 kernel.function  # noqa: B018  its signature is held against the op's
             op.kernels[self.name] = kernel

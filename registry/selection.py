@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mamba_ops.registry import errors, layouts
 from mamba_ops.registry.decomposition import is_decomposing
 from mamba_ops.registry.dispatcher import device_of, dispatcher
-from mamba_ops.registry.snapshot import Snapshot
+from mamba_ops.registry.snapshot import COMPOSED, Snapshot
 
 if TYPE_CHECKING:
     from mamba_ops.registry.backend import Kernel
@@ -113,6 +113,8 @@ def choose(op: "Op[...]", arguments: Mapping[str, Any], cache: "DecisionCache") 
     if not takers:
         raise refused(op, reasons, snapshot)
     for name, reason in reasons.items():
+        if op.kernels[name].partial and takers[0].backend.name == COMPOSED:
+            continue
         if snapshot.order(op).requested is not None or dispatcher.backends[name].is_for(device):
             _warn_once(op, name, reason, takers[0])
     function = _recorded(takers[0])

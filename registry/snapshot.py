@@ -35,7 +35,7 @@ class Request(NamedTuple):
             if name == op.name:
                 return names
         if names := tuple(name for name in self.everywhere if name in op.kernels):
-            return names
+            return (*names, COMPOSED) if any(op.kernels[name].partial for name in names) else names
         return (COMPOSED,) if self.everywhere and op.composed else None  # the names act on the ops inside
 
 

@@ -57,16 +57,24 @@ def truncates(op: Op[...], backend: str, device: torch.device) -> bool:
     """Whether what one op hands to the next inside a composed op is truncated to the activations' dtype, as Triton's
     interpreter does, and not rounded, as hardware does. Only float32 activations can be judged there.
     """
-    return op.composed and backend == "triton" and device.type == "cpu"
+    return op.composed and backend == "triton" and backend not in op.kernels and device.type == "cpu"
 
 
 def samples_for(op: Op[...], backend: str, device: torch.device) -> list[Sample]:
     """An op's samples for a backend, less those that it refuses; that it does is for the backend's own tests."""
     sizes: dict[str, Any] = {"dtype": torch.float32} if truncates(op, backend, device) else {}
     samples = op.make_samples(device, **sizes, **SIZES.get((backend, op.name), {}))
+    if (kernel := op.kernels.get(backend)) is not None and kernel.partial and device.type == "cpu":
+        wide = op.make_samples(device, dtype=torch.float32)  # of calls that go to the ops inside: see `truncates`
+        samples = [s if own_refusal(op, backend, s) is None else w for s, w in zip(samples, wide, strict=True)]
     if (backend, op.name) not in SIZES and backend not in PARTIAL:
         return samples
     return [s for s in samples if (backend, s.name) not in FATAL and refusal(op, backend, s) is None]
+
+
+def own_refusal(op: Op[...], backend: str, sample: Sample) -> str | None:
+    """Why a backend's kernel of this very op does not take calls like this one, or None."""
+    return op.kernels[backend].why_not(op.bind(sample.args, sample.kwargs))
 
 
 def cases(device: torch.device, slow: Callable[[Op[...], str, Sample], bool] = lambda *_: False) -> list[Any]:

@@ -25,6 +25,7 @@ SAMPLES = {  # one of each way in which kernels read rows; the first of them eve
     "kda_update": ["speculative, write slots", "base", "packed, empty row"],
     "chunk_kda": ["packed, write slots", "base"],
     "mamba_chunk_scan": ["packed, initial states", "initial states", "write slots", "chunk states, packed"],
+    "mamba3_state_update": ["speculative, packed, write slots", "base", "packed", "rows, write slots"],
     "selective_state_update": ["speculative packed", "base", "packed", "write slots"],
     "selective_scan": ["packed, write slots", "prefix cache", "base"],
 }
@@ -40,7 +41,7 @@ LONG = (
 
 def kernels() -> Iterator[Any]:
     for op in OPS:
-        for backend in () if op.composed else backends_here(op, CPU):
+        for backend in (name for name in backends_here(op, CPU) if name in op.kernels):
             for number, name in enumerate(SAMPLES[op.name]):
                 [sample] = [s.to(torch.float32) for s in op.make_samples("cpu") if s.name == name]
                 is_long = backend == "triton" and (number or op.name in LONG)

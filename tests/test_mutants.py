@@ -16,21 +16,22 @@ import torch
 
 import mamba_ops
 from mamba_ops.ops._common import mixing
-from mamba_ops.registry import Backend, Op
+from mamba_ops.registry import Backend, Op, Sample
 from mamba_ops.testing.judge import front_on
 from tests.conftest import ACCELERATOR
-from tests.harness import OPS, judge
+from tests.harness import OPS, judge, own_refusal
 from tests.ops.tables import tables_of
 
 pytest.importorskip("triton", reason="the kernels that bugs are planted in are Triton's")
 
 DEVICE = ACCELERATOR or torch.device("cpu")
 Bug = tuple[str, str]
+TABLES = ("BUGS", "SLOW_BUGS", "KERNEL_BUGS")
 MUTANTS = [
-    pytest.param((op, *bug), marks=pytest.mark.slow if slow else (), id=f"{op.name}-{bug[0]}")
+    pytest.param((op, table, bug), marks=pytest.mark.slow if slow else (), id=f"{op.name}-{name}")
     for op in OPS
-    for table in ("BUGS", "SLOW_BUGS")
-    for number, bug in enumerate(getattr(tables_of(op), table, {}).items())
+    for table in TABLES
+    for number, (name, bug) in enumerate(getattr(tables_of(op), table, {}).items())
     for slow in [table == "SLOW_BUGS" or (number >= 4 and ACCELERATOR is None)]  # interpreted, four for every day
 ]
 
@@ -44,25 +45,39 @@ def test_ten_bugs_of_every_op(op: Op[...]) -> None:
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_every_bug_can_be_planted(op: Op[...]) -> None:
     """Those that are slow to catch, too."""
-    tables, source = tables_of(op), source_of(op)
-    for bug in ({**tables.BUGS, **getattr(tables, "SLOW_BUGS", {})}).values():
-        changed(source, bug)
+    for table in TABLES:
+        for bug in getattr(tables_of(op), table, {}).values():
+            changed(source_of(op, table), bug)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.composed and "triton" in op.kernels], ids=lambda op: op.name)
+def test_ten_bugs_of_a_composed_ops_own_kernel(op: Op[...]) -> None:
+    assert len(tables_of(op).KERNEL_BUGS) >= 10
 
 
 @pytest.fixture
-def planted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Op[...], str]]:
-    """An op, and the name of a backend that has our kernel with one bug in it."""
-    op, _, bug = request.param
-    kernel = composed_with(bug, op) if op.composed else triton_with(bug, op, tmp_path)
+def planted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Op[...], str, list[Sample]]]:
+    """An op, the name of a backend that has our kernel with one bug in it, and the samples that this kernel takes."""
+    op, table, bug = request.param
+    kernel = composed_with(bug, op) if is_composed(op, table) else triton_with(bug, op, table, tmp_path)
+    samples = op.make_samples(DEVICE)
+    if table == "KERNEL_BUGS":
+        samples = [sample for sample in samples if own_refusal(op, "triton", sample) is None]
     backend = Backend("mutant", devices=[DEVICE.type])
     backend.implements(op)(kernel)
-    yield op, backend.name
+    yield op, backend.name, samples
     backend.remove()
 
 
-def triton_with(bug: Bug, op: Op[...], folder: Path) -> Callable[..., None]:
+def is_composed(op: Op[...], table: str) -> bool:
+    """Whether a table's bugs are for the body of a composed op, and not for its own kernel."""
+    return op.composed and table != "KERNEL_BUGS"
+
+
+def triton_with(bug: Bug, op: Op[...], table: str, folder: Path) -> Callable[..., None]:
     """The Triton kernel with a bug."""
-    kernel: Callable[..., None] = getattr(load(folder / f"mutant_{op.name}.py", changed(source_of(op), bug)), op.name)
+    source = changed(source_of(op, table), bug)
+    kernel: Callable[..., None] = getattr(load(folder / f"mutant_{op.name}.py", source), op.name)
     return kernel
 
 
@@ -71,21 +86,21 @@ def composed_with(bug: Bug, op: Op[...]) -> Callable[..., None]:
     scope = vars(mixing) | vars(importlib.import_module(op.kernels["composed"].source.partition(":")[0]))
     del scope[op.name], scope["batch_of"], scope["_batch_of"], scope["Rows"]
     scope["_latest"] = None  # the latest batch was read without the bug
-    exec(compile(changed(source_of(op), bug), f"mutant_{op.name}.py", "exec"), scope)
+    exec(compile(changed(source_of(op, "BUGS"), bug), f"mutant_{op.name}.py", "exec"), scope)
     kernel: Callable[..., None] = scope[op.name]
     return kernel
 
 
-def source_of(op: Op[...]) -> str:
-    """The text of an op's Triton kernels, of all files as if they were one, with what several ops share; of a composed
-    op, of its body.
+def source_of(op: Op[...], table: str) -> str:
+    """The text of an op's Triton kernels, of all files as if they were one, with what several ops share; or of the body
+    of a composed op.
     """
-    if not op.composed:
+    if not is_composed(op, table):
         folder = Path(mamba_ops.__path__[0]) / "ops" / op.name
         files = sorted([*folder.glob("triton.py"), *folder.glob("triton*/[a-z]*.py")])
         texts = [path.read_text() for path in files]
         names = rf"{op.name}\.triton[\w.]*"
-        for shared in ("delta_rule", "delta_rule_update", "states"):
+        for shared in ("delta_rule", "delta_rule_update", "mamba3", "states"):
             if any(f"ops._triton.{shared} import" in text for text in texts):
                 texts.insert(0, (folder.parent / "_triton" / f"{shared}.py").read_text())
                 names += rf"|_triton\.{shared}"
@@ -102,9 +117,9 @@ def changed(source: str, bug: Bug) -> str:
 
 
 @pytest.mark.parametrize("planted", MUTANTS, indirect=True)
-def test_planted_bug_is_caught(planted: tuple[Op[...], str]) -> None:
-    op, backend = planted
-    for sample in op.make_samples(DEVICE):
+def test_planted_bug_is_caught(planted: tuple[Op[...], str, list[Sample]]) -> None:
+    op, backend, samples = planted
+    for sample in samples:
         try:
             judge(op, sample, front_on(op, backend))
         except AssertionError:

@@ -70,7 +70,7 @@ def tune(
         ValueError: a name of no op, of one without Triton kernels of its own, or of no size; no device with compiled
             Triton kernels.
     """
-    known = sorted(name for name, op in ops().items() if op.patterns and not op.composed)
+    known = sorted(name for name, op in ops().items() if op.patterns and triton.name in op.kernels)
     for name in names:
         if name not in ops():
             raise unknown("op", name, known)

@@ -75,7 +75,7 @@ def audit_specialization(device: torch.device | str, *, compiles: bool = False) 
     modules = our_modules()
     more = {m.__name__: getattr(m, "MORE_VARIANTS", {}) for m in modules}
     for op in ops().values():
-        for pattern in () if op.composed else op.patterns:
+        for pattern in op.patterns if "triton" in op.kernels else ():
             samples = (op.make_call(random_inputs, pattern) for random_inputs in _random_inputs(where))
             asked = variants_of(modules, (partial(op, *s.args, **s.kwargs) for s in samples), compiles=compiles)
             for (module, function), keys in sorted(asked.items()):

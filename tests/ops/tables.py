@@ -1,7 +1,7 @@
 """For each op a file of its own: bugs to plant in its kernel.
 
 `BUGS` (and `SLOW_BUGS`, which take long to interpret) map a bug to a piece of the kernel's text and what to put there;
-a composed op has no kernel, there the text is the op's own and `batch_of`'s.
+of a composed op the text is the op's own and `batch_of`'s. `KERNEL_BUGS` are for a Triton kernel that it has beside.
 """
 
 import importlib

@@ -1,5 +1,6 @@
 """Ops whose bodies call other ops: names of backends act on what is inside."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -87,3 +88,32 @@ def test_require_asks_what_is_asked_at_every_call_too(add: Op[...], backend: Any
         add.check_supported(torch.zeros(3), torch.ones(3))
         with pytest.raises(NoBackendError, match="wants x dense"):
             add.check_supported(torch.zeros(3), torch.ones(6)[::2])
+
+
+def test_a_partial_kernel_leaves_what_it_refuses_to_what_is_inside(twice: Op[...], add: Op[...], backend: Any) -> None:
+    """In the default order and for a bare name of its backend, without a word; for the op's own name it refuses."""
+    marker = backend("marker", priority=1)
+    marker.implements(add)(adapter(7))
+
+    @marker.implements(twice, unsupported=lambda x: "takes one row" if len(x) > 1 else None, partial=True)
+    def _twice(total: Tensor, x: Tensor, *, output: Tensor) -> None:
+        output.fill_(9)
+
+    def run(rows: int) -> float:
+        return float(twice(torch.zeros(rows), torch.ones(rows))[0])
+
+    for context in (nullcontext, lambda: use_backend("marker")):
+        with context(), record_selections() as record:
+            assert run(1) == 9.0
+            assert run(3) == 7.0
+        assert record == [("toys::twice", "marker"), ("toys::twice", "composed"), ("toys::add", "marker")]
+    with use_backend("torch"), record_selections() as record:
+        assert run(1) == 2.0
+    assert record == [("toys::twice", "composed"), ("toys::add", "torch")]
+    with use_backend(twice="marker"), pytest.raises(NoBackendError, match="takes one row"):
+        run(3)
+
+
+def test_only_a_composed_op_has_what_a_partial_kernel_leaves(add: Op[...], backend: Any) -> None:
+    with pytest.raises(RegistryError, match="partial is for ops that are composed of others"):
+        backend("marker").implements(add, partial=True)(adapter(7))

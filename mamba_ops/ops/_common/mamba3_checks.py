@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.checking import count_of, shape_is, tensor_rank
@@ -82,3 +83,10 @@ def check_caches(call: Any) -> None:
     for name, size in cache_sizes(call).items():
         cache: Tensor = getattr(call, name)
         shape_is(name, cache, (count, *size), hint="all four caches have as many slots")
+
+
+def unsupported_by_triton(x: Tensor, mimo_x: Tensor | None) -> str | None:
+    """Takes one input and output a head (no mimo_x), and no float64 x: other calls run on the ops inside."""
+    if mimo_x is not None:
+        return "takes one input and output a head, and mimo_x gives it several"
+    return "computes in float32, and x is float64" if x.dtype == torch.float64 else None

@@ -11,7 +11,8 @@ from mamba_ops.ops.mamba3_state_update import mamba3_state_update
 from mamba_ops.ops.mamba3_state_update.reference import advance
 from mamba_ops.ops.mamba_chunk_scan import mamba_chunk_scan
 from mamba_ops.ops.selective_state_update import selective_state_update
-from mamba_ops.registry import has_explicit_backend
+from mamba_ops.registry import explain, has_explicit_backend
+from mamba_ops.registry.snapshot import COMPOSED
 
 
 def mamba3_mixing(call: Arguments) -> None:
@@ -30,10 +31,13 @@ def mamba3_mixing(call: Arguments) -> None:
             if not rows.check_only:
                 rows.bind(op)(**arguments)
                 continue
-            found: Any = op.arguments(**op.bind((), {**rows.arguments._asdict(), **arguments}))
-            (read if op is mamba3_chunk_scan else advance)(found, check_only=True)
+            given: dict[str, Any] = {**rows.arguments._asdict(), **arguments}
+            op.check_supported(**given)
+            if explain(op, **given).backend == COMPOSED:
+                found: Any = op.arguments(**op.bind((), given))
+                (read if op is mamba3_chunk_scan else advance)(found, check_only=True)
 
-    if has_explicit_backend(selective_state_update, mamba_chunk_scan):
+    if has_explicit_backend(mamba3_state_update, mamba3_chunk_scan, selective_state_update, mamba_chunk_scan):
         mix(batch.check_only())
     mix(batch)
     batch.clear_rest(call.output)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from mamba_ops.backends import triton
 from mamba_ops.ops._common.checking import (
     accepted_tokens,
     check_tensors,
@@ -14,7 +15,7 @@ from mamba_ops.ops._common.checking import (
     tensor_rank,
 )
 from mamba_ops.ops._common.chunk_layout import row_count
-from mamba_ops.ops._common.mamba3_checks import CACHES, check_caches, check_tokens, output_shape
+from mamba_ops.ops._common.mamba3_checks import CACHES, check_caches, check_tokens, output_shape, unsupported_by_triton
 from mamba_ops.ops._common.values import check_updates
 from mamba_ops.ops._namespace import mamba
 
@@ -86,9 +87,9 @@ def mamba3_state_update(
 
     The tokens come in one of three layouts: `(n, ...)`, one token a row; `(n, length, ...)`, a few tokens a row; or
     packed `(tokens, ...)` with `cu_seqlens`. The recurrence is that of mamba3_chunk_scan, which says what MIMO is; k
-    and q are not rounded here. It is composed of selective_state_update, which reads three tokens for each: one that
-    adds the product of the token before, one that decays the state, and one that adds this one's; MIMO: of the first
-    and the last kind as many as the rank.
+    and q are not rounded here. On Triton SISO has a kernel of its own. All else is composed of selective_state_update,
+    which reads three tokens for each: one that adds the product of the token before, one that decays the state, and one
+    that adds this one's; MIMO: of the first and the last kind as many as the rank.
 
     Args:
         angle_state: cache (slots, heads, angles), from -pi to pi; mutated.
@@ -153,3 +154,11 @@ def _validate(call: Arguments) -> None:
 @mamba3_state_update.validate_values
 def _validate_values(call: Arguments) -> None:
     check_updates(call, call.x)
+
+
+triton.implements(
+    mamba3_state_update,
+    "mamba_ops.ops.mamba3_state_update.triton:mamba3_state_update",
+    unsupported=unsupported_by_triton,
+    partial=True,
+)
