@@ -115,7 +115,7 @@ def test_an_engine(dtype: torch.dtype) -> None:
     hybrid["c"] = KimiDeltaAttention(16, num_heads=2, head_dim=8)
     found = []
     for state_dtype in (torch.float32, dtype):
-        pool = StatePool.of(dict(hybrid.items()), 9, columns=3, state_dtype=state_dtype)
+        pool = StatePool.of(dict(hybrid.items()), 10, columns=3, state_dtype=state_dtype)
         torch.manual_seed(1)
         model, tokens = Model(pool, hybrid), torch.arange(40) % 64
         shared: dict[str, Any] = {"max_requests": 8, "rounds": 2}
@@ -124,7 +124,7 @@ def test_an_engine(dtype: torch.dtype) -> None:
         decode = Plan.of([8, 9], [3, 2], [[0, 2, 3], [1, 4, 6]], accepted=[1, 1], max_requests=8)
         results.append(model(tokens[9:14], decode))
         pool.copy([0, 2, 3], 7, accepted=2)
-        slots = [[0, 2, 3], [1, 4, 6], [7, 8, 8]]
+        slots = [[0, 2, 3], [1, 4, 6], [7, 8, 9]]
         again = Plan.of([10, 10, 10], [1, 1, 1], slots, accepted=[2, 1, 1], max_requests=8)
         results.append(model(torch.tensor([9, 3, 9]), again))
         found.append(results)

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import inspect
+import os
 import random
 import re
 from collections.abc import Iterator
@@ -222,8 +223,10 @@ def test_angles_are_summed_in_small_steps() -> None:
 
 def test_what_a_row_of_narrow_numbers_is_rounded_by_counts_in_layers_on_other_backends() -> None:
     """Its scale is its largest number's: a layer errs by half a step of that once, and by two steps nowhere."""
-    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("calls of the fuzzer are on CPU tensors")
     narrow = [t for t in all_targets("triton") if "state_scale" in t.bases[0]() and t.name == "Mamba2"]
+    assert narrow
     for target in narrow:
         assert changed(target, {}) == RIGHT
 
