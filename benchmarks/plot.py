@@ -14,6 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 DEVICE = "NVIDIA-H200"
 TIMES = ("us", "forward + backward us")
 """Columns of times that rows of one case are compared by."""
+OURS = ("ours", "ours, triton")
 HOST = ("ours/bare", "launches watched/bare")
 
 
@@ -68,11 +69,11 @@ def bars(found: list[Page]) -> Iterator[Bar]:
             who = next((name for name in ("kernels", "") if name in rows[0]), None)
             if key is None or who is None:
                 continue
-            ours = {row.get("case", ""): row[key] for row in rows if row[who] == "ours"}
+            ours = {row.get("case", ""): row[key] for row in rows if row[who] in OURS}
             suffix = ", forward and backward" if key == TIMES[1] else ""
             for row in rows:
                 case = row.get("case", "")
-                if not row[who].startswith("ours") and case in ours:
+                if not row[who].startswith(("ours", "floor")) and case in ours:
                     what = heading + (f", {case}" if case else "") + suffix
                     yield Bar(what, row[who], float(ours[case]), float(row[key]))
 
@@ -95,6 +96,10 @@ def caption(found: list[Page], device: str) -> str:
     return f"{device.replace('-', ' ')}, {', '.join(versions)}, {' and '.join(dates)}; {ran}"
 
 
+def _us(us: float) -> str:
+    return f"{us:,.1f} us" if us < 100 else f"{us:,.0f} us"
+
+
 def draw(found: list[Page], device: str, path: Path) -> None:
     """Draw both panels."""
     from matplotlib.figure import Figure
@@ -102,14 +107,15 @@ def draw(found: list[Page], device: str, path: Path) -> None:
     beside, of_host = [*bars(found)], host(found)
     rows = max(len(beside), len(of_host))
     figure = Figure(figsize=(11, 1.4 + 0.42 * rows), layout="constrained")
-    axes: Any = figure.subplots(1, 2)
+    grid = figure.add_gridspec(rows, 2)
+    axes: list[Any] = [figure.add_subplot(grid[: len(bars_of), side]) for side, bars_of in enumerate((beside, of_host))]
     times, launches = axes
     times.barh(range(len(beside)), [bar.peer_us / bar.ours_us for bar in beside], color="C0")
     for place, bar in enumerate(beside):
         ratio = bar.peer_us / bar.ours_us
-        shown = f" {ratio:.2f}x: ours {bar.ours_us:,.0f} us,\n {bar.peer} {bar.peer_us:,.0f} us"
+        shown = f" {ratio:.2f}x: ours {_us(bar.ours_us)},\n {bar.peer} {_us(bar.peer_us)}"
         times.text(ratio, place, shown, va="center", fontsize=8)
-    times.set_xlim(0, 1.9 * max(bar.peer_us / bar.ours_us for bar in beside))  # room for what is written beside bars
+    times.set_xlim(0, 2.1 * max(bar.peer_us / bar.ours_us for bar in beside))  # room for what is written beside bars
     times.set_yticks(range(len(beside)), [bar.what.replace(", ", "\n", 1) for bar in beside], fontsize=8)
     times.set_title("A peer's time over ours: right of 1, ours is faster", fontsize=9, loc="left")
     launches.barh(
@@ -117,10 +123,11 @@ def draw(found: list[Page], device: str, path: Path) -> None:
     )
     launches.barh(range(len(of_host)), [usual for usual, _ in of_host.values()], color="C0", label="a call")
     launches.set_yticks(range(len(of_host)), of_host, fontsize=8)
-    launches.set_title("The host's time for an eager call, in bare Triton launches", fontsize=9, loc="left")
+    launches.set_title("Host time of an eager call, in bare Triton launches", fontsize=9, loc="left")
     launches.legend(fontsize=8)
     for axis in axes:
         axis.axvline(1, color="black", linewidth=0.8)
+        axis.margins(y=0.02)
         axis.invert_yaxis()
     figure.suptitle(caption(found, device).replace("`", "").replace("; ", "\n", 1), fontsize=8)
     figure.savefig(path, dpi=110)

@@ -343,11 +343,11 @@ def compare(model: Hybrid, requests: Sequence[Request], exact: Hybrid | None) ->
 
 
 def main(
-    requests: Annotated[int, typer.Option(help="How many requests.")] = 64,
-    slots: Annotated[int, typer.Option(help="How many may run at a time.")] = 16,
-    budget: Annotated[int, typer.Option(help="Tokens of a step at most.")] = 64,
+    requests: Annotated[int, typer.Option(min=1, help="How many requests.")] = 64,
+    slots: Annotated[int, typer.Option(min=1, help="How many may run at a time.")] = 16,
+    budget: Annotated[int, typer.Option(min=1, help="Tokens of a step at most.")] = 64,
     dtype: Annotated[str, typer.Option(help="float32 compares tokens, bfloat16 logits on given tokens.")] = "float32",
-    backends: Annotated[str, typer.Option(help="The first and the second half's; the best two here if empty.")] = "",
+    backends: Annotated[str, typer.Option(help="The first and the second half's, or one; the best if empty.")] = "",
     pieces: Annotated[str, typer.Option(help="torch.compile backend of the pieces; default: inductor on a GPU.")] = "",
     seed: Annotated[int, typer.Option(help="Of weights and arrivals.")] = 0,
 ) -> None:
@@ -364,7 +364,7 @@ def main(
         exact.to(device)
     model.to(device)
 
-    first, second = (backends.split(",") if backends else backends_here(device))[:2]
+    first, second = ((backends.split(",") if backends else backends_here(device)) * 2)[:2]
     work = new_requests(requests, seed=seed, length=SMALL["length"], forced=forced)
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n <= budget]
     options = {"capture_sizes": sizes, "compile_piece": pieces or ("eager" if device.type == "cpu" else "inductor")}

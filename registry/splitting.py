@@ -68,7 +68,7 @@ def mark_splitting(op: "Op[...] | str | Any", splits: bool = True) -> None:
         UnknownNameError: there is no such op.
     """
     if not (name := _torch.schema_name(op)):
-        name = op if isinstance(op, str) else str(op.qualname)
+        name = op if isinstance(op, str) else str(getattr(op, "qualname", repr(op)))
         namespace, _, short = name.partition("::")
         if not hasattr(getattr(torch.ops, namespace), short):
             raise errors.unknown("op", name, [o.qualname for o in dispatcher.ops.values()])

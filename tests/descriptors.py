@@ -9,6 +9,7 @@ Prints a line of JSON for each kernel and launch that has such products: the ker
 are, and where the code of the wrong ones lies. SIZES is JSON, and replaces sizes of `fitting.SIZES`.
 """
 
+import itertools
 import json
 import os
 import re
@@ -68,8 +69,8 @@ def parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def numbered(register: str, offset: int) -> str:
-    kind, number = re.findall(r"^(U?R)(\d+)", register)[0]
-    return f"{kind}{int(number) + offset}"
+    """Return the name of a register some numbers on; RZ and URZ, which are zero, have none."""
+    return re.sub(r"\d+$", lambda number: str(int(number[0]) + offset), register)
 
 
 def after(instruction: Instruction, state: State) -> State:
@@ -104,31 +105,34 @@ def after(instruction: Instruction, state: State) -> State:
 def wrong(sass: str) -> tuple[int, list[str]]:
     """Return how many descriptors one function has, and the addresses of products that have a wrong one."""
     instructions, labels = parse(sass)
-    states: list[State | None] = [{}] + [None] * len(instructions)
+    begins = sorted({0, *labels.values(), *(i + 1 for i, each in enumerate(instructions) if each.successors[1])})
+    blocks = {begin: instructions[begin:end] for begin, end in itertools.pairwise([*begins, len(instructions)])}
+    states: dict[int, State] = {0: {}}  # at the begin of each block
     work = [0]
     while work:
-        index = work.pop()
-        if index == len(instructions):
-            continue
-        follows, label = instructions[index].successors
-        state = after(instructions[index], states[index] or {})
-        for successor in [index + 1] * follows + ([] if label is None else [labels[label]]):
-            before = states[successor]
+        begin = work.pop()
+        state, block = states[begin], blocks.get(begin, [])
+        for instruction in block:
+            state = after(instruction, state)
+        follows, label = block[-1].successors if block else (False, None)
+        for successor in [begin + len(block)] * follows + ([] if label is None else [labels[label]]):
+            before = states.get(successor)
             merged = state if before is None else before | {k: v | before.get(k, NOTHING) for k, v in state.items()}
             if merged != before:
                 states[successor] = merged
                 work.append(successor)
-    descriptors, found = 0, []
-    for instruction, reached in zip(instructions, states, strict=False):
-        if "GMMA" not in instruction.name or reached is None:
-            continue
-        [first] = re.findall(r"gdesc\[(UR\d+)\]", ",".join(instruction.operands))
-        from_registers = re.match(r"R\d", instruction.operands[1])
-        for offset in (2,) if from_registers else (0, 2):
-            descriptors += 1
-            if reached.get(numbered(first, offset), NOTHING) != SHARED:
-                found.append(instruction.address)
-    return descriptors, found
+    found = [product for begin, state in states.items() for product in products(blocks.get(begin, []), state)]
+    return len(found), sorted(address for address, is_right in found if not is_right)
+
+
+def products(block: list[Instruction], state: State) -> Iterator[tuple[str, bool]]:
+    """Yield each descriptor of a block's products: the address of the product, and whether it is right."""
+    for instruction in block:
+        if "GMMA" in instruction.name:
+            [first] = re.findall(r"gdesc\[(UR\d+)\]", ",".join(instruction.operands))
+            for offset in (2,) if re.match(r"R\d", instruction.operands[1]) else (0, 2):
+                yield instruction.address, state.get(numbered(first, offset), NOTHING) == SHARED
+        state = after(instruction, state)
 
 
 def functions(cubin: bytes) -> Iterator[str]:

@@ -255,6 +255,7 @@ def test_the_command_writes_figures_a_table_and_a_plot(tmp_path: Path, monkeypat
     assert "gdn_mixing" in figures["without_case"]
     assert any(each["name"] == "torch" for each in figures["rows"][0]["contestants"])
     assert (folder / "bench.txt").read_text() == show.text(figures)
+    assert (folder / "bench.md").read_text() == show.page(figures)
     pytest.importorskip("matplotlib")
     assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
 
@@ -286,7 +287,7 @@ def test_without_matplotlib_there_is_no_plot(tmp_path: Path, monkeypatch: pytest
         raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
 
     monkeypatch.setattr(show, "plot", plot)
-    assert [path.name for path in show.write(found(), tmp_path)] == ["bench.json", "bench.txt"]
+    assert [path.name for path in show.write(found(), tmp_path)] == ["bench.json", "bench.txt", "bench.md"]
 
 
 def test_a_backend_of_ours_that_is_wrong_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,3 +151,14 @@ def test_wrong_usage_is_a_sentence(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(app, ["bench", *arguments, "--device", "cpu"])
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choosing, "choose", None)
+    (tmp_path / "f.part").mkdir()
+    options = ["bench", "--ops", "causal_conv1d", "--choose", str(tmp_path / "f"), "--device", "cpu"]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 2
+    assert "f.part" in "".join(result.output.split())

@@ -1,6 +1,6 @@
 """vLLM's ops by layer name, over a forward context."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -107,6 +107,36 @@ def test_without_a_plan_outputs_are_zero(why: str) -> None:
         vllm.short_conv(normal(3, 16), convolved, "short_conv")
     assert not any(t.any() for t in (out, hidden_out, core, z, convolved))
     assert not any(cache.any() for caches in model.pool.caches.values() for cache in caches)
+
+
+def test_a_layer_of_another_kind_and_caches_that_are_not_there_are_named() -> None:
+    model, plan = ByName(), Plan.of([0], [3], [2], max_requests=6, null_slot=0, device=DEVICE)
+    calls: dict[str, Callable[[str], None]] = {
+        "mamba_mixer2": lambda name: vllm.mamba_mixer2(normal(3, 84), normal(3, 32), name),
+        "mamba_mixer": lambda name: vllm.mamba_mixer(normal(3, 16), normal(3, 16), name),
+        "gdn_attention_core_xpu": lambda name: vllm.gdn_attention_core_xpu(
+            normal(3, 4, 4), normal(3, 4, 4), normal(3, 64), normal(3, 8), name
+        ),
+        "short_conv": lambda name: vllm.short_conv(normal(3, 16), normal(3, 16), name),
+    }
+    own = dict(zip(calls, ("mamba2", "mamba", "gdn", "short_conv"), strict=True))
+    for op, call in calls.items():
+        other = "mamba" if op != "mamba_mixer" else "gdn"
+        said = f"^mamba_ops_vllm::{op}: layer_name: got '{other}', a {type(model.layers[other]).__name__}, expected the"
+        with (
+            forward_context(ForwardContext(model.layers, model.pool.caches, plan)),
+            pytest.raises(ValueError, match=said),
+        ):
+            call(other)
+        for caches in ({}, {own[op]: model.pool.caches[own[op]][:0]}):
+            said = f"^mamba_ops_vllm::{op}: layer_name: got '{own[op]}', whose caches in the forward context are 0, exp"
+            with forward_context(ForwardContext(model.layers, caches, plan)), pytest.raises(ValueError, match=said):
+                call(own[op])
+    assert not any(cache.any() for caches in model.pool.caches.values() for cache in caches)
+    with pytest.raises(
+        ValueError, match=r"^ForwardContext: plan: got a int, expected a mamba_ops.serving.Plan, or None"
+    ):
+        ForwardContext(model.layers, model.pool.caches, 3)
 
 
 def test_ops_by_name_are_splitting_ops_and_none_of_the_registry() -> None:

@@ -89,6 +89,19 @@ def test_the_engine_in_bfloat16_is_as_exact_as_each_request_alone(tmp_path: Path
     assert "OK: logits off by " in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("shared_prefixes.py", ("--drafts", "0")),
+        pytest.param("continuous_batching.py", ("--backends", "torch"), marks=pytest.mark.slow),
+    ],
+)
+def test_an_engine_without_drafts_or_a_second_backend_serves(name: str, options: tuple[str, ...], tmp_path: Path):
+    done = fresh.run((EXAMPLES[0].parent / name, "--requests", "2", *options), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "OK: 2 of 2 requests equal" in done.stdout
+
+
 def child_decode(*, device: str) -> absent.Trace:
     from examples.decode_step import Mixer
 

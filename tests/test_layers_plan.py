@@ -19,6 +19,7 @@ from mamba_ops.layers import (
     Mamba3,
     OlmoGatedDeltaNet,
     ShortConv,
+    ZambaMamba,
 )
 from mamba_ops.registry import Backend, use_backend
 from mamba_ops.serving import Plan
@@ -168,3 +169,13 @@ def test_a_backend_is_asked_about_what_it_will_be_given() -> None:
             )
     finally:
         picky.remove()
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.int16])
+def test_a_layer_without_a_mixing_op_says_so(state_dtype: torch.dtype) -> None:
+    zamba = ZambaMamba(HIDDEN, heads=2, d_inner=32, dstate=4, dt_rank=1)
+    doubled = OlmoGatedDeltaNet(HIDDEN, num_k_heads=2, num_v_heads=4, head_k_dim=8, head_v_dim=4, allow_neg_eigval=True)
+    for layer in (zamba, doubled):
+        caches = layer.empty_caches(2, state_dtype=state_dtype)
+        with pytest.raises(ValueError, match=rf"^{type(layer).__name__}: plan: got a plan.*, expected None: .*mixing"):
+            layer(torch.zeros(3, HIDDEN), *caches, plan=Plan.of([0], [3], [1], max_requests=2))

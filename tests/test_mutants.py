@@ -59,7 +59,7 @@ def test_ten_bugs_of_a_composed_ops_own_kernel(op: Op[...]) -> None:
 def planted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Op[...], str, list[Sample]]]:
     """An op, the name of a backend that has our kernel with one bug in it, and the samples that this kernel takes."""
     op, table, bug = request.param
-    kernel = composed_with(bug, op) if is_composed(op, table) else triton_with(bug, op, table, tmp_path)
+    kernel = composed_with(bug, op) if is_composed(op, table) else triton_with(bug, op, tmp_path, table)
     samples = op.make_samples(DEVICE)
     if table == "KERNEL_BUGS":
         samples = [sample for sample in samples if own_refusal(op, "triton", sample) is None]
@@ -74,7 +74,7 @@ def is_composed(op: Op[...], table: str) -> bool:
     return op.composed and table != "KERNEL_BUGS"
 
 
-def triton_with(bug: Bug, op: Op[...], table: str, folder: Path) -> Callable[..., None]:
+def triton_with(bug: Bug, op: Op[...], folder: Path, table: str = "BUGS") -> Callable[..., None]:
     """The Triton kernel with a bug."""
     source = changed(source_of(op, table), bug)
     kernel: Callable[..., None] = getattr(load(folder / f"mutant_{op.name}.py", source), op.name)
@@ -86,12 +86,12 @@ def composed_with(bug: Bug, op: Op[...]) -> Callable[..., None]:
     scope = vars(mixing) | vars(importlib.import_module(op.kernels["composed"].source.partition(":")[0]))
     del scope[op.name], scope["batch_of"], scope["_batch_of"], scope["Rows"]
     scope["_latest"] = None  # the latest batch was read without the bug
-    exec(compile(changed(source_of(op, "BUGS"), bug), f"mutant_{op.name}.py", "exec"), scope)
+    exec(compile(changed(source_of(op), bug), f"mutant_{op.name}.py", "exec"), scope)
     kernel: Callable[..., None] = scope[op.name]
     return kernel
 
 
-def source_of(op: Op[...], table: str) -> str:
+def source_of(op: Op[...], table: str = "BUGS") -> str:
     """The text of an op's Triton kernels, of all files as if they were one, with what several ops share; or of the body
     of a composed op.
     """

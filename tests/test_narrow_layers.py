@@ -67,6 +67,20 @@ def test_plans_do_what_calls_and_steps_do(name: str, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", MOST)
+@pytest.mark.parametrize("name", [name for name, layer in LAYERS.items() if layer.takes_plans])
+def test_what_goes_on_from_a_kept_state_is_as_for_the_request_that_kept_it(name: str, dtype: torch.dtype) -> None:
+    """To the bit: that one, too, reads on from the rounded state."""
+    torch.manual_seed(0)
+    layer = LAYERS[name]
+    hidden, caches = torch.randn(9, 16), layer.empty_caches(4, state_dtype=dtype)
+    first = Plan.of([0], [9], [0], keep=[{4: 1}], rounds=2, max_requests=2)
+    second = Plan.of([4], [5], [2], sources=[1], rounds=2, max_requests=2)
+    assert torch.equal(layer(hidden, *caches, plan=first)[4:], layer(hidden[4:], *caches, plan=second))
+    for cache in caches:
+        assert torch.equal(as_bytes(cache[0]), as_bytes(cache[2]))
+
+
+@pytest.mark.parametrize("dtype", MOST)
 def test_one_graph(dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     layer = LAYERS["Mamba2"]
@@ -101,7 +115,7 @@ def test_an_engine(dtype: torch.dtype) -> None:
     hybrid["c"] = KimiDeltaAttention(16, num_heads=2, head_dim=8)
     found = []
     for state_dtype in (torch.float32, dtype):
-        pool = StatePool.of(dict(hybrid.items()), 9, columns=3, state_dtype=state_dtype)
+        pool = StatePool.of(dict(hybrid.items()), 10, columns=3, state_dtype=state_dtype)
         torch.manual_seed(1)
         model, tokens = Model(pool, hybrid), torch.arange(40) % 64
         shared: dict[str, Any] = {"max_requests": 8, "rounds": 2}
@@ -110,7 +124,7 @@ def test_an_engine(dtype: torch.dtype) -> None:
         decode = Plan.of([8, 9], [3, 2], [[0, 2, 3], [1, 4, 6]], accepted=[1, 1], max_requests=8)
         results.append(model(tokens[9:14], decode))
         pool.copy([0, 2, 3], 7, accepted=2)
-        slots = [[0, 2, 3], [1, 4, 6], [7, 8, 8]]
+        slots = [[0, 2, 3], [1, 4, 6], [7, 8, 9]]
         again = Plan.of([10, 10, 10], [1, 1, 1], slots, accepted=[2, 1, 1], max_requests=8)
         results.append(model(torch.tensor([9, 3, 9]), again))
         found.append(results)

@@ -96,11 +96,27 @@ def test_nothing_at_all_is_a_plan() -> None:
             "slots: got 3 new tokens and 1 accepted ones for request 0, expected no more than its 2 slots; every",
         ),
         (([5], [1], [[1, 2]]), {"accepted": [3]}, "slots: got 1 new tokens and 3 accepted ones for request 0"),
+        (([5], [2], [[3, 3]]), {"accepted": [1]}, "slots: got slot 3 twice for request 0, expected different slots; a"),
+        (
+            ([5], [2], [[3, -1]]),
+            {"accepted": [2]},
+            "slots: got -1 for the accepted token of request 0 and 3 for its first one, expected a slot for both",
+        ),
+        (([0, 0], [2**31 - 1] * 2, [0, 1]), {}, "new_tokens: got 4294967294 in all, expected fewer than 2.31; read"),
+        (([2**31 - 1], [5], [0]), {}, "num_computed_tokens: got 2147483647 and 5 new ones for request 0, expected f"),
+        (([5], [1], [0]), {"prompt_tokens": [-4]}, "prompt_tokens: got -4, expected 0 or more"),
+        (([5], [1], [0]), {"prompt_tokens": ["4"]}, r"prompt_tokens: got \['4'\], expected whole numbers"),
     ],
 )
 def test_refusals(arguments: Any, options: Any, says: str) -> None:
     with pytest.raises(ValueError, match=f"^Plan: {says}"):
         Plan.of(*arguments, **options)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_the_slots_of_requests_may_be_rows_of_an_array(kind: Any) -> None:
+    plan = Plan.of([5, 5], [2, 2], kind([[1, 2], [3, 4]]), accepted=[1, 1], max_requests=2)
+    assert lists(plan)["slots"] == [[1, 2], [3, 4]]
 
 
 def test_padding_rows_may_share_a_slot() -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -131,6 +132,15 @@ def test_a_speculating_request_is_copied_as_of_its_accepted_tokens() -> None:
         (([], 2), {}, "accepted: got 1, expected 1 to the 0 slots of source"),
         (([1, 2], 3), {"accepted": 3}, "accepted: got 3, expected 1 to the 2 slots of source"),
         (([1, 2], 3), {"accepted": 0}, "accepted: got 0, expected 1 to the 2 slots of source"),
+        ((torch.tensor([1.0]), 3), {}, r"source: got tensor\(1.\), expected a slot of the pool"),
+        ((1, 3), {"accepted": torch.tensor(1.0)}, r"accepted: got tensor\(1.\), expected 1 to the 1 slots"),
+        ((None, 3), {}, "source: got None, expected a slot, or all slots of a request"),
+        ((1, torch.tensor([2])), {}, r"target: got tensor\(\[2\]\), expected a slot of the pool"),
+        (
+            ([1, 2, 3, 4], 5),
+            {"accepted": 4},
+            "accepted: got 4 for the windows of '.*', expected at most 3; make the po",
+        ),
     ],
     ids=str,
 )
@@ -140,6 +150,17 @@ def test_wrong_copies_are_refused(arguments: Any, options: Any, message: str) ->
         pool.copy(*arguments, **options)
     for name, caches in pool.caches.items():
         assert all(map(torch.equal, caches, before.caches[name]))
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, list])
+def test_slots_of_other_libraries_are_slots(kind: Any) -> None:
+    pool, right = numbered_pool(), numbered_pool()
+    pool.copy(kind([2, 5]), np.int64(4), accepted=2)
+    pool.copy(torch.tensor(2), True)  # which as an index would be every slot
+    right.copy([2, 5], 4, accepted=2)
+    right.copy(2, 1)
+    for name, caches in pool.caches.items():
+        assert all(map(torch.equal, caches, right.caches[name]))
 
 
 def test_unnamed_windows_cannot_be_rolled_back() -> None:

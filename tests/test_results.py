@@ -16,6 +16,7 @@ PAGE = """# Gated delta rule on NVIDIA X, 2026-01-02
 | 1 x 4096 tokens | ours    | 100.0 |      1.00 |
 | 1 x 4096 tokens | fla     | 150.0 |      0.67 |
 | 2 x 4096 tokens | fla     | 150.0 |      0.67 |
+| 1 x 4096 tokens | floor   |  50.0 |           |
 
 - torch 2.11.0+cu130, triton 3.6.0; fla 0.6.0
 - `python -m benchmarks.delta_rule --op chunk_kda`

@@ -75,6 +75,12 @@ def plan_of(computed: list[int], new: list[int], slots: Any, **options: Any) -> 
     return Plan.of(computed, new, slots, **{"max_requests": SLOTS, "device": DEVICE, **options})
 
 
+def changed_plan(name: str, change: Callable[[Tensor], Tensor]) -> Plan:
+    """A right plan of two tokens with another tensor in it."""
+    plan = plan_of([0], [2], [0])
+    return Plan(plan.tensors._replace(**{name: change(getattr(plan.tensors, name))}), plan.tokens)
+
+
 def as_eager(runner: PiecewiseRunner, model: Model, plan: Plan) -> None:
     """Run a step both ways, from the same caches."""
     hidden = torch.randn(plan.tokens, 16, device=DEVICE, dtype=torch.float64)
@@ -245,6 +251,16 @@ def test_a_piece_that_reads_the_host_is_not_recorded(model: Model) -> None:
         (plan_of([0], [25], [0]), 25, r"plan: got 25 tokens, expected at most max_tokens=24; read prompts in chunks"),
         (plan_of([0], [2], [0], max_requests=3), 2, r"plan: got a plan with max_requests=3, expected max_requests=6"),
         (plan_of([0], [2], [0], null_slot=0), 2, r"plan: got null_slot 0, expected -1, as the runner has"),
+        (
+            changed_plan("slots", lambda slots: slots.long() + 2**32),
+            2,
+            r"plan: got slots of torch.int64 on .*, expected slots of torch.int32 on .*, as Plan.of makes it",
+        ),
+        (
+            changed_plan("cu_seqlens", lambda ends: ends.to("meta")),
+            2,
+            r"plan: got cu_seqlens of torch.int32 on meta, exp",
+        ),
         (Plan(plan_of([0], [3], [0]).tensors, 2), 2, r"plan: got counts of 3 tokens, expected 2, as it says itself"),
         (plan_of([0], [2], [[0, 1]]), 2, r"plan: got tensors of shapes .*\(6, 2\).*; see columns, speculative"),
         (plan_of([0], [2], [0], accepted=[0]), 2, r"plan: got tensors of shapes .*, expected .*None\]; see columns"),

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -275,6 +276,31 @@ class TestPrefixCache:
     def test_a_block_is_a_whole_number_of_tokens(self, size: Any) -> None:
         with pytest.raises(ValueError, match=r"^PrefixCache: block_size: got .*, expected a whole number, 1 at least"):
             PrefixCache(StatePool({}, 4), size)
+
+    @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+    def test_tokens_are_the_same_whatever_holds_them(self, kind: Any) -> None:
+        cache = PrefixCache(StatePool({}, 4), 2)
+        kept = cache.keep([1, 2, 3, 4], 0, 4, most=1)
+        cache.commit()
+        assert cache.find(kind([1, 2, 3, 4, 5])) == (4, kept[4])
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"stop": 5}, "stop: got 5, expected 0 to the 4 tokens"),
+            ({"computed": -1}, "computed: got -1, expected 0 to the 4 tokens"),
+            ({"computed": None}, "computed: got None, expected 0 to the 4 tokens"),
+            ({"most": -1}, "most: got -1, expected 0 or more"),
+            ({"tokens": [1.0, 2.0, 3.0, 4.0]}, r"tokens: got \[1.0, 2.0, 3.0, 4.0\], expected whole numbers"),
+        ],
+    )
+    def test_what_it_is_asked_wrongly_takes_no_slot(self, change: dict[str, Any], message: str) -> None:
+        pool = StatePool({}, 4)
+        cache = PrefixCache(pool, 2)
+        with pytest.raises(ValueError, match=f"^PrefixCache: {message}"):
+            cache.keep(**({"tokens": [1, 2, 3, 4], "computed": 0, "stop": 4, "most": 2} | change))
+        assert pool.num_free == 4
+        assert not cache.slots
 
 
 @pytest.mark.parametrize("name", ["Mamba", "Mamba2", "Mamba3", "GatedDeltaNet", "KimiDeltaAttention", "ShortConv"])

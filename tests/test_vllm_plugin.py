@@ -69,6 +69,7 @@ START = """
 import importlib, sys
 from vllm.plugins import load_general_plugins
 from vllm.model_executor.layers.mamba import mamba_mixer2  # before the plug-in is loaded
+sys.modules["vllm.never"] = None  # which is how a module is kept from being imported
 """
 
 

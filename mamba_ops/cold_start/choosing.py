@@ -107,9 +107,19 @@ def write(path: Path, choices: Sequence[Choice], device: torch.device) -> None:
         "why": {choice.op: choice.why for choice in choices},
         "us": {choice.op: choice.us for choice in choices},
     }
-    partial = path.with_name(path.name + ".part")
+    partial = _partial(path)
     partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def require_writable(path: Path) -> None:
+    """Raise the OSError that `write` would end in after everything was timed."""
+    _partial(path).touch()
+    _partial(path).unlink()
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
 
 
 def microseconds(call: Callable[[], object], device: torch.device) -> float:

@@ -11,23 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2, ShortConv
 from mamba_ops.layers.caches import scale_of
+from mamba_ops.layers.mixer import Mixer
 from mamba_ops.ops._common.sequences import HasPlan
 from mamba_ops.registry import mark_splitting
 from mamba_ops.serving import current_context
 
 
-def _found(name: str) -> tuple[Any, Sequence[Tensor], HasPlan] | None:
-    """Return a layer, its caches and the plan; None without a plan, or if the layer is not in the context."""
+def _found(op: str, name: str, kind: type[Mixer[Any]]) -> tuple[Any, Sequence[Tensor], HasPlan] | None:
+    """Return a layer, its caches and the plan; None without a plan, or if the layer is not in the context.
+
+    Raises:
+        ValueError: in a call of `op`, the layer is of another kind, or its caches are not there.
+    """
     context = current_context()
     if context.plan is None or context.plan.tensors.counts is None or name not in context.layers:
         return None
-    return context.layers[name], context.caches[name], context.plan
+    layer, caches = context.layers[name], context.caches.get(name, ())
+    if not isinstance(layer, kind):
+        got, expected = f"{name!r}, a {type(layer).__name__}", f"the name of a {kind.__name__}"
+        raise ValueError(f"mamba_ops_vllm::{op}: layer_name: got {got}, expected {expected}")
+    sizes = [len(each._fields) for each in (layer.Caches, layer.NarrowCaches) if each is not None]
+    if len(caches) not in sizes:
+        expected = f"{' or '.join(map(str, sizes))}, as layer.empty_caches() makes them"
+        got = f"{name!r}, whose caches in the forward context are {len(caches)}"
+        raise ValueError(f"mamba_ops_vllm::{op}: layer_name: got {got}, expected {expected}")
+    return layer, caches, context.plan
 
 
 def _mamba_mixer2(projected_states: Tensor, output: Tensor, layer_name: str) -> None:
     """Mix `projected_states` (tokens, size) of a `layers.Mamba2`; write (tokens, heads * head_dim) to `output`."""
-    if (found := _found(layer_name)) is None:
+    if (found := _found("mamba_mixer2", layer_name, Mamba2)) is None:
         output.zero_()
         return
     layer, caches, plan = found
@@ -37,23 +52,27 @@ def _mamba_mixer2(projected_states: Tensor, output: Tensor, layer_name: str) -> 
 
 def _mamba_mixer(hidden_states: Tensor, output: Tensor, layer_name: str) -> None:
     """Run the whole of a `layers.Mamba`, projections included; write (tokens, hidden_size) to `output`."""
-    if (found := _found(layer_name)) is None:
+    _whole("mamba_mixer", Mamba, hidden_states, output, layer_name)
+
+
+def _short_conv(hidden_states: Tensor, output: Tensor, layer_name: str) -> None:
+    """Run the whole of a `layers.ShortConv`, projections included; write (tokens, hidden_size) to `output`."""
+    _whole("short_conv", ShortConv, hidden_states, output, layer_name)
+
+
+def _whole(op: str, kind: type[Mixer[Any]], hidden_states: Tensor, output: Tensor, layer_name: str) -> None:
+    if (found := _found(op, layer_name, kind)) is None:
         output.zero_()
         return
     layer, caches, plan = found
     output.copy_(layer(hidden_states, *caches, plan=plan))
 
 
-def _short_conv(hidden_states: Tensor, output: Tensor, layer_name: str) -> None:
-    """Run the whole of a `layers.ShortConv`, projections included; write (tokens, hidden_size) to `output`."""
-    _mamba_mixer(hidden_states, output, layer_name)
-
-
 def _gdn_attention_core_xpu(
     core_attn_out: Tensor, z: Tensor, projected_states_qkvz: Tensor, projected_states_ba: Tensor, layer_name: str
 ) -> None:
     """Mix the projections of a `layers.GatedDeltaNet`; write (tokens, v heads, head_v_dim) to both outputs."""
-    if (found := _found(layer_name)) is None:
+    if (found := _found("gdn_attention_core_xpu", layer_name, GatedDeltaNet)) is None:
         core_attn_out.zero_()
         z.zero_()
         return

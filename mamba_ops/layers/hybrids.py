@@ -240,6 +240,9 @@ class ZambaMamba(Mamba, of_model="zamba"):
         )
         return cast(Tensor, self.out_proj(y.flatten(-2)))
 
+    def _forward_plan(self, hidden_states: Tensor, caches: ConvAndState, plan: HasPlan) -> Tensor:
+        raise self._wrong("plan", "a plan", "None: mamba_mixing has one B, C and step for all channels")
+
     def _project(self, hidden_states: Tensor, caches: ConvAndState) -> tuple[Tensor, Tensor]:
         """Return what is convolved and the gate, which lie beside each other, channel by channel."""
         x, z = cast(Tensor, self.in_proj(hidden_states)).unflatten(-1, (self.d_inner, 2)).unbind(-1)

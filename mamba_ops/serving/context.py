@@ -25,6 +25,11 @@ class ForwardContext:
     caches: Mapping[str, Sequence[Tensor]]
     plan: HasPlan | None = None
 
+    def __post_init__(self) -> None:
+        if self.plan is not None and not hasattr(self.plan, "tensors"):
+            got, expected = f"a {type(self.plan).__name__}", "a mamba_ops.serving.Plan, or None"
+            raise ValueError(f"ForwardContext: plan: got {got}, expected {expected}")
+
 
 _current: ContextVar[ForwardContext | None] = ContextVar("forward context", default=None)
 

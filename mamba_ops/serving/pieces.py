@@ -125,6 +125,15 @@ def entries_of(name: str, given: Any, requests: int) -> list[Any]:
     return entries
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is one whole number: arrays and tensors have `__index__`, whatever their shape and dtype."""
+    try:
+        index(value)
+    except TypeError:
+        return False
+    return not getattr(value, "shape", ())
+
+
 def whole(name: str, value: Any) -> int:
     """Return a number of 32 bits as an int; raise ValueError about what is none."""
     try:

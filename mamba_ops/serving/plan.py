@@ -11,7 +11,7 @@ import torch
 from mamba_ops.ops._common.checking import device_or_none, whole_number
 from mamba_ops.ops._common.sequences import NULL_SLOT, PlanTensors
 from mamba_ops.registry.errors import in_call_of
-from mamba_ops.serving.pieces import Piece, Row, check_shared, kept_of, rounds_of, sources_of, whole
+from mamba_ops.serving.pieces import Piece, Row, check_shared, is_number, kept_of, rounds_of, sources_of, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +89,10 @@ class Plan:
             device: where the caches are.
 
         Raises:
-            ValueError: lists of different lengths, too many requests, a request without tokens, a slot used twice, an
-                entry that is no whole number, a number of accepted tokens that the request cannot have, a source that
-                another request writes to, a state kept where another one is or of a token that is not read.
+            ValueError: lists of different lengths, too many requests, a request without tokens, 2^31 tokens or more, a
+                slot used twice, an entry that is no whole number, a number of accepted tokens that the request cannot
+                have, a source that another request writes to, a state kept where another one is or of a token that is
+                not read.
         """
         num_computed_tokens = _whole_numbers("num_computed_tokens", num_computed_tokens)
         new_tokens = _whole_numbers("new_tokens", new_tokens)
@@ -109,7 +110,7 @@ class Plan:
                 raise _wrong(name, f"{len(values)} entries", f"{len(requests)}, one per request, as new_tokens has")
         if len(requests) > max_requests:
             raise _wrong("new_tokens", f"{len(requests)} requests", f"at most max_requests={max_requests}")
-        table = [_whole_numbers("slots", [s] if hasattr(s, "__index__") else s) for s in slots]
+        table = [_whole_numbers("slots", [s] if is_number(s) else s) for s in slots]
         columns = len(table[0]) if table else 1
         _check_requests(num_computed_tokens, new_tokens, table, columns, null_slot)
         counts = [0] * len(requests)
@@ -117,7 +118,7 @@ class Plan:
             counts = _whole_numbers("accepted", [0 if a is None else a for a in accepted])
             is_given = [a is not None for a in accepted]
             _check_accepted(counts, is_given, num_computed_tokens, new_tokens, columns)
-            _check_prompts(counts, num_computed_tokens, prompt_tokens)
+        _check_prompts(counts, num_computed_tokens, prompt_tokens)
         (rounds,) = _whole_numbers("rounds", [rounds])
         _check_rounds(rounds, max_requests)
         from_slots, kept_states = sources_of(sources, len(requests)), kept_of(keep, len(requests))
@@ -133,6 +134,10 @@ class Plan:
             if max(new_tokens[i], kept[i]) > columns:
                 got = f"{new_tokens[i]} new tokens and {kept[i]} accepted ones for request {i}"
                 raise _wrong("slots", got, f"no more than its {columns} slots", "every token's state needs a slot")
+            begun, own = table[i][kept[i] - 1], table[i][0]
+            if (begun < 0 or begun == null_slot) != (own < 0 or own == null_slot):
+                got = f"{begun} for the accepted token of request {i} and {own} for its first one"
+                raise _wrong("slots", got, "a slot for both, or padding for both", "it goes on from the first of these")
         others = [i for i in requests if not decodes(i)]
         parts = rounds_of(others, num_computed_tokens, new_tokens, table, from_slots, kept_states)
         if len(parts) > rounds:
@@ -205,19 +210,29 @@ def _check_requests(
 ) -> None:
     """Raise the ValueError about the first request with a wrong number, or with the slot of an earlier request."""
     taken: dict[int, int] = {}
+    if (total := sum(new_tokens)) >= 2**31:
+        raise _wrong("new_tokens", f"{total} in all", "fewer than 2^31", "read prompts in chunks")
     for i, slots in enumerate(table):
         if new_tokens[i] < 1:
             raise _wrong("new_tokens", f"{new_tokens[i]} for request {i}", "at least 1", "leave the request out")
         if num_computed_tokens[i] < 0:
             raise _wrong("num_computed_tokens", f"{num_computed_tokens[i]} for request {i}", "0 or more")
+        if num_computed_tokens[i] + new_tokens[i] >= 2**31:
+            got = f"{num_computed_tokens[i]} and {new_tokens[i]} new ones for request {i}"
+            raise _wrong("num_computed_tokens", got, "fewer than 2^31 together")
         if not slots:
             raise _wrong("slots", f"none for request {i}", "1 at least")
         if len(slots) != columns:
             raise _wrong("slots", f"{len(slots)} for request {i}", f"{columns}, as for the others")
         for slot in slots:
-            if slot >= 0 and slot != null_slot and taken.setdefault(slot, i) != i:
+            if slot < 0 or slot == null_slot:
+                continue
+            if (other := taken.setdefault(slot, i)) != i:
                 hint = "a slot has the state of one request"
-                raise _wrong("slots", f"slot {slot} for requests {taken[slot]} and {i}", "different slots", hint)
+                raise _wrong("slots", f"slot {slot} for requests {other} and {i}", "different slots", hint)
+            if slots.count(slot) > 1:
+                hint = "a slot has the state after one token"
+                raise _wrong("slots", f"slot {slot} twice for request {i}", "different slots", hint)
 
 
 def _check_accepted(
@@ -253,6 +268,8 @@ def _check_prompts(accepted: list[int], computed: list[int], prompt_tokens: Sequ
     lengths = _whole_numbers("prompt_tokens", prompt_tokens)
     if len(lengths) != len(computed):
         raise _wrong("prompt_tokens", f"{len(lengths)} entries", f"{len(computed)}, one per request, as new_tokens has")
+    if min(lengths, default=0) < 0:
+        raise _wrong("prompt_tokens", str(min(lengths)), "0 or more")
     for i, (count, length) in enumerate(zip(accepted, lengths, strict=True)):
         if count and not length <= computed[i] - (count if count > 1 else 0):
             got = f"{count} for request {i}, of which {computed[i]} tokens came before, {length} of them its prompt"

@@ -1,6 +1,6 @@
 """The caches of a model's layers, with a slot for each request that an engine runs at a time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import index
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._common.sequences import NULL_SLOT
+from mamba_ops.serving.pieces import is_number
 
 _ALIGNMENT = 128  # bytes: kernels load 16 at a time, devices fetch whole cache lines
 
@@ -59,6 +60,7 @@ class StatePool:
             raise ValueError(f"StatePool: slots: got {slots} with null_slot {null_slot}, expected more than that")
         _check_mapping("templates", templates, "its caches, as layer.empty_caches(0)", _is_template)
         self.slots, self.null_slot = slots, null_slot
+        self._columns = slots  # as many as any request can have, where layers do not say
         self.caches = {name: _pages(states, slots, page_bytes) for name, states in templates.items()}
         self._free = [slot for slot in reversed(range(slots)) if slot != null_slot]
         self._allocated: set[int] = set()
@@ -82,7 +84,9 @@ class StatePool:
         """
         _check_mapping("layers", layers, "a layer with empty_caches()", lambda layer: hasattr(layer, "empty_caches"))
         templates = {name: layer.empty_caches(0, **options) for name, layer in layers.items()}
-        return cls(templates, slots, page_bytes=page_bytes, null_slot=null_slot)
+        pool = cls(templates, slots, page_bytes=page_bytes, null_slot=null_slot)
+        pool._columns = options.get("columns", 1)
+        return pool
 
     @property
     def num_free(self) -> int:
@@ -134,32 +138,53 @@ class StatePool:
 
         Raises:
             ValueError: before anything is written: a slot that the pool does not have or that is the null slot, one
-                slot twice, a number that `source` has no slot for, or windows that cannot be told from states.
+                slot twice, a number that `source` has no slot for, windows that cannot be told from states, or that are
+                too short for so many tokens.
         """
-        slots = [source] if hasattr(source, "__index__") else list(source)
-        for name, slot in (*(("source", s) for s in slots), ("target", target)):
-            if not hasattr(slot, "__index__") or not 0 <= index(slot) < self.slots or index(slot) == self.null_slot:
-                expected = f"a slot of the pool, 0 to {self.slots - 1}, and not the null slot"
-                raise ValueError(f"StatePool.copy: {name}: got {slot!r}, expected {expected}")
-        if len({*map(index, slots), index(target)}) <= len(slots):
-            raise ValueError(f"StatePool.copy: target: got {slots} to {target}, expected slots that differ")
-        if not hasattr(accepted, "__index__") or not 1 <= index(accepted) <= len(slots):
-            raise ValueError(
-                f"StatePool.copy: accepted: got {accepted!r}, expected 1 to the {len(slots)} slots of source"
-            )
+        slots = [self._slot("source", slot) for slot in ([source] if is_number(source) else _listed(source))]
+        to = self._slot("target", target)
+        if len({*slots, to}) <= len(slots):
+            raise _wrong_copy("target", f"{slots} to {to}", "slots that differ")
+        if not is_number(accepted) or not 1 <= index(accepted) <= len(slots):
+            raise _wrong_copy("accepted", repr(accepted), f"1 to the {len(slots)} slots of source")
+        back = index(accepted) - 1
         for name, caches in self.caches.items():
-            if accepted > 1 and not hasattr(caches, "_fields"):
+            if back and not hasattr(caches, "_fields"):
                 expected = "a NamedTuple of caches, where windows are called conv_state"
-                raise ValueError(
-                    f"StatePool.copy: accepted: got {accepted} with a tuple for {name!r}, expected {expected}"
-                )
+                raise _wrong_copy("accepted", f"{accepted} with a tuple for {name!r}", expected)
+            windows = [cache.shape[-1] for field, cache in _named(caches) if field.endswith("conv_state")]
+            most = min([*windows, self._columns])
+            if windows and back >= most:
+                expected = f"at most {most}; make the pool with as many columns as a decode has tokens"
+                raise _wrong_copy("accepted", f"{accepted} for the windows of {name!r}", expected)
         for caches in self.caches.values():
-            for name, cache in zip(getattr(caches, "_fields", [""] * len(caches)), caches, strict=True):
+            for name, cache in _named(caches):
                 if name.endswith("conv_state"):  # one window for all tokens, in the first slot
-                    kept = cache.shape[-1] - (accepted - 1)
-                    cache[target, :, :kept] = cache[slots[0], :, accepted - 1 :]
+                    cache[to, :, : cache.shape[-1] - back] = cache[slots[0], :, back:]
                 else:
-                    cache[target] = cache[slots[accepted - 1]]
+                    cache[to] = cache[slots[back]]
+
+    def _slot(self, name: str, slot: Any) -> int:
+        """Return a slot of the pool that a state can be in; raise the ValueError of `copy` about another one."""
+        if not is_number(slot) or not 0 <= index(slot) < self.slots or index(slot) == self.null_slot:
+            raise _wrong_copy(name, repr(slot), f"a slot of the pool, 0 to {self.slots - 1}, and not the null slot")
+        return index(slot)
+
+
+def _named(caches: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield a layer's caches with their names, which are empty in a plain tuple."""
+    return zip(getattr(caches, "_fields", [""] * len(caches)), caches, strict=True)
+
+
+def _listed(source: Any) -> list[Any]:
+    try:
+        return list(source)
+    except TypeError:
+        raise _wrong_copy("source", repr(source), "a slot, or all slots of a request") from None
+
+
+def _wrong_copy(name: str, got: str, expected: str) -> ValueError:
+    return ValueError(f"StatePool.copy: {name}: got {got}, expected {expected}")
 
 
 def _check_mapping(name: str, given: Any, expected: str, is_right: Callable[[Any], bool]) -> None:

@@ -3,7 +3,10 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from operator import index
+from typing import Any
 
+from mamba_ops.serving.pieces import is_number
 from mamba_ops.serving.pools import StatePool
 
 
@@ -42,6 +45,9 @@ class PrefixCache:
         """Return how many of a request's tokens a state is known after, and the slot of that; 0 and None: none.
 
         At least the last token is left to be read, so that there is an output to go on from.
+
+        Raises:
+            ValueError: a token is no whole number.
         """
         best: tuple[int, int | None] = 0, None
         found = b""
@@ -58,7 +64,18 @@ class PrefixCache:
 
         Those that are known, or kept by another request of the step, are left out. There are fewer where no slot is
         free and nothing can be evicted, and no more than `most`, the last ones.
+
+        Raises:
+            ValueError: before a slot is taken: a token is no whole number, or a number is below 0 or beyond the tokens.
         """
+        read = f"0 to the {len(tokens)} tokens"
+        for name, number, last, expected in (
+            ("computed", computed, len(tokens), read),
+            ("stop", stop, len(tokens), read),
+            ("most", most, float("inf"), "0 or more"),
+        ):
+            if not is_number(number) or not 0 <= index(number) <= last:
+                raise ValueError(f"PrefixCache: {name}: got {number!r}, expected {expected}")
         found: dict[int, int] = {}
         keys = [(end, key) for end, key in self._keys(tokens, stop) if end > computed]
         for end, key in reversed(keys):
@@ -101,7 +118,12 @@ class PrefixCache:
     def _keys(self, tokens: Sequence[int], stop: int) -> Iterator[tuple[int, bytes]]:
         """Yield the ends of whole blocks up to `stop`, and a hash of all tokens before each."""
         key = b""
+        given: Any = tokens[: max(stop, 0)]
+        try:  # the numbers of a tensor or an array are those of a list
+            numbers = [index(token) for token in (given.tolist() if hasattr(given, "tolist") else given)]
+        except TypeError:
+            raise ValueError(f"PrefixCache: tokens: got {given[:8]!r}, expected whole numbers") from None
         for end in range(self.block_size, stop + 1, self.block_size):
-            block = ",".join(map(str, tokens[end - self.block_size : end]))
+            block = ",".join(map(str, numbers[end - self.block_size : end]))
             key = hashlib.blake2b(key + block.encode(), digest_size=32).digest()
             yield end, key

@@ -191,6 +191,12 @@ class PiecewiseRunner:
             )
         if (got := _shapes(tensors)) != (expected := _shapes(self._plan)):
             raise _wrong("plan", f"tensors of shapes {got}", f"{expected}; see columns, speculative, shared and rounds")
+        for name, given, kept in zip(PlanTensors._fields, tensors, self._plan, strict=True):
+            if given is None or kept is None:
+                continue
+            if given.dtype != kept.dtype or given.device.type not in (kept.device.type, "cpu"):
+                there, here = (f"{name} of {t.dtype} on {t.device}" for t in (given, kept))
+                raise _wrong("plan", there, f"{here}, as Plan.of makes it")
         for tensor in inputs:
             if not isinstance(tensor, Tensor) or not tensor.dim():
                 raise _wrong("inputs", f"a {type(tensor).__name__}", "tensors with the step's tokens as first axis")

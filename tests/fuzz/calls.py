@@ -15,6 +15,13 @@ from tests.fuzz.mutations import Pick, mutate, names_of
 from tests.fuzz.outcomes import Wrong, no_numbers, outcome
 from tests.fuzz.targets import Target, targets
 
+SERVING: tuple[tuple[str, Callable[[Pick], str]], ...] = (
+    *[("Plan", plans.plan)] * 3,
+    ("StatePool", plans.pool),
+    ("StatePool.copy", plans.copy),
+    ("PrefixCache", plans.prefixes),
+)
+
 
 @functools.cache
 def all_targets(backend: str) -> list[Target]:
@@ -27,10 +34,10 @@ def all_targets(backend: str) -> list[Target]:
 def one_call(pick: Pick, backend: str = "torch") -> tuple[str, str]:
     """Make one random call; return what was called and how it ended, or raise Wrong."""
     found = all_targets(backend)
-    number = pick(len(found) + (4 if backend == "torch" else 0))
+    number = pick(len(found) + (len(SERVING) if backend == "torch" else 0))
     if number >= len(found):
-        kind: Callable[[Pick], str] = (plans.plan, plans.plan, plans.plan, plans.pool)[number - len(found)]
-        return "Plan" if kind is plans.plan else "StatePool", kind(pick)
+        name, kind = SERVING[number - len(found)]
+        return name, kind(pick)
     return found[number].name, call_of(found[number], pick)
 
 

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 from mamba_ops import registry
 from mamba_ops.registry import NoBackendError, RegistryError
 from mamba_ops.testing.judge import assert_within_budget
+from tests.fuzz import memory
 from tests.fuzz.mutations import Arguments, plain
-from tests.fuzz.targets import Results, Target
+from tests.fuzz.targets import Judge, Results, Target
 
 RIGHT, REFUSED, NO_TRUTH = "right", "refused in a sentence", "outside the contract"
 """How calls may end; the last is a call that is taken and that nobody says anything about, see `has_no_truth`."""
@@ -27,7 +28,6 @@ class Wrong(AssertionError):
     """A call ended as none may."""
 
 
-Storages = dict[int, tuple[Tensor, Tensor]]
 _truths: dict[tuple[Any, bytes, torch.dtype], Results] = {}
 
 
@@ -47,10 +47,10 @@ def outcome(
         is_right: whether it is a right call, which may not be refused.
         had_no_numbers: `no_numbers` of the right call that this one was: there they are where nobody reads.
     """
-    before = {n: _value(a) for n, a in arguments.items()}
+    before = {n: memory.value(a) for n, a in arguments.items()}
     before |= {n: int(a) for n, a in before.items() if isinstance(a, float) and types[n] is int and a.is_integer()}
     before |= {n: _as_float(n, a) for n, a in before.items() if types[n] is float and _is_number(a)}
-    storages = _storages(arguments)
+    storages = memory.storages(arguments)
     outside, modes = has_no_truth(arguments), _modes()
     try:
         with warnings.catch_warnings():
@@ -59,9 +59,11 @@ def outcome(
         _assert_modes(modes)
     except Exception as error:
         _assert_modes(modes)
-        changed = _changed(storages)
+        changed = memory.changed(storages)
         if changed:
-            raise Wrong(f"it ended in {error!r}, and wrote to {', '.join(_owners(changed, arguments))}") from error
+            raise Wrong(
+                f"it ended in {error!r}, and wrote to {', '.join(memory.owners(changed, arguments))}"
+            ) from error
         if (problem := unclear(error, target, arguments)) is not None:
             raise Wrong(f"it ended in {type(error).__name__}: {error}: {problem}") from error
         if is_right:
@@ -78,9 +80,9 @@ def outcome(
             raise
         return NO_TRUTH
     written = [a for n in target.written if isinstance(a := arguments.get(n), Tensor)]
-    owners = {_address(t) for t in written}
-    if changed := _changed({place: s for place, s in storages.items() if place not in owners}):
-        raise Wrong(f"it wrote to {', '.join(_owners(changed, arguments))}")
+    owners = {memory.address(t) for t in written}
+    if changed := memory.changed({place: s for place, s in storages.items() if place not in owners}):
+        raise Wrong(f"it wrote to {', '.join(memory.owners(changed, arguments))}")
     return RIGHT
 
 
@@ -263,17 +265,14 @@ def _assert_right(target: Target, before: Arguments, arguments: Arguments, retur
     steps = {n: m[1] for n, m in target.meant(arguments).items() if m is not None}
     if not results:
         raise Wrong("it returned nothing of which the truth is known")
-    if target.judge is not None and (target.has_oracle or not _is_of_16_bits(before)):
-        _assert_together(target, results, truth, low)
+    if (judge := target.judge) is not None and (target.has_oracle or not _is_of_16_bits(before)):
+        _assert_together(judge, results, truth, low, steps)
         return
     for name, actual in results.items():
-        exact, rounded = truth[name].double(), low[name].double()
+        exact, rounded, stored = truth[name].double(), low[name].double(), actual.dtype
         if actual.shape != exact.shape:
             raise Wrong(f"{name} has shape {tuple(actual.shape)}, expected {tuple(exact.shape)}")
-        known, stored = _is_known(exact, rounded, actual.dtype), actual.dtype
-        if (step := steps.get(name)) is not None:  # a row has one scale, so it is known as a whole
-            known = known.all(-1, keepdim=True).expand_as(known)
-            step = step.where(known, 0)
+        known, step = _is_known(exact, rounded, stored, steps.get(name))
         rounded = rounded.where(known, _error(exact, rounded))
         if name == "angle_state":  # turns are summed as whole numbers, in steps of 2^-40
             rounded = rounded + math.pi * 2**-40
@@ -292,10 +291,17 @@ def _assert_right(target: Target, before: Arguments, arguments: Arguments, retur
 LARGEST = 1e18  # its square is less than what float32 holds
 
 
-def _is_known(exact: Tensor, rounded: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where there is a claim: not about what its dtype holds barely or not, so that steps on the way may overflow."""
+def _is_known(exact: Tensor, rounded: Tensor, dtype: torch.dtype, step: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Where there is a claim: not about what its dtype holds barely or not, so that steps on the way may overflow.
+
+    And how far apart neighbours are there, of numbers in a row that has one scale, so that it is known as a whole.
+    """
     most = min(LARGEST, torch.finfo(dtype).max / 2)
-    return exact.isfinite() & rounded.isfinite() & (exact.abs() < most)
+    known = exact.isfinite() & rounded.isfinite() & (exact.abs() < most)
+    if step is None:
+        return known, None
+    known = known.all(-1, keepdim=True).expand_as(known)
+    return known, step.where(known, 0)
 
 
 def _error(exact: Tensor, rounded: Tensor) -> Tensor:
@@ -306,20 +312,21 @@ def _error(exact: Tensor, rounded: Tensor) -> Tensor:
     return (rounded - exact).where(exact.isfinite() & rounded.isfinite(), 0)
 
 
-def _assert_together(target: Target, results: Results, truth: Results, low: Results) -> None:
+def _assert_together(judge: Judge, results: Results, truth: Results, low: Results, steps: Results) -> None:
     """Leave the comparison to the target, for what float64 and float32 can hold."""
-    assert target.judge is not None
     shapes = [{name: tuple(found[name].shape) for name in results} for found in (results, truth)]
     if shapes[0] != shapes[1]:
         raise Wrong(f"it returned {shapes[0]}, expected {shapes[1]}")
-    known = {n: _is_known(truth[n], low[n], results[n].dtype) for n in results}
+    claims = {n: _is_known(truth[n], low[n], results[n].dtype, steps.get(n)) for n in results}
+    known = {n: where for n, (where, _) in claims.items()}
+    steps = {n: step for n, (_, step) in claims.items() if step is not None}
     found = {n: t.detach().where(known[n], 0) for n, t in results.items()}
     exact = {n: truth[n].double().where(known[n], 0) for n in results}
     rounded = {
         n: low[n].double().where(known[n], _scaled_error(truth[n].double(), low[n].double(), exact[n])) for n in results
     }
     try:
-        target.judge(found, exact, rounded, "results")
+        judge(found, exact, rounded, steps)
     except AssertionError as error:
         raise Wrong(str(error)) from None
 
@@ -357,44 +364,3 @@ def _fingerprint(arguments: Arguments) -> bytes:
             plan = getattr(value, "tensors", None)
             found.update(f"{name}{value if plan is None else [t if t is None else t.tolist() for t in plan]}".encode())
     return found.digest()
-
-
-# -- memory -----------------------------------------------------------------------------------------------------------
-
-
-def _value(value: Any) -> Any:
-    """Return a copy of what a tensor means, dense."""
-    if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or value.is_meta or value.is_nested:
-        return value
-    if value.layout is not torch.strided or value.is_quantized:
-        return value
-    with torch.no_grad():
-        return plain(value.detach()).as_subclass(Tensor).resolve_neg().clone()
-
-
-def _address(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):
-        return 0
-
-
-def _storages(arguments: Arguments) -> Storages:
-    """Return each block of memory that the arguments are in, as bytes, with a copy."""
-    found: Storages = {}
-    for value in arguments.values():
-        if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or value.is_nested or value.is_quantized:
-            continue
-        if value.layout is not torch.strided or value.is_meta or not (place := _address(value)):
-            continue
-        memory = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
-        found[place] = memory, memory.clone()
-    return found
-
-
-def _changed(storages: Storages) -> list[int]:
-    return [place for place, (now, was) in storages.items() if not torch.equal(now, was)]
-
-
-def _owners(places: list[int], arguments: Arguments) -> list[str]:
-    return [n for n, a in arguments.items() if isinstance(a, Tensor) and _address(a) in places]

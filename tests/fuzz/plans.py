@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mamba_ops.serving import Plan, StatePool
+from mamba_ops.layers.caches import ConvAndState
+from mamba_ops.serving import Plan, PrefixCache, StatePool
 from mamba_ops.serving.pools import NoFreeSlot
 from tests.fuzz.mutations import NUMBERS, Pick
 from tests.fuzz.outcomes import REFUSED, RIGHT, Wrong
@@ -116,3 +117,89 @@ def _is_in(slot: Any, taken: set[int]) -> bool:
         return index(slot) in taken
     except TypeError:
         return False
+
+
+class _Layer:
+    """A layer by its caches alone: a convolution of width 4, and a state."""
+
+    def empty_caches(self, slots: int, *, columns: int = 1) -> ConvAndState:
+        return ConvAndState(torch.zeros(slots, 2, 2 + columns), torch.zeros(slots, 3))
+
+
+def copy(pick: Pick) -> str:
+    """Copy states between slots of a pool: what is copied is right, or nothing is written."""
+    columns, null_slot = 1 + pick(3), pick(2) - 1
+    made = StatePool.of({"layer": _Layer()}, 6, columns=columns, null_slot=null_slot)
+    window, state = made.caches["layer"]
+    for cache in (window, state):
+        cache.copy_(torch.arange(cache.numel()).view(cache.shape))
+    before = window.clone(), state.clone()
+    source: Any = [pick(7) for _ in range(1 + pick(columns + 1))] if pick(3) else pick(7)
+    target: Any = pick(7)
+    accepted: Any = 1 + pick(columns + 1)
+    changed = pick(8)
+    if changed < 3:
+        anything = NUMBERS[pick(len(NUMBERS))]
+        source, target, accepted = (anything if i == changed else v for i, v in enumerate((source, target, accepted)))
+    elif isinstance(source, list) and changed == 3:
+        source = (np.array, torch.tensor)[pick(2)](source)
+    shown = f"copy({source!r}, {target!r}, accepted={accepted!r}) of {columns} columns, null_slot {null_slot}"
+    try:
+        made.copy(source, target, accepted=accepted)
+    except ValueError as error:
+        if not (str(error).startswith("StatePool.copy: ") and ": got " in str(error) and ", expected " in str(error)):
+            raise Wrong(f"{shown} ended in {error!r}") from error
+        if not all(map(torch.equal, (window, state), before)):
+            raise Wrong(f"{shown} ended in {error!r}, and wrote") from error
+        return REFUSED
+    except Exception as error:
+        raise Wrong(f"{shown} ended in {error!r}") from error
+    slots = [index(source)] if np.ndim(source) == 0 else [*map(index, source)]
+    to, back = index(target), index(accepted) - 1
+    is_right = back < min(columns, len(slots)) and to not in slots and null_slot not in (to, *slots)
+    if is_right:
+        before[0][to, :, : 2 + columns - back] = before[0][slots[0], :, back:].clone()
+        before[1][to] = before[1][slots[back]].clone()
+    if not (is_right and all(map(torch.equal, (window, state), before))):
+        raise Wrong(f"{shown} left {window.tolist()}, {state.tolist()}")
+    return RIGHT
+
+
+def prefixes(pick: Pick) -> str:
+    """Find, keep, allocate and evict at random: what is found was kept, no slot is two things, and none is lost."""
+    made = StatePool({}, 6)
+    cache, mine = PrefixCache(made, 2), set[int]()
+    texts, pending, used = dict[int, tuple[int, ...]](), dict[int, tuple[int, ...]](), set[int]()
+    end = RIGHT
+    for _ in range(1 + pick(16)):
+        tokens = [pick(2) for _ in range(pick(9))]
+        what = pick(6)
+        try:
+            if what == 0:
+                stop, slot = cache.find(tokens)
+                is_right = (slot is None) == (stop == 0) and (slot is None or texts.get(slot) == tuple(tokens[:stop]))
+                used |= {slot} - {None}
+            elif what == 1:
+                computed, stop, most = (pick(len(tokens) + 2) for _ in range(3))
+                kept = cache.keep(tokens, computed, stop, most=most - 1)
+                is_right = all(computed < s <= stop <= len(tokens) and s % 2 == 0 for s in kept) and len(kept) < most
+                pending |= {slot: tuple(tokens[:s]) for s, slot in kept.items()}
+            elif what == 2:
+                mine.add(cache.allocate())
+                is_right = True
+            elif what == 3 and mine:
+                made.free(mine.pop())
+                is_right = True
+            else:
+                (cache.commit, cache.discard)[what % 2]()
+                texts |= pending if what % 2 == 0 else {}
+                pending, used = {}, set()
+                is_right = True
+        except NoFreeSlot:
+            is_right = made.num_free == 0 and cache.slots <= used | pending.keys()
+        except ValueError as error:
+            is_right, end = str(error).startswith("PrefixCache: ") and ": got " in str(error), REFUSED
+        texts = {slot: text for slot, text in texts.items() if slot in cache.slots}
+        if not (is_right and used | pending.keys() <= cache.slots == made.allocated - mine and not cache.slots & mine):
+            raise Wrong(f"a prefix cache has {cache.slots} of {made.allocated}, {mine} are requests'; {what}, {tokens}")
+    return end

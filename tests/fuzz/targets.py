@@ -36,6 +36,7 @@ INSIDE = ("mamba_chunk_scan_combined",)
 """What functions that call others name in messages, beside the ops."""
 
 Results = dict[str, Tensor]
+Judge = Callable[[Results, Results, Results, Results], None]
 
 
 class Target(NamedTuple):
@@ -50,8 +51,8 @@ class Target(NamedTuple):
         inside: of what calls ops: other functions that messages may name, beside the ops.
         has_oracle: whether `truth` is an oracle, which rounds where kernels do; else it is the same call in another
             dtype, which in 16 bits rounds between ops too.
-        judge: compares the results, by name, with the truth in float64 and in float32, and raises AssertionError; None
-            for each by itself.
+        judge: compares the results, by name, with the truth in float64 and in float32, given the steps of `meant`, and
+            raises AssertionError; None for each by itself.
         records: whether the call itself asks for gradients.
         returns_gradients: whether gradients are among its results.
         meant: after a call, what numbers tensors stand for that do not stand for themselves, and how far apart
@@ -65,7 +66,7 @@ class Target(NamedTuple):
     written: frozenset[str] = frozenset()
     inside: tuple[str, ...] = ()
     has_oracle: bool = False
-    judge: Callable[[Results, Results, Results, str], None] | None = None
+    judge: Judge | None = None
     records: bool = False
     returns_gradients: bool = False
     meant: Callable[[Arguments], dict[str, tuple[Tensor, Tensor] | None]] = lambda arguments: {}
@@ -184,7 +185,8 @@ def _layers(backend: str) -> Iterator[Target]:
             written = frozenset(layer.Caches._fields)
             yield Target(type(layer).__name__, call, [base], truth, written, inside=INSIDE)
             if layer.NarrowCaches is not None:
-                base, truth = (functools.partial(f, *truth.args) for f in (_narrow_call, _of_narrow_layer))
+                base = functools.partial(_narrow_call, layer, name)
+                truth = functools.partial(_of_narrow_layer, *truth.args)
                 written = frozenset(layer.NarrowCaches._fields)
                 yield Target(
                     type(layer).__name__, call, [base], truth, written, inside=INSIDE, meant=_meant_of_narrow_layer

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import inspect
+import os
 import random
 import re
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from mamba_ops.compat import causal_conv1d, fla, mamba_ssm, vllm
 from mamba_ops.layers.mixer import Mixer
 from mamba_ops.registry import Op
 from mamba_ops.registry.dispatcher import dispatcher
+from mamba_ops.serving import PrefixCache, StatePool
+from tests.fuzz import plans
 from tests.fuzz.calls import TRANSFORMS, all_targets, call_of, one_call
 from tests.fuzz.mutations import Pick, in_memory_of
 from tests.fuzz.outcomes import NO_TRUTH, REFUSED, RIGHT, Wrong, no_numbers, outcome
@@ -218,6 +221,58 @@ def test_angles_are_summed_in_small_steps() -> None:
             assert changed(target, {"has_initial_state": torch.zeros_like(goes_on)}, number) in (RIGHT, NO_TRUTH)
 
 
+def test_what_a_row_of_narrow_numbers_is_rounded_by_counts_in_layers_on_other_backends() -> None:
+    """Its scale is its largest number's: a layer errs by half a step of that once, and by two steps nowhere."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("calls of the fuzzer are on CPU tensors")
+    narrow = [t for t in all_targets("triton") if "state_scale" in t.bases[0]() and t.name == "Mamba2"]
+    assert narrow
+    for target in narrow:
+        assert changed(target, {}) == RIGHT
+
+        def off(target: Target = target, **arguments: Any) -> Any:
+            result = target.call(**arguments)
+            state = arguments["ssm_state"]
+            state.copy_((state.int() + 3).clamp(-32767, 32767))
+            return result
+
+        with pytest.raises(Wrong, match=r"ssm_state: .* outside the budget"):
+            changed(target._replace(call=off), {})
+
+
+@pytest.mark.parametrize("name", ["Mamba2", "KimiDeltaAttention"])
+def test_a_layer_with_narrow_states_is_called_as_it_is_whatever_its_truth_was_computed_in(name: str) -> None:
+    narrow = [t for t in all_targets("torch") if t.name == name and "state_scale" in t.bases[0]()]
+    assert narrow
+    for target in narrow:
+        for dtype in (torch.float32, torch.float64):
+            target.truth(target.bases[0](), dtype)
+            assert target.bases[0]()["conv_state"].dtype == torch.float32
+
+
+def test_roundings_that_a_kernel_may_leave_out_count_as_those_that_it_makes() -> None:
+    """Here the reference, which rounds what is convolved alone, errs thrice as much as what rounds in chunks, too."""
+    target = first("kda_mixing")
+    for number, base in enumerate(target.bases):
+        if base()["write_slots"] is not None:
+            assert changed(target, {"b": -base()["b"]}, number) in (RIGHT, NO_TRUTH)
+
+
+def test_what_an_angle_is_off_by_counts_in_all_that_it_turns() -> None:
+    """By two steps of float32 k and the state may be turned more, by many not."""
+    target, ends = first("mamba3_state_update"), []
+    for steps in (2, 16):
+
+        def turned(angle_state: Tensor, steps: int = steps, **arguments: Any) -> Any:
+            return target.call(angle_state=angle_state + steps * 2.0**-22, **arguments)
+
+        try:
+            ends.append(changed(target._replace(call=turned, written=target.written - {"angle_state"}), {}, 1))
+        except Wrong as error:
+            ends.append(str(error).split(":")[0])
+    assert ends == [RIGHT, "ssm_state"]
+
+
 # -- what it finds ----------------------------------------------------------------------------------------------------
 
 
@@ -328,3 +383,21 @@ def test_a_call_that_compares_nothing_is_found() -> None:
     types = {n: type(a) for n, a in arguments.items()}
     with torch.no_grad(), pytest.raises(Wrong, match="nothing of which the truth is known"):
         outcome(target._replace(truth=lambda *_: {}), arguments, types)
+
+
+def test_faults_of_pools_and_prefix_caches_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the state before the accepted token, and a state of a step that failed."""
+    copied = StatePool.copy
+
+    def run_many(kind: Any, calls: int = 300) -> None:
+        for seed in range(calls):
+            kind(random.Random(seed).randrange)
+
+    for kind, changed, name, fault in (
+        (plans.copy, StatePool, "copy", lambda self, source, target, *, accepted: copied(self, source, target)),
+        (plans.prefixes, PrefixCache, "discard", PrefixCache.commit),
+    ):
+        run_many(kind)
+        monkeypatch.setattr(changed, name, fault)
+        with pytest.raises(Wrong):
+            run_many(kind)

@@ -11,7 +11,7 @@ from torch import Tensor
 from mamba_ops import functional, registry
 from mamba_ops.registry import Op, Sample
 from tests.fuzz.mutations import Arguments, Tagged
-from tests.fuzz.targets import INSIDE, Results, Target, compat_calls, in_dtype, layers, on
+from tests.fuzz.targets import INSIDE, Judge, Results, Target, compat_calls, in_dtype, layers, on
 from tests.harness import OPERANDS, backends_here
 from tests.training import gradients
 from tests.training.gradients import TRAINED, is_float, oracle_forward
@@ -65,17 +65,18 @@ def cotangent(like: Tensor) -> Tensor:
     return (numbers / 8).view(like.shape).to(like)
 
 
-def judge(found: Results, exact: Results, low: Results, what: str, least: int = 16) -> None:
+def judge(found: Results, exact: Results, low: Results, steps: Results, least: int = 16) -> None:
     """Compare the results of one call, where the truth's own error in float32 is never taken for less than `least`
     roundings of the largest number: kernels have other exponentials.
 
-    Nothing is claimed of a call whose results float32 has no bit of.
+    Nothing is claimed of a call whose results float32 has no bit of. `steps`: how far apart neighbours are in results
+    that are stored in a format of their own.
     """
     few = least * torch.finfo(torch.float32).eps
     low = {n: t + few * exact[n].abs().max() if t.numel() else t for n, t in low.items()}
     if any(float((low[n] - t).abs().max()) > 0.05 * float(t.abs().max()) > 0 for n, t in exact.items() if t.numel()):
         return
-    gradients.assert_gradients(found, exact, low, what)
+    gradients.assert_gradients(found, exact, low, "results", steps)
 
 
 # -- ops, by their oracles --------------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def _differentiated_truth(op: Op[...], results: int, arguments: Arguments, dtype
 # -- layers and other libraries' functions, by themselves in float64 --------------------------------------------------
 
 
-def _judge_of(backend: str) -> Callable[[Results, Results, Results, str], None]:
+def _judge_of(backend: str) -> Judge:
     """The backend torch is its own truth in float32, and errs alike but for the layouts of its operands."""
     return functools.partial(judge, least=0) if backend == "torch" else judge
 

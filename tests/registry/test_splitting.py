@@ -155,6 +155,8 @@ def test_users_mark_their_ops_and_unmark_ours(cut: Any) -> None:
 def test_an_op_that_there_is_not_is_no_splitting_op() -> None:
     with pytest.raises(registry.UnknownNameError, match=r"unknown op 'toys::none'; valid: .*toys::cut"):
         mark_splitting("toys::none")
+    with pytest.raises(registry.UnknownNameError, match=r"unknown op '3'; valid: .*toys::cut"):
+        mark_splitting(3)
 
 
 def test_inductor_is_told_the_same_names(cut: Any) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -84,11 +85,18 @@ def judge(op: Op[...], sample: Sample, backend: str) -> None:
     assert_gradients(found, exact, low, f"{op.name}, {sample.name}")
 
 
-def assert_gradients(found: dict[str, Tensor], exact: dict[str, Tensor], low: dict[str, Tensor], what: str) -> None:
+def assert_gradients(
+    found: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    low: dict[str, Tensor],
+    what: str,
+    steps: Mapping[str, Tensor] | None = None,
+) -> None:
     """Raise AssertionError unless gradients are within the budget, given those of the oracle in float64 and float32.
 
     The budget is that of kernels, but the oracle's own error is the largest that it makes in any gradient of the call,
-    relative to that gradient: one of a few numbers, each a sum over all tokens, can be right by chance.
+    relative to that gradient: one of a few numbers, each a sum over all tokens, can be right by chance. `steps`: how
+    far apart neighbours are in those that are not stored in a float dtype, as in `error_budget`.
     """
     largest = {name: truth.abs().max() for name, truth in exact.items() if truth.numel() > 0}
     slip = max(
@@ -98,4 +106,5 @@ def assert_gradients(found: dict[str, Tensor], exact: dict[str, Tensor], low: di
     for name, actual in found.items():
         if actual.numel() > 0:
             shifted = exact[name] + slip * largest[name]
-            assert_within_budget(actual.cpu(), exact[name], shifted, f"{what}: {name}")
+            step = None if steps is None else steps.get(name)
+            assert_within_budget(actual.cpu(), exact[name], shifted, f"{what}: {name}", step=step)

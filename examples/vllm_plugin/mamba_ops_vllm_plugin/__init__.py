@@ -55,7 +55,8 @@ def _replace(module: Any, name: str, new: Callable[..., Any]) -> None:
             "%s.%s is not replaced: %s, and ours takes %s", module.__name__, name, got, ", ".join(_names(new))
         )
         return
-    for other in [m for n, m in list(sys.modules.items()) if n.partition(".")[0] == "vllm"]:
+    # Python keeps None for a module that is not to be imported.
+    for other in [m for n, m in list(sys.modules.items()) if n.partition(".")[0] == "vllm" and m is not None]:
         for attribute, value in list(vars(other).items()):
             if value is old:
                 setattr(other, attribute, new)

@@ -27,7 +27,7 @@ def bench(
         str | None, typer.Option(metavar="A,B", help="Names of backends.", show_default="all that run here")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(file_okay=False, metavar="FOLDER", help="Write bench.json, .txt and .png there.")
+        Path | None, typer.Option(file_okay=False, metavar="FOLDER", help="Write bench.json, .txt, .md and .png there.")
     ] = None,
     limit: Annotated[
         float | None, typer.Option(min=0, metavar="SECONDS", help="Begin nothing new after so many.")
@@ -121,6 +121,7 @@ def _choose(
 ) -> None:
     if not path.absolute().parent.is_dir():
         raise ValueError(f"--choose: got {path}, expected a file in a folder that exists")
+    choosing.require_writable(path)
     activation, state = read_dtypes(dtype)
     ops = choosing.ops_to_choose_for(named, where)
     with arguments.shown(None) as progress:

@@ -1,11 +1,11 @@
-"""Figures as a table for a terminal of 80 columns, as a plot, and as JSON."""
+"""Figures as a table for a terminal of 80 columns, as a page of Markdown, as a plot, and as JSON."""
 
 import io
 import json
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
+from rich.box import MARKDOWN, SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.table import Table
 
@@ -13,6 +13,7 @@ from mamba_ops.commands.bench.host import GIVEN
 from mamba_ops.commands.bench.run import Row
 
 WIDTH = 80
+HOST = "Host: one eager call, in launches of a Triton kernel with one argument"
 MARKS = {"refused": "refuses", "failed": "FAILED", "wrong": "WRONG", "not reached": "not reached"}
 
 
@@ -39,10 +40,10 @@ def lines(found: Row) -> list[RenderableType]:
     return shown
 
 
-def table_of(op: str, rows: list[Row]) -> Table:
+def table_of(op: str, rows: list[Row], *, is_page: bool = False) -> Table:
     """Return the table of one op: a line for each who computes a case, beside the case's floor."""
-    table = Table(title=op, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("case", max_width=34)
+    table = _table(op, is_page)
+    table.add_column("case", max_width=None if is_page else 34)
     for heading in ("kernels", "us", "/floor", "/best", "error"):
         table.add_column(heading, justify="left" if heading == "kernels" else "right", no_wrap=heading != "kernels")
     for row in rows:
@@ -54,20 +55,19 @@ def table_of(op: str, rows: list[Row]) -> Table:
         for each in row["contestants"]:
             if each["status"] == "absent":
                 continue
-            name = each["name"] if each["kind"] == "peer" else f"ours, {each['name']}"
+            name, case = _label(each), row["case"] if is_page else ""
             if "us" not in each:
-                table.add_row("", name, MARKS[each["status"]])
+                table.add_row(case, name, MARKS[each["status"]])
                 continue
             us = each["us"]
             ratios = f"{us / row['floor_us']:.2f}", f"{us / min(timed):.2f}"
-            table.add_row("", name, f"{us:.1f}", *ratios, f"{each['error']:.0e}")
+            table.add_row(case, name, f"{us:.1f}", *ratios, f"{each['error']:.0e}")
     return table
 
 
-def host_table(rows: list[Row]) -> Table:
+def host_table(rows: list[Row], *, is_page: bool = False) -> Table:
     """Return what eager calls cost the host, in bare launches."""
-    title = "Host: one eager call, in launches of a Triton kernel with one argument"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = _table(HOST, is_page)
     others = sorted({name for row in rows for name in row["us"]} - {"bare", GIVEN})
     for heading in ("op", GIVEN, *others, "bare, us"):
         table.add_column(heading, justify="left" if heading == "op" else "right")
@@ -96,22 +96,43 @@ def text(found: Row) -> str:
     return written.getvalue()
 
 
+def page(found: Row) -> str:
+    """Return the figures as a page of Markdown, which `benchmarks.plot` reads."""
+    by_op: dict[str, list[Row]] = {}
+    for row in found["rows"]:
+        by_op.setdefault(row["op"], []).append(row)
+    tables = {op: table_of(op, rows, is_page=True) for op, rows in by_op.items()}
+    if found.get("host"):
+        tables[HOST] = host_table(found["host"], is_page=True)
+    written = io.StringIO()
+    console = Console(file=written, width=200, markup=False, highlight=False)
+    console.print(f"# mamba-ops bench on {found['device']}, {found['date']}")
+    for heading, table in tables.items():
+        console.print(f"\n## {heading}", table)
+    notes = [*(line for line in lines(found | {"rows": [], "host": []})), f"`{found['command']}`"]
+    notes += [f"not timed: {row['op']}, {row['case']}, {name}: {why}" for row, name, why in remarks(found)]
+    console.print("\n".join(["", *(f"- {note}" for note in notes)]), soft_wrap=True)
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines()) + "\n"
+
+
 def write(found: Row, folder: Path) -> list[Path]:
-    """Write figures into a folder, made if it is not there: JSON, text, and the plot where matplotlib is installed.
+    """Write figures into a folder, made if it is not there: JSON, text, a page of Markdown, and the plot where
+    matplotlib is installed.
 
     Returns the files.
     """
     folder.mkdir(exist_ok=True)
-    data, page, picture = (folder / f"bench.{kind}" for kind in ("json", "txt", "png"))
+    data, plain, markdown, picture = (folder / f"bench.{kind}" for kind in ("json", "txt", "md", "png"))
     data.write_text(json.dumps(found, indent=1, allow_nan=False, default=str) + "\n", encoding="utf-8")
-    page.write_text(text(found), encoding="utf-8")
+    plain.write_text(text(found), encoding="utf-8")
+    markdown.write_text(page(found), encoding="utf-8")
     try:
         plot(found, picture)
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        return [data, page]
-    return [data, page, picture]
+        return [data, plain, markdown]
+    return [data, plain, markdown, picture]
 
 
 def plot(found: Row, path: Path) -> None:
@@ -155,6 +176,13 @@ def plot(found: Row, path: Path) -> None:
         f"Time over the floor: {found['device']}\n{versions}, {found['date']}; {found['command']}", fontsize=9
     )
     figure.savefig(path, dpi=110)
+
+
+def _table(title: str, is_page: bool) -> Table:
+    """Return a table for a terminal, or one for a page, which has its title as a heading."""
+    if is_page:
+        return Table(box=MARKDOWN)
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def _with_prefix(number: float) -> str:

@@ -160,19 +160,14 @@ _ERROR_INPUTS = error_table(
     ("base", "k_state", lambda s: None, "got None, expected a cache, as angle_state is one; all four, or none"),
     ("base", "v_state", lambda s: s.int(), "got int32, expected float16"),
     ("no slots", "has_initial_state", lambda h: h.int(), "got int32, expected bool"),
-    ("packed, no caches", "slots", lambda s: torch.tensor([0, 1, 2]), "got a tensor, expected None where there are no"),
     ("base", "slots", lambda s: s[:2], "got 2 rows, expected at least 3"),
     ("write slots", "write_slots", lambda s: s[:2], "got 2 rows, expected at least 3"),
-    (
-        "packed, no caches",
-        "write_slots",
-        lambda s: torch.tensor([0, 1, 2]),
-        "got a tensor, expected None where there are",
-    ),
     ("base", "out", lambda o: o[..., :4], r"got shape \(3, 20, 4, 4\), expected \(3, 20, 4, 8\); out is like x"),
 )
 
 
 @mamba3_chunk_scan.error_inputs
 def _error_inputs(device: torch.device) -> list[ErrorInput]:
-    return _ERROR_INPUTS
+    slots, error = torch.tensor([0, 1, 2], device=device), "got a tensor, expected None where there are no caches"
+    without = (("packed, no caches", name, lambda _: slots, error) for name in ("slots", "write_slots"))
+    return [*_ERROR_INPUTS, *error_table(*without)]

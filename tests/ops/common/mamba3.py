@@ -9,12 +9,22 @@ from torch import Tensor
 
 from tests.ops.common.exponential import exp
 
+STEP = 2.0**-22
+"""How far apart neighbours are in float32 at the largest angles, between 2 and pi: what an angle is off by that is
+rounded twice, as it is reduced to a turn and as it is kept. All that it turns is off by as much, times its length.
+
+A row and head has an angle or a few for many numbers of k, of the state and of the output. What the oracle's own angles
+happen to be off by says little of what the worst of those may be. So one that rounds more has angles that are off as
+far as roundings allow: by one of each token's turn, which is a product, and where they turn something by a step of the
+angle's own."""
+
 
 class Head:
     """The states of one row and head, in `dtype`; with `operands` k and q are rounded to that dtype, and what else
     chunked kernels give to matrix units to as many digits: values times their steps, and the state that is read.
 
-    With `up`, (rank, dim), it is a head of MIMO: k, b and c are (rank, dstate), and outputs (rank, dim).
+    With `up`, (rank, dim), it is a head of MIMO: k, b and c are (rank, dstate), and outputs (rank, dim). With
+    `rounds_more` its angles are off, see `STEP`.
     """
 
     def __init__(
@@ -25,14 +35,16 @@ class Head:
         v: Tensor,
         operands: torch.dtype | None = None,
         up: Tensor | None = None,
+        rounds_more: bool = False,
     ) -> None:
         self.angle, self.s, self.k, self.v, self.operands, self.up = angle, s, k, v, operands, up
+        self.rounds_more = rounds_more
 
     def turn(self, vector: Tensor) -> Tensor:
         if vector.dim() == 2:
             return torch.stack([self.turn(each) for each in vector])
         turned = vector.clone()
-        for i, angle in enumerate(self.angle):
+        for i, angle in enumerate(self.angle + (STEP if self.rounds_more else 0)):
             pair = (2 * i, 2 * i + 1) if self.up is None else (i, i + len(vector) // 2)
             a, b = (vector[at] for at in pair)
             turned[pair[0]] = a * torch.cos(angle) - b * torch.sin(angle)
@@ -62,7 +74,10 @@ class Head:
 
     def token(self, x: Tensor, dt: Tensor, A: Tensor, trap: Tensor, angles: Tensor, b: Tensor, c: Tensor) -> Tensor:
         """Read a token; return what the state gives, without skip and gate."""
-        angle = self.angle + torch.tanh(angles) * math.pi * dt
+        turn = torch.tanh(angles) * math.pi * dt
+        angle = self.angle + turn
+        if self.rounds_more:
+            angle = angle + turn.abs() * 2.0**-24
         self.angle = angle - 2 * math.pi * torch.round(angle / (2 * math.pi))
         k, q = self.turn(b), self.turn(c)
         early = torch.sigmoid(trap)
@@ -105,8 +120,9 @@ class Recurrence:
         out: Tensor | None = None,
         dtype: torch.dtype,
         operands: torch.dtype | None = None,
+        rounds_more: bool = False,
     ) -> None:
-        self.dtype, self.operands = dtype, operands
+        self.dtype, self.operands, self.rounds_more = dtype, operands, rounds_more
         exact = dtype == torch.float64
         self.states = [None if c is None else c.to(dtype if exact else c.dtype, copy=True) for c in caches]
         x = tokens[0]
@@ -131,7 +147,7 @@ class Recurrence:
             kept = [torch.zeros(size, dtype=self.dtype) for size in sizes]
             if slot is not None:
                 kept = [self.of(i, slot)[h].to(self.dtype, copy=True) for i in range(4)]
-            heads.append(Head(*kept, self.operands, None if up is None else up[h]))
+            heads.append(Head(*kept, self.operands, None if up is None else up[h], self.rounds_more))
         return heads
 
     def of(self, number: int, slot: int) -> Tensor:

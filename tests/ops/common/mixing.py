@@ -1,5 +1,6 @@
 """What the oracles of the mixing ops share: a plan read row by row, and the convolution one token at a time."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ class Row:
     targets: list[int | None]  # after token t the state goes to targets[t]
     accepted: int | None  # of the tokens of the call before, for a speculative decode
     decodes: bool
+    computed: int  # tokens of the request before these
 
     def begin(self, states: Tensor, dtype: torch.dtype) -> Tensor:
         """The state before the row's tokens; without any, that is the one that is kept."""
@@ -61,7 +63,8 @@ def rows_of(
         wanted = [target if t == last else -1 for t in range(len(tokens))] if accepted is None else table[i]
         to, *targets = [None if slot < 0 or slot == null_slot else slot for slot in (target, *wanted)]
         goes_on = i < decodes or bool(has_initial_state[i])
-        rows.append(Row(tokens, source, table[i][0], to, goes_on, targets, accepted, i < decodes))
+        computed = int(num_computed_tokens[i])
+        rows.append(Row(tokens, source, table[i][0], to, goes_on, targets, accepted, i < decodes, computed))
     return rows
 
 
@@ -124,6 +127,37 @@ class Window:
         kept = self.entries[-history:] if self.row.accepted is None else self.entries[1:]
         for column, entry in enumerate(kept if self.row.target is not None else []):
             self.convolution.state[self.row.target, :, column] = entry.to(self.convolution.state.dtype)
+
+
+def read_in_chunks(
+    row: Row,
+    states: Tensor,
+    s: Tensor,
+    mixed: Sequence[Sequence[Tensor]],
+    g: Tensor,
+    beta: Tensor,
+    output: Tensor,
+    chunk_step: Callable[..., tuple[Tensor, Tensor]],
+) -> None:
+    """Read a prefill of a delta rule in chunks of 64 tokens.
+
+    Args:
+        row, states, s: which one it is, where states are, and its own, (v_heads, v_dim, k_dim).
+        mixed: of each token q, k and v, flat.
+        g, beta, output: of each token of the batch, by head.
+        chunk_step: one chunk of one head, of the prefill op's oracle.
+    """
+    v_heads, v_dim, k_dim = s.shape
+    for start in range(0, len(row.tokens), 64):
+        at, part = list(row.tokens[start : start + 64]), mixed[start : start + 64]
+        q, k, v = (torch.stack(each) for each in zip(*part, strict=True))
+        q, k, v = (t.view(len(at), -1, dim) for t, dim in ((q, k_dim), (k, k_dim), (v, v_dim)))
+        for h in range(v_heads):
+            group = h // (v_heads // q.shape[1])
+            s[h], y = chunk_step(s[h], q[:, group], k[:, group], v[:, h], g[at, h], beta[at, h], None, True)
+            output[at, h] = y.to(output.dtype)
+    if row.tokens:
+        row.keep(states, len(row.tokens) - 1, s)
 
 
 def softplus(x: Tensor) -> Tensor:

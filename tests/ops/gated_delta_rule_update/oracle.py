@@ -98,7 +98,7 @@ def tokens_of_rows(ssm_state: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> l
 def raw_gates(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
     """g and beta from what the projections give."""
     d = a + dt_bias
-    return -torch.exp(A_log) * (d if d > 20 else torch.log1p(torch.exp(d))), torch.sigmoid(b)
+    return -torch.exp(A_log) * torch.where(d > 20, d, torch.log1p(torch.exp(d))), torch.sigmoid(b)
 
 
 def delta_step(

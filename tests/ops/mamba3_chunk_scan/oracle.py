@@ -29,14 +29,16 @@ def mamba3_chunk_scan(
     null_slot: int = -1,
     dtype: torch.dtype = torch.float64,
     operands: torch.dtype | None = None,
+    rounds_more: bool = False,
     **options: Any,
 ) -> tuple[Any, ...]:
     """Return (output, angle_state, ssm_state, k_state, v_state), all new; a cache that is left out stays so.
 
-    Computed in `dtype`; with `operands` k and q are rounded to that dtype before they are multiplied.
+    Computed in `dtype`; with `operands` k and q are rounded to that dtype before they are multiplied. With
+    `rounds_more` angles are off, see `Head`.
     """
     caches = (angle_state, ssm_state, k_state, v_state)
-    options |= {"dtype": dtype, "operands": operands}
+    options |= {"dtype": dtype, "operands": operands, "rounds_more": rounds_more}
     run, before = (Recurrence((x, dt, A, trap, angles, B, C), caches, **options) for _ in range(2))
     ends = None if cu_seqlens is None else cu_seqlens.tolist()
     for row in range(x.shape[0] if ends is None else len(ends) - 1):

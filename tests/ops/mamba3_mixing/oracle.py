@@ -25,15 +25,17 @@ def mamba3_mixing(
     null_slot: int = -1,
     dtype: torch.dtype = torch.float64,
     operands: torch.dtype | None = None,
+    rounds_more: bool = False,
     **options: Any,
 ) -> tuple[Any, ...]:
     """Return (output, angle_state, ssm_state, k_state, v_state), all new.
 
-    Computed in `dtype`; with `operands` k and q of prefills are rounded to that dtype before they are multiplied.
+    Computed in `dtype`; with `operands` k and q of prefills are rounded to that dtype before they are multiplied. With
+    `rounds_more` angles are off, see `Head`.
     """
     *plan, _ = plan_and_chunk_size
     caches = (angle_state, ssm_state, k_state, v_state)
-    run = Recurrence((x, dt, A, trap, angles, B, C), caches, dtype=dtype, **options)
+    run = Recurrence((x, dt, A, trap, angles, B, C), caches, dtype=dtype, rounds_more=rounds_more, **options)
     run.output.zero_()
     for row in rows_of(*plan, null_slot=null_slot):
         run.operands = None if row.decodes else operands

@@ -21,11 +21,16 @@ def mamba3_state_update(
     num_accepted_tokens: Tensor | None = None,
     null_slot: int = -1,
     dtype: torch.dtype = torch.float64,
+    rounds_more: bool = False,
     **options: Any,
 ) -> tuple[Any, ...]:
-    """Return (output, angle_state, ssm_state, k_state, v_state), all new; nothing is rounded on the way."""
+    """Return (output, angle_state, ssm_state, k_state, v_state), all new; nothing is rounded on the way.
+
+    With `rounds_more` angles are off, see `Head`.
+    """
     caches = (angle_state, ssm_state, k_state, v_state)
-    run, before = (Recurrence(tokens, caches, dtype=dtype, **options) for _ in range(2))
+    options |= {"dtype": dtype, "rounds_more": rounds_more}
+    run, before = (Recurrence(tokens, caches, **options) for _ in range(2))
 
     def slot_of(table: Tensor | None, row: int, column: int) -> int | None:
         """A slot of a row, None for padding or for a column that is not there."""

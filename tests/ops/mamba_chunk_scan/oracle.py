@@ -60,12 +60,9 @@ def mamba_chunk_scan(
         slot = int(table[row] if table.dim() == 1 else table[row, 0])
         return None if slot < 0 or slot == null_slot else slot
 
-    def rounded(tensor: Tensor) -> Tensor:
-        return tensor if operands is None else tensor.to(operands).to(dtype)
-
     chunk = 0
     for row, tokens in enumerate(_tokens_of_rows(x, cu_seqlens)):
-        ends = _chunk_ends(len(tokens), 0 if num_computed_tokens is None else int(num_computed_tokens[row]), chunk_size)
+        ends = chunk_ends(len(tokens), 0 if num_computed_tokens is None else int(num_computed_tokens[row]), chunk_size)
         first, chunk = chunk, chunk + len(ends)
         source, target = slot_of(slots, row), slot_of(slots if write_slots is None else write_slots, row)
         if source is None:
@@ -90,11 +87,7 @@ def mamba_chunk_scan(
                         y.append((s * k[t]).sum(1))
                     y = torch.stack(y)
                 else:
-                    a = log_decay(A[h], d)
-                    since, between = torch.exp(torch.cumsum(a, 0)), torch.exp(sums_between(a))
-                    weights = (k @ b.T) * between.tril() * d
-                    y = since.unsqueeze(1) * (k @ rounded(s).T) + rounded(weights.tril()) @ u
-                    s = since[-1] * s + u.T @ rounded(b * (between[-1] * d).unsqueeze(1))
+                    s, y = chunk_step(s, u, d, A[h], b, k, operands)
                 if D is not None:
                     y = y + D[h] * u
                 if z is not None:
@@ -109,6 +102,21 @@ def mamba_chunk_scan(
     return output, cache, kept
 
 
+def chunk_step(
+    s: Tensor, u: Tensor, d: Tensor, A: Tensor, b: Tensor, c: Tensor, operands: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """One chunk of one head: the new state, (dim, dstate), and the outputs, without skip and gate."""
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor.to(operands).to(tensor.dtype)
+
+    a = log_decay(A, d)
+    since, between = torch.exp(torch.cumsum(a, 0)), torch.exp(sums_between(a))
+    weights = (c @ b.T) * between.tril() * d
+    y = since.unsqueeze(1) * (c @ rounded(s).T) + rounded(weights.tril()) @ u
+    return since[-1] * s + u.T @ rounded(b * (between[-1] * d).unsqueeze(1)), y
+
+
 def _tokens_of_rows(x: Tensor, cu_seqlens: Tensor | None) -> list[list[tuple[int, ...]]]:
     """For every row the indices of its tokens in x."""
     if cu_seqlens is not None:
@@ -116,7 +124,7 @@ def _tokens_of_rows(x: Tensor, cu_seqlens: Tensor | None) -> list[list[tuple[int
     return [[(row, t) for t in range(x.shape[1])] for row in range(x.shape[0])]
 
 
-def _chunk_ends(tokens: int, computed: int, chunk_size: int) -> list[int]:
+def chunk_ends(tokens: int, computed: int, chunk_size: int) -> list[int]:
     """Where a row's chunks end: at every multiple of chunk_size, counted from the request's start, and at its end."""
     ends = [t for t in range(1, tokens) if (computed + t) % chunk_size == 0]
     return [*ends, tokens] if tokens else []

@@ -52,8 +52,8 @@ def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
     if operand == torch.bfloat16 and INTERPRETED:
         operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
     chunks = v.shape[0] // CHUNK + rows if flat else rows * cdiv(length, CHUNK)
-    # The assembler of CUDA 12.8 compiles `_gradients` wrongly for Hopper where float32 keys are padded to 16: matrix units
-    # then read at addresses that were never computed.
+    # The assembler of CUDA 12.8 compiles `_gradients` wrongly for Hopper where float32 keys are padded to 16: matrix
+    # units then read at addresses that were never computed.
     least = 32 if operand == torch.float32 else 16
     block_k, v_padded = max(triton.next_power_of_2(k_dim), least), max(triton.next_power_of_2(v_dim), 16)
     places = 0
