@@ -90,8 +90,8 @@ def mamba3_chunk_scan(
 
     Trapezoidal rule, states that turn, no convolution. A row is a sequence: `(n, length, ...)`, or packed
     `(tokens, ...)` with `cu_seqlens`. Head h uses group h // (heads / groups) of B and C. A head has one input and
-    output (SISO), or with `mimo_x` as many as its rank (MIMO). It is composed of mamba_chunk_scan: see
-    `mamba_ops/ops/_common/mamba3.py`.
+    output (SISO), or with `mimo_x` as many as its rank (MIMO). On Triton SISO has kernels of its own. All else is
+    composed of mamba_chunk_scan: see `mamba_ops/ops/_common/mamba3.py`.
 
     Args:
         x: (..., heads, dim).
@@ -138,9 +138,10 @@ def mamba3_chunk_scan(
         y[r] = (sum(s * q[r]) + D * x[t] * mimo_x[r]) * silu(z[t] * mimo_z[r])
         out[t] = sum_r mimo_o[r] * y[r]
 
-    k and q are rounded to the dtype that x, B and C promote to before they are multiplied. A row without tokens has no
-    output; with a write slot other than its slot, its initial states are copied there. No two rows may store to one
-    slot, nor one row store to a slot that another reads.
+    k and q are rounded to the dtype that x, B and C promote to before they are multiplied; on Triton also the state
+    that is read, and values times their weights, to as many digits. A row without tokens has no output; with a write
+    slot other than its slot, its initial states are copied there. No two rows may store to one slot, nor one row store
+    to a slot that another reads.
     """
 
 

@@ -80,6 +80,10 @@ def _samples(
     yield sample("packed, tokens past the end", tokens + 5, **past, **initial)
     bare: dict[str, Any] = dict.fromkeys((*caches(), "slots"))
     yield sample("packed, no caches", tokens, **packed, **bare)
+    many = {
+        "cu_seqlens": indices(0, 9 * chunk_size, 9 * chunk_size + 1, 17 * chunk_size + 3)
+    }  # chunks of 64 tokens, too
+    yield sample("packed, more chunks", 17 * chunk_size + 3, **many, **initial)
     ranks = (rank,)
     gate: dict[str, Any] = {"z": normal(3, length, heads, dim)}
     yield sample("MIMO", rank=ranks, **gate, **initial)

@@ -11,11 +11,11 @@ from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_pla
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
 from mamba_ops.ops._triton.limits import Limits
-from mamba_ops.ops.mamba3_chunk_scan.triton.kernels import _begin, _prepare, _scan, _turns
+from mamba_ops.ops.mamba3_chunk_scan.triton.chunks import _begin, _prepare, _turns
+from mamba_ops.ops.mamba3_chunk_scan.triton.scan import _scan
 
 if TYPE_CHECKING:
     from mamba_ops.ops.mamba3_chunk_scan.op import Arguments
-
 CHUNK = 64
 """Tokens of a chunk, whatever the call's own chunks are: results depend on it by rounding alone."""
 
@@ -37,7 +37,6 @@ def mamba3_chunk_scan(call: "Arguments") -> None:
     tokens = call.x.numel() // (heads * dim)
     if rows == 0 or (tokens == 0 and (call.write_slots is None or call.ssm_state is None)):
         return
-    chunks = tokens // CHUNK + rows if length is None else rows * cdiv(length, CHUNK)
 
     written = by_token(call.output, flat)
     x, dt, A, trap, angles, B, C = (
@@ -54,6 +53,7 @@ def mamba3_chunk_scan(call: "Arguments") -> None:
 
     launches = _launches(x.get_device(), dim, dstate, str(common).removeprefix("torch."))
     half = launches["_turns"]["HALF"]
+    chunks = tokens // CHUNK + rows if length is None else rows * cdiv(length, CHUNK)
 
     def scratch(dtype: torch.dtype, *sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device=x.device)
@@ -97,7 +97,6 @@ def mamba3_chunk_scan(call: "Arguments") -> None:
                 rows,
                 HEADS=heads,
                 ANGLES=pairs,
-                CHUNK=CHUNK,
                 **launches["_turns"],
             )
             _begin[(rows * heads,)](
@@ -119,7 +118,6 @@ def mamba3_chunk_scan(call: "Arguments") -> None:
                 HEADS=heads,
                 DSTATE=dstate,
                 ANGLES=pairs,
-                CHUNK=CHUNK,
                 **rounds,
                 **launches["_begin"],
             )
@@ -157,7 +155,6 @@ def mamba3_chunk_scan(call: "Arguments") -> None:
                 DSTATE=dstate,
                 ANGLES=pairs,
                 ALIGNED=aligned,
-                CHUNK=CHUNK,
                 **rounds,
                 **launches["_prepare"],
             )
@@ -200,7 +197,6 @@ def mamba3_chunk_scan(call: "Arguments") -> None:
             DSTATE=dstate,
             ANGLES=pairs,
             ALIGNED=aligned,
-            CHUNK=CHUNK,
             **launches["_scan"],
         )
     write_back(written, call.output, flat)
@@ -219,13 +215,13 @@ def _launches(dim: int, dstate: int, dtype: str, *, limits: Limits) -> Launches:
     least = 32 if is_wide else 16
     half = max(triton.next_power_of_2(dstate), least) // 2
     block = min(max(triton.next_power_of_2(dim), least), 32)
-    shared = {"HALF": half, "BLOCK_ROWS": 128}
+    shared = {"HALF": half, "CHUNK": CHUNK, "BLOCK_ROWS": 128}
     precision = {"PRECISION": limits.precision(11 if dtype == "float16" else 24) if is_wide else "ieee"}
-    read_ahead = (2 * CHUNK * (2 * half + block + CHUNK)) * (4 if is_wide else 2)
+    read_ahead = 2 * CHUNK * (2 * half + block + CHUNK) * (4 if is_wide else 2)
     stages = 2 if not is_wide and 2 * read_ahead <= limits.shared_memory else 1
     return {
         "_turns": {**shared, "num_warps": 4},
         "_begin": {**shared, "BLOCK_CHUNKS": 32, "num_warps": 4},
         "_prepare": {**shared, **precision, "num_warps": 8, "num_stages": 1},
-        "_scan": {**shared, **precision, "BLOCK": block, "num_warps": 4, "num_stages": stages},
+        "_scan": {**shared, **precision, "BLOCK": block, "num_warps": 8 if is_wide else 4, "num_stages": stages},
     }
