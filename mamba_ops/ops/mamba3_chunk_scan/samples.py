@@ -80,9 +80,8 @@ def _samples(
     yield sample("packed, tokens past the end", tokens + 5, **past, **initial)
     bare: dict[str, Any] = dict.fromkeys((*caches(), "slots"))
     yield sample("packed, no caches", tokens, **packed, **bare)
-    many = {
-        "cu_seqlens": indices(0, 9 * chunk_size, 9 * chunk_size + 1, 17 * chunk_size + 3)
-    }  # chunks of 64 tokens, too
+    bounds = indices(0, 9 * chunk_size, 9 * chunk_size + 1, 17 * chunk_size + 3)  # more than a kernel's chunk of 64
+    many: dict[str, Any] = {"cu_seqlens": bounds}
     yield sample("packed, more chunks", 17 * chunk_size + 3, **many, **initial)
     ranks = (rank,)
     gate: dict[str, Any] = {"z": normal(3, length, heads, dim)}
