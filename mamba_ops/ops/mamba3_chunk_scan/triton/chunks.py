@@ -1,12 +1,13 @@
-"""Mamba-3's recurrence with one input and output a head over whole sequences, chunk by chunk, in four launches.
+"""Mamba-3's recurrence with one input and output a head over whole sequences, chunk by chunk, in five launches.
 
 The product of token s counts for a later one by w[s] = early[s] + late[s + 1], times the decay between them, where late
 is 0 after the row's last token; for its own token by early[s] alone. So a chunk is one of Mamba-2's but for the
 diagonal of its weights. Nothing is divided, and values are multiplied as they are.
 
 What turns k and q is a sum over all tokens of a row before. It is summed as whole numbers, in units of 2^-40 half
-turns: exact, in any order. `_turns` sums every chunk's, `_begin` all before each chunk; `_prepare` turns k and q, and
-finds how a chunk's queries read its values. `_scan` walks over the chunks of a row with one head's state in registers.
+turns: exact, in any order. `_turns` sums every chunk's, `_begin` all before each chunk, and `_rotate` turns k and q.
+`_weigh` finds how a chunk's queries read its values: apart from `_rotate`, whose registers are full. `_scan` walks over
+the chunks of a row with one head's state in registers.
 """
 
 import triton
@@ -143,11 +144,9 @@ def _turned(vectors, bias, sine, cosine, CHUNK: tl.constexpr, HALF: tl.constexpr
     return tl.reshape(pairs, [CHUNK, 2 * HALF])
 
 
-@kernel(first_number="dt_stride", static="B_bias C_bias starts keys queries factors weights last_angle last_k")
-def _prepare(
+@kernel(first_number="dt_stride", static="B_bias C_bias starts keys queries last_angle last_k")
+def _rotate(
     dt,
-    A,
-    trap,
     angles,
     B,
     C,
@@ -158,13 +157,9 @@ def _prepare(
     starts,
     keys,  # out: (chunks, heads, CHUNK, DSTATE), turned; in the dtype in which they are multiplied
     queries,  # out: the same
-    factors,  # out: (chunks, heads, 4, CHUNK), of queries, of values that are kept; the chunk's decay; late
-    weights,  # out: (chunks, heads, CHUNK, CHUNK), how queries read each value
     last_angle,  # out: (rows, heads, ANGLES), of each row's last token
     last_k,  # out: (rows, heads, DSTATE)
     dt_stride,
-    A_stride,
-    trap_stride,
     angles_stride,
     B_stride,
     C_stride,
@@ -181,7 +176,6 @@ def _prepare(
     CHUNK: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
     FLOAT16: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -231,6 +225,51 @@ def _prepare(
     at = number * (CHUNK * DSTATE) + i[:, None] * DSTATE + entry[None, :]
     tl.store(keys + at, k, read)
     tl.store(queries + at, q, read)
+
+
+@kernel(first_number="dt_stride", static="keys queries factors weights")
+def _weigh(
+    dt,
+    A,
+    trap,
+    cu_seqlens,
+    slots,
+    keys,
+    queries,
+    factors,  # out: (chunks, heads, 4, CHUNK), of queries, of values that are kept; the chunk's decay; late
+    weights,  # out: (chunks, heads, CHUNK, CHUNK), how queries read each value
+    dt_stride,
+    A_stride,
+    trap_stride,
+    slots_stride,
+    length,
+    rows,
+    null_slot,
+    slot_count,
+    HEADS: tl.constexpr,
+    DSTATE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    chunk = program // HEADS
+    head = program % HEADS
+    row, low, high, _, is_last = chunk_bounds(chunk, cu_seqlens, rows, length, CHUNK, BLOCK_ROWS)
+    if row >= rows:
+        return
+    if load_slot(row, slots, slots_stride, null_slot, slot_count) < 0:
+        return
+    i = tl.arange(0, CHUNK)
+    t = low + i
+    there = t < high
+    entry = tl.arange(0, 2 * HALF)
+    number = chunk.to(tl.int64) * HEADS + head
+    at = number * (CHUNK * DSTATE) + i[:, None] * DSTATE + entry[None, :]
+    read = there[:, None] & (entry < DSTATE)[None, :]
+    k = tl.load(keys + at, read, other=0.0)
+    q = tl.load(queries + at, read, other=0.0)
 
     # What goes to a token's own product, and what the next one gives to it.
     end = high

@@ -1,4 +1,4 @@
-"""How the four kernels of mamba3_chunk_scan are launched."""
+"""How the five kernels of mamba3_chunk_scan are launched."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_pla
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
 from mamba_ops.ops._triton.limits import Limits
-from mamba_ops.ops.mamba3_chunk_scan.triton.chunks import _begin, _prepare, _turns
+from mamba_ops.ops.mamba3_chunk_scan.triton.chunks import _begin, _rotate, _turns, _weigh
 from mamba_ops.ops.mamba3_chunk_scan.triton.scan import _scan
 
 if TYPE_CHECKING:
@@ -121,10 +121,8 @@ def mamba3_chunk_scan(call: "Arguments") -> None:
                 **rounds,
                 **launches["_begin"],
             )
-            _prepare[(chunks * heads,)](
+            _rotate[(chunks * heads,)](
                 dt,
-                A,
-                trap,
                 angles,
                 B,
                 C,
@@ -135,13 +133,9 @@ def mamba3_chunk_scan(call: "Arguments") -> None:
                 starts,
                 keys,
                 queries,
-                factors,
-                weights,
                 last_angle,
                 last_k,
                 dt.stride(0),
-                A.stride(0),
-                trap.stride(0),
                 angles.stride(0),
                 B.stride(0),
                 C.stride(0),
@@ -156,7 +150,29 @@ def mamba3_chunk_scan(call: "Arguments") -> None:
                 ANGLES=pairs,
                 ALIGNED=aligned,
                 **rounds,
-                **launches["_prepare"],
+                **launches["_rotate"],
+            )
+            _weigh[(chunks * heads,)](
+                dt,
+                A,
+                trap,
+                cu_seqlens,
+                slots,
+                keys,
+                queries,
+                factors,
+                weights,
+                dt.stride(0),
+                A.stride(0),
+                trap.stride(0),
+                slots_stride,
+                size,
+                rows,
+                call.null_slot,
+                slot_count,
+                HEADS=heads,
+                DSTATE=dstate,
+                **launches["_weigh"],
             )
         _scan[(rows * heads * cdiv(dim, launches["_scan"]["BLOCK"]),)](
             x,
@@ -207,10 +223,16 @@ _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32
 
 
 @tunable_launch(
-    _turns="num_warps", _begin="num_warps", _prepare="num_warps num_stages", _scan="BLOCK num_warps num_stages"
+    _turns="num_warps",
+    _begin="num_warps",
+    _rotate="num_warps",
+    _weigh="num_stages",
+    _scan="BLOCK num_warps num_stages",
 )
 def _launches(dim: int, dstate: int, dtype: str, *, limits: Limits) -> Launches:
-    """No side of a matrix product is shorter than 16; of float32, than 32."""
+    """No side of a matrix product is shorter than 16; of float32, than 32. `_weigh` has four warps: with eight, the
+    machine code for Hopper reads shared memory at addresses that `tests.descriptors` cannot follow.
+    """
     is_wide = dtype != "bfloat16"
     least = 32 if is_wide else 16
     half = max(triton.next_power_of_2(dstate), least) // 2
@@ -222,6 +244,7 @@ def _launches(dim: int, dstate: int, dtype: str, *, limits: Limits) -> Launches:
     return {
         "_turns": {**shared, "num_warps": 4},
         "_begin": {**shared, "BLOCK_CHUNKS": 32, "num_warps": 4},
-        "_prepare": {**shared, **precision, "num_warps": 8, "num_stages": 1},
+        "_rotate": {**shared, "num_warps": 8},
+        "_weigh": {**shared, **precision, "num_warps": 4, "num_stages": 1},
         "_scan": {**shared, **precision, "BLOCK": block, "num_warps": 8 if is_wide else 4, "num_stages": stages},
     }

@@ -1,4 +1,4 @@
-"""The last of the four launches of Mamba-3's scan: `_scan` walks over the chunks that `chunks.py` has prepared."""
+"""The last of the five launches of Mamba-3's scan: `_scan` walks over the chunks that `chunks.py` has prepared."""
 
 import triton.language as tl
 
