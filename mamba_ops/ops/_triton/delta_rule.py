@@ -29,57 +29,30 @@ def length_factor(x, L2NORM: tl.constexpr):
 
 
 @triton.jit
-def _quarters(x):
-    # Of a lower triangular square: the first on its diagonal, the one below that, and the last.
-    HALF: tl.constexpr = x.shape[0] // 2
-    x = tl.permute(tl.reshape(x, [2, HALF, 2, HALF]), (1, 3, 0, 2))
-    left, right = tl.split(x)
-    first, below = tl.split(left)
-    _, last = tl.split(right)
-    return first, below, last
-
-
-@triton.jit
-def _square(first, below, last):
-    # The square of these quarters, with zeros above the diagonal.
-    left = tl.join(first, below)
-    right = tl.join(tl.zeros_like(last), last)
-    x = tl.permute(tl.join(left, right), (2, 0, 3, 1))
-    return tl.reshape(x, [2 * first.shape[0], 2 * first.shape[0]])
-
-
-@triton.jit
-def _joined(first, below, last, PRECISION: tl.constexpr):
-    # The inverse of a lower triangular square, given its quarter below the diagonal and the inverses of those on it.
-    # The first product is turned: else triton-xpu 3.3.0b1 gives a square of squares two layouts.
-    below = tl.trans(tl.dot(tl.trans(first), tl.trans(below), input_precision=PRECISION))
-    below = tl.dot(last, below, input_precision=PRECISION)
-    return _square(first, -below, last)
-
-
-@triton.jit
 def inverse_of(system, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    # Of 1 + system, which is strictly lower triangular. First of the four parts on its diagonal, all at once, row by
-    # row; then of the two squares of two parts, and of the whole.
-    tl.static_assert(CHUNK == 4 * _PART)
-    first, below, last = _quarters(system)
-    part_0, below_0, part_1 = _quarters(first)
-    part_2, below_1, part_3 = _quarters(last)
-    part = tl.join(tl.join(part_0, part_2), tl.join(part_1, part_3))
-    part = tl.reshape(part, [_PART, _PART, 4])
-    row = tl.arange(0, _PART)[:, None, None]
-    column = tl.arange(0, _PART)[None, :, None]
+    # Of 1 + system, which is strictly lower triangular. First of the parts on its diagonal, all at once, by elimination
+    # of a column after the other. With P made of those inverses, and N = P @ (what is left of them), N^4 is zero, and
+    # the whole inverse is (1 - N) (1 + N^2) P.
+    PARTS: tl.constexpr = CHUNK // _PART
+    i = tl.arange(0, PARTS)
+    own = (i[:, None] == i[None, :])[:, :, None, None]
+    parts = tl.permute(tl.reshape(system, [PARTS, _PART, PARTS, _PART]), (0, 2, 1, 3))
+    part = tl.sum(tl.where(own, parts, 0.0), axis=1)
+    row = tl.arange(0, _PART)[None, :, None]
+    column = tl.arange(0, _PART)[None, None, :]
     solved = tl.where(row == column, 1.0, part * 0.0)
-    for j in tl.static_range(1, _PART):
-        factors = tl.sum(tl.where(row == j, part, 0.0), axis=0)
-        known = tl.sum(factors[:, None, :] * solved, axis=0)
-        solved -= tl.where(row == j, known[None, :, :], 0.0)
-    left, right = tl.split(tl.reshape(solved, [_PART, _PART, 2, 2]))
-    part_0, part_2 = tl.split(left)
-    part_1, part_3 = tl.split(right)
-    first = _joined(part_0, below_0, part_1, PRECISION)
-    last = _joined(part_2, below_1, part_3, PRECISION)
-    return _joined(first, below, last, PRECISION)
+    for j in range(_PART - 1):
+        factor = tl.sum(tl.where(column == j, part, 0.0), axis=2)
+        pivot = tl.sum(tl.where(row == j, solved, 0.0), axis=1)
+        solved -= factor[:, :, None] * pivot[:, None, :]
+    whole = tl.where(own, tl.expand_dims(solved, 1), 0.0)
+    whole = tl.reshape(tl.permute(whole, (0, 2, 1, 3)), [CHUNK, CHUNK])
+    i = tl.arange(0, CHUNK)
+    rest = tl.where(i[:, None] // _PART > i[None, :] // _PART, system, 0.0)
+    n = tl.dot(whole, rest, input_precision=PRECISION)
+    square = tl.dot(n, n, input_precision=PRECISION)
+    whole += tl.dot(square, whole, input_precision=PRECISION)
+    return whole - tl.dot(n, whole, input_precision=PRECISION)
 
 
 @triton.jit

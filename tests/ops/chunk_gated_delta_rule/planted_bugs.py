@@ -6,7 +6,7 @@ BUGS = {
     "system without beta": ("of_key *= up * strength", "of_key *= up"),
     "inverse without beta": ("* strength[None, :]", "* 1.0"),
     "what is between tokens not decayed": ("near[:, None] - near[None, :]", "0.0 * near[:, None]"),
-    "last token of a part not solved": ("tl.static_range(1, _PART):", "tl.static_range(1, _PART - 1):"),
+    "last token of a part not solved": ("for j in range(_PART - 1):", "for j in range(_PART - 2):"),
     "state not decayed over a chunk": ("s * decay", "s"),
     "tokens not decayed to the chunk's end": ("tl.exp2(to_log2(left))", "1.0"),
     "what is known written again": ("new -= tl.dot(", "new -= 0.0 * tl.dot("),
@@ -15,17 +15,14 @@ BUGS = {
 }
 
 SLOW_BUGS = {  # slow: interpreted matrix products
-    "parts below the diagonal dropped": (
-        "return _square(first, -below, last)",
-        "return _square(first, 0.0 * below, last)",
-    ),
+    "parts below the diagonal dropped": ("n = tl.dot(whole, rest,", "n = 0.0 * tl.dot(whole, rest,"),
     "state before a chunk read as it is at its end": ("query_factor[None, :]", "1.0"),
     "state read by rows that have none": (
         "load_flag(row, has_initial_state, initial_stride)",
         "(slot_stride >= 0)",
     ),
     "second chunk read as the first": ("solved += V_HEADS * CHUNK * CHUNK", "solved += 0"),
-    "corner of the inverse wrong": ("return _joined(first, below, last,", "return _joined(first, 0.0 * below, last,"),
+    "corner of the inverse wrong": ("whole += tl.dot(square,", "whole += 0.0 * tl.dot(square,"),
     "scale dropped": ("length_factor(queries, L2NORM) * scale", "length_factor(queries, L2NORM)"),
     "null rows not zeroed": ("tl.zeros([CHUNK, BLOCK], tl.float32), (t", "1.0, (t"),
     "null slot ignored": ("slots_stride, null_slot, slot_count)", "slots_stride, -1, slot_count)"),
