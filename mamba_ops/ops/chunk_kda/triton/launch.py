@@ -154,7 +154,7 @@ class Chunks(NamedTuple):
         )
         _steep_pairs[(cdiv(count, _TOGETHER),)](
             *(q, k, g, cu_seqlens, self.factors, self.steep, self.system, *strides, *numbers[1:3], count),
-            **sizes,
+            **{name: size for name, size in sizes.items() if name != "BLOCK_K"},
             **{name: launches["_decay"][name] for name in ("BLOCK", "BLOCK_ROWS", "SPAN")},
             TOGETHER=_TOGETHER,
             **launches["_steep_pairs"],

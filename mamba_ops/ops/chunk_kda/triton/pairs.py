@@ -165,7 +165,6 @@ def _steep_pairs(
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,  # as in `_decay`
     SPAN: tl.constexpr,  # likewise
     PRECISION: tl.constexpr,
