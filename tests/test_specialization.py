@@ -139,7 +139,20 @@ def test_random_calls_ask_for_two_variants_or_as_many_as_there_is_a_reason_for()
     assert max(v["variants"] for v in variants) > 1  # alignment was varied
 
 
-LAUNCHED = ("_kernel", "_prepare", "_states", "_outputs", "_solve", "_scan", "_ends", "_starts", "_transpose")
+LAUNCHED = (
+    "_kernel",
+    "_prepare",
+    "_states",
+    "_outputs",
+    "_decay",
+    "_steep_pairs",
+    "_pairs",
+    "_solve",
+    "_scan",
+    "_ends",
+    "_starts",
+    "_transpose",
+)
 
 COUNT = """
 import importlib.util, json, random, torch

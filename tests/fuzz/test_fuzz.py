@@ -99,11 +99,9 @@ def test_everything_that_users_call_is_called() -> None:
 @pytest.mark.parametrize("target", all_targets("torch"), ids=lambda t: t.name)
 def test_every_right_call_is_right(target: Target) -> None:
     """And compares something with the truth."""
-    assert target.bases
-    for base in target.bases[:1]:
-        arguments = base()
-        with torch.set_grad_enabled(target.records):
-            assert outcome(target, arguments, {n: type(a) for n, a in arguments.items()}, is_right=True) == RIGHT
+    arguments = target.bases[0]()
+    with torch.set_grad_enabled(target.records):
+        assert outcome(target, arguments, {n: type(a) for n, a in arguments.items()}, is_right=True) == RIGHT
 
 
 def named(target: Target) -> str:
@@ -221,10 +219,9 @@ def test_angles_are_summed_in_small_steps() -> None:
             assert changed(target, {"has_initial_state": torch.zeros_like(goes_on)}, number) in (RIGHT, NO_TRUTH)
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="calls of the fuzzer are on CPU tensors")
 def test_what_a_row_of_narrow_numbers_is_rounded_by_counts_in_layers_on_other_backends() -> None:
     """Its scale is its largest number's: a layer errs by half a step of that once, and by two steps nowhere."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("calls of the fuzzer are on CPU tensors")
     narrow = [t for t in all_targets("triton") if "state_scale" in t.bases[0]() and t.name == "Mamba2"]
     assert narrow
     for target in narrow:

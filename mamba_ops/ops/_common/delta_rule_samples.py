@@ -65,7 +65,8 @@ def prefill_samples(
     short = {"qk_l2norm": False, "scale": 0.3, "k": normal(2, 9, k_heads, k_dim) / k_dim**0.5}
     yield Sample("no optionals", sample("bare", 2, 9).args, {"qk_l2norm": True})
     yield sample("not normalised, no slots", 2, 9, **short, slots=None, null_slot=0)
-    yield sample("negative eigenvalues", 1, length, beta=doubled, k_heads=1, ssm_state=turned)
+    between = {"g": -2 * normal(1, length, v_heads, *gate).abs()} if by_channel else {}
+    yield sample("negative eigenvalues", 1, length, beta=doubled, k_heads=1, ssm_state=turned, **between)
     yield sample("strong decay", 1, length, g=strong, k_heads=v_heads, ssm_state=padded)
     channel_major = normal(v_heads, v_dim, tokens).permute(2, 0, 1)
     moved: dict[str, Any] = {"write_slots": indices(7, -1, 0, 8), "null_slot": 7, "v": channel_major}

@@ -15,7 +15,7 @@ from mamba_ops.ops._triton import _triton
 from mamba_ops.ops._triton.tape import observed
 
 
-def kernel(*, first_number: str, static: str = "") -> Callable[[Callable[..., Any]], Any]:
+def kernel(*, first_number: str | None = None, static: str = "") -> Callable[[Callable[..., Any]], Any]:
     """Make a Triton kernel that is compiled for none of the numbers and addresses that vary from call to call.
 
     Triton itself compiles a kernel again for a number that is 1 or a multiple of 16, for an address that is a multiple
@@ -23,7 +23,8 @@ def kernel(*, first_number: str, static: str = "") -> Callable[[Callable[..., An
     every `constexpr`.
 
     Args:
-        first_number: the first parameter that is a number: tensors come before it, constexprs after all numbers.
+        first_number: the first parameter that is a number: tensors come before it, constexprs after all numbers. None:
+            there are no numbers.
         static: tensors at alike addresses in every call, which Triton may compile for: parameters, and memory that
             the launcher allocates.
     """
@@ -31,7 +32,7 @@ def kernel(*, first_number: str, static: str = "") -> Callable[[Callable[..., An
     def decorate(function: Callable[..., Any]) -> Any:
         parameters = inspect.signature(function).parameters.values()
         names = [p.name for p in parameters if p.annotation is not tl.constexpr]
-        numbers = names[names.index(first_number) :]
+        numbers = [] if first_number is None else names[names.index(first_number) :]
         if unknown := set(static.split()) - set(names) | set(static.split()) & set(numbers):
             raise ValueError(f"{function.__name__}: static: got {', '.join(sorted(unknown))}, expected tensors")
         # Of tensors whose size varies this leaves out, beside the alignment, whether one has at most 2 GiB, for which

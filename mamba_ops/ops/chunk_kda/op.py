@@ -76,9 +76,9 @@ def chunk_kda(
     The recurrence is that of "Kimi Linear: An Expressive, Efficient Attention Architecture" (Moonshot AI, 2025),
     computed in chunks of 64 tokens counted from a row's first one. With G the sum of g up to a token of a chunk, and S
     the state before it, what the tokens write, U, solves (I + A) U = beta * (V - (exp(G) K) S^T) with
-    A[i, j] = beta[i] * sum over channels of k[i] k[j] exp(G[i] - G[j]) for j < i. Decays of any strength are exact: in
-    parts of 16 tokens the exponents are sums of the g between two tokens; between parts they are split where the later
-    part begins, so that none is positive.
+    A[i, j] = beta[i] * sum over channels of k[i] k[j] exp(G[i] - G[j]) for j < i. Decays of any strength are exact:
+    exponents are sums of the g between two tokens, and where a product of matrices needs a factor of each token they
+    are split at a token between the two, or at one before them where so little decays that it can be undone.
     """
 
 

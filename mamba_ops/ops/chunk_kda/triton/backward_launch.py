@@ -19,8 +19,8 @@ from mamba_ops.ops._triton.layout import by_token, write_back
 from mamba_ops.ops._triton.limits import Limits, limits_of
 from mamba_ops.ops.chunk_kda.triton.backward_pairs import _gather, _pair_gradients
 from mamba_ops.ops.chunk_kda.triton.backward_states import _adjoints, _products, _reads
-from mamba_ops.ops.chunk_kda.triton.kernels import _pairs, _scan, _solve
-from mamba_ops.ops.chunk_kda.triton.launch import _launches, block_of_values, warps_of_walks
+from mamba_ops.ops.chunk_kda.triton.kernels import _scan
+from mamba_ops.ops.chunk_kda.triton.launch import Chunks, _launches, block_of_values, warps_of_walks
 
 if TYPE_CHECKING:
     from mamba_ops.ops._common.delta_rule import BackwardArguments
@@ -75,23 +75,17 @@ def chunk_kda_backward(call: "BackwardArguments") -> None:
     slot_stride, *strides = (-1, 0, 0, 0) if initial_states is None else initial_states.stride()
     head_stride, value_stride, key_stride = (None, None, None) if sizes["ALIGNED"] else strides
     with on_device_of(v):
-        factors, system = scratch(2, CHUNK, dtype=torch.float32), scratch(CHUNK, CHUNK, dtype=torch.float32)
-        weights, inverses, keyed = scratch(CHUNK, CHUNK), scratch(CHUNK, CHUNK), scratch(3, CHUNK, block_k)
-        whole = scratch(block_k, dtype=torch.float32)
-        _pairs[(chunks * v_heads * (CHUNK // PART),)](
-            *(q, k, g, cu_seqlens, slots, factors, system, weights, keyed, whole),
-            *(scale, q.stride(0), k.stride(0), g.stride(0), slots_stride, length, rows, -1, rows),
-            **sizes,
-            K_HEADS=k_heads,
-            L2NORM=call.qk_l2norm,
-            **forward["_pairs"],
+        of_chunks = Chunks.empty(scratch, block_k)
+        of_chunks.find(
+            (q, k, g, beta),
+            (cu_seqlens, slots),
+            (slots_stride, length, rows, -1, rows),
+            {**sizes, "K_HEADS": k_heads},
+            forward,
+            scale=scale,
+            l2norm=call.qk_l2norm,
         )
-        _solve[(chunks * v_heads,)](
-            *(beta, cu_seqlens, slots, system, inverses, beta.stride(0), slots_stride, length, rows, -1, rows),
-            V_HEADS=v_heads,
-            CHUNK=CHUNK,
-            **forward["_solve"],
-        )
+        factors, _, keyed, whole, system, weights, inverses = of_chunks
         states, adjoints = scratch(v_padded, block_k), scratch(v_padded, block_k)
         new, found = scratch(CHUNK, v_padded), scratch(CHUNK, v_padded)
         _scan[(rows * v_heads * (v_padded // forward["_scan"]["BLOCK"]),)](

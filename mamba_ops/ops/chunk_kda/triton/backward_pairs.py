@@ -5,7 +5,7 @@ import triton.language as tl
 
 from mamba_ops.ops._triton.common import chunk_bounds, kernel, tile_ptrs
 from mamba_ops.ops._triton.delta_rule import _PART, through_norm
-from mamba_ops.ops.chunk_kda.triton.kernels import _LOG2_E, load_decays
+from mamba_ops.ops.chunk_kda.triton.pairs import _LOG2_E, load_decays
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import triton.language as tl
 
 from mamba_ops.ops._triton.common import chunk_bounds, kernel, row_chunks, tile_ptrs
 from mamba_ops.ops._triton.delta_rule import load_numbers
-from mamba_ops.ops.chunk_kda.triton.kernels import load_decays
+from mamba_ops.ops.chunk_kda.triton.pairs import load_decays
 
 
 @kernel(first_number="grad_stride", static="keyed whole inverses weights adjoints found")
@@ -57,7 +57,7 @@ def _adjoints(
     for chunk in range(chunks):
         t = begin + (chunks - 1 - chunk) * CHUNK + i
         is_token = (t < begin + count)[:, None]
-        of_chunk = keyed + number * (3 * CHUNK * BLOCK_K) + of_key
+        of_chunk = keyed + number * (4 * CHUNK * BLOCK_K) + of_key
         through = tl.load(of_chunk, is_token, other=0.0)
         queries = tl.load(of_chunk + CHUNK * BLOCK_K, is_token, other=0.0)
         keys = tl.load(of_chunk + 2 * CHUNK * BLOCK_K, is_token, other=0.0)

@@ -1,20 +1,25 @@
-"""How the three kernels of chunk_kda are launched."""
+"""How the five kernels of chunk_kda are launched."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_placeholder, slots_of
-from mamba_ops.ops._triton.delta_rule import CHUNK, PART, precisions_of
+from mamba_ops.ops._triton.delta_rule import CHUNK, precisions_of
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
 from mamba_ops.ops._triton.limits import Limits
-from mamba_ops.ops.chunk_kda.triton.kernels import _pairs, _scan, _solve
+from mamba_ops.ops.chunk_kda.triton.kernels import _scan, _solve
+from mamba_ops.ops.chunk_kda.triton.pairs import _decay, _pairs, _steep_pairs
 
 if TYPE_CHECKING:
     from mamba_ops.ops.chunk_kda.op import Arguments
+
+_TOGETHER = 4  # chunks and heads that a program looks through for steep decays
 
 
 def chunk_kda(call: "Arguments") -> None:
@@ -29,13 +34,13 @@ def chunk_kda(call: "Arguments") -> None:
     """
     flat = call.cu_seqlens is not None
     rows = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
-    length = None if flat else call.v.shape[1]
+    length = call.v.shape[0] if flat else call.v.shape[1]
     (k_heads, k_dim), (v_heads, v_dim) = call.q.shape[-2:], call.v.shape[-2:]
     tokens = call.v.numel() // (v_heads * v_dim)
     moves = call.write_slots is not None and call.ssm_state is not None
     if rows == 0 or (tokens == 0 and not moves):
         return
-    chunks = tokens // CHUNK + rows if length is None else rows * cdiv(length, CHUNK)
+    chunks = tokens // CHUNK + rows if flat else rows * cdiv(length, CHUNK)
 
     written = by_token(call.output, flat)
     q, k, v, g, beta = (by_token(t, flat) for t in (call.q, call.k, call.v, call.g, call.beta))
@@ -47,12 +52,10 @@ def chunk_kda(call: "Arguments") -> None:
 
     block_k, v_padded = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))
 
-    def scratch(*shape: int, dtype: torch.dtype = operand) -> torch.Tensor:
+    def scratch(*shape: int, dtype: torch.dtype = operand) -> Tensor:
         return torch.empty((chunks, v_heads, *shape), dtype=dtype, device=v.device)
 
-    factors, system = scratch(2, CHUNK, dtype=torch.float32), scratch(CHUNK, CHUNK, dtype=torch.float32)
-    weights, inverses, keyed = scratch(CHUNK, CHUNK), scratch(CHUNK, CHUNK), scratch(3, CHUNK, block_k)
-    whole = scratch(block_k, dtype=torch.float32)
+    of_chunks = Chunks.empty(scratch, block_k)
     places = 0
     for tensor in (q, k, v, g, written):
         places |= tensor.data_ptr() | tensor.stride(0) * tensor.itemsize | tensor.shape[-1] * tensor.itemsize
@@ -73,33 +76,101 @@ def chunk_kda(call: "Arguments") -> None:
     launches = _launches(v.get_device(), k_dim, v_dim, str(operand).removeprefix("torch."))
     with on_device_of(v):
         if tokens:
-            _pairs[(chunks * v_heads * (CHUNK // PART),)](
-                *(q, k, g, cu_seqlens, slots, factors, system, weights, keyed, whole),
-                k_dim**-0.5 if call.scale is None else float(call.scale),
-                *(q.stride(0), k.stride(0), g.stride(0), slots_stride),
-                *(tokens if length is None else length, rows, call.null_slot, slots_of(call.ssm_state)),
-                **of_keys,
-                K_HEADS=k_heads,
-                L2NORM=call.qk_l2norm,
-                **launches["_pairs"],
-            )
-            _solve[(chunks * v_heads,)](
-                *(beta, cu_seqlens, slots, system, inverses, beta.stride(0), slots_stride),
-                *(tokens if length is None else length, rows, call.null_slot, slots_of(call.ssm_state)),
-                V_HEADS=v_heads,
-                CHUNK=CHUNK,
-                **launches["_solve"],
+            of_chunks.find(
+                (q, k, g, beta),
+                (cu_seqlens, slots),
+                (slots_stride, length, rows, call.null_slot, slots_of(call.ssm_state)),
+                {**of_keys, "K_HEADS": k_heads},
+                launches,
+                scale=k_dim**-0.5 if call.scale is None else float(call.scale),
+                l2norm=call.qk_l2norm,
             )
         _scan[(rows * v_heads * (v_padded // launches["_scan"]["BLOCK"]),)](
             *(v, beta, cu_seqlens, ssm_state, slots, write_slots, has_initial_state, written),
-            *(keyed, whole, inverses, weights, None, None),
+            *(of_chunks.keyed, of_chunks.whole, of_chunks.inverses, of_chunks.weights, None, None),
             *(v.stride(0), beta.stride(0), written.stride(0), slots_stride, write_stride, initial_stride, slot_stride),
-            *(head_stride, value_stride, key_stride, tokens if length is None else length, call.null_slot),
+            *(head_stride, value_stride, key_stride, length, call.null_slot),
             slots_of(call.ssm_state),
             **of_values,
             **launches["_scan"],
         )
     write_back(written, call.output, flat)
+
+
+class Chunks(NamedTuple):
+    """What is found of all chunks at once, (chunks, v_heads, ...); `_decay`, `_pairs` and `_solve` say what it is."""
+
+    factors: Tensor
+    steep: Tensor
+    keyed: Tensor
+    whole: Tensor
+    system: Tensor
+    weights: Tensor
+    inverses: Tensor
+
+    @classmethod
+    def empty(cls, scratch: Callable[..., Tensor], block_k: int) -> "Chunks":
+        """Return it before it is found; `scratch` makes a tensor of such a shape, of the operands' dtype by default."""
+        return cls(
+            factors=scratch(2, CHUNK, dtype=torch.float32),
+            steep=scratch(dtype=torch.int32),
+            keyed=scratch(4, CHUNK, block_k),
+            whole=scratch(block_k, dtype=torch.float32),
+            system=scratch(CHUNK, CHUNK, dtype=torch.float32),
+            weights=scratch(CHUNK, CHUNK),
+            inverses=scratch(CHUNK, CHUNK),
+        )
+
+    def find(
+        self,
+        tokens: tuple[Tensor, Tensor, Tensor, Tensor],
+        rows: tuple[Tensor | None, Tensor | None],
+        numbers: tuple[int | None, ...],
+        sizes: dict[str, Any],
+        launches: Launches,
+        *,
+        scale: float,
+        l2norm: bool,
+    ) -> None:
+        """Launch all kernels but `_scan`.
+
+        Args:
+            tokens: q, k, g and beta.
+            rows: cu_seqlens and slots.
+            numbers: those that the kernels have from `slots_stride` on.
+            sizes: of a key, and how it lies in memory: what `_decay` and `_steep_pairs` are compiled for.
+            launches: of these kernels.
+            scale: of queries.
+            l2norm: whether heads of q and k are divided by their lengths.
+        """
+        q, k, g, beta = tokens
+        cu_seqlens, slots = rows
+        count, strides = self.steep.numel(), (q.stride(0), k.stride(0), g.stride(0))
+        _decay[(count,)](
+            *(q, k, g, cu_seqlens, slots, self.factors, self.steep, self.keyed, self.whole, scale, *strides, *numbers),
+            **sizes,
+            L2NORM=l2norm,
+            **launches["_decay"],
+        )
+        _steep_pairs[(cdiv(count, _TOGETHER),)](
+            *(q, k, g, cu_seqlens, self.factors, self.steep, self.system, *strides, *numbers[1:3], count),
+            **{name: size for name, size in sizes.items() if name != "BLOCK_K"},
+            **{name: launches["_decay"][name] for name in ("BLOCK", "BLOCK_ROWS", "SPAN")},
+            TOGETHER=_TOGETHER,
+            **launches["_steep_pairs"],
+        )
+        _pairs[(count,)](
+            *(self.steep, self.keyed, self.system, self.weights),
+            CHUNK=CHUNK,
+            BLOCK_K=sizes["BLOCK_K"],
+            **launches["_pairs"],
+        )
+        _solve[(count,)](
+            *(beta, cu_seqlens, slots, self.system, self.inverses, beta.stride(0), *numbers),
+            V_HEADS=sizes["V_HEADS"],
+            CHUNK=CHUNK,
+            **launches["_solve"],
+        )
 
 
 def block_of_values(block_k: int, block_v: int, itemsize: int, limits: Limits) -> int:
@@ -113,11 +184,18 @@ def warps_of_walks(itemsize: int, limits: Limits) -> int:
     return 8 if limits.is_small or (itemsize == 4 and limits.caps_registers) else 4
 
 
-@tunable_launch(_pairs="num_warps", _solve="", _scan="BLOCK num_warps num_stages")
+@tunable_launch(
+    _decay="BLOCK num_warps",
+    _steep_pairs="num_warps",
+    _pairs="BLOCK num_warps num_stages",
+    _solve="",
+    _scan="BLOCK num_warps num_stages",
+)
 def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launches:
     """What is multiplied in which precision, too; a block of v has a matrix product's shortest side at least.
 
-    MODERATE is the binary log of how large a decayed key may be for matrix units: in float16 that is not much.
+    SPAN is the binary log of the largest factor that may undo a decay: an operand has to hold it, and in float32 its
+    exponent has to be exact.
     """
     block_k, block_v = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))
     itemsize = 4 if operand == "float32" else 2
@@ -125,17 +203,23 @@ def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launch
     read_ahead = (CHUNK * (3 * block_k + block + 2 * CHUNK) + block * block_k) * itemsize
     stages = 2 if itemsize == 2 and 4 * read_ahead <= 3 * limits.shared_memory else 1
     precisions = precisions_of(operand, limits)
-    part = {"BLOCK_ROWS": 128, "MODERATE": 4.0 if operand == "float16" else 60.0, "PRECISION": precisions["EXACT"]}
-    part |= {"num_warps": 2 if block_k <= 64 else 4, "num_stages": 1}
-    if itemsize == 2 and limits.is_large and block_k == 128:
-        part |= limits.registers(168)
-    # Two warps are faster where a thread has the registers, and a table may not set more: in an earlier form of this
+    span = {"bfloat16": 96.0, "float16": 8.0}.get(operand, 16.0)
+    decay = {"BLOCK_ROWS": 128, "BLOCK": min(block_k, 32), "SPAN": span, "num_stages": 1}
+    decay["num_warps"] = 2 if itemsize == 2 and limits.is_large else 4
+    exact = {"PRECISION": precisions["EXACT"], "num_warps": 4}
+    steep = exact | {"OPERAND": getattr(tl, operand), "num_stages": 1}
+    steep["num_warps"] = 8 if limits.is_small else 4
+    pairs = exact | {"BLOCK": min(block_k, 64 if itemsize == 2 else 32), "num_stages": stages}
+    # One warp is fastest where a thread has the registers, and a table may not set more: in an earlier form of this
     # kernel Triton 3.6 gave Hopper's matrix units wrong numbers of the inverse with four.
     solve = {"BLOCK_ROWS": 128, "PRECISION": precisions["PRECISION"], "num_stages": 1}
-    solve["num_warps"] = 2 if itemsize == 2 and limits.is_large else 4
+    solve["num_warps"] = 1 if itemsize == 2 and limits.is_large else 4
     scan = {"BLOCK_ROWS": 128, "BLOCK": block, "PRECISION": precisions["EXACT"]}
+    scan["AHEAD"] = limits.is_large and stages > 1  # measured there alone; triton-xpu 3.3.0b1 crashes of it
     return {
-        "_pairs": part,
+        "_decay": decay,
+        "_steep_pairs": steep,
+        "_pairs": pairs,
         "_solve": solve,
         "_scan": scan | {"num_warps": warps_of_walks(itemsize, limits), "num_stages": stages},
     }
