@@ -25,6 +25,7 @@ SAMPLES = {  # one of each way in which kernels read rows; the first of them eve
     "kda_update": ["speculative, write slots", "base", "packed, empty row"],
     "chunk_kda": ["packed, write slots", "base"],
     "mamba_chunk_scan": ["packed, initial states", "initial states", "write slots", "chunk states, packed"],
+    "mamba3_chunk_scan": ["packed, initial states", "base", "write slots"],
     "mamba3_state_update": ["speculative, packed, write slots", "base", "packed", "rows, write slots"],
     "selective_state_update": ["speculative packed", "base", "packed", "write slots"],
     "selective_scan": ["packed, write slots", "prefix cache", "base"],
@@ -34,6 +35,7 @@ SAMPLES = {  # one of each way in which kernels read rows; the first of them eve
 LONG = (
     "chunk_gated_delta_rule",
     "chunk_kda",
+    "mamba3_chunk_scan",
     "mamba_chunk_scan",
     "selective_scan",
 )  # in the interpreter, for every day

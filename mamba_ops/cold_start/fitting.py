@@ -113,7 +113,7 @@ def launches(op: "Op[...]") -> bool:
 
     What mixes a batch does not, nor does what keeps a forward's results for gradients.
     """
-    return "triton" in op.kernels or ("composed" in op.kernels and not (op.splits_graph or op.returns))
+    return "triton" in op.kernels
 
 
 class Variant(NamedTuple):
@@ -216,9 +216,17 @@ def calls(
         wanted = {"dtype": getattr(torch, dtype), "state_dtype": torch.float32, **SIZES}
         wanted |= {**OF_OP.get(base.name, {}), **sizes}
         wanted = {n: size for n, size in wanted.items() if n in known}
-        chosen = list(itertools.islice(op.sampler(torch.device("cpu"), **wanted), samples))
+        made = iter(op.sampler(torch.device("cpu"), **wanted))
+        chosen = list(itertools.islice(made, samples))
+        if op.kernels["triton"].partial:  # a call that it leaves to the ops inside, too
+            chosen += itertools.islice((each for each in made if _goes_inside(op, each)), 1)
         found = [("float32", functools.partial(op, *each.args, **each.kwargs)) for each in chosen]
         yield name, found + _narrow(op, chosen[0])
+
+
+def _goes_inside(op: "Op[...]", sample: "Sample") -> bool:
+    """Return whether an op's own Triton kernel leaves a call to the ops that it is composed of."""
+    return op.kernels["triton"].why_not(op.bind(sample.args, sample.kwargs)) is not None
 
 
 def _narrow(op: "Op[...]", sample: "Sample") -> list[tuple[str, Callable[[], object]]]:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from mamba_ops.backends import triton
 from mamba_ops.ops._common.checking import (
     check_chunk_size,
     check_tensors,
@@ -14,7 +15,7 @@ from mamba_ops.ops._common.checking import (
     tensor_rank,
 )
 from mamba_ops.ops._common.chunk_layout import row_count
-from mamba_ops.ops._common.mamba3_checks import CACHES, check_caches, check_tokens, output_shape
+from mamba_ops.ops._common.mamba3_checks import CACHES, check_caches, check_tokens, output_shape, unsupported_by_triton
 from mamba_ops.ops._common.values import check_sequences
 from mamba_ops.ops._namespace import mamba
 from mamba_ops.registry import bad_argument
@@ -89,8 +90,8 @@ def mamba3_chunk_scan(
 
     Trapezoidal rule, states that turn, no convolution. A row is a sequence: `(n, length, ...)`, or packed
     `(tokens, ...)` with `cu_seqlens`. Head h uses group h // (heads / groups) of B and C. A head has one input and
-    output (SISO), or with `mimo_x` as many as its rank (MIMO). It is composed of mamba_chunk_scan: see
-    `mamba_ops/ops/_common/mamba3.py`.
+    output (SISO), or with `mimo_x` as many as its rank (MIMO). On Triton SISO has kernels of its own. All else is
+    composed of mamba_chunk_scan: see `mamba_ops/ops/_common/mamba3.py`.
 
     Args:
         x: (..., heads, dim).
@@ -137,9 +138,10 @@ def mamba3_chunk_scan(
         y[r] = (sum(s * q[r]) + D * x[t] * mimo_x[r]) * silu(z[t] * mimo_z[r])
         out[t] = sum_r mimo_o[r] * y[r]
 
-    k and q are rounded to the dtype that x, B and C promote to before they are multiplied. A row without tokens has no
-    output; with a write slot other than its slot, its initial states are copied there. No two rows may store to one
-    slot, nor one row store to a slot that another reads.
+    k and q are rounded to the dtype that x, B and C promote to before they are multiplied; on Triton also the state
+    that is read, and values times their weights, to as many digits. A row without tokens has no output; with a write
+    slot other than its slot, its initial states are copied there. No two rows may store to one slot, nor one row store
+    to a slot that another reads.
     """
 
 
@@ -178,3 +180,20 @@ def _validate(call: Arguments) -> None:
 @mamba3_chunk_scan.validate_values
 def _validate_values(call: Arguments) -> None:
     check_sequences(call, call.x, "ssm_state")
+
+
+def _unsupported(x: Tensor, B: Tensor, mimo_x: Tensor | None) -> str | None:
+    """Takes one input and output a head (no mimo_x), no float64 x, and a dstate of at most 256: other calls run on the
+    ops inside.
+    """
+    if B.shape[-1] > 256:
+        return f"takes a dstate of at most 256, and B has {B.shape[-1]}"
+    return unsupported_by_triton(x, mimo_x)
+
+
+triton.implements(
+    mamba3_chunk_scan,
+    "mamba_ops.ops.mamba3_chunk_scan.triton:mamba3_chunk_scan",
+    unsupported=_unsupported,
+    partial=True,
+)

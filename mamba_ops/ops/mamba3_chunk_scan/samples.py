@@ -80,6 +80,9 @@ def _samples(
     yield sample("packed, tokens past the end", tokens + 5, **past, **initial)
     bare: dict[str, Any] = dict.fromkeys((*caches(), "slots"))
     yield sample("packed, no caches", tokens, **packed, **bare)
+    bounds = indices(0, 9 * chunk_size, 9 * chunk_size + 1, 17 * chunk_size + 3)  # more than a kernel's chunk of 64
+    many: dict[str, Any] = {"cu_seqlens": bounds}
+    yield sample("packed, more chunks", 17 * chunk_size + 3, **many, **initial)
     ranks = (rank,)
     gate: dict[str, Any] = {"z": normal(3, length, heads, dim)}
     yield sample("MIMO", rank=ranks, **gate, **initial)

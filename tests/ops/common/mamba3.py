@@ -20,7 +20,8 @@ angle's own."""
 
 
 class Head:
-    """The states of one row and head, in `dtype`; with `operands` k and q are rounded to that dtype.
+    """The states of one row and head, in `dtype`; with `operands` k and q are rounded to that dtype, and what else
+    chunked kernels give to matrix units to as many digits: values times their steps, and the state that is read.
 
     With `up`, (rank, dim), it is a head of MIMO: k, b and c are (rank, dstate), and outputs (rank, dim). With
     `rounds_more` its angles are off, see `STEP`.
@@ -53,6 +54,14 @@ class Head:
     def rounded(self, vector: Tensor) -> Tensor:
         return vector if self.operands is None else vector.to(self.operands).to(vector.dtype)
 
+    def shortened(self, tensor: Tensor) -> Tensor:
+        """With as many digits as the operands have."""
+        if self.operands is None:
+            return tensor
+        digits = 1 - int(math.log2(torch.finfo(self.operands).eps))
+        mantissa, exponent = torch.frexp(tensor)
+        return torch.ldexp(torch.round(mantissa * 2.0**digits) / 2.0**digits, exponent)
+
     def product(self, v: Tensor, k: Tensor) -> Tensor:
         """What a token adds to the state, but for its step."""
         k = self.rounded(k)
@@ -72,10 +81,11 @@ class Head:
         self.angle = angle - 2 * math.pi * torch.round(angle / (2 * math.pi))
         k, q = self.turn(b), self.turn(c)
         early = torch.sigmoid(trap)
-        before = (1 - early) * dt * self.product(self.v, self.k)
-        self.s = exp((A * dt).clamp(max=0)) * (self.s + before) + early * dt * self.product(x, k)
+        before = self.product(self.shortened((1 - early) * dt * self.v), self.k)
+        own = self.product(self.shortened(early * dt * x), k)
+        self.s = exp((A * dt).clamp(max=0)) * (self.s + before) + own
         self.k, self.v = k, x
-        return self.rounded(q) @ self.s.mT
+        return self.rounded(q) @ self.shortened(self.s).mT
 
     def finish(
         self, y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, of_z: Tensor | None, of_o: Tensor | None

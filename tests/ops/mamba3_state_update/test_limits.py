@@ -1,6 +1,7 @@
 """Steps and rates at the ends of what there is."""
 
 import math
+import os
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 import mamba_ops
 from mamba_ops import use_backend
+
+BACKENDS = ["torch", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [])]
 
 
 def call_of(length: int) -> dict[str, Any]:
@@ -19,19 +22,21 @@ def call_of(length: int) -> dict[str, Any]:
     return call | {name: normal(2, *size) for name, size in sizes.items()}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("length", [0, 3])
 @pytest.mark.parametrize("dt", [1e4, 1e9, 1e20])
-def test_angles_stay_within_a_turn_whatever_the_steps_are(dt: float, length: int) -> None:
+def test_angles_stay_within_a_turn_whatever_the_steps_are(dt: float, length: int, backend: str) -> None:
     call = call_of(length)
     call["dt"].fill_(dt)
-    with use_backend("torch"):
+    with use_backend(backend):
         mamba_ops.mamba3_state_update(**call)
     assert call["angle_state"].abs().max() <= math.pi * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("is_scan", "length"), [(False, 0), (False, 3), (True, 3)])
 @pytest.mark.parametrize("rate", [-1e30, -torch.inf])
-def test_a_rate_without_end_forgets_all_before(rate: float, length: int, is_scan: bool) -> None:
+def test_a_rate_without_end_forgets_all_before(rate: float, length: int, is_scan: bool, backend: str) -> None:
     """The state is what the last token has written."""
     call = call_of(length)
     call["A"].fill_(rate)
@@ -39,7 +44,7 @@ def test_a_rate_without_end_forgets_all_before(rate: float, length: int, is_scan
     if is_scan:
         op, more = mamba_ops.mamba3_chunk_scan, {"chunk_size": 2, "has_initial_state": torch.ones(2, dtype=torch.bool)}
         call |= more
-    with use_backend("torch"):
+    with use_backend(backend):
         y = op(**call)
     assert y.isfinite().all()
     last = {n: call[n][:, -1] if length else call[n] for n in ("x", "dt", "trap")}
