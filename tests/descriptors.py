@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 Taint = frozenset[str]
 State = dict[str, Taint]
@@ -148,23 +148,14 @@ def functions(cubin: bytes) -> Iterator[str]:
 
 def main() -> None:
     """Print what is wrong in the kernels that the first samples of ops launch."""
-    from mamba_ops.cold_start import fitting
-    from mamba_ops.cold_start.specialization import kernel_name
-    from mamba_ops.cold_start.targets import target_of
-    from tests.spills import compiled
+    from tests.spills import compiled, launched
 
     dtype, sizes, *ops = sys.argv[1:]
-    done: set[Any] = set()
-    for _, asked in fitting.variants(target_of("sm_90"), ops, dtype, json.loads(sizes), 2):
-        for variant in asked:
-            if (identity := (variant.module, variant.function, variant.key)) in done:
-                continue
-            done.add(identity)
-            for function in functions(compiled(variant.kernel, variant.asked)[0]):
-                count, addresses = wrong(function)
-                if count:
-                    kernel = kernel_name(variant.module, variant.function)
-                    print(json.dumps([kernel, count, addresses]), flush=True)  # noqa: T201
+    for kernel, variant in launched("sm_90", dtype, ops, json.loads(sizes), 2):
+        for function in functions(compiled(variant.kernel, variant.asked)[0]):
+            count, addresses = wrong(function)
+            if count:
+                print(json.dumps([kernel, count, addresses]), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

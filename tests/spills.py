@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported, which decides as it decorates
@@ -51,18 +52,22 @@ def spills(function: Any, asked: Any) -> int:
     return int(re.findall(r"\.vgpr_spill_count:\s*(\d+)", module)[0])
 
 
+def launched(target: str, dtype: str, ops: list[str], sizes: dict[str, int], samples: int) -> Iterator[tuple[str, Any]]:
+    """Yield each variant once that the first samples of ops launch, by its kernel's name."""
+    done = set()
+    for _, asked in fitting.variants(target_of(target), ops, dtype, sizes, samples):
+        for variant in asked:
+            if (identity := (variant.module, variant.function, variant.key)) not in done:
+                done.add(identity)
+                yield kernel_name(variant.module, variant.function), variant
+
+
 def main() -> None:
     """Print what the kernels spill that the first samples of ops launch."""
     name, dtype, *ops = sys.argv[1:]
     triton.knobs.nvidia.dump_ptxas_log = True
-    done = set()
-    for _, asked in fitting.variants(target_of(name), ops, dtype, {}, 1):
-        for variant in asked:
-            if (identity := (variant.module, variant.function, variant.key)) in done:
-                continue
-            done.add(identity)
-            kernel = kernel_name(variant.module, variant.function)
-            print(json.dumps([kernel, spills(variant.kernel, variant.asked)]), flush=True)  # noqa: T201
+    for kernel, variant in launched(name, dtype, ops, {}, 1):
+        print(json.dumps([kernel, spills(variant.kernel, variant.asked)]), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -19,24 +19,40 @@ MARKS = {"refused": "refuses", "failed": "FAILED", "wrong": "WRONG", "not reache
 
 def lines(found: Row) -> list[RenderableType]:
     """Return what is printed of a run."""
+    shown: list[RenderableType] = [*facts(found), *tables(found).values()]
+    notes = [f"  {row['op']}, {row['case']}, {name}: {why}" for row, name, why in remarks(found)]
+    if notes:
+        shown += ["Not timed:", *notes]
+    return shown + left_out(found)
+
+
+def facts(found: Row) -> list[str]:
+    """Return of what machine, versions and rates a run is."""
     versions = found["versions"]
     here = {name: v for name, v in versions.items() if not v.startswith("absent")}
-    shown: list[RenderableType] = [f"{found['device']}: " + ", ".join(f"{name} {v}" for name, v in here.items())]
+    shown = [f"{found['device']}: " + ", ".join(f"{name} {v}" for name, v in here.items())]
     if absent := [name for name in versions if name not in here]:
         shown.append(f"Not here: {', '.join(absent)}.")
     if rates := found["rates"]:
         units = {"bytes": "{}B/s copied", "products": "{}FLOP/s in products", "exponentials": "{} exponentials/s"}
         told = [unit.format(_with_prefix(rates[name])) for name, unit in units.items() if rates.get(name)]
         shown.append(f"Floors are of what was measured here: {', '.join(told)}.")
-    for op in dict.fromkeys(row["op"] for row in found["rows"]):
-        shown.append(table_of(op, [row for row in found["rows"] if row["op"] == op]))
+    return shown
+
+
+def left_out(found: Row) -> list[str]:
+    """Return the sentence about a run that ended early, if it did."""
+    return [] if found["finished"] else ["The limit came first: not all was measured."]
+
+
+def tables(found: Row, *, is_page: bool = False) -> dict[str, Table]:
+    """Return a run's tables by their titles: one for each op, and the host's."""
+    by_op: dict[str, list[Row]] = {}
+    for row in found["rows"]:
+        by_op.setdefault(row["op"], []).append(row)
+    shown = {op: table_of(op, rows, is_page=is_page) for op, rows in by_op.items()}
     if found.get("host"):
-        shown.append(host_table(found["host"]))
-    notes = [f"  {row['op']}, {row['case']}, {name}: {why}" for row, name, why in remarks(found)]
-    if notes:
-        shown += ["Not timed:", *notes]
-    if not found["finished"]:
-        shown.append("The limit came first: not all was measured.")
+        shown[HOST] = host_table(found["host"], is_page=is_page)
     return shown
 
 
@@ -98,18 +114,12 @@ def text(found: Row) -> str:
 
 def page(found: Row) -> str:
     """Return the figures as a page of Markdown, which `benchmarks.plot` reads."""
-    by_op: dict[str, list[Row]] = {}
-    for row in found["rows"]:
-        by_op.setdefault(row["op"], []).append(row)
-    tables = {op: table_of(op, rows, is_page=True) for op, rows in by_op.items()}
-    if found.get("host"):
-        tables[HOST] = host_table(found["host"], is_page=True)
     written = io.StringIO()
     console = Console(file=written, width=200, markup=False, highlight=False)
     console.print(f"# mamba-ops bench on {found['device']}, {found['date']}")
-    for heading, table in tables.items():
+    for heading, table in tables(found, is_page=True).items():
         console.print(f"\n## {heading}", table)
-    notes = [*(line for line in lines(found | {"rows": [], "host": []})), f"`{found['command']}`"]
+    notes = [*facts(found), *left_out(found), f"`{found['command']}`"]
     notes += [f"not timed: {row['op']}, {row['case']}, {name}: {why}" for row, name, why in remarks(found)]
     console.print("\n".join(["", *(f"- {note}" for note in notes)]), soft_wrap=True)
     return "\n".join(line.rstrip() for line in written.getvalue().splitlines()) + "\n"

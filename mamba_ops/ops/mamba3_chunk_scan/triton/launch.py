@@ -25,10 +25,11 @@ def mamba3_chunk_scan(call: "Arguments") -> None:
 
     What matrix units are given is rounded to the common dtype of x, B and C: turned k and q, the state before a chunk,
     the weights with which queries read values, and values times their weights in the state; for float16, whose range is
-    too narrow for all but the first two, to as many digits of float32. Every token of an
-    activation must be dense, and every parameter: others are copied first, and an output that is not is written through
-    a copy. Where a token of x, B, C, z or output or a slot of ssm_state does not start at a multiple of 16 bytes, or a
-    slot is not dense, reads are narrow and slow.
+    too narrow for all but the first two, to as many digits of float32.
+
+    Every token of an activation must be dense, and every parameter: others are copied first, and an output that is not
+    is written through a copy. Where a token of x, B, C, z or output or a slot of ssm_state does not start at a multiple
+    of 16 bytes, or a slot is not dense, reads are narrow and slow.
     """
     flat = call.cu_seqlens is not None
     rows = call.x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
