@@ -147,12 +147,12 @@ def test_the_demo_reads_a_text_and_its_verdict_is_the_exit_status(monkeypatch, t
 
     monkeypatch.setattr(demo_run, "run_demo", run_demo)
     monkeypatch.setattr(demo_show, "show", lambda report, console: console.print("the report"))
-    options = ("--backend", "loop", "--layers", "3", "--device", "cpu", "--cap", "9", "--checkpoint", str(tmp_path))
+    options = ("--backend", "copying", "--layers", "3", "--device", "cpu", "--cap", "9", "--checkpoint", str(tmp_path))
     result = run("demo", "--text", str(text), *options)
     assert result.exit_code == len(problems)
     assert "stock, eager ...\nthe report\n" in result.output
     cpu = torch.device("cpu")
-    expected = {"text": b"bytes", "device": cpu, "swap_to": "loop", "layers": 3, "cap": 9, "checkpoint": tmp_path}
+    expected = {"text": b"bytes", "device": cpu, "swap_to": "copying", "layers": 3, "cap": 9, "checkpoint": tmp_path}
     assert asked == expected
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops import record_selections, use_backend
-from mamba_ops.commands.demo.loop import loop_backend
+from mamba_ops.commands.demo.copying import copying_backend
 from mamba_ops.commands.demo.prefill import Progress
 from mamba_ops.commands.targets import TargetError, quiet_transformers
 from mamba_ops.commands.watch import watch_compiler
@@ -43,7 +43,7 @@ def decode(
 ) -> tuple[list[Decoding], str]:
     """Continue a prompt by `count` tokens in each of the four ways; return them, and the backend swapped to.
 
-    It resets torch.compile. While it runs there is one backend more, called `loop`.
+    It resets torch.compile. While it runs there is one backend more, called `copying`.
 
     Raises:
         TargetError: there is nothing to swap to.
@@ -55,7 +55,7 @@ def decode(
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True)
     runs: list[Decoding] = []
-    with torch.no_grad(), quiet_transformers(), loop_backend(), watch_compiler() as watch:
+    with torch.no_grad(), quiet_transformers(), copying_backend(), watch_compiler() as watch:
 
         def run(name: str, step: Callable[..., Any], swap: str | None = None) -> None:
             progress(f"decoding: {name}")
