@@ -7,7 +7,6 @@ themselves, of Kimi-Linear. On a CPU ours run alone, in Triton's interpreter on 
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +15,13 @@ import mamba_ops
 from benchmarks import measure
 from benchmarks.measure import MIXED
 from benchmarks.prefill import COLUMNS, VARIANT_TOKENS, contestants, measured, variants
-from mamba_ops.commands.bench import cases
-from mamba_ops.commands.bench.case import Case, spread
 from mamba_ops.commands.bench.clocks import copy_bandwidth
 from mamba_ops.commands.bench.run import AGREEMENT
+from mamba_ops.ops import bench
+from mamba_ops.ops.chunk_gated_delta_rule import bench as chunk_gated_delta_rule
+from mamba_ops.ops.chunk_kda import bench as chunk_kda
+from mamba_ops.ops.gated_delta_rule_update import bench as gated_delta_rule_update
+from mamba_ops.ops.kda_update import bench as kda_update
 
 PREFILL = ((512,), (2048,), (8192,), (2048,) * 8, MIXED)
 DECODE = (1, 8, 64, 256)
@@ -29,16 +31,16 @@ LIMIT = 1.05  # ours may take so many times as long as fla's
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
 
-OPS: dict[str, tuple[Callable[[Any, torch.device], Case], tuple[Any, ...], tuple[Any, ...]]] = {
-    "chunk_gated_delta_rule": (cases.delta_rule, PREFILL, ((40,), (3, 20, 70))),
-    "gated_delta_rule_update": (cases.delta_rule_update, DECODE, (1, 3)),
-    "chunk_kda": (partial(cases.delta_rule, by_channel=True), PREFILL_BY_CHANNEL, ((40,), (3, 20, 70))),
-    "kda_update": (partial(cases.delta_rule_update, by_channel=True), DECODE_BY_CHANNEL, (1, 3)),
+OPS: dict[str, tuple[Callable[[Any, torch.device], bench.Case], tuple[Any, ...], tuple[Any, ...]]] = {
+    "chunk_gated_delta_rule": (chunk_gated_delta_rule.case, PREFILL, ((40,), (3, 20, 70))),
+    "gated_delta_rule_update": (gated_delta_rule_update.case, DECODE, (1, 3)),
+    "chunk_kda": (chunk_kda.case, PREFILL_BY_CHANNEL, ((40,), (3, 20, 70))),
+    "kda_update": (kda_update.case, DECODE_BY_CHANNEL, (1, 3)),
 }
 """For every op: what builds a case, of which sizes, and of which on a CPU."""
 
 
-def cases_of(op: str, device: torch.device) -> Iterator[Case]:
+def cases_of(op: str, device: torch.device) -> Iterator[bench.Case]:
     """Yield cases one by one, as the expected result of one takes gigabytes."""
     build, sizes, small = OPS[op]
     for size in small if device.type == "cpu" else sizes:
@@ -58,7 +60,7 @@ def main() -> int:
     with torch.inference_mode(), mamba_ops.use_backend("triton"):
         for op in ops if timed else ():
             whole = op.startswith("chunk")
-            sizes = (spread(n, min(n, 7)) if whole else min(n, 300) for n in VARIANT_TOKENS)
+            sizes = (bench.spread(n, min(n, 7)) if whole else min(n, 300) for n in VARIANT_TOKENS)
             facts["variants"][op] = variants(OPS[op][0](size, device) for size in sizes)
         facts["copy_bandwidth"] = copy_bandwidth(device) if timed else None
         bandwidth = facts["copy_bandwidth"]

@@ -20,9 +20,9 @@ import mamba_ops
 from benchmarks import measure
 from benchmarks.idle_ops import idle_backend
 from benchmarks.measure import Row, number, ratio
-from mamba_ops.commands.bench.case import slot_tables
 from mamba_ops.commands.bench.clocks import copy_bandwidth
 from mamba_ops.commands.bench.run import AGREEMENT
+from mamba_ops.ops import bench
 from mamba_ops.registry import Op, Sample, noticing_swaps
 from tests.harness import SIZES, samples_for
 
@@ -52,7 +52,7 @@ class Case:
         self.rows, self.tables = rows, [None]
         count = rows
         if "no slots" not in kind:
-            count, self.tables = slot_tables(rows, HEADS * DIM * DSTATE * dtype.itemsize, device)
+            count, self.tables = bench.slot_tables(rows, HEADS * DIM * DSTATE * dtype.itemsize, device)
         self.state = torch.randn(count, HEADS, DIM, DSTATE, device=device, dtype=dtype)
         self.out = torch.empty_like(x)
         seed = torch.tensor([1234567], device=device) if "stochastic" in kind else None

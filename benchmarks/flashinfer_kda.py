@@ -21,36 +21,35 @@ import mamba_ops
 from benchmarks import measure
 from benchmarks.measure import Row, number, ratio
 from mamba_ops.backends import flashinfer as backend
-from mamba_ops.commands.bench import cases, peers
-from mamba_ops.commands.bench.case import Case
+from mamba_ops.commands.bench import peers
 from mamba_ops.commands.bench.clocks import copy_bandwidth
 from mamba_ops.commands.bench.run import AGREEMENT, RUNS, check
+from mamba_ops.ops import bench
+from mamba_ops.ops.chunk_kda import bench as chunk_kda
+from mamba_ops.ops.kda_update import bench as kda_update
 
 DECODE, PREFILL = (1, 8, 64, 256), ((4096,), (1024,) * 16)
 OPS = ("kda_update", "chunk_kda")
 
 
-def cases_of(op: str, device: torch.device) -> Iterator[Case]:
+def cases_of(op: str, device: torch.device) -> Iterator[bench.Case]:
     """Kimi-Linear's layer: decodes with bfloat16 states, as FlashInfer takes no others, and prefills with float32."""
     if op == "chunk_kda":
         for lengths in PREFILL:
-            yield cases.delta_rule(lengths, device, by_channel=True)
+            yield chunk_kda.case(lengths, device)
         return
     for rows in DECODE:
-        case = cases.delta_rule_update(rows, device, by_channel=True)
-        states = case.cache.bfloat16()
-        less = rows * (case.cache[0].nbytes - states[0].nbytes)
-        yield replace(
-            case, name=f"{case.name}, bfloat16 states", caches={"ssm_state": states}, bytes=case.bytes - 2 * less
-        )
+        case = kda_update.case(rows, device)
+        states = {name: cache.bfloat16() for name, cache in case.caches.items()}
+        yield replace(case, name=f"{case.name}, bfloat16 states", caches=states)
 
 
-def contestants(case: Case) -> dict[str, tuple[AbstractContextManager[object], Callable[[], peers.Calls]]]:
+def contestants(case: bench.Case) -> dict[str, tuple[AbstractContextManager[object], Callable[[], peers.Calls]]]:
     """Who computes a case: within what, and what makes the call."""
     return {
         "triton": (mamba_ops.use_backend("triton"), lambda: peers.Calls(case.ours(), case.ours())),
         "flashinfer": (mamba_ops.use_backend("flashinfer"), lambda: peers.Calls(case.ours(), case.ours())),
-        "direct": (nullcontext(), lambda: _calls(peers.PEERS[case.op]["FlashInfer"](case))),
+        "direct": (nullcontext(), lambda: _calls(peers.of(case.op)["FlashInfer"](case))),
     }
 
 
@@ -58,12 +57,12 @@ def _calls(arranged: peers.Call | peers.Calls) -> peers.Calls:
     return arranged if isinstance(arranged, peers.Calls) else peers.Calls(arranged, arranged)
 
 
-def measured(case: Case, bandwidth: float) -> Iterator[Row]:
+def measured(case: bench.Case, bandwidth: float) -> Iterator[Row]:
     """Yield a row for each contestant; times in microseconds. A failure is noted in it, and the others still run."""
-    print(f"{case.op}: {case.name}", flush=True)
+    print(f"{case.op.name}: {case.name}", flush=True)
     expected, times = case.expected(), {}
     for name, (within, arrange) in contestants(case).items():
-        row: Row = {"op": case.op, "case": case.name, "contestant": name, "floor": 1e6 * case.bytes / bandwidth}
+        row: Row = {"op": case.op.name, "case": case.name, "contestant": name, "floor": 1e6 * case.bytes / bandwidth}
         try:
             with within:
                 calls = arrange()

@@ -20,44 +20,45 @@ import torch
 import mamba_ops
 from benchmarks import measure
 from benchmarks.measure import Row, number, ratio
-from benchmarks.peers import PEERS, versions
-from mamba_ops.commands.bench import cases
-from mamba_ops.commands.bench.case import Call, Case
+from benchmarks.peers import peers_of, versions
 from mamba_ops.commands.bench.clocks import copy_bandwidth
 from mamba_ops.commands.bench.run import AGREEMENT
+from mamba_ops.ops import bench
+from mamba_ops.ops.causal_conv1d_update.bench import case as conv_update
+from mamba_ops.ops.selective_state_update.bench import case as state_update
 
 VARIANT_ROWS = (3, 5, 1, 2, 4, 7, 8, 15, 16, 17, 31, 32, 33, 64, 100, 128, 160, 192, 200, 256)
 PEER = "vLLM"
 
-Calls = Mapping[str, Call]
+Calls = Mapping[str, bench.Call]
 """`ours` and, where it is installed, `peer`."""
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
 
 BATCHES = (1, 8, 64, 256)
-OPS: dict[str, list[tuple[Callable[[int, torch.device], Case], tuple[int, ...]]]] = {
+OPS: dict[str, list[tuple[Callable[[int, torch.device], bench.Case], tuple[int, ...]]]] = {
     "selective_state_update": [
-        (partial(cases.state_update, 2, torch.bfloat16), BATCHES),
-        (partial(cases.state_update, 2, torch.float32), BATCHES),
-        (partial(cases.state_update, 1, torch.bfloat16), (64,)),
+        (partial(state_update, 2, torch.bfloat16), BATCHES),
+        (partial(state_update, 2, torch.float32), BATCHES),
+        (partial(state_update, 1, torch.bfloat16), (64,)),
     ],
-    "causal_conv1d_update": [(cases.conv_update, BATCHES)],
+    "causal_conv1d_update": [(conv_update, BATCHES)],
 }
 
 
-def cases_of(op: str, device: torch.device) -> Iterator[Case]:
+def cases_of(op: str, device: torch.device) -> Iterator[bench.Case]:
     """Yield cases one by one: the largest takes gigabytes. On a CPU, in the interpreter, only small batches."""
     for build, batches in OPS[op]:
         for rows in batches[:2] if device.type == "cpu" else batches:
             yield build(rows, device)
 
 
-def calls_of(case: Case) -> Calls:
+def calls_of(case: bench.Case) -> Calls:
     """The calls of a case."""
     calls = {"ours": case.ours()}
     if peer():
-        arranged = PEERS[case.op][PEER](case)
+        arranged = peers_of(case.op)[PEER](case)
         assert callable(arranged)
         calls["peer"] = arranged
     return calls
@@ -73,7 +74,7 @@ def peer() -> str | None:
 # ---- measures --------------------------------------------------------------------------------------------------------
 
 
-def compare(case: Case) -> tuple[float | None, bool]:
+def compare(case: bench.Case) -> tuple[float | None, bool]:
     """The largest difference from the peer over output and state, and whether the two compute the same thing.
 
     Slots that the call does not name must keep their bits with both kernels.
@@ -93,7 +94,7 @@ def compare(case: Case) -> tuple[float | None, bool]:
     return difference, all(float((ours - peers).norm()) <= AGREEMENT * float(peers.norm()) for ours, peers in pairs)
 
 
-def kernel_us(case: Case, call: Call) -> float:
+def kernel_us(case: bench.Case, call: bench.Call) -> float:
     """Time of one call on the device alone: all tables' calls in one CUDA graph, replayed."""
 
     def calls() -> None:
@@ -103,12 +104,12 @@ def kernel_us(case: Case, call: Call) -> float:
     return measure.device_us(calls, case.cache.device) / len(case.tables)
 
 
-def eager_us(case: Case, call: Call) -> float:
+def eager_us(case: bench.Case, call: bench.Call) -> float:
     """Time of one eager call as the device sees it, waiting for the host included."""
     return measure.bench_us(lambda: call(case.caches, case.tables[0]))
 
 
-def host_us(case: Case, call: Call, calls: int = 200) -> float:
+def host_us(case: bench.Case, call: bench.Call, calls: int = 200) -> float:
     """Time that the host spends on one eager call. Fewer calls than the device's queue holds, so none waits for it."""
     device = torch.get_device_module(case.cache.device)
     times = []
@@ -122,10 +123,10 @@ def host_us(case: Case, call: Call, calls: int = 200) -> float:
     return 1e6 * statistics.median(times)
 
 
-def measured(case: Case, bandwidth: float | None) -> Row:
+def measured(case: bench.Case, bandwidth: float | None) -> Row:
     """One row of the table; times in microseconds. A failure is noted in it, so that the other rows are still made."""
-    print(f"{case.op}: {case.name}", flush=True)
-    row: Row = {"op": case.op, "case": case.name, "bytes": case.bytes}
+    print(f"{case.op.name}: {case.name}", flush=True)
+    row: Row = {"op": case.op.name, "case": case.name, "bytes": case.bytes}
     try:
         row["max_difference"], row["agrees"] = compare(case)
         if bandwidth is not None:

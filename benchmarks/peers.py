@@ -15,15 +15,16 @@ from torch import Tensor
 
 import mamba_ops
 from mamba_ops.commands.bench import peers
-from mamba_ops.commands.bench.case import Call, Case
-from mamba_ops.commands.bench.peers import VLLM, module, versions
+from mamba_ops.commands.bench.peers import Arrange, module, versions
+from mamba_ops.ops import bench
+from mamba_ops.registry import Op
 
-__all__ = ["PEERS", "module", "versions", "vllm_ops"]
+__all__ = ["module", "peers_of", "versions", "vllm_ops"]
 
 os.environ.setdefault("MAMBA_OPS_PEERS", str(Path(__file__).parent.parent / ".peers"))
 
 
-def mamba_ssm_backend(case: Case) -> Call:
+def mamba_ssm_backend(case: bench.Case) -> bench.Call:
     """mamba_ssm's kernel as a backend of our op, from examples/backend_mamba_ssm, with copies of layouts."""
     module("selective_scan_cuda")
     folder = str(Path(__file__).parent.parent / "examples" / "backend_mamba_ssm")
@@ -42,19 +43,19 @@ def mamba_ssm_backend(case: Case) -> Call:
     return call
 
 
-PEERS = {
-    **peers.PEERS,
-    "selective_scan": {**peers.PEERS["selective_scan"], "mamba_ssm, as our backend": mamba_ssm_backend},
-}
-"""For every op, its peers by name."""
+def peers_of(op: Op[...]) -> dict[str, Arrange]:
+    """An op's peers by name."""
+    more: dict[str, Arrange] = {"mamba_ssm, as our backend": mamba_ssm_backend}
+    return peers.of(op) | (more if op is mamba_ops.selective_scan else {})
 
 
 def vllm_ops() -> SimpleNamespace:
     """The Triton kernels of vLLM's Mamba-2 layer."""
-    conv, ssm = module(f"{VLLM}.causal_conv1d"), module(f"{VLLM}.mamba_ssm")
+    ops = "vllm.model_executor.layers.mamba.ops"
+    conv, ssm = module(f"{ops}.causal_conv1d"), module(f"{ops}.mamba_ssm")
     return SimpleNamespace(
         conv=conv.causal_conv1d_fn,
         conv_update=conv.causal_conv1d_update,
         update=ssm.selective_state_update,
-        scan=module(f"{VLLM}.ssd_combined").mamba_chunk_scan_combined_varlen,
+        scan=module(f"{ops}.ssd_combined").mamba_chunk_scan_combined_varlen,
     )

@@ -16,12 +16,14 @@ import torch
 import mamba_ops
 from benchmarks import measure
 from benchmarks.measure import Row, number, ratio
-from benchmarks.peers import PEERS, versions
-from mamba_ops.commands.bench import cases, peers
-from mamba_ops.commands.bench.case import Case
+from benchmarks.peers import peers_of, versions
+from mamba_ops.commands.bench import peers
 from mamba_ops.commands.bench.clocks import copy_bandwidth
-from mamba_ops.commands.bench.peers import Arrange, Calls
+from mamba_ops.commands.bench.peers import Arrange
 from mamba_ops.commands.bench.run import AGREEMENT, check
+from mamba_ops.ops import bench
+from mamba_ops.ops.causal_conv1d.bench import case as conv
+from mamba_ops.ops.mamba_chunk_scan.bench import case as chunk_scan
 
 TOKENS = 16384
 VARIANT_TOKENS = (3, 5, 1, 2, 4, 8, 15, 16, 17, 64, 100, 255, 256, 257, 512, 1000, 1024, 3000, 4096, 10000)
@@ -31,20 +33,20 @@ LIMITS = {  # ours may take so many times as long as any of these
     "causal_conv1d": (1.5, ("causal-conv1d", "causal-conv1d, packed")),
 }
 
-Contestants = dict[str, Calls]
+Contestants = dict[str, bench.Calls]
 """By name."""
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
 
-OPS: dict[str, tuple[Callable[..., Case], tuple[tuple[int, bool], ...]]] = {
-    "mamba_chunk_scan": (cases.chunk_scan, ((1, False), (16, False), (1, True), (16, True))),
-    "causal_conv1d": (cases.conv, ((16, False), (16, True))),
+OPS: dict[str, tuple[Callable[..., bench.Case], tuple[tuple[int, bool], ...]]] = {
+    "mamba_chunk_scan": (chunk_scan, ((1, False), (16, False), (1, True), (16, True))),
+    "causal_conv1d": (conv, ((16, False), (16, True))),
 }
 
 
-def cases_of(op: str, device: torch.device) -> Iterator[Case]:
+def cases_of(op: str, device: torch.device) -> Iterator[bench.Case]:
     """Yield cases one by one, as the expected result of one takes gigabytes."""
     build, sizes = OPS[op]
     for sequences, carried in sizes:
@@ -54,15 +56,15 @@ def cases_of(op: str, device: torch.device) -> Iterator[Case]:
 # ---- measures --------------------------------------------------------------------------------------------------------
 
 
-def contestants(case: Case) -> Contestants:
+def contestants(case: bench.Case) -> Contestants:
     """Ours and, on a GPU, the peers that are there and can do this."""
-    calls = {"ours": Calls(case.ours(), case.ours())}
+    calls = {"ours": bench.Calls(case.ours(), case.ours())}
     if case.cache.device.type != "cpu":
-        calls |= present(PEERS[case.op], case)
+        calls |= present(peers_of(case.op), case)
     return calls
 
 
-def present(known: Mapping[str, Arrange], case: Case) -> Contestants:
+def present(known: Mapping[str, Arrange], case: bench.Case) -> Contestants:
     """The calls of the peers that are installed and take a case; which are not is printed."""
     found, absent = peers.present(known, case)
     for name, why in absent.items():
@@ -70,13 +72,13 @@ def present(known: Mapping[str, Arrange], case: Case) -> Contestants:
     return found
 
 
-def measured(case: Case, contestants: Callable[[Case], Contestants], bandwidth: float | None) -> list[Row]:
+def measured(case: bench.Case, contestants: Callable[[bench.Case], Contestants], bandwidth: float | None) -> list[Row]:
     """A row for each contestant; times in microseconds. A failure is noted in it, so that the others still run."""
-    print(f"{case.op}: {case.name}", flush=True)
+    print(f"{case.op.name}: {case.name}", flush=True)
     calls, expected = contestants(case), case.expected()
     rows: list[Row] = []
     for contestant, (checked, timed) in calls.items():
-        row: Row = {"op": case.op, "case": case.name, "contestant": contestant}
+        row: Row = {"op": case.op.name, "case": case.name, "contestant": contestant}
         rows.append(row)
         try:
             row["error"], steady, kept = check(case, checked, expected, RUNS)
@@ -93,7 +95,7 @@ def measured(case: Case, contestants: Callable[[Case], Contestants], bandwidth: 
     return rows
 
 
-def variants(cases: Iterable[Case]) -> list[int]:
+def variants(cases: Iterable[bench.Case]) -> list[int]:
     """How many kernel variants Triton has made of ours after each of an op's cases.
 
     Comes before anything else of that op in this process: what is compiled already would not be counted.

@@ -13,13 +13,13 @@ import torch
 import mamba_ops
 from benchmarks import measure
 from benchmarks.measure import MIXED, Row
-from benchmarks.peers import PEERS, versions
+from benchmarks.peers import peers_of, versions
 from benchmarks.prefill import COLUMNS, VARIANT_TOKENS, Contestants, measured, present, variants
-from mamba_ops.commands.bench import cases
-from mamba_ops.commands.bench.case import Case, spread
 from mamba_ops.commands.bench.clocks import copy_bandwidth
-from mamba_ops.commands.bench.peers import Calls
 from mamba_ops.commands.bench.run import AGREEMENT
+from mamba_ops.ops import bench
+from mamba_ops.ops.selective_scan.bench import OF_TOKENS
+from mamba_ops.ops.selective_scan.bench import case as scan
 
 SINGLE = (512, 2048, 8192)  # tokens of one sequence, which is what mamba_ssm's kernel takes
 LIMITS = {"mamba_ssm": 1.4, "ours, channel-major": 1.1}  # for SINGLE's longest, ours may take so many times as long
@@ -27,21 +27,21 @@ LIMITS = {"mamba_ssm": 1.4, "ours, channel-major": 1.1}  # for SINGLE's longest,
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
 
-def cases_of(device: torch.device) -> Iterator[Case]:
+def cases_of(device: torch.device) -> Iterator[bench.Case]:
     """Yield cases one by one, as the expected result of one takes gigabytes."""
     for lengths in ((40,), (3, 20, 70)) if device.type == "cpu" else ((*((n,) for n in SINGLE), MIXED)):
-        yield cases.scan(lengths, device)
+        yield scan(lengths, device)
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------
 
 
-def contestants(case: Case) -> Contestants:
+def contestants(case: bench.Case) -> Contestants:
     """Ours in both layouts and, on a GPU, the peers that are there and take this."""
-    calls = {"ours": case.ours(), "ours, channel-major": cases.channel_major(case).ours()}
-    found = {name: Calls(call, call) for name, call in calls.items()}
+    calls = {"ours": case.ours(), "ours, channel-major": bench.channel_major(case, *OF_TOKENS).ours()}
+    found = {name: bench.Calls(call, call) for name, call in calls.items()}
     if case.cache.device.type != "cpu" and case.rows == 1:
-        found |= present(PEERS[case.op], case)
+        found |= present(peers_of(case.op), case)
     return found
 
 
@@ -63,7 +63,7 @@ def main() -> int:
     facts: dict[str, Any] = {**measure.facts(options), "peers": versions() if timed else {}}
     torch.manual_seed(0)
     with torch.inference_mode(), mamba_ops.use_backend("triton"):
-        after = variants(cases.scan(spread(n, min(n, 7)), device) for n in VARIANT_TOKENS) if timed else []
+        after = variants(scan(bench.spread(n, min(n, 7)), device) for n in VARIANT_TOKENS) if timed else []
         facts["copy_bandwidth"] = copy_bandwidth(device) if timed else None
         rows = [row for case in cases_of(device) for row in measured(case, contestants, facts["copy_bandwidth"])]
 

@@ -22,6 +22,7 @@ class Facets:
     Attributes:
         facets: the functions by the name of their decorator; those that take an op's parameters have its signature.
         patterns: names of the ways in which the op is called.
+        bench_peers, host_call: what `bench_peer` and `bench_host` say.
     """
 
     qualname: str
@@ -34,6 +35,8 @@ class Facets:
     def __init__(self) -> None:
         self.facets: dict[str, Callable[..., Any]] = {"allocate_output": self._no_output}
         self.patterns: tuple[str, ...] = ()
+        self.bench_peers: dict[str, Callable[..., Any]] = {}
+        self.host_call: tuple[str, int, int, dict[str, int]] | None = None
 
     def validate(self, function: F) -> F:
         """Register the checks: they name any of the op's parameters and raise ValueError before anything is written.
@@ -94,6 +97,27 @@ class Facets:
         """
         self.patterns = names
         return lambda function: self._store("call_patterns", function)
+
+    def bench_cases(self, function: F) -> F:
+        """Register what benchmarks time: called with a scale ("large" for a GPU, "small" for a CPU), yields functions
+        that each make a `mamba_ops.testing.Case` on a device.
+        """
+        return self._store("bench_cases", function)
+
+    def bench_host(self, pattern: str, rows: int, length: int, **sizes: int) -> None:
+        """Name the call of which it is timed what it costs the host: of one of the call patterns, by its sizes."""
+        self.host_call = pattern, rows, length, sizes
+
+    def bench_peer(self, name: str) -> Callable[[F], F]:
+        """Register another project's kernel: called with a case and a function that imports a module by its name, or
+        raises ImportError, returns the call to time; or raises `mamba_ops.testing.NotTaken`.
+        """
+
+        def register(function: F) -> F:
+            self.bench_peers[name] = function
+            return function
+
+        return register
 
     def check(self, arguments: Mapping[str, Any], *, has_memory: bool = True) -> None:
         """Raise the ValueError that a call with these arguments would raise, if any.

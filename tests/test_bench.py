@@ -11,52 +11,53 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mamba_ops.commands.bench import cases, clocks, host, peers, run, shapes, show
-from mamba_ops.commands.bench.case import Call, Case
-from mamba_ops.commands.bench.cases import TINY
-from mamba_ops.commands.bench.peers import Calls, NotTaken
+from mamba_ops import causal_conv1d_update
+from mamba_ops.commands.bench import clocks, peers, run, show
 from mamba_ops.commands.cli import app
+from mamba_ops.ops._common.bench import TINY, Call, Calls, Case, NotTaken
+from mamba_ops.ops.causal_conv1d_update.bench import case as conv_update
+from mamba_ops.ops.mamba_chunk_scan.bench import case as chunk_scan
+from mamba_ops.ops.selective_scan.bench import case as scan
 from mamba_ops.registry import Backend, ops
 
 CPU = torch.device("cpu")
 OP = "causal_conv1d_update"
 RATES = run.Rates(1e10, 1e11)
-BUILDS = {OP: [lambda device: cases.conv_update(3, device, scale=TINY)]}
+BUILDS = {OP: [lambda device: conv_update(3, device, scale=TINY)]}
 
 
-def changed(change: Callable[[torch.Tensor, dict[str, torch.Tensor]], object]) -> Callable[[Case], Call]:
+def changed(change: Callable[[torch.Tensor, dict[str, torch.Tensor]], object]) -> Callable[[Case, Any], Call]:
     """A peer that does what the op does, and something more."""
 
-    def arrange(case: Case) -> Call:
-        ours, op = case.ours(), ops()[case.op]
+    def arrange(case: Case, module: Any) -> Call:
+        ours = case.ours()
 
         def call(caches: Any, slots: torch.Tensor) -> torch.Tensor:
             out = ours(caches, slots)
             change(out, caches)
             return out
 
-        assert op.kernels
         return call
 
     return arrange
 
 
-def absent(case: Case) -> Call:
+def absent(case: Case, module: Any) -> Call:
     raise ImportError("no such project")
 
 
-def picky(case: Case) -> Call:
+def picky(case: Case, module: Any) -> Call:
     raise NotTaken("takes no such case")
 
 
-def broken(case: Case) -> Call:
+def broken(case: Case, module: Any) -> Call:
     def call(caches: Any, slots: torch.Tensor) -> torch.Tensor:
         raise TypeError("got an unexpected keyword argument 'slots'\nand more")
 
     return call
 
 
-def changed_since(case: Case) -> Call:
+def changed_since(case: Case, module: Any) -> Call:
     raise AttributeError("module 'peer' has no attribute 'update'")
 
 
@@ -79,9 +80,9 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """The peers of one op; and how many calls of each were timed."""
     timed: dict[str, list[int]] = {}
 
-    def counting(name: str, arrange: Callable[[Case], Call]) -> Callable[[Case], Calls]:
-        def arranged(case: Case) -> Calls:
-            checked = arrange(case)
+    def counting(name: str, arrange: Callable[[Case, Any], Call]) -> Callable[[Case, Any], Calls]:
+        def arranged(case: Case, module: Any) -> Calls:
+            checked = arrange(case, module)
 
             def call(*arguments: Any) -> torch.Tensor:
                 timed.setdefault(name, []).append(1)
@@ -91,7 +92,8 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
 
         return arranged
 
-    monkeypatch.setattr(peers, "PEERS", {OP: {name: counting(name, arrange) for name, arrange in FAKES.items()}})
+    fake = {name: counting(name, arrange) for name, arrange in FAKES.items()}
+    monkeypatch.setattr(causal_conv1d_update, "bench_peers", fake)
     return timed
 
 
@@ -172,11 +174,11 @@ def test_the_median_of_turns_counts_and_a_slow_one_ends_first(monkeypatch: pytes
 
 
 def test_the_floor_is_the_slowest_of_what_must_be_done() -> None:
-    case = cases.scan((64,), CPU, scale=TINY)
+    case = scan((64,), CPU, scale=TINY)
     assert run.Rates(1e9, 1e9, 1e3).floor(case) == (1e3 * case.exponentials, "exponentials")
     assert run.Rates(1e3, 1e12, 1e12).floor(case) == (1e3 * case.bytes, "bytes")
     assert run.Rates(1e3).floor(case)[1] == "bytes"
-    assert run.Rates(1e12, 1e3).floor(cases.chunk_scan(64, 1, CPU))[1] == "products"
+    assert run.Rates(1e12, 1e3).floor(chunk_scan(64, 1, CPU))[1] == "products"
 
 
 def test_a_limit_ends_it_and_says_so() -> None:
@@ -241,7 +243,7 @@ def check_schema(value: Any, schema: Any) -> None:
 
 
 def test_the_command_writes_figures_a_table_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shapes, "_small", lambda: BUILDS)
+    monkeypatch.setattr(run, "cases_of", lambda device: BUILDS)
     monkeypatch.setattr(run.Rates, "of", lambda device: RATES)
     folder = tmp_path / "figures"
     result = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["bench", "--device", "cpu", "--output", str(folder)])
@@ -299,7 +301,7 @@ def test_a_backend_of_ours_that_is_wrong_fails_the_command(monkeypatch: pytest.M
             ops()[OP].kernels["torch"].function(**call._asdict())
             call.output.add_(1)
 
-        monkeypatch.setattr(shapes, "_small", lambda: BUILDS)
+        monkeypatch.setattr(run, "cases_of", lambda device: BUILDS)
         monkeypatch.setattr(run.Rates, "of", lambda device: RATES)
         result = CliRunner().invoke(app, ["bench", "--device", "cpu", "--backends", "bad"])
     finally:
@@ -312,7 +314,7 @@ def test_a_backend_of_ours_that_is_wrong_fails_the_command(monkeypatch: pytest.M
     ("options", "message"),
     [
         (["--ops", "causal_conv"], "causal_conv1d"),
-        (["--ops", "gdn_mixing"], "--ops: got gdn_mixing, expected one that has a case: selective_scan, mamba_chunk"),
+        (["--ops", "gdn_mixing"], "--ops: got gdn_mixing, expected one that has a case: causal_conv1d, causal_conv"),
         (["--backends", "tritom"], "triton"),
         (["--output", "missing/folder/f"], "--output: got missing/folder/f, expected a folder in one that exists"),
         (["--host"], "--host: got the device cpu, expected a GPU"),
@@ -325,23 +327,3 @@ def test_wrong_usage_is_a_sentence(options: list[str], message: str) -> None:
     result = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["bench", *options, "--device", "cpu"])
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
-
-
-def test_every_op_that_is_no_layer_has_cases_of_both_scales() -> None:
-    mine = {name for name, op in ops().items() if op.patterns and not name.endswith("_mixing")}
-    assert shapes._small().keys() == shapes._large().keys() == mine
-    assert mine - {name for name in mine if ops()[name].composed} == set(host.OPS)
-
-
-@pytest.mark.parametrize("op", host.OPS)
-def test_the_host_is_timed_with_calls_that_are_taken(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "bare", lambda device: lambda: None)
-    calls = host.calls_of(op, CPU)
-    assert calls.keys() >= {host.GIVEN, host.ALLOCATED, host.BARE}
-    for call in calls.values():
-        call()
-    row = {"op": op, "us": {host.GIVEN: 30.0, host.BARE: 12.0, "vLLM": 24.0}}
-    text = show.text({**found(limit=0), "host": [row]})
-    assert op in text
-    assert "2.50" in text
-    assert "2.00" in text

@@ -7,17 +7,25 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_ops.commands.bench import cases, peers, run
-from mamba_ops.commands.bench.case import Case
-from mamba_ops.commands.bench.peers import Calls, NotTaken
+from mamba_ops.commands.bench import peers, run
 from mamba_ops.compat import causal_conv1d as of_causal_conv1d
 from mamba_ops.compat import fla as of_fla
 from mamba_ops.compat import mamba_ssm as of_mamba_ssm
 from mamba_ops.compat import vllm as of_vllm
+from mamba_ops.ops._common.bench import Calls, Case, NotTaken, batched
+from mamba_ops.ops.causal_conv1d.bench import case as conv
+from mamba_ops.ops.causal_conv1d_update.bench import case as conv_update
+from mamba_ops.ops.chunk_gated_delta_rule.bench import case as chunk_gated_delta_rule
+from mamba_ops.ops.chunk_kda.bench import case as chunk_kda
+from mamba_ops.ops.gated_delta_rule_update.bench import case as gated_delta_rule_update
+from mamba_ops.ops.kda_update.bench import case as kda_update
+from mamba_ops.ops.mamba_chunk_scan.bench import case as chunk_scan
+from mamba_ops.ops.selective_scan.bench import case as scan
+from mamba_ops.ops.selective_state_update.bench import case as state_update
 from tests.mamba_ssm_stand_ins import selective_scan_cuda
 
 CPU = torch.device("cpu")
-VLLM = peers.VLLM
+VLLM = "vllm.model_executor.layers.mamba.ops"
 
 
 class _Gathers(ModuleType):
@@ -45,28 +53,28 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 TINIES: list[Callable[[], Case]] = [
-    lambda: cases.scan((5, 5), CPU),
-    lambda: cases.chunk_scan(40, 2, CPU),
-    lambda: cases.chunk_scan(40, 2, CPU, carried=True),
-    lambda: cases.conv(40, 2, CPU),
-    lambda: cases.conv(40, 2, CPU, carried=True),
-    lambda: cases.delta_rule((20, 20), CPU),
-    lambda: cases.delta_rule((20, 3), CPU, by_channel=True),
-    lambda: cases.state_update(2, torch.float32, 3, CPU),
-    lambda: cases.state_update(1, torch.float32, 3, CPU),
-    lambda: cases.conv_update(3, CPU),
-    lambda: cases.delta_rule_update(3, CPU),
-    lambda: cases.delta_rule_update(3, CPU, by_channel=True),
+    lambda: scan((5, 5), CPU),
+    lambda: chunk_scan(40, 2, CPU),
+    lambda: chunk_scan(40, 2, CPU, carried=True),
+    lambda: conv(40, 2, CPU),
+    lambda: conv(40, 2, CPU, carried=True),
+    lambda: chunk_gated_delta_rule((20, 20), CPU),
+    lambda: chunk_kda((20, 3), CPU),
+    lambda: state_update(2, torch.float32, 3, CPU),
+    lambda: state_update(1, torch.float32, 3, CPU),
+    lambda: conv_update(3, CPU),
+    lambda: gated_delta_rule_update(3, CPU),
+    lambda: kda_update(3, CPU),
 ]
 
 
 @pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize("build", TINIES, ids=lambda build: f"{(c := build()).op}, {c.name}")
+@pytest.mark.parametrize("build", TINIES, ids=lambda build: f"{(c := build()).op.name}, {c.name}")
 def test_peers_get_the_same_numbers(build: Callable[[], Case]) -> None:
     """Each peer's call of a case gives what the reference does, output and states: arguments are in their places."""
     torch.manual_seed(0)
     case = build()
-    known = {name: arrange for name, arrange in peers.PEERS[case.op].items() if name != "FlashInfer"}
+    known = {name: arrange for name, arrange in peers.of(case.op).items() if name != "FlashInfer"}
     assert known
     refused = set()
     with torch.no_grad():
@@ -81,9 +89,11 @@ def test_peers_get_the_same_numbers(build: Callable[[], Case]) -> None:
             assert error < 1e-5, (name, error)
             assert kept
             assert calls.timed(case.caches, case.tables[0]) is not None
-    assert refused == ({"causal-conv1d, packed"} if case.op == "causal_conv1d" and "states" in case.name else set())
+    assert refused == (
+        {"causal-conv1d, packed"} if case.op.name == "causal_conv1d" and "states" in case.name else set()
+    )
 
 
 def test_a_dense_batch_is_not_taken_of_sequences_that_differ() -> None:
     with pytest.raises(NotTaken, match="the sequences differ in length"):
-        peers._batched(cases.scan((5, 4), CPU))
+        batched(scan((5, 4), CPU))

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from mamba_ops.ops._common import bench as bench
 from mamba_ops.ops._common import slots as slots
 from mamba_ops.ops._common.sequences import NULL_SLOT as NULL_SLOT
 from mamba_ops.ops.causal_conv1d import causal_conv1d as causal_conv1d

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mamba_ops.ops._common.bench import Case as Case
+from mamba_ops.ops._common.bench import NotTaken as NotTaken
 from mamba_ops.ops._common.random_inputs import RandomInputs as RandomInputs
 from mamba_ops.testing.judge import assert_within_budget as assert_within_budget
 from mamba_ops.testing.judge import error_budget as error_budget

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from mamba_ops import chunk_kda, kda_update, registry, use_backend
-from mamba_ops.commands.bench import cases, peers, run
-from mamba_ops.commands.bench.case import Case
+from mamba_ops.commands.bench import peers, run
+from mamba_ops.ops._common.bench import LARGE, SMALL, Case, NotTaken
+from mamba_ops.ops.chunk_kda.bench import case as prefill_case
+from mamba_ops.ops.kda_update.bench import case as update_case
 from mamba_ops.registry import Op
 from mamba_ops.testing.judge import front_on
 from tests.harness import judge
@@ -251,14 +253,14 @@ def test_a_prefill_takes_no_newer_gpu(calls: Calls, capability: Callable[[int, i
 def test_benchmarks_call_the_vendors_functions_as_the_adapters_do(calls: Calls) -> None:
     """Through the op and directly, both give what the reference does, within bfloat16."""
     cpu = torch.device("cpu")
-    update = _in_bfloat16(cases.delta_rule_update(3, cpu, by_channel=True, scale=cases.SMALL), "q", "k", "v", "a", "b")
-    with pytest.raises(peers.NotTaken, match="takes a bfloat16 state"):
-        peers.flashinfer_kda_update(update)
+    update = _in_bfloat16(update_case(3, cpu, scale=SMALL), "q", "k", "v", "a", "b")
+    with pytest.raises(NotTaken, match="takes a bfloat16 state"):
+        peers.of(kda_update)["FlashInfer"](update)
     update = replace(update, caches={"ssm_state": update.cache.bfloat16()})
-    prefill = _in_bfloat16(cases.delta_rule((3, 2), cpu, by_channel=True, scale=cases.LARGE), "q", "k", "v", "beta")
+    prefill = _in_bfloat16(prefill_case((3, 2), cpu, scale=LARGE), "q", "k", "v", "beta")
     pairs = [
-        (update, _twice(peers.flashinfer_kda_update(update))),
-        (prefill, peers.flashinfer_kda(prefill)),
+        (update, _twice(peers.of(kda_update)["FlashInfer"](update))),
+        (prefill, peers.of(chunk_kda)["FlashInfer"](prefill)),
     ]
     for case, direct in pairs:
         expected, errors = case.expected(), []

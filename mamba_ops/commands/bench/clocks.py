@@ -7,19 +7,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from mamba_ops.ops._common.bench import nbytes, random
 from mamba_ops.registry import noticing_swaps
 
 FLUSHED = 256 << 20  # bytes, at least, that are written before each call: more than the L2 cache of a GPU
 LEAST, MOST = 5, 200  # turns of each call
 
 Call = Callable[[], object]
-
-
-def nbytes(*tensors: Tensor) -> int:
-    """Return how many bytes tensors have."""
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def by_turns(
@@ -167,9 +162,3 @@ def exponential_rate(device: torch.device) -> float | None:
 
     run()
     return out.numel() * steps / (1e-6 * by_turns({"exp": run}, device)["exp"])
-
-
-def random(*shape: int, device: torch.device) -> Tensor:
-    """Return normally distributed activations: bfloat16, which neither a CPU nor Triton's interpreter has the products
-    of; float32 on a CPU."""
-    return torch.randn(shape, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)

@@ -48,8 +48,8 @@ def bench(
     console = Console(highlight=False, markup=False)
     where: torch.device = device or devices()[0]
     with failing(ValueError, OSError):
+        chosen = _names("backends", backends, [backend.name for backend in all_backends()])  # loads other packages' ops
         named = _names("ops", ops, [*all_ops()])
-        chosen = _names("backends", backends, [backend.name for backend in all_backends()])
         if choose is not None:
             if chosen or output or host or limit is not None:
                 raise ValueError("--choose: got --backends, --output, --host or --limit with it, expected it alone")
@@ -87,17 +87,17 @@ def _measure(
     host: bool,
 ) -> None:
     from mamba_ops.commands.bench import host as of_host
-    from mamba_ops.commands.bench import run, shapes, show
+    from mamba_ops.commands.bench import run, show
 
-    builds = shapes.shapes(where)
+    builds = run.cases_of(where)
     if strays := [op for op in ops if op not in builds]:
         raise ValueError(f"--ops: got {strays[0]}, expected one that has a case: {', '.join(builds)}")
     builds = {op: found for op, found in builds.items() if not ops or op in ops}
     with arguments.shown(None) as progress:
         found = run.run(builds, where, names=backends, limit=limit, progress=progress)
         found["command"] = " ".join(["mamba-ops", *sys.argv[1:]])
-        found["without_case"] = [*shapes.without()]
-        timed = [op for op in of_host.OPS if not ops or op in ops] if host else []
+        found["without_case"] = sorted(all_ops().keys() - run.cases_of(where).keys())
+        timed = [n for n, op in all_ops().items() if op.host_call and (not ops or n in ops)] if host else []
         found["host"] = []
         for done, op in enumerate(timed):
             progress("host", done, len(timed))

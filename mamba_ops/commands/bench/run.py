@@ -14,9 +14,8 @@ from torch import Tensor
 
 import mamba_ops
 from mamba_ops.commands.bench import clocks, peers
-from mamba_ops.commands.bench.case import Call, Case
-from mamba_ops.commands.bench.shapes import Build
 from mamba_ops.commands.watch import device_name
+from mamba_ops.ops._common.bench import LARGE, SMALL, Build, Call, Calls, Case, NotTaken
 from mamba_ops.registry import backends, ops, use_backend
 from mamba_ops.registry.errors import NoBackendError
 from mamba_ops.registry.jit import allow_jit
@@ -60,20 +59,25 @@ class Contestant(NamedTuple):
 
     name: str
     kind: str
-    calls: peers.Calls
+    calls: Calls
     within: Callable[[], AbstractContextManager[object]]
 
 
-def backends_of(op: str, device: torch.device, names: Sequence[str] = ()) -> list[str]:
-    """Return the backends that an op is measured on: those that run on a device, less those named if any are.
+def cases_of(device: torch.device) -> dict[str, list[Build]]:
+    """Return what builds each case, by op: large models' layers on a GPU, smaller ones on a CPU."""
+    scale = SMALL if device.type == "cpu" else LARGE
+    return {name: [*op.facets["bench_cases"](scale)] for name, op in ops().items() if "bench_cases" in op.facets}
+
+
+def backends_of(case: Case, device: torch.device, names: Sequence[str] = ()) -> list[str]:
+    """Return the backends that a case is measured on: those that run on a device, less those named if any are.
 
     Triton's interpreter, on a CPU, is measured where it is named alone.
     """
-    inside = [ops()["mamba_chunk_scan"]] if ops()[op].composed else [ops()[op]]
     found = [
         backend.name
         for backend in backends()
-        if all(backend.name in part.kernels for part in inside)
+        if all(backend.name in op.kernels for op in case.inside or (case.op,))
         and backend.why_unusable(device.type, by_name=device.type != "cpu" or backend.name in names) is None
     ]
     return [name for name in found if not names or name in names]
@@ -85,27 +89,29 @@ def check(
     """Return the largest relative error of output and states, whether all runs gave the same bits, and whether slots
     that are in no table kept theirs."""
     first, steady, kept = None, True, True
-    table = case.tables[0].long()
+    table: Any = case.tables[0]
     for _ in range(runs):
         if case.out.is_floating_point():
             case.out.fill_(math.nan)
         caches = {name: cache.clone() for name, cache in case.caches.items()}
-        out = call(caches, case.tables[0]).clone()
-        states = {name: cache[table] for name, cache in caches.items()}
-        for name, cache in caches.items():
-            others = torch.ones(len(cache), dtype=torch.bool, device=cache.device).index_fill_(0, table, False)
+        out = call(caches, table).clone()
+        states = {name: case.named(cache) for name, cache in caches.items()}
+        for name, cache in caches.items() if table is not None else ():
+            others = torch.ones(len(cache), dtype=torch.bool, device=cache.device)
+            others[table.long()] = False
             kept &= torch.equal(cache[others], case.caches[name][others])
         got = [out, *states.values()]
         first = first or got
         steady &= all(map(torch.equal, got, first))
     assert first is not None
     true = {"out": expected[0], **expected[1]}
-    return max(_error(*pair) for pair in zip(true, first, true.values(), strict=True)), steady, kept
+    errors = [_error(got, true[name], name in case.angles) for name, got in zip(true, first, strict=True)]
+    return max(errors), steady, kept
 
 
-def _error(name: str, got: Tensor, true: Tensor) -> float:
+def _error(got: Tensor, true: Tensor, is_angle: bool) -> float:
     got = got.double()
-    if name == "angle_state":  # on a circle
+    if is_angle:
         got, true = (torch.cat([t.cos(), t.sin()]) for t in (got, true))
     return float((got - true).norm() / true.norm())
 
@@ -113,15 +119,15 @@ def _error(name: str, got: Tensor, true: Tensor) -> float:
 def contestants(case: Case, names: Sequence[str], device: torch.device) -> tuple[list[Contestant], list[Row]]:
     """Return who computes a case, and rows of those that are not there or do not take it."""
     found = []
-    for name in backends_of(case.op, device, names):
-        composed = ops()[case.op].composed  # then the name is for the ops inside
-        within = partial(use_backend, name) if composed else partial(use_backend, **{case.op: name})
-        found.append(Contestant(name, "backend", peers.Calls(case.ours(), case.ours()), within))
-    calls, absent = peers.present(peers.PEERS.get(case.op, {}), case)
+    for name in backends_of(case, device, names):
+        composed = case.op.composed  # then the name is for the ops inside
+        within = partial(use_backend, name) if composed else partial(use_backend, **{case.op.name: name})
+        found.append(Contestant(name, "backend", Calls(case.ours(), case.ours()), within))
+    calls, absent = peers.present(peers.of(case.op), case)
     found += [Contestant(name, "peer", each, ExitStack) for name, each in calls.items()]
     rows = []
     for name, why in absent.items():
-        known = {peers.NotTaken: "refused", ImportError: "absent"}
+        known = {NotTaken: "refused", ImportError: "absent"}
         status = next((status for kind, status in known.items() if isinstance(why, kind)), "failed")
         rows.append({"name": name, "kind": "peer", "status": status, "reason": _sentence(why)})
     return found, rows
@@ -130,7 +136,7 @@ def contestants(case: Case, names: Sequence[str], device: torch.device) -> tuple
 def measured(case: Case, names: Sequence[str], device: torch.device, rates: Rates, late: Callable[[], bool]) -> Row:
     """Check all who compute a case, and time those that are right. A failure is noted, so that others still run."""
     floor, bound = rates.floor(case)
-    row: Row = {"op": case.op, "case": case.name, "bytes": case.bytes, "floor_us": floor, "bound": bound}
+    row: Row = {"op": case.op.name, "case": case.name, "bytes": case.bytes, "floor_us": floor, "bound": bound}
     found, row["contestants"] = contestants(case, names, device)
     expected = case.expected()
     ready: dict[str, Contestant] = {}

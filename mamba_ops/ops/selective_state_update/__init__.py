@@ -3,5 +3,6 @@
 The state stays in the caller's cache; slot tables say which entry each row reads and which it writes.
 """
 
+from mamba_ops.ops.selective_state_update import bench as bench
 from mamba_ops.ops.selective_state_update import samples as samples
 from mamba_ops.ops.selective_state_update.op import selective_state_update as selective_state_update
