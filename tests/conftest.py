@@ -5,6 +5,7 @@ import gc
 import importlib.util
 import os
 import sys
+from typing import Any
 
 # Before torch reads them: the tests run one process per core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,7 +16,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mod
 import pytest
 import torch
 
-from tests import daily
+from tests import daily, shares
 
 ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
 if ACCELERATOR is None:
@@ -42,11 +43,18 @@ with contextlib.suppress(ImportError):  # a bare GPU machine has none
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     daily.mark(items)
+    if hasattr(config, "workerinput"):
+        shares.sort(items)
     whole = ACCELERATOR is None and all(map(importlib.util.find_spec, ("triton", "transformers")))
     if whole and (empty := [item.nodeid for item in items if has_no_cases(item)]):
         raise pytest.UsageError(f"tests of no cases, which would pass: {', '.join(empty)}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return shares.scheduler(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 def pytest_collection_finish() -> None:

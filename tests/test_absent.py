@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from mamba_ops.audit import absent
 from tests.conftest import ABSENT
 
-pytestmark = pytest.mark.xdist_group("absent")  # a child's findings serve several tests
-
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
 

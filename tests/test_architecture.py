@@ -20,8 +20,6 @@ import pytest
 
 from tests import daily
 
-pytestmark = pytest.mark.xdist_group("architecture")  # one process parses all files
-
 ROOT = Path(__file__).parents[1]
 PACKAGE = ("mamba_ops", "registry")
 AROUND = ("benchmarks", "compile_tests", "examples", "tests")

@@ -9,7 +9,6 @@ from tests.test_backend_plugin import ROOT, install, run, succeed
 
 pytest.importorskip("setuptools", reason="installing the plug-in needs setuptools and pip")
 pytest.importorskip("pip")
-pytestmark = pytest.mark.xdist_group("packaging")
 
 STAND_INS = ROOT / "tests" / "mamba_ssm_stand_ins"
 

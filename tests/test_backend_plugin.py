@@ -12,7 +12,6 @@ from tests import fresh
 
 pytest.importorskip("setuptools", reason="installing the plug-in needs setuptools and pip")
 pytest.importorskip("pip")
-pytestmark = pytest.mark.xdist_group("packaging")
 
 ROOT = Path(__file__).parents[1]
 

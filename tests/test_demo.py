@@ -30,8 +30,6 @@ from mamba_ops.commands.watch import watch_compiler
 from mamba_ops.registry import Backend, NoBackendError, UnknownNameError, ops
 from mamba_ops.testing.judge import results, with_output
 
-pytestmark = pytest.mark.xdist_group("demo")  # its times are taken side by side, not beside each other's
-
 OPS = [causal_conv1d_update, selective_state_update]
 TEXT = list(b"A state space model reads one byte after another and forgets some of them.")
 NAMES = set(ops())

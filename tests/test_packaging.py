@@ -16,7 +16,6 @@ import torch
 import mamba_ops
 
 pytest.importorskip("build.env", reason="building the wheel needs the package `build`")
-pytestmark = pytest.mark.xdist_group("packaging")  # one process builds, once
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}

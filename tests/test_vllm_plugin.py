@@ -8,7 +8,6 @@ from tests.test_backend_plugin import install, succeed
 
 pytest.importorskip("setuptools", reason="installing the plug-in needs setuptools and pip")
 pytest.importorskip("pip")
-pytestmark = pytest.mark.xdist_group("packaging")
 
 OPS = "model_executor/layers/mamba/ops"
 STAND_IN = {

@@ -13,10 +13,7 @@ from mamba_ops.audit.html import page
 from mamba_ops.audit.outcomes import Counts, Try
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.skipif(BROWSER is None, reason="needs Chromium, from the system's packages"),
-    pytest.mark.xdist_group("deep"),
-]
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium, from the system's packages")
 LOOK = """
 <script>
 const linear = v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;

@@ -14,7 +14,6 @@ from tests import fresh
 
 torch = pytest.importorskip("torch")
 jinja2 = pytest.importorskip("jinja2")
-pytestmark = pytest.mark.xdist_group("deep")
 
 
 def test_identical_findings_of_layers_are_one(deep):
