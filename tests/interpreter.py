@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 
 @functools.cache
 def hasten() -> None:
-    """Replace the three functions that take most of the time; once in a process."""
+    """Replace the functions that take most of the time; once in a process."""
     if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = _once_in_a_launch(interpreter._patch_lang)
     if hasattr(interpreter, "_get_np_dtype"):
@@ -23,6 +23,40 @@ def hasten() -> None:
     # Sums of integers are computed again in 64 bits, for an assertion that exists where `debug` is set alone.
     if options is not None and not options.debug:
         interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+    if hasattr(tl.core, "block_type") and hasattr(tl.core, "tensor"):
+        _make_types_once()
+
+
+def _make_types_once() -> None:
+    """Each result of an operation makes its type anew, from a list of sizes, and from that a tuple of constants."""
+    make_type, make_tensor = tl.core.block_type.__init__, tl.core.tensor.__init__
+    known: dict[Any, dict[str, Any]] = {}
+
+    def type_init(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple(shape)
+        if isinstance(element_ty, tl.pointer_type) or not all(type(size) is int for size in sizes):  # have no hash
+            make_type(self, element_ty, shape)
+            return
+        key = element_ty, sizes
+        if key not in known:
+            make_type(self, element_ty, shape)
+            known[key] = dict(vars(self))
+        vars(self).update(known[key])
+
+    @functools.cache
+    def constants(sizes: tuple[int, ...]) -> tuple[Any, Any]:
+        made = object.__new__(tl.core.tensor)
+        make_tensor(made, None, tl.core.block_type(tl.float32, list(sizes)))
+        return made.shape, made.numel
+
+    scalar = object.__new__(tl.core.tensor)
+    make_tensor(scalar, None, tl.float32)
+
+    def tensor_init(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = constants(tuple(type.shape)) if type.is_block() else (scalar.shape, scalar.numel)
+
+    tl.core.block_type.__init__, tl.core.tensor.__init__ = type_init, tensor_init
 
 
 def _once_in_a_launch(patch: Any) -> Any:

@@ -28,10 +28,10 @@ DEVICE = ACCELERATOR or torch.device("cpu")
 Bug = tuple[str, str]
 TABLES = ("BUGS", "SLOW_BUGS", "KERNEL_BUGS")
 MUTANTS = [
-    pytest.param((op, table, bug), marks=pytest.mark.slow if slow else (), id=f"{op.name}-{name}")
+    pytest.param((op, table, name), marks=pytest.mark.slow if slow else (), id=f"{op.name}-{name}")
     for op in OPS
     for table in TABLES
-    for number, (name, bug) in enumerate(getattr(tables_of(op), table, {}).items())
+    for number, name in enumerate(getattr(tables_of(op), table, {}))
     for slow in [table == "SLOW_BUGS" or (number >= 4 and ACCELERATOR is None)]  # interpreted, four for every day
 ]
 
@@ -58,11 +58,15 @@ def test_ten_bugs_of_a_composed_ops_own_kernel(op: Op[...]) -> None:
 @pytest.fixture
 def planted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Op[...], str, list[Sample]]]:
     """An op, the name of a backend that has our kernel with one bug in it, and the samples that this kernel takes."""
-    op, table, bug = request.param
+    op, table, name = request.param
+    bug: Bug = getattr(tables_of(op), table)[name]
     kernel = composed_with(bug, op) if is_composed(op, table) else triton_with(bug, op, tmp_path, table)
     samples = op.make_samples(DEVICE)
     if table == "KERNEL_BUGS":
         samples = [sample for sample in samples if own_refusal(op, "triton", sample) is None]
+    first = getattr(tables_of(op), "SEEN_BY", {}).get(name, samples[0].name)
+    assert first in [sample.name for sample in samples]
+    samples.sort(key=lambda sample: sample.name != first)
     backend = Backend("mutant", devices=[DEVICE.type])
     backend.implements(op)(kernel)
     yield op, backend.name, samples

@@ -41,14 +41,13 @@ class Head:
         self.rounds_more = rounds_more
 
     def turn(self, vector: Tensor) -> Tensor:
-        if vector.dim() == 2:
-            return torch.stack([self.turn(each) for each in vector])
-        turned = vector.clone()
-        for i, angle in enumerate(self.angle + (STEP if self.rounds_more else 0)):
-            pair = (2 * i, 2 * i + 1) if self.up is None else (i, i + len(vector) // 2)
-            a, b = (vector[at] for at in pair)
-            turned[pair[0]] = a * torch.cos(angle) - b * torch.sin(angle)
-            turned[pair[1]] = a * torch.sin(angle) + b * torch.cos(angle)
+        """Each angle turns a pair of the last axis: of neighbours, or for MIMO of one number in each half."""
+        angle, half = self.angle + (STEP if self.rounds_more else 0), vector.shape[-1] // 2
+        starts, step = ((0, 1), 2) if self.up is None else ((0, half), 1)
+        first, second = (slice(start, start + step * len(angle), step) for start in starts)
+        a, b, turned = vector[..., first], vector[..., second], vector.clone()
+        turned[..., first] = a * torch.cos(angle) - b * torch.sin(angle)
+        turned[..., second] = a * torch.sin(angle) + b * torch.cos(angle)
         return turned
 
     def rounded(self, vector: Tensor) -> Tensor:

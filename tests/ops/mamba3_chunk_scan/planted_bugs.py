@@ -52,3 +52,6 @@ KERNEL_BUGS = {
     "null slot ignored": ("slots_stride, null_slot, slot_count)", "slots_stride, -1, slot_count)"),
 }
 """Of the Triton kernels."""
+
+SEEN_BY = {"the last of a chunk does not look on": "packed, more chunks", "padding not zeroed": "null rows"}
+"""The sample to try first, where others take seconds and do not see a bug."""
