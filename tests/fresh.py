@@ -1,7 +1,8 @@
 """Programs in processes of their own, without the seconds in which each of them would import torch.
 
 One process per test session imports torch and nothing else, and every program runs in a fork of it. So it finds what
-`python PROGRAM` finds after its first `import torch`.
+`python PROGRAM` finds after its first `import torch`. Another one has compiled something, for programs that are not
+about what is imported when: half of the seconds of a small program are those of its first `torch.compile`.
 """
 
 import atexit
@@ -28,17 +29,20 @@ STRICT = (
 
 
 def run(
-    arguments: Sequence[object], *, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    arguments: Sequence[object], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, is_warm: bool = False
 ) -> "subprocess.CompletedProcess[str]":
     """Run `python` with these arguments: `-W action:message:Category` any number of times, then `-c CODE`, `-m MODULE`
     or a script, and what it reads as `sys.argv`. Return its exit status and what it printed.
+
+    Where it `is_warm`, the program begins in a process that has compiled something, and variables that torch or Triton
+    reads when it is imported are those of the tests.
     """
     words, environment = [str(argument) for argument in arguments], dict(os.environ if env is None else env)
     if not sys.platform.startswith("linux"):
         return subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True)
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        server = _server()
+        server = _server(is_warm)
         job = {"argv": words, "env": environment, "cwd": str(cwd or Path.cwd()), "outputs": [*map(str, outputs)]}
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
@@ -48,10 +52,11 @@ def run(
 
 
 @functools.cache
-def _server() -> Any:
+def _server(is_warm: bool) -> Any:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)  # type: ignore[call-overload]
+    command = [sys.executable, __file__, *["warm"] * is_warm]
+    process = subprocess.Popen(command, env=environment, **pipes)  # type: ignore[call-overload]
 
     @atexit.register
     def _end() -> None:
@@ -63,8 +68,13 @@ def _server() -> Any:
 
 
 def _serve() -> None:
-    import torch  # noqa: F401
+    import torch
 
+    if "warm" in sys.argv:
+        with torch.no_grad():
+            torch.compile(lambda x: x.sin() + 1, dynamic=True)(torch.ones(3, 4))
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
     del sys.path[0]  # the folder of this file
     for line in sys.stdin:
         if (child := os.fork()) == 0:

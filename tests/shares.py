@@ -21,12 +21,12 @@ TOGETHER = {
         "tests/test_docs.py",
         "tests/test_examples.py",
         "tests/test_add_an_op.py",
-        "tests/training/test_compiled.py",
     ),
 }
 """Files whose tests share a process, and what they share in it."""
 FIRST = (
     *TOGETHER["programs"],
+    "tests/training/test_compiled.py",
     "compile_tests/test_absent.py",
     "tests/test_absent.py",
     "tests/test_fitting.py",

@@ -40,7 +40,7 @@ def run_its_test(package: Path, *options: str) -> "subprocess.CompletedProcess[s
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     if ACCELERATOR is None:  # as the page says
         environment[name] = value
-    return fresh.run([*command, *options], cwd=package, env=environment)
+    return fresh.run([*command, *options], cwd=package, env=environment, is_warm=True)
 
 
 def test_the_packages_own_test_passes_and_prints_what_the_page_shows(package: Path) -> None:

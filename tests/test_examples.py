@@ -17,6 +17,7 @@ BRIEFLY = {
     "finetune_transformers.py": ("--steps", "2", "--window", "32"),
     "continuous_batching.py": ("--requests", "24"),
 }
+COMPILING = ("continuous_batching.py", "decode_step.py", "shared_prefixes.py")
 SLOW = ("finetune_transformers.py",)  # imports much; tests/test_finetune_transformers.py has what is quick
 WHOLE = ("continuous_batching.py",)  # as they are, too, but not every day
 
@@ -36,7 +37,7 @@ def test_an_example_runs(example: Path, options: tuple[str, ...], tmp_path: Path
         if package in example.read_text():
             pytest.importorskip(package, reason=f"the example needs mamba-ops[{extra}]")
     # A RuntimeWarning is one of ours; torch has its own, that depend on the machine.
-    done = fresh.run([*fresh.STRICT, example, *options], cwd=tmp_path)
+    done = fresh.run([*fresh.STRICT, example, *options], cwd=tmp_path, is_warm=example.name in COMPILING)
     assert done.returncode == 0, done.stdout + done.stderr
     if example.name == "continuous_batching.py":
         requests = options[1] if options else "64"
@@ -97,7 +98,7 @@ def test_the_engine_in_bfloat16_is_as_exact_as_each_request_alone(tmp_path: Path
     ],
 )
 def test_an_engine_without_drafts_or_a_second_backend_serves(name: str, options: tuple[str, ...], tmp_path: Path):
-    done = fresh.run((EXAMPLES[0].parent / name, "--requests", "2", *options), cwd=tmp_path)
+    done = fresh.run((EXAMPLES[0].parent / name, "--requests", "2", *options), cwd=tmp_path, is_warm=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "OK: 2 of 2 requests equal" in done.stdout
 
