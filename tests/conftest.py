@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import importlib.util
+import logging
 import os
 import sys
 from typing import Any
@@ -29,6 +30,17 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN: what nobody wrote shows
+
+
+def _keep_pytest_from(logger: logging.Logger) -> None:
+    """From pytest 9.2 on it listens to loggers that do not propagate. With a listener torch writes its trace down, as
+    JSON, for each compilation: a tenth of its time.
+    """
+    add = logger.addHandler
+    logger.addHandler = lambda h: None if type(h).__module__.startswith("_pytest") else add(h)  # type: ignore[method-assign]
+
+
+_keep_pytest_from(logging.getLogger("torch.__trace"))
 
 _ABSENT = [name for name in ("xpu", "cuda") if not torch.get_device_module(name).is_available()]
 ABSENT = [pytest.param(name, marks=pytest.mark.slow if number else ()) for number, name in enumerate(_ABSENT)]
