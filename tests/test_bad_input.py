@@ -1,6 +1,7 @@
 """A wrong call: a sentence that names the argument, the same from eager and compiled code, nothing written."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,10 +32,15 @@ def test_ten_error_inputs_of_every_op(op: Op[...]) -> None:
     assert len(op.make_error_inputs(DEVICE)) >= 10
 
 
+@functools.cache
+def samples_of(op: Op[...]) -> dict[str, Sample]:
+    """An op's samples by name; to be cloned."""
+    return {sample.name: sample for sample in op.make_samples(DEVICE)}
+
+
 def refusal(op: Op[...], case: ErrorInput, call: Callable[..., Any]) -> str:
     """The sentence with which a wrong call is refused; nothing is written by then."""
-    [good] = [s for s in op.make_samples(DEVICE) if s.name == case.sample]
-    bad = changed(op, good, case.argument, case.change)
+    bad = changed(op, samples_of(op)[case.sample].clone(), case.argument, case.change)
     before = bad.clone()
     with torch.no_grad(), pytest.raises(ValueError, match=rf"^mamba_ops::{op.name}: {case.error}") as error:
         call(*bad.args, **bad.kwargs)

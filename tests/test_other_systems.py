@@ -2,11 +2,11 @@
 another. The real ones are in the hosted CI.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import fresh
 
 pytest.importorskip("typer", reason="the commands need mamba-ops[cli]")
 
@@ -58,13 +58,7 @@ for command in (["doctor"], ["backends"], ["ops"], ["audit", "--help"], ["warm-u
     ],
 )
 def test_ops_and_commands_run_there(system: str, sentence: str):
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, system],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
+    done = fresh.run(["-c", RUN, system], cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     assert "ops ran" in done.stdout
     assert sentence in " ".join(done.stdout.split())
