@@ -32,6 +32,13 @@ FIRST = (
     "tests/test_fitting.py",
     "tests/test_mps.py",
     "tests/test_layers_mamba3_mimo.py",
+    "tests/test_layers_mamba3.py",
+    "tests/test_private_triton.py",
+    "tests/test_other_systems.py",
+    "tests/test_compat_install_transformers.py",
+    "tests/registry/test_private_names.py",
+    "compile_tests/test_generated.py",
+    "compile_tests/test_splitting.py",
 )
 """Files of few tests that take long, so that no process is left alone with them at the end."""
 _SHARES = {path: share for share, paths in TOGETHER.items() for path in paths}

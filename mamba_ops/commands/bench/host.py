@@ -62,13 +62,14 @@ def calls_of(op: str, device: torch.device) -> Calls:
     assert function.host_call is not None
     pattern, rows, length, sizes = function.host_call
     call = function.make_call(RandomInputs(device, rows, length, sizes=sizes), pattern)
-    given = function.bind(call.args, call.kwargs)
-    out = given.pop("output")
+    bound = function.__signature__.bind(*call.args, **call.kwargs).arguments
+    given = {name: value for name, value in bound.items() if value is not None}
+    out = torch.empty_like(function(**given))
     calls: Calls = {GIVEN: lambda: function(**given, out=out), BARE: bare(device)}
     calls[ALLOCATED] = lambda: function(**given)
     if (slots := given.get("slots")) is None:
         return calls
-    caches = {name: given[name] for name in function.mutates if given.get(name) is not None}
+    caches = {name: given[name] for name in function.mutates if name in given}
     arguments = {name: value for name, value in given.items() if name not in caches}
     found, _ = peers.present(peers.of(function), Case(function, "", arguments, caches, out, (slots,)))
     for name, each in found.items():
