@@ -39,6 +39,11 @@ FIRST = (
     "tests/registry/test_private_names.py",
     "compile_tests/test_generated.py",
     "compile_tests/test_splitting.py",
+    "compile_tests/test_plans.py",
+    "tests/audit/test_fixture.py",
+    "tests/audit/test_fronts.py",
+    "tests/test_rehearsal.py",
+    "tests/test_warm_up_transformers.py",
 )
 """Files of few tests that take long, so that no process is left alone with them at the end."""
 _SHARES = {path: share for share, paths in TOGETHER.items() for path in paths}
