@@ -67,7 +67,7 @@ def _steps(
     begin, count, before = extent(row, True, cu_seqlens, num_computed_tokens, computed_stride, length, CHUNK)
     own, last = numbers(before, count, CHUNK, PIECE)
     own += piece - first
-    if own >= last:  # there are fewer pieces than programs
+    if (piece < first) | (own >= last):  # there are fewer pieces than programs
         return
     low, high = piece_range(own, before, count, CHUNK, PIECE)
 
@@ -273,7 +273,7 @@ def _scan(
     first, last = numbers(before, count, CHUNK, PIECE)
     several = last - first > SEGMENT
     first += segment * SEGMENT
-    if (segment > 0) & (first >= last):  # there are fewer segments than programs
+    if (segment < 0) | ((segment > 0) & (first >= last)):  # there are fewer segments than programs
         return
     is_last = first + SEGMENT >= last
     last = tl.minimum(last, first + SEGMENT)
