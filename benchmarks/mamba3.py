@@ -58,14 +58,15 @@ def off(got: Tensor, other: Tensor) -> float:
 
 
 def measured(kind: str, device: torch.device) -> list[Row]:
-    """A row for a prompt, and one for a step."""
+    """A row for a prompt, one for a step and one for training, printed as they come: mamba_ssm's kernels are tuned in
+    minutes."""
     found = mixers(kind, device)
     width, tokens = found["ours"].d_model, 256 if device.type == "cpu" else PROMPT
     dtype = found["ours"].in_proj.weight.dtype
     prompt, token = torch.randn(1, tokens, width, device=device, dtype=dtype), torch.randn(ROWS, width, device=device)
     token = token.to(dtype)
     rows: list[Row] = []
-    for what in ("prompt", "prompt, training", "step"):
+    for what in ("prompt", "step", "prompt, training"):
         row: Row = {"call": f"{tokens} tokens" + what.removeprefix("prompt") if what != "step" else f"step of {ROWS}"}
         results = {}
         for name, mixer in found.items():
@@ -79,6 +80,7 @@ def measured(kind: str, device: torch.device) -> list[Row]:
         if len(results) == 2:
             row["apart"] = off(*results.values())
         rows.append(row)
+        print(f"  {kind}:", {name: cell(row) for name, cell in COLUMNS.items()}, flush=True)
     return rows
 
 

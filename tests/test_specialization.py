@@ -141,7 +141,7 @@ def test_random_calls_ask_for_two_variants_or_as_many_as_there_is_a_reason_for()
 
 LAUNCHED = (
     "_kernel",
-    "_prepare",
+    "_steps",
     "_states",
     "_outputs",
     "_decay",

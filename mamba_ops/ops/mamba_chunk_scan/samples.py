@@ -98,6 +98,8 @@ def _samples(
     yield sample("chunk states", chunk_states=states(3 * length // chunk_size + 3))
     changes: dict[str, Any] = {**packed, **computed, "slots": indices(5, -1, 2), "chunk_states": states(2 * most)[::2]}
     yield sample("chunk states, packed", tokens, **changes, **initial)
+    begun: dict[str, Any] = {"num_computed_tokens": indices(3, 159), "has_initial_state": indices(True, False).bool()}
+    yield sample("states of long chunks", 2, 150, chunk_size=80, slots=indices(5, 1), chunk_states=states(8), **begun)
 
     yield sample("float32 output", out=normal(3, length, heads, dim, dtype=torch.float32))
     other = torch.float16 if dtype != torch.float16 else torch.float32

@@ -1,9 +1,9 @@
-"""The Mamba-2 recurrence over whole sequences, chunk by chunk, in three launches.
+"""The Mamba-2 recurrence over whole sequences, in two or three launches.
 
-`_prepare` finds every chunk's tokens and what of their past each of them keeps. `_states` walks over the chunks of a
-row, with a tile of one head's state in registers. `_outputs` then has all chunks at once: what a token reads of the
-state before its chunk, and of the tokens of its chunk. Decays of any strength are exact, by the sums of
-`ops/_triton/decay.py`.
+`_steps` finds for pieces of 64 tokens what of its past each token keeps. `_scan` walks over the pieces of a segment of
+a row, with a tile of one head's state in registers: of each piece it has what its tokens read of the state before them
+and of each other, and then the state after them. Where a row has several segments, `_states` has walked over it before,
+and left the state before each of them. Decays of any strength are exact, by the sums of `ops/_triton/decay.py`.
 """
 
 import triton
@@ -17,44 +17,35 @@ from mamba_ops.ops._triton.common import (
     offset_ptr,
     softplus,
     tile_ptrs,
-    within,
 )
 from mamba_ops.ops._triton.decay import exact_sums, finite_rate, split, to_log2
+from mamba_ops.ops.mamba_chunk_scan.triton.pieces import (
+    chunks_before,
+    extent,
+    first_kept,
+    first_piece,
+    first_segment,
+    numbers,
+    piece_range,
+    row_of,
+)
 
 
-@triton.jit
-def _extent(row, inside, cu_seqlens, num_computed_tokens, computed_stride, length, CHUNK: tl.constexpr):
-    # A row's first token and number of tokens, and how many tokens of its first chunk came before them. `length` is the
-    # number of a row's tokens, with cu_seqlens that of all.
-    if cu_seqlens is not None:
-        begin = within(tl.load(cu_seqlens + row, inside, other=0), length).to(tl.int32)
-        count = within(tl.load(cu_seqlens + row + 1, inside, other=0), length).to(tl.int32) - begin
-    else:
-        begin = row * length
-        count = tl.where(inside, length, 0)
-    num_computed_tokens += row.to(tl.int64) * computed_stride
-    before = tl.load(num_computed_tokens, inside & (computed_stride >= 0), other=0)
-    return begin, count, (tl.maximum(before, 0) % CHUNK).to(tl.int32)
-
-
-@kernel(first_number="dt_stride", static="steps chunks first_chunks")
-def _prepare(
+@kernel(first_number="dt_stride", static="steps")
+def _steps(
     dt,
     A,
     dt_bias,
     cu_seqlens,
     num_computed_tokens,
     slots,
-    has_initial_state,
     steps,  # out: (4, heads, tokens), described where they are stored
-    chunks,  # out: (chunks, 3): the first token, the one after the last, and the chunk's past: see below
-    first_chunks,  # out: (rows,)
     dt_stride,
     slots_stride,
-    initial_stride,
     computed_stride,
-    length,  # tokens of every row; None: cu_seqlens
+    length,  # of a row; with cu_seqlens that of all rows together
     rows,
+    extra,  # pieces of a row that are not whole, at most
     tokens,
     null_slot,
     slot_count,
@@ -62,51 +53,27 @@ def _prepare(
     dt_max,
     HEADS: tl.constexpr,
     CHUNK: tl.constexpr,
+    PIECE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
 ):
-    # The chunk's row is the number of rows that end before it.
-    chunk = tl.program_id(0)
-    row = 0
-    first = 0
-    total = 0
-    for start in range(0, rows, BLOCK_ROWS):
-        r = start + tl.arange(0, BLOCK_ROWS)
-        begin, count, before = _extent(r, r < rows, cu_seqlens, num_computed_tokens, computed_stride, length, CHUNK)
-        of_row = tl.where(count > 0, (before + count + CHUNK - 1) // CHUNK, 0)
-        end = total + tl.cumsum(of_row, 0)
-        earlier = (r < rows) & (end <= chunk)
-        row += tl.sum(earlier.to(tl.int32), 0)
-        first = tl.maximum(first, tl.max(tl.where(earlier, end, 0), 0))
-        total = tl.minimum(total + tl.sum(of_row, 0), 1 << 30)
-
-    chunks += chunk * 3
-    if row >= rows:  # there can be fewer chunks than programs
-        tl.store(chunks, 0)
-        tl.store(chunks + 1, 0)
+    piece = tl.program_id(0)
+    row, first = row_of(piece, rows, cu_seqlens, length, extra, CHUNK, PIECE, SEGMENT=None)
+    if row < 0:
         return
-    begin, count, before = _extent(row, True, cu_seqlens, num_computed_tokens, computed_stride, length, CHUNK)
-    low = begin + tl.maximum((chunk - first) * CHUNK - before, 0)
-    high = begin + tl.minimum((chunk - first + 1) * CHUNK - before, count)
-
-    # 1: a state comes before the chunk; 0: none does, it is zero; -1: a padding row
-    past = (chunk > first).to(tl.int32)
-    past |= load_flag(row, has_initial_state, initial_stride).to(tl.int32)
-    past = tl.where(load_slot(row, slots, slots_stride, null_slot, slot_count) < 0, -1, past)
-    if tl.program_id(1) == 0:
-        tl.store(chunks, low)
-        tl.store(chunks + 1, high)
-        tl.store(chunks + 2, past)
-        if chunk == first:
-            tl.store(first_chunks + row, chunk)
-    if past < 0:
+    if load_slot(row, slots, slots_stride, null_slot, slot_count) < 0:
         return
+    begin, count, before = extent(row, True, cu_seqlens, num_computed_tokens, computed_stride, length, CHUNK)
+    own, last = numbers(before, count, CHUNK, PIECE)
+    own += piece - first
+    if (piece < first) | (own >= last):  # there are fewer pieces than programs
+        return
+    low, high = piece_range(own, before, count, CHUNK, PIECE)
 
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-    token = low + tl.arange(0, BLOCK_TOKENS)
-    inside = (token < high)[:, None] & (head < HEADS)[None, :]
+    token = begin + low + tl.arange(0, BLOCK_TOKENS)
+    inside = (token < begin + high)[:, None] & (head < HEADS)[None, :]
     d = tl.load(tile_ptrs(dt, token, dt_stride, head, False), inside, other=0.0).to(tl.float32)
     if dt_bias is not None:
         d += tl.load(dt_bias + head, head < HEADS, other=0.0).to(tl.float32)[None, :]
@@ -119,7 +86,7 @@ def _prepare(
     total, left = exact_sums(log_decay)
     near, up, down = split(total)
 
-    # Planes: log2 of the decay since the chunk began, rounded; dt times `down`; dt decayed to the chunk's end; `up`.
+    # Planes: log2 of the decay since the piece began, rounded; dt times `down`; dt decayed to the piece's end; `up`.
     steps += head.to(tl.int64)[None, :] * tokens + token[:, None]
     plane = HEADS * tokens.to(tl.int64)
     tl.store(steps, near, inside)
@@ -128,32 +95,40 @@ def _prepare(
     tl.store(steps + 3 * plane, up, inside)
 
 
-@kernel(first_number="x_stride", static="steps first_chunks starts")
+@triton.jit
+def _in_slot(
+    head, channel, entry, head_stride, dim_stride, dstate_stride, DIM: tl.constexpr, DSTATE: tl.constexpr, ALIGNED
+):
+    # Where a tile of a head's state lies in a slot.
+    if ALIGNED:
+        return (head * DIM + channel)[:, None] * DSTATE + entry[None, :]
+    else:
+        place = channel.to(tl.int64)[:, None] * dim_stride + entry.to(tl.int64)[None, :] * dstate_stride
+        return place + head.to(tl.int64) * head_stride
+
+
+@kernel(first_number="x_stride", static="steps starts")
 def _states(
     x,
     B,
     cu_seqlens,
     num_computed_tokens,
     slots,
-    write_slots,
     has_initial_state,
     ssm_state,
-    chunk_states,
     steps,
-    first_chunks,
-    starts,  # out: (chunks, heads, dim, dstate), the state before a chunk, for those that have a past
+    starts,  # out: (kept segments, heads, dim, dstate), the state before each one of rows that have several
     x_stride,  # this and the next: from token to token
     B_stride,
     slots_stride,
-    write_stride,
     initial_stride,
     computed_stride,
     slot_stride,
     head_stride,  # this and the next two are None for an ALIGNED state, which is dense
     dim_stride,
     dstate_stride,
-    kept_stride,  # from chunk to chunk of chunk_states
-    most,  # chunks that there can be; more have only rows of wrong cu_seqlens, which leave the rest out
+    kept_segments,  # that starts has; more have only rows of wrong cu_seqlens, which leave the rest out
+    extra,  # pieces of a row that are not whole, at most
     length,
     tokens,
     null_slot,
@@ -163,7 +138,10 @@ def _states(
     GROUPS: tl.constexpr,
     DSTATE: tl.constexpr,
     CHUNK: tl.constexpr,
+    PIECE: tl.constexpr,
+    SEGMENT: tl.constexpr,
     ALIGNED: tl.constexpr,
+    OPERAND: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_STATE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -171,7 +149,6 @@ def _states(
     # Programs that run together read the same tokens: rows are outermost, then heads.
     DIM_BLOCKS: tl.constexpr = (DIM + BLOCK_DIM - 1) // BLOCK_DIM
     BLOCKS: tl.constexpr = DIM_BLOCKS * ((DSTATE + BLOCK_STATE - 1) // BLOCK_STATE)
-    PER_CHUNK: tl.constexpr = (CHUNK + BLOCK_TOKENS - 1) // BLOCK_TOKENS
     program = tl.program_id(0)
     row = program // (BLOCKS * HEADS)
     head = program // BLOCKS % HEADS
@@ -180,66 +157,49 @@ def _states(
     in_dim = channel < DIM
     in_dstate = entry < DSTATE
     in_state = in_dim[:, None] & in_dstate[None, :]
+    place = tl.arange(0, BLOCK_TOKENS)
 
+    begin, count, before = extent(row, True, cu_seqlens, num_computed_tokens, computed_stride, length, CHUNK)
     source = load_slot(row, slots, slots_stride, null_slot, slot_count)
-    if source < 0:
+    first, last = numbers(before, count, CHUNK, PIECE)
+    if (last - first <= SEGMENT) | (source < 0):
         return
-    begin, count, before = _extent(row, True, cu_seqlens, num_computed_tokens, computed_stride, length, CHUNK)
-
-    if ALIGNED:
-        of_state = (head * DIM + channel)[:, None] * DSTATE + entry[None, :]
-    else:
-        of_state = channel.to(tl.int64)[:, None] * dim_stride + entry.to(tl.int64)[None, :] * dstate_stride
-        of_state += head.to(tl.int64) * head_stride
     carried = load_flag(row, has_initial_state, initial_stride)
-    initial = offset_ptr(ssm_state, source * slot_stride, ALIGNED) + of_state
+    initial = offset_ptr(ssm_state, source * slot_stride, ALIGNED)
+    initial += _in_slot(head, channel, entry, head_stride, dim_stride, dstate_stride, DIM, DSTATE, ALIGNED)
     s = tl.load(initial, in_state & carried, other=0.0).to(tl.float32)
 
-    if count > 0:
-        chunk = within(tl.load(first_chunks + row), most - 1).to(tl.int64)
-        in_head = channel[:, None] * DSTATE + entry[None, :]
-        starts += (chunk * HEADS + head) * (DIM * DSTATE)
-        if chunk_states is not None:
-            chunk_states += chunk * kept_stride + head * (DIM * DSTATE)
-        x += head * DIM
-        B += head // (HEADS // GROUPS) * DSTATE
-        decay = steps + head.to(tl.int64) * tokens + begin
-        weight = decay + 2 * HEADS * tokens.to(tl.int64)
-
-        last = tl.minimum((before + count - 1) // CHUNK, most - 1 - chunk.to(tl.int32))
-        left = tl.minimum(before + count - last * CHUNK, CHUNK)
-        blocks = last * PER_CHUNK + (left + BLOCK_TOKENS - 1) // BLOCK_TOKENS
-        for block in range(blocks):
-            number = block // PER_CHUNK
-            low = number * CHUNK - before
-            high = tl.minimum(low + CHUNK, count)
-            if block % PER_CHUNK == 0:
-                if carried | (number > 0):
-                    tl.store(starts + number.to(tl.int64) * (HEADS * DIM * DSTATE) + in_head, s, in_state)
-                if chunk_states is not None:
-                    if number > 0:
-                        tl.store(chunk_states + (number - 1).to(tl.int64) * kept_stride + in_head, s, in_state)
-                s *= tl.exp2(tl.load(decay + high - 1))
-            t = low + block % PER_CHUNK * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-            inside = (t >= 0) & (t < high)
-            x_ptrs = tile_ptrs(x, begin + t, x_stride, channel, ALIGNED)
-            B_ptrs = tile_ptrs(B, begin + t, B_stride, entry, ALIGNED)
-            u = tl.load(x_ptrs, inside[:, None] & in_dim[None, :], other=0.0)
-            b = tl.load(B_ptrs, inside[:, None] & in_dstate[None, :], other=0.0)
-            w = tl.load(weight + t, inside, other=0.0)
-            b = b.to(tl.float32) * w[:, None]
-            operand = starts.dtype.element_ty
-            s = tl.dot(tl.trans(u.to(operand)), b.to(operand), s, input_precision="ieee")
-        if chunk_states is not None:
-            tl.store(chunk_states + last.to(tl.int64) * kept_stride + in_head, s, in_state)
-
-    target, stored = final_slot(row, source, count, write_slots, write_stride, null_slot, slot_count)
-    stored &= slot_stride >= 0
-    tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + of_state, s, in_state & stored)
+    kept = first_kept(first_piece(row, begin, extra, CHUNK, PIECE), SEGMENT)
+    starts += (kept.to(tl.int64) * HEADS + head) * (DIM * DSTATE) + channel[:, None] * DSTATE + entry[None, :]
+    tl.store(starts, s, in_state & (kept < kept_segments))
+    x += head * DIM
+    B += head // (HEADS // GROUPS) * DSTATE
+    steps += head.to(tl.int64) * tokens + begin
+    weights = steps + 2 * HEADS * tokens.to(tl.int64)
+    _, high = piece_range(first, before, count, CHUNK, PIECE)
+    left = tl.load(steps + high - 1)
+    for piece in range(first, first + (last - first - 1) // SEGMENT * SEGMENT):
+        low, high = piece_range(piece, before, count, CHUNK, PIECE)
+        t = low + place
+        inside = t < high
+        _, next_high = piece_range(piece + 1, before, count, CHUNK, PIECE)
+        next_left = tl.load(steps + next_high - 1)  # of this row: its last piece is not walked over here
+        x_ptrs = tile_ptrs(x, begin + t, x_stride, channel, ALIGNED)
+        B_ptrs = tile_ptrs(B, begin + t, B_stride, entry, ALIGNED)
+        u = tl.load(x_ptrs, inside[:, None] & in_dim[None, :], other=0.0)
+        b = tl.load(B_ptrs, inside[:, None] & in_dstate[None, :], other=0.0)
+        weight = tl.load(weights + t, inside, other=0.0)
+        b = (b.to(tl.float32) * weight[:, None]).to(OPERAND)
+        s = tl.dot(tl.trans(u.to(OPERAND)), b, s * tl.exp2(left), input_precision="ieee")
+        left = next_left
+        if (piece + 1 - first) % SEGMENT == 0:
+            kept += 1
+            starts += HEADS * DIM * DSTATE
+            tl.store(starts, s, in_state & (kept < kept_segments))
 
 
-@kernel(first_number="x_stride", static="steps chunks starts")
-def _outputs(
+@kernel(first_number="x_stride", static="steps starts")
+def _scan(
     x,
     B,
     C,
@@ -247,89 +207,148 @@ def _outputs(
     z,
     output,
     steps,
-    chunks,
-    starts,
+    starts,  # read for rows of several segments alone
+    cu_seqlens,
+    num_computed_tokens,
+    slots,
+    write_slots,
+    has_initial_state,
+    ssm_state,
+    chunk_states,
     x_stride,  # this and the next four: from token to token
     B_stride,
     C_stride,
     z_stride,
     output_stride,
+    slots_stride,
+    write_stride,
+    initial_stride,
+    computed_stride,
+    slot_stride,
+    head_stride,  # this and the next two are None for an ALIGNED state, which is dense
+    dim_stride,
+    dstate_stride,
+    kept_stride,  # from chunk to chunk of chunk_states
+    kept_chunks,  # that chunk_states has
+    rows,
+    kept_segments,  # that starts has
+    extra,  # pieces of a row that are not whole, at most
+    length,
     tokens,
+    null_slot,
+    slot_count,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     GROUPS: tl.constexpr,
     DSTATE: tl.constexpr,
     CHUNK: tl.constexpr,
+    PIECE: tl.constexpr,
+    SEGMENT: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr,
     ALIGNED: tl.constexpr,
+    OPERAND: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_STATE: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,  # of output
-    BLOCK_PAST: tl.constexpr,  # of the tokens that they read
+    BLOCK_TOKENS: tl.constexpr,
 ):
-    # Programs that run together read the same chunk; those with the most to read come first.
+    # Programs that run together read the same tokens: segments are outermost, then heads.
+    PER_CHUNK: tl.constexpr = (CHUNK + PIECE - 1) // PIECE
     DIM_BLOCKS: tl.constexpr = (DIM + BLOCK_DIM - 1) // BLOCK_DIM
-    BLOCKS: tl.constexpr = (CHUNK + BLOCK_TOKENS - 1) // BLOCK_TOKENS
     program = tl.program_id(0)
-    chunk = (program // (BLOCKS * DIM_BLOCKS * HEADS)).to(tl.int64)
-    head = program // (BLOCKS * DIM_BLOCKS) % HEADS
+    unit = program // (DIM_BLOCKS * HEADS)
+    head = program // DIM_BLOCKS % HEADS
     channel = program % DIM_BLOCKS * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     entry = tl.arange(0, BLOCK_STATE)
     in_dim = channel < DIM
     in_dstate = entry < DSTATE
+    in_state = in_dim[:, None] & in_dstate[None, :]
+    place = tl.arange(0, BLOCK_TOKENS)
 
-    begin = tl.load(chunks + chunk * 3)
-    end = tl.load(chunks + chunk * 3 + 1)
-    first = begin + (BLOCKS - 1 - program // DIM_BLOCKS % BLOCKS) * BLOCK_TOKENS
-    if first >= end:
+    row, numbered = row_of(unit, rows, cu_seqlens, length, extra, CHUNK, PIECE, SEGMENT)
+    if row < 0:
         return
-    past = tl.load(chunks + chunk * 3 + 2)
-    token = first + tl.arange(0, BLOCK_TOKENS)
-    inside = token < end
-    written = inside[:, None] & in_dim[None, :]
-    output = tile_ptrs(output + head * DIM, token, output_stride, channel, ALIGNED)
-    if past < 0:
-        tl.store(output, tl.zeros([BLOCK_TOKENS, BLOCK_DIM], tl.float32), written)
+    source = load_slot(row, slots, slots_stride, null_slot, slot_count)
+    begin, count, before = extent(row, True, cu_seqlens, num_computed_tokens, computed_stride, length, CHUNK)
+    segment = unit - first_segment(numbered, row, SEGMENT)
+    first, last = numbers(before, count, CHUNK, PIECE)
+    several = last - first > SEGMENT
+    first += segment * SEGMENT
+    if (segment < 0) | ((segment > 0) & (first >= last)):  # there are fewer segments than programs
+        return
+    is_last = first + SEGMENT >= last
+    last = tl.minimum(last, first + SEGMENT)
+    output += head * DIM
+    if source < 0:
+        for piece in range(first, last):
+            low, high = piece_range(piece, before, count, CHUNK, PIECE)
+            written = (low + place < high)[:, None] & in_dim[None, :]
+            zeros = tl.zeros([BLOCK_TOKENS, BLOCK_DIM], tl.float32)
+            tl.store(tile_ptrs(output, begin + low + place, output_stride, channel, ALIGNED), zeros, written)
         return
 
-    operand = starts.dtype.element_ty
+    in_slot = _in_slot(head, channel, entry, head_stride, dim_stride, dstate_stride, DIM, DSTATE, ALIGNED)
+    in_head = channel[:, None] * DSTATE + entry[None, :]
+    carried = load_flag(row, has_initial_state, initial_stride)
+    initial = offset_ptr(ssm_state, source * slot_stride, ALIGNED) + in_slot
+    s = tl.load(initial, in_state & (carried & (several == 0)), other=0.0).to(tl.float32)
+    kept = first_kept(numbered, SEGMENT) + segment
+    starts += (kept.to(tl.int64) * HEADS + head) * (DIM * DSTATE)
+    s += tl.load(starts + in_head, in_state & (several & (kept < kept_segments)), other=0.0)
+
+    if chunk_states is not None:
+        first_chunk = chunks_before(row, cu_seqlens, num_computed_tokens, computed_stride, length, CHUNK)
+        chunk_states += head * (DIM * DSTATE)
+    if D is not None:
+        if D_PER_CHANNEL:
+            skip = tl.load(D + head * DIM + channel, in_dim, other=0.0).to(tl.float32)[None, :]
+        else:
+            skip = tl.load(D + head).to(tl.float32)
     x += head * DIM
     B += head // (HEADS // GROUPS) * DSTATE
     C += head // (HEADS // GROUPS) * DSTATE
-    decays = steps + head.to(tl.int64) * tokens
-    sizes = decays + HEADS * tokens.to(tl.int64)
-    decay = tl.load(decays + token, inside, other=float("-inf"))
-    up = tl.load(sizes + 2 * HEADS * tokens.to(tl.int64) + token, inside, other=0.0)
-    C_ptrs = tile_ptrs(C, token, C_stride, entry, ALIGNED)
-    c = tl.load(C_ptrs, inside[:, None] & in_dstate[None, :], other=0.0).to(operand)
+    plane = HEADS * tokens.to(tl.int64)
+    steps += head.to(tl.int64) * tokens + begin
+    _, high = piece_range(first, before, count, CHUNK, PIECE)
+    left = tl.load(steps + high - 1, first < last, other=0.0)
+    for piece in range(first, last):
+        low, high = piece_range(piece, before, count, CHUNK, PIECE)
+        t = low + place
+        inside = t < high
+        token = begin + t
+        written = inside[:, None] & in_dim[None, :]
+        read = inside[:, None] & in_dstate[None, :]
+        _, next_high = piece_range(piece + 1, before, count, CHUNK, PIECE)
+        next_left = tl.load(steps + next_high - 1)
+        decay = tl.load(steps + t, inside, other=float("-inf"))
+        other = tl.load(steps + t, inside, other=0.0)  # the same, of the tokens that are read
+        size = tl.load(steps + plane + t, inside, other=0.0)
+        weight = tl.load(steps + 2 * plane + t, inside, other=0.0)
+        up = tl.load(steps + 3 * plane + t, inside, other=0.0)
+        c = tl.load(tile_ptrs(C, token, C_stride, entry, ALIGNED), read, other=0.0).to(OPERAND)
+        b = tl.load(tile_ptrs(B, token, B_stride, entry, ALIGNED), read, other=0.0).to(OPERAND)
+        u = tl.load(tile_ptrs(x, token, x_stride, channel, ALIGNED), written, other=0.0)
 
-    y = tl.zeros([BLOCK_TOKENS, BLOCK_DIM], tl.float32)
-    if past > 0:
-        starts += (chunk * HEADS + head) * (DIM * DSTATE)
-        start_ptrs = tile_ptrs(starts, channel, DSTATE, entry, ALIGNED)
-        s = tl.load(start_ptrs, in_dim[:, None] & in_dstate[None, :], other=0.0)
-        y = tl.dot(c, tl.trans(s), input_precision="ieee") * tl.exp2(decay)[:, None]
-    for start in range(begin, tl.minimum(first + BLOCK_TOKENS, end), BLOCK_PAST):
-        t = start + tl.arange(0, BLOCK_PAST)
-        there = t < end
-        x_ptrs = tile_ptrs(x, t, x_stride, channel, ALIGNED)
-        B_ptrs = tile_ptrs(B, t, B_stride, entry, ALIGNED)
-        b = tl.load(B_ptrs, there[:, None] & in_dstate[None, :], other=0.0).to(operand)
-        u = tl.load(x_ptrs, there[:, None] & in_dim[None, :], other=0.0).to(operand)
-        w = decay[:, None] - tl.load(decays + t, there, other=0.0)[None, :]
-        w = tl.exp2(tl.where(token[:, None] >= t[None, :], w, float("-inf")))
-        w *= tl.load(sizes + t, there, other=0.0)[None, :]
-        w *= tl.dot(c, tl.trans(b), input_precision="ieee")
-        y = tl.dot(w.to(operand), u, y, input_precision="ieee")
+        y = tl.dot(c, tl.trans(s.to(OPERAND)), input_precision="ieee") * tl.exp2(decay)[:, None]
+        w = tl.where(place[:, None] >= place[None, :], decay[:, None] - other[None, :], float("-inf"))
+        w = tl.exp2(w) * size[None, :] * tl.dot(c, tl.trans(b), input_precision="ieee")
+        y = tl.dot(w.to(OPERAND), u.to(OPERAND), y, input_precision="ieee") * up[:, None]
+        pushed = (u.to(tl.float32) * weight[:, None]).to(OPERAND)
+        s = tl.dot(tl.trans(pushed), b, s * tl.exp2(left), input_precision="ieee")
+        left = next_left
 
-    y *= up[:, None]
-    if D is not None:
-        u = tl.load(tile_ptrs(x, token, x_stride, channel, ALIGNED), written, other=0.0).to(tl.float32)
-        if D_PER_CHANNEL:
-            y += u * tl.load(D + head * DIM + channel, in_dim, other=0.0).to(tl.float32)[None, :]
-        else:
-            y += u * tl.load(D + head).to(tl.float32)
-    if z is not None:
-        gate = tl.load(tile_ptrs(z + head * DIM, token, z_stride, channel, ALIGNED), written, other=0.0).to(tl.float32)
-        y *= gate * tl.sigmoid(gate)
-    tl.store(output, y, written)
+        if D is not None:
+            y += u.to(tl.float32) * skip
+        if z is not None:
+            z_ptrs = tile_ptrs(z + head * DIM, token, z_stride, channel, ALIGNED)
+            gate = tl.load(z_ptrs, written, other=0.0).to(tl.float32)
+            y *= gate * tl.sigmoid(gate)
+        tl.store(tile_ptrs(output, token, output_stride, channel, ALIGNED), y, written)
+        if chunk_states is not None:
+            number = first_chunk + piece // PER_CHUNK
+            ended = ((piece + 1) % PER_CHUNK == 0) | (high == count)
+            ended &= number < kept_chunks
+            tl.store(chunk_states + number.to(tl.int64) * kept_stride + in_head, s, in_state & ended)
+
+    if is_last & (slot_stride >= 0):
+        target, stored = final_slot(row, source, count, write_slots, write_stride, null_slot, slot_count)
+        tl.store(offset_ptr(ssm_state, target * slot_stride, ALIGNED) + in_slot, s, in_state & stored)

@@ -10,10 +10,21 @@ from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_pla
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import as_float32, by_token, dense, is_dense, write_back
 from mamba_ops.ops._triton.limits import Limits
-from mamba_ops.ops.mamba_chunk_scan.triton.kernels import _outputs, _prepare, _states
+from mamba_ops.ops.mamba_chunk_scan.triton.kernels import _scan, _states, _steps
 
 if TYPE_CHECKING:
     from mamba_ops.ops.mamba_chunk_scan.op import Arguments
+
+
+def _segment(programs: int) -> int:
+    """Return about how many tokens a segment has, by how many programs walk over one.
+
+    Longer rows are walked over twice: once for the states that segments begin with, in little time but one after the
+    other, and once in parts. The fewer programs a segment has, the more segments are to run at once.
+    """
+    if INTERPRETED:
+        return 1  # several in few tokens
+    return 2048 if programs >= 96 else 1024
 
 
 def mamba_chunk_scan(call: "Arguments") -> None:
@@ -38,15 +49,22 @@ def mamba_chunk_scan(call: "Arguments") -> None:
     D, dt_bias, cu_seqlens = (None if t is None else t.contiguous() for t in (call.D, call.dt_bias, call.cu_seqlens))
 
     tokens = x.shape[0]
-    chunks = tokens // call.chunk_size + (rows if call.num_computed_tokens is None else 2 * rows)  # at most
     operand = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
     if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
         operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
     x, B, C = as_float32(operand, x, B, C)
+    launches = _launches(x.get_device(), dim, dstate, operand.itemsize)
+    steps_of, states, scan = (launches[kernel] for kernel in ("_steps", "_states", "_scan"))
+    # Where no state of a chunk is asked for, no piece needs to end with one.
+    chunk = scan["BLOCK_TOKENS"] if kept is None else call.chunk_size
+    piece = min(chunk, scan["BLOCK_TOKENS"])
+    segment = max(_segment(heads * cdiv(dim, scan["BLOCK_DIM"])) // piece, 4)
+    is_whole = chunk % piece == 0
+    extra = 1 if call.num_computed_tokens is None else 2 if is_whole else 3
+    pieces = tokens // piece + rows * extra + (0 if is_whole else tokens // chunk)  # at most, as are the next two
+    segments, kept_segments = pieces // segment + rows, 2 * pieces // segment + 1
     steps = x.new_empty(4, heads, tokens, dtype=torch.float32)
-    table = x.new_empty(chunks, 3, dtype=torch.int32)
-    first_chunks = x.new_empty(rows, dtype=torch.int32)
-    starts = x.new_empty(chunks, heads, dim, dstate, dtype=operand)
+    starts = x.new_empty(kept_segments, heads, dim, dstate, dtype=torch.float32)
     aligned = all(
         t is None or (t.data_ptr() | t.stride(0) * t.itemsize | t.shape[-1] * t.itemsize) % 16 == 0
         for t in (x, B, C, z, written)
@@ -55,54 +73,78 @@ def mamba_chunk_scan(call: "Arguments") -> None:
     if call.ssm_state is not None:
         aligned &= (call.ssm_state.data_ptr() | slot_stride * call.ssm_state.itemsize) % 16 == 0
         aligned &= is_dense(call.ssm_state)
-    head_stride, dim_stride, dstate_stride = (None, None, None) if aligned else strides
     slots, slots_stride = or_placeholder(call.slots, x, tl.int32)
     has_initial_state, initial_stride = or_placeholder(
         None if call.ssm_state is None else call.has_initial_state, x, tl.int1
     )
     ssm_state, _ = or_placeholder(call.ssm_state, x, tl.float32)
     num_computed_tokens, computed_stride = or_placeholder(call.num_computed_tokens, x, tl.int32)
-    shape = {
-        "HEADS": heads,
-        "DIM": dim,
-        "GROUPS": groups,
-        "DSTATE": dstate,
-        "CHUNK": call.chunk_size,
-        "ALIGNED": aligned,
-    }
-    launches = _launches(x.get_device(), dim, dstate, call.chunk_size, operand.itemsize)
-    prepare, states, outputs = (launches[kernel] for kernel in ("_prepare", "_states", "_outputs"))
+    in_slot = (None, None, None) if aligned else strides
+    all_or_length = tokens if length is None else length
+    sizes = {"HEADS": heads, "CHUNK": chunk, "PIECE": piece}
+    of_states = {"DIM": dim, "GROUPS": groups, "DSTATE": dstate, "SEGMENT": segment, "ALIGNED": aligned}
+    of_states["OPERAND"] = getattr(tl, str(operand).removeprefix("torch."))
     with on_device_of(x):
-        _prepare[(chunks, cdiv(heads, prepare["BLOCK_HEADS"]))](
-            dt,
-            A,
-            dt_bias,
-            cu_seqlens,
-            num_computed_tokens,
-            slots,
-            has_initial_state,
-            steps,
-            table,
-            first_chunks,
-            dt.stride(0),
-            slots_stride,
-            initial_stride,
-            computed_stride,
-            tokens if length is None else length,
-            rows,
-            tokens,
-            call.null_slot,
-            slots_of(call.ssm_state),
-            call.dt_min,
-            call.dt_max,
-            HEADS=heads,
-            CHUNK=call.chunk_size,
-            SOFTPLUS=call.dt_softplus,
-            **prepare,
-        )
-        _states[(rows * heads * cdiv(dim, states["BLOCK_DIM"]) * cdiv(dstate, states["BLOCK_STATE"]),)](
+        if tokens > 0:
+            _steps[(pieces, cdiv(heads, steps_of["BLOCK_HEADS"]))](
+                dt,
+                A,
+                dt_bias,
+                cu_seqlens,
+                num_computed_tokens,
+                slots,
+                steps,
+                dt.stride(0),
+                slots_stride,
+                computed_stride,
+                all_or_length,
+                rows,
+                extra,
+                tokens,
+                call.null_slot,
+                slots_of(call.ssm_state),
+                call.dt_min,
+                call.dt_max,
+                SOFTPLUS=call.dt_softplus,
+                **sizes,
+                **steps_of,
+            )
+            _states[(rows * heads * cdiv(dim, states["BLOCK_DIM"]) * cdiv(dstate, states["BLOCK_STATE"]),)](
+                x,
+                B,
+                cu_seqlens,
+                num_computed_tokens,
+                slots,
+                has_initial_state,
+                ssm_state,
+                steps,
+                starts,
+                x.stride(0),
+                B.stride(0),
+                slots_stride,
+                initial_stride,
+                computed_stride,
+                slot_stride,
+                *in_slot,
+                kept_segments,
+                extra,
+                all_or_length,
+                tokens,
+                call.null_slot,
+                slots_of(call.ssm_state),
+                **sizes,
+                **of_states,
+                **states,
+            )
+        _scan[(segments * heads * cdiv(dim, scan["BLOCK_DIM"]),)](
             x,
             B,
+            C,
+            D,
+            z,
+            written,
+            steps,
+            starts,
             cu_seqlens,
             num_computed_tokens,
             slots,
@@ -110,81 +152,64 @@ def mamba_chunk_scan(call: "Arguments") -> None:
             has_initial_state,
             ssm_state,
             kept,
-            steps,
-            first_chunks,
-            starts,
             x.stride(0),
             B.stride(0),
+            C.stride(0),
+            None if z is None else z.stride(0),
+            written.stride(0),
             slots_stride,
             None if call.write_slots is None else call.write_slots.stride(0),
             initial_stride,
             computed_stride,
             slot_stride,
-            head_stride,
-            dim_stride,
-            dstate_stride,
+            *in_slot,
             None if kept is None else kept.stride(0),
-            chunks,
-            tokens if length is None else length,
+            None if kept is None else kept.shape[0],
+            rows,
+            kept_segments,
+            extra,
+            all_or_length,
             tokens,
             call.null_slot,
             slots_of(call.ssm_state),
-            **shape,
-            **states,
+            D_PER_CHANNEL=D is not None and D.dim() == 2,
+            **sizes,
+            **of_states,
+            **scan,
         )
-        if tokens > 0:
-            blocks = cdiv(call.chunk_size, outputs["BLOCK_TOKENS"]) * cdiv(dim, outputs["BLOCK_DIM"])
-            _outputs[(chunks * heads * blocks,)](
-                x,
-                B,
-                C,
-                D,
-                z,
-                written,
-                steps,
-                table,
-                starts,
-                x.stride(0),
-                B.stride(0),
-                C.stride(0),
-                None if z is None else z.stride(0),
-                written.stride(0),
-                tokens,
-                D_PER_CHANNEL=D is not None and D.dim() == 2,
-                **shape,
-                **outputs,
-            )
     write_back(written, call.output, flat)
     if call.chunk_states is not None and kept is not None and kept.data_ptr() != call.chunk_states.data_ptr():
         call.chunk_states.copy_(kept)
 
 
 @tunable_launch(
-    _prepare="BLOCK_HEADS num_warps",
-    _states="BLOCK_DIM BLOCK_STATE BLOCK_TOKENS num_warps num_stages",
-    _outputs="BLOCK_DIM BLOCK_TOKENS BLOCK_PAST num_warps num_stages",
+    _steps="BLOCK_HEADS num_warps",
+    _states="BLOCK_DIM BLOCK_STATE num_warps num_stages",
+    _scan="BLOCK_DIM BLOCK_TOKENS num_warps num_stages",
 )
-def _launches(dim: int, dstate: int, chunk_size: int, itemsize: int, *, limits: Limits) -> Launches:
-    """No side of a matrix product is shorter than 16."""
-    dim, dstate, chunk = (max(triton.next_power_of_2(size), 16) for size in (dim, dstate, chunk_size))
-    wide = 64 if itemsize < 4 else 32  # float32 goes without matrix units
-    prepare = {"BLOCK_ROWS": 128, "BLOCK_TOKENS": chunk, "BLOCK_HEADS": max(2048 // chunk, 1), "num_warps": 4}
+def _launches(dim: int, dstate: int, itemsize: int, *, limits: Limits) -> Launches:
+    """No side of a matrix product is shorter than 16.
+
+    A program of `_scan` holds the state of a block of channels, what pairs of a piece's tokens keep, and its outputs.
+    On Hopper four warps have registers for blocks of 64, elsewhere eight; RDNA and Turing have for less.
+    """
+    dim, dstate = (max(triton.next_power_of_2(size), 16) for size in (dim, dstate))
+    is_wide = itemsize < 4 and not limits.is_small  # float32 goes without matrix units
+    wide, is_cdna = 64 if itemsize < 4 else 32, limits.matrix_units == "float32"
+    block = 64 if is_wide else 32
+    scan = {
+        "BLOCK_DIM": max(min(dim, block, 128 * block // dstate), 16),
+        "BLOCK_STATE": dstate,
+        "BLOCK_TOKENS": block,
+        "num_warps": 4 if (limits.is_large and is_wide) or is_cdna else 8,
+        "num_stages": 2 if is_wide and not is_cdna else 1,
+    }
     states = {
         "BLOCK_DIM": min(dim, wide),
         "BLOCK_STATE": min(dstate, wide),
-        "BLOCK_TOKENS": min(chunk, wide),
-        "num_warps": 4,
-        "num_stages": 3,
+        "BLOCK_TOKENS": block,
+        "num_warps": 8 if limits.is_small else 4,
+        "num_stages": 1 if limits.is_small else 3,
     }
-    outputs = {
-        "BLOCK_DIM": min(dim, wide),
-        "BLOCK_STATE": dstate,
-        "BLOCK_TOKENS": min(chunk, wide),
-        "BLOCK_PAST": min(chunk, 32),
-        "num_warps": 4,
-        "num_stages": 2,
-    }
-    if limits.is_small:
-        states |= {"num_warps": 8, "num_stages": 1}
-        outputs |= {"num_warps": 8, "num_stages": 1}
-    return {"_prepare": prepare, "_states": states, "_outputs": outputs}
+    steps = {"BLOCK_TOKENS": block, "BLOCK_HEADS": 2048 // block, "num_warps": 4}
+    return {"_steps": steps, "_states": states, "_scan": scan}
