@@ -13,6 +13,8 @@ from tests.conftest import (
     forget_captures,
     fresh_dynamo,
     no_grad,
+    pytest_collection,
+    pytest_collection_finish,
     pytest_collection_modifyitems,
     pytest_runtest_setup,
 )
@@ -22,6 +24,8 @@ __all__ = [
     "forget_captures",
     "fresh_dynamo",
     "no_grad",
+    "pytest_collection",
+    "pytest_collection_finish",
     "pytest_collection_modifyitems",
     "pytest_runtest_setup",
 ]
