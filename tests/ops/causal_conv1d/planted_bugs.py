@@ -1,11 +1,11 @@
 """Bugs to plant in causal_conv1d."""
 
 BUGS = {
-    "window off by one": ("window[k] * taps[k]", "window[(k + 1) % WIDTH] * taps[k]"),
-    "taps reversed": ("window[k] * taps[k]", "window[k] * taps[WIDTH - 1 - k]"),
+    "window off by one": ("window[k].to", "window[(k + 1) % len(taps)].to"),
+    "taps reversed": ("* taps[k]", "* taps[len(taps) - 1 - k]"),
     "bias dropped": ("acc = bias\n", "acc = bias * 0\n"),
-    "silu always": ("            if SILU:", "            if True:"),
-    "sequences see the one before": ("(tile > 0), other=0.0)", "(tile >= 0), other=0.0)"),
+    "silu always": ("    if SILU:", "    if True:"),
+    "sequences see the one before": ("(t >= first)", "(t >= first - 1)"),
     "first tile only": ("number % tiles", "number * 0"),
     "initial state ignored": ("& carried", "& (state_slot < 0)"),
     "initial state assumed": (" & carried", ""),
@@ -15,15 +15,18 @@ BUGS = {
     "write slot ignored": ("state_ptr + target * state_slot", "state_ptr + slot * state_slot"),
     "past of empty sequences not moved": ("tl.maximum(tokens, 1)", "tokens"),
     "null slot ignored": ("slots_stride, null_slot, slot_count)", "slots_stride, -1, slot_count)"),
-    "inputs loaded ahead are of the step before": ("window += (inputs[u]", "window += (coming[u]"),
+    "last inputs of a sequence left out": ("HISTORY + left, HISTORY", "left, HISTORY"),
 }
 
 SLOW_BUGS = {  # slow: caught by the last samples, or by long ones
-    "tiles start from zeros": ("(tile > 0), other=0.0)", "(tile < 0), other=0.0)"),
+    "tiles start from zeros": ("inside, 0, HISTORY + BLOCK_T", "inside, HISTORY, HISTORY + BLOCK_T"),
     "tiles of the wrong sequence": ("+ middle <= number:", "+ middle < number:"),
-    "null sequences not zeroed": ("tl.store(to_token, 0.0", "tl.store(to_token, 1.0"),
-    "runs start from zeros": ("tl.load(before, mask=inside[", "tl.load(before, mask=(inside & (tile < 0))["),
+    "null sequences not zeroed": ("ALIGNED), 0.0, mask", "ALIGNED), 1.0, mask"),
+    "runs start from zeros": (
+        "tl.load(of_earlier, mask=of_channel",
+        "tl.load(of_earlier, mask=of_channel & (tile < 0)",
+    ),
     "runs see the sequence before": ("(token >= RUN) & (token < tokens + RUN)", "(token < tokens + RUN)"),
-    "past of runs in the wrong column": ("tl.where(column == j,", "tl.where(column == j + 1,"),
+    "past of runs in the wrong column": ("tl.where(token + HISTORY == k,", "tl.where(token + HISTORY == k + 1,"),
     "entries of runs in another order": ("halves += (left, right)", "halves += (right, left)"),
 }

@@ -1,7 +1,7 @@
 """A depthwise causal convolution over whole sequences, in one launch that asks the host about no length.
 
-A program owns a tile: a few tokens of one sequence by a block of channels. It walks over the tokens, a few at a time,
-whose successors it loads before it computes anything, and carries the last inputs along.
+A program owns a tile: a few tokens of one sequence by a block of channels. It loads all of them, and those just before,
+and then computes.
 """
 
 from typing import TYPE_CHECKING
@@ -19,13 +19,13 @@ from mamba_ops.ops._triton.common import (
     offset_ptr,
     on_device_of,
     or_placeholder,
-    silu,
     slots_of,
 )
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_channel, dense, write_back
+from mamba_ops.ops._triton.limits import limits_of
 from mamba_ops.ops.causal_conv1d.triton.runs import _runs
-from mamba_ops.ops.causal_conv1d.triton.tiles import keep, load_taps, tile_of
+from mamba_ops.ops.causal_conv1d.triton.tiles import convolved, keep, load_bias, load_taps, tile_of
 
 if TYPE_CHECKING:
     from mamba_ops.ops.causal_conv1d.op import Arguments
@@ -63,8 +63,7 @@ def _kernel(
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
     ALIGNED: tl.constexpr,  # all tokens of x and the output start at multiples of 16 bytes
-    BLOCK_T: tl.constexpr,
-    UNROLL: tl.constexpr,  # tokens whose loads are under way together
+    BLOCK_T: tl.constexpr,  # tokens whose loads are under way together
     BLOCK: tl.constexpr,
 ):
     HISTORY: tl.constexpr = WIDTH - 1
@@ -75,63 +74,40 @@ def _kernel(
 
     # First what waits for no index.
     taps = load_taps(weight_ptr, channels, inside, WIDTH)
-    bias = tl.zeros([BLOCK], tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+    bias = load_bias(bias_ptr, channels, inside)
 
     row, first, tokens, tile = tile_of(program // BLOCKS, cu_seqlens_ptr, sequences, length, BLOCK_T)
     begin = tile * BLOCK_T
     # A sequence without tokens has a tile, too: its past may go to another slot.
     if (begin < 0) | (begin >= tl.maximum(tokens, 1)):
         return
-    end = tl.minimum(begin + BLOCK_T, tokens)
+    left = tokens - begin
     x_ptr += first * x_row
-    output_ptr += first * output_row
-    to_token = offset_ptr(output_ptr + begin * output_token, channels, ALIGNED)
+    output_ptr += first * output_row + begin * output_token
 
     carried = load_flag(row, initial_ptr, initial_stride)
     slot = load_slot(row, slots_ptr, slots_stride, null_slot, slot_count)
     if slot < 0:
-        for _ in range(begin, end):
-            tl.store(to_token, 0.0, mask=inside)
-            to_token = offset_ptr(to_token, output_token, ALIGNED)
+        for t in range(BLOCK_T):
+            tl.store(offset_ptr(output_ptr + t * output_token, channels, ALIGNED), 0.0, mask=inside & (t < left))
         return
 
-    of_token = offset_ptr(x_ptr + (begin - HISTORY) * x_token, channels, ALIGNED)
-    window: tl.tuple = ()
-    for _ in tl.static_range(HISTORY):
-        window += (tl.load(of_token, mask=inside & (tile > 0), other=0.0).to(tl.float32),)
-        of_token = offset_ptr(of_token, x_token, ALIGNED)
-    coming: tl.tuple = ()
-    for u in tl.static_range(UNROLL):
-        coming += (tl.load(of_token, mask=inside & (begin + u < end), other=0.0),)
-        of_token = offset_ptr(of_token, x_token, ALIGNED)
-
-    # Only a sequence's first tile looks back into the cache: in a branch, that takes no registers of the others.
     looks_back = (tile == 0) & (state_slot >= 0) & carried
-    if looks_back:
-        past: tl.tuple = ()
+    of_token = offset_ptr(x_ptr + (begin - HISTORY) * x_token, channels, ALIGNED)
+    # Most tiles need no mask and no cache; apart from the others, they need fewer registers, too.
+    if (tile > 0) & (left >= BLOCK_T):
+        inputs = _load(of_token, x_token, inside, 0, HISTORY + BLOCK_T, HISTORY + BLOCK_T, ALIGNED)
+        _store_outputs(inputs, taps, bias, output_ptr, output_token, channels, inside, BLOCK_T, SILU, ALIGNED)
+    else:
+        inputs = _load(of_token, x_token, inside, HISTORY - begin, HISTORY + left, HISTORY + BLOCK_T, ALIGNED)
+        joined: tl.tuple = ()
         for k in tl.static_range(HISTORY):
+            # Of both, the cache and x, one is zero.
             column = channel_ptrs(state_ptr + slot * state_slot + k * state_column, channels, state_channel)
-            past += (tl.load(column, mask=inside, other=0.0).to(tl.float32),)
-        window = past
-
-    for start in range(begin, end, UNROLL):
-        inputs = coming
-        coming = inputs[:0]
-        for u in tl.static_range(UNROLL):
-            coming += (tl.load(of_token, mask=inside & (start + UNROLL + u < end), other=0.0),)
-            of_token = offset_ptr(of_token, x_token, ALIGNED)
-        for u in tl.static_range(UNROLL):
-            window += (inputs[u].to(tl.float32),)
-            acc = bias
-            for k in tl.static_range(WIDTH):
-                acc += window[k] * taps[k]
-            window = window[1:]
-            if SILU:
-                acc = silu(acc)
-            tl.store(to_token, acc, mask=inside & (start + u < end))
-            to_token = offset_ptr(to_token, output_token, ALIGNED)
+            past = tl.load(column, mask=inside & looks_back, other=0.0).to(tl.float32)
+            joined += (past + inputs[k].to(tl.float32),)
+        joined += inputs[HISTORY:]
+        _store_outputs(joined, taps, bias, output_ptr, output_token, channels, inside, left, SILU, ALIGNED)
 
     if tile == 0:
         keep(
@@ -156,6 +132,31 @@ def _kernel(
         )
 
 
+@triton.jit
+def _load(pointer, stride, inside, first, end, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
+    # COUNT tokens from the pointer on, zero before the `first` and from the `end` on.
+    loaded: tl.tuple = ()
+    for t in tl.static_range(COUNT):
+        # The last ones are read again, by the program of the next tile.
+        mask = inside & (t >= first) & (t < end)
+        loaded += (tl.load(pointer, mask=mask, other=0.0, eviction_policy="evict_last"),)
+        pointer = offset_ptr(pointer, stride, ALIGNED)
+    return loaded
+
+
+@triton.jit
+def _store_outputs(
+    window, taps, bias, pointer, stride, channels, inside, count, SILU: tl.constexpr, ALIGNED: tl.constexpr
+):
+    # Store the first `count` outputs of a tile, from its inputs and those before them.
+    WIDTH: tl.constexpr = len(taps)
+    pointer = offset_ptr(pointer, channels, ALIGNED)
+    for t in tl.static_range(len(window) + 1 - WIDTH):
+        output = convolved(window[t : t + WIDTH], taps, bias, SILU)
+        tl.store(pointer, output, mask=inside & (t < count))
+        pointer = offset_ptr(pointer, stride, ALIGNED)
+
+
 def causal_conv1d(call: "Arguments") -> None:
     """Write `output` and the final `conv_state` in place; the arguments are those of the op.
 
@@ -173,13 +174,13 @@ def causal_conv1d(call: "Arguments") -> None:
     is_aligned = all(_is_aligned(t, flat) for t in (x, written))
     state_slot, state_channel, state_column = (-1, 1, 0) if call.conv_state is None else call.conv_state.stride()
 
-    weight = call.weight.contiguous()
-    weight = weight if weight.data_ptr() % 16 == 0 else weight.clone()  # whose taps are read as words
     slots, slots_stride = or_placeholder(call.slots, x, tl.int32)
     write_slots = None if call.write_slots is None else dense(call.write_slots)
     has_initial_state, initial_stride = or_placeholder(call.has_initial_state, x, tl.int1)
 
-    launch = _launches(x.get_device(), dim, width)["_runs" if by_runs else "_kernel"]
+    launch = _launches(x.get_device(), dim, width, x.itemsize)["_runs" if by_runs else "_kernel"]
+    if is_aligned and x.itemsize == 2 and width in (2, 4):  # others would spill: whole words, and taps in one, need few
+        launch = launch | limits_of(x.get_device()).registers(128 if written.stride(-1) != 1 else 80)
     if call.cu_seqlens is None:
         tiles = sequences * max(cdiv(x.shape[1], launch["BLOCK_T"]), 1)
     else:
@@ -187,8 +188,8 @@ def causal_conv1d(call: "Arguments") -> None:
     with on_device_of(x):
         (_runs if by_runs else _kernel)[(tiles * cdiv(dim, launch["BLOCK"]),)](
             x,
-            weight,
-            None if call.bias is None else call.bias.contiguous(),
+            _parameter(call.weight),
+            None if call.bias is None else _parameter(call.bias),
             None if call.cu_seqlens is None else call.cu_seqlens.contiguous(),
             x if call.conv_state is None else call.conv_state,
             slots,
@@ -218,6 +219,12 @@ def causal_conv1d(call: "Arguments") -> None:
     write_back(written, call.output, flat)
 
 
+def _parameter(tensor: Tensor) -> Tensor:
+    """A parameter, contiguous and at a multiple of 16 bytes, as several of its numbers are read in one access."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def _strides(tensor: Tensor) -> tuple[int | None, int | None]:
     """Return the strides of an activation's tokens and channels, None for those that are contiguous."""
     token, channel = tensor.stride()[-2:]
@@ -242,11 +249,11 @@ def _has_aligned_columns(conv_state: Tensor | None) -> bool:
 
 
 @tunable_launch(_kernel="BLOCK num_warps", _runs="BLOCK num_warps")
-def _launches(dim: int, width: int) -> Launches:
+def _launches(dim: int, width: int, itemsize: int) -> Launches:
     """A tile has no fewer tokens than a window looks back."""
     padded = triton.next_power_of_2(dim)
     block, block_of_runs = min(padded, 256), min(padded, 64)
     return {
-        "_kernel": {"BLOCK_T": 32, "UNROLL": 8, "BLOCK": block, "num_warps": max(block // _CHANNELS, 1)},
-        "_runs": {"BLOCK_T": 64, "BLOCK": block_of_runs, "num_warps": max(block_of_runs // 8, 1)},
+        "_kernel": {"BLOCK_T": 16, "BLOCK": block, "num_warps": max(block // _CHANNELS, 1)},
+        "_runs": {"BLOCK_T": 64, "BLOCK": block_of_runs, "num_warps": max(block_of_runs * itemsize // 32, 1)},
     }

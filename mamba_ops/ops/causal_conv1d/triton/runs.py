@@ -7,8 +7,8 @@ first tokens look back to. Where the other tensor has its channels contiguous, t
 import triton
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import channel_ptrs, kernel, load_flag, load_slot, silu
-from mamba_ops.ops.causal_conv1d.triton.tiles import keep, load_taps, tile_of
+from mamba_ops.ops._triton.common import channel_ptrs, kernel, load_flag, load_slot
+from mamba_ops.ops.causal_conv1d.triton.tiles import convolved, keep, load_bias, load_taps, tile_of
 
 
 @kernel(first_number="sequences")
@@ -49,16 +49,13 @@ def _runs(
     RUN: tl.constexpr = 4 if x_ptr.dtype.element_ty.primitive_bitwidth == 32 and HISTORY <= 4 else 8
     BLOCKS: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
-    numbers = tl.num_programs(0) // BLOCKS
-    channels = program // numbers * BLOCK + tl.arange(0, BLOCK)
+    channels = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     inside = (channels < DIM) | (DIM % BLOCK == 0)
 
     taps = load_taps(weight_ptr, channels, inside, WIDTH)
-    bias = tl.zeros([BLOCK], tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+    bias = load_bias(bias_ptr, channels, inside)
 
-    row, first, tokens, tile = tile_of(program % numbers, cu_seqlens_ptr, sequences, length, BLOCK_T)
+    row, first, tokens, tile = tile_of(program // BLOCKS, cu_seqlens_ptr, sequences, length, BLOCK_T)
     begin = tile * BLOCK_T
     if cu_seqlens_ptr is not None:
         # Tiles start at multiples of BLOCK_T of all tokens, so that their runs are aligned whatever the lengths are.
@@ -70,41 +67,38 @@ def _runs(
 
     carried = load_flag(row, initial_ptr, initial_stride)
     slot = load_slot(row, slots_ptr, slots_stride, null_slot, slot_count)
-    token = begin + tl.arange(0, BLOCK_T)
-    written = _pointers(output_ptr, channels, output_channel, token, output_token, ALIGNED)
+    token = (begin + tl.arange(0, BLOCK_T))[None, :]
+    of_channel = inside[:, None]
     if slot < 0:
-        valid = inside[:, None] & ((token >= 0) & (token < tokens))[None, :]
+        written = _pointers(output_ptr, channels, output_channel, begin, output_token, BLOCK_T, ALIGNED)
+        valid = of_channel & (token >= 0) & (token < tokens)
         tl.store(written, tl.zeros([BLOCK, BLOCK_T], tl.float32), mask=valid)
         return
 
     looks_back = (tile == 0) & (state_slot >= 0) & carried
-    x = _pointers(x_ptr, channels, x_channel, token, x_token, ALIGNED)
-    before = _pointers(x_ptr, channels, x_channel, token - RUN, x_token, ALIGNED)
     # Most tiles need no mask and no cache; apart from the others, they need fewer registers, too.
     if (begin >= RUN) & (begin + BLOCK_T <= tokens):
-        earlier = _entries(tl.load(before, mask=inside[:, None], other=0.0), BLOCK, BLOCK_T // RUN, RUN)
-        entries = earlier[RUN - HISTORY :]
-        entries += _entries(tl.load(x, mask=inside[:, None], other=0.0), BLOCK, BLOCK_T // RUN, RUN)
-        tl.store(written, _convolved(entries, taps, bias, output_ptr, SILU), mask=inside[:, None])
+        of_earlier = _pointers(x_ptr, channels, x_channel, begin - RUN, x_token, BLOCK_T, ALIGNED)
+        of_tile = _pointers(x_ptr, channels, x_channel, begin, x_token, BLOCK_T, ALIGNED)
+        earlier = tl.load(of_earlier, mask=of_channel, other=0.0)
+        outputs = _outputs_of(earlier, tl.load(of_tile, mask=of_channel, other=0.0), taps, bias, output_ptr, RUN, SILU)
+        to_tile = _pointers(output_ptr, channels, output_channel, begin, output_token, BLOCK_T, ALIGNED)
+        tl.store(to_tile, outputs, mask=of_channel)
     else:
-        valid = inside[:, None] & ((token >= 0) & (token < tokens))[None, :]
-        valid_before = inside[:, None] & ((token >= RUN) & (token < tokens + RUN))[None, :]
-        window = _entries(tl.load(before, mask=valid_before, other=0.0), BLOCK, BLOCK_T // RUN, RUN)[RUN - HISTORY :]
-        window += _entries(tl.load(x, mask=valid, other=0.0), BLOCK, BLOCK_T // RUN, RUN)
-        # Of both, the cache and x, one is zero.
-        source_ptr = state_ptr + slot * state_slot
-        past: tl.tuple = ()
+        valid = of_channel & (token >= 0) & (token < tokens)
+        valid_earlier = of_channel & (token >= RUN) & (token < tokens + RUN)
+        of_edge = _pointers(x_ptr, channels, x_channel, begin, x_token, BLOCK_T, ALIGNED)
+        of_past = _pointers(x_ptr, channels, x_channel, begin - RUN, x_token, BLOCK_T, ALIGNED)
+        edge = tl.load(of_edge, mask=valid, other=0.0).to(tl.float32)
+        past = tl.load(of_past, mask=valid_earlier, other=0.0).to(tl.float32)
         for k in tl.static_range(HISTORY):
-            column = channel_ptrs(source_ptr + k * state_column, channels, state_channel)
-            past += (tl.load(column, mask=inside & looks_back, other=0.0).to(tl.float32)[:, None],)
-        joined: tl.tuple = ()
-        for k in tl.static_range(HISTORY + RUN):
-            column = (begin + tl.arange(0, BLOCK_T // RUN) * RUN + k)[None, :]
-            entry = window[k].to(tl.float32)
-            for j in tl.static_range(HISTORY):
-                entry += tl.where(column == j, past[j], 0.0)
-            joined += (entry,)
-        tl.store(written, _convolved(joined, taps, bias, output_ptr, SILU), mask=valid)
+            # Of both, the cache and x, one is zero.
+            column = channel_ptrs(state_ptr + slot * state_slot + k * state_column, channels, state_channel)
+            cached = tl.load(column, mask=inside & looks_back, other=0.0).to(tl.float32)[:, None]
+            edge += tl.where(token + HISTORY == k, cached, 0.0)
+            past += tl.where(token - RUN + HISTORY == k, cached, 0.0)
+        of_output = _pointers(output_ptr, channels, output_channel, begin, output_token, BLOCK_T, ALIGNED)
+        tl.store(of_output, _outputs_of(past, edge, taps, bias, output_ptr, RUN, SILU), mask=valid)
 
     if tile == 0:
         keep(
@@ -130,14 +124,16 @@ def _runs(
 
 
 @triton.jit
-def _pointers(pointer, channels, channel_stride, tokens, token_stride, ALIGNED: tl.constexpr):
-    # Pointers to (channels, tokens); the stride that is None is 1.
+def _pointers(pointer, channels, channel_stride, begin, token_stride, BLOCK_T: tl.constexpr, ALIGNED: tl.constexpr):
+    # Pointers to (channels, tokens from `begin` on); the stride that is None is 1. The tokens of a thread's run come
+    # last: by how much they differ is part of an access then, and takes no registers.
+    token = tl.arange(0, BLOCK_T)[None, :]
     if token_stride is None:
-        pointers = pointer + channels.to(tl.int64)[:, None] * channel_stride + tokens[None, :]
+        pointers = pointer + begin + channels.to(tl.int64)[:, None] * channel_stride + token
         if ALIGNED:
             pointers = tl.multiple_of(pointers, (1, 16))
     else:
-        pointers = pointer + channels[:, None] + tokens.to(tl.int64)[None, :] * token_stride
+        pointers = pointer + begin.to(tl.int64) * token_stride + channels[:, None] + token.to(tl.int64) * token_stride
         if ALIGNED:
             pointers = tl.multiple_of(pointers, (16, 1))
     return pointers
@@ -162,20 +158,19 @@ def _entries(tile, BLOCK: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
-def _convolved(window, taps, bias, output_ptr, SILU: tl.constexpr):
-    # The outputs of a tile, (channels, tokens), from its entries and those before them.
+def _outputs_of(earlier, now, taps, bias, output_ptr, RUN: tl.constexpr, SILU: tl.constexpr):
+    # The outputs of a tile, (channels, tokens), from its inputs and those of the run before each of its runs.
     WIDTH: tl.constexpr = len(taps)
-    RUN: tl.constexpr = len(window) + 1 - WIDTH
-    BLOCK: tl.constexpr = window[0].shape[0]
-    RUNS: tl.constexpr = window[0].shape[1]
+    BLOCK: tl.constexpr = now.shape[0]
+    RUNS: tl.constexpr = now.shape[1] // RUN
+    window = _entries(earlier, BLOCK, RUNS, RUN)[RUN + 1 - WIDTH :] + _entries(now, BLOCK, RUNS, RUN)
+    by_channel: tl.tuple = ()
+    for k in tl.static_range(WIDTH):
+        by_channel += (taps[k][:, None],)
     parts: tl.tuple = ()
     for t in tl.static_range(RUN):
-        acc = tl.zeros([BLOCK, RUNS], tl.float32) + bias[:, None]
-        for k in tl.static_range(WIDTH):
-            acc += window[t + k].to(tl.float32) * taps[k][:, None]
-        if SILU:
-            acc = silu(acc)
-        parts += (tl.reshape(acc.to(output_ptr.dtype.element_ty), [BLOCK, RUNS, 1]),)
+        output = convolved(window[t : t + WIDTH], by_channel, bias[:, None], SILU)
+        parts += (tl.reshape(output.to(output_ptr.dtype.element_ty), [BLOCK, RUNS, 1]),)
     for level in tl.static_range(2 if RUN == 4 else 3):
         wholes: tl.tuple = ()
         for i in tl.static_range(RUN >> (level + 1)):

@@ -1,4 +1,4 @@
-"""What both forward kernels of causal_conv1d share: which tile a program has, its taps, and what it leaves behind.
+"""What both forward kernels of causal_conv1d share: a program's tile, its taps and sums, and what it leaves behind.
 
 A tile is a few tokens of one sequence by a block of channels.
 """
@@ -6,7 +6,7 @@ A tile is a few tokens of one sequence by a block of channels.
 import triton
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import channel_ptrs, final_slot, offset_ptr, row_tokens, within
+from mamba_ops.ops._triton.common import channel_ptrs, final_slot, offset_ptr, row_tokens, silu, within
 
 
 @triton.jit
@@ -47,6 +47,25 @@ def load_taps(weight_ptr, channels, inside, WIDTH: tl.constexpr):
         for k in tl.static_range(WIDTH):
             taps += (tl.load(weight_ptr + channels * WIDTH + k, mask=inside, other=0.0).to(tl.float32),)
     return taps
+
+
+@triton.jit
+def load_bias(bias_ptr, channels, inside):
+    bias = tl.zeros(channels.shape, tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(offset_ptr(bias_ptr, channels, True), mask=inside, other=0.0).to(tl.float32)
+    return bias
+
+
+@triton.jit
+def convolved(window, taps, bias, SILU: tl.constexpr):
+    # What becomes of the inputs in a window, one for each tap.
+    acc = bias
+    for k in tl.static_range(len(taps)):
+        acc += window[k].to(tl.float32) * taps[k]
+    if SILU:
+        acc = silu(acc)
+    return acc
 
 
 @triton.jit
