@@ -26,7 +26,6 @@ CEILINGS = {
         "selective_scan._gradients": 192,
     },
     ("sm_90", "float32"): {
-        "causal_conv1d._kernel": 64,
         "chunk_gated_delta_rule._solve": 832,
         "chunk_gated_delta_rule._scan": 3328,
         "chunk_gated_delta_rule._systems": 1280,
@@ -47,7 +46,6 @@ CEILINGS = {
         "selective_state_update._kernel": 16,  # with narrow states
     },
     ("sm_86", "bfloat16"): {
-        "causal_conv1d._kernel": 64,
         "chunk_gated_delta_rule._solve": 832,
         "chunk_gated_delta_rule._systems": 192,
         "chunk_gated_delta_rule._products": 1280,

@@ -24,17 +24,27 @@ def _transpose(
     source_channel: tl.int64,
     target_row: tl.int64,
     target_token: tl.int64,
+    aligned,  # 0 or 1: every token's channels, and every channel's tokens, start at multiples of 16 bytes
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     across = tl.cdiv(channels, BLOCK)
     blocks = tl.cdiv(tokens, BLOCK) * across
     row = (program // blocks).to(tl.int64)
-    token = program % blocks // across * BLOCK + tl.arange(0, BLOCK)[:, None]
-    channel = program % across * BLOCK + tl.arange(0, BLOCK)[None, :]
-    there = (token < tokens) & (channel < channels)
-    values = tl.load(source + row * source_row + token + channel * source_channel, there)
-    tl.store(target + row * target_row + token * target_token + channel, values, there)
+    token = program % blocks // across * BLOCK
+    channel = program % across * BLOCK
+    source += row * source_row + token + channel.to(tl.int64) * source_channel
+    target += row * target_row + token.to(tl.int64) * target_token + channel
+    i = tl.arange(0, BLOCK)[:, None]  # tokens
+    j = tl.arange(0, BLOCK)[None, :]  # channels
+    of_source = source + i + j.to(tl.int64) * source_channel
+    to_target = target + i.to(tl.int64) * target_token + j
+    if (aligned != 0) & (token + BLOCK <= tokens) & (channel + BLOCK <= channels):
+        # No mask: then a thread reads and writes 16 bytes in one access.
+        tl.store(tl.multiple_of(to_target, (1, 16)), tl.load(tl.multiple_of(of_source, (16, 1))))
+    else:
+        there = (token + i < tokens) & (channel + j < channels)
+        tl.store(to_target, tl.load(of_source, there), there)
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -107,6 +117,9 @@ def _copy(source: Tensor, target: Tensor) -> None:
     rows, tokens, channels = source.shape
     bits = _BITS[source.itemsize]
     source, target = source.view(bits), target.view(bits)
+    starts = source.data_ptr() | target.data_ptr()
+    for stride in (source.stride(0), source.stride(2), target.stride(0), target.stride(1)):
+        starts |= stride * source.itemsize
     block = 64
     with on_device_of(source):
         _transpose[(rows * cdiv(tokens, block) * cdiv(channels, block),)](
@@ -118,6 +131,7 @@ def _copy(source: Tensor, target: Tensor) -> None:
             source.stride(2),
             target.stride(0),
             target.stride(1),
+            int(starts % 16 == 0),
             BLOCK=block,
             **options(num_warps=4),
         )

@@ -85,6 +85,8 @@ def _samples(
     yield Sample("packed, no sequences", (normal(tokens, dim), weight), {"cu_seqlens": indices(0)})
     transposed = {**packed, "out": normal(dim, tokens, dtype=torch.float32).t()}
     yield Sample("packed, transposed", (normal(dim, tokens).t(), weight), transposed)
+    long = {**packed, "cu_seqlens": indices(0, 5, 142, 180)}  # with tiles that are of one sequence, and others
+    yield Sample("packed, channel-major", (normal(dim, 180).t(), weight), long)
     empty = {**packed, "cu_seqlens": indices(0, 0, tokens, tokens, dtype=torch.int64)}
     yield Sample("empty sequences", (normal(tokens, dim), weight), empty)
     elsewhere = {**packed, "cu_seqlens": indices(0, 0, 49, 51), "write_slots": table[:3].flip(1)}

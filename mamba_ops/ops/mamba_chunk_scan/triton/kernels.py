@@ -39,14 +39,13 @@ def _steps(
     cu_seqlens,
     num_computed_tokens,
     slots,
-    steps,  # out: (4, heads, tokens), described where they are stored
+    steps,  # out: (pieces, heads, 4, BLOCK_TOKENS), described where they are stored
     dt_stride,
     slots_stride,
     computed_stride,
     length,  # of a row; with cu_seqlens that of all rows together
     rows,
     extra,  # pieces of a row that are not whole, at most
-    tokens,
     null_slot,
     slot_count,
     dt_min,
@@ -72,7 +71,8 @@ def _steps(
     low, high = piece_range(own, before, count, CHUNK, PIECE)
 
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-    token = begin + low + tl.arange(0, BLOCK_TOKENS)
+    place = tl.arange(0, BLOCK_TOKENS)
+    token = begin + low + place
     inside = (token < begin + high)[:, None] & (head < HEADS)[None, :]
     d = tl.load(tile_ptrs(dt, token, dt_stride, head, False), inside, other=0.0).to(tl.float32)
     if dt_bias is not None:
@@ -81,18 +81,19 @@ def _steps(
         d = softplus(d)
     d = tl.where(inside, tl.minimum(tl.maximum(d, dt_min), dt_max), 0.0)
     rate = tl.load(A + head, head < HEADS, other=0.0).to(tl.float32) * 1.4426950408889634
-    log_decay = d * finite_rate(rate)[None, :]
+    log_decay = tl.where(inside, d * finite_rate(rate)[None, :], 0.0)
     d = tl.where(log_decay == log_decay, d, log_decay)  # NaN stays NaN
     total, left = exact_sums(log_decay)
     near, up, down = split(total)
 
-    # Planes: log2 of the decay since the piece began, rounded; dt times `down`; dt decayed to the piece's end; `up`.
-    steps += head.to(tl.int64)[None, :] * tokens + token[:, None]
-    plane = HEADS * tokens.to(tl.int64)
-    tl.store(steps, near, inside)
-    tl.store(steps + plane, d * down, inside)
-    tl.store(steps + 2 * plane, tl.exp2(to_log2(left)) * d, inside)
-    tl.store(steps + 3 * plane, up, inside)
+    # Log2 of the decay since the piece began, rounded; dt times `down`; dt decayed to the piece's end; `up`. Places
+    # after a piece's last token have those of steps of 0, so that nobody needs to mask them.
+    steps += (piece.to(tl.int64) * HEADS + head)[None, :] * (4 * BLOCK_TOKENS) + place[:, None]
+    in_heads = (head < HEADS)[None, :]
+    tl.store(steps, near, in_heads)
+    tl.store(steps + BLOCK_TOKENS, d * down, in_heads)
+    tl.store(steps + 2 * BLOCK_TOKENS, tl.exp2(to_log2(left)) * d, in_heads)
+    tl.store(steps + 3 * BLOCK_TOKENS, up, in_heads)
 
 
 @triton.jit
@@ -130,7 +131,7 @@ def _states(
     kept_segments,  # that starts has; more have only rows of wrong cu_seqlens, which leave the rest out
     extra,  # pieces of a row that are not whole, at most
     length,
-    tokens,
+    pieces,  # that steps has
     null_slot,
     slot_count,
     HEADS: tl.constexpr,
@@ -161,7 +162,9 @@ def _states(
 
     begin, count, before = extent(row, True, cu_seqlens, num_computed_tokens, computed_stride, length, CHUNK)
     source = load_slot(row, slots, slots_stride, null_slot, slot_count)
+    numbered = first_piece(row, begin, extra, CHUNK, PIECE)
     first, last = numbers(before, count, CHUNK, PIECE)
+    last = tl.minimum(last, first + pieces - numbered)
     if (last - first <= SEGMENT) | (source < 0):
         return
     carried = load_flag(row, has_initial_state, initial_stride)
@@ -169,26 +172,24 @@ def _states(
     initial += _in_slot(head, channel, entry, head_stride, dim_stride, dstate_stride, DIM, DSTATE, ALIGNED)
     s = tl.load(initial, in_state & carried, other=0.0).to(tl.float32)
 
-    kept = first_kept(first_piece(row, begin, extra, CHUNK, PIECE), SEGMENT)
+    kept = first_kept(numbered, SEGMENT)
     starts += (kept.to(tl.int64) * HEADS + head) * (DIM * DSTATE) + channel[:, None] * DSTATE + entry[None, :]
     tl.store(starts, s, in_state & (kept < kept_segments))
     x += head * DIM
     B += head // (HEADS // GROUPS) * DSTATE
-    steps += head.to(tl.int64) * tokens + begin
-    weights = steps + 2 * HEADS * tokens.to(tl.int64)
-    _, high = piece_range(first, before, count, CHUNK, PIECE)
-    left = tl.load(steps + high - 1)
+    steps += (numbered.to(tl.int64) * HEADS + head) * (4 * BLOCK_TOKENS)
+    left = tl.load(steps + BLOCK_TOKENS - 1)
     for piece in range(first, first + (last - first - 1) // SEGMENT * SEGMENT):
         low, high = piece_range(piece, before, count, CHUNK, PIECE)
         t = low + place
         inside = t < high
-        _, next_high = piece_range(piece + 1, before, count, CHUNK, PIECE)
-        next_left = tl.load(steps + next_high - 1)  # of this row: its last piece is not walked over here
+        weight = tl.load(steps + 2 * BLOCK_TOKENS + place)
+        steps += HEADS * 4 * BLOCK_TOKENS
+        next_left = tl.load(steps + BLOCK_TOKENS - 1)  # of this row: its last piece is not walked over here
         x_ptrs = tile_ptrs(x, begin + t, x_stride, channel, ALIGNED)
         B_ptrs = tile_ptrs(B, begin + t, B_stride, entry, ALIGNED)
         u = tl.load(x_ptrs, inside[:, None] & in_dim[None, :], other=0.0)
         b = tl.load(B_ptrs, inside[:, None] & in_dstate[None, :], other=0.0)
-        weight = tl.load(weights + t, inside, other=0.0)
         b = (b.to(tl.float32) * weight[:, None]).to(OPERAND)
         s = tl.dot(tl.trans(u.to(OPERAND)), b, s * tl.exp2(left), input_precision="ieee")
         left = next_left
@@ -234,7 +235,7 @@ def _scan(
     kept_segments,  # that starts has
     extra,  # pieces of a row that are not whole, at most
     length,
-    tokens,
+    pieces,  # that steps has
     null_slot,
     slot_count,
     HEADS: tl.constexpr,
@@ -270,8 +271,11 @@ def _scan(
     source = load_slot(row, slots, slots_stride, null_slot, slot_count)
     begin, count, before = extent(row, True, cu_seqlens, num_computed_tokens, computed_stride, length, CHUNK)
     segment = unit - first_segment(numbered, row, SEGMENT)
+    kept = first_kept(numbered, SEGMENT) + segment
     first, last = numbers(before, count, CHUNK, PIECE)
+    last = tl.minimum(last, first + pieces - numbered)
     several = last - first > SEGMENT
+    numbered += segment * SEGMENT
     first += segment * SEGMENT
     if (segment < 0) | ((segment > 0) & (first >= last)):  # there are fewer segments than programs
         return
@@ -291,7 +295,6 @@ def _scan(
     carried = load_flag(row, has_initial_state, initial_stride)
     initial = offset_ptr(ssm_state, source * slot_stride, ALIGNED) + in_slot
     s = tl.load(initial, in_state & (carried & (several == 0)), other=0.0).to(tl.float32)
-    kept = first_kept(numbered, SEGMENT) + segment
     starts += (kept.to(tl.int64) * HEADS + head) * (DIM * DSTATE)
     s += tl.load(starts + in_head, in_state & (several & (kept < kept_segments)), other=0.0)
 
@@ -306,10 +309,8 @@ def _scan(
     x += head * DIM
     B += head // (HEADS // GROUPS) * DSTATE
     C += head // (HEADS // GROUPS) * DSTATE
-    plane = HEADS * tokens.to(tl.int64)
-    steps += head.to(tl.int64) * tokens + begin
-    _, high = piece_range(first, before, count, CHUNK, PIECE)
-    left = tl.load(steps + high - 1, first < last, other=0.0)
+    steps += (numbered.to(tl.int64) * HEADS + head) * (4 * BLOCK_TOKENS)
+    left = tl.load(steps + BLOCK_TOKENS - 1, first < last, other=0.0)
     for piece in range(first, last):
         low, high = piece_range(piece, before, count, CHUNK, PIECE)
         t = low + place
@@ -317,19 +318,18 @@ def _scan(
         token = begin + t
         written = inside[:, None] & in_dim[None, :]
         read = inside[:, None] & in_dstate[None, :]
-        _, next_high = piece_range(piece + 1, before, count, CHUNK, PIECE)
-        next_left = tl.load(steps + next_high - 1)
-        decay = tl.load(steps + t, inside, other=float("-inf"))
-        other = tl.load(steps + t, inside, other=0.0)  # the same, of the tokens that are read
-        size = tl.load(steps + plane + t, inside, other=0.0)
-        weight = tl.load(steps + 2 * plane + t, inside, other=0.0)
-        up = tl.load(steps + 3 * plane + t, inside, other=0.0)
+        decay = tl.load(steps + place)
+        size = tl.load(steps + BLOCK_TOKENS + place)
+        weight = tl.load(steps + 2 * BLOCK_TOKENS + place)
+        up = tl.load(steps + 3 * BLOCK_TOKENS + place)
+        steps += HEADS * 4 * BLOCK_TOKENS
+        next_left = tl.load(steps + BLOCK_TOKENS - 1, piece + 1 < last, other=0.0)
         c = tl.load(tile_ptrs(C, token, C_stride, entry, ALIGNED), read, other=0.0).to(OPERAND)
         b = tl.load(tile_ptrs(B, token, B_stride, entry, ALIGNED), read, other=0.0).to(OPERAND)
         u = tl.load(tile_ptrs(x, token, x_stride, channel, ALIGNED), written, other=0.0)
 
         y = tl.dot(c, tl.trans(s.to(OPERAND)), input_precision="ieee") * tl.exp2(decay)[:, None]
-        w = tl.where(place[:, None] >= place[None, :], decay[:, None] - other[None, :], float("-inf"))
+        w = tl.where(place[:, None] >= place[None, :], decay[:, None] - decay[None, :], float("-inf"))
         w = tl.exp2(w) * size[None, :] * tl.dot(c, tl.trans(b), input_precision="ieee")
         y = tl.dot(w.to(OPERAND), u.to(OPERAND), y, input_precision="ieee") * up[:, None]
         pushed = (u.to(tl.float32) * weight[:, None]).to(OPERAND)

@@ -63,7 +63,7 @@ def mamba_chunk_scan(call: "Arguments") -> None:
     extra = 1 if call.num_computed_tokens is None else 2 if is_whole else 3
     pieces = tokens // piece + rows * extra + (0 if is_whole else tokens // chunk)  # at most, as are the next two
     segments, kept_segments = pieces // segment + rows, 2 * pieces // segment + 1
-    steps = x.new_empty(4, heads, tokens, dtype=torch.float32)
+    steps = x.new_empty(pieces, heads, 4, scan["BLOCK_TOKENS"], dtype=torch.float32)
     starts = x.new_empty(kept_segments, heads, dim, dstate, dtype=torch.float32)
     aligned = all(
         t is None or (t.data_ptr() | t.stride(0) * t.itemsize | t.shape[-1] * t.itemsize) % 16 == 0
@@ -100,7 +100,6 @@ def mamba_chunk_scan(call: "Arguments") -> None:
                 all_or_length,
                 rows,
                 extra,
-                tokens,
                 call.null_slot,
                 slots_of(call.ssm_state),
                 call.dt_min,
@@ -129,7 +128,7 @@ def mamba_chunk_scan(call: "Arguments") -> None:
                 kept_segments,
                 extra,
                 all_or_length,
-                tokens,
+                pieces,
                 call.null_slot,
                 slots_of(call.ssm_state),
                 **sizes,
@@ -169,7 +168,7 @@ def mamba_chunk_scan(call: "Arguments") -> None:
             kept_segments,
             extra,
             all_or_length,
-            tokens,
+            pieces,
             call.null_slot,
             slots_of(call.ssm_state),
             D_PER_CHANNEL=D is not None and D.dim() == 2,
