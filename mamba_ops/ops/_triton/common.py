@@ -58,11 +58,14 @@ def softplus(v):
 
 
 @triton.jit
-def silu(v):
-    # v / (1 + exp(-v)). A GPU has an instruction for exp2, and one for a root's reciprocal, each good to 22 bits;
-    # tl.exp and a division are several each, for numbers that do not occur here.
-    root = tl.rsqrt(1.0 + tl.exp2(v * -1.4426950408889634))  # log2(e)
-    return v * root * root
+def silu(v, dtype: tl.constexpr):
+    # v / (1 + exp(-v)), to be stored in a dtype. A GPU has an instruction for exp2, and one for a root's reciprocal,
+    # each good to 22 bits, which is enough for dtypes of 16; tl.exp and a division are several each.
+    if dtype.primitive_bitwidth > 16:
+        return v * tl.sigmoid(v)
+    else:
+        root = tl.rsqrt(1.0 + tl.exp2(v * -1.4426950408889634))  # log2(e)
+        return v * root * root
 
 
 INTERPRETED = not isinstance(softplus, triton.JITFunction)

@@ -58,7 +58,7 @@ def mamba2_mixing(
                 u, b, c = x[:, h * head_dim : (h + 1) * head_dim], B[:, group], C[:, group]
                 d = softplus(dt[:, h].to(dtype) + dt_bias[h].to(dtype)).clamp(dt_min, dt_max)
                 if is_chunked:
-                    s[h], y = chunk_step(s[h], u, d, A[h].to(dtype), b, c, operands)
+                    s[h], y = chunk_step(s[h], u, d, A[h].to(dtype), b, c, operands, scales_x=True)
                 else:
                     s[h] = s[h] * exp(A[h].to(dtype) * d) + d * u.mT * b
                     y = c @ s[h].mT

@@ -34,13 +34,15 @@ def mamba_chunk_scan(
     out: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     operands: torch.dtype | None = None,
+    rounds_more: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return (output, ssm_state, chunk_states), None for a cache that is not there; the arguments stay as they are.
 
     Everything is computed in `dtype`, token by token. With `operands`, chunk by chunk instead, and what chunked kernels
-    give to matrix units is rounded to that dtype: the scaled B, the state before a chunk, and the weights of a chunk's
-    tokens. In float64 the results are float64 too; else they are rounded once, to the dtypes of what holds them. What
-    the op does not write is what was there before; without `out` that is NaN.
+    give to matrix units is rounded to that dtype: the scaled B (with `rounds_more` the scaled x in its place), the
+    state before a chunk, and the weights of a chunk's tokens. In float64 the results are float64 too; else they are
+    rounded once, to the dtypes of what holds them. What the op does not write is what was there before; without `out`
+    that is NaN.
     """
     exact = dtype == torch.float64
     before = torch.full_like(x, torch.nan) if out is None else out
@@ -87,7 +89,7 @@ def mamba_chunk_scan(
                         y.append((s * k[t]).sum(1))
                     y = torch.stack(y)
                 else:
-                    s, y = chunk_step(s, u, d, A[h], b, k, operands)
+                    s, y = chunk_step(s, u, d, A[h], b, k, operands, scales_x=rounds_more)
                 if D is not None:
                     y = y + D[h] * u
                 if z is not None:
@@ -103,7 +105,7 @@ def mamba_chunk_scan(
 
 
 def chunk_step(
-    s: Tensor, u: Tensor, d: Tensor, A: Tensor, b: Tensor, c: Tensor, operands: torch.dtype
+    s: Tensor, u: Tensor, d: Tensor, A: Tensor, b: Tensor, c: Tensor, operands: torch.dtype, *, scales_x: bool
 ) -> tuple[Tensor, Tensor]:
     """One chunk of one head: the new state, (dim, dstate), and the outputs, without skip and gate."""
 
@@ -114,7 +116,9 @@ def chunk_step(
     since, between = torch.exp(torch.cumsum(a, 0)), torch.exp(sums_between(a))
     weights = (c @ b.T) * between.tril() * d
     y = since.unsqueeze(1) * (c @ rounded(s).T) + rounded(weights.tril()) @ u
-    return since[-1] * s + u.T @ rounded(b * (between[-1] * d).unsqueeze(1)), y
+    scale = (between[-1] * d).unsqueeze(1)
+    pushed = rounded(u * scale).T @ b if scales_x else u.T @ rounded(b * scale)
+    return since[-1] * s + pushed, y
 
 
 def _tokens_of_rows(x: Tensor, cu_seqlens: Tensor | None) -> list[list[tuple[int, ...]]]:

@@ -58,13 +58,13 @@ def load_bias(bias_ptr, channels, inside):
 
 
 @triton.jit
-def convolved(window, taps, bias, SILU: tl.constexpr):
-    # What becomes of the inputs in a window, one for each tap.
+def convolved(window, taps, bias, dtype: tl.constexpr, SILU: tl.constexpr):
+    # What becomes of the inputs in a window, one for each tap; it is stored in a dtype.
     acc = bias
     for k in tl.static_range(len(taps)):
         acc += window[k].to(tl.float32) * taps[k]
     if SILU:
-        acc = silu(acc)
+        acc = silu(acc, dtype)
     return acc
 
 
