@@ -185,7 +185,17 @@ def test_a_limit_ends_it_and_says_so() -> None:
     result = found(limit=0)
     assert not result["finished"]
     assert result["rows"] == []
-    assert "The limit came first" in show.text(result)
+    assert "The limit, or an interruption, came first" in show.text(result)
+
+
+def test_an_interrupted_run_keeps_what_it_found() -> None:
+    def interrupted(device: torch.device) -> Any:
+        raise KeyboardInterrupt
+
+    result = run.run({OP: [BUILDS[OP][0], interrupted, BUILDS[OP][0]]}, CPU, names=["torch"], rates=RATES)
+    assert [row["case"] for row in result["rows"]] == [BUILDS[OP][0](CPU).name]
+    assert not result["finished"]
+    assert "interruption" in show.text({**result, "host": [], "command": ""})
 
 
 def test_a_case_that_cannot_be_made_does_not_end_the_run() -> None:

@@ -1,5 +1,6 @@
 """`mamba-ops bench`: our ops on this machine, beside whatever peers are installed."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -99,9 +100,10 @@ def _measure(
         found["without_case"] = sorted(all_ops().keys() - run.cases_of(where).keys())
         timed = [n for n, op in all_ops().items() if op.host_call and (not ops or n in ops)] if host else []
         found["host"] = []
-        for done, op in enumerate(timed):
-            progress("host", done, len(timed))
-            found["host"].append(of_host.timed(op, where))
+        with contextlib.suppress(KeyboardInterrupt):
+            for done, op in enumerate(timed):
+                progress("host", done, len(timed))
+                found["host"].append(of_host.timed(op, where))
     for line in show.lines(found):
         console.print(line, soft_wrap=isinstance(line, str))
     if output is not None:

@@ -208,7 +208,7 @@ def run(
     progress: Progress = lambda step, done, total: None,
     rates: Rates | None = None,
 ) -> Row:
-    """Measure cases, and return all that was found, as JSON has it.
+    """Measure cases, and return all that was found, as JSON has it; when interrupted (Ctrl-C), what was found so far.
 
     Args:
         builds: what builds each case, by op.
@@ -223,9 +223,15 @@ def run(
     def late() -> bool:
         return time.monotonic() > end
 
+    rows = []
     with allow_jit(), torch.inference_mode():
         rates = rates or Rates.of(device)
-        rows = [row for op in builds for row in _of_op(op, builds[op], device, names, rates, late, progress)]
+        try:
+            for op in builds:
+                for row in _of_op(op, builds[op], device, names, rates, late, progress):
+                    rows.append(row)  # one by one: those of a list that is interrupted would be lost
+        except KeyboardInterrupt:
+            pass
     reached = all(each["status"] != "not reached" for row in rows for each in row["contestants"])
     finished = reached and len(rows) == sum(map(len, builds.values()))
     return facts(device) | {"rates": rates._asdict(), "finished": finished, "rows": rows}

@@ -42,7 +42,7 @@ def facts(found: Row) -> list[str]:
 
 def left_out(found: Row) -> list[str]:
     """Return the sentence about a run that ended early, if it did."""
-    return [] if found["finished"] else ["The limit came first: not all was measured."]
+    return [] if found["finished"] else ["The limit, or an interruption, came first: not all was measured."]
 
 
 def tables(found: Row, *, is_page: bool = False) -> dict[str, Table]:
