@@ -78,8 +78,7 @@ def pytest_collection() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Look for garbage less often, and not among what was imported and collected: else that is a tenth of the time."""
-    gc.freeze()
+    """Look for garbage less often: else that is a tenth of the tests' time."""
     gc.set_threshold(50_000, 10, 10)
     gc.enable()
 

@@ -32,7 +32,7 @@ def take_apart(stack: contextlib.ExitStack, places: set[Place]) -> bool:
     for file, name, line in places:
         wanted.setdefault((file, name), []).append(line)
     changed: dict[int, types.CodeType | None] = {}  # by identity: code of Dynamo's cannot be hashed
-    for function in [found for found in gc.get_objects() if type(found) is types.FunctionType]:
+    for function in _functions():
         code = function.__code__
         lines = wanted.get((code.co_filename, code.co_name))
         if lines is None:
@@ -43,6 +43,18 @@ def take_apart(stack: contextlib.ExitStack, places: set[Place]) -> bool:
             stack.callback(setattr, function, "__code__", code)
             function.__code__ = other
     return any(changed.values())
+
+
+def _functions() -> list[types.FunctionType]:
+    """Return all that there are. What is frozen, as servers do before they fork, is not listed: it thaws meanwhile."""
+    if is_frozen := gc.get_freeze_count() > 0:
+        gc.unfreeze()
+    try:
+        return [found for found in gc.get_objects() if type(found) is types.FunctionType]
+    finally:
+        if is_frozen:
+            gc.collect()  # or garbage would stay
+            gc.freeze()
 
 
 def _without(code: types.CodeType, lines: Sequence[int]) -> types.CodeType | None:

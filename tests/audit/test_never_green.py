@@ -1,5 +1,6 @@
 """What an audit could miss: torch's own frames, code of exec, first calls, errors, what a break hides."""
 
+import gc
 import importlib.util
 import threading
 
@@ -178,6 +179,19 @@ def test_nothing_else_is_behind(model, layer, causes):
     found = {f.cause for f in report.findings if f.severity != "note" and "before the break" not in f.op}
     assert causes <= found <= causes | {"length"}
     assert all(f.behind is None for f in report.findings)
+
+
+def test_what_is_hidden_is_found_among_frozen_functions() -> None:
+    """Servers freeze what they have before they fork; then the collector lists none of it."""
+    gc.collect()
+    gc.freeze()
+    try:
+        with torch.no_grad():
+            report = audit(unseen.InTry(), x())
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+    assert {f.cause for f in report.findings} == {"item", "print"}
 
 
 @pytest.mark.parametrize(
