@@ -58,10 +58,10 @@ def softplus(v):
 
 
 @triton.jit
-def silu(v, dtype: tl.constexpr):
-    # v / (1 + exp(-v)), to be stored in a dtype. A GPU has an instruction for exp2, and one for a root's reciprocal,
-    # each good to 22 bits, which is enough for dtypes of 16; tl.exp and a division are several each.
-    if dtype.primitive_bitwidth > 16:
+def silu(v, BITS: tl.constexpr):
+    # v / (1 + exp(-v)), to be stored in so many bits. A GPU has an instruction for exp2, and one for a root's
+    # reciprocal, each good to 22 bits, which is enough for 16; tl.exp and a division are several each.
+    if BITS > 16:
         return v * tl.sigmoid(v)
     else:
         root = tl.rsqrt(1.0 + tl.exp2(v * -1.4426950408889634))  # log2(e)

@@ -152,7 +152,7 @@ def _store_outputs(
     WIDTH: tl.constexpr = len(taps)
     pointer = offset_ptr(pointer, channels, ALIGNED)
     for t in tl.static_range(len(window) + 1 - WIDTH):
-        output = convolved(window[t : t + WIDTH], taps, bias, pointer.dtype.element_ty, SILU)
+        output = convolved(window[t : t + WIDTH], taps, bias, pointer.dtype.element_ty.primitive_bitwidth, SILU)
         tl.store(pointer, output, mask=inside & (t < count))
         pointer = offset_ptr(pointer, stride, ALIGNED)
 

@@ -169,7 +169,9 @@ def _outputs_of(earlier, now, taps, bias, output_ptr, RUN: tl.constexpr, SILU: t
         by_channel += (taps[k][:, None],)
     parts: tl.tuple = ()
     for t in tl.static_range(RUN):
-        output = convolved(window[t : t + WIDTH], by_channel, bias[:, None], output_ptr.dtype.element_ty, SILU)
+        output = convolved(
+            window[t : t + WIDTH], by_channel, bias[:, None], output_ptr.dtype.element_ty.primitive_bitwidth, SILU
+        )
         parts += (tl.reshape(output.to(output_ptr.dtype.element_ty), [BLOCK, RUNS, 1]),)
     for level in tl.static_range(2 if RUN == 4 else 3):
         wholes: tl.tuple = ()

@@ -35,14 +35,15 @@ def tile_of(number, cu_seqlens_ptr, sequences, length, BLOCK_T: tl.constexpr):
 @triton.jit
 def load_taps(weight_ptr, channels, inside, WIDTH: tl.constexpr):
     # Two or four taps of 16 bits are one word: threads side by side then read whole cache lines.
-    dtype: tl.constexpr = weight_ptr.dtype.element_ty
-    BITS: tl.constexpr = WIDTH * dtype.primitive_bitwidth
+    SIZE: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth
+    BITS: tl.constexpr = WIDTH * SIZE
     taps: tl.tuple = ()
-    if dtype.primitive_bitwidth == 16 and (BITS == 64 or BITS == 32):
-        word: tl.constexpr = tl.int64 if BITS == 64 else tl.int32
-        words = tl.load(offset_ptr(weight_ptr.to(tl.pointer_type(word)), channels, True), mask=inside, other=0)
+    if SIZE == 16 and (BITS == 64 or BITS == 32):
+        word_ptr = weight_ptr.to(tl.pointer_type(tl.int64 if BITS == 64 else tl.int32))
+        words = tl.load(offset_ptr(word_ptr, channels, True), mask=inside, other=0)
         for k in tl.static_range(WIDTH):
-            taps += ((words >> (16 * k)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32),)
+            bits = (words >> (16 * k)).to(tl.int16)
+            taps += (bits.to(weight_ptr.dtype.element_ty, bitcast=True).to(tl.float32),)
     else:
         for k in tl.static_range(WIDTH):
             taps += (tl.load(weight_ptr + channels * WIDTH + k, mask=inside, other=0.0).to(tl.float32),)
@@ -58,13 +59,13 @@ def load_bias(bias_ptr, channels, inside):
 
 
 @triton.jit
-def convolved(window, taps, bias, dtype: tl.constexpr, SILU: tl.constexpr):
-    # What becomes of the inputs in a window, one for each tap; it is stored in a dtype.
+def convolved(window, taps, bias, BITS: tl.constexpr, SILU: tl.constexpr):
+    # What becomes of the inputs in a window, one for each tap; it is stored in so many bits.
     acc = bias
     for k in tl.static_range(len(taps)):
         acc += window[k].to(tl.float32) * taps[k]
     if SILU:
-        acc = silu(acc, dtype)
+        acc = silu(acc, BITS)
     return acc
 
 
