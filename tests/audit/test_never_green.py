@@ -181,6 +181,7 @@ def test_nothing_else_is_behind(model, layer, causes):
     assert all(f.behind is None for f in report.findings)
 
 
+@pytest.mark.slow  # thaws, collects and freezes all that the tests' process has
 def test_what_is_hidden_is_found_among_frozen_functions() -> None:
     """Servers freeze what they have before they fork; then the collector lists none of it."""
     gc.collect()
