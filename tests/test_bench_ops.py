@@ -19,6 +19,7 @@ HOSTED = [name for name, op in ops().items() if op.host_call]
 def test_every_op_that_is_no_layer_has_cases_of_both_scales() -> None:
     mine = {name: op for name, op in ops().items() if op.patterns and not name.endswith("_mixing")}
     assert run.cases_of(CPU).keys() == run.cases_of(torch.device("cuda")).keys() == mine.keys()
+    assert len(mine) > 10
     for op in mine.values():
         assert all(len([*op.facets["bench_cases"](scale)]) >= 2 for scale in (SMALL, LARGE))
     assert {name for name, op in mine.items() if not op.composed} == set(HOSTED)

@@ -21,7 +21,7 @@ BUGS = {
         "tl.trans(u.to(OPERAND)), b, s * tl.exp2(left)",
         "tl.trans(u.to(OPERAND)), b, s",
     ),
-    "segments count from the row's first": ("first_kept(numbered, SEGMENT) + segment", "segment"),
+    "segments count from the row's first": ("first_start(piece_number, SEGMENT) + segment", "segment"),
 }
 
 SLOW_BUGS = {  # slow: interpreted matrix products

@@ -22,9 +22,9 @@ from mamba_ops.ops._triton.decay import exact_sums, finite_rate, split, to_log2
 from mamba_ops.ops.mamba_chunk_scan.triton.pieces import (
     chunks_before,
     extent,
-    first_kept,
     first_piece,
     first_segment,
+    first_start,
     numbers,
     piece_range,
     row_of,
@@ -118,7 +118,7 @@ def _states(
     has_initial_state,
     ssm_state,
     steps,
-    starts,  # out: (kept segments, heads, dim, dstate), the state before each one of rows that have several
+    starts,  # out: (starts_count, heads, dim, dstate), the state before each one of rows that have several
     x_stride,  # this and the next: from token to token
     B_stride,
     slots_stride,
@@ -128,7 +128,7 @@ def _states(
     head_stride,  # this and the next two are None for an ALIGNED state, which is dense
     dim_stride,
     dstate_stride,
-    kept_segments,  # that starts has; more have only rows of wrong cu_seqlens, which leave the rest out
+    starts_count,  # that starts has; more have only rows of wrong cu_seqlens, which leave the rest out
     extra,  # pieces of a row that are not whole, at most
     length,
     pieces,  # that steps has
@@ -162,9 +162,9 @@ def _states(
 
     begin, count, before = extent(row, True, cu_seqlens, num_computed_tokens, computed_stride, length, CHUNK)
     source = load_slot(row, slots, slots_stride, null_slot, slot_count)
-    numbered = first_piece(row, begin, extra, CHUNK, PIECE)
+    piece_number = first_piece(row, begin, extra, CHUNK, PIECE)
     first, last = numbers(before, count, CHUNK, PIECE)
-    last = tl.minimum(last, first + pieces - numbered)
+    last = tl.minimum(last, first + pieces - piece_number)
     if (last - first <= SEGMENT) | (source < 0):
         return
     carried = load_flag(row, has_initial_state, initial_stride)
@@ -172,12 +172,12 @@ def _states(
     initial += _in_slot(head, channel, entry, head_stride, dim_stride, dstate_stride, DIM, DSTATE, ALIGNED)
     s = tl.load(initial, in_state & carried, other=0.0).to(tl.float32)
 
-    kept = first_kept(numbered, SEGMENT)
-    starts += (kept.to(tl.int64) * HEADS + head) * (DIM * DSTATE) + channel[:, None] * DSTATE + entry[None, :]
-    tl.store(starts, s, in_state & (kept < kept_segments))
+    start = first_start(piece_number, SEGMENT)
+    starts += (start.to(tl.int64) * HEADS + head) * (DIM * DSTATE) + channel[:, None] * DSTATE + entry[None, :]
+    tl.store(starts, s, in_state & (start < starts_count))
     x += head * DIM
     B += head // (HEADS // GROUPS) * DSTATE
-    steps += (numbered.to(tl.int64) * HEADS + head) * (4 * BLOCK_TOKENS)
+    steps += (piece_number.to(tl.int64) * HEADS + head) * (4 * BLOCK_TOKENS)
     left = tl.load(steps + BLOCK_TOKENS - 1)
     for piece in range(first, first + (last - first - 1) // SEGMENT * SEGMENT):
         low, high = piece_range(piece, before, count, CHUNK, PIECE)
@@ -194,9 +194,9 @@ def _states(
         s = tl.dot(tl.trans(u.to(OPERAND)), b, s * tl.exp2(left), input_precision="ieee")
         left = next_left
         if (piece + 1 - first) % SEGMENT == 0:
-            kept += 1
+            start += 1
             starts += HEADS * DIM * DSTATE
-            tl.store(starts, s, in_state & (kept < kept_segments))
+            tl.store(starts, s, in_state & (start < starts_count))
 
 
 @kernel(first_number="x_stride", static="steps starts")
@@ -229,10 +229,10 @@ def _scan(
     head_stride,  # this and the next two are None for an ALIGNED state, which is dense
     dim_stride,
     dstate_stride,
-    kept_stride,  # from chunk to chunk of chunk_states
-    kept_chunks,  # that chunk_states has
+    chunk_states_stride,  # from chunk to chunk of chunk_states
+    chunk_states_count,  # that chunk_states has
     rows,
-    kept_segments,  # that starts has
+    starts_count,  # that starts has
     extra,  # pieces of a row that are not whole, at most
     length,
     pieces,  # that steps has
@@ -256,7 +256,7 @@ def _scan(
     PER_CHUNK: tl.constexpr = (CHUNK + PIECE - 1) // PIECE
     DIM_BLOCKS: tl.constexpr = (DIM + BLOCK_DIM - 1) // BLOCK_DIM
     program = tl.program_id(0)
-    unit = program // (DIM_BLOCKS * HEADS)
+    segment_number = program // (DIM_BLOCKS * HEADS)
     head = program // DIM_BLOCKS % HEADS
     channel = program % DIM_BLOCKS * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     entry = tl.arange(0, BLOCK_STATE)
@@ -265,17 +265,17 @@ def _scan(
     in_state = in_dim[:, None] & in_dstate[None, :]
     place = tl.arange(0, BLOCK_TOKENS)
 
-    row, numbered = row_of(unit, rows, cu_seqlens, length, extra, CHUNK, PIECE, SEGMENT)
+    row, piece_number = row_of(segment_number, rows, cu_seqlens, length, extra, CHUNK, PIECE, SEGMENT)
     if row < 0:
         return
     source = load_slot(row, slots, slots_stride, null_slot, slot_count)
     begin, count, before = extent(row, True, cu_seqlens, num_computed_tokens, computed_stride, length, CHUNK)
-    segment = unit - first_segment(numbered, row, SEGMENT)
-    kept = first_kept(numbered, SEGMENT) + segment
+    segment = segment_number - first_segment(piece_number, row, SEGMENT)
+    start = first_start(piece_number, SEGMENT) + segment
     first, last = numbers(before, count, CHUNK, PIECE)
-    last = tl.minimum(last, first + pieces - numbered)
+    last = tl.minimum(last, first + pieces - piece_number)
     several = last - first > SEGMENT
-    numbered += segment * SEGMENT
+    piece_number += segment * SEGMENT
     first += segment * SEGMENT
     if (segment < 0) | ((segment > 0) & (first >= last)):  # there are fewer segments than programs
         return
@@ -295,8 +295,8 @@ def _scan(
     carried = load_flag(row, has_initial_state, initial_stride)
     initial = offset_ptr(ssm_state, source * slot_stride, ALIGNED) + in_slot
     s = tl.load(initial, in_state & (carried & (several == 0)), other=0.0).to(tl.float32)
-    starts += (kept.to(tl.int64) * HEADS + head) * (DIM * DSTATE)
-    s += tl.load(starts + in_head, in_state & (several & (kept < kept_segments)), other=0.0)
+    starts += (start.to(tl.int64) * HEADS + head) * (DIM * DSTATE)
+    s += tl.load(starts + in_head, in_state & (several & (start < starts_count)), other=0.0)
 
     if chunk_states is not None:
         first_chunk = chunks_before(row, cu_seqlens, num_computed_tokens, computed_stride, length, CHUNK)
@@ -309,7 +309,7 @@ def _scan(
     x += head * DIM
     B += head // (HEADS // GROUPS) * DSTATE
     C += head // (HEADS // GROUPS) * DSTATE
-    steps += (numbered.to(tl.int64) * HEADS + head) * (4 * BLOCK_TOKENS)
+    steps += (piece_number.to(tl.int64) * HEADS + head) * (4 * BLOCK_TOKENS)
     left = tl.load(steps + BLOCK_TOKENS - 1, first < last, other=0.0)
     for piece in range(first, last):
         low, high = piece_range(piece, before, count, CHUNK, PIECE)
@@ -346,8 +346,8 @@ def _scan(
         if chunk_states is not None:
             number = first_chunk + piece // PER_CHUNK
             ended = ((piece + 1) % PER_CHUNK == 0) | (high == count)
-            ended &= number < kept_chunks
-            tl.store(chunk_states + number.to(tl.int64) * kept_stride + in_head, s, in_state & ended)
+            ended &= number < chunk_states_count
+            tl.store(chunk_states + number.to(tl.int64) * chunk_states_stride + in_head, s, in_state & ended)
 
     if is_last & (slot_stride >= 0):
         target, stored = final_slot(row, source, count, write_slots, write_stride, null_slot, slot_count)

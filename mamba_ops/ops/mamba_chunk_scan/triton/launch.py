@@ -62,9 +62,9 @@ def mamba_chunk_scan(call: "Arguments") -> None:
     is_whole = chunk % piece == 0
     extra = 1 if call.num_computed_tokens is None else 2 if is_whole else 3
     pieces = tokens // piece + rows * extra + (0 if is_whole else tokens // chunk)  # at most, as are the next two
-    segments, kept_segments = pieces // segment + rows, 2 * pieces // segment + 1
+    segments, starts_count = pieces // segment + rows, 2 * pieces // segment + 1
     steps = x.new_empty(pieces, heads, 4, scan["BLOCK_TOKENS"], dtype=torch.float32)
-    starts = x.new_empty(kept_segments, heads, dim, dstate, dtype=torch.float32)
+    starts = x.new_empty(starts_count, heads, dim, dstate, dtype=torch.float32)
     aligned = all(
         t is None or (t.data_ptr() | t.stride(0) * t.itemsize | t.shape[-1] * t.itemsize) % 16 == 0
         for t in (x, B, C, z, written)
@@ -79,11 +79,11 @@ def mamba_chunk_scan(call: "Arguments") -> None:
     )
     ssm_state, _ = or_placeholder(call.ssm_state, x, tl.float32)
     num_computed_tokens, computed_stride = or_placeholder(call.num_computed_tokens, x, tl.int32)
-    in_slot = (None, None, None) if aligned else strides
+    state_strides = (None, None, None) if aligned else strides
     all_or_length = tokens if length is None else length
     sizes = {"HEADS": heads, "CHUNK": chunk, "PIECE": piece}
-    of_states = {"DIM": dim, "GROUPS": groups, "DSTATE": dstate, "SEGMENT": segment, "ALIGNED": aligned}
-    of_states["OPERAND"] = getattr(tl, str(operand).removeprefix("torch."))
+    state_sizes = {"DIM": dim, "GROUPS": groups, "DSTATE": dstate, "SEGMENT": segment, "ALIGNED": aligned}
+    state_sizes["OPERAND"] = getattr(tl, str(operand).removeprefix("torch."))
     with on_device_of(x):
         if tokens > 0:
             _steps[(pieces, cdiv(heads, steps_of["BLOCK_HEADS"]))](
@@ -124,15 +124,15 @@ def mamba_chunk_scan(call: "Arguments") -> None:
                 initial_stride,
                 computed_stride,
                 slot_stride,
-                *in_slot,
-                kept_segments,
+                *state_strides,
+                starts_count,
                 extra,
                 all_or_length,
                 pieces,
                 call.null_slot,
                 slots_of(call.ssm_state),
                 **sizes,
-                **of_states,
+                **state_sizes,
                 **states,
             )
         _scan[(segments * heads * cdiv(dim, scan["BLOCK_DIM"]),)](
@@ -161,11 +161,11 @@ def mamba_chunk_scan(call: "Arguments") -> None:
             initial_stride,
             computed_stride,
             slot_stride,
-            *in_slot,
+            *state_strides,
             None if kept is None else kept.stride(0),
             None if kept is None else kept.shape[0],
             rows,
-            kept_segments,
+            starts_count,
             extra,
             all_or_length,
             pieces,
@@ -173,7 +173,7 @@ def mamba_chunk_scan(call: "Arguments") -> None:
             slots_of(call.ssm_state),
             D_PER_CHANNEL=D is not None and D.dim() == 2,
             **sizes,
-            **of_states,
+            **state_sizes,
             **scan,
         )
     write_back(written, call.output, flat)

@@ -61,7 +61,7 @@ def first_segment(piece, row, SEGMENT: tl.constexpr):
 
 
 @triton.jit
-def first_kept(piece, SEGMENT: tl.constexpr):
+def first_start(piece, SEGMENT: tl.constexpr):
     # The same of the states before the segments of a row that has several: more than SEGMENT pieces.
     return 2 * piece // SEGMENT
 
