@@ -205,10 +205,12 @@ class Mamba3(Mixer[Mamba3Caches]):
 
     def _prefill(self, hidden_states: Tensor, caches: Mamba3Caches, rows: SequenceArgs) -> Tensor:
         z, tokens, options = self.project(hidden_states)
-        if any(cache is not None for cache in caches):
+        has_caches = any(cache is not None for cache in caches)
+        if not has_caches:
+            self._check_rows(hidden_states, rows)
+        if has_caches or not _records((*tokens, *options.values())):
             call: Any = rows.bind(mamba3_chunk_scan)
             return self._output(call(*tokens, self.chunk_size, **caches._asdict(), **options), z)
-        self._check_rows(hidden_states, rows)
         x, dt, A, trap, angles, B, C = tokens
         if x.numel() == 0 or row_count(x, rows.cu_seqlens) == 0:
             y = x.new_zeros(output_shape(x, options.get("mimo_x"), options.get("mimo_o")))
@@ -302,3 +304,8 @@ class Mamba3(Mixer[Mamba3Caches]):
             return cast(Tensor, self.out_proj(y.flatten(-2)))
         y = y.flatten(-2)
         return cast(Tensor, self.out_proj(self.norm(y, z.flatten(-2)) if self.out_norm else y))
+
+
+def _records(tensors: tuple[Tensor, ...]) -> bool:
+    """Return whether autograd records what is computed of these: the op has no gradients, what it is made of has."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
