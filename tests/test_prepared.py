@@ -240,7 +240,49 @@ def test_launches_that_may_be_chosen_anew_are_prepared_anew(known: Known) -> Non
     assert [known.calls() for _ in range(3)] == [1, 1, 0]
 
 
-@pytest.mark.parametrize("does", ["copies", "moves", "reads"])
+def by_row(learns: Learns) -> None:
+    """Let the launcher go through the rows of a call one by one."""
+    launcher = learns.launcher
+
+    def of_each(call: Any) -> None:
+        for i in range(call.x.shape[0]):
+            part = {name: getattr(call, name)[i : i + 1] for name in ("x", "conv_state", "output")}
+            launcher(call._replace(**part))
+
+    learns.launcher = of_each
+
+
+def calls_on(learns: Learns, x: Tensor, weight: Tensor) -> int:
+    """Return how often a call on these called the launcher; what it returns is right."""
+    before = learns.calls
+    values = OP.fill(OP.bind((x, x.new_zeros(3, 32, 3), weight), {"silu": False}))
+    learns.call(**values)
+    torch.testing.assert_close(values["output"], x * weight[:, -1])
+    return learns.calls - before
+
+
+def test_launches_on_parts_of_tensors_are_repeated_on_those_of_others(launched: list[Interpreted]) -> None:
+    learns, device = Learns(OP), ACCELERATOR or "cpu"
+    by_row(learns)
+    called = [calls_on(learns, torch.randn(3, 32, device=device), torch.randn(32, 4, device=device)) for _ in range(4)]
+    assert called == [1, 1, 0, 0]
+
+
+def test_a_part_that_begins_where_another_tensor_does_is_not_told_from_it(launched: list[Interpreted]) -> None:
+    """Both are known by their address: in another call one of them lies elsewhere."""
+    learns, device = Learns(OP), ACCELERATOR or "cpu"
+    by_row(learns)
+
+    def within() -> tuple[Tensor, Tensor]:
+        memory = torch.randn(5 * 32, device=device)
+        return memory[: 3 * 32].view(3, 32), memory[32:].view(32, 4)
+
+    assert [calls_on(learns, *within()) for _ in range(3)] == [1, 1, 1]
+    assert "begins where another tensor does" in " ".join(learns.shortcut.problems)
+    assert calls_on(learns, torch.randn(3, 32, device=device), torch.randn(32, 4, device=device)) == 1
+
+
+@pytest.mark.parametrize("does", ["copies", "reads"])
 def test_what_is_not_known_to_be_the_same_is_not_repeated(does: str, launched: list[Interpreted]) -> None:
     learns = Learns(OP)
     launcher = learns.launcher
@@ -248,8 +290,6 @@ def test_what_is_not_known_to_be_the_same_is_not_repeated(does: str, launched: l
     def other(call: Any) -> None:
         if does == "copies":
             call = call._replace(x=call.x.clone())
-        elif does == "moves":
-            call.x[1:].view(-1)
         else:
             call.x.sum().item()
         launcher(call)

@@ -107,9 +107,10 @@ def _repeated(tape: Tape, tensors: list[Tensor | None], launching: _triton.Launc
     device = next(t.device for t in tensors if t is not None)
     *starts, total = accumulate((-(-size // _PAGE) * _PAGE for size in tape.allocated), initial=0)
     taken = {_known_by(value): value for launch in tape.launches for value in launch.arguments}
-    own = [value for value in taken.values() if isinstance(value, Address) and value.of >= inputs]
+    placed = [value for value in taken.values() if isinstance(value, Address)]
+    own, parts = [v for v in placed if v.of >= inputs], [v for v in placed if v.of < inputs and v.offset]
     constants = {key: value for key, value in taken.items() if not isinstance(value, Address)}
-    places = {key: n for n, key in enumerate((*(Address(i, 0) for i in range(inputs)), *own, *constants))}
+    places = {key: n for n, key in enumerate((*(Address(i, 0) for i in range(inputs)), *parts, *own, *constants))}
     offsets = [starts[address.of - inputs] + address.offset for address in own]
     fixed = tuple(constants.values())
     steps = [
@@ -134,6 +135,8 @@ def _repeated(tape: Tape, tensors: list[Tensor | None], launching: _triton.Launc
         for i, j in shared:
             if addresses[i] != addresses[j]:
                 return False
+        if parts:
+            addresses = (*addresses, *[addresses[i] + offset for i, offset in parts])
         if offsets:
             memory = torch.empty(total, dtype=torch.uint8, device=device)  # alive until all is launched
             start = memory.data_ptr()

@@ -65,10 +65,10 @@ class Tape(TorchDispatchMode):
         self.launches: list[Launch] = []
         self.problem: str | None = None
         self.is_launching = False
-        self._addresses: dict[int, int] = {}  # that of a tensor of the call to its number, the first of several
+        self._addresses: dict[int, Address] = {}  # that of a tensor of the call, the first of several, or of its part
         for number, tensor in enumerate(tensors):
             if tensor is not None and tensor.data_ptr():
-                self._addresses.setdefault(tensor.data_ptr(), number)
+                self._addresses.setdefault(tensor.data_ptr(), Address(number, 0))
         self._inputs = len(tensors)
         self._kept: list[Tensor] = []  # so that no address is given out twice
 
@@ -97,13 +97,19 @@ class Tape(TorchDispatchMode):
             self._kept.append(result)
         elif not func.is_view:
             self.problem = self.problem or f"it calls {name}"
-        elif isinstance(result, Tensor) and self._moved(args[0], result):
-            self.problem = self.problem or f"{name} moves an address"
+        elif isinstance(result, Tensor) and not self._follow(args[0], result):
+            self.problem = self.problem or f"{name} begins where another tensor does"
         return result
 
-    def _moved(self, base: Tensor, view: Tensor) -> bool:
-        """Whether a view of a tensor of the call begins elsewhere: the address might be taken for another tensor's."""
-        return view.data_ptr() != base.data_ptr() and view.numel() > 0 and self._allocation_of(view.data_ptr()) is None
+    def _follow(self, base: Tensor, view: Tensor) -> bool:
+        """Note where a view of a tensor of the call begins. Returns whether that cannot be taken for another tensor."""
+        begin, address = base.data_ptr(), view.data_ptr()
+        if address == begin or view.numel() == 0 or self._allocation_of(address) is not None:
+            return True
+        if (of_base := self._addresses.get(begin)) is None:
+            return False
+        place = Address(of_base.of, of_base.offset + address - begin)
+        return self._addresses.setdefault(address, place) == place
 
     def _allocation_of(self, address: int) -> Address | None:
         for number, tensor in enumerate(self._kept):
@@ -130,8 +136,8 @@ class Tape(TorchDispatchMode):
             raise NotRepeatableError(f"it takes a {type(value).__name__}")
         if (address := value.data_ptr()) == 0:
             return 0
-        if (number := self._addresses.get(address)) is not None:
-            return Address(number, 0)
+        if (place := self._addresses.get(address)) is not None:
+            return place
         if (found := self._allocation_of(address)) is not None:
             return found
         raise NotRepeatableError("it takes a tensor of its own")

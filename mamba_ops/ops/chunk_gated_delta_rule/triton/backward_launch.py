@@ -19,6 +19,7 @@ from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, option
 from mamba_ops.ops._triton.delta_rule import CHUNK, gradients_of, precisions_of
 from mamba_ops.ops._triton.layout import by_token, write_back
 from mamba_ops.ops._triton.limits import Limits, limits_of
+from mamba_ops.ops._triton.slices import Workspace, by_slices
 from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_chunks import _gradients, _of_gates, _products, _systems
 from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_walks import _adjoints, _replay
 
@@ -31,8 +32,35 @@ def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
 
     What matrix units are given is rounded to the dtype of q, k and v; float32 is multiplied in parts, or without them.
     Every token of an activation must be dense: others are copied first, as are states that are not, and gradients that
-    are not are written through a copy. Keeps, in that dtype, two states of every chunk while it runs.
+    are not are written through a copy. Keeps two states of every chunk, in that dtype, of a slice of the rows (see
+    `slices`).
     """
+    operand, block_k, v_padded, launches = _choices(call)
+    length, v_heads, _ = call.v.shape[-3:]
+    by_slices(
+        _backward,
+        call,
+        bytes_of_row=2 * operand.itemsize * cdiv(length, CHUNK) * v_heads * v_padded * (block_k + CHUNK),
+        walks_of_row=v_heads * cdiv(v_padded, launches["_replay"]["BLOCK"]),
+    )
+
+
+def _choices(call: "BackwardArguments") -> tuple[torch.dtype, int, int, dict[str, dict[str, Any]]]:
+    """The dtype of what is multiplied, the padded sizes of k and v, and launches."""
+    operand = torch.promote_types(torch.promote_types(call.q.dtype, call.k.dtype), call.v.dtype)
+    if operand == torch.bfloat16 and INTERPRETED:
+        operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+    # The assembler of CUDA 12.8 compiles `_gradients` wrongly for Hopper where float32 keys are padded to 16: matrix
+    # units then read at addresses that were never computed.
+    least = 32 if operand == torch.float32 else 16
+    block_k = max(int(triton.next_power_of_2(call.q.shape[-1])), least)
+    v_padded = max(int(triton.next_power_of_2(call.v.shape[-1])), 16)
+    limits = limits_of(call.v.get_device())
+    return operand, block_k, v_padded, _backward_launches(v_padded, str(operand).removeprefix("torch."), limits)
+
+
+def _backward(call: "BackwardArguments", space: Workspace) -> None:
+    """Do it for the rows of one slice."""
     flat = call.cu_seqlens is not None
     rows = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     length = call.v.shape[0] if flat else call.v.shape[1]
@@ -48,22 +76,15 @@ def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
     )
     grad_initial = None if initial_states is None else call.grad_initial_states.contiguous()
 
-    operand = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    if operand == torch.bfloat16 and INTERPRETED:
-        operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+    operand, block_k, v_padded, launches = _choices(call)
     chunks = v.shape[0] // CHUNK + rows if flat else rows * cdiv(length, CHUNK)
-    # The assembler of CUDA 12.8 compiles `_gradients` wrongly for Hopper where float32 keys are padded to 16: matrix
-    # units then read at addresses that were never computed.
-    least = 32 if operand == torch.float32 else 16
-    block_k, v_padded = max(triton.next_power_of_2(k_dim), least), max(triton.next_power_of_2(v_dim), 16)
     places = 0
     for tensor in (q, k, v, grad_output, *(written[name] for name in ("q", "k", "v"))):
         places |= tensor.data_ptr() | tensor.stride(0) * tensor.itemsize | tensor.shape[-1] * tensor.itemsize
 
     def scratch(*shape: int, dtype: torch.dtype = operand) -> Tensor:
-        return torch.empty((chunks, *shape), dtype=dtype, device=v.device)
+        return space(chunks, *shape, dtype=dtype)
 
-    launches = _backward_launches(v_padded, str(operand).removeprefix("torch."), limits_of(v.get_device()))
     heads = {"K_HEADS": k_heads, "V_HEADS": v_heads, "K_DIM": k_dim, "ALIGNED": places % 16 == 0}
     sizes = {**heads, "CHUNK": CHUNK, "BLOCK_ROWS": 128, "BLOCK_K": block_k}
     of_values = {**sizes, "V_DIM": v_dim, "V_PADDED": v_padded}

@@ -17,6 +17,7 @@ from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, option
 from mamba_ops.ops._triton.delta_rule import CHUNK, PART, gradients_of, precisions_of
 from mamba_ops.ops._triton.layout import by_token, write_back
 from mamba_ops.ops._triton.limits import Limits, limits_of
+from mamba_ops.ops._triton.slices import Workspace, by_slices
 from mamba_ops.ops.chunk_kda.triton.backward_pairs import _gather, _pair_gradients
 from mamba_ops.ops.chunk_kda.triton.backward_states import _adjoints, _products, _reads
 from mamba_ops.ops.chunk_kda.triton.kernels import _scan
@@ -31,9 +32,32 @@ def chunk_kda_backward(call: "BackwardArguments") -> None:
 
     What matrix units are given is rounded to the dtype of q, k and v; float32 is multiplied in parts, or without them.
     Every token of an activation must be dense: others are copied first, as are states that are not, and gradients that
-    are not are written through a copy. Keeps two states of every chunk in that dtype while it runs, and three float32
-    numbers for each token, head of v and channel of k.
+    are not are written through a copy. Keeps two states of every chunk in that dtype, and three float32 numbers for
+    each token, head of v and channel of k: of a slice of the rows (see `slices`).
     """
+    operand, block_k, v_padded, launches = _choices(call)
+    length, v_heads, _ = call.v.shape[-3:]
+    of_token = 2 * operand.itemsize * (v_padded * (block_k + CHUNK) // CHUNK + 2 * block_k) + 12 * block_k
+    by_slices(
+        _backward,
+        call,
+        bytes_of_row=cdiv(length, CHUNK) * CHUNK * v_heads * of_token,
+        walks_of_row=v_heads * (v_padded // launches["_adjoints"]["BLOCK"]),
+    )
+
+
+def _choices(call: "BackwardArguments") -> tuple[torch.dtype, int, int, dict[str, dict[str, Any]]]:
+    """The dtype of what is multiplied, the padded sizes of k and v, and launches."""
+    operand = torch.promote_types(torch.promote_types(call.q.dtype, call.k.dtype), call.v.dtype)
+    if operand == torch.bfloat16 and INTERPRETED:
+        operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+    block_k, v_padded = (max(int(triton.next_power_of_2(n)), 16) for n in (call.q.shape[-1], call.v.shape[-1]))
+    kind, limits = str(operand).removeprefix("torch."), limits_of(call.v.get_device())
+    return operand, block_k, v_padded, _backward_launches(block_k, v_padded, kind, limits)
+
+
+def _backward(call: "BackwardArguments", space: Workspace) -> None:
+    """Do it for the rows of one slice."""
     flat = call.cu_seqlens is not None
     rows = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     length = call.v.shape[0] if flat else call.v.shape[1]
@@ -49,11 +73,8 @@ def chunk_kda_backward(call: "BackwardArguments") -> None:
     )
     grad_initial = None if initial_states is None else call.grad_initial_states.contiguous()
 
-    operand = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    if operand == torch.bfloat16 and INTERPRETED:
-        operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+    operand, block_k, v_padded, launches = _choices(call)
     chunks = v.shape[0] // CHUNK + rows if flat else rows * cdiv(length, CHUNK)
-    block_k, v_padded = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))
     places = 0
     for tensor in (q, k, v, g, grad_output, *(written[name] for name in ("q", "k", "v", "g"))):
         places |= tensor.data_ptr() | tensor.stride(0) * tensor.itemsize | tensor.shape[-1] * tensor.itemsize
@@ -61,11 +82,9 @@ def chunk_kda_backward(call: "BackwardArguments") -> None:
         places |= initial_states.data_ptr() | k_dim * initial_states.itemsize
 
     def scratch(*shape: int, dtype: torch.dtype = operand) -> Tensor:
-        return torch.empty((chunks, v_heads, *shape), dtype=dtype, device=v.device)
+        return space(chunks, v_heads, *shape, dtype=dtype)
 
-    kind = str(operand).removeprefix("torch.")
-    forward = _launches(v.get_device(), k_dim, v_dim, kind)
-    launches = _backward_launches(block_k, v_padded, kind, limits_of(v.get_device()))
+    forward = _launches(v.get_device(), k_dim, v_dim, str(operand).removeprefix("torch."))
     sizes = {"V_HEADS": v_heads, "K_DIM": k_dim, "ALIGNED": places % 16 == 0, "CHUNK": CHUNK, "BLOCK_K": block_k}
     values = {"V_DIM": v_dim, "V_PADDED": v_padded}
     of_rows = {"BLOCK_ROWS": 128, "K_HEADS": k_heads}

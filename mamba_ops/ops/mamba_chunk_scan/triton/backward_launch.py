@@ -8,6 +8,7 @@ import triton
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options
 from mamba_ops.ops._triton.layout import as_float32, by_token
 from mamba_ops.ops._triton.limits import limits_of
+from mamba_ops.ops._triton.slices import Workspace, by_slices
 from mamba_ops.ops._triton.sums import add_up, clear
 from mamba_ops.ops.mamba_chunk_scan.triton.backward import _carry, _step_sizes
 from mamba_ops.ops.mamba_chunk_scan.triton.backward_chunks import _of_groups, _of_heads, _of_steps
@@ -23,8 +24,41 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
 
     Chunks are as long as registers allow, whatever `chunk_size` is: results depend on it by rounding alone. Matrix
     products are of the common dtype of x, B and C, and sum in float32; so are the states and their gradients, as they
-    go from one launch to the next. Tokens are read as the forward's kernels read them.
+    go from one launch to the next, which are kept for a slice of the rows (see `slices`). Tokens are read as the
+    forward's kernels read them.
     """
+    operand, chunk = _chunks_of(call)
+    length, heads, dim, dstate = *call.x.shape[-3:], call.B.shape[-1]
+    carry_dim, carry_state = _carried(operand, dim, dstate)
+    by_slices(
+        _backward,
+        call,
+        bytes_of_row=2 * operand.itemsize * cdiv(length, chunk) * heads * dim * dstate,
+        walks_of_row=2 * heads * cdiv(dim, carry_dim) * cdiv(dstate, carry_state),
+        parameters=("A", "D", "dt_bias"),
+    )
+
+
+def _chunks_of(call: "BackwardArguments") -> tuple[torch.dtype, int]:
+    """The dtype of what is multiplied, and the tokens of a chunk."""
+    operand = torch.promote_types(torch.promote_types(call.x.dtype, call.B.dtype), call.C.dtype)
+    if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
+        operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+    block_dim, block_state = (_padded(size) for size in (call.x.shape[-1], call.B.shape[-1]))
+    return operand, 64 if operand.itemsize < 4 and block_dim * block_state <= 64 * 128 else 32
+
+
+def _padded(size: int) -> int:
+    return max(int(triton.next_power_of_2(size)), 16)
+
+
+def _carried(operand: torch.dtype, dim: int, dstate: int) -> tuple[int, int]:
+    """The part of a head's state that a program of `_carry` has."""
+    return min(_padded(dim), 64), min(_padded(dstate), 64 if operand.itemsize < 4 else 32)
+
+
+def _backward(call: "BackwardArguments", space: Workspace) -> None:
+    """Do it for the rows of one slice."""
     flat = call.cu_seqlens is not None
     rows = call.x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     if flat or rows == 0:
@@ -42,26 +76,20 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
         None if t is None else t.contiguous()
         for t in (call.D, call.dt_bias, call.cu_seqlens, call.initial_states, call.grad_final_states)
     )
-    operand = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
-    if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
-        operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+    operand, chunk = _chunks_of(call)
     x, B, C, grad = as_float32(operand, x, B, C, grad)
     tokens, length = x.shape[0], x.shape[0] if flat else call.x.shape[1]
-    block_dim, block_state = (max(triton.next_power_of_2(size), 16) for size in (dim, dstate))
-    chunk = 64 if operand.itemsize < 4 and block_dim * block_state <= 64 * 128 else 32
+    block_dim, block_state = _padded(dim), _padded(dstate)
     chunks = tokens // chunk + rows if flat else rows * cdiv(length, chunk)  # at most
     per_group = heads // groups
     splits = next(n for n in range(cdiv(per_group, _HEADS_PER_SPLIT), per_group + 1) if per_group % n == 0)
 
-    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return x.new_empty(shape, dtype=dtype)
-
-    steps, found, met = scratch(chunks, heads, 7, chunk), scratch(chunks, heads, 4, chunk), scratch(chunks, heads)
+    steps, found = space(chunks, heads, 7, chunk), space(chunks, heads, 4, chunk)
     # Each in memory of its own: kernels are compiled for how these lie, and a half of a tensor may lie anywhere.
-    starts, ends = (scratch(chunks, heads, dim, dstate, dtype=operand) for _ in range(2))
-    shares = scratch(2, chunks, heads)
-    of_D = scratch(chunks, *(() if D is None else D.shape))
-    of_B, of_C = (scratch(splits, tokens, groups, dstate) for _ in range(2))
+    starts, ends = (space(chunks, heads, dim, dstate, dtype=operand) for _ in range(2))
+    shares, met = space(2, chunks, heads), space(chunks, heads)
+    of_D = space(chunks, *(() if D is None else D.shape))
+    of_B, of_C = (space(splits, tokens, groups, dstate) for _ in range(2))
     if flat:  # of packed rows, not all chunks and tokens are there
         for found_of_some in (shares, of_D, of_B, of_C):
             clear(found_of_some)
@@ -95,7 +123,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             BLOCK_HEADS=block_heads,
             **options(num_warps=4),
         )
-        carry_dim, carry_state = min(block_dim, 64), min(block_state, 64 if operand.itemsize < 4 else 32)
+        carry_dim, carry_state = _carried(operand, dim, dstate)
         _carry[(rows * heads * cdiv(dim, carry_dim) * cdiv(dstate, carry_state), 2)](
             x,
             B,
@@ -118,7 +146,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
             BLOCK_STATE=carry_state,
             **options(num_warps=warps, num_stages=1 if limits.is_small else 3),
         )
-        of_chunks = {"SPLITS": splits, "BLOCK_DIM": block_dim, "BLOCK_STATE": block_state}
+        of_chunks: dict[str, Any] = {"SPLITS": splits, "BLOCK_DIM": block_dim, "BLOCK_STATE": block_state}
         of_chunks["PRECISION"] = limits.precision(24) if operand == torch.float32 else "ieee"
         _of_groups[(chunks * groups * splits * 3,)](
             x,

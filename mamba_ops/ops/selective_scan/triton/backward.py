@@ -2,13 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
-from torch import Tensor
 
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options
 from mamba_ops.ops._triton.layout import by_token, write_back
 from mamba_ops.ops._triton.limits import limits_of
+from mamba_ops.ops._triton.slices import Workspace, by_slices
 from mamba_ops.ops._triton.sums import clear
 from mamba_ops.ops.selective_scan.triton.backward_kernels import _boundaries, _gradients
 from mamba_ops.ops.selective_scan.triton.backward_sums import _arrange, _carry, _sum_blocks, _sum_chunks
@@ -27,8 +26,25 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
 
     Every token of an activation must be dense: others are copied first, as are parameters and states that are not, and
     gradients that are not are written through a copy. Keeps in float32, while it runs, a state for every 8 tokens, and
-    the gradients of B and C for every 32 channels.
+    the gradients of B and C for every 32 channels: of a slice of the rows (see `slices`).
     """
+    length, (dim, dstate), groups = (
+        call.x.shape[-2],
+        call.A.shape,
+        call.B.shape[-2] if call.B.dim() == call.x.dim() + 1 else 1,
+    )
+    of_token = dim * dstate // TILE + cdiv(dim // groups, BLOCK) * groups * dstate * 2
+    by_slices(
+        _backward,
+        call,
+        bytes_of_row=4 * length * of_token,
+        walks_of_row=2 * dstate * cdiv(dim, 128),
+        parameters=("A", "D", "dt_bias"),
+    )
+
+
+def _backward(call: "BackwardArguments", space: Workspace) -> None:
+    """Do it for the rows of one slice."""
     flat = call.cu_seqlens is not None
     rows = call.x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     length = call.x.shape[0] if flat else call.x.shape[1]
@@ -69,14 +85,11 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
     chunks = x.shape[0] // chunk + rows if flat else rows * cdiv(length, chunk)
     blocks = cdiv(dim // groups, BLOCK)
 
-    def scratch(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=x.device)
-
     with on_device_of(x):
-        states, totals = scratch(chunks, TILES, dstate, dim), scratch(chunks, TILES, dim)
-        adjoints, of_chunks = scratch(chunks, dstate, dim), scratch(chunks, dstate + 2, dim)
-        arranged = scratch(chunks, TILES, groups, dstate, 2 * TILE)
-        of_blocks = scratch(blocks, chunks, TILES, groups, dstate, 2 * TILE)
+        states, totals = space(chunks, TILES, dstate, dim), space(chunks, TILES, dim)
+        adjoints, of_chunks = space(chunks, dstate, dim), space(chunks, dstate + 2, dim)
+        arranged = space(chunks, TILES, groups, dstate, 2 * TILE)
+        of_blocks = space(blocks, chunks, TILES, groups, dstate, 2 * TILE)
         parts, width, block = _sizes(dstate)
         limit = limits_of(x.get_device()).registers(128)
         strides = (x.stride(0), dt.stride(0), None if z is None else z.stride(0), grad_output.stride(0))
