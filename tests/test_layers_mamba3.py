@@ -9,7 +9,8 @@ from torch._dynamo.utils import counters
 import mamba_ops
 from mamba_ops import use_backend
 from mamba_ops.layers import Mamba3
-from mamba_ops.ops._common.mamba3 import Tokens, layout, total_turns
+from mamba_ops.ops._common.mamba3 import Tokens, layout, sums_in_blocks, total_turns
+from mamba_ops.registry import record_selections
 
 
 def new_layer(**options: object) -> Mamba3:
@@ -66,6 +67,24 @@ def test_packed_rows_are_as_alone() -> None:
         torch.testing.assert_close(packed, torch.cat([layer(x[None, :5])[0], layer(x[None, 5:])[0]]))
         caches = layer.empty_caches(2, state_dtype=torch.float64)
         torch.testing.assert_close(layer(x[None, :9], *caches), layer(x[None, :9]))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"cu_seqlens": torch.tensor([0, 5, 17])}], ids=["rows", "packed"])
+def test_calls_that_record_nothing_run_the_op(sizes: dict[str, torch.Tensor]) -> None:
+    """Without caches, too: it is many times as fast as what it is made of, which has gradients."""
+    layer, x = new_layer(), torch.randn(*([] if sizes else [1]), 17, 16)
+    with record_selections() as recorded:
+        with_gradients = layer(x, **sizes)
+    assert "mamba_ops::mamba_chunk_scan_forward" in {s.op for s in recorded}
+    with record_selections() as recorded, torch.no_grad():
+        torch.testing.assert_close(layer(x, **sizes), with_gradients)
+    assert "mamba_ops::mamba3_chunk_scan" in {s.op for s in recorded}
+
+
+@pytest.mark.parametrize("count", [1, 64, 65, 200])
+def test_sums_in_blocks_are_sums(count: int) -> None:
+    whole = torch.randint(2**40, (count, 2, 3))
+    assert torch.equal(sums_in_blocks(whole), whole.cumsum(0))
 
 
 @pytest.mark.parametrize("out_norm", [False, True])

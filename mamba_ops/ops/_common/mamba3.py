@@ -34,6 +34,8 @@ LEAST, MOST = 2.0**-66, 1e4
 digits. And the most: its decay is 0, and its product with 0 is."""
 
 
+_SUMMED = 64
+"""Tokens that are summed one after another where there are many."""
 _TURN = 6.28125
 """2 pi, but for what float32 cannot multiply by small whole numbers exactly."""
 
@@ -173,6 +175,15 @@ def near_zero(angle: Tensor) -> Tensor:
     return angle - whole * _TURN - whole * (2 * math.pi - _TURN)
 
 
+def sums_in_blocks(values: Tensor) -> Tensor:
+    """Return `values.cumsum(0)` of finite values: a GPU sums each column by one thread, so there should be many."""
+    count, pads = values.shape[0], (0,) * (2 * values.dim() - 1)
+    blocks = functional.pad(values, (*pads, -count % _SUMMED)).unflatten(0, (-1, _SUMMED)).cumsum(1)
+    total = blocks[:, -1]
+    result: Tensor = (blocks + (total.cumsum(0) - total).unsqueeze(1)).flatten(0, 1)[:count]
+    return result
+
+
 def total_turns(tokens: Tokens, rows: Layout, state: State | None) -> Tensor:
     """Return the half turns of each row up to each token, (tokens, heads, angles), from -1 to 1.
 
@@ -185,7 +196,7 @@ def total_turns(tokens: Tokens, rows: Layout, state: State | None) -> Tensor:
         return (half_turns.detach() * one).round().long()
 
     def by_row(values: Tensor) -> Tensor:
-        total = values.cumsum(0)
+        total = values.cumsum(0) if values.is_cpu else sums_in_blocks(values)
         return total - (total - values)[rows.starts.clamp(max=values.shape[0] - 1)][rows.row]
 
     total = by_row(fixed(turn))

@@ -15,7 +15,7 @@ from torch import Tensor
 from mamba_ops.ops._triton.common import cdiv
 from mamba_ops.ops._triton.sums import add_up
 
-KEPT = 128 << 20
+KEPT = 256 << 20
 """Bytes that a slice may keep. One row may need more, and so may packed rows, whose lengths only the device knows."""
 WALKS = 256
 """Programs that walk over rows at once, at least: fewer would leave processors of large GPUs without work."""

@@ -154,6 +154,39 @@ def _of_groups(
             tl.store(met + of_head, tl.sum(meet))
 
 
+@triton.jit
+def _read_state(
+    whole,  # the vectors, where PART is all of their entries
+    vectors,
+    token,
+    inside,
+    stride,
+    state,
+    channel,
+    in_dim,
+    DSTATE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_STATE: tl.constexpr,
+    PART: tl.constexpr,
+):
+    # What vectors of tokens, B or C, read of a state (dim, dstate), PART entries at a time: where a product is made of
+    # several, whole operands are more than a thread's registers hold.
+    total = tl.zeros([token.shape[0], channel.shape[0]], tl.float32)
+    for first in range(0, BLOCK_STATE, PART):
+        entry = first + tl.arange(0, PART)
+        in_dstate = entry < DSTATE
+        of_state = channel[:, None] * DSTATE + entry[None, :]
+        s = tl.load(state + of_state, in_dim[:, None] & in_dstate[None, :], other=0.0)
+        if PART == BLOCK_STATE:
+            v = whole
+        else:
+            ptrs = tile_ptrs(vectors, token, stride, entry, ALIGNED)
+            v = tl.load(ptrs, inside[:, None] & in_dstate[None, :], other=0.0).to(s.dtype)
+        total = tl.dot(v, tl.trans(s), total, input_precision=PRECISION)
+    return total
+
+
 @kernel(first_number="x_stride", static="steps starts ends grad_x grad_z found of_D")
 def _of_heads(
     x,
@@ -189,6 +222,7 @@ def _of_heads(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_STATE: tl.constexpr,
+    PART: tl.constexpr,  # entries of a state that are multiplied at once
 ):
     PER_SPLIT: tl.constexpr = HEADS // (GROUPS * SPLITS)
     program = tl.program_id(0)
@@ -199,22 +233,23 @@ def _of_heads(
     if low >= high:
         return
     channel = tl.arange(0, BLOCK_DIM)
-    entry = tl.arange(0, BLOCK_STATE)
     in_dim = channel < DIM
-    in_dstate = entry < DSTATE
-    of_state = channel[:, None] * DSTATE + entry[None, :]
-    in_state = in_dim[:, None] & in_dstate[None, :]
     place = tl.arange(0, CHUNK)
     token = low + place
     inside = token < high
     of_tokens = inside[:, None] & in_dim[None, :]
-    of_entries = inside[:, None] & in_dstate[None, :]
 
     # Matrices of pairs of tokens have the one that is read first.
     operand = starts.dtype.element_ty
-    b = tl.load(tile_ptrs(B + group * DSTATE, token, B_stride, entry, ALIGNED), of_entries, other=0.0).to(operand)
-    c = tl.load(tile_ptrs(C + group * DSTATE, token, C_stride, entry, ALIGNED), of_entries, other=0.0).to(operand)
-    products = tl.dot(b, tl.trans(c), input_precision=PRECISION)
+    B += group * DSTATE
+    C += group * DSTATE
+    products = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for first in tl.static_range(0, BLOCK_STATE, PART):
+        entry = first + tl.arange(0, PART)
+        of_entries = inside[:, None] & (entry < DSTATE)[None, :]
+        b = tl.load(tile_ptrs(B, token, B_stride, entry, ALIGNED), of_entries, other=0.0).to(operand)
+        c = tl.load(tile_ptrs(C, token, C_stride, entry, ALIGNED), of_entries, other=0.0).to(operand)
+        products = tl.dot(b, tl.trans(c), products, input_precision=PRECISION)
     products = tl.where(place[None, :] >= place[:, None], products, 0.0)
 
     for index in range(PER_SPLIT):
@@ -223,7 +258,6 @@ def _of_heads(
         sizes = steps + of_head * (7 * CHUNK) + place
         u = tl.load(tile_ptrs(x + head * DIM, token, x_stride, channel, ALIGNED), of_tokens, other=0.0).to(operand)
         g = tl.load(tile_ptrs(grad + head * DIM, token, grad_stride, channel, ALIGNED), of_tokens, other=0.0)
-        end = tl.load(ends + of_head * (DIM * DSTATE) + of_state, in_state, other=0.0)
         d = tl.load(sizes)
         near = tl.load(sizes + 3 * CHUNK)
         skip = tl.zeros([BLOCK_DIM], tl.float32)
@@ -238,8 +272,11 @@ def _of_heads(
         weights *= tl.load(sizes + 4 * CHUNK)[None, :] * tl.load(sizes + 5 * CHUNK)[:, None]
         out_ptrs = token.to(tl.int64)[:, None] * (HEADS * DIM) + (head * DIM + channel)[None, :]
         if z is not None:
-            start = tl.load(starts + of_head * (DIM * DSTATE) + of_state, in_state, other=0.0)
-            y = tl.dot(c, tl.trans(start), input_precision=PRECISION) * tl.load(sizes + CHUNK)[:, None]
+            start = starts + of_head * (DIM * DSTATE)
+            y = _read_state(
+                c, C, token, inside, C_stride, start, channel, in_dim, DSTATE, ALIGNED, PRECISION, BLOCK_STATE, PART
+            )
+            y *= tl.load(sizes + CHUNK)[:, None]
             y = tl.dot(tl.trans((weights * d[:, None]).to(operand)), u, y, input_precision=PRECISION)
             y += u.to(tl.float32) * skip[None, :]
             gate = tl.load(tile_ptrs(z + head * DIM, token, z_stride, channel, ALIGNED), of_tokens, other=0.0)
@@ -256,7 +293,11 @@ def _of_heads(
         # keeps of these; how much x counts, by way of states and of D.
         out = found + of_head * (4 * CHUNK) + place
         is_same = place[None, :] == place[:, None]
-        kept = tl.dot(b, tl.trans(end), input_precision=PRECISION) * tl.load(sizes + 2 * CHUNK)[:, None]
+        end = ends + of_head * (DIM * DSTATE)
+        kept = _read_state(
+            b, B, token, inside, B_stride, end, channel, in_dim, DSTATE, ALIGNED, PRECISION, BLOCK_STATE, PART
+        )
+        kept *= tl.load(sizes + 2 * CHUNK)[:, None]
         pairs = tl.dot(u, tl.trans(g), input_precision=PRECISION)
         tl.store(out + 3 * CHUNK, tl.sum(tl.where(is_same, pairs, 0.0), 1))
         grad_u = tl.dot(weights.to(operand), g, kept, input_precision=PRECISION)

@@ -102,7 +102,7 @@ def _backward(call: "BackwardArguments", space: Workspace) -> None:
     shape |= {"CHUNK": chunk, "ALIGNED": aligned, "BLOCK_ROWS": 128}
     block_heads = 512 // chunk
     limits = limits_of(x.get_device())
-    warps = 8 if limits.is_small else 4
+    warps = 8 if limits.is_small or operand.itemsize == 4 else 4
     ahead = limits.is_large and operand.itemsize < 4  # whether tiles of the next head fit beside those of this one
     with on_device_of(x):
         _step_sizes[(chunks, cdiv(heads, block_heads))](
@@ -192,6 +192,7 @@ def _backward(call: "BackwardArguments", space: Workspace) -> None:
             rows,
             **shape,
             **of_chunks,
+            PART=min(block_state, 32) if operand.itemsize == 4 else block_state,
             D_PER_CHANNEL=D is not None and D.dim() == 2,
             **options(num_warps=warps, num_stages=2 if ahead else 1),
         )
