@@ -97,9 +97,10 @@ def of_mamba_ssm(library: Any, sizes: tuple[int, int, int], device: torch.device
 
 
 class _Theirs:
-    """mamba_ssm's own model, which needs its compiled modules."""
+    """mamba_ssm's own model, which needs its compiled modules, and fails in a forward without causal_conv1d."""
 
     def __init__(self) -> None:
+        module("causal_conv1d")
         self.MambaConfig = module("mamba_ssm.models.config_mamba").MambaConfig
         self.MambaLMHeadModel = module("mamba_ssm.models.mixer_seq_simple").MambaLMHeadModel
 
