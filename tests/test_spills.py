@@ -40,8 +40,8 @@ CEILINGS = {
         "mamba3_chunk_scan._weigh": 128,
         "mamba3_chunk_scan._scan": 896,
         "mamba_chunk_scan._scan": 320,
-        "mamba_chunk_scan._of_groups": 1536,
-        "mamba_chunk_scan._of_heads": 2368,
+        "mamba_chunk_scan._of_groups": 640,
+        "mamba_chunk_scan._of_heads": 1088,
         "selective_scan._gradients": 192,
         "selective_state_update._kernel": 16,  # with narrow states
     },
@@ -72,7 +72,7 @@ CEILINGS = {
         "mamba3_chunk_scan._scan": 176,
         "mamba_chunk_scan._scan": 224,
         "mamba_chunk_scan._of_groups": 352,
-        "mamba_chunk_scan._of_heads": 672,
+        "mamba_chunk_scan._of_heads": 384,
     },
 }
 """Bytes of a thread (NVIDIA) or its vector registers (AMD), a little above what was recorded. Others spill nothing."""
