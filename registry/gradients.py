@@ -125,18 +125,18 @@ class Formula:
         if torch.compiler.is_dynamo_compiling():  # compiled autograd traces this
             return self._gradients(ctx, (*ctx.saved_tensors, None), len(self.names), grads)
         saved, snapshot = ctx.saved_tensors, ctx.snapshot
-        current = dispatcher.current()
-        if (
-            any(grads[i] is None for i in self._grads if i >= 0)
-            or torch.is_grad_enabled()
-            or _torch.is_transformed()
-            or (current is not snapshot and not current.active.requests)
-        ):
+        if any(grads[i] is None for i in self._grads if i >= 0) or torch.is_grad_enabled() or _torch.is_transformed():
             return self._gradients(ctx, (*saved, None), len(self.names), grads)
         kept = (*saved, *ctx.numbers)
         values = [kept[i] for i in self._values]
         given = [None if i < 0 else grads[i] for i in self._grads]
-        found: Any = self._backward(*given, *values, *[kept[i] for i in self._saved])
+        inputs = *given, *values, *[kept[i] for i in self._saved]
+        current = dispatcher.current()
+        if current is snapshot or current.active.requests:
+            found: Any = self._backward(*inputs)
+        else:  # on a thread of autograd's, where no `use_backend` of the forward holds
+            with dispatcher.override(snapshot):
+                found = self._backward(*inputs)
         if isinstance(found, Tensor):
             found = (found,)
         return tuple(None if i < 0 or value is None else found[i] for i, value in zip(self._found, values, strict=True))

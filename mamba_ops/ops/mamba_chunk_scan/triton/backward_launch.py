@@ -102,7 +102,7 @@ def _backward(call: "BackwardArguments", space: Workspace) -> None:
     shape |= {"CHUNK": chunk, "ALIGNED": aligned, "BLOCK_ROWS": 128}
     block_heads = 512 // chunk
     limits = limits_of(x.get_device())
-    warps = 8 if limits.is_small or operand.itemsize == 4 else 4
+    warps = 8 if limits.is_small else 4
     ahead = limits.is_large and operand.itemsize < 4  # whether tiles of the next head fit beside those of this one
     with on_device_of(x):
         _step_sizes[(chunks, cdiv(heads, block_heads))](
@@ -169,7 +169,7 @@ def _backward(call: "BackwardArguments", space: Workspace) -> None:
             tokens,
             **shape,
             **of_chunks,
-            **options(num_warps=warps, num_stages=3 if ahead else 1),
+            **options(num_warps=8 if operand.itemsize == 4 else warps, num_stages=3 if ahead else 1),
         )
         _of_heads[(chunks * groups * splits,)](
             x,
