@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 TILE = 8  # tokens whose numbers a thread has in registers, all at once
 TILES = 8  # of a chunk
-BLOCK = 32  # channels of a block, a multiple of 32: as many as are summed at once for the gradients of B and C
+BLOCK = 64  # channels of a block, a multiple of 32: as many as are summed at once for the gradients of B and C
+REGISTERS = 168  # of a thread with two channels of a block, at most
 
 
 def selective_scan_backward(call: "BackwardArguments") -> None:
@@ -27,7 +28,7 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
 
     Every token of an activation must be dense: others are copied first, as are parameters and states that are not, and
     gradients that are not are written through a copy. Keeps in float32, while it runs, a state for every 8 tokens, and
-    the gradients of B and C for every 32 channels.
+    the gradients of B and C for every 64 channels.
     """
     flat = call.cu_seqlens is not None
     rows = call.x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
@@ -75,16 +76,18 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
     with on_device_of(x):
         states, totals = scratch(chunks, TILES, dstate, dim), scratch(chunks, TILES, dim)
         adjoints, of_chunks = scratch(chunks, dstate, dim), scratch(chunks, dstate + 2, dim)
-        arranged = scratch(chunks, TILES, groups, dstate, 2 * TILE)
+        rates, arranged = scratch(dstate, dim), scratch(chunks, TILES, groups, dstate, 2 * TILE)
         of_blocks = scratch(blocks, chunks, TILES, groups, dstate, 2 * TILE)
         parts, width, block = _sizes(dstate)
-        limit = limits_of(x.get_device()).registers(128)
+        limits = limits_of(x.get_device())
         strides = (x.stride(0), dt.stride(0), None if z is None else z.stride(0), grad_output.stride(0))
         sizes = {"DIM": dim, "DSTATE": dstate, "TILE": TILE, "TILES": TILES, "BLOCK_ROWS": 128}
         of_group = {"GROUPS": groups, "SOFTPLUS": call.dt_softplus}
         words = width % 4 == 0 and all(
             t.itemsize == 2 and t.data_ptr() % 8 == 0 and (t.stride(0) | dstate) % 4 == 0 for t in (B, C)
         )
+        by_channel = [t for t in (x, dt, z, grad_output, written["x"], written["dt"], grad_z) if t is not None]
+        pairs = dim // groups % 2 == 0 and all((t.data_ptr() // t.itemsize | t.stride(0)) % 2 == 0 for t in by_channel)
         _boundaries[(chunks * groups * cdiv(dim // groups, block),)](
             *(x, dt, call.A, B, C, z, dt_bias, grad_output, cu_seqlens),
             *(states, totals, adjoints),
@@ -95,11 +98,11 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
             BLOCK=block,
             PARTS=parts,
             WIDTH=width,
-            **options(num_warps=1, **(limit if parts == 1 else {})),
+            **options(num_warps=1, **(limits.registers(128) if parts == 1 else {})),
         )
         _carry[(rows * cdiv(dim, 128) * dstate * 2,)](
             *(call.A, initial_states, grad_final_states, summed.get("initial_states"), cu_seqlens),
-            *(states, totals, adjoints),
+            *(rates, states, totals, adjoints),
             *(rows, length, *call.A.stride()),
             **sizes,
             BLOCK=128,
@@ -116,16 +119,17 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
             **options(num_warps=4),
         )
         _gradients[(chunks * groups * blocks,)](
-            *(x, dt, call.A, arranged, D, z, dt_bias, grad_output, cu_seqlens),
+            *(x, dt, rates, arranged, D, z, dt_bias, grad_output, cu_seqlens),
             *(states, totals, adjoints),
             *(written["x"], written["dt"], grad_z, of_chunks, of_blocks),
-            *(rows, length, chunks, *call.A.stride(), *strides),
+            *(rows, length, chunks, *strides),
             *(written["x"].stride(0), written["dt"].stride(0), None if grad_z is None else grad_z.stride(0)),
             **sizes,
             **of_group,
+            PAIRS=pairs,
             BLOCK=BLOCK,
             LEVELS=(2 * TILE).bit_length() - 1,
-            **options(num_warps=1, **limit),
+            **options(num_warps=1, **limits.registers(REGISTERS)),
         )
         _sum_chunks[(cdiv(dim, 64) * (dstate + 2),)](
             of_chunks,

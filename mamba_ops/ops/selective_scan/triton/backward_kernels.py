@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import chunk_bounds, kernel
-from mamba_ops.ops._triton.decay import finite_rate
 from mamba_ops.ops.selective_scan.triton.device import (
     as_float32,
     decay_rates,
@@ -32,6 +31,16 @@ def _of_chunk(program, DIM: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.conste
     group = program // BLOCKS % GROUPS
     in_group = block * BLOCK + tl.arange(0, BLOCK)
     return program // (BLOCKS * GROUPS), group, block, group * OF_GROUP + in_group, in_group < OF_GROUP
+
+
+@triton.jit
+def _moved(pointers, offset, PAIRS: tl.constexpr):
+    # Pointers to a token's channels. With PAIRS, two channels are read or written at once.
+    pointers += offset
+    if PAIRS:
+        BYTES: tl.constexpr = pointers.dtype.element_ty.primitive_bitwidth // 4
+        pointers = tl.multiple_of(pointers, [BYTES])
+    return pointers
 
 
 @triton.jit
@@ -141,21 +150,27 @@ def _boundaries(
 
 @triton.jit
 def _across(values, BLOCK: tl.constexpr):
-    # The sums of every 32nd number.
-    return tl.sum(tl.reshape(values, [BLOCK // 32, 32]), axis=0)
+    # The sums of neighbors, which a thread has: 32 are left.
+    return tl.sum(tl.reshape(values, [32, BLOCK // 32]), axis=1)
+
+
+@triton.jit
+def _swap(values, APART: tl.constexpr):
+    # Of 32 numbers, those that are APART in each other's place. Bits cancel, so that an exchange is all that is left.
+    bits = tl.reshape(values.to(tl.int32, bitcast=True), [16 // APART, 2, APART])
+    return tl.reshape(bits ^ tl.xor_sum(bits, axis=1, keep_dims=True), [32]).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _halve(values, APART: tl.constexpr):
     # Half as many tensors of 32: of every two, adds the numbers that are APART, and has the sums of the first tensor
-    # where that bit of the place is not set, those of the second where it is.
+    # where that bit of the place is not set, those of the second where it is. A thread sends what another one adds.
+    is_one = tl.arange(0, 32) & APART == 0
     sums = ()
     for pair in tl.static_range(len(values) // 2):
-        one = tl.sum(tl.reshape(values[2 * pair], [16 // APART, 2, APART]), axis=1)
-        other = tl.sum(tl.reshape(values[2 * pair + 1], [16 // APART, 2, APART]), axis=1)
-        is_one = (tl.arange(0, 2) == 0)[None, :, None]
-        both = tl.where(is_one, tl.expand_dims(one, 1), tl.expand_dims(other, 1))
-        sums += (tl.reshape(both, [32]),)
+        one = values[2 * pair]
+        other = values[2 * pair + 1]
+        sums += (tl.where(is_one, one, other) + _swap(tl.where(is_one, other, one), APART),)
     return sums
 
 
@@ -166,11 +181,11 @@ def _pair(arranged, t):
     return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
-@kernel(first_number="rows", static="arranged states sums adjoints of_chunks of_blocks")
+@kernel(first_number="rows", static="rates arranged states sums adjoints of_chunks of_blocks")
 def _gradients(
     x,
     dt,
-    A,
+    rates,
     arranged,
     D,
     z,
@@ -188,8 +203,6 @@ def _gradients(
     rows,
     length,
     chunks,
-    A_channel,
-    A_entry,
     x_token,
     dt_token,
     z_token,
@@ -201,6 +214,7 @@ def _gradients(
     DSTATE: tl.constexpr,
     GROUPS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    PAIRS: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -221,7 +235,7 @@ def _gradients(
     skip = tl.zeros([BLOCK], tl.float32)
     if D is not None:
         skip = tl.load(D + channel, in_dim, other=0.0).to(tl.float32)
-    A += channel * A_channel
+    rates += channel
     states += chunk.to(tl.int64) * (TILES * DSTATE * DIM) + channel
     sums += chunk.to(tl.int64) * (TILES * DIM) + channel
     adjoints += chunk.to(tl.int64) * (DSTATE * DIM) + channel
@@ -236,11 +250,11 @@ def _gradients(
         u = ()
         pulled = ()
         at = start.to(tl.int64)
-        x_tile = x + at * x_token + channel
-        dt_tile = dt + at * dt_token + channel
-        grad_tile = grad_output + at * grad_token + channel
+        x_tile = _moved(x + at * x_token, channel, PAIRS)
+        dt_tile = _moved(dt + at * dt_token, channel, PAIRS)
+        grad_tile = _moved(grad_output + at * grad_token, channel, PAIRS)
         if z is not None:
-            z_tile = z + at * z_token + channel
+            z_tile = _moved(z + at * z_token, channel, PAIRS)
         for t in tl.static_range(TILE):
             there = in_dim & (start + t < high)
             step = step_size(tl.load(dt_tile, there, other=0.0).to(tl.float32), bias, SOFTPLUS)
@@ -250,10 +264,10 @@ def _gradients(
             if z is not None:
                 gate = tl.load(z_tile, there, other=0.0).to(tl.float32)
                 grad *= gate * _sigmoid(gate)
-                z_tile += z_token
-            x_tile += x_token
-            dt_tile += dt_token
-            grad_tile += grad_token
+                z_tile = _moved(z_tile, z_token, PAIRS)
+            x_tile = _moved(x_tile, x_token, PAIRS)
+            dt_tile = _moved(dt_tile, dt_token, PAIRS)
+            grad_tile = _moved(grad_tile, grad_token, PAIRS)
             d += (step,)
             u += (step * value,)
             pulled += (grad,)
@@ -271,24 +285,23 @@ def _gradients(
         entries = arranged + of_tile
         place = of_blocks + block * (chunks.to(tl.int64) * (TILES * GROUPS * DSTATE * VALUES))
         place += of_tile + tl.arange(0, VALUES)
-        # What an entry needs is read while the one before it is computed.
-        next_rate = tl.load(A, in_dim, other=0.0).to(tl.float32)
+        # What an entry needs is read while the one before it is computed. After the last one, that is read again.
+        next_rate = tl.load(rates, in_dim, other=0.0)
         next_s = tl.load(states, in_dim, other=0.0)
         next_gained = tl.load(states + tile * (DSTATE * DIM), later, other=0.0)
         next_grad_s = tl.load(adjoints, in_dim, other=0.0)
         next_earlier = tl.load(of_chunks, in_dim & (number > 0), other=0.0)
         for entry in range(DSTATE):
-            rate = finite_rate(next_rate * 1.4426950408889634)
+            rate = next_rate
             s = next_s * tl.exp2(rate * total) + next_gained
             grad_s = next_grad_s
             earlier = next_earlier
-            after = entry + 1
-            is_there = in_dim & (after < DSTATE)
-            next_rate = tl.load(A + after * A_entry, is_there, other=0.0).to(tl.float32)
-            next_s = tl.load(states + after * DIM, is_there, other=0.0)
-            next_gained = tl.load(states + tile * (DSTATE * DIM) + after * DIM, later & is_there, other=0.0)
-            next_grad_s = tl.load(adjoints + after * DIM, is_there, other=0.0)
-            next_earlier = tl.load(of_chunks + after * DIM, is_there & (number > 0), other=0.0)
+            after = tl.minimum(entry + 1, DSTATE - 1) * DIM
+            next_rate = tl.load(rates + after, in_dim, other=0.0)
+            next_s = tl.load(states + after, in_dim, other=0.0)
+            next_gained = tl.load(states + tile * (DSTATE * DIM) + after, later, other=0.0)
+            next_grad_s = tl.load(adjoints + after, in_dim, other=0.0)
+            next_earlier = tl.load(of_chunks + after, in_dim & (number > 0), other=0.0)
             bs = ()
             cs = ()
             for t in tl.static_range(TILE):
@@ -296,11 +309,11 @@ def _gradients(
                 bs += (b,)
                 cs += (c,)
             decays = ()
-            kept = ()
+            before = ()
             for t in tl.static_range(TILE):
                 decays += (tl.exp2(rate * d[t]),)
-                kept += (decays[t] * s,)
-                s = kept[t] + u[t] * bs[t]
+                before += (s,)
+                s = s * decays[t] + u[t] * bs[t]
 
             grad_rate = tl.zeros([BLOCK], tl.float32)
             grad_u_after = ()
@@ -308,16 +321,15 @@ def _gradients(
             read_after = ()
             merged = ()
             for t in tl.static_range(TILE - 1, -1, -1):
-                s = kept[t] + u[t] * bs[t]
                 grad_s += pulled[t] * cs[t]
-                grad_exponent = grad_s * kept[t]
                 grad_u_after += (grad_u[TILE - 1 - t] + grad_s * bs[t],)
-                grad_d_after += (grad_d[TILE - 1 - t] + grad_exponent * rate,)
                 read_after += (read[TILE - 1 - t] + s * cs[t],)
-                grad_rate += grad_exponent * d[t]
-                of_token = _halve((_across(u[t] * grad_s, BLOCK), _across(pulled[t] * s, BLOCK)), 1)
-                merged = of_token + merged
+                merged = _halve((_across(u[t] * grad_s, BLOCK), _across(pulled[t] * s, BLOCK)), 1) + merged
                 grad_s *= decays[t]
+                s = before[t]
+                grad_exponent = grad_s * s
+                grad_d_after += (grad_d[TILE - 1 - t] + grad_exponent * rate,)
+                grad_rate += grad_exponent * d[t]
             grad_u = grad_u_after
             grad_d = grad_d_after
             read = read_after
@@ -328,21 +340,34 @@ def _gradients(
             tl.store(adjoints + entry * DIM, grad_s, in_dim)
             tl.store(of_chunks + entry * DIM, earlier + grad_rate, in_dim)
 
-        grad_x_tile = grad_x + (at + TILE) * grad_x_token + channel
-        grad_dt_tile = grad_dt + (at + TILE) * grad_dt_token + channel
-        if z is not None:
-            grad_z_tile = grad_z + (at + TILE) * grad_z_token + channel
+        values = ()  # this and the next three: from the last token to the first, all read before one is written
+        raws = ()
+        grads = ()
+        gates = ()
         for t in tl.static_range(TILE - 1, -1, -1):
             there = in_dim & (start + t < high)
-            x_tile -= x_token
-            dt_tile -= dt_token
-            grad_tile -= grad_token
-            grad_x_tile -= grad_x_token
-            grad_dt_tile -= grad_dt_token
-            value = tl.load(x_tile, there, other=0.0).to(tl.float32)
+            x_tile = _moved(x_tile, -x_token, PAIRS)
+            values += (tl.load(x_tile, there, other=0.0),)
+            if SOFTPLUS:
+                dt_tile = _moved(dt_tile, -dt_token, PAIRS)
+                raws += (tl.load(dt_tile, there, other=0.0),)
+            if z is not None:
+                grad_tile = _moved(grad_tile, -grad_token, PAIRS)
+                z_tile = _moved(z_tile, -z_token, PAIRS)
+                grads += (tl.load(grad_tile, there, other=0.0),)
+                gates += (tl.load(z_tile, there, other=0.0),)
+        grad_x_tile = _moved(grad_x + (at + TILE) * grad_x_token, channel, PAIRS)
+        grad_dt_tile = _moved(grad_dt + (at + TILE) * grad_dt_token, channel, PAIRS)
+        if z is not None:
+            grad_z_tile = _moved(grad_z + (at + TILE) * grad_z_token, channel, PAIRS)
+        for t in tl.static_range(TILE - 1, -1, -1):
+            there = in_dim & (start + t < high)
+            grad_x_tile = _moved(grad_x_tile, -grad_x_token, PAIRS)
+            grad_dt_tile = _moved(grad_dt_tile, -grad_dt_token, PAIRS)
+            value = values[TILE - 1 - t].to(tl.float32)
             grad_step = grad_d[TILE - 1 - t] * 0.6931471805599453 + value * grad_u[TILE - 1 - t]
             if SOFTPLUS:
-                raw = tl.load(dt_tile, there, other=0.0).to(tl.float32)
+                raw = raws[TILE - 1 - t].to(tl.float32)
                 if bias is not None:
                     raw += bias
                 grad_step *= _sigmoid(raw)
@@ -352,12 +377,11 @@ def _gradients(
             tl.store(grad_x_tile, d[t] * grad_u[TILE - 1 - t] + skip * pulled[t], there)
             tl.store(grad_dt_tile, grad_step, there)
             if z is not None:
-                z_tile -= z_token
-                grad_z_tile -= grad_z_token
-                grad = tl.load(grad_tile, there, other=0.0).to(tl.float32)
-                gate = tl.load(z_tile, there, other=0.0).to(tl.float32)
+                grad_z_tile = _moved(grad_z_tile, -grad_z_token, PAIRS)
+                gate = gates[TILE - 1 - t].to(tl.float32)
                 opened = _sigmoid(gate)
-                grad *= (read[TILE - 1 - t] + skip * value) * (opened * (1.0 + gate * (1.0 - opened)))
+                grad = grads[TILE - 1 - t].to(tl.float32) * (read[TILE - 1 - t] + skip * value)
+                grad *= opened * (1.0 + gate * (1.0 - opened))
                 tl.store(grad_z_tile, grad, there)
     tl.store(of_chunks + DSTATE * DIM, grad_skip, in_dim)
     tl.store(of_chunks + (DSTATE + 1) * DIM, grad_bias, in_dim)

@@ -6,13 +6,14 @@ from mamba_ops.ops._triton.common import chunk_bounds, kernel, row_chunks
 from mamba_ops.ops._triton.decay import finite_rate
 
 
-@kernel(first_number="rows", static="states sums adjoints")
+@kernel(first_number="rows", static="rates states sums adjoints")
 def _carry(
     A,
     initial_states,
     grad_final_states,
     grad_initial_states,
     cu_seqlens,
+    rates,  # out: (dstate, dim), of decay
     states,  # the first of a chunk in: what it leaves; out: what it begins with
     sums,
     adjoints,  # in: of the state before a chunk, by the chunk alone; out: of the state after it
@@ -37,6 +38,7 @@ def _carry(
     first, chunks, _, _ = row_chunks(row, rows, cu_seqlens, length, TILE * TILES, BLOCK_ROWS)
     rate = tl.load(A + channel * A_channel + entry * A_entry, in_dim, other=0.0).to(tl.float32)
     rate = finite_rate(rate * 1.4426950408889634)
+    tl.store(rates + entry * DIM + channel, rate, in_dim & backwards & (row == 0))
     of_row = row.to(tl.int64) * (DIM * DSTATE) + channel * DSTATE + entry
 
     carried = tl.zeros([BLOCK], tl.float32)
