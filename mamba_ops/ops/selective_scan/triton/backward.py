@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options
+from mamba_ops.ops._triton.common import cdiv, on_device_of, options
 from mamba_ops.ops._triton.layout import by_token, write_back
 from mamba_ops.ops._triton.limits import limits_of
 from mamba_ops.ops._triton.sums import clear
@@ -78,45 +78,36 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
         adjoints, of_chunks = scratch(chunks, dstate, dim), scratch(chunks, dstate + 2, dim)
         rates, arranged = scratch(dstate, dim), scratch(chunks, TILES, groups, dstate, 2 * TILE)
         of_blocks = scratch(blocks, chunks, TILES, groups, dstate, 2 * TILE)
-        parts, width, block = _sizes(dstate)
         limits = limits_of(x.get_device())
         strides = (x.stride(0), dt.stride(0), None if z is None else z.stride(0), grad_output.stride(0))
         sizes = {"DIM": dim, "DSTATE": dstate, "TILE": TILE, "TILES": TILES, "BLOCK_ROWS": 128}
-        of_group = {"GROUPS": groups, "SOFTPLUS": call.dt_softplus}
-        words = width % 4 == 0 and all(
-            t.itemsize == 2 and t.data_ptr() % 8 == 0 and (t.stride(0) | dstate) % 4 == 0 for t in (B, C)
-        )
         by_channel = [t for t in (x, dt, z, grad_output, written["x"], written["dt"], grad_z) if t is not None]
         pairs = dim // groups % 2 == 0 and all((t.data_ptr() // t.itemsize | t.stride(0)) % 2 == 0 for t in by_channel)
-        _boundaries[(chunks * groups * cdiv(dim // groups, block),)](
-            *(x, dt, call.A, B, C, z, dt_bias, grad_output, cu_seqlens),
+        of_group = {"GROUPS": groups, "SOFTPLUS": call.dt_softplus, "PAIRS": pairs}
+        _arrange[(cdiv(dim, 32) + chunks * TILES * groups,)](
+            *(call.A, B, C, cu_seqlens, rates, arranged),
+            *(rows, length, *call.A.stride(), B.stride(0), C.stride(0)),
+            **sizes,
+            GROUPS=groups,
+            BLOCK=triton.next_power_of_2(dstate),
+            **options(num_warps=4),
+        )
+        _boundaries[(chunks * groups * blocks,)](
+            *(x, dt, rates, arranged, z, dt_bias, grad_output, cu_seqlens),
             *(states, totals, adjoints),
-            *(rows, length, 1, *call.A.stride(), *strides, B.stride(0), C.stride(0)),
+            *(rows, length, *strides),
             **sizes,
             **of_group,
-            WORDS=words,
-            BLOCK=block,
-            PARTS=parts,
-            WIDTH=width,
-            **options(num_warps=1, **(limits.registers(128) if parts == 1 else {})),
+            BLOCK=BLOCK,
+            **options(num_warps=1, **limits.registers(128)),
         )
         _carry[(rows * cdiv(dim, 128) * dstate * 2,)](
-            *(call.A, initial_states, grad_final_states, summed.get("initial_states"), cu_seqlens),
+            *(initial_states, grad_final_states, summed.get("initial_states"), cu_seqlens),
             *(rates, states, totals, adjoints),
-            *(rows, length, *call.A.stride()),
+            *(rows, length),
             **sizes,
             BLOCK=128,
             **options(num_warps=1),
-        )
-        _arrange[(chunks * TILES * groups,)](
-            *(B, C, cu_seqlens, arranged, rows, length, B.stride(0), C.stride(0)),
-            DSTATE=dstate,
-            GROUPS=groups,
-            TILE=TILE,
-            TILES=TILES,
-            BLOCK_ROWS=128,
-            BLOCK=triton.next_power_of_2(dstate),
-            **options(num_warps=4),
         )
         _gradients[(chunks * groups * blocks,)](
             *(x, dt, rates, arranged, D, z, dt_bias, grad_output, cu_seqlens),
@@ -126,7 +117,6 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
             *(written["x"].stride(0), written["dt"].stride(0), None if grad_z is None else grad_z.stride(0)),
             **sizes,
             **of_group,
-            PAIRS=pairs,
             BLOCK=BLOCK,
             LEVELS=(2 * TILE).bit_length() - 1,
             **options(num_warps=1, **limits.registers(REGISTERS)),
@@ -153,11 +143,3 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
         write_back(written[name], gradient, flat)
     for name, gradient in sums.items():
         write_back(summed[name], gradient, True)
-
-
-def _sizes(dstate: int) -> tuple[int, int, int]:
-    """How `_boundaries` has a state in registers: parts, numbers of a part, and channels of a block."""
-    padded = triton.next_power_of_2(dstate)
-    width = min(padded, 16) if not INTERPRETED or padded <= 4 else 1
-    parts = padded // width
-    return parts, width, 32 if INTERPRETED else max(min(64 // parts, 32), 8)

@@ -1,10 +1,13 @@
 """The backward pass of the selective scan, in chunks of tokens that run side by side: six launches.
 
-`_boundaries` finds what every chunk would leave if nothing came before it, and the gradient of the state before it if
-nothing came after it. `_carry` walks over the chunks of a row, forwards and backwards, and turns these into the state
-before each chunk and the gradient of the state after it. `_gradients` then runs every chunk alone, tile by tile from
-its last one on, with B and C as `_arrange` lays them out. What it finds of sums over tokens it leaves by chunk, what it
-finds of sums over channels by block of channels: `_sum_chunks` and `_sum_blocks` add these up, in one order.
+`_arrange` lays out B and C, and the rates of decay, as the others read them. `_boundaries` finds what every chunk would
+leave if nothing came before it, and the gradient of the state before it if nothing came after it. `_carry` walks over
+the chunks of a row, forwards and backwards, and turns these into the state before each chunk and the gradient of the
+state after it. `_gradients` then runs every chunk alone, tile by tile from its last one on. What it finds of sums over
+tokens it leaves by chunk, what it finds of sums over channels by block of channels: `_sum_chunks` and `_sum_blocks` add
+these up, in one order.
+
+A thread has the tokens of a tile in registers, of two channels, and goes through the entries of the state one by one.
 """
 
 # mypy: disable-error-code="assignment,misc"
@@ -13,13 +16,7 @@ import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import chunk_bounds, kernel
-from mamba_ops.ops.selective_scan.triton.device import (
-    as_float32,
-    decay_rates,
-    load_entries,
-    step_size,
-    store_state,
-)
+from mamba_ops.ops.selective_scan.triton.device import step_size
 
 
 @triton.jit
@@ -48,13 +45,73 @@ def _sigmoid(v):
     return 1.0 / (1.0 + tl.exp2(v * -1.4426950408889634))  # tl.exp takes three more instructions, for denormals
 
 
-@kernel(first_number="rows", static="states sums adjoints")
+@triton.jit
+def _tile(
+    x,
+    dt,
+    z,
+    grad_output,
+    bias,
+    start,
+    high,
+    channel,
+    in_dim,
+    x_token,
+    dt_token,
+    z_token,
+    grad_token,
+    SOFTPLUS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    # Of the tokens of a tile: step sizes, what is pushed into the state for every number of B, and what is pulled back
+    # for every number of C. All are zero where there is no token.
+    d = ()
+    u = ()
+    pulled = ()
+    at = start.to(tl.int64)
+    x = _moved(x + at * x_token, channel, PAIRS)
+    dt = _moved(dt + at * dt_token, channel, PAIRS)
+    grad_output = _moved(grad_output + at * grad_token, channel, PAIRS)
+    if z is not None:
+        z = _moved(z + at * z_token, channel, PAIRS)
+    for t in tl.static_range(TILE):
+        there = in_dim & (start + t < high)
+        step = step_size(tl.load(dt, there, other=0.0).to(tl.float32), bias, SOFTPLUS)
+        step = tl.where(there, step, 0.0)
+        value = tl.load(x, there, other=0.0).to(tl.float32)
+        grad = tl.load(grad_output, there, other=0.0).to(tl.float32)
+        if z is not None:
+            gate = tl.load(z, there, other=0.0).to(tl.float32)
+            grad *= gate * _sigmoid(gate)
+            z = _moved(z, z_token, PAIRS)
+        x = _moved(x, x_token, PAIRS)
+        dt = _moved(dt, dt_token, PAIRS)
+        grad_output = _moved(grad_output, grad_token, PAIRS)
+        d += (step,)
+        u += (step * value,)
+        pulled += (grad,)
+    return d, u, pulled
+
+
+@triton.jit
+def _pairs(arranged, TILE: tl.constexpr):
+    # The numbers of B of a tile and those of C, of one entry. A token's lie side by side: one read.
+    bs = ()
+    cs = ()
+    for t in tl.static_range(TILE):
+        both = tl.load(arranged.to(tl.pointer_type(tl.int64), bitcast=True) + t)
+        bs += (both.to(tl.int32).to(tl.float32, bitcast=True),)
+        cs += ((both >> 32).to(tl.int32).to(tl.float32, bitcast=True),)
+    return bs, cs
+
+
+@kernel(first_number="rows", static="rates arranged states sums adjoints")
 def _boundaries(
     x,
     dt,
-    A,
-    B,
-    C,
+    rates,
+    arranged,
     z,
     dt_bias,
     grad_output,
@@ -64,88 +121,66 @@ def _boundaries(
     adjoints,  # out: (chunks, dstate, dim), of the state before the chunk
     rows,
     length,
-    one,
-    A_channel,
-    A_entry,
     x_token,
     dt_token,
     z_token,
     grad_token,
-    B_token,
-    C_token,
     DIM: tl.constexpr,
     DSTATE: tl.constexpr,
     GROUPS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    WORDS: tl.constexpr,
+    PAIRS: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
 ):
     chunk, group, _, channel, in_dim = _of_chunk(tl.program_id(0), DIM, GROUPS, BLOCK)
     row, low, high, _, _ = chunk_bounds(chunk, cu_seqlens, rows, length, TILE * TILES, BLOCK_ROWS)
     if row >= rows:
         return
-    rates = decay_rates(A, channel, A_channel, in_dim, A_entry, DSTATE, PARTS, WIDTH)
     bias = None
     if dt_bias is not None:
         bias = tl.load(dt_bias + channel, in_dim, other=0.0).to(tl.float32)
-
-    x += low.to(tl.int64) * x_token + channel
-    dt += low.to(tl.int64) * dt_token + channel
-    grad_output += low.to(tl.int64) * grad_token + channel
-    B += low.to(tl.int64) * B_token + group * DSTATE
-    C += low.to(tl.int64) * C_token + group * DSTATE
-    if z is not None:
-        z += low.to(tl.int64) * z_token + channel
-    states += chunk.to(tl.int64) * (TILES * DSTATE * DIM)
-    sums += chunk.to(tl.int64) * (TILES * DIM) + channel * one
-
-    s = ()
-    through = ()
-    gained = ()
-    for _ in tl.static_range(WIDTH):
-        s += (tl.zeros([PARTS, BLOCK], tl.float32),)
-        through += (tl.full([PARTS, BLOCK], 1.0, tl.float32),)
-        gained += (tl.zeros([PARTS, BLOCK], tl.float32),)
+    rates += channel
+    arranged += (chunk.to(tl.int64) * (TILES * GROUPS) + group) * (DSTATE * 2 * TILE)
+    states += chunk.to(tl.int64) * (TILES * DSTATE * DIM) + channel
+    sums += chunk.to(tl.int64) * (TILES * DIM) + channel
+    adjoints += chunk.to(tl.int64) * (DSTATE * DIM) + channel
     total = tl.zeros([BLOCK], tl.float32)
-    for t in range(high - low):
-        if (t % TILE == 0) & (t > 0):
-            store_state(states + t // TILE * (DSTATE * DIM), s, channel, one, in_dim, DIM, DSTATE, PARTS, WIDTH)
-            tl.store(sums + t // TILE * DIM, total, in_dim)
-        step = step_size(tl.load(dt, in_dim, other=0.0).to(tl.float32), bias, SOFTPLUS)
-        pushed = step * tl.load(x, in_dim, other=0.0).to(tl.float32)
-        pulled = tl.load(grad_output, in_dim, other=0.0).to(tl.float32)
-        if z is not None:
-            gate = tl.load(z, in_dim, other=0.0).to(tl.float32)
-            pulled *= gate * _sigmoid(gate)
-            z += z_token
-        b = as_float32(load_entries(B, DSTATE, PARTS, WIDTH, WORDS), B.dtype.element_ty, WIDTH, WORDS)
-        c = as_float32(load_entries(C, DSTATE, PARTS, WIDTH, WORDS), C.dtype.element_ty, WIDTH, WORDS)
-        x += x_token
-        dt += dt_token
-        grad_output += grad_token
-        B += B_token
-        C += C_token
-        total += step
-        s_after = ()
-        through_after = ()
-        gained_after = ()
-        for number in tl.static_range(WIDTH):
-            decay = tl.exp2(rates[number] * step[None, :])
-            s_after += (s[number] * decay + pushed[None, :] * b[number][:, None],)
-            through_after += (through[number] * decay,)
-            gained_after += (gained[number] + through_after[number] * (pulled[None, :] * c[number][:, None]),)
-        s = s_after
-        through = through_after
-        gained = gained_after
-    store_state(states, s, channel, one, in_dim, DIM, DSTATE, PARTS, WIDTH)
-    tl.store(sums, total, in_dim)
-    adjoints += chunk.to(tl.int64) * (DSTATE * DIM)
-    store_state(adjoints, gained, channel, one, in_dim, DIM, DSTATE, PARTS, WIDTH)
+    tiles = (high - low + TILE - 1) // TILE
+    for tile in range(tiles):
+        tokens = (low + tile * TILE, high, channel, in_dim, x_token, dt_token, z_token, grad_token)
+        d, u, pulled = _tile(x, dt, z, grad_output, bias, *tokens, SOFTPLUS, PAIRS, TILE)
+        later = in_dim & (tile > 0)
+        before = states + tile * (DSTATE * DIM)
+        slot = tl.where(tile + 1 < tiles, tile + 1, 0)
+        end = states + slot * (DSTATE * DIM)
+        # What an entry needs is read while the one before it is computed. After the last one, that is read again.
+        next_rate = tl.load(rates, in_dim, other=0.0)
+        next_s = tl.load(before, later, other=0.0)
+        next_gained = tl.load(adjoints, later, other=0.0)
+        for entry in range(DSTATE):
+            rate = next_rate
+            s = next_s
+            gained = next_gained
+            after = tl.minimum(entry + 1, DSTATE - 1) * DIM
+            next_rate = tl.load(rates + after, in_dim, other=0.0)
+            next_s = tl.load(before + after, later, other=0.0)
+            next_gained = tl.load(adjoints + after, later, other=0.0)
+            bs, cs = _pairs(arranged + (tile * (GROUPS * DSTATE) + entry) * (2 * TILE), TILE)
+            decays = ()
+            for t in tl.static_range(TILE):
+                decays += (tl.exp2(rate * d[t]),)
+                s = s * decays[t] + u[t] * bs[t]
+            gain = tl.zeros([BLOCK], tl.float32)
+            for t in tl.static_range(TILE - 1, -1, -1):
+                gain = (gain + pulled[t] * cs[t]) * decays[t]
+            tl.store(end + entry * DIM, s, in_dim)
+            tl.store(adjoints + entry * DIM, gained + tl.exp2(rate * total) * gain, in_dim)
+        for t in tl.static_range(TILE):
+            total += d[t]
+        tl.store(sums + slot * DIM, total, in_dim)
 
 
 @triton.jit
@@ -172,13 +207,6 @@ def _halve(values, APART: tl.constexpr):
         other = values[2 * pair + 1]
         sums += (tl.where(is_one, one, other) + _swap(tl.where(is_one, other, one), APART),)
     return sums
-
-
-@triton.jit
-def _pair(arranged, t):
-    # A token's number of B and that of C, which lie side by side: one read.
-    both = tl.load(arranged.to(tl.pointer_type(tl.int64), bitcast=True) + t)
-    return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @kernel(first_number="rows", static="rates arranged states sums adjoints of_chunks of_blocks")
@@ -246,31 +274,8 @@ def _gradients(
     for number in range(tiles):
         tile = tiles - 1 - number
         start = low + tile * TILE
-        d = ()
-        u = ()
-        pulled = ()
-        at = start.to(tl.int64)
-        x_tile = _moved(x + at * x_token, channel, PAIRS)
-        dt_tile = _moved(dt + at * dt_token, channel, PAIRS)
-        grad_tile = _moved(grad_output + at * grad_token, channel, PAIRS)
-        if z is not None:
-            z_tile = _moved(z + at * z_token, channel, PAIRS)
-        for t in tl.static_range(TILE):
-            there = in_dim & (start + t < high)
-            step = step_size(tl.load(dt_tile, there, other=0.0).to(tl.float32), bias, SOFTPLUS)
-            step = tl.where(there, step, 0.0)
-            value = tl.load(x_tile, there, other=0.0).to(tl.float32)
-            grad = tl.load(grad_tile, there, other=0.0).to(tl.float32)
-            if z is not None:
-                gate = tl.load(z_tile, there, other=0.0).to(tl.float32)
-                grad *= gate * _sigmoid(gate)
-                z_tile = _moved(z_tile, z_token, PAIRS)
-            x_tile = _moved(x_tile, x_token, PAIRS)
-            dt_tile = _moved(dt_tile, dt_token, PAIRS)
-            grad_tile = _moved(grad_tile, grad_token, PAIRS)
-            d += (step,)
-            u += (step * value,)
-            pulled += (grad,)
+        tokens = (start, high, channel, in_dim, x_token, dt_token, z_token, grad_token)
+        d, u, pulled = _tile(x, dt, z, grad_output, bias, *tokens, SOFTPLUS, PAIRS, TILE)
 
         grad_u = ()  # this and the next two: from the last token to the first
         grad_d = ()
@@ -302,12 +307,7 @@ def _gradients(
             next_gained = tl.load(states + tile * (DSTATE * DIM) + after, later, other=0.0)
             next_grad_s = tl.load(adjoints + after, in_dim, other=0.0)
             next_earlier = tl.load(of_chunks + after, in_dim & (number > 0), other=0.0)
-            bs = ()
-            cs = ()
-            for t in tl.static_range(TILE):
-                b, c = _pair(entries + entry * VALUES, t)
-                bs += (b,)
-                cs += (c,)
+            bs, cs = _pairs(entries + entry * VALUES, TILE)
             decays = ()
             before = ()
             for t in tl.static_range(TILE):
@@ -344,6 +344,12 @@ def _gradients(
         raws = ()
         grads = ()
         gates = ()
+        end = start.to(tl.int64) + TILE
+        x_tile = _moved(x + end * x_token, channel, PAIRS)
+        dt_tile = _moved(dt + end * dt_token, channel, PAIRS)
+        if z is not None:
+            grad_tile = _moved(grad_output + end * grad_token, channel, PAIRS)
+            z_tile = _moved(z + end * z_token, channel, PAIRS)
         for t in tl.static_range(TILE - 1, -1, -1):
             there = in_dim & (start + t < high)
             x_tile = _moved(x_tile, -x_token, PAIRS)
@@ -356,10 +362,10 @@ def _gradients(
                 z_tile = _moved(z_tile, -z_token, PAIRS)
                 grads += (tl.load(grad_tile, there, other=0.0),)
                 gates += (tl.load(z_tile, there, other=0.0),)
-        grad_x_tile = _moved(grad_x + (at + TILE) * grad_x_token, channel, PAIRS)
-        grad_dt_tile = _moved(grad_dt + (at + TILE) * grad_dt_token, channel, PAIRS)
+        grad_x_tile = _moved(grad_x + end * grad_x_token, channel, PAIRS)
+        grad_dt_tile = _moved(grad_dt + end * grad_dt_token, channel, PAIRS)
         if z is not None:
-            grad_z_tile = _moved(grad_z + (at + TILE) * grad_z_token, channel, PAIRS)
+            grad_z_tile = _moved(grad_z + end * grad_z_token, channel, PAIRS)
         for t in tl.static_range(TILE - 1, -1, -1):
             there = in_dim & (start + t < high)
             grad_x_tile = _moved(grad_x_tile, -grad_x_token, PAIRS)
