@@ -155,7 +155,7 @@ KERNEL_BUGS = {
     "chunks not joined": ("carried = carried * tl.exp2(rate * total) + added", "carried = added"),
     "final gradient dropped": ("        if grad_final_states is not None:", "        if False:"),
     "groups mixed": ("group = program // BLOCKS % GROUPS", "group = program // BLOCKS % GROUPS * 0"),
-    "softplus not differentiated": ("grad_step *= _sigmoid(raw)", "pass"),
+    "softplus not differentiated": ("grad_step *= sigmoid(raw)", "pass"),
     "tokens of no row": ("grad_step = tl.where(there, grad_step, 0.0)", "pass"),
     "tiles not joined": ("tl.store(adjoints + entry * DIM, grad_s, in_dim)", "pass"),
     "tiles begin as the chunk": ("tl.exp2(rate * total) + next_gained", "tl.exp2(rate * total)"),

@@ -10,100 +10,13 @@ these up, in one order.
 A thread has the tokens of a tile in registers, of two channels, and goes through the entries of the state one by one.
 """
 
-# mypy: disable-error-code="assignment,misc"
+# mypy: disable-error-code="assignment,misc,var-annotated"
 # Tuples grow in what Triton compiles.
 import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import chunk_bounds, kernel
-from mamba_ops.ops.selective_scan.triton.device import step_size
-
-
-@triton.jit
-def _of_chunk(program, DIM: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    # A program's chunk, its group, its block of channels in the group, these channels, and whether there are such.
-    OF_GROUP: tl.constexpr = DIM // GROUPS
-    BLOCKS: tl.constexpr = (OF_GROUP + BLOCK - 1) // BLOCK
-    block = program % BLOCKS
-    group = program // BLOCKS % GROUPS
-    in_group = block * BLOCK + tl.arange(0, BLOCK)
-    return program // (BLOCKS * GROUPS), group, block, group * OF_GROUP + in_group, in_group < OF_GROUP
-
-
-@triton.jit
-def _moved(pointers, offset, PAIRS: tl.constexpr):
-    # Pointers to a token's channels. With PAIRS, two channels are read or written at once.
-    pointers += offset
-    if PAIRS:
-        BYTES: tl.constexpr = pointers.dtype.element_ty.primitive_bitwidth // 4
-        pointers = tl.multiple_of(pointers, [BYTES])
-    return pointers
-
-
-@triton.jit
-def _sigmoid(v):
-    return 1.0 / (1.0 + tl.exp2(v * -1.4426950408889634))  # tl.exp takes three more instructions, for denormals
-
-
-@triton.jit
-def _tile(
-    x,
-    dt,
-    z,
-    grad_output,
-    bias,
-    start,
-    high,
-    channel,
-    in_dim,
-    x_token,
-    dt_token,
-    z_token,
-    grad_token,
-    SOFTPLUS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    # Of the tokens of a tile: step sizes, what is pushed into the state for every number of B, and what is pulled back
-    # for every number of C. All are zero where there is no token.
-    d = ()
-    u = ()
-    pulled = ()
-    at = start.to(tl.int64)
-    x = _moved(x + at * x_token, channel, PAIRS)
-    dt = _moved(dt + at * dt_token, channel, PAIRS)
-    grad_output = _moved(grad_output + at * grad_token, channel, PAIRS)
-    if z is not None:
-        z = _moved(z + at * z_token, channel, PAIRS)
-    for t in tl.static_range(TILE):
-        there = in_dim & (start + t < high)
-        step = step_size(tl.load(dt, there, other=0.0).to(tl.float32), bias, SOFTPLUS)
-        step = tl.where(there, step, 0.0)
-        value = tl.load(x, there, other=0.0).to(tl.float32)
-        grad = tl.load(grad_output, there, other=0.0).to(tl.float32)
-        if z is not None:
-            gate = tl.load(z, there, other=0.0).to(tl.float32)
-            grad *= gate * _sigmoid(gate)
-            z = _moved(z, z_token, PAIRS)
-        x = _moved(x, x_token, PAIRS)
-        dt = _moved(dt, dt_token, PAIRS)
-        grad_output = _moved(grad_output, grad_token, PAIRS)
-        d += (step,)
-        u += (step * value,)
-        pulled += (grad,)
-    return d, u, pulled
-
-
-@triton.jit
-def _pairs(arranged, TILE: tl.constexpr):
-    # The numbers of B of a tile and those of C, of one entry. A token's lie side by side: one read.
-    bs = ()
-    cs = ()
-    for t in tl.static_range(TILE):
-        both = tl.load(arranged.to(tl.pointer_type(tl.int64), bitcast=True) + t)
-        bs += (both.to(tl.int32).to(tl.float32, bitcast=True),)
-        cs += ((both >> 32).to(tl.int32).to(tl.float32, bitcast=True),)
-    return bs, cs
+from mamba_ops.ops.selective_scan.triton.backward_tiles import moved, of_chunk, read_pairs, read_tile, sigmoid
 
 
 @kernel(first_number="rows", static="rates arranged states sums adjoints")
@@ -135,7 +48,7 @@ def _boundaries(
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    chunk, group, _, channel, in_dim = _of_chunk(tl.program_id(0), DIM, GROUPS, BLOCK)
+    chunk, group, _, channel, in_dim = of_chunk(tl.program_id(0), DIM, GROUPS, BLOCK)
     row, low, high, _, _ = chunk_bounds(chunk, cu_seqlens, rows, length, TILE * TILES, BLOCK_ROWS)
     if row >= rows:
         return
@@ -150,8 +63,28 @@ def _boundaries(
     total = tl.zeros([BLOCK], tl.float32)
     tiles = (high - low + TILE - 1) // TILE
     for tile in range(tiles):
-        tokens = (low + tile * TILE, high, channel, in_dim, x_token, dt_token, z_token, grad_token)
-        d, u, pulled = _tile(x, dt, z, grad_output, bias, *tokens, SOFTPLUS, PAIRS, TILE)
+        start = low + tile * TILE
+        tokens = read_tile(
+            x,
+            dt,
+            z,
+            grad_output,
+            bias,
+            start,
+            high,
+            channel,
+            in_dim,
+            x_token,
+            dt_token,
+            z_token,
+            grad_token,
+            SOFTPLUS,
+            PAIRS,
+            TILE,
+        )
+        d = tokens[:TILE]
+        u = tokens[TILE : 2 * TILE]
+        pulled = tokens[2 * TILE :]
         later = in_dim & (tile > 0)
         before = states + tile * (DSTATE * DIM)
         slot = tl.where(tile + 1 < tiles, tile + 1, 0)
@@ -168,14 +101,14 @@ def _boundaries(
             next_rate = tl.load(rates + after, in_dim, other=0.0)
             next_s = tl.load(before + after, later, other=0.0)
             next_gained = tl.load(adjoints + after, later, other=0.0)
-            bs, cs = _pairs(arranged + (tile * (GROUPS * DSTATE) + entry) * (2 * TILE), TILE)
+            both = read_pairs(arranged + (tile * (GROUPS * DSTATE) + entry) * (2 * TILE), TILE)
             decays = ()
             for t in tl.static_range(TILE):
                 decays += (tl.exp2(rate * d[t]),)
-                s = s * decays[t] + u[t] * bs[t]
+                s = s * decays[t] + u[t] * both[t]
             gain = tl.zeros([BLOCK], tl.float32)
             for t in tl.static_range(TILE - 1, -1, -1):
-                gain = (gain + pulled[t] * cs[t]) * decays[t]
+                gain = (gain + pulled[t] * both[TILE + t]) * decays[t]
             tl.store(end + entry * DIM, s, in_dim)
             tl.store(adjoints + entry * DIM, gained + tl.exp2(rate * total) * gain, in_dim)
         for t in tl.static_range(TILE):
@@ -250,7 +183,7 @@ def _gradients(
     LEVELS: tl.constexpr,  # of merging: log2(2 * TILE)
 ):
     VALUES: tl.constexpr = 2 * TILE  # gradients of B and C in a tile, of one entry
-    chunk, group, block, channel, in_dim = _of_chunk(tl.program_id(0), DIM, GROUPS, BLOCK)
+    chunk, group, block, channel, in_dim = of_chunk(tl.program_id(0), DIM, GROUPS, BLOCK)
     row, low, high, _, _ = chunk_bounds(chunk, cu_seqlens, rows, length, TILE * TILES, BLOCK_ROWS)
     of_chunks += chunk.to(tl.int64) * ((DSTATE + 2) * DIM) + channel
     if row >= rows:
@@ -274,9 +207,27 @@ def _gradients(
     for number in range(tiles):
         tile = tiles - 1 - number
         start = low + tile * TILE
-        tokens = (start, high, channel, in_dim, x_token, dt_token, z_token, grad_token)
-        d, u, pulled = _tile(x, dt, z, grad_output, bias, *tokens, SOFTPLUS, PAIRS, TILE)
-
+        tokens = read_tile(
+            x,
+            dt,
+            z,
+            grad_output,
+            bias,
+            start,
+            high,
+            channel,
+            in_dim,
+            x_token,
+            dt_token,
+            z_token,
+            grad_token,
+            SOFTPLUS,
+            PAIRS,
+            TILE,
+        )
+        d = tokens[:TILE]
+        u = tokens[TILE : 2 * TILE]
+        pulled = tokens[2 * TILE :]
         grad_u = ()  # this and the next two: from the last token to the first
         grad_d = ()
         read = ()
@@ -307,7 +258,9 @@ def _gradients(
             next_gained = tl.load(states + tile * (DSTATE * DIM) + after, later, other=0.0)
             next_grad_s = tl.load(adjoints + after, in_dim, other=0.0)
             next_earlier = tl.load(of_chunks + after, in_dim & (number > 0), other=0.0)
-            bs, cs = _pairs(entries + entry * VALUES, TILE)
+            both = read_pairs(entries + entry * VALUES, TILE)
+            bs = both[:TILE]
+            cs = both[TILE:]
             decays = ()
             before = ()
             for t in tl.static_range(TILE):
@@ -345,47 +298,47 @@ def _gradients(
         grads = ()
         gates = ()
         end = start.to(tl.int64) + TILE
-        x_tile = _moved(x + end * x_token, channel, PAIRS)
-        dt_tile = _moved(dt + end * dt_token, channel, PAIRS)
+        x_tile = moved(x + end * x_token, channel, PAIRS)
+        dt_tile = moved(dt + end * dt_token, channel, PAIRS)
         if z is not None:
-            grad_tile = _moved(grad_output + end * grad_token, channel, PAIRS)
-            z_tile = _moved(z + end * z_token, channel, PAIRS)
+            grad_tile = moved(grad_output + end * grad_token, channel, PAIRS)
+            z_tile = moved(z + end * z_token, channel, PAIRS)
         for t in tl.static_range(TILE - 1, -1, -1):
             there = in_dim & (start + t < high)
-            x_tile = _moved(x_tile, -x_token, PAIRS)
+            x_tile = moved(x_tile, -x_token, PAIRS)
             values += (tl.load(x_tile, there, other=0.0),)
             if SOFTPLUS:
-                dt_tile = _moved(dt_tile, -dt_token, PAIRS)
+                dt_tile = moved(dt_tile, -dt_token, PAIRS)
                 raws += (tl.load(dt_tile, there, other=0.0),)
             if z is not None:
-                grad_tile = _moved(grad_tile, -grad_token, PAIRS)
-                z_tile = _moved(z_tile, -z_token, PAIRS)
+                grad_tile = moved(grad_tile, -grad_token, PAIRS)
+                z_tile = moved(z_tile, -z_token, PAIRS)
                 grads += (tl.load(grad_tile, there, other=0.0),)
                 gates += (tl.load(z_tile, there, other=0.0),)
-        grad_x_tile = _moved(grad_x + end * grad_x_token, channel, PAIRS)
-        grad_dt_tile = _moved(grad_dt + end * grad_dt_token, channel, PAIRS)
+        grad_x_tile = moved(grad_x + end * grad_x_token, channel, PAIRS)
+        grad_dt_tile = moved(grad_dt + end * grad_dt_token, channel, PAIRS)
         if z is not None:
-            grad_z_tile = _moved(grad_z + end * grad_z_token, channel, PAIRS)
+            grad_z_tile = moved(grad_z + end * grad_z_token, channel, PAIRS)
         for t in tl.static_range(TILE - 1, -1, -1):
             there = in_dim & (start + t < high)
-            grad_x_tile = _moved(grad_x_tile, -grad_x_token, PAIRS)
-            grad_dt_tile = _moved(grad_dt_tile, -grad_dt_token, PAIRS)
+            grad_x_tile = moved(grad_x_tile, -grad_x_token, PAIRS)
+            grad_dt_tile = moved(grad_dt_tile, -grad_dt_token, PAIRS)
             value = values[TILE - 1 - t].to(tl.float32)
             grad_step = grad_d[TILE - 1 - t] * 0.6931471805599453 + value * grad_u[TILE - 1 - t]
             if SOFTPLUS:
                 raw = raws[TILE - 1 - t].to(tl.float32)
                 if bias is not None:
                     raw += bias
-                grad_step *= _sigmoid(raw)
+                grad_step *= sigmoid(raw)
             grad_step = tl.where(there, grad_step, 0.0)
             grad_bias += grad_step
             grad_skip += pulled[t] * value
             tl.store(grad_x_tile, d[t] * grad_u[TILE - 1 - t] + skip * pulled[t], there)
             tl.store(grad_dt_tile, grad_step, there)
             if z is not None:
-                grad_z_tile = _moved(grad_z_tile, -grad_z_token, PAIRS)
+                grad_z_tile = moved(grad_z_tile, -grad_z_token, PAIRS)
                 gate = gates[TILE - 1 - t].to(tl.float32)
-                opened = _sigmoid(gate)
+                opened = sigmoid(gate)
                 grad = grads[TILE - 1 - t].to(tl.float32) * (read[TILE - 1 - t] + skip * value)
                 grad *= opened * (1.0 + gate * (1.0 - opened))
                 tl.store(grad_z_tile, grad, there)
