@@ -161,7 +161,7 @@ KERNEL_BUGS = {
     "tiles begin as the chunk": ("tl.exp2(rate * total) + next_gained", "tl.exp2(rate * total)"),
     "the next entry's state": ("tl.load(states + after,", "tl.load(states + entry * DIM,"),
     "the last tile's A": ("earlier + grad_rate", "grad_rate"),
-    "one block of channels": ("for _ in range(BLOCKS):", "for _ in range(1):"),
+    "one block of channels": ("(start + more < BLOCKS)", "(start + more < 1)"),
     "halves mixed": ("& APART == 0", "& APART != 0"),
     "the wrong halves exchanged": ("[16 // APART, 2, APART]", "[APART, 2, 16 // APART]"),
     "C of the state before": ("_across(pulled[t] * s, BLOCK)", "_across(pulled[t] * before[t], BLOCK)"),

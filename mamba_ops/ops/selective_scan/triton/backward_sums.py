@@ -179,9 +179,10 @@ def _sum_blocks(
     place = place + group * (DSTATE * VALUES) + entry[:, None] * VALUES + lane[None, :]
     there = (t < high)[None, :] & in_state
     total = tl.zeros([BLOCK_STATE, VALUES], tl.float32)
-    for _ in range(BLOCKS):
-        total += tl.load(place, there, other=0.0)
-        place += chunks.to(tl.int64) * (TILES * GROUPS * DSTATE * VALUES)
+    for start in range(0, BLOCKS, 4):
+        for more in tl.static_range(4):  # four reads at once
+            total += tl.load(place, there & (start + more < BLOCKS), other=0.0)
+            place += chunks.to(tl.int64) * (TILES * GROUPS * DSTATE * VALUES)
     offset = (t.to(tl.int64) * GROUPS + group)[None, :] * DSTATE + entry[:, None]
     tl.store(grad_B + offset, total, there & (lane % 2 == 0)[None, :])
     tl.store(grad_C + offset, total, there & (lane % 2 == 1)[None, :])
