@@ -112,7 +112,7 @@ def test_kernel(kernel: Backward, device: torch.device, dtype: torch.dtype) -> N
     if ACCELERATOR is not None:
         judge_all(kernel, dtype, device)
         return
-    judge(kernel, oracle, call(1, 11, dim=68, dtype=dtype))
+    judge(kernel, oracle, call(1, 11, dim=132, dtype=dtype))
     judge(kernel, oracle, call(75, dim=3, dstate=2, groups=None, z=None, dtype=dtype, **packed(67, 67, 70)))
 
 
@@ -155,15 +155,16 @@ KERNEL_BUGS = {
     "chunks not joined": ("carried = carried * tl.exp2(rate * total) + added", "carried = added"),
     "final gradient dropped": ("        if grad_final_states is not None:", "        if False:"),
     "groups mixed": ("group = program // BLOCKS % GROUPS", "group = program // BLOCKS % GROUPS * 0"),
-    "softplus not differentiated": ("grad_step *= _sigmoid(raw)", "pass"),
+    "softplus not differentiated": ("grad_step *= sigmoid(raw)", "pass"),
     "tokens of no row": ("grad_step = tl.where(there, grad_step, 0.0)", "pass"),
     "tiles not joined": ("tl.store(adjoints + entry * DIM, grad_s, in_dim)", "pass"),
     "tiles begin as the chunk": ("tl.exp2(rate * total) + next_gained", "tl.exp2(rate * total)"),
-    "the next entry's state": ("tl.load(states + after * DIM", "tl.load(states + entry * DIM"),
+    "the next entry's state": ("tl.load(states + after,", "tl.load(states + entry * DIM,"),
     "the last tile's A": ("earlier + grad_rate", "grad_rate"),
-    "one block of channels": ("for _ in range(BLOCKS):", "for _ in range(1):"),
-    "halves mixed": ("is_one = (tl.arange(0, 2) == 0)", "is_one = (tl.arange(0, 2) == 1)"),
-    "C of the state before": ("_across(pulled[t] * s, BLOCK)", "_across(pulled[t] * kept[t], BLOCK)"),
+    "one block of channels": ("(start + more < BLOCKS)", "(start + more < 1)"),
+    "halves mixed": ("& APART == 0", "& APART != 0"),
+    "the wrong halves exchanged": ("[16 // APART, 2, APART]", "[APART, 2, 16 // APART]"),
+    "C of the state before": ("_across(pulled[t] * s, BLOCK)", "_across(pulled[t] * before[t], BLOCK)"),
 }
 
 
@@ -174,4 +175,4 @@ def test_bug_planted_in_the_kernel_is_caught(bug: str, device: torch.device, tmp
     pytest.importorskip("triton")
     module = load(tmp_path / "mutant_selective_scan.py", changed(source_of(selective_scan), KERNEL_BUGS[bug]))
     mutant = front_of(module.selective_scan_backward, BackwardArguments)
-    assert caught(mutant, oracle, (call(1, 11, dim=68, device=device), call(1, 67, dim=3, groups=None, device=device)))
+    assert caught(mutant, oracle, (call(1, 11, dim=132, device=device), call(1, 67, dim=3, groups=None, device=device)))

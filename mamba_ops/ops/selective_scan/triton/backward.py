@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import triton
 
-from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options
+from mamba_ops.ops._triton.common import cdiv, on_device_of, options
 from mamba_ops.ops._triton.layout import by_token, write_back
 from mamba_ops.ops._triton.limits import limits_of
 from mamba_ops.ops._triton.slices import Workspace, by_slices
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TILE = 8  # tokens whose numbers a thread has in registers, all at once
 TILES = 8  # of a chunk
-BLOCK = 32  # channels of a block, a multiple of 32: as many as are summed at once for the gradients of B and C
+BLOCK = 64  # channels of a block, a multiple of 32: as many as are summed at once for the gradients of B and C
 
 
 def selective_scan_backward(call: "BackwardArguments") -> None:
@@ -26,14 +26,10 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
 
     Every token of an activation must be dense: others are copied first, as are parameters and states that are not, and
     gradients that are not are written through a copy. Keeps in float32, while it runs, a state for every 8 tokens, and
-    the gradients of B and C for every 32 channels: of a slice of the rows (see `slices`).
+    the gradients of B and C for every 64 channels: of a slice of the rows (see `slices`).
     """
-    length, (dim, dstate), groups = (
-        call.x.shape[-2],
-        call.A.shape,
-        call.B.shape[-2] if call.B.dim() == call.x.dim() + 1 else 1,
-    )
-    of_token = dim * dstate // TILE + cdiv(dim // groups, BLOCK) * groups * dstate * 2
+    (dim, dstate), length = call.A.shape, call.x.shape[-2]
+    of_token = dim * dstate // TILE + 2 * dstate * cdiv(dim, BLOCK)
     by_slices(
         _backward,
         call,
@@ -88,57 +84,49 @@ def _backward(call: "BackwardArguments", space: Workspace) -> None:
     with on_device_of(x):
         states, totals = space(chunks, TILES, dstate, dim), space(chunks, TILES, dim)
         adjoints, of_chunks = space(chunks, dstate, dim), space(chunks, dstate + 2, dim)
-        arranged = space(chunks, TILES, groups, dstate, 2 * TILE)
+        rates, arranged = space(dstate, dim), space(chunks, TILES, groups, dstate, 2 * TILE)
         of_blocks = space(blocks, chunks, TILES, groups, dstate, 2 * TILE)
-        parts, width, block = _sizes(dstate)
-        limit = limits_of(x.get_device()).registers(128)
         strides = (x.stride(0), dt.stride(0), None if z is None else z.stride(0), grad_output.stride(0))
         sizes = {"DIM": dim, "DSTATE": dstate, "TILE": TILE, "TILES": TILES, "BLOCK_ROWS": 128}
-        of_group = {"GROUPS": groups, "SOFTPLUS": call.dt_softplus}
-        words = width % 4 == 0 and all(
-            t.itemsize == 2 and t.data_ptr() % 8 == 0 and (t.stride(0) | dstate) % 4 == 0 for t in (B, C)
+        by_channel = [t for t in (x, dt, z, grad_output, written["x"], written["dt"], grad_z) if t is not None]
+        pairs = dim // groups % 2 == 0 and all((t.data_ptr() // t.itemsize | t.stride(0)) % 2 == 0 for t in by_channel)
+        of_group = {"GROUPS": groups, "SOFTPLUS": call.dt_softplus, "PAIRS": pairs}
+        _arrange[(cdiv(dim, 32) + chunks * TILES * groups,)](
+            *(call.A, B, C, cu_seqlens, rates, arranged),
+            *(rows, length, *call.A.stride(), B.stride(0), C.stride(0)),
+            **sizes,
+            GROUPS=groups,
+            BLOCK=triton.next_power_of_2(dstate),
+            **options(num_warps=4),
         )
-        _boundaries[(chunks * groups * cdiv(dim // groups, block),)](
-            *(x, dt, call.A, B, C, z, dt_bias, grad_output, cu_seqlens),
+        _boundaries[(chunks * groups * blocks,)](
+            *(x, dt, rates, arranged, z, dt_bias, grad_output, cu_seqlens),
             *(states, totals, adjoints),
-            *(rows, length, 1, *call.A.stride(), *strides, B.stride(0), C.stride(0)),
+            *(rows, length, *strides),
             **sizes,
             **of_group,
-            WORDS=words,
-            BLOCK=block,
-            PARTS=parts,
-            WIDTH=width,
-            **options(num_warps=1, **(limit if parts == 1 else {})),
+            BLOCK=BLOCK,
+            **options(num_warps=1, **limits_of(x.get_device()).registers(128)),
         )
         _carry[(rows * cdiv(dim, 128) * dstate * 2,)](
-            *(call.A, initial_states, grad_final_states, summed.get("initial_states"), cu_seqlens),
-            *(states, totals, adjoints),
-            *(rows, length, *call.A.stride()),
+            *(initial_states, grad_final_states, summed.get("initial_states"), cu_seqlens),
+            *(rates, states, totals, adjoints),
+            *(rows, length),
             **sizes,
             BLOCK=128,
             **options(num_warps=1),
         )
-        _arrange[(chunks * TILES * groups,)](
-            *(B, C, cu_seqlens, arranged, rows, length, B.stride(0), C.stride(0)),
-            DSTATE=dstate,
-            GROUPS=groups,
-            TILE=TILE,
-            TILES=TILES,
-            BLOCK_ROWS=128,
-            BLOCK=triton.next_power_of_2(dstate),
-            **options(num_warps=4),
-        )
         _gradients[(chunks * groups * blocks,)](
-            *(x, dt, call.A, arranged, D, z, dt_bias, grad_output, cu_seqlens),
+            *(x, dt, rates, arranged, D, z, dt_bias, grad_output, cu_seqlens),
             *(states, totals, adjoints),
             *(written["x"], written["dt"], grad_z, of_chunks, of_blocks),
-            *(rows, length, chunks, *call.A.stride(), *strides),
+            *(rows, length, chunks, *strides),
             *(written["x"].stride(0), written["dt"].stride(0), None if grad_z is None else grad_z.stride(0)),
             **sizes,
             **of_group,
             BLOCK=BLOCK,
             LEVELS=(2 * TILE).bit_length() - 1,
-            **options(num_warps=1, **limit),
+            **options(num_warps=1),
         )
         _sum_chunks[(cdiv(dim, 64) * (dstate + 2),)](
             of_chunks,
@@ -162,11 +150,3 @@ def _backward(call: "BackwardArguments", space: Workspace) -> None:
         write_back(written[name], gradient, flat)
     for name, gradient in sums.items():
         write_back(summed[name], gradient, True)
-
-
-def _sizes(dstate: int) -> tuple[int, int, int]:
-    """How `_boundaries` has a state in registers: parts, numbers of a part, and channels of a block."""
-    padded = triton.next_power_of_2(dstate)
-    width = min(padded, 16) if not INTERPRETED or padded <= 4 else 1
-    parts = padded // width
-    return parts, width, 32 if INTERPRETED else max(min(64 // parts, 32), 8)

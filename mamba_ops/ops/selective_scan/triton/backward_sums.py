@@ -6,20 +6,18 @@ from mamba_ops.ops._triton.common import chunk_bounds, kernel, row_chunks
 from mamba_ops.ops._triton.decay import finite_rate
 
 
-@kernel(first_number="rows", static="states sums adjoints")
+@kernel(first_number="rows", static="rates states sums adjoints")
 def _carry(
-    A,
     initial_states,
     grad_final_states,
     grad_initial_states,
     cu_seqlens,
+    rates,
     states,  # the first of a chunk in: what it leaves; out: what it begins with
     sums,
     adjoints,  # in: of the state before a chunk, by the chunk alone; out: of the state after it
     rows,
     length,
-    A_channel,
-    A_entry,
     DIM: tl.constexpr,
     DSTATE: tl.constexpr,
     TILE: tl.constexpr,
@@ -35,8 +33,7 @@ def _carry(
     entry = program % DSTATE
     in_dim = channel < DIM
     first, chunks, _, _ = row_chunks(row, rows, cu_seqlens, length, TILE * TILES, BLOCK_ROWS)
-    rate = tl.load(A + channel * A_channel + entry * A_entry, in_dim, other=0.0).to(tl.float32)
-    rate = finite_rate(rate * 1.4426950408889634)
+    rate = tl.load(rates + entry * DIM + channel, in_dim, other=0.0)
     of_row = row.to(tl.int64) * (DIM * DSTATE) + channel * DSTATE + entry
 
     carried = tl.zeros([BLOCK], tl.float32)
@@ -70,16 +67,21 @@ def _carry(
         tl.store(grad_initial_states + of_row, carried, in_dim & backwards)
 
 
-@kernel(first_number="rows", static="arranged")
+@kernel(first_number="rows", static="rates arranged")
 def _arrange(
+    A,
     B,
     C,
     cu_seqlens,
+    rates,  # out: (dstate, dim), of decay
     arranged,  # out: (chunks, TILES, groups, dstate, TILE, 2), of B and C; zero where there is no token
     rows,
     length,
+    A_channel,
+    A_entry,
     B_token,
     C_token,
+    DIM: tl.constexpr,
     DSTATE: tl.constexpr,
     GROUPS: tl.constexpr,
     TILE: tl.constexpr,
@@ -88,13 +90,21 @@ def _arrange(
     BLOCK: tl.constexpr,
 ):
     VALUES: tl.constexpr = 2 * TILE
+    OF_RATES: tl.constexpr = (DIM + 31) // 32
+    entry = tl.arange(0, BLOCK)[:, None]
     program = tl.program_id(0)
+    if program < OF_RATES:
+        channel = (program * 32 + tl.arange(0, 32))[None, :]
+        there = (channel < DIM) & (entry < DSTATE)
+        rate = tl.load(A + channel * A_channel + entry * A_entry, there, other=0.0).to(tl.float32)
+        tl.store(rates + entry * DIM + channel, finite_rate(rate * 1.4426950408889634), there)
+        return
+    program -= OF_RATES
     group = program % GROUPS
     tile = program // GROUPS % TILES
     row, low, high, _, _ = chunk_bounds(program // (GROUPS * TILES), cu_seqlens, rows, length, TILE * TILES, BLOCK_ROWS)
     if row >= rows:
         return
-    entry = tl.arange(0, BLOCK)[:, None]
     lane = tl.arange(0, VALUES)[None, :]
     t = low + tile * TILE + lane // 2
     there = (t < high) & (entry < DSTATE)
@@ -169,9 +179,10 @@ def _sum_blocks(
     place = place + group * (DSTATE * VALUES) + entry[:, None] * VALUES + lane[None, :]
     there = (t < high)[None, :] & in_state
     total = tl.zeros([BLOCK_STATE, VALUES], tl.float32)
-    for _ in range(BLOCKS):
-        total += tl.load(place, there, other=0.0)
-        place += chunks.to(tl.int64) * (TILES * GROUPS * DSTATE * VALUES)
+    for start in range(0, BLOCKS, 4):
+        for more in tl.static_range(4):  # four reads at once
+            total += tl.load(place, there & (start + more < BLOCKS), other=0.0)
+            place += chunks.to(tl.int64) * (TILES * GROUPS * DSTATE * VALUES)
     offset = (t.to(tl.int64) * GROUPS + group)[None, :] * DSTATE + entry[:, None]
     tl.store(grad_B + offset, total, there & (lane % 2 == 0)[None, :])
     tl.store(grad_C + offset, total, there & (lane % 2 == 1)[None, :])
