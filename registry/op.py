@@ -68,7 +68,7 @@ class Op(Trainable, Generic[P]):
         mutates: names of the parameters that it writes.
         returns: names of those of them that it allocates itself and returns; none for an op that writes into `output`.
         kernels: backend name to kernel; the reference is the kernel of the backend `torch`, or `composed`.
-        splits_graph, reads_host, composed, replaces, out_may_be: see `Namespace.op`.
+        splits_graph, reads_host, composed, replaces, out_may_be, gradients_in: see `Namespace.op`.
         overload: the `torch.ops` overload, for a call without the front.
         call_undispatched: the op as composed ops call it, which went through torch's dispatcher themselves.
     """
@@ -323,8 +323,8 @@ class Op(Trainable, Generic[P]):
         shown = "out" if name == "output" and not self.returns else name
         return (
             f"{self.qualname}: {shown}: got a tensor that requires grad while grad mode is on, expected none: "
-            f"{self._gradient_entry() or 'this op does not record gradients'}; else call it under torch.no_grad() or "
-            "torch.inference_mode(), or detach the tensor (parameters count)"
+            f"{self._gradient_entry()} it under torch.no_grad() or torch.inference_mode(), or detach the tensor "
+            "(parameters count)"
         )
 
     def _validate(self, given: Mapping[str, Any]) -> None:

@@ -68,6 +68,7 @@ class Trainable(Facets):
 
     name: str
     namespace: str
+    gradients_in: str | None
     _write_front: Callable[[], None]
 
     forward_op: "Op[...]" = None  # type: ignore[assignment]  # typed for the callers of those that have them
@@ -195,13 +196,14 @@ class Trainable(Facets):
         return [op for op in (self.forward_op, self.forward_states_op, self.backward_op) if op is not None]
 
     def _gradient_entry(self) -> str:
-        """Return when the op records gradients and what to call then, or ""."""
+        """Return when the op records gradients and what to call then, up to how to call the op without gradients."""
         if self._training is None or self.forward_op is None:
-            return ""
+            other = "" if self.gradients_in is None else f", {self.gradients_in} does"
+            return f"this op does not record gradients{other}; {'else ' if other else ''}call"
         taken = ", ".join(p.name for p in self.forward_op._called if codegen.is_tensor(p))
         return (
             f"this op records gradients where no other tensors are given than {taken}; for gradients of states call "
-            f"{self.namespace}.functional.{self.name}"
+            f"{self.namespace}.functional.{self.name}; else call"
         )
 
     def _declare_forward(self, declared: Declaration, suffix: str, without: str | None) -> "Op[...]":

@@ -203,7 +203,7 @@ class ZambaMamba(Mamba, of_model="zamba"):
     def _prefill(self, hidden_states: Tensor, caches: ConvAndState, rows: SequenceArgs) -> Tensor:
         x, z = self._project(hidden_states, caches)
         x = rows.bind(causal_conv1d)(x, *self.conv1d(), conv_state=caches.conv_state)
-        dt, B, C = self._steps(x)
+        dt, dt_bias, B, C = self._steps(x)
         states = widened(caches.ssm_state, caches.state_scale, rows, x)
         y = states.rows.bind(selective_scan)(
             x,
@@ -213,7 +213,7 @@ class ZambaMamba(Mamba, of_model="zamba"):
             C,
             D=self.D.flatten(),
             z=z,
-            dt_bias=self.dt_proj_bias.flatten(),
+            dt_bias=dt_bias.flatten(),
             dt_softplus=True,
             ssm_state=states.states,
         )
@@ -223,7 +223,7 @@ class ZambaMamba(Mamba, of_model="zamba"):
     def _decode(self, hidden_states: Tensor, caches: ConvAndState, rows: DecodeArgs) -> Tensor:
         x, z = self._project(hidden_states, caches)
         x = rows.bind(causal_conv1d_update)(x, caches.conv_state, *self.conv1d())
-        dt, B, C = self._steps(x)
+        dt, dt_bias, B, C = self._steps(x)
         by_head, scale = (self.heads, -1), caches.state_scale
         y = rows.bind(selective_state_update)(
             caches.ssm_state.unflatten(1, by_head),
@@ -234,7 +234,7 @@ class ZambaMamba(Mamba, of_model="zamba"):
             C,
             D=self.D,
             z=z.unflatten(-1, by_head),
-            dt_bias=self.dt_proj_bias,
+            dt_bias=dt_bias,
             dt_softplus=True,
             state_scale=None if scale is None else scale.unflatten(1, by_head),
         )
@@ -249,11 +249,11 @@ class ZambaMamba(Mamba, of_model="zamba"):
         require_caches(type(self).__name__, x, caches, self._kinds())
         return x, z
 
-    def _steps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return step sizes without their bias, and B and C by head."""
+    def _steps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return step sizes, the bias that they lack, and B and C by head."""
         projected = torch.einsum("...hp,hop->...ho", x.unflatten(-1, (self.heads, -1)), self.x_proj_weight)
         dt, B, C = projected.split([self.dt_rank, self.dstate, self.dstate], dim=-1)
-        return torch.einsum("...hr,hpr->...hp", dt, self.dt_proj_weight).flatten(-2), B, C
+        return torch.einsum("...hr,hpr->...hp", dt, self.dt_proj_weight).flatten(-2), self.dt_proj_bias, B, C
 
     def _A(self) -> Tensor:
         return -upcast(self.A_log).exp().flatten(0, 1)

@@ -141,7 +141,7 @@ class Mamba(RecurrentMixer):
     def _prefill(self, hidden_states: Tensor, caches: ConvAndState, rows: SequenceArgs) -> Tensor:
         x, z = self._project(hidden_states, caches)
         x = rows.bind(causal_conv1d)(x, *self.conv1d(), conv_state=caches.conv_state)
-        dt, B, C = self._steps(x)
+        dt, dt_bias, B, C = self._steps(x)
         states = widened(caches.ssm_state, caches.state_scale, rows, x)
         y = states.rows.bind(selective_scan)(
             x,
@@ -151,7 +151,7 @@ class Mamba(RecurrentMixer):
             C,
             D=self.D,
             z=z,
-            dt_bias=self.dt_proj.bias,
+            dt_bias=dt_bias,
             dt_softplus=True,
             ssm_state=states.states,
         )
@@ -164,6 +164,11 @@ class Mamba(RecurrentMixer):
             raise ValueError(
                 f"Mamba: plan: got a layer whose channels are split over ranks, expected a whole one; {hint}"
             )
+        for name in ("x_proj", "dt_proj"):
+            if (kind := type(getattr(self, name))) is not nn.Linear:
+                got = f"a layer whose {name} is a {kind.__name__}"
+                expected = "an nn.Linear: mamba_mixing reads its weight; call the layer, or step, without a plan"
+                raise self._wrong("plan", got, expected)
         norms: tuple[Tensor | None, ...] = (None, None, None)
         if self.norms is not None:
             norms = self.dt_layernorm.weight, self.b_layernorm.weight, self.c_layernorm.weight
@@ -186,7 +191,7 @@ class Mamba(RecurrentMixer):
     def _decode(self, hidden_states: Tensor, caches: ConvAndState, rows: DecodeArgs) -> Tensor:
         x, z = self._project(hidden_states, caches)
         x = rows.bind(causal_conv1d_update)(x, caches.conv_state, *self.conv1d())
-        dt, B, C = self._steps(x)
+        dt, dt_bias, B, C = self._steps(x)
         y = rows.bind(selective_state_update)(
             caches.ssm_state,
             x,
@@ -196,7 +201,7 @@ class Mamba(RecurrentMixer):
             C,
             D=self.D,
             z=z,
-            dt_bias=self.dt_proj.bias,
+            dt_bias=dt_bias,
             dt_softplus=True,
             state_scale=caches.state_scale,
         )
@@ -208,13 +213,15 @@ class Mamba(RecurrentMixer):
         require_caches(type(self).__name__, x, caches, self._kinds())
         return x, z
 
-    def _steps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return step sizes without their bias, B and C."""
+    def _steps(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Return step sizes, the bias that they lack, B and C."""
         dt, B, C = cast(Tensor, self.x_proj(x)).split([self.dt_rank, self.dstate, self.dstate], dim=-1)
         if self.norms is not None:
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         dt, B, C = self.share(dt), self.share(B), self.share(C)
-        return functional.linear(dt, self.dt_proj.weight), B, C
+        if type(self.dt_proj) is not nn.Linear:  # an adapter, which adds to the product, or what holds no plain weight
+            return self.dt_proj(dt), None, B, C
+        return functional.linear(dt, self.dt_proj.weight), self.dt_proj.bias, B, C
 
     def _A(self) -> Tensor:
         return -upcast(self.A_log).exp()

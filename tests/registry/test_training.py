@@ -221,7 +221,7 @@ def test_what_there_is_no_formula_for_raises(scale: Op[...], inputs: list[Tensor
         (loss(scale, x, w, b) + gradient.sum()).backward()
     with pytest.raises(RuntimeError, match="toys::scale: its gradient was differentiated again"):
         torch.func.grad(lambda x: torch.func.grad(lambda x: loss(scale, x, w, b))(x).sum())(x.detach())
-    with pytest.raises(ValueError, match=r"scale_backward: grad_output: got .* does not record gradients; else call"):
+    with pytest.raises(ValueError, match=r"scale_backward: grad_output: got .* does not record gradients; call it"):
         scale.backward_op(x, None, x, w, b, 2.0, x)
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mamba_ops import functional
+from mamba_ops.ops import causal_conv1d
 from mamba_ops.registry import Op, Sample, use_backend
 from tests.conftest import ACCELERATOR
 from tests.harness import backends_here
@@ -172,6 +174,18 @@ def test_tokens_of_no_row_at_all(op: Op[...], backend: str) -> None:
     assert output.numel()
     assert final.shape[0] == 0
     assert not any(tensor.count_nonzero() for tensor in (output, *found))
+
+
+@pytest.mark.parametrize("backend", backends_here(causal_conv1d.backward_op, DEVICE))
+def test_a_convolution_of_no_channels(backend: str) -> None:
+    """Its forward takes them."""
+    for x, more in ((torch.randn(2, 5, 0), {}), (torch.randn(5, 0), {"cu_seqlens": torch.tensor([0, 2, 5])})):
+        inputs = [t.to(DEVICE).requires_grad_() for t in (x, torch.randn(0, 4), torch.randn(2, 0, 3))]
+        rows = {name: value.to(DEVICE) for name, value in more.items()}
+        with use_backend(backend):
+            output, final = functional.causal_conv1d(*inputs[:2], initial_states=inputs[2], **rows)
+            found = torch.autograd.grad(output.sum() + final.sum(), inputs)
+        assert [gradient.shape for gradient in found] == [t.shape for t in inputs]
 
 
 @pytest.mark.parametrize("op", TRAINED, ids=lambda op: op.name)

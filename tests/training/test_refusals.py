@@ -2,6 +2,8 @@
 numbers that would lose a gradient, tangents.
 """
 
+import pkgutil
+import re
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch.autograd import forward_ad
 from mamba_ops import functional
 from mamba_ops.registry import Op
 from mamba_ops.registry.errors import ArgumentTypeError
+from tests.harness import OPS
 from tests.training.gradients import TRAINED, is_float, named
 
 
@@ -80,3 +83,13 @@ def test_a_backward_loses_no_tangent(op: Op[...]) -> None:
         output = op(**{n: v for n, v in forward.items() if n != "initial_states"})
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode differentiation"):
         torch.autograd.grad(output, leaf, forward_ad.make_dual(torch.ones_like(output), torch.ones_like(output)))
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.backward_op is None], ids=lambda op: op.name)
+def test_an_op_without_gradients_names_what_has_them(op: Op[...]) -> None:
+    sample = op.make_samples("cpu")[0].clone()
+    args = [value.requires_grad_() if is_float(value) else value for value in sample.args]
+    with torch.enable_grad(), pytest.raises(ValueError, match="does not record gradients, ") as error:
+        op(*args, **sample.kwargs)
+    [name] = re.findall(r"mamba_ops\.(?:functional|layers)\.\w+", str(error.value))
+    assert callable(pkgutil.resolve_name(name))

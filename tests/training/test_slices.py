@@ -33,9 +33,9 @@ class Allocated(TorchDispatchMode):
         return result
 
 
-def rows_of(op: Op[...], rows: int) -> dict[str, Any]:
+def rows_of(op: Op[...], rows: int, length: int = 20) -> dict[str, Any]:
     """A call of an op's backward, of so many rows, of which the first are those of a call of fewer."""
-    call = {p.name: p.default for p in op.forward_op._called} | dense(op, 20)
+    call = {p.name: p.default for p in op.forward_op._called} | dense(op, length)
     for name, value in call.items():
         if is_of_rows(name, value):
             generator = torch.Generator().manual_seed(len(name))
@@ -80,3 +80,15 @@ def test_slices_keep_the_memory_of_one(op: Op[...], monkeypatch: pytest.MonkeyPa
         shares = sum(values[n].nbytes for n in backward.returns if not is_of_rows(n, values[n]))
         kept.append(allocated.nbytes - (rows * shares if rows > 1 else 0))
     assert 0 < kept[1] <= kept[0]
+
+
+@pytest.mark.parametrize("op", SLICED, ids=lambda op: op.name)
+def test_rows_without_tokens_are_not_sliced(op: Op[...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their final states are their initial states; nothing else has a gradient."""
+    call = rows_of(op, 5, length=0)
+    monkeypatch.setattr(slices, "WALKS", 1)
+    monkeypatch.setattr(slices, "KEPT", 1)
+    with use_backend("triton"), torch.no_grad():
+        gradients = dict(zip(op.backward_op.returns, op.backward_op(**call), strict=True))
+    assert torch.equal(gradients.pop("grad_initial_states"), call["grad_final_states"])
+    assert not any(gradient.count_nonzero() for gradient in gradients.values())

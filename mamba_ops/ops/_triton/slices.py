@@ -61,7 +61,7 @@ def by_slices(
     first = call.x if hasattr(call, "x") else call.v
     rows, space = first.shape[0], Workspace(first.device)
     together = max(KEPT // max(bytes_of_row, 1), cdiv(WALKS, max(walks_of_row, 1)))
-    if call.cu_seqlens is not None or rows <= together:
+    if call.cu_seqlens is not None or first.numel() == 0 or rows <= together:
         backward(call, space)
         return
     together = cdiv(rows, cdiv(rows, together))  # slices of equal size

@@ -75,14 +75,14 @@ def _backward(call: BackwardArguments) -> None:
     x, (dim, width) = call.x, call.weight.shape
     n, history = row_count(x, call.cu_seqlens), width - 1
     compute = torch.promote_types(x.dtype, torch.float32)
-    tokens, grad = x.reshape(-1, dim).to(compute), call.grad_output.reshape(-1, dim).to(compute)
-    total, device = tokens.shape[0], x.device
-    if n == 0 or total == 0:
+    if n == 0 or x.numel() == 0:
         for gradient in (call.grad_x, call.grad_weight, call.grad_bias, call.grad_initial_states):
             gradient.zero_()
         if n and call.initial_states is not None and call.grad_final_states is not None:
             call.grad_initial_states.copy_(call.grad_final_states)
         return
+    tokens, grad = x.reshape(-1, dim).to(compute), call.grad_output.reshape(-1, dim).to(compute)
+    total, device = tokens.shape[0], x.device
 
     # Of every token its sequence and its place there; of every sequence its beginning and length.
     token = torch.arange(total, device=device)

@@ -43,6 +43,7 @@ class Arguments(NamedTuple):
     arguments=Arguments,
     replaces="causal_conv1d_update",
     out_may_be="x",
+    gradients_in="mamba_ops.functional.causal_conv1d",
 )
 def causal_conv1d_update(
     x: Tensor,

@@ -46,6 +46,7 @@ class Arguments(NamedTuple):
     reference="mamba_ops.ops.gated_delta_rule_update.reference:gated_delta_rule_update",
     arguments=Arguments,
     replaces="(fused_recurrent_)?gated_delta_rule",
+    gradients_in="mamba_ops.functional.chunk_gated_delta_rule",
 )
 def gated_delta_rule_update(
     ssm_state: Tensor,

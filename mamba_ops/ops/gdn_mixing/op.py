@@ -52,6 +52,7 @@ class Arguments(NamedTuple):
     composed=True,
     reference="mamba_ops.ops.gdn_mixing.reference:gdn_mixing",
     arguments=Arguments,
+    gradients_in="mamba_ops.layers.GatedDeltaNet without caches",
 )
 def gdn_mixing(
     projected_qkvz: Tensor,

@@ -50,6 +50,7 @@ class Arguments(NamedTuple):
     composed=True,
     reference="mamba_ops.ops.kda_mixing.reference:kda_mixing",
     arguments=Arguments,
+    gradients_in="mamba_ops.layers.KimiDeltaAttention without caches",
 )
 def kda_mixing(
     projected: Tensor,

@@ -48,6 +48,7 @@ class Arguments(NamedTuple):
     reference="mamba_ops.ops.kda_update.reference:kda_update",
     arguments=Arguments,
     replaces="fused_recurrent_kda|recurrent_kimi_delta_attention",
+    gradients_in="mamba_ops.functional.chunk_kda",
 )
 def kda_update(
     ssm_state: Tensor,

@@ -52,6 +52,7 @@ class Arguments(NamedTuple):
     composed=True,
     reference="mamba_ops.ops.mamba2_mixing.reference:mamba2_mixing",
     arguments=Arguments,
+    gradients_in="mamba_ops.layers.Mamba2 without caches",
 )
 def mamba2_mixing(
     projected: Tensor,

@@ -53,6 +53,7 @@ class Arguments(NamedTuple):
     composed=True,
     reference="mamba_ops.ops.mamba3_mixing.reference:mamba3_mixing",
     arguments=Arguments,
+    gradients_in="mamba_ops.layers.Mamba3 without caches",
 )
 def mamba3_mixing(
     x: Tensor,

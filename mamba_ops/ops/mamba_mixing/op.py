@@ -50,6 +50,7 @@ class Arguments(NamedTuple):
     composed=True,
     reference="mamba_ops.ops.mamba_mixing.reference:mamba_mixing",
     arguments=Arguments,
+    gradients_in="mamba_ops.layers.Mamba without caches",
 )
 def mamba_mixing(
     projected: Tensor,

@@ -57,6 +57,7 @@ class Arguments(NamedTuple):
     reference="mamba_ops.ops.selective_state_update.reference:selective_state_update",
     arguments=Arguments,
     replaces="selective_state_update",
+    gradients_in="mamba_ops.functional.selective_scan or .mamba_chunk_scan",
 )
 def selective_state_update(
     ssm_state: Tensor,

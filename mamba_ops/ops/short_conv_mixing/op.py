@@ -38,6 +38,7 @@ class Arguments(NamedTuple):
     composed=True,
     reference="mamba_ops.ops.short_conv_mixing.reference:short_conv_mixing",
     arguments=Arguments,
+    gradients_in="mamba_ops.layers.ShortConv without caches",
 )
 def short_conv_mixing(
     projected: Tensor,
