@@ -51,21 +51,30 @@ def test_after_a_warm_up_for_training_random_steps_compile_nothing(name, steps):
 
 
 BACKWARDS = """
+import torch
 import mamba_ops
+from mamba_ops.ops._triton import slices
 from mamba_ops.registry import ops
 
+options = {"device": "cpu", "training": True}
 warmed = {}
 for name, op in ((name, op) for name, op in list(ops().items()) if not op.returns and op.backward_op is not None):
-    warmed[name] = sorted({row.op for row in mamba_ops.warm_up(op, device="cpu", training=True)})
-    with mamba_ops.no_jit():
-        for sample in op.backward_op.make_samples("cpu"):
-            op.backward_op(*sample.args)
+    size = "v_dim" if name.startswith("chunk") else "dim"
+    for dtype, sizes in ((None, {}), (torch.float16, {size: 32})):
+        dtypes = None if dtype is None else [dtype]
+        warmed[name] = sorted({row.op for row in mamba_ops.warm_up(op, dtypes=dtypes, sizes=sizes, **options)})
+        asked = {**sizes, "state_dtype": torch.float32} | ({} if dtype is None else {"dtype": dtype})
+        for slices.KEPT, slices.WALKS in ((256 << 20, 256), (1, 1)):
+            with mamba_ops.no_jit():
+                for sample in op.backward_op.make_samples("cpu", **asked):
+                    op.backward_op(*sample.args)
 print(json.dumps(warmed))
 """
 
 
 @pytest.mark.slow
 def test_an_ops_warm_up_for_training_has_its_backward():
+    """With the sizes and dtypes that are asked for, and of so many rows that they go in slices."""
     warmed = compiled_for_a_gpu(BACKWARDS, compiles=False)
     assert len(warmed) >= 4
     for name, rows in warmed.items():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import mamba_ops
 from mamba_ops import layers
+from mamba_ops.ops._triton import slices
 from mamba_ops.serving import Plan
 
 SLOTS = 12
@@ -72,7 +73,8 @@ def call_at_random(layer: Any, rng: random.Random) -> None:
 
 
 def train_at_random(layer: Any, rng: random.Random) -> None:
-    """A training step on rows of one length, and one on packed rows."""
+    """A training step on rows of one length, in slices or not, and one on packed rows."""
+    slices.KEPT, slices.WALKS = rng.choice([(1, 1), (256 << 20, 256)])
     weight, rows, length = layer.out_proj.weight, rng.randint(1, 6), rng.choice([1, 2, 16, 64, 65, 100])
     lengths = [rng.randint(0, 90) for _ in range(rows)]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()

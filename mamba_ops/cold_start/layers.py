@@ -103,6 +103,19 @@ def training_calls_of(layer: Layer, module: nn.Module) -> Iterator[tuple[str, Ca
         if isinstance(module, Mixer):
             packed = torch.tensor([0, 1, tokens], dtype=torch.int32, device=weight.device)
             yield f"training, packed{short}", partial(step, (tokens,), cu_seqlens=packed)
+    yield "training, many sequences", in_slices(partial(step, (2, SHORT)))
+
+
+def in_slices(call: Callable[[], object]) -> Callable[[], object]:
+    """Return a call whose backward passes go over rows in slices, as they do where there are many."""
+
+    def run() -> object:
+        if (slices := sys.modules.get("mamba_ops.ops._triton.slices")) is None:
+            return None  # no backward pass that was called before has any
+        with slices.of_one_row():
+            return call()
+
+    return run
 
 
 def before_calls_of(module: nn.Module) -> Iterator[tuple[str, Callable[[], object]]]:

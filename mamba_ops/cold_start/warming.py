@@ -20,6 +20,7 @@ from mamba_ops.cold_start.layers import (
     Layer,
     before_calls_of,
     calls_of,
+    in_slices,
     layers_of,
     on_device,
     rehearsal_of,
@@ -193,30 +194,41 @@ def _of_ops(
     training: bool,
     common: tuple[Any, ...],
 ) -> Iterator[_Unit]:
-    for op in _ops(what, training):
-        names = inspect.signature(op.sampler).parameters
-        wanted: dict[str, Any] = {n: size for n, size in sizes.items() if n in names}
-        wanted |= {n: d for n, d in zip(("dtype", "state_dtype"), pair, strict=True) if d and n in names}
-
-        def calls(op: Op[...] = op, wanted: dict[str, Any] = wanted) -> Calls:
-            samples = iter(op.sampler(device, **wanted))
-            while True:
-                with _DrawnOnDevice(device):
-                    if (sample := next(samples, None)) is None:
-                        return
-                yield sample.name, partial(op, *sample.args, **sample.kwargs)
-
-        yield _Unit(op.qualname, (*common, op.qualname, tuple(sorted(wanted.items(), key=str))), calls, backend)
+    for whole in _ops(what):
+        for op in (whole, *(whole.companions if training else ())):
+            names = _names_of_sizes(op, whole)
+            wanted: dict[str, Any] = {n: size for n, size in sizes.items() if n in names}
+            wanted |= {n: d for n, d in zip(("dtype", "state_dtype"), pair, strict=True) if d and n in names}
+            calls = partial(_samples_of, op, device, wanted, in_slices_too=op is whole.backward_op)
+            yield _Unit(op.qualname, (*common, op.qualname, tuple(sorted(wanted.items(), key=str))), calls, backend)
 
 
-def _ops(what: Sequence[Op[...] | str], training: bool = False) -> list[Op[...]]:
-    """Return ops by their names; for training each with its companions behind it."""
+def _names_of_sizes(op: Op[...], whole: Op[...]) -> set[str]:
+    """Return what samples of an op, or of one of its companions, are functions of; all companions' of the same."""
+    names = inspect.signature((op if op is whole else whole.forward_op).sampler).parameters
+    passed_on = any(p.kind is p.VAR_KEYWORD for p in names.values())
+    return {*names, *(inspect.signature(whole.sampler).parameters if passed_on else ())}
+
+
+def _samples_of(op: Op[...], device: torch.device, sizes: dict[str, Any], in_slices_too: bool) -> Calls:
+    samples = iter(op.sampler(device, **sizes))
+    while True:
+        with _DrawnOnDevice(device):
+            if (sample := next(samples, None)) is None:
+                return
+        call = partial(op, *sample.args, **sample.kwargs)
+        yield sample.name, call
+        if in_slices_too:
+            yield f"{sample.name}, many rows", in_slices(call)
+
+
+def _ops(what: Sequence[Op[...] | str]) -> list[Op[...]]:
+    """Return ops by their names."""
     known = ops()
     for item in what:
         if isinstance(item, str) and item not in known:
             raise unknown("op", item, known)
-    found = (known[item] if isinstance(item, str) else item for item in what)
-    return [each for op in found for each in (op, *(op.companions if training else ()))]
+    return [known[item] if isinstance(item, str) else item for item in what]
 
 
 class _DrawnOnDevice(TorchFunctionMode):

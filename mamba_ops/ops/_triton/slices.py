@@ -5,13 +5,16 @@ of it would be large, launches are made for a few rows at a time, and what they 
 next. A slice still has programs for every processor of a GPU, and more of what it keeps stays in caches.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mamba_ops.ops._triton import prepared
 from mamba_ops.ops._triton.common import cdiv
 from mamba_ops.ops._triton.sums import add_up
 
@@ -19,6 +22,22 @@ KEPT = 256 << 20
 """Bytes that a slice may keep. One row may need more, and so may packed rows, whose lengths only the device knows."""
 WALKS = 256
 """Programs that walk over rows at once, at least: fewer would leave processors of large GPUs without work."""
+
+_by_one: ContextVar[bool] = ContextVar("_by_one", default=False)
+
+
+@contextmanager
+def of_one_row() -> Iterator[None]:
+    """Make each row a slice within the block: for warm-ups, as sums over slices are variants of kernels.
+
+    What calls did in it is no example for later ones.
+    """
+    token = _by_one.set(True)
+    try:
+        yield
+    finally:
+        _by_one.reset(token)
+        prepared.forget()
 
 
 class Workspace:
@@ -61,6 +80,8 @@ def by_slices(
     first = call.x if hasattr(call, "x") else call.v
     rows, space = first.shape[0], Workspace(first.device)
     together = max(KEPT // max(bytes_of_row, 1), cdiv(WALKS, max(walks_of_row, 1)))
+    if _by_one.get():
+        together = 1
     if call.cu_seqlens is not None or first.numel() == 0 or rows <= together:
         backward(call, space)
         return
