@@ -80,7 +80,8 @@ class Namespace:
                 the op mutates. For ops that are differentiated; `registry/training.py` declares them.
             out_may_be: the input that `out` may be, the very same tensor; every kernel then reads what it needs of it
                 before it writes. Apart from that no call has a tensor that the op writes share memory with another.
-            gradients_in: what records gradients in the place of an op that does not; its refusals name it.
+            gradients_in: what records gradients in the place of an op that does not, or of states; refusals name it.
+                None: of an op that does, the function of its name in the namespace's `functional`.
         """
 
         def declare(function: Callable[..., Any]) -> Any:

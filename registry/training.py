@@ -23,6 +23,8 @@ An op that writes into `out` and caches can't be differentiated by torch. It get
     def _backward(call: Any) -> None:   # call.grad_output, .grad_final_states, .x, ..., .grad_x, .grad_weight, ...
         call.grad_x.copy_(...)          # every gradient is written: empty tensors stand for inputs that are None
 
+The checks of the op run in its companions, too, with None for each parameter that the function does not have.
+
 That makes three ordinary ops, with backends (`triton.implements(scan.backward_op, ...)`), refusals and selections:
 
 - `scan.forward_op`, `<name>_forward`: the inputs to `output` (and to what `saves` names). Composed: the kernels of
@@ -203,7 +205,7 @@ class Trainable(Facets):
         taken = ", ".join(p.name for p in self.forward_op._called if codegen.is_tensor(p))
         return (
             f"this op records gradients where no other tensors are given than {taken}; for gradients of states call "
-            f"{self.namespace}.functional.{self.name}; else call"
+            f"{self.gradients_in or f'{self.namespace}.functional.{self.name}'}; else call"
         )
 
     def _declare_forward(self, declared: Declaration, suffix: str, without: str | None) -> "Op[...]":

@@ -18,6 +18,7 @@ FILES = [
     "gated_recurrence/__init__.py",
     "gated_recurrence/kernel.py",
     "gated_recurrence/op.py",
+    "gated_recurrence/training.py",
     "pyproject.toml",
     "tests/test_gated_recurrence.py",
 ]
@@ -46,7 +47,7 @@ def run_its_test(package: Path, *options: str) -> "subprocess.CompletedProcess[s
 def test_the_packages_own_test_passes_and_prints_what_the_page_shows(package: Path) -> None:
     done = run_its_test(package)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed" in done.stdout
+    assert "3 passed" in done.stdout
     [(_, table)] = blocks(PAGE, "text")
     assert table.replace(" on cpu: ", f" on {(ACCELERATOR or torch.device('cpu')).type}: ") in done.stdout
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mamba_ops.ops._common.random_inputs import RandomInputs
 from mamba_ops.registry import Op, Sample, use_backend
-from mamba_ops.testing.judge import Front, assert_same_bits, results, with_output
+from mamba_ops.testing.judge import Front, assert_same_bits, run, with_output
 
 BATCHES = (13, 2, 3, 4, 7, 8, 9, 16, 17)
 """Numbers of batch rows. The first makes a call in which all sizes differ, as equal ones would share a symbol."""
@@ -49,12 +49,24 @@ def pattern_call(
 
 def opcheck(op: Op[...], sample: Sample) -> None:
     """Run `torch.library.opcheck` on a call: schema, autograd registration, fake, AOT dispatch."""
+    if op.returns:
+        arguments = op.bind(sample.clone().args, sample.kwargs)
+        inputs = [arguments[p.name] for p in op.parameters if p.name not in op.returns]
+        with torch.set_grad_enabled(op.record is not None):  # whether it is registered with autograd
+            if torch.is_grad_enabled():
+                inputs = [v.requires_grad_() if _is_float(v) else v for v in inputs]
+            torch.library.opcheck(op.overload, tuple(inputs))
+        return
     filled = with_output(op, sample)
     arguments = op.bind(filled.args, filled.kwargs)
     device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
     arguments |= {name: torch.empty(0, device=device) for name in op.mutates if arguments[name] is None}
     positional = [arguments.pop(p.name) for p in op.parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     torch.library.opcheck(op.overload, tuple(positional), arguments)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def assert_compiled_equals_eager(op: Op[...], sample: Sample, backends: Iterable[str]) -> None:
@@ -65,10 +77,9 @@ def assert_compiled_equals_eager(op: Op[...], sample: Sample, backends: Iterable
         for backend in backends:
             eager, other = sample.clone(), sample.clone()
             with use_backend(backend):
-                op(*eager.args, **eager.kwargs)
-                compiled(*other.args, **other.kwargs)
-            for name, expected in results(op, eager).items():
-                assert_same_bits(f"{name}, compiled on {backend}", results(op, other)[name], expected)
+                expected, got = run(op, op, eager), run(op, compiled, other)
+            for name, tensor in expected.items():
+                assert_same_bits(f"{name}, compiled on {backend}", got[name], tensor)
         assert graphs() == 1, f"got {graphs()} graphs, expected 1"
 
 
@@ -83,20 +94,20 @@ def assert_one_graph_for_all_sizes(
     with counting_graphs() as graphs:
         compiled = torch.compile(plain_call(op), fullgraph=True, dynamic=True)
 
-        def run(rows: int, allowed: int) -> None:
+        def call(rows: int, allowed: int) -> None:
             eager = pattern_call(op, pattern, rows, device, sizes)
             other = eager.clone()
             expected, got = op(*eager.args, **eager.kwargs), compiled(*other.args, **other.kwargs)
             assert_same_bits(f"{rows} rows: output", got, expected)
-            for name in op.mutates - {"output"}:
+            for name in op.mutates - {"output", *op.returns}:
                 pair = (op.bind(sample.args, sample.kwargs)[name] for sample in (other, eager))
                 assert_same_bits(f"{rows} rows: {name}", *pair)
             assert graphs() <= allowed, f"{rows} rows: got graph number {graphs()}, expected {allowed} at most"
 
         for rows in batches:
-            run(rows, 1)
-        run(1, 2)
-        run(0, 3)
+            call(rows, 1)
+        call(1, 2)
+        call(0, 3)
 
 
 def assert_no_copies(op: Op[...], compiled: Front, sample: Sample) -> None:

@@ -1,6 +1,7 @@
 """How one call of an op is judged: its numbers, what it must write, and what it must leave alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def assert_within_budget(
 
 def with_output(op: Op[...], sample: Sample) -> Sample:
     """Return the same call with an output to write, full of random numbers: what is not written differs."""
-    if "output" not in op.mutates or sample.kwargs.get("out") is not None:
+    if op.returns or "output" not in op.mutates or sample.kwargs.get("out") is not None:
         return sample
     out = op.allocate(**{k: v for k, v in op.bind(sample.args, sample.kwargs).items() if k != "output"})
     generator = torch.Generator().manual_seed(1)
@@ -81,6 +82,27 @@ def with_nan_output(op: Op[...], sample: Sample) -> Sample:
     return filled
 
 
+@contextmanager
+def nan_in_results(op: Op[...]) -> Iterator[None]:
+    """Within the block NaN is in new memory of what an op returns, but where its declaration fills that itself."""
+    allocate = op.facets["allocate_output"]
+
+    def filled(*args: Any, **kwargs: Any) -> Any:
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True)  # by which torch fills what it does not initialise
+        try:
+            return allocate(*args, **kwargs)
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+    if op.returns:
+        op.facets["allocate_output"] = filled
+    try:
+        yield
+    finally:
+        op.facets["allocate_output"] = allocate
+
+
 def _largest(dtype: torch.dtype) -> int:
     return torch.iinfo(dtype).max
 
@@ -89,6 +111,14 @@ def results(op: Op[...], sample: Sample) -> dict[str, Tensor]:
     """Return the tensors of a call that the op mutates, by the op's names, without caches that were left out."""
     arguments = op.bind(sample.args, sample.kwargs)
     return {name: arguments[name] for name in sorted(op.mutates) if arguments[name] is not None}
+
+
+def run(op: Op[...], front: Front, sample: Sample) -> dict[str, Tensor]:
+    """Make a call; return the tensors that the op mutated in it, or returned, by the op's names."""
+    returned = front(*sample.args, **sample.kwargs)
+    if not op.returns:
+        return results(op, sample)
+    return dict(zip(op.returns, (returned,) if isinstance(returned, Tensor) else returned, strict=True))
 
 
 def numbers_meant(op: Op[...], arguments: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor] | None]:
@@ -130,6 +160,7 @@ def oracle_results(op: Op[...], oracle: Oracle, sample: Sample, dtype: torch.dty
     found = (found,) if isinstance(found, Tensor) else found
     names = ["output"] * ("output" in op.mutates)
     names += [p.name for p in op.parameters if p.name in op.mutates - {"output"}]
+    names = list(op.returns) or names
     if len(found) != len(names):
         raise ValueError(f"the oracle of {op.qualname} returned {len(found)} tensors, expected {', '.join(names)}")
     return dict(zip(names, found, strict=True))
@@ -141,9 +172,7 @@ def reference_results(op: Op[...], sample: Sample, dtype: torch.dtype) -> dict[s
     Raises:
         ValueError: the op does not take these dtypes.
     """
-    call = sample.to(dtype, "cpu").clone()
-    front_on(op, "torch")(*call.args, **call.kwargs)
-    return results(op, call)
+    return run(op, front_on(op, "torch"), sample.to(dtype, "cpu").clone())
 
 
 # -- what is asserted -------------------------------------------------------------------------------------------------
@@ -152,20 +181,20 @@ def reference_results(op: Op[...], sample: Sample, dtype: torch.dtype) -> dict[s
 def judge(op: Op[...], sample: Sample, front: Front, expected: Expected) -> None:
     """Run `front` on a copy of a sample; raise AssertionError unless it did what the op's contract says, no more."""
     after = sample.clone()
-    front(*after.args, **after.kwargs)
-    assert_numbers(op, sample, after, expected)
+    found = run(op, front, after)
+    assert_numbers(op, sample, after, expected, found)
     assert_rest_untouched(op, sample, after)
 
 
-def assert_numbers(op: Op[...], before: Sample, after: Sample, expected: Expected) -> None:
-    """What the op mutates has the expected numbers, under the error budget; where NaN is expected, it stays NaN."""
+def assert_numbers(op: Op[...], before: Sample, after: Sample, expected: Expected, found: Mapping[str, Tensor]) -> None:
+    """What `run` found has the expected numbers, under the error budget; where NaN is expected, it stays NaN."""
     truth, low = (expected(dtype) for dtype in (torch.float64, torch.float32))
     meant = numbers_meant(op, op.bind(after.args, after.kwargs))
-    for name, actual in results(op, after).items():
+    for name, actual in found.items():
         what, actual = f"{op.name}, {before.name}: {name}", actual.cpu()
         if name in meant:
-            if (found := meant[name]) is not None:
-                assert_within_budget(found[0].cpu(), truth[name], low[name], what, step=found[1].cpu())
+            if (numbers := meant[name]) is not None:
+                assert_within_budget(numbers[0].cpu(), truth[name], low[name], what, step=numbers[1].cpu())
             continue
         if not actual.is_floating_point():
             assert torch.equal(actual, truth[name]), f"{what}: got {actual.tolist()}, expected {truth[name].tolist()}"
@@ -178,8 +207,19 @@ def assert_numbers(op: Op[...], before: Sample, after: Sample, expected: Expecte
         assert_within_budget(actual, exact, rounded, what)
 
 
-def assert_written(op: Op[...], before: Sample, after: Sample, expected: Expected | None = None) -> None:
-    """No element of the output is left NaN, apart from those that are NaN in what is expected too."""
+def assert_written(
+    op: Op[...], before: Sample, after: Sample, found: Mapping[str, Tensor], expected: Expected | None = None
+) -> None:
+    """No element of the output, or of what `run` found that the op returned, is left NaN, apart from those that are NaN
+    in what is expected too.
+    """
+    for name in op.returns:
+        nan = found[name].isnan().cpu()
+        if expected is not None and nan.any():
+            nan &= ~expected(torch.float64)[name].isnan()
+        assert not nan.any(), f"{int(nan.sum())} of {nan.numel()} elements of {name} are NaN, as before the call"
+    if op.returns:
+        return
     output, was = (results(op, sample).get("output") for sample in (after, before))
     if output is None or was is None or not was.is_floating_point():
         return
