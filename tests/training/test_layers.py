@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mamba_ops.registry import answering
 from mamba_ops.serving import Plan
 from tests.layers import HIDDEN, KINDS, new_layer
 
@@ -69,3 +70,18 @@ def test_a_plan_without_adapters_is_refused(name: str) -> None:
     expected = f"Mamba: plan: got a layer whose {name} is a Adapted, expected an nn.Linear"
     with torch.no_grad(), pytest.raises(ValueError, match=expected):
         layer(torch.randn(3, HIDDEN), *layer.empty_caches(1), plan=plan)
+
+
+def test_functions_that_answer_have_code_of_their_own() -> None:
+    """Dynamo counts how often code is compiled anew, and ends at a limit."""
+
+    @answering
+    def one(x: Tensor) -> Tensor:
+        return x
+
+    @answering
+    def two(x: Tensor) -> Tensor:
+        return x + 1
+
+    assert one.__code__ is not two.__code__
+    assert (one.__code__.co_name, two.__code__.co_name) == ("one", "two")
