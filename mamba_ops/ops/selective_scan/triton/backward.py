@@ -12,6 +12,7 @@ from mamba_ops.ops._triton.limits import limits_of
 from mamba_ops.ops._triton.sums import clear
 from mamba_ops.ops.selective_scan.triton.backward_kernels import _boundaries, _gradients
 from mamba_ops.ops.selective_scan.triton.backward_sums import _arrange, _carry, _sum_blocks, _sum_chunks
+from mamba_ops.ops.selective_scan.triton.launch import in_words
 
 if TYPE_CHECKING:
     from mamba_ops.ops.selective_scan.training import BackwardArguments
@@ -82,9 +83,7 @@ def selective_scan_backward(call: "BackwardArguments") -> None:
         strides = (x.stride(0), dt.stride(0), None if z is None else z.stride(0), grad_output.stride(0))
         sizes = {"DIM": dim, "DSTATE": dstate, "TILE": TILE, "TILES": TILES, "BLOCK_ROWS": 128}
         of_group = {"GROUPS": groups, "SOFTPLUS": call.dt_softplus}
-        words = width % 4 == 0 and all(
-            t.itemsize == 2 and t.data_ptr() % 8 == 0 and (t.stride(0) | dstate) % 4 == 0 for t in (B, C)
-        )
+        words = all(in_words(t, width) for t in (B, C))
         _boundaries[(chunks * groups * cdiv(dim // groups, block),)](
             *(x, dt, call.A, B, C, z, dt_bias, grad_output, cu_seqlens),
             *(states, totals, adjoints),

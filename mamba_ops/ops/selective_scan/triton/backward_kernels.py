@@ -15,7 +15,6 @@ import triton.language as tl
 from mamba_ops.ops._triton.common import chunk_bounds, kernel
 from mamba_ops.ops._triton.decay import finite_rate
 from mamba_ops.ops.selective_scan.triton.device import (
-    as_float32,
     decay_rates,
     load_entries,
     step_size,
@@ -92,6 +91,7 @@ def _boundaries(
     C += low.to(tl.int64) * C_token + group * DSTATE
     if z is not None:
         z += low.to(tl.int64) * z_token + channel
+    apart = channel * (one - 1)
     states += chunk.to(tl.int64) * (TILES * DSTATE * DIM)
     sums += chunk.to(tl.int64) * (TILES * DIM) + channel * one
 
@@ -114,8 +114,8 @@ def _boundaries(
             gate = tl.load(z, in_dim, other=0.0).to(tl.float32)
             pulled *= gate * _sigmoid(gate)
             z += z_token
-        b = as_float32(load_entries(B, DSTATE, PARTS, WIDTH, WORDS), B.dtype.element_ty, WIDTH, WORDS)
-        c = as_float32(load_entries(C, DSTATE, PARTS, WIDTH, WORDS), C.dtype.element_ty, WIDTH, WORDS)
+        b = load_entries(B, apart, DSTATE, PARTS, WIDTH, WORDS)
+        c = load_entries(C, apart, DSTATE, PARTS, WIDTH, WORDS)
         x += x_token
         dt += dt_token
         grad_output += grad_token
@@ -127,9 +127,9 @@ def _boundaries(
         gained_after = ()
         for number in tl.static_range(WIDTH):
             decay = tl.exp2(rates[number] * step[None, :])
-            s_after += (s[number] * decay + pushed[None, :] * b[number][:, None],)
+            s_after += (s[number] * decay + pushed[None, :] * b[number],)
             through_after += (through[number] * decay,)
-            gained_after += (gained[number] + through_after[number] * (pulled[None, :] * c[number][:, None]),)
+            gained_after += (gained[number] + through_after[number] * (pulled[None, :] * c[number]),)
         s = s_after
         through = through_after
         gained = gained_after
