@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mamba_ops.ops.selective_scan.op import Arguments
 
 CHUNK = 64  # tokens, counted from a row's first one
-PROGRAMS = 1024  # about as many walk over segments of rows side by side, where there are tokens enough
+PROGRAMS = 2048  # about as many walk over segments of rows side by side, where there are tokens enough
 
 
 def _segment(tokens: int, programs: int) -> int:
@@ -209,6 +209,10 @@ def _launches(dim: int, dstate: int, *, limits: Limits) -> Launches:
     width = min(padded, 16) if not INTERPRETED or padded <= 4 else 1
     parts = padded // width
     block = 32 if INTERPRETED else max(min(64 // parts, 32), 8)
-    tokens = {"BLOCK": block, "TOKENS": 2, "PARTS": parts, "WIDTH": width, "num_warps": 1}
-    ends, outputs = (limits.registers(most) if parts == 1 else {} for most in (96, 168))
-    return {"_ends": tokens | ends, "_starts": {"BLOCK": 128, "AHEAD": 4, "num_warps": 1}, "_outputs": tokens | outputs}
+    of_channels = {"BLOCK": block, "PARTS": parts, "WIDTH": width, "num_warps": 1}
+    ends, outputs = (limits.registers(most) if parts == 1 else {} for most in (128, 112))
+    return {
+        "_ends": {**of_channels, "TOKENS": 4, **ends},
+        "_starts": {"BLOCK": 128, "AHEAD": 4, "num_warps": 1},
+        "_outputs": {**of_channels, "TOKENS": 1, **outputs},
+    }
