@@ -210,9 +210,9 @@ def _launches(dim: int, dstate: int, *, limits: Limits) -> Launches:
     parts = padded // width
     block = 32 if INTERPRETED else max(min(64 // parts, 32), 8)
     of_channels = {"BLOCK": block, "PARTS": parts, "WIDTH": width, "num_warps": 1}
-    ends, outputs = (limits.registers(most) if parts == 1 else {} for most in (128, 112))
+    limit = limits.registers(128) if parts == 1 else {}
     return {
-        "_ends": {**of_channels, "TOKENS": 4, **ends},
+        "_ends": {**of_channels, "TOKENS": 4, **limit},
         "_starts": {"BLOCK": 128, "AHEAD": 4, "num_warps": 1},
-        "_outputs": {**of_channels, "TOKENS": 1, **outputs},
+        "_outputs": {**of_channels, "TOKENS": 1, **limit},
     }
