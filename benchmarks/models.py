@@ -226,8 +226,8 @@ def main(arguments: list[str] | None = None) -> int:
                     row = measured(build(stack), sizes_of(name, options)[2], options)
                 found.setdefault(name, {})[title] = row
                 print(f"{name}, {title}: {json.dumps(row)}", file=sys.stderr, flush=True)
-            except ImportError as error:
-                missing.append(f"{title}: {error}")
+            except (ImportError, torch.OutOfMemoryError) as error:
+                missing.append(f"{title}: {str(error).partition('. ')[0]}")
             gc.collect()
             torch.accelerator.empty_cache() if options.device.type != "cpu" else None
             progress.advance(task)
