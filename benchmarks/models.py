@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import date
 from functools import partial
 from importlib import import_module
@@ -216,7 +216,9 @@ def main(arguments: list[str] | None = None) -> int:
     results = {"device": device_name(options.device), "date": date.today().isoformat(), "models": found}
     missing: list[str] = []
     todo = [(n, *who) for n in options.models for who in contestants(n, sizes_of(n, options), options.device)]
-    with torch.no_grad(), quiet_transformers(), Progress(disable=not sys.stderr.isatty()) as progress:
+    finished = False
+    bar = Progress(disable=not sys.stderr.isatty())
+    with suppress(KeyboardInterrupt), torch.no_grad(), quiet_transformers(), bar as progress:
         task = progress.add_task("models", total=len(todo))
         for name, title, build in todo:
             try:
@@ -224,23 +226,25 @@ def main(arguments: list[str] | None = None) -> int:
                     row = measured(build(stack), sizes_of(name, options)[2], options)
                 found.setdefault(name, {})[title] = row
                 print(f"{name}, {title}: {json.dumps(row)}", file=sys.stderr, flush=True)
-            except ImportError as error:
-                missing.append(f"{title}: {error}")
+            except (ImportError, torch.OutOfMemoryError) as error:
+                missing.append(f"{title}: {str(error).partition('. ')[0]}")
             gc.collect()
             torch.accelerator.empty_cache() if options.device.type != "cpu" else None
             progress.advance(task)
             if options.json:
                 options.json.write_text(json.dumps(results, indent=1) + "\n")
+        finished = True
     lines = [f"# Whole models on {results['device']}, {results['date']}", *table(found, options), ""]
     lines += [f"- prefill: one row of {options.length} tokens, its last logits; decode: rows x {options.decode} tokens"]
     lines += ["- shares of a prefill: matrix products and attention, the ops' kernels, other kernels, no kernel"]
     lines += [f"- not measured: {sentence}" for sentence in missing]
+    lines += [] if finished else ["- broken off: what is missing was not measured"]
     versions = f"torch {torch.__version__}, transformers {version('transformers')}"
     lines += [f"- the median of {options.runs} calls; {versions}; `{command(parser, options)}`"]
     text = "\n".join(lines) + "\n"
     options.name = "models"  # after the command was read from them
     report(options, text, results)
-    return 0
+    return 0 if finished else 1
 
 
 if __name__ == "__main__":

@@ -62,16 +62,17 @@ def pages(device: str, folder: Path = RESULTS) -> list[Page]:
 
 
 def bars(found: list[Page]) -> Iterator[Bar]:
-    """Yield each row of a peer that stands beside one of ours."""
+    """Yield each row of a peer that stands beside one of ours; a page says of some calls why they were not timed."""
     for page in found:
         for heading, rows in page.tables.items():
             key = next((time for time in TIMES if time in rows[0]), None)
             who = next((name for name in ("kernels", "") if name in rows[0]), None)
             if key is None or who is None:
                 continue
-            ours = {row.get("case", ""): row[key] for row in rows if row[who] in OURS}
+            timed = [row for row in rows if re.fullmatch(r"[\d.]+", row[key])]
+            ours = {row.get("case", ""): row[key] for row in timed if row[who] in OURS}
             suffix = ", forward and backward" if key == TIMES[1] else ""
-            for row in rows:
+            for row in timed:
                 case = row.get("case", "")
                 if not row[who].startswith(("ours", "floor")) and case in ours:
                     what = heading + (f", {case}" if case else "") + suffix

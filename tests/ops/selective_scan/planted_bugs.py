@@ -4,8 +4,11 @@ BUGS = {
     "wrong group": ("group = program // BLOCKS % GROUPS", "group = program // BLOCKS % GROUPS * 0"),
     "softplus always": ("    if SOFTPLUS:", "    if True:"),
     "bias dropped": ("        d += bias", "        d += 0 * bias"),
-    "D dropped": ("y += rhs * skip", "y += 0 * rhs * skip"),
-    "gate without sigmoid": ("y *= gate * tl.sigmoid(gate)", "y *= gate"),
+    "D dropped": ("y = tl.fma(values[token], skip, y)", "y = tl.fma(values[token], 0 * skip, y)"),
+    "gate without sigmoid": (
+        "y *= silu(gates[token], output.dtype.element_ty.primitive_bitwidth)",
+        "y *= gates[token]",
+    ),
     "half the decay": ("tl.exp2(rates[number] * step[None, :])", "tl.exp2(0.5 * rates[number] * step[None, :])"),
     "natural exponential": ("tl.exp2(rates[number] * step[None, :])", "tl.exp(rates[number] * step[None, :])"),
     "initial state not read": (
@@ -22,9 +25,17 @@ BUGS = {
         "stored = in_dim & is_slot(target, null_slot, slot_count)",
         "stored = in_dim & is_slot(target, -1, slot_count)",
     ),
-    "chunks not decayed": ("s * tl.exp2(rate * total) + left", "s + left"),
+    "chunks not decayed": (
+        "tl.fma(s[number], tl.exp2(rates[number] * total), left[number])",
+        "s[number] + left[number]",
+    ),
     "chunks begin with nothing": ("tl.store(place, s, in_dim)", "tl.store(place, 0 * s, in_dim)"),
     "step sizes of one token": ("        total += step", "        total = step"),
+    "segments begin with the row's state": (
+        "there & ((number + ahead) % segment == 0)",
+        "there & (number + ahead == 0)",
+    ),
+    "chunks count what came before twice": ("left = zeros(PARTS, BLOCK, WIDTH)", "left = s"),
     "empty row's state not copied": ("        if count <= 0:", "        if False:"),
     "states of the prefix cache a block late": (
         "column = (position - 1) // block_size",

@@ -93,15 +93,19 @@ def _boundaries(
         next_rate = tl.load(rates, in_dim, other=0.0)
         next_s = tl.load(before, later, other=0.0)
         next_gained = tl.load(adjoints, later, other=0.0)
+        entries = arranged + tile * (GROUPS * DSTATE * 2 * TILE)
+        next_both = read_pairs(entries, TILE)
         for entry in range(DSTATE):
             rate = next_rate
             s = next_s
             gained = next_gained
-            after = tl.minimum(entry + 1, DSTATE - 1) * DIM
+            both = next_both
+            following = tl.minimum(entry + 1, DSTATE - 1)
+            after = following * DIM
             next_rate = tl.load(rates + after, in_dim, other=0.0)
             next_s = tl.load(before + after, later, other=0.0)
             next_gained = tl.load(adjoints + after, later, other=0.0)
-            both = read_pairs(arranged + (tile * (GROUPS * DSTATE) + entry) * (2 * TILE), TILE)
+            next_both = read_pairs(entries + following * (2 * TILE), TILE)
             decays = ()
             for t in tl.static_range(TILE):
                 decays += (tl.exp2(rate * d[t]),)
@@ -247,18 +251,21 @@ def _gradients(
         next_gained = tl.load(states + tile * (DSTATE * DIM), later, other=0.0)
         next_grad_s = tl.load(adjoints, in_dim, other=0.0)
         next_earlier = tl.load(of_chunks, in_dim & (number > 0), other=0.0)
+        next_both = read_pairs(entries, TILE)
         for entry in range(DSTATE):
             rate = next_rate
             s = next_s * tl.exp2(rate * total) + next_gained
             grad_s = next_grad_s
             earlier = next_earlier
-            after = tl.minimum(entry + 1, DSTATE - 1) * DIM
+            both = next_both
+            following = tl.minimum(entry + 1, DSTATE - 1)
+            after = following * DIM
             next_rate = tl.load(rates + after, in_dim, other=0.0)
             next_s = tl.load(states + after, in_dim, other=0.0)
             next_gained = tl.load(states + tile * (DSTATE * DIM) + after, later, other=0.0)
             next_grad_s = tl.load(adjoints + after, in_dim, other=0.0)
             next_earlier = tl.load(of_chunks + after, in_dim & (number > 0), other=0.0)
-            both = read_pairs(entries + entry * VALUES, TILE)
+            next_both = read_pairs(entries + following * VALUES, TILE)
             bs = both[:TILE]
             cs = both[TILE:]
             decays = ()

@@ -10,12 +10,12 @@ states have several such numbers (parts) in each tensor of the tuple.
 import triton
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import chunk_bounds, is_slot, load_slot, softplus, within
+from mamba_ops.ops._triton.common import chunk_bounds, is_slot, load_slot, row_tokens, softplus, within
 from mamba_ops.ops._triton.decay import finite_rate
 
 
 @triton.jit
-def bounds(chunk, cu_seqlens, chunk_ends, last_chunk, rows, length, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+def bounds(chunk, cu_seqlens, chunk_ends, last_chunk, rows, length, CHUNK, BLOCK_ROWS: tl.constexpr):
     # A chunk's row (`rows` if there is no such chunk), the range of its tokens, and whether it is the row's first and
     # last one.
     if chunk_ends is not None:
@@ -33,6 +33,18 @@ def bounds(chunk, cu_seqlens, chunk_ends, last_chunk, rows, length, CHUNK: tl.co
         return row, low, high, chunk == first, is_last
     else:
         return chunk_bounds(chunk, cu_seqlens, rows, length, CHUNK, BLOCK_ROWS)
+
+
+@triton.jit
+def segment_start(row, cu_seqlens, length, segment, CHUNK: tl.constexpr):
+    # A row's first token, and the number of the chunk of that row with which its last segment begins.
+    if cu_seqlens is not None:
+        begin, count = row_tokens(row, cu_seqlens, length)
+    else:
+        begin = row.to(tl.int64) * length
+        count = length
+    last = tl.maximum(count - 1, 0) // CHUNK
+    return begin.to(tl.int32), last // segment * segment
 
 
 @triton.jit
@@ -56,40 +68,75 @@ def block_slot(row, column, slots, slots_stride, slots_columns, null_slot, slot_
 
 
 @triton.jit
-def load_entries(tensor, DSTATE: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr):
-    # B or C of a token as it lies in memory: WIDTH times PARTS numbers, or words of four numbers.
-    part = tl.arange(0, PARTS)
+def load_tokens(pointers, stride, mask, TOKENS: tl.constexpr):
+    # The numbers of some tokens as they lie in memory.
     found = ()
-    if WORDS:
-        tensor = tensor.to(tl.pointer_type(tl.int64), bitcast=True)
-        for word in tl.static_range(WIDTH // 4):
-            found += (tl.load(tensor + part * (WIDTH // 4) + word, part * WIDTH + word * 4 < DSTATE, other=0),)
-    else:
-        for number in tl.static_range(WIDTH):
-            entry = part * WIDTH + number
-            found += (tl.load(tensor + entry, entry < DSTATE, other=0.0),)
+    for token in tl.static_range(TOKENS):
+        found += (tl.load(pointers + token * stride.to(tl.int64), mask, other=0.0),)
     return found
 
 
 @triton.jit
-def as_float32(found, dtype: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr):
-    # The same numbers in float32.
+def in_float32(values, TOKENS: tl.constexpr):
+    found = ()
+    for token in tl.static_range(TOKENS):
+        found += (values[token].to(tl.float32),)
+    return found
+
+
+@triton.jit
+def load_entries(
+    tensor,
+    apart,  # a zero for every channel of which compilers do not know that it is one
+    DSTATE: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    # B or C of a token in float32: WIDTH tensors. Every thread reads all numbers by an address of its own. One address
+    # of all would be copied for each read, from where a program has what its threads have in common.
+    # WORDS: 16 bytes at once, else number by number.
     numbers = ()
+    part = tl.arange(0, PARTS)[:, None]
     if WORDS:
-        for word in tl.static_range(WIDTH // 4):
-            for half in tl.static_range(2):
-                pair = (found[word] >> (32 * half)).to(tl.int32)
-                if dtype == tl.bfloat16:
-                    low = (pair << 16).to(tl.float32, bitcast=True)
-                    high = (pair & -65536).to(tl.float32, bitcast=True)
-                else:
-                    low = pair.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-                    high = (pair >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-                numbers += (low, high)
+        COUNT: tl.constexpr = 128 // tensor.dtype.element_ty.primitive_bitwidth
+        words = (tensor + apart).to(tl.pointer_type(tl.int32), bitcast=True)
+        for word in tl.static_range(WIDTH // COUNT):
+            entry = part * WIDTH + word * COUNT
+            place = words[None, :, None] + (entry[:, :, None] * 4 // COUNT + tl.arange(0, 4)[None, None, :])
+            place = tl.multiple_of(place, (16, 16, 16))
+            if PARTS * WIDTH > DSTATE:
+                found = tl.load(place, (entry < DSTATE)[:, :, None], other=0)
+            else:
+                found = tl.load(place)
+            evens, odds = tl.split(tl.reshape(found, [PARTS, apart.shape[0], 2, 2]))
+            evens = tl.split(evens)
+            odds = tl.split(odds)
+            for pair in tl.static_range(2):
+                numbers += _numbers(evens[pair], tensor.dtype.element_ty) + _numbers(
+                    odds[pair], tensor.dtype.element_ty
+                )
     else:
         for number in tl.static_range(WIDTH):
-            numbers += (found[number].to(tl.float32),)
+            entry = part * WIDTH + number
+            place = (tensor + apart)[None, :] + entry
+            if PARTS * WIDTH > DSTATE:
+                numbers += (tl.load(place, entry < DSTATE, other=0.0).to(tl.float32),)
+            else:
+                numbers += (tl.load(place).to(tl.float32),)
     return numbers
+
+
+@triton.jit
+def _numbers(word, dtype: tl.constexpr):
+    # The numbers in words of 32 bits, in float32.
+    if dtype == tl.float32:
+        return (word.to(tl.float32, bitcast=True),)
+    elif dtype == tl.bfloat16:
+        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        low = word.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        return low, (word >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -131,12 +178,45 @@ def store_state(
 
 
 @triton.jit
-def next_state(s, step, pushed, rates, into, WIDTH: tl.constexpr):
-    # The states after a token.
+def decays(step, rates, WIDTH: tl.constexpr):
+    found = ()
+    for number in tl.static_range(WIDTH):
+        found += (tl.exp2(rates[number] * step[None, :]),)
+    return found
+
+
+@triton.jit
+def products(pushed, into, WIDTH: tl.constexpr):
+    found = ()
+    for number in tl.static_range(WIDTH):
+        found += (pushed[None, :] * into[number],)
+    return found
+
+
+@triton.jit
+def next_state(s, decay, added, WIDTH: tl.constexpr):
+    # The states after a token. The fused operation is named: kernels that run the same chunk get the same bits.
     after = ()
     for number in tl.static_range(WIDTH):
-        after += (s[number] * tl.exp2(rates[number] * step[None, :]) + pushed[None, :] * into[number][:, None],)
+        after += (tl.fma(s[number], decay[number], added[number]),)
     return after
+
+
+@triton.jit
+def next_chunk(s, rates, total, left, WIDTH: tl.constexpr):
+    # The states after a chunk, by those before it and what the chunk leaves of nothing: the same bits in every kernel.
+    after = ()
+    for number in tl.static_range(WIDTH):
+        after += (tl.fma(s[number], tl.exp2(rates[number] * total), left[number]),)
+    return after
+
+
+@triton.jit
+def zeros(PARTS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    found = ()
+    for _ in tl.static_range(WIDTH):
+        found += (tl.zeros([PARTS, BLOCK], tl.float32),)
+    return found
 
 
 @triton.jit

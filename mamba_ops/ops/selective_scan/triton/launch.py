@@ -11,12 +11,25 @@ from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_pla
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
 from mamba_ops.ops._triton.limits import Limits
-from mamba_ops.ops.selective_scan.triton.kernels import _ends, _outputs, _starts
+from mamba_ops.ops.selective_scan.triton.kernels import _outputs
+from mamba_ops.ops.selective_scan.triton.segments import _ends, _starts
 
 if TYPE_CHECKING:
     from mamba_ops.ops.selective_scan.op import Arguments
 
 CHUNK = 64  # tokens, counted from a row's first one
+PROGRAMS = 2048  # about as many walk over segments of rows side by side, where there are tokens enough
+
+
+def _segment(tokens: int, programs: int) -> int:
+    """Return how many chunks a segment has, by the tokens of all rows and how many programs walk over one.
+
+    A row's other segments than the last are walked over twice: the fewer they are the better, but a GPU must be full.
+    No bit of a result depends on it.
+    """
+    if INTERPRETED:
+        return 2  # several in few tokens
+    return max(tokens * programs // (PROGRAMS * CHUNK), 1)
 
 
 def selective_scan(call: "Arguments") -> None:
@@ -35,13 +48,17 @@ def selective_scan(call: "Arguments") -> None:
     x, dt, B, C = by_token(call.x, flat), by_token(call.dt, flat), by_token(call.B, flat), by_token(call.C, flat)
     z = None if call.z is None else by_token(call.z, flat)
     (dim, dstate), tokens, groups = call.A.shape, x.shape[0], B.shape[1] if B.dim() == 3 else 1
+    launches = _launches(x.get_device(), dim, dstate)
+    ends, starts, outputs = (launches[kernel] for kernel in ("_ends", "_starts", "_outputs"))
+    segment = _segment(tokens, groups * cdiv(dim // groups, outputs["BLOCK"]))
     if call.chunk_ends is not None:
-        chunks = call.chunk_ends.shape[0]
+        chunks = segments = call.chunk_ends.shape[0]
+        segment = 1
     elif length is not None:
-        chunks = rows * cdiv(length, CHUNK)
+        chunks, segments = rows * cdiv(length, CHUNK), rows * cdiv(length, CHUNK * segment)
     else:
-        chunks = tokens // CHUNK + rows
-    several = call.chunk_ends is not None or chunks > rows  # a row may have more than one
+        chunks, segments = tokens // CHUNK + rows, tokens // (CHUNK * segment) + rows
+    several = call.chunk_ends is not None or segments > rows  # a row may have more than one
     moves = call.write_slots is not None and call.ssm_state is not None and (length is None or length == 0)
 
     D, dt_bias, cu_seqlens = (None if t is None else t.contiguous() for t in (call.D, call.dt_bias, call.cu_seqlens))
@@ -62,16 +79,15 @@ def selective_scan(call: "Arguments") -> None:
     is_plain = call.ssm_state is None or is_dense(call.ssm_state)
     ssm_state, _ = or_placeholder(call.ssm_state, x, tl.float32)
 
-    launches = _launches(x.get_device(), dim, dstate)
-    ends, starts, outputs = (launches[kernel] for kernel in ("_ends", "_starts", "_outputs"))
-    words = outputs["WIDTH"] % 4 == 0 and _in_words(B) and _in_words(C)
-    sizes = {"DIM": dim, "DSTATE": dstate, "CHUNK": CHUNK, "BLOCK_ROWS": 128}
-    sizes_of_tokens = {**sizes, "GROUPS": groups, "SOFTPLUS": call.dt_softplus, "WORDS": words}
+    words = all(in_words(t, outputs["WIDTH"]) for t in (B, C))
+    sizes = {"DIM": dim, "DSTATE": dstate, "CHUNK": CHUNK}
+    sizes_of_tokens = {**sizes, "BLOCK_ROWS": 128, "GROUPS": groups, "SOFTPLUS": call.dt_softplus, "WORDS": words}
     states = sums = None
     with on_device_of(x):
         if several and tokens:
-            states = torch.empty(chunks, dstate, dim, dtype=torch.float32, device=x.device)
-            sums = torch.empty(chunks, dim, dtype=torch.float32, device=x.device)
+            places = chunks if call.chunk_ends is not None else tokens // CHUNK + rows
+            states = torch.empty(places, dstate, dim, dtype=torch.float32, device=x.device)
+            sums = torch.empty(places, dim, dtype=torch.float32, device=x.device)
             _ends[(chunks * groups * cdiv(dim // groups, ends["BLOCK"]),)](
                 x,
                 dt,
@@ -87,6 +103,7 @@ def selective_scan(call: "Arguments") -> None:
                 sums,
                 rows,
                 length_or_all,
+                segment,
                 call.null_slot,
                 slot_count,
                 1,
@@ -114,6 +131,7 @@ def selective_scan(call: "Arguments") -> None:
                 states,
                 sums,
                 length_or_all,
+                segment,
                 call.null_slot,
                 slot_count,
                 *call.A.stride(),
@@ -131,7 +149,7 @@ def selective_scan(call: "Arguments") -> None:
             )
         if tokens == 0 or chunks == 0:
             return
-        _outputs[(chunks * groups * cdiv(dim // groups, outputs["BLOCK"]),)](
+        _outputs[(segments * groups * cdiv(dim // groups, outputs["BLOCK"]),)](
             x,
             dt,
             call.A,
@@ -153,6 +171,7 @@ def selective_scan(call: "Arguments") -> None:
             or_placeholder(states, x, tl.float32)[0],
             rows,
             length_or_all,
+            segment,
             call.null_slot,
             slot_count,
             1,
@@ -176,9 +195,11 @@ def selective_scan(call: "Arguments") -> None:
     write_back(written, call.output, flat)
 
 
-def _in_words(tensor: Tensor) -> bool:
-    """Whether the B or C of every token and group is made of whole words of four numbers of 2 bytes."""
-    return tensor.itemsize == 2 and tensor.data_ptr() % 8 == 0 and (tensor.stride(0) | tensor.shape[-1]) % 4 == 0
+def in_words(tensor: Tensor, width: int) -> bool:
+    """Whether the B or C of every token and group, and `width` numbers of it, are made of whole words of 16 bytes."""
+    size = tensor.itemsize
+    ends = tensor.data_ptr() | tensor.stride(0) * size | tensor.shape[-1] * size | width * size
+    return size <= 4 and ends % 16 == 0
 
 
 @tunable_launch(_ends="BLOCK num_warps", _starts="BLOCK num_warps", _outputs="BLOCK num_warps")
@@ -188,7 +209,10 @@ def _launches(dim: int, dstate: int, *, limits: Limits) -> Launches:
     width = min(padded, 16) if not INTERPRETED or padded <= 4 else 1
     parts = padded // width
     block = 32 if INTERPRETED else max(min(64 // parts, 32), 8)
-    tokens = {"BLOCK": block, "PARTS": parts, "WIDTH": width, "num_warps": 1}
-    if parts == 1:
-        tokens |= limits.registers(84)
-    return {"_ends": tokens, "_starts": {"BLOCK": 128, "num_warps": 1}, "_outputs": tokens}
+    of_channels = {"BLOCK": block, "PARTS": parts, "WIDTH": width, "num_warps": 1}
+    limit = limits.registers(128) if parts == 1 else {}
+    return {
+        "_ends": {**of_channels, "TOKENS": 4, **limit},
+        "_starts": {"BLOCK": 128, "AHEAD": 4, "num_warps": 1},
+        "_outputs": {**of_channels, "TOKENS": 1, **limit},
+    }
