@@ -1,6 +1,7 @@
 """What fla's layers and its users compute of packed sequences on the host's side of a kernel."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -68,3 +69,81 @@ def prepare_chunk_indices(cu_seqlens: Tensor, chunk_size: int, cu_seqlens_cpu: T
 def prepare_chunk_offsets(cu_seqlens: Tensor, chunk_size: int) -> Tensor:
     """Return `(n + 1,)`: how many chunks there are before each sequence, and at all."""
     return pad((prepare_lens(cu_seqlens) + chunk_size - 1) // chunk_size, (1, 0)).cumsum(-1)
+
+
+def prepare_chunk_indices_static(cu_seqlens: Tensor, chunk_size: int, nt_max: int) -> tuple[Tensor, Tensor]:
+    """Return what `prepare_chunk_indices` and `prepare_chunk_offsets` do, of a fixed shape; nothing waits.
+
+    The first is `(nt_max, 2)`; rows beyond the last chunk are -1 and 0.
+    """
+    offsets = prepare_chunk_offsets(cu_seqlens, chunk_size)
+    slots = torch.arange(nt_max, device=cu_seqlens.device, dtype=offsets.dtype)
+    owner = torch.searchsorted(offsets, slots, right=True) - 1
+    is_real = slots < offsets[-1]
+    rows = torch.stack((owner.where(is_real, -1), (slots - offsets[owner]).where(is_real, 0)), 1)
+    return rows.to(cu_seqlens), offsets.to(cu_seqlens)
+
+
+def get_max_num_splits(cu_seqlens: Tensor, chunk_size: int, cu_seqlens_cpu: Tensor | None = None) -> int:
+    """Return how many chunks the longest sequence has. Waits as `prepare_position_ids` does."""
+    longest = int(prepare_lens(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu).max())
+    return -(-longest // chunk_size)
+
+
+def prepare_split_cu_seqlens(
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+    split_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype | None = torch.int32,
+    device: torch.device | str | None = "cpu",
+) -> Tensor:
+    """Return where pieces of at most `split_size` tokens end, of rows or of packed sequences; waits for the device.
+
+    Args:
+        batch_size, seq_len: of rows behind each other, without `cu_seqlens`.
+        split_size: tokens per piece.
+        cu_seqlens: of packed sequences.
+        dtype, device: of the result.
+    """
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+    elif batch_size is not None and seq_len is not None:
+        bounds = [row * seq_len for row in range(batch_size + 1)]
+    else:
+        expected = "a tensor, or batch_size and seq_len"
+        raise TypeError(f"prepare_split_cu_seqlens: cu_seqlens: got None, expected {expected}")
+    if split_size is None:
+        raise TypeError("prepare_split_cu_seqlens: split_size: got None, expected tokens per piece")
+    begins = [at for begin, end in itertools.pairwise(bounds) for at in range(begin, end, split_size)]
+    return torch.tensor([*begins, bounds[-1]], dtype=dtype, device=device)
+
+
+def _kept(cu_seqlens: Tensor, length: int, padding_side: str) -> Tensor:
+    """Return which places of padded rows `(n, length)` have tokens."""
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"pack_sequence: padding_side: got {padding_side!r}, expected 'left' or 'right'")
+    places, lengths = torch.arange(length, device=cu_seqlens.device), prepare_lens(cu_seqlens).unsqueeze(1)
+    return places < lengths if padding_side == "right" else places >= length - lengths
+
+
+def pack_sequence(x: Tensor, cu_seqlens: Tensor, padding_side: str = "left") -> Tensor:
+    """Return the tokens `(tokens, ...)` of padded rows `(n, length, ...)`; waits for the device. Differentiable."""
+    return x[_kept(cu_seqlens, x.shape[1], padding_side)]
+
+
+def unpack_sequence(
+    x: Tensor, cu_seqlens: Tensor, padding_side: str = "left", desired_shape: Sequence[int] | None = None
+) -> Tensor:
+    """Return packed tokens `(tokens, ...)` as rows padded with zeros; waits for the device. Differentiable.
+
+    Args:
+        x: the tokens.
+        cu_seqlens: `(n + 1,)`.
+        padding_side: "left" or "right".
+        desired_shape: of the result; None: `(n, longest, ...)`.
+    """
+    if desired_shape is None:
+        desired_shape = (cu_seqlens.shape[0] - 1, int(prepare_lens(cu_seqlens).max()), *x.shape[1:])
+    kept = _kept(cu_seqlens, desired_shape[1], padding_side)
+    return x.new_zeros(desired_shape).index_put((kept,), x)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from mamba_ops.compat.arguments import floating, floating_dtypes, numbers
+from mamba_ops.compat.mamba_ssm import norms as mamba_norms
 from mamba_ops.compat.mamba_ssm.norms import layer_norm_fn, normalised
 from mamba_ops.layers.norms import upcast
 from mamba_ops.registry import answering
@@ -238,3 +239,18 @@ class RMSNorm(_Affine):
         """Normalise `x + residual` over the last axis."""
         weight = x.new_ones(self.hidden_size) if self.weight is None else self.weight
         return rms_norm(x, weight, self.bias, residual, self.eps, prenorm, residual_in_fp32)
+
+
+class RMSNormGated(mamba_norms.RMSNormGated):
+    """mamba_ssm's norm, whose gate comes first by default; fla's `layernorm_gated.RMSNormGated`."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_size, eps, group_size, norm_before_gate, device, dtype)
