@@ -244,9 +244,31 @@ def test_indices_of_packed_sequences() -> None:
     assert index.get_max_num_splits(ends, 2) == index.get_max_num_splits(ends, 2, ends) == 3
     assert index.prepare_split_cu_seqlens(split_size=2, cu_seqlens=ends).tolist() == [0, 2, 4, 5, 7, 8]
     assert index.prepare_split_cu_seqlens(2, 5, 3, dtype=torch.int64).tolist() == [0, 3, 5, 8, 10]
-    for options in ({"split_size": 2}, {"cu_seqlens": ends}):
-        with pytest.raises(TypeError, match="prepare_split_cu_seqlens: "):
-            index.prepare_split_cu_seqlens(**options)
+    with pytest.raises(TypeError, match="prepare_split_cu_seqlens: cu_seqlens: got None, expected a tensor, or batch"):
+        index.prepare_split_cu_seqlens(split_size=2)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (
+            lambda ends: index.prepare_split_cu_seqlens(cu_seqlens=ends),
+            "prepare_split_cu_seqlens: split_size: got None",
+        ),
+        (lambda ends: index.prepare_chunk_indices(ends, 0), "prepare_chunk_indices: chunk_size: got 0"),
+        (lambda ends: index.prepare_chunk_offsets(ends, -1), "prepare_chunk_offsets: chunk_size: got -1"),
+        (lambda ends: index.prepare_chunk_indices_static(ends, 2, -1), "prepare_chunk_indices_static: nt_max: got -1"),
+        (lambda ends: index.get_max_num_splits(ends, 0), "get_max_num_splits: chunk_size: got 0"),
+        (lambda ends: index.prepare_position_ids(ends[0]), "prepare_position_ids: cu_seqlens: got"),
+        (lambda ends: index.pack_sequence(None, ends), "pack_sequence: x: got None"),
+        (lambda ends: index.unpack_sequence(ends.float(), ends), "unpack_sequence: x, cu_seqlens: got"),
+        (lambda ends: padding.get_unpad_data(None), "prepare_lens_from_mask: mask: got None"),
+        (lambda ends: padding.pad_input(torch.zeros(5, 2), ends, 2, 0), "pad_input: seq_len: got 0"),
+    ],
+)
+def test_what_is_no_packing_is_refused(call: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=rf"^(prepare_lens: |){says}"):
+        call(torch.tensor([0, 5, 7, 7, 8]))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -52,6 +52,10 @@ def test_the_minimal_scan_is_the_recurrence(with_states: bool) -> None:
     for length in (5, 24):
         with pytest.raises(ValueError, match=f"ssd_minimal_discrete: X, A: got .*in chunks of {length}"):
             minimal.ssd_minimal_discrete(X, A, B, C, length)
+    with pytest.raises(ValueError, match="ssd_minimal_discrete: block_len: got 0, expected 1 at least"):
+        minimal.ssd_minimal_discrete(X, A, B, C, 0)
+    with pytest.raises(ValueError, match="segsum: x: got a number, expected"):
+        minimal.segsum(X.sum())
     leaves = [t.requires_grad_() for t in (X, A, B, C)]
     assert torch.autograd.gradcheck(lambda *t: minimal.ssd_minimal_discrete(*t, 4, first), leaves, fast_mode=True)
 
@@ -72,6 +76,9 @@ def test_references_of_norms_take_what_is_kept(is_rms_norm: bool) -> None:
         out, norms.layer_norm_fn(total, weight, bias, is_rms_norm=is_rms_norm) if is_rms_norm
         else functional.layer_norm(total, (8,), weight, bias, 1e-6),
     )  # fmt: skip
+    for function, name in ((norms.layer_norm_fn, "layer_norm_fn"), (norms.layernorm_fn, "layernorm_fn")):
+        with pytest.raises(ValueError, match=f"{name}: weight: got complex"):
+            function(x, weight + 0j, bias)
     gated = norms.rms_norm_gated_ref(x, weight, bias, z=residual, group_size=4, norm_before_gate=False, upcast=False)
     torch.testing.assert_close(gated, norms.rmsnorm_fn(x, weight, bias, residual, 1e-6, 4, False))
 
@@ -105,6 +112,8 @@ def test_the_reference_of_convolution_and_scan_is_the_mixer_between_its_projecti
     z, xBC, dt = arguments.pop("zxbcdt").split([32, 52, 4], dim=-1)
     got = parts.mamba_conv1d_scan_ref(xBC, dt=dt, **arguments, z=z if gated else None, dt_softplus=True)
     torch.testing.assert_close(got if gated else got * functional.silu(z), want)
+    with pytest.raises(ValueError, match="mamba_conv1d_scan_ref: ngroups: got 0, expected 1 at least"):
+        parts.mamba_conv1d_scan_ref(xBC, dt=dt, **arguments | {"ngroups": 0})
     with pytest.raises(ValueError, match="mamba_conv1d_scan_ref: headdim: got None, expected the size of a head"):
         parts.mamba_conv1d_scan_ref(xBC, dt=dt, **arguments | {"headdim": None})
 

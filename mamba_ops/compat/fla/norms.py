@@ -71,7 +71,7 @@ def layer_norm_gated(
     name = "rms_norm_gated" if is_rms_norm else "layer_norm_gated"
     if activation not in GATES:
         raise ValueError(f"{name}: activation: got {activation!r}, expected {', '.join(map(repr, GATES))}")
-    floating(name, x=x, g=g, residual=residual)
+    floating(name, x=x, g=g, residual=residual, weight=weight, bias=bias)
     total = upcast(x) if residual is None else upcast(x) + residual
     y = normalised(total, weight, bias, eps, is_rms_norm) * GATES[activation](upcast(g.reshape(x.shape)))
     kept = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype

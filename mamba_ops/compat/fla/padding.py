@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba_ops.compat.arguments import whole
 from mamba_ops.compat.fla.index import prepare_cu_seqlens_from_mask, prepare_lens_from_mask
-from mamba_ops.registry.errors import ArgumentTypeError
+from mamba_ops.registry import answering
 
 
+@answering
 def get_unpad_data(attention_mask: Tensor) -> tuple[Tensor, Tensor, int]:
     """Return which tokens of flat rows a mask keeps, where rows end without the others, and the longest's length.
 
@@ -22,19 +24,21 @@ def get_unpad_data(attention_mask: Tensor) -> tuple[Tensor, Tensor, int]:
     return attention_mask.flatten().nonzero().flatten(), prepare_cu_seqlens_from_mask(attention_mask), longest
 
 
+@answering
 def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
     """Return entries of the first axis, x[indices]. Differentiable."""
-    if not isinstance(x, Tensor) or x.dim() < 2:
-        got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise ArgumentTypeError(f"index_first_axis: x: got {got}, expected a tensor of two axes or more")
+    if x.dim() < 2:
+        raise ValueError(f"index_first_axis: x: got shape {tuple(x.shape)}, expected two axes or more")
     return x[indices]
 
 
+@answering
 def index_put_first_axis(x: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
     """Return zeros whose first axis has `first_axis_dim` entries, with x at `indices`. Differentiable."""
     return x.new_zeros(first_axis_dim, *x.shape[1:]).index_put((indices.long(),), x)
 
 
+@answering
 def pad_input(hidden_states: Tensor, indices: Tensor, batch_size: int, seq_len: int) -> Tensor:
     """Return packed tokens `(tokens, ...)` as rows `(batch_size, seq_len, ...)`, zeros elsewhere. Differentiable.
 
@@ -43,12 +47,14 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch_size: int, seq_len: 
         indices: `(tokens,)`, where each is in the flat rows, as `get_unpad_data` tells.
         batch_size, seq_len: of the rows.
     """
+    whole("pad_input", batch_size=batch_size, seq_len=seq_len)
     rows: Tensor = index_put_first_axis(hidden_states, indices, batch_size * seq_len).unflatten(
         0, (batch_size, seq_len)
     )
     return rows
 
 
+@answering
 def unpad_input(
     q: Tensor, states: Sequence[Tensor], attention_mask: Tensor, q_len: int, keepdim: bool = False
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor, tuple[Tensor, Tensor], tuple[int, int]]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mamba_ops.compat.arguments import States, floating
+from mamba_ops.compat.arguments import States, floating, whole
 from mamba_ops.compat.mamba_ssm.chunks import chunk_scan, chunk_state, state_passing
 from mamba_ops.registry import answering
 
@@ -12,6 +12,8 @@ from mamba_ops.registry import answering
 def segsum(x: Tensor) -> Tensor:
     """Return the sums of all segments of `(..., length)`: at [i, j] of x[j + 1] up to x[i], and -inf for j above i."""
     floating("segsum", x=x)
+    if not x.dim():
+        raise ValueError("segsum: x: got a number, expected a tensor with an axis of tokens")
     length = x.shape[-1]
     seen = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
     sums = x.unsqueeze(-1).expand(*x.shape, length).masked_fill(~seen.tril(-1), 0).cumsum(-2)
@@ -35,6 +37,7 @@ def ssd_minimal_discrete(
     """
     name = "ssd_minimal_discrete"
     floating(name, X=X, A=A, B=B, C=C, initial_states=initial_states)
+    whole(name, block_len=block_len)
     if X.dim() != 4 or A.shape != X.shape[:3] or X.shape[1] % block_len:
         got = f"shapes {tuple(X.shape)} and {tuple(A.shape)} in chunks of {block_len}"
         raise ValueError(f"{name}: X, A: got {got}, expected (batch, length, heads, dim) without its last axis for A")

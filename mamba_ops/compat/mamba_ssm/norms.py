@@ -50,7 +50,8 @@ def layer_norm_fn(
         The normalised sum; then with `weight1` the second one, with `prenorm` the sum, and the two masks.
     """
     name = "layer_norm_fn"
-    floating(name, x=x, residual=residual, x1=x1)
+    scales = {"weight": weight, "bias": bias, "weight1": weight1, "bias1": bias1}
+    floating(name, x=x, residual=residual, x1=x1, **scales)
     if x1 is not None and rowscale is not None:
         raise ValueError(f"{name}: rowscale: got a tensor and x1, expected one of the two")
     parts, masks = [], []
@@ -208,7 +209,7 @@ def layernorm_fn(
         norm_before_gate: whether the norm comes first.
         is_rms_norm: as for `layer_norm_fn`.
     """
-    floating("layernorm_fn", x=x, z=z)
+    floating("layernorm_fn", x=x, z=z, weight=weight, bias=bias)
     size = x.shape[-1]
     if group_size is not None and size % group_size:
         raise ValueError(f"layernorm_fn: group_size: got {group_size}, expected a divisor of {size}, the channels of x")

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import linear, softplus
 
-from mamba_ops.compat.arguments import States, flags, floating, numbers, only, upcast
+from mamba_ops.compat.arguments import States, flags, floating, numbers, only, upcast, whole
 from mamba_ops.compat.causal_conv1d import causal_conv1d_fn
 from mamba_ops.compat.mamba_ssm.scans import (
     mamba_chunk_scan_combined,
@@ -223,6 +223,7 @@ def selective_state_update_ref(
         return selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
+@answering
 def mamba_conv1d_scan_ref(
     xBC: Tensor,
     conv1d_weight: Tensor,
@@ -250,6 +251,8 @@ def mamba_conv1d_scan_ref(
         chunk_size: of no effect.
         dt, A, D, dt_bias, dt_softplus, dt_limit, activation: as for `ssd_selective_scan` and `causal_conv1d_fn`.
     """
+    floating("mamba_conv1d_scan_ref", xBC=xBC, dt=dt, D=D, z=z)
+    whole("mamba_conv1d_scan_ref", ngroups=ngroups)
     heads = dt.shape[2]
     if z is not None:
         headdim = z.shape[-1] // heads
