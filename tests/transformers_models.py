@@ -1,11 +1,20 @@
 """Small models of Transformers with random weights, one of each family whose mixers run on our ops."""
 
 import importlib
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
 
 VOCABULARY = 64
+
+
+def _is_there(file: str) -> bool:
+    package = importlib.util.find_spec("transformers")
+    folders = [] if package is None else package.submodule_search_locations or []
+    return any((Path(folder) / "models" / file).is_dir() for folder in folders)
+
 
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -242,7 +251,7 @@ _MODELS |= {
                 "index_kpool": 4,
                 "linear_head_dim": 8,
                 "linear_num_heads": 2,
-                "layer_types": ["linear_attention", "indexed_attention"],
+                "layer_types": ["linear_attention", "full_attention"],
                 "mlp_layer_types": ["dense", "dense"],
                 "hc_mult": 2,
             },
@@ -266,7 +275,7 @@ _MODELS |= {
             "shared_expert_intermediate_size": 16,
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
-            "layer_types": ["linear_attention", "indexed_attention"],
+            "layer_types": ["linear_attention", "full_attention"],
             "hc_count": 2,
             "hc_lowrank": 8,
             "indexer_n_heads": 2,
@@ -277,9 +286,11 @@ _MODELS |= {
         },
     ),
 }
-ALL_MODELS = tuple(_MODELS)
+EVERY_MODEL = tuple(_MODELS)
+ALL_MODELS = tuple(name for name, (file, *_) in _MODELS.items() if _is_there(file))
+"""Models that the installed Transformers has: older ones lack the newest."""
 WITH_EXPERTS = tuple(name for name, (*_, sizes) in _MODELS.items() if _LOOP.keys() <= sizes.keys())
-NOT_PACKED = ("inkling2", "glm5_next")
+NOT_PACKED = tuple(name for name in ("inkling2", "glm5_next") if name in ALL_MODELS)
 """Models that refuse packed documents: a part that is Transformers' own does not keep them apart."""
 NOT_FLOAT64 = ("inkling2",)
 """Models whose code does not run in float64."""
