@@ -135,8 +135,9 @@ class _Wrapped(nn.Module):
 def test_a_wrapped_projection_is_called(name: str) -> None:
     model = new_model(name, "cpu").train()
     with use_mamba_ops(model) as binding:
-        [file] = {function.rpartition(".")[0] for function in binding.bound}
-    kinds = mixers_of(vars(sys.modules[file]), file, {function.rpartition(".")[2] for function in binding.bound})
+        bound = [name.rpartition(".") for name in binding.bound]
+    functions = {function for *_, function in bound}
+    kinds = {kind for file, *_ in bound for kind in mixers_of(vars(sys.modules[file]), file, functions)}
     mixers = [module for module in model.modules() if isinstance(module, tuple(kinds))]
     assert mixers
     last = "o_proj" if hasattr(mixers[0], "o_proj") else "out_proj"
