@@ -146,10 +146,30 @@ def test_attention_keeps_documents_apart(name: str, use_cache: bool, device: tor
     idx = torch.repeat_interleave(torch.arange(3, device=device), torch.tensor(LENGTHS, device=device))[None]
     want = alone(model, row)
     with use_mamba_ops(model):
-        for told in ({"position_ids": positions(device)}, {"seq_idx": idx}, {"cu_seq_lens_q": ends}):
+        masked = {"seq_idx": idx, "attention_mask": torch.ones_like(row)}
+        for told in ({"position_ids": positions(device)}, {"seq_idx": idx}, {"cu_seq_lens_q": ends}, masked):
             got = model(row, use_cache=use_cache, **told).logits
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
             assert torch.equal(model(other, use_cache=use_cache, **told).logits[:, 7:], got[:, 7:])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["qwen3_5", "granitemoehybrid"])
+def test_padding_beside_documents(name: str, attention: str, device: torch.device) -> None:
+    """In a graph too."""
+    model, row = new_model(name, device, attn_implementation=attention), tokens(device)
+    idx = torch.repeat_interleave(torch.arange(3, device=device), torch.tensor(LENGTHS, device=device))[None]
+    padded = torch.cat((torch.zeros_like(row[:, :4]), row), 1)
+    mask = torch.ones_like(padded)
+    mask[:, :4] = 0
+    told = {"seq_idx": torch.cat((idx[:, :1].expand(-1, 4), idx), 1), "attention_mask": mask, "use_cache": False}
+    want = alone(model, row)
+    torch.compiler.reset()
+    with use_mamba_ops(model):
+        torch.testing.assert_close(model(padded, **told).logits[:, 4:], want, rtol=1e-4, atol=1e-4)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(padded, **told).logits[:, 4:], want, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(

@@ -104,14 +104,17 @@ def use_mamba_ops(model: nn.Module) -> Binding:
     The model trains as it did: in `train()` too its mixers call their projections and norms as modules, and honour the
     attention mask. Steps that decode one token record no gradients. Packed documents are kept apart if the model is
     called with `cu_seq_lens_q`; with `seq_idx`, or `position_ids` that begin anew and neither mask nor cache, where an
-    eager call waits for the device once. Mamba-1 mixers that read several tokens on top of a cache go on from its
-    state, where Transformers' own begin anew.
+    eager call waits for the device once. In a call without a cache the masks of its attention know of them too. A part
+    that cannot keep them apart refuses them; what is returned names it. Mamba-1 mixers that read several tokens on top
+    of a cache go on from its state, where Transformers' own begin anew.
+
+    Modules whose `forward` is their own, as hooks of accelerate make it, are told of documents if they are in `model`.
 
     Args:
         model: a model with such mixers, or any module that holds one.
 
     Raises:
-        ValueError: there are no such mixers in it.
+        ValueError: there are no such mixers in it, or one convolves with a width that no op has.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"use_mamba_ops: model: got a {type(model).__name__}, expected a module")

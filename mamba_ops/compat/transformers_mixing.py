@@ -63,11 +63,19 @@ class Documents(NamedTuple):
     seq_idx: Tensor | None
 
 
+class Attention(NamedTuple):
+    """What a model's attention is to know of documents: each token's place in its own, and the number of that."""
+
+    positions: Tensor
+    numbers: Tensor
+    is_masked: bool
+
+
 class _Here(threading.local):
     def __init__(self) -> None:  # in every thread: Dynamo guards that what a graph sets was there, or was not
         self.mixing: Mixing | None = None
         self.documents: Documents | None = None
-        self.positions: Tensor | None = None
+        self.attention: Attention | None = None
         self.is_inside = False
 
 
@@ -187,42 +195,41 @@ def telling(forward: Callable[..., Any], is_innermost: bool, has_deaf_attention:
     @functools.wraps(forward)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
-        before = _here.documents, _here.positions, _here.is_inside
+        before = _here.documents, _here.attention, _here.is_inside
         documents = _documents_of(given) or before[0]
-        positions = _positions_in(documents, given) if before[1] is None else before[1]
+        attention = _attention_of(documents, given) if before[1] is None else before[1]
         if is_innermost and documents is not None:
             if has_deaf_attention:
                 _refuse(self, _tokens_of(given), "its attention makes no mask by positions")
             if takes_more:
                 told = {"cu_seq_lens_q": documents.cu_seqlens, "seq_idx": documents.seq_idx}
                 kwargs |= {name: value for name, value in told.items() if value is not None}
-            if positions is not None and "position_ids" in names and given.get("position_ids") is None:
-                kwargs["position_ids"] = positions
+            if attention is not None and "position_ids" in names and given.get("position_ids") is None:
+                kwargs["position_ids"] = attention.positions
             if self.training:
                 _carry(self)
-        _here.documents, _here.positions, _here.is_inside = documents, positions, True
+        _here.documents, _here.attention, _here.is_inside = documents, attention, True
         try:
             return forward(self, *args, **kwargs)
         finally:
-            _here.documents, _here.positions, _here.is_inside = before
+            _here.documents, _here.attention, _here.is_inside = before
 
     return call
 
 
-def _positions_in(documents: Documents | None, given: dict[str, Any]) -> Tensor | None:
-    """Return each token's place in its document, for attention; with a mask or a cache it goes by these."""
-    tokens = _tokens_of(given)
-    if documents is None or tokens is None or given.get("attention_mask") is not None:
-        return None
-    if any(given.get(name) is not None for name in CACHES):
+def _attention_of(documents: Documents | None, given: dict[str, Any]) -> Attention | None:
+    """Return what attention is to know in a call without a cache, where documents are known."""
+    tokens, mask = _tokens_of(given), given.get("attention_mask")
+    if documents is None or tokens is None or any(given.get(name) is not None for name in CACHES):
         return None
     places = torch.arange(tokens.shape[1], device=tokens.device)
     if documents.seq_idx is not None:
-        begins = torch.where(begins_anew(documents.seq_idx), places, 0).cummax(1).values
-        return (places - begins).expand(tokens.shape[0], -1)
-    assert documents.cu_seqlens is not None
-    ends = documents.cu_seqlens.long()
-    return (places - ends[torch.bucketize(places, ends[1:].contiguous(), right=True)])[None]
+        numbers = begins_anew(documents.seq_idx).cumsum(1).expand(tokens.shape[0], -1)
+    else:
+        assert documents.cu_seqlens is not None
+        numbers = torch.bucketize(places, documents.cu_seqlens[1:].long(), right=True)[None]
+    begins = torch.where(begins_anew(numbers), places, 0).cummax(1).values
+    return Attention(places - begins, numbers, mask is not None)
 
 
 def _tokens_of(given: dict[str, Any]) -> Tensor | None:
@@ -236,20 +243,34 @@ MASKS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chun
 def hearing(make: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that makes the masks of a model's attention, and knows of its documents.
 
-    Transformers' own goes by positions, which some models do not hand down; where a new cache was made before, by none.
+    Transformers' own goes by positions, which some models do not hand down; with a mask, or where a new cache was made
+    before, by nothing.
     """
     names = list(inspect.signature(make).parameters)
     cache = next((name for name in CACHES if name in names), CACHES[-1])
 
     @functools.wraps(make)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if (positions := _here.positions) is None:
+        if (attention := _here.attention) is None:
             return make(*args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
+        if attention.is_masked:
+            return _apart(make(**given | {"allow_is_causal_skip": False}), attention.numbers)
         given = {name: value for name, value in given.items() if name not in CACHES}
-        return make(**given | {cache: None, "position_ids": positions})
+        return make(**given | {cache: None, "position_ids": attention.positions})
 
     return call
+
+
+def _apart(mask: Any, numbers: Tensor) -> Any:
+    """Return a mask `(batch, 1, length, length)` in which the documents of these numbers do not see each other.
+
+    What is no such mask, for kernels that take none, stays as it is.
+    """
+    if not isinstance(mask, Tensor) or mask.shape[-2:] != 2 * numbers.shape[1:]:
+        return mask
+    is_same = (numbers.unsqueeze(2) == numbers.unsqueeze(1)).unsqueeze(1)
+    return mask & is_same if mask.dtype == torch.bool else mask.masked_fill(~is_same, torch.finfo(mask.dtype).min)
 
 
 def refusing(forward: Callable[..., Any]) -> Callable[..., Any]:
