@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mamba_ops.audit import absent
 from mamba_ops.compat.transformers import cache_of, use_mamba_ops
-from tests.transformers_models import ALL_MODELS, VOCABULARY, new_model
+from tests.transformers_models import ALL_MODELS, VOCABULARY, WITH_EXPERTS, new_model
 
 LENGTHS = (5, 3, 8)
 _NEAR = {"rtol": 1e-4, "atol": 1e-4}
@@ -25,7 +25,8 @@ class _Subject:
 
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
-        self.name, self.model = name, new_model(name, "cpu")
+        experts = {"experts_implementation": "grouped_mm"} if name in WITH_EXPERTS else {}  # as by default
+        self.name, self.model = name, new_model(name, "cpu", **experts)
         self.tokens = torch.randint(3, VOCABULARY, (2, sum(LENGTHS)))
 
     def stock_and_ours(self, call: Callable[[], Any]) -> tuple[Any, Any]:

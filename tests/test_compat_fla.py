@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from mamba_ops.compat import fla
-from mamba_ops.compat.fla import convolution, delta_rule, index, kda, norms
+from mamba_ops.compat.fla import convolution, delta_rule, index, kda, norms, padding
 from mamba_ops.registry import use_backend
 from tests.compat_inputs import GDN, compat, delta_rule_arguments, gdn_arguments
 
@@ -238,6 +238,88 @@ def test_indices_of_packed_sequences() -> None:
     assert index.prepare_chunk_indices(ends, 2).tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [3, 0]]
     assert index.prepare_chunk_offsets(ends, 2).tolist() == [0, 3, 4, 4, 5]
     assert index.tensor_cache(index.prepare_lens) is index.prepare_lens
+    rows, offsets = index.prepare_chunk_indices_static(ends, 2, 7)
+    assert rows.tolist() == [*index.prepare_chunk_indices(ends, 2).tolist(), [-1, 0], [-1, 0]]
+    assert offsets.tolist() == [0, 3, 4, 4, 5]
+    assert index.get_max_num_splits(ends, 2) == index.get_max_num_splits(ends, 2, ends) == 3
+    assert index.prepare_split_cu_seqlens(split_size=2, cu_seqlens=ends).tolist() == [0, 2, 4, 5, 7, 8]
+    assert index.prepare_split_cu_seqlens(2, 5, 3, dtype=torch.int64).tolist() == [0, 3, 5, 8, 10]
+    with pytest.raises(TypeError, match="prepare_split_cu_seqlens: cu_seqlens: got None, expected a tensor, or batch"):
+        index.prepare_split_cu_seqlens(split_size=2)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (
+            lambda ends: index.prepare_split_cu_seqlens(cu_seqlens=ends),
+            "prepare_split_cu_seqlens: split_size: got None",
+        ),
+        (lambda ends: index.prepare_chunk_indices(ends, 0), "prepare_chunk_indices: chunk_size: got 0"),
+        (lambda ends: index.prepare_chunk_offsets(ends, -1), "prepare_chunk_offsets: chunk_size: got -1"),
+        (lambda ends: index.prepare_chunk_indices_static(ends, 2, -1), "prepare_chunk_indices_static: nt_max: got -1"),
+        (lambda ends: index.get_max_num_splits(ends, 0), "get_max_num_splits: chunk_size: got 0"),
+        (lambda ends: index.prepare_position_ids(ends[0]), "prepare_position_ids: cu_seqlens: got"),
+        (lambda ends: index.pack_sequence(None, ends), "pack_sequence: x: got None"),
+        (lambda ends: index.unpack_sequence(ends.float(), ends), "unpack_sequence: x, cu_seqlens: got"),
+        (lambda ends: padding.get_unpad_data(None), "prepare_lens_from_mask: mask: got None"),
+        (lambda ends: padding.pad_input(torch.zeros(5, 2), ends, 2, 0), "pad_input: seq_len: got 0"),
+    ],
+)
+def test_what_is_no_packing_is_refused(call: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=rf"^(prepare_lens: |){says}"):
+        call(torch.tensor([0, 5, 7, 7, 8]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_goes_and_comes_back(side: str) -> None:
+    ends, rows = torch.tensor([0, 3, 3, 5]), torch.randn(3, 4, 2, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]])
+    mask = mask.flip(1) if side == "left" else mask
+    rows = (rows * mask.unsqueeze(-1)).requires_grad_()
+    packed = index.pack_sequence(rows, ends, side)
+    assert torch.equal(packed, rows[mask.bool()])
+    assert torch.equal(index.unpack_sequence(packed, ends, side, rows.shape), rows)
+    assert index.unpack_sequence(packed, ends, side).shape == (3, 3, 2)
+    with torch.enable_grad():
+        assert torch.autograd.gradcheck(lambda x: index.unpack_sequence(index.pack_sequence(x, ends, side), ends), rows)
+    with pytest.raises(ValueError, match="padding_side: got 'top', expected 'left' or 'right'"):
+        index.pack_sequence(rows, ends, "top")
+    indices, ends_of_mask, longest = padding.get_unpad_data(mask)
+    assert (ends_of_mask.tolist(), longest) == ([0, 3, 3, 5], 3)
+    assert torch.equal(padding.index_first_axis(rows.flatten(0, 1), indices), packed)
+    assert torch.equal(padding.pad_input(packed, indices, 3, 4), rows)
+    q, (k,), _, both, _ = padding.unpad_input(rows, (rows,), mask, 4, keepdim=True)
+    assert torch.equal(q, k)
+    assert q.shape == (1, 5, 2)
+    assert both[0] is both[1]
+    q, (k,), places, (q_ends, _), lengths = padding.unpad_input(rows[:, :1], (rows,), mask, 1)
+    assert (q.shape, places.tolist(), q_ends.tolist(), lengths) == ((3, 2), [0, 1, 2], [0, 1, 2, 3], (1, 3))
+    with pytest.raises(NotImplementedError, match="unpad_input: q_len: got 2, expected 4"):
+        padding.unpad_input(rows[:, :2], (rows,), mask, 2)
+    with pytest.raises(ValueError, match="index_first_axis: x: got shape"):
+        padding.index_first_axis(indices, indices)
+
+
+def test_states_of_a_layer_are_found_by_its_number() -> None:
+    class Cache(list):  # type: ignore[type-arg]
+        def update(self, layer_idx: int, **states: Any) -> None:
+            self.append((layer_idx, states))
+
+    layer, cache = nn.Linear(1, 1), Cache()
+    assert padding.get_layer_cache(layer, None) is None
+    with pytest.raises(ValueError, match="Linear: layer_idx: got None, expected a number"):
+        padding.get_layer_cache(layer, cache)
+    layer.layer_idx = 0
+    assert padding.get_layer_cache(layer, cache) is None
+    assert padding.update_layer_cache(layer, cache, state=1) is cache
+    assert padding.get_layer_cache(layer, cache) == (0, {"state": 1})
+
+
+def test_mamba2s_norm_of_fla_has_the_gate_first() -> None:
+    norm, (x, z) = norms.RMSNormGated(8, group_size=4), torch.randn(2, 3, 8)
+    gated = (x * functional.silu(z)).unflatten(-1, (2, 4))
+    torch.testing.assert_close(norm(x, z), functional.rms_norm(gated, (4,), eps=1e-5).flatten(-2))
 
 
 # -- Kimi Delta Attention ---------------------------------------------------------------------------------------------

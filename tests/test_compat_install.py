@@ -75,18 +75,62 @@ def test_metadata_tell_of_it(name: str) -> None:
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("fla.ops.chunk_gla", "no other kind of attention"),
-        ("fla.layers", "no other kind of attention"),
+        ("fla.ops.chunk_gla", "other kinds of attention"),
+        ("fla.layers.GatedDeltaNet", "no layers"),
+        ("fla.models", "no layers, models"),
+        ("fla.utils.input_guard", "other kinds of attention"),
+        ("fla.ops.gated_delta_rule.chunk.chunk_gated_delta_rule_fwd", "other kinds of attention"),
         ("mamba_ssm.ops.triton.mamba3", "neither kernels of Mamba-3"),
+        ("mamba_ssm.ops.selective_scan_interface.SelectiveScanFn", "neither kernels of Mamba-3"),
+        ("causal_conv1d.causal_conv1d_interface.CausalConv1dFn", "the functions alone"),
     ],
 )
 def test_what_is_not_here_says_so(path: str, says: str) -> None:
+    """Modules, and names of modules that are there; to those who look for an attribute, too."""
     parent, _, name = path.rpartition(".")
-    with install("fla", "mamba_ssm"):
-        with pytest.raises(ImportError, match=says):
+    with install("causal_conv1d", "fla", "mamba_ssm"):
+        with pytest.raises(ModuleNotFoundError, match=f"{path}: .*{says}"):
             importlib.import_module(path)
-        with pytest.raises(ImportError, match=says):
+        with pytest.raises(ModuleNotFoundError, match=f"{path}: .*{says}"):
             exec(f"from {parent} import {name}")
+        module = importlib.import_module(parent)
+        with pytest.raises(AttributeError, match=f"module '{parent}' has no attribute '{name}': .*{says}"):
+            getattr(module, name)
+        assert not hasattr(module, "__all__")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from mamba_ssm.models.mixer_seq_simple import GenerationMixin, MixerModel, _init_weights, load_config_hf",
+        "from mamba_ssm.modules.mamba_simple import Block, Mamba, causal_conv1d_fn, mamba_inner_fn, selective_scan_fn",
+        "from mamba_ssm.modules.mamba2 import Mamba2, RMSNormGated, mamba_split_conv1d_scan_combined",
+        "from mamba_ssm.distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear",
+        "from mamba_ssm.distributed.distributed_utils import all_reduce, reduce_scatter",
+        "from mamba_ssm.ops.triton.ssd_combined import chunk_state, mamba_conv1d_scan_ref, state_passing",
+        "from mamba_ssm.ops.triton.layernorm import RMSNorm, layer_norm_fn, rms_norm_fn, rms_norm_ref",
+        "from fla.layers.utils import get_layer_cache, get_unpad_data, index_first_axis, pad_input, unpad_input",
+        "from fla.modules.layernorm_gated import RMSNormGated",
+        "from fla.modules.conv.short_conv import ShortConvolution",
+        "from fla.ops.utils import pack_sequence, prepare_lens_from_mask, unpack_sequence",
+    ],
+)
+def test_what_layers_of_others_import(line: str) -> None:
+    """Names that a module of the original has from others, and what its mixers import."""
+    with install(*NAMES):
+        exec(line)
+
+
+def test_one_rank_is_all_there_is() -> None:
+    with install("mamba_ssm"):
+        split: Any = importlib.import_module("mamba_ssm.distributed.tensor_parallel")
+        between: Any = importlib.import_module("mamba_ssm.distributed.distributed_utils")
+    for name in ("ColumnParallelLinear", "RowParallelLinear"):
+        with pytest.raises(ValueError, match=rf"{name}: process_group: got one, expected .*mamba_ops\.distributed"):
+            getattr(split, name)(8, 8, process_group=object())
+    for name in ("all_reduce", "reduce_scatter"):
+        with pytest.raises(ValueError, match=f"{name}: process_group: got one"):
+            getattr(between, name)(None, object())
 
 
 def test_undo_works_in_any_order() -> None:

@@ -14,10 +14,9 @@ pytest.importorskip("transformers")
 
 from mamba_ops.compat.transformers import cache_of, use_mamba_ops
 from mamba_ops.registry import use_backend
-from tests.transformers_models import ALL_MODELS, VOCABULARY, new_model
+from tests.transformers_models import ALL_MODELS, NOT_FLOAT64, NOT_PACKED, VOCABULARY, new_model
 
 CUTS = (0, 7, 9, 21)
-ATTENTION_FREE = ("mamba", "falcon_mamba", "mamba2")
 NOT_DAILY = tuple(name for name in ALL_MODELS if name not in ("mamba", "mamba2", "jamba", "qwen3_5", "lfm2"))
 
 
@@ -32,28 +31,24 @@ def names(*without: str) -> list[Any]:
     return [pytest.param(n, marks=pytest.mark.slow) if n in NOT_DAILY else n for n in kept]
 
 
-def packings(device: torch.device, *, also_alone: bool) -> list[dict[str, Tensor]]:
-    """Ways to say it. Attention goes by positions, where there is any."""
+def packings(device: torch.device) -> list[dict[str, Tensor]]:
+    """Ways to say it."""
     lengths = torch.tensor([b - a for a, b in itertools.pairwise(CUTS)])
     positions = torch.cat([torch.arange(int(n)) for n in lengths])[None].to(device)
     idx = torch.repeat_interleave(torch.arange(3, dtype=torch.int32), lengths)[None].to(device)
     ends = torch.tensor(CUTS, dtype=torch.int32, device=device)
     said: list[dict[str, Tensor]] = [{"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}, {"seq_idx": idx}]
-    with_positions: list[dict[str, Tensor]] = [{"position_ids": positions} | way for way in ({}, *said)]
-    return with_positions + (said if also_alone else [])
+    return [{"position_ids": positions} | way for way in ({}, *said)] + said
 
 
 def documents(device: torch.device) -> list[Tensor]:
     return [torch.randint(3, VOCABULARY, (1, b - a), device=device) for a, b in itertools.pairwise(CUTS)]
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", names(*NOT_PACKED))
 def test_documents_are_themselves_alone(name: str, device: torch.device) -> None:
     """In evaluation and in training, with their gradients."""
-    changes = {}
-    if name == "granitemoehybrid":  # whose attention does not tell its mask of positions
-        changes["layer_types"] = ["linear_attention", "linear_attention"]
-    model, docs = new_model(name, device, **changes).double(), documents(device)
+    model, docs = new_model(name, device).double(), documents(device)
     with torch.no_grad():
         want = torch.cat([model(doc, use_cache=False).logits for doc in docs], 1)
     tokens, weight = torch.cat(docs, 1), torch.randn_like(want)
@@ -61,7 +56,7 @@ def test_documents_are_themselves_alone(name: str, device: torch.device) -> None
         alone = torch.cat([model(doc, use_cache=False).logits for doc in docs], 1)
         parameters = [p for p in model.parameters() if p.requires_grad]
         want_grads = torch.autograd.grad((alone * weight).sum(), parameters, allow_unused=True)
-        for packing in packings(device, also_alone=name in ATTENTION_FREE):
+        for packing in packings(device):
             with torch.inference_mode():
                 got = model(tokens, use_cache=False, **packing).logits
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -75,7 +70,7 @@ def test_documents_are_themselves_alone(name: str, device: torch.device) -> None
 def test_documents_in_checkpointed_layers(name: str, device: torch.device) -> None:
     """A layer that is computed once more in backward is told again."""
     model, tokens = new_model(name, device).double(), torch.cat(documents(device), 1)
-    packing = packings(device, also_alone=False)[0]
+    packing = packings(device)[0]
     # On a GPU layers are computed once more on another thread, where use_backend does not hold.
     with use_mamba_ops(model), torch.autograd.set_multithreading_enabled(False):
         grads = []
@@ -101,7 +96,7 @@ def test_one_graph_over_packings(name: str, device: torch.device) -> None:
         graphs += 1
         return graph
 
-    idx = packings(device, also_alone=True)[2]["seq_idx"]
+    idx = packings(device)[2]["seq_idx"]
     ends = torch.tensor(CUTS, device=device)
     places = {"position_ids": torch.arange(21, device=device)[None]} if name == "qwen3_5" else {}
     with use_mamba_ops(model):
@@ -125,7 +120,7 @@ def test_one_graph_over_packings(name: str, device: torch.device) -> None:
 def test_the_first_call_of_a_thread_may_be_compiled(device: torch.device) -> None:
     """Dynamo guards that what a graph sets on the thread was there before, or was not."""
     model, tokens = new_model("mamba2", device), torch.cat(documents(device), 1)
-    idx, found = packings(device, also_alone=True)[2]["seq_idx"], []
+    idx, found = packings(device)[2]["seq_idx"], []
 
     def run() -> None:
         with torch.no_grad():
@@ -141,7 +136,7 @@ def test_the_first_call_of_a_thread_may_be_compiled(device: torch.device) -> Non
 @pytest.mark.usefixtures("no_grad")
 def test_positions_are_seen_in_graphs(device: torch.device) -> None:
     model, tokens = new_model("qwen3_5", device).double(), torch.cat(documents(device), 1)
-    [packing, *_] = packings(device, also_alone=False)
+    [packing, *_] = packings(device)
     with use_mamba_ops(model):
         want = model(tokens, use_cache=False, **packing).logits
         call = torch.compile(lambda: model.model(tokens, use_cache=False, **packing), fullgraph=True, backend="eager")
@@ -156,14 +151,14 @@ def test_layers_that_others_checkpoint_are_refused(device: torch.device) -> None
         layer.forward = lambda *args, forward=forward, **more: checkpoint(forward, *args, **more, use_reentrant=False)
     with use_mamba_ops(model):
         model(tokens, use_cache=False).logits.sum().backward()
-        loss = model(tokens, use_cache=False, **packings(device, also_alone=True)[-1]).logits.sum()
+        loss = model(tokens, use_cache=False, **packings(device)[-1]).logits.sum()
         with pytest.raises(
             ValueError, match="MambaMixer: seq_idx, cu_seq_lens_q, position_ids: got a call that does no"
         ):
             loss.backward()
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", names(*NOT_FLOAT64))
 @pytest.mark.usefixtures("no_grad")
 def test_a_prompt_in_parts_is_the_whole(name: str, device: torch.device) -> None:
     """Three calls of several tokens on one cache. Stock Mamba-1 mixers begin anew in each."""

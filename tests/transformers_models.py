@@ -1,11 +1,20 @@
 """Small models of Transformers with random weights, one of each family whose mixers run on our ops."""
 
 import importlib
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
 
 VOCABULARY = 64
+
+
+def _is_there(file: str) -> bool:
+    package = importlib.util.find_spec("transformers")
+    folders = [] if package is None else package.submodule_search_locations or []
+    return any((Path(folder) / "models" / file).is_dir() for folder in folders)
+
 
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -27,6 +36,7 @@ _GDN = {
 }
 _SSD = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_chunk_size": 16}
 _EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+_LOOP = {"experts_implementation": "eager"}  # a kernel for grouped experts takes no float64
 _MODELS = {  # the modeling file, the model, its config and that config's sizes
     "mamba": ("mamba", "MambaForCausalLM", "MambaConfig", _MAMBA),
     "falcon_mamba": ("falcon_mamba", "FalconMambaForCausalLM", "FalconMambaConfig", _MAMBA),
@@ -119,14 +129,13 @@ _MODELS |= {  # further models whose mixers are of those kinds, or have their sh
         "qwen3_5_moe",
         "Qwen3_5MoeForCausalLM",
         "Qwen3_5MoeTextConfig",
-        # a kernel for grouped experts takes no float64
         {
             **_ATTENTION,
             **_GDN,
             **_EXPERTS,
             "num_experts_per_tok": 2,  # gradients of a router that takes one are rounding alone
             "shared_expert_intermediate_size": 16,
-            "experts_implementation": "eager",
+            **_LOOP,
         },
     ),
     "lfm2": ("lfm2", "Lfm2ForCausalLM", "Lfm2Config", {**_ATTENTION, "layer_types": ["conv", "full_attention"]}),
@@ -150,7 +159,141 @@ _MODELS |= {  # further models whose mixers are of those kinds, or have their sh
         },
     ),
 }
-ALL_MODELS = tuple(_MODELS)
+_TWO_EXPERTS = {"moe_intermediate_size": 16, "num_experts": 2, "num_experts_per_tok": 2, **_LOOP}
+_LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16}
+_RELATIVE = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "swa_num_attention_heads": 2,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
+    "d_rel": 4,
+    "rel_extent": 32,
+    "layer_types": ["hybrid_sliding", "hybrid"],
+    "unpadded_vocab_size": VOCABULARY,
+}
+_MODELS |= {
+    "lfm2_moe": (
+        "lfm2_moe",
+        "Lfm2MoeForCausalLM",
+        "Lfm2MoeConfig",
+        {
+            **_ATTENTION,
+            **_TWO_EXPERTS,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "full_attention"],
+        },
+    ),
+    "lfm3": (
+        "lfm3",
+        "Lfm3ForCausalLM",
+        "Lfm3Config",
+        {**_ATTENTION, "head_dim": 16, "layer_types": ["conv", "full_attention"]},
+    ),
+    "bailing_hybrid": (
+        "bailing_hybrid",
+        "BailingHybridForCausalLM",
+        "BailingHybridConfig",
+        {
+            **_ATTENTION,
+            **_LATENT,
+            "qk_rope_head_dim": 8,
+            "head_dim": 8,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_mtp_layers": 0,
+            "layer_types": ["linear_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "dense"],
+        },
+    ),
+    "inkling": (
+        "inkling",
+        "InklingForCausalLM",
+        "InklingTextConfig",
+        {
+            **_RELATIVE,
+            "intermediate_size": 48,
+            "mlp_layer_types": ["dense", "dense"],
+            "logits_mup_width_multiplier": 1.0,
+        },
+    ),
+    "inkling2": (
+        "inkling2",
+        "Inkling2ForCausalLM",
+        "Inkling2TextConfig",
+        {
+            **_RELATIVE,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 2,
+            "num_experts_per_tok": 2,
+            "n_layers_per_attn_res_block": 1,
+            **_LOOP,
+        },
+    ),
+    "glm5_next": (
+        "glm5_next",
+        "Glm5NextForConditionalGeneration",
+        "Glm5NextConfig",
+        {
+            "text_config": {
+                **_COMMON,
+                **_ATTENTION,
+                **_LATENT,
+                "n_routed_experts": 2,
+                "num_experts_per_tok": 1,
+                "q_lora_rank": 16,
+                "index_topk": 32,
+                "index_head_dim": 8,
+                "index_n_heads": 2,
+                "index_kpool": 4,
+                "linear_head_dim": 8,
+                "linear_num_heads": 2,
+                "layer_types": ["linear_attention", "full_attention"],
+                "mlp_layer_types": ["dense", "dense"],
+                "hc_mult": 2,
+            },
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 32,
+                "projection_intermediate_size": 16,
+            },
+        },
+    ),
+    "qwen4_exp": (
+        "qwen4_exp",
+        "Qwen4ExpForCausalLM",
+        "Qwen4ExpTextConfig",
+        {
+            **_GDN,
+            **_TWO_EXPERTS,
+            "shared_expert_intermediate_size": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "hc_count": 2,
+            "hc_lowrank": 8,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 32,
+            "indexer_compress_ratio": 4,
+        },
+    ),
+}
+EVERY_MODEL = tuple(_MODELS)
+ALL_MODELS = tuple(name for name, (file, *_) in _MODELS.items() if _is_there(file))
+"""Models that the installed Transformers has: older ones lack the newest."""
+WITH_EXPERTS = tuple(name for name, (*_, sizes) in _MODELS.items() if _LOOP.keys() <= sizes.keys())
+NOT_PACKED = tuple(name for name in ("inkling2", "glm5_next") if name in ALL_MODELS)
+"""Models that refuse packed documents: a part that is Transformers' own does not keep them apart."""
+NOT_FLOAT64 = ("inkling2",)
+"""Models whose code does not run in float64."""
 
 
 def new_model(name: str, device: torch.device | str, **changes: Any) -> Any:

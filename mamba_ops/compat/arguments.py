@@ -65,6 +65,15 @@ def numbers(function: str, **values: object) -> None:
             raise ValueError(f"{function}: {name}: got a tensor, expected a number")
 
 
+def whole(function: str, **values: object) -> None:
+    """Raise about what is no whole number of 1 or more."""
+    for name, value in values.items():
+        try:
+            checking.whole_number(name, value)
+        except ValueError as error:
+            raise in_call_of(function, error) from None
+
+
 def flags(function: str, **values: object) -> None:
     """Raise about a flag, which the op calls otherwise, that is no truth value."""
     for name, value in values.items():

@@ -25,7 +25,7 @@ from mamba_ops.ops._common.values import slots_in_cache
 from mamba_ops.registry import answering, bad_argument, use_backend
 from mamba_ops.registry.errors import in_call_of
 
-_WIDEST = 8
+WIDEST = 8
 _LONGEST = 2**16  # inputs that a state keeps: more would be memory alone, by mistake all that there is
 
 
@@ -132,15 +132,15 @@ def causal_conv1d_update(
     name = "causal_conv1d_update"
     silu = is_silu(name, activation)
     state_len, width = conv_state.shape[2], weight.shape[1]
-    if not 2 <= width <= _WIDEST:
-        raise ValueError(f"{name}: weight: got width {width}, expected a width of 2 to {_WIDEST}")
+    if not 2 <= width <= WIDEST:
+        raise ValueError(f"{name}: weight: got width {width}, expected a width of 2 to {WIDEST}")
     if state_len < width - 1:
         raise ValueError(
             f"{name}: conv_state: got state_len {state_len}, expected at least {width - 1}; "
             "it holds the last width - 1 inputs"
         )
     rows = x if x.dim() == 2 else x.transpose(1, 2)
-    if cache_seqlens is None and state_len < _WIDEST:
+    if cache_seqlens is None and state_len < WIDEST:
         if spare := state_len + 1 - width:
             # The op's window begins in column 0, the original's ends in the last one. With a tap of weight zero for
             # each spare column the two are the same, and all columns shift.

@@ -1,6 +1,7 @@
 """Puts our names at the import paths of other libraries, so that code written for these runs as it is."""
 
 import contextlib
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -114,12 +115,11 @@ class _Finder(importlib.abc.MetaPathFinder):
         library = self._shown.get(fullname.partition(".")[0])
         if library is None:
             return None
-        if fullname in library.modules:
-            is_package = any(name.startswith(f"{fullname}.") for name in library.modules)
-            return importlib.machinery.ModuleSpec(
-                fullname, _loader, origin=f"mamba_ops.compat for {fullname}", is_package=is_package
-            )
-        raise ImportError(f"{fullname}: {library.why_not(fullname)}", name=fullname)
+        if fullname in library.modules:  # all are packages: what is imported from one and not there is looked for here
+            origin = f"mamba_ops.compat for {fullname}"
+            return importlib.machinery.ModuleSpec(fullname, _loader, origin=origin, is_package=True)
+        # Without a name: the import of names takes an error that has one for a module that need not be there.
+        raise ModuleNotFoundError(f"{fullname}: {library.why_not()}")
 
     def find_distributions(
         self, context: importlib.metadata.DistributionFinder.Context | None = None
@@ -145,10 +145,16 @@ class _Loader(importlib.abc.Loader):
             for name in names.split():
                 theirs, _, own = name.partition("=")
                 setattr(module, theirs, getattr(ours, own or theirs))
+        vars(module)["__getattr__"] = functools.partial(_no_attribute, module.__name__, library)
         if module.__name__ == root:
             module.__dict__["__version__"] = library.version
             for name in library.modules:
                 importlib.import_module(name)
+
+
+def _no_attribute(module: str, library: Library, name: str) -> NoReturn:
+    why = "" if name.startswith("__") else f": {library.why_not()}"
+    raise AttributeError(f"module {module!r} has no attribute {name!r}{why}")
 
 
 class _Distribution(importlib.metadata.Distribution):

@@ -23,8 +23,8 @@ class Library:
     modules: Mapping[str, Mapping[str, str]]
     others: str
 
-    def why_not(self, path: str) -> str:
-        """Return why a path of the original is none here."""
+    def why_not(self) -> str:
+        """Return why a path or name of the original is none here."""
         return (
             f"mamba_ops.compat stands for {self.name} {self.version}, and does not have this; {self.others}; "
             f"install {self.distributions[0]} itself for it, without mamba_ops.compat.install({self.name!r})"
@@ -38,9 +38,21 @@ _SHORT = "ShortConvolution causal_conv1d causal_conv1d_update causal_conv1d_upda
 _GATED = "FusedLayerNormGated FusedRMSNormGated FusedRMSNormSwishGate layer_norm_gated rms_norm_gated"
 _GDN = "chunk_gdn=chunk_gated_delta_rule fused_recurrent_gdn=fused_recurrent_gated_delta_rule"
 _INDEX = (
-    "prepare_chunk_indices prepare_chunk_offsets prepare_cu_seqlens_from_lens prepare_cu_seqlens_from_mask "
-    "prepare_lens prepare_lens_from_mask prepare_position_ids prepare_sequence_ids prepare_token_indices"
+    "get_max_num_splits prepare_chunk_indices prepare_chunk_indices_static prepare_chunk_offsets "
+    "prepare_cu_seqlens_from_lens prepare_cu_seqlens_from_mask prepare_lens prepare_lens_from_mask "
+    "prepare_position_ids prepare_sequence_ids prepare_split_cu_seqlens prepare_token_indices tensor_cache"
 )
+_PACK = "pack_sequence unpack_sequence"
+_LAYER_NORM = "RMSNorm layer_norm_fn rms_norm_fn layer_norm_linear_fn layer_norm_ref rms_norm_ref"
+_STEPS = (
+    "chunk_scan chunk_scan_ref=chunk_scan chunk_state chunk_state_ref=chunk_state chunk_state_varlen "
+    "state_passing state_passing_ref=state_passing"
+)
+_MIXER_NORM = "RMSNorm layer_norm_fn rms_norm_fn"
+_GROUPED = {
+    "fla.norms": "RMSNormGated",
+    "mamba_ssm.norms": "LayerNormGated layernorm_fn rms_norm_ref=rms_norm_gated_ref rmsnorm_fn",
+}
 _DELTA_RULE = "chunk_gated_delta_rule fused_recurrent_gated_delta_rule"
 _KDA = "chunk_kda fused_recurrent_kda"
 
@@ -69,19 +81,41 @@ _MAMBA_SSM = Library(
     ("mamba-ssm",),
     {
         "mamba_ssm": {"mamba_ssm": f"{_SCAN} mamba_inner_fn Mamba Mamba2 Mamba3 MambaLMHeadModel"},
+        "mamba_ssm.distributed": {},
+        "mamba_ssm.distributed.distributed_utils": {"mamba_ssm.ranks": "all_reduce reduce_scatter"},
+        "mamba_ssm.distributed.tensor_parallel": {"mamba_ssm.ranks": "ColumnParallelLinear RowParallelLinear"},
         "mamba_ssm.models": {},
         "mamba_ssm.models.config_mamba": {"mamba_ssm.models": "MambaConfig"},
         "mamba_ssm.models.mixer_seq_simple": {
-            "mamba_ssm.models": "MambaConfig MambaLMHeadModel MixerModel create_block",
+            "mamba_ssm": "Block GatedMLP MHA Mamba Mamba2",
+            "mamba_ssm.checkpoints": "load_config_hf load_state_dict_hf",
+            "mamba_ssm.generation": "GenerationMixin",
+            "mamba_ssm.models": "MambaConfig MambaLMHeadModel MixerModel _init_weights create_block",
+            "mamba_ssm.norms": _MIXER_NORM,
         },
         "mamba_ssm.modules": {},
-        "mamba_ssm.modules.block": {"mamba_ssm": "Block"},
-        "mamba_ssm.modules.mamba2": {"mamba_ssm": "Mamba2"},
-        "mamba_ssm.modules.mamba2_simple": {"mamba_ssm": "Mamba2Simple"},
-        "mamba_ssm.modules.mamba3": {"mamba_ssm": "Mamba3"},
-        "mamba_ssm.modules.mamba_simple": {"mamba_ssm": "Mamba Block"},
-        "mamba_ssm.modules.mha": {"mamba_ssm": "MHA"},
+        "mamba_ssm.modules.block": {"mamba_ssm": "Block", "mamba_ssm.norms": "RMSNorm layer_norm_fn"},
+        "mamba_ssm.modules.mamba2": {
+            "causal_conv1d": f"{_CONV} causal_conv1d_varlen_states",
+            "mamba_ssm": f"Mamba2 RMSNormGated selective_state_update {_SSD}",
+        },
+        "mamba_ssm.modules.mamba2_simple": {
+            "causal_conv1d": "causal_conv1d_fn",
+            "mamba_ssm": f"Mamba2Simple RMSNormGated {_SSD}",
+            "mamba_ssm.norms": "LayerNorm=LayerNormGated",
+        },
+        "mamba_ssm.modules.mamba3": {"mamba_ssm": "Mamba3 RMSNormGated"},
+        "mamba_ssm.modules.mamba_simple": {
+            "causal_conv1d": _CONV,
+            "mamba_ssm": f"Mamba Block {_SCAN} mamba_inner_fn selective_state_update",
+            "mamba_ssm.norms": _MIXER_NORM,
+        },
+        "mamba_ssm.modules.mha": {"causal_conv1d": _CONV, "mamba_ssm": "MHA"},
         "mamba_ssm.modules.mlp": {"mamba_ssm": "GatedMLP"},
+        "mamba_ssm.modules.ssd_minimal": {
+            "mamba_ssm": "mamba_chunk_scan_combined",
+            "mamba_ssm.minimal": "segsum segsum_unstable=segsum ssd_minimal_discrete",
+        },
         "mamba_ssm.ops": {},
         "mamba_ssm.ops.selective_scan_interface": {
             "mamba_ssm": f"{_SCAN} mamba_inner_fn",
@@ -89,14 +123,11 @@ _MAMBA_SSM = Library(
         },
         "mamba_ssm.ops.triton": {},
         "mamba_ssm.ops.triton.k_activations": {"mamba_ssm.norms": "swiglu"},
-        "mamba_ssm.ops.triton.layer_norm": {
-            "mamba_ssm.norms": "RMSNorm layer_norm_fn rms_norm_fn layer_norm_linear_fn",
-        },
-        "mamba_ssm.ops.triton.layernorm": {  # before 2.0
-            "mamba_ssm.norms": "RMSNorm layer_norm_fn rms_norm_fn layer_norm_linear_fn",
-        },
+        "mamba_ssm.ops.triton.layer_norm": {"mamba_ssm.norms": _LAYER_NORM},
+        "mamba_ssm.ops.triton.layernorm": {"mamba_ssm.norms": _LAYER_NORM},  # before 2.0
         "mamba_ssm.ops.triton.layernorm_gated": {
-            "mamba_ssm.norms": "LayerNorm=LayerNormGated RMSNorm=RMSNormGated layernorm_fn rmsnorm_fn",
+            "mamba_ssm.norms": "LayerNorm=LayerNormGated RMSNorm=RMSNormGated layernorm_fn "
+            "rms_norm_ref=rms_norm_gated_ref rmsnorm_fn",
         },
         "mamba_ssm.ops.triton.selective_state_update": {
             "mamba_ssm": "selective_state_update",
@@ -109,15 +140,19 @@ _MAMBA_SSM = Library(
         },
         "mamba_ssm.ops.triton.ssd_combined": {
             "mamba_ssm": _SSD,
-            "mamba_ssm.parts": "mamba_chunk_scan ssd_chunk_scan_combined_ref=mamba_chunk_scan ssd_selective_scan",
+            "mamba_ssm.chunks": _STEPS,
+            "mamba_ssm.norms": "rmsnorm_fn",
+            "mamba_ssm.parts": "mamba_chunk_scan mamba_conv1d_scan_ref mamba_split_conv1d_scan_ref "
+            "ssd_chunk_scan_combined_ref=mamba_chunk_scan ssd_selective_scan",
         },
         "mamba_ssm.ops.triton.ssd_state_passing": {
             "mamba_ssm.chunks": "state_passing state_passing_ref=state_passing _state_passing_fwd=state_passing_fwd",
         },
         "mamba_ssm.utils": {},
         "mamba_ssm.utils.generation": {
-            "mamba_ssm.generation": "DecodingCGCache GenerationMixin InferenceParams decode "
-            "modify_logit_for_repetition_penalty sample update_graph_cache",
+            "mamba_ssm.generation": "DecodingCGCache GenerationMixin InferenceParams capture_graph decode "
+            "modify_logit_for_repetition_penalty modify_logits_for_min_p_filtering modify_logits_for_top_k_filtering "
+            "modify_logits_for_top_p_filtering sample update_graph_cache",
         },
         "mamba_ssm.utils.hf": {"mamba_ssm.checkpoints": "load_config_hf load_state_dict_hf"},
     },
@@ -130,20 +165,31 @@ _FLA = Library(
     ("flash-linear-attention", "fla-core"),
     {
         "fla": {},
+        "fla.layers": {},
+        "fla.layers.utils": {
+            "fla.padding": "get_layer_cache get_unpad_data index_first_axis index_put_first_axis pad_input "
+            "require_cache_layer_idx unpad_input update_layer_cache",
+        },
         "fla.modules": {
             "fla": "FusedRMSNormGated RMSNorm ShortConvolution",
             "fla.norms": "FusedLayerNormGated FusedRMSNormSwishGate L2Norm",
         },
         "fla.modules.causal_conv1d": {"fla.convolution": _SHORT},
-        "fla.modules.conv": {"fla.convolution": _SHORT},  # before 0.6, as four more
+        "fla.modules.conv": {"fla.convolution": _SHORT},  # before 0.6, as six more
+        "fla.modules.conv.short_conv": {"fla.convolution": "ShortConvolution"},
         "fla.modules.convolution": {"fla.convolution": _SHORT},
         "fla.modules.fused_norm_gate": {"fla.norms": _GATED},
         "fla.modules.l2norm": {"fla.norms": "L2Norm l2_norm=l2norm l2norm"},
         "fla.modules.layernorm": {"fla.norms": "RMSNorm layer_norm rms_norm"},
-        "fla.modules.norm": {"fla.norms": "FusedLayerNormGated FusedRMSNormGated FusedRMSNormSwishGate L2Norm RMSNorm"},
+        "fla.modules.layernorm_gated": _GROUPED,
+        "fla.modules.norm": {
+            "fla.norms": "FusedLayerNormGated FusedRMSNormGated FusedRMSNormSwishGate L2Norm RMSNorm RMSNormGated",
+            "mamba_ssm.norms": "LayerNormGated",
+        },
         "fla.modules.norm.fused_norm_gate": {"fla.norms": _GATED},
         "fla.modules.norm.l2norm": {"fla.norms": "L2Norm l2_norm=l2norm l2norm"},
         "fla.modules.norm.layernorm": {"fla.norms": "RMSNorm layer_norm rms_norm"},
+        "fla.modules.norm.layernorm_gated": _GROUPED,
         "fla.ops": {"fla": f"{_DELTA_RULE} {_KDA}", "fla.delta_rule": _GDN},
         "fla.ops.gated_delta_rule": {
             "fla": _DELTA_RULE,
@@ -164,11 +210,13 @@ _FLA = Library(
         "fla.ops.kda.fused_recurrent": {"fla": "fused_recurrent_kda"},
         "fla.ops.kda.gate": {"fla.kda": "fused_kda_gate naive_kda_gate naive_kda_lowerbound_gate"},
         "fla.ops.kda.naive": {"fla.kda": "naive_chunk_kda naive_recurrent_kda"},
-        "fla.ops.utils": {"fla.index": _INDEX},
+        "fla.ops.utils": {"fla.index": f"{_INDEX} {_PACK}"},
         "fla.ops.utils.index": {"fla.index": _INDEX},
+        "fla.ops.utils.pack": {"fla.index": _PACK},
         "fla.utils": {"fla.index": "tensor_cache"},
     },
-    "it has the gated delta rule, KDA and the modules beside them, and no other kind of attention",
+    "it has the functions of the gated delta rule and KDA and the modules beside them, and no layers, models or other "
+    "kinds of attention",
 )
 
 LIBRARIES = {library.name: library for library in (_CAUSAL_CONV1D, _MAMBA_SSM, _FLA)}

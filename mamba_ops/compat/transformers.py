@@ -14,17 +14,20 @@ import functools
 import inspect
 import math
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from mamba_ops.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from mamba_ops.compat.causal_conv1d import WIDEST, causal_conv1d_fn, causal_conv1d_update
 from mamba_ops.compat.fla import delta_rule, kda
 from mamba_ops.compat.mamba_ssm import mamba_chunk_scan_combined, selective_scan_fn, selective_state_update
 from mamba_ops.compat.packing import Packed
-from mamba_ops.compat.transformers_mixing import current_mixing, mixers_of, models_of, noting, telling
+from mamba_ops.compat.transformers_mixing import MASKS, current_mixing, hearing, noting, refusing, telling
+from mamba_ops.compat.transformers_structure import call_instead, mixers_of, models_of, others_of, put_back
 
 
 @dataclass(eq=False)
@@ -33,7 +36,7 @@ class Binding:
 
     Attributes:
         bound: the functions that were replaced, as `file.function`.
-        not_bound: those that were not, each with the reason.
+        not_bound: those that were not, and classes that compute something by code of their own, each with the reason.
     """
 
     bound: list[str] = field(default_factory=list)
@@ -42,15 +45,14 @@ class Binding:
 
     def undo(self) -> None:
         """Put the originals back in each file that no other binding holds. A second call has no effect."""
-        while self._files:
-            file = self._files.pop()
-            held = _bindings[file]
-            held.bindings.remove(self)
-            if not held.bindings:
-                vars(sys.modules[file]).update(held.functions)
-                for kind, forward in held.forwards.items():
-                    kind.forward = forward
-                del _bindings[file]
+        with _lock:
+            while self._files:
+                file = self._files.pop()
+                held = _bindings[file]
+                held.bindings.remove(self)
+                if not held.bindings:
+                    held.put_back(vars(sys.modules[file]))
+                    del _bindings[file]
 
     def __enter__(self) -> "Binding":
         return self
@@ -69,16 +71,26 @@ class _Held:
 
     functions: dict[str, Any]
     forwards: dict[type[nn.Module], Any] = field(default_factory=dict)
+    modules: list[weakref.ref[nn.Module]] = field(default_factory=list)  # those with a forward of their own
     bindings: list[Binding] = field(default_factory=list)
 
-    def replace(self, kind: type[nn.Module], wrap: Callable[..., Any]) -> None:
+    def replace(self, kind: type[nn.Module], wrap: Callable[..., Any], model: nn.Module) -> None:
         if kind not in self.forwards:
             self.forwards[kind] = kind.forward
             kind.forward = wrap(kind.forward)
+        self.modules += [weakref.ref(m) for m in model.modules() if isinstance(m, kind) and call_instead(m, wrap)]
+
+    def put_back(self, names: dict[str, Any]) -> None:
+        names.update(self.functions)
+        for kind, forward in self.forwards.items():
+            kind.forward = forward
+        for module in self.modules:
+            put_back(module())
 
 
 _CACHES = ("cache", "cache_params", "past_key_values")  # what a cache is called, the newest name first
 _bindings: dict[str, _Held] = {}  # by file
+_lock = threading.RLock()
 
 
 def use_mamba_ops(model: nn.Module) -> Binding:
@@ -92,40 +104,78 @@ def use_mamba_ops(model: nn.Module) -> Binding:
     The model trains as it did: in `train()` too its mixers call their projections and norms as modules, and honour the
     attention mask. Steps that decode one token record no gradients. Packed documents are kept apart if the model is
     called with `cu_seq_lens_q`; with `seq_idx`, or `position_ids` that begin anew and neither mask nor cache, where an
-    eager call waits for the device once. Mamba-1 mixers that read several tokens on top of a cache go on from its
-    state, where Transformers' own begin anew.
+    eager call waits for the device once. In a call without a cache the masks of its attention know of them too. A part
+    that cannot keep them apart refuses them; what is returned names it. Mamba-1 mixers that read several tokens on top
+    of a cache go on from its state, where Transformers' own begin anew.
+
+    Modules whose `forward` is their own, as hooks of accelerate make it, are told of documents if they are in `model`.
 
     Args:
         model: a model with such mixers, or any module that holds one.
 
     Raises:
-        ValueError: there are no such mixers in it.
+        ValueError: there are no such mixers in it, or one convolves with a width that no op has.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"use_mamba_ops: model: got a {type(model).__name__}, expected a module")
-    files = {type(module).__module__ for module in model.modules()}
+    files = {kind.__module__ for module in model.modules() for kind in type(module).__mro__}
     wanted = {file: _functions_of(vars(sys.modules[file])) for file in files if file in sys.modules}
-    if not any(wanted.values()):
+    wanted = {file: functions for file, functions in sorted(wanted.items()) if functions}
+    if not wanted:
         expected = "a model of Transformers 5 with Mamba, Mamba-2, gated-delta-net or KDA mixers"
         raise ValueError(f"use_mamba_ops: model: got {type(model).__name__}, expected {expected}")
+    mixers = {file: mixers_of(vars(sys.modules[file]), file, functions) for file, functions in wanted.items()}
+    _check_convolutions(model, tuple(kind for kinds in mixers.values() for kind in kinds))
     binding = Binding()
-    for file, functions in sorted(wanted.items()):
-        if not functions:
-            continue
-        names = vars(sys.modules[file])
-        originals = {name: names[name] for name in functions if name in names}
-        mixers = mixers_of(names, file, functions)
-        held = _bindings.setdefault(file, _Held(originals))
-        held.bindings.append(binding)
-        for kind in mixers:
-            held.replace(kind, noting)
-        for kind, is_innermost in models_of(model, file, mixers).items():
-            held.replace(kind, functools.partial(telling, is_innermost=is_innermost))
-        binding._files.append(file)
-        binding.bound += [f"{file}.{name}" for name in originals]
-        binding.not_bound |= {f"{file}.{name}": "there is none" for name in functions if name not in originals}
-        names.update({name: functions[name] for name in originals})
+    with _lock:
+        for file, functions in wanted.items():
+            _bind(binding, model, file, functions, mixers[file])
     return binding
+
+
+def _bind(
+    binding: Binding,
+    model: nn.Module,
+    file: str,
+    functions: Mapping[str, Callable[..., Any]],
+    mixers: list[type[nn.Module]],
+) -> None:
+    names = vars(sys.modules[file])
+    masks = {name: hearing(names[name]) for name in MASKS if name in names}
+    new = {name: function for name, function in functions.items() if name in names} | masks
+    held = _bindings.setdefault(file, _Held({name: names[name] for name in new}))
+    held.bindings.append(binding)
+    binding._files.append(file)
+    binding.bound += [f"{file}.{name}" for name in new if name not in masks]
+    binding.not_bound |= {f"{file}.{name}": "there is none" for name in functions if name not in names}
+    for kind in mixers:
+        held.replace(kind, noting, model)
+    for kind in others_of(model, file, mixers):
+        held.replace(kind, refusing, model)
+        binding.not_bound[f"{file}.{kind.__name__}"] = "it keeps states by its own code, and refuses packed documents"
+    for kind, is_innermost in models_of(model, file, mixers).items():
+        is_deaf = is_innermost and not masks and _has_attention(model, kind)
+        wrap = functools.partial(telling, is_innermost=is_innermost, has_deaf_attention=is_deaf)
+        held.replace(kind, wrap, model)
+        if is_deaf:
+            why = "its attention makes no mask by positions, and packed documents are refused"
+            binding.not_bound[f"{file}.{kind.__name__}"] = why
+    if len(held.bindings) == 1:
+        names.update(new)
+
+
+def _check_convolutions(model: nn.Module, mixers: tuple[type[nn.Module], ...]) -> None:
+    """Raise about a mixer whose convolution no op reads."""
+    for mixer in model.modules():
+        for part in mixer.children() if isinstance(mixer, mixers) else ():
+            if isinstance(part, nn.Conv1d) and not 2 <= (width := part.kernel_size[0]) <= WIDEST:
+                got, expected = f"{type(mixer).__name__} with a convolution of width {width}", f"2 to {WIDEST}"
+                raise ValueError(f"use_mamba_ops: model: got a {got}, expected a width of {expected}")
+
+
+def _has_attention(model: nn.Module, kind: type[nn.Module]) -> bool:
+    configs = (getattr(m, "config", None) for m in model.modules() if isinstance(m, kind))
+    return any(hasattr(config, "num_attention_heads") for config in configs)
 
 
 def cache_keyword(module: nn.Module) -> str:
@@ -142,7 +192,7 @@ def cache_of(output: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_bound(module: nn.Module) -> bool:
     """Return whether the modeling file of a module calls our functions now."""
-    return type(module).__module__ in _bindings
+    return any(kind.__module__ in _bindings for kind in type(module).__mro__)
 
 
 def _functions_of(names: dict[str, Any]) -> dict[str, Callable[..., Any]]:

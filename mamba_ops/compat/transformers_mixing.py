@@ -9,14 +9,14 @@ mixers by their own keywords, or, as some models drop these on the way, from the
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from mamba_ops.compat.packing import remember
+from mamba_ops.compat.packing import begins_anew, remember
 
 CACHES = ("cache", "cache_params", "past_key_values")  # what Transformers calls one, by version and family
 
@@ -63,10 +63,19 @@ class Documents(NamedTuple):
     seq_idx: Tensor | None
 
 
+class Attention(NamedTuple):
+    """What a model's attention is to know of documents: each token's place in its own, and the number of that."""
+
+    positions: Tensor
+    numbers: Tensor
+    is_masked: bool
+
+
 class _Here(threading.local):
     def __init__(self) -> None:  # in every thread: Dynamo guards that what a graph sets was there, or was not
         self.mixing: Mixing | None = None
         self.documents: Documents | None = None
+        self.attention: Attention | None = None
         self.is_inside = False
 
 
@@ -164,21 +173,20 @@ def packed_positions(given: dict[str, Any]) -> Tensor | None:
     if positions.dim() != 2 or positions.shape[1] < 2:
         return None
     begins = pad(positions[:, 1:] - positions[:, :-1] != 1, (1, 0))
-    tokens = given.get("input_ids")
-    tokens = given.get("inputs_embeds", given.get("hidden_states")) if tokens is None else tokens
-    if tokens is not None:
+    if (tokens := _tokens_of(given)) is not None:
         begins = begins.expand(tokens.shape[0], -1)
     if torch.compiler.is_compiling():
         return begins.cumsum(1)
     return remember(begins.cumsum(1)) if bool(begins.any()) else None
 
 
-def telling(forward: Callable[..., Any], is_innermost: bool) -> Callable[..., Any]:
-    """Return a model's `forward` that sees to it that its mixers know of documents.
+def telling(forward: Callable[..., Any], is_innermost: bool, has_deaf_attention: bool = False) -> Callable[..., Any]:
+    """Return a model's `forward` that sees to it that its mixers know of documents, and its attention where it can.
 
     Args:
         forward: of a model, or of a model around one.
         is_innermost: whether it is no model around one. Its layers are told too, as far as they take keywords.
+        has_deaf_attention: whether it has attention that takes no masks which know of documents: they are refused.
     """
     parameters = inspect.signature(forward).parameters
     names = list(parameters)[1:]
@@ -187,21 +195,102 @@ def telling(forward: Callable[..., Any], is_innermost: bool) -> Callable[..., An
     @functools.wraps(forward)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
-        before = _here.documents, _here.is_inside
+        before = _here.documents, _here.attention, _here.is_inside
         documents = _documents_of(given) or before[0]
+        attention = _attention_of(documents, given) if before[1] is None else before[1]
         if is_innermost and documents is not None:
+            if has_deaf_attention:
+                _refuse(self, _tokens_of(given), "its attention makes no mask by positions")
             if takes_more:
                 told = {"cu_seq_lens_q": documents.cu_seqlens, "seq_idx": documents.seq_idx}
                 kwargs |= {name: value for name, value in told.items() if value is not None}
+            if attention is not None and "position_ids" in names and given.get("position_ids") is None:
+                kwargs["position_ids"] = attention.positions
             if self.training:
                 _carry(self)
-        _here.documents, _here.is_inside = documents, True
+        _here.documents, _here.attention, _here.is_inside = documents, attention, True
         try:
             return forward(self, *args, **kwargs)
         finally:
-            _here.documents, _here.is_inside = before
+            _here.documents, _here.attention, _here.is_inside = before
 
     return call
+
+
+def _attention_of(documents: Documents | None, given: dict[str, Any]) -> Attention | None:
+    """Return what attention is to know in a call without a cache, where documents are known."""
+    tokens, mask = _tokens_of(given), given.get("attention_mask")
+    if documents is None or tokens is None or any(given.get(name) is not None for name in CACHES):
+        return None
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    if documents.seq_idx is not None:
+        numbers = begins_anew(documents.seq_idx).cumsum(1).expand(tokens.shape[0], -1)
+    else:
+        assert documents.cu_seqlens is not None
+        numbers = torch.bucketize(places, documents.cu_seqlens[1:].long(), right=True)[None]
+    begins = torch.where(begins_anew(numbers), places, 0).cummax(1).values
+    return Attention(places - begins, numbers, mask is not None)
+
+
+def _tokens_of(given: dict[str, Any]) -> Tensor | None:
+    tokens = given.get("input_ids")
+    return given.get("inputs_embeds", given.get("hidden_states")) if tokens is None else tokens
+
+
+MASKS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
+
+
+def hearing(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that makes the masks of a model's attention, and knows of its documents.
+
+    Transformers' own goes by positions, which some models do not hand down; with a mask, or where a new cache was made
+    before, by nothing.
+    """
+    names = list(inspect.signature(make).parameters)
+    cache = next((name for name in CACHES if name in names), CACHES[-1])
+
+    @functools.wraps(make)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if (attention := _here.attention) is None:
+            return make(*args, **kwargs)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if attention.is_masked:
+            return _apart(make(**given | {"allow_is_causal_skip": False}), attention.numbers)
+        given = {name: value for name, value in given.items() if name not in CACHES}
+        return make(**given | {cache: None, "position_ids": attention.positions})
+
+    return call
+
+
+def _apart(mask: Any, numbers: Tensor) -> Any:
+    """Return a mask `(batch, 1, length, length)` in which the documents of these numbers do not see each other.
+
+    What is no such mask, for kernels that take none, stays as it is.
+    """
+    if not isinstance(mask, Tensor) or mask.shape[-2:] != 2 * numbers.shape[1:]:
+        return mask
+    is_same = (numbers.unsqueeze(2) == numbers.unsqueeze(1)).unsqueeze(1)
+    return mask & is_same if mask.dtype == torch.bool else mask.masked_fill(~is_same, torch.finfo(mask.dtype).min)
+
+
+def refusing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the `forward` of a layer that keeps states by code of its own, which takes no packed documents."""
+
+    @functools.wraps(forward)
+    def call(self: nn.Module, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if _here.documents is not None:
+            _refuse(self, tokens, "what it keeps of one, by its own code, would reach the next")
+        return forward(self, tokens, *args, **kwargs)
+
+    return call
+
+
+def _refuse(module: nn.Module, tokens: Tensor | None, why: str) -> None:
+    """Raise about documents in rows of several tokens. A graph does not know whether positions tell of some."""
+    if tokens is not None and tokens.shape[1] == 1:
+        return
+    where = ", and in a graph no position_ids" if torch.compiler.is_compiling() else ""
+    raise ValueError(f"{type(module).__name__}: got packed documents, expected one a row{where}: {why}")
 
 
 def _carry(model: nn.Module) -> None:
@@ -209,14 +298,21 @@ def _carry(model: nn.Module) -> None:
     for module in model.modules():
         checkpoint = vars(module).get("_gradient_checkpointing_func")
         if checkpoint is not None and not hasattr(checkpoint, "carries_documents"):
-            module._gradient_checkpointing_func = _carrying(checkpoint)  # type: ignore[assignment]
+            module._gradient_checkpointing_func = _Carrying(checkpoint)  # type: ignore[assignment]
 
 
-def _carrying(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+class _Carrying:
+    """What checkpoints layers, and tells them of documents when they are computed once more."""
+
+    carries_documents = True
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self._checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         documents = _here.documents
         if documents is None:
-            return checkpoint(function, *args, **kwargs)
+            return self._checkpoint(function, *args, **kwargs)
 
         def told(*args: Any, **kwargs: Any) -> Any:
             before, _here.documents = _here.documents, documents
@@ -225,40 +321,4 @@ def _carrying(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
             finally:
                 _here.documents = before
 
-        return checkpoint(told, *args, **kwargs)
-
-    call.carries_documents = True  # type: ignore[attr-defined]
-    return call
-
-
-def mixers_of(names: dict[str, Any], file: str, functions: Iterable[str]) -> list[type[nn.Module]]:
-    """Return the classes of a modeling file whose `forward` calls one of these functions."""
-    return [
-        value
-        for value in names.values()
-        if isinstance(value, type)
-        and issubclass(value, nn.Module)
-        and value.__module__ == file
-        and calls(value.forward, functions)
-    ]
-
-
-def calls(forward: Callable[..., Any], functions: Iterable[str]) -> bool:
-    """Return whether a `forward` names one of these functions, and takes hidden states."""
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    return code is not None and not set(functions).isdisjoint(code.co_names) and "hidden_states" in code.co_varnames
-
-
-def models_of(model: nn.Module, file: str, mixers: Iterable[type[nn.Module]]) -> dict[type[nn.Module], bool]:
-    """Return the classes of a file that take tokens and hold mixers, and whether each is an innermost one."""
-    kinds = tuple(mixers)
-    whole = [m for m in model.modules() if type(m).__module__ == file and _takes_tokens(m) and _holds(m, kinds)]
-    return {type(m): not any(inner is not m and inner in whole for inner in m.modules()) for m in whole}
-
-
-def _takes_tokens(module: nn.Module) -> bool:
-    return "input_ids" in inspect.signature(type(module).forward).parameters
-
-
-def _holds(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    return any(isinstance(m, kinds) for m in module.modules())
+        return self._checkpoint(told, *args, **kwargs)

@@ -15,10 +15,11 @@ from torch._dynamo.utils import counters
 pytest.importorskip("transformers")
 
 from mamba_ops.compat.transformers import cache_of, use_mamba_ops
-from tests.transformers_models import ALL_MODELS, VOCABULARY, new_model
+from mamba_ops.compat.transformers_structure import mixers_of
+from tests.transformers_models import ALL_MODELS, NOT_PACKED, VOCABULARY, new_model
 
 DAILY = ("mamba", "mamba2", "qwen3_5")
-MAMBA_1 = ("mamba", "falcon_mamba", "jamba", "zamba")
+SUMS = ("inkling", "inkling2")  # a layer's input goes several ways: gradients are summed in another order
 
 
 def models(*daily: str, without: tuple[str, ...] = ()) -> pytest.MarkDecorator:
@@ -130,13 +131,16 @@ class _Wrapped(nn.Module):
         return self.base(x) + 1.0
 
 
-@models("mamba2", without=("lfm2",))
+@models("mamba2", without=("inkling", "inkling2"))  # mixers there have no projection
 def test_a_wrapped_projection_is_called(name: str) -> None:
     model = new_model(name, "cpu").train()
-    mixers = [module for module in model.modules() if hasattr(module, "conv1d") or hasattr(module, "A_log")]
-    mixers = [module for module in mixers if type(module).__name__ != "KimiLinearForgetGate"]
+    with use_mamba_ops(model) as binding:
+        bound = [name.rpartition(".") for name in binding.bound]
+    functions = {function for *_, function in bound}
+    kinds = {kind for file, *_ in bound for kind in mixers_of(vars(sys.modules[file]), file, functions)}
+    mixers = [module for module in model.modules() if isinstance(module, tuple(kinds))]
     assert mixers
-    last = "o_proj" if name in ("olmo_hybrid", "kimi_linear") else "out_proj"
+    last = "o_proj" if hasattr(mixers[0], "o_proj") else "out_proj"
     wrapped = [_Wrapped(getattr(mixer, last)) for mixer in mixers]
     for mixer, module in zip(mixers, wrapped, strict=True):
         setattr(mixer, last, module)
@@ -182,21 +186,25 @@ def test_gradient_checkpointing_changes_nothing(name: str, use_reentrant: bool) 
         enable({"use_reentrant": use_reentrant})
         assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         checkpointed = gradients(model, inputs, use_cache=False)
+    nearly = 1e-6 if name in SUMS else 0.0
     for parameter, gradient in plain.items():
-        assert torch.equal(checkpointed[parameter], gradient), parameter
+        torch.testing.assert_close(checkpointed[parameter], gradient, rtol=0, atol=nearly, msg=parameter)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DAILY)
 def test_autocast(name: str) -> None:
     """In bfloat16 our gradients are as near to those of float32 as stock's are."""
-    model, inputs = new_model(name, "cpu").train(), batch()
-    truth = gradients(model, inputs, use_cache=False)
-    with torch.autocast("cpu", torch.bfloat16):
-        stock = furthest(gradients(model, inputs, use_cache=False), truth)
-        with use_mamba_ops(model):
-            ours = furthest(gradients(model, inputs, use_cache=False), truth)
-    assert 1e-4 < ours <= 2 * stock
+    stock, ours = [], []
+    for seed in range(3):  # one model's furthest gradient is a matter of luck
+        torch.manual_seed(seed)
+        model, inputs = new_model(name, "cpu").train(), batch()
+        truth = gradients(model, inputs, use_cache=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            stock.append(furthest(gradients(model, inputs, use_cache=False), truth))
+            with use_mamba_ops(model):
+                ours.append(furthest(gradients(model, inputs, use_cache=False), truth))
+    assert 1e-4 < max(ours) <= 2 * max(stock)
 
 
 def loss(model: Any, tokens: Tensor) -> Tensor:
@@ -250,9 +258,9 @@ def read(model: Any, call: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("how", ["seq_idx", "cu_seqlens", "both"])
-@models("qwen3_5", "mamba2", without=(*MAMBA_1, "granitemoehybrid", "zamba2"))
+@models("qwen3_5", "mamba2", without=(*NOT_PACKED, "zamba"))
 def test_packed_documents_are_each_alone(name: str, how: str) -> None:
-    """Logits and gradients. Not where stock's own attention mixes documents."""
+    """Logits and gradients; zamba's, of these weights in float32, are rounding."""
     model = new_model(name, "cpu").train()
     spread(model)
     alone, packed = documents(seq_idx=how != "cu_seqlens", cu_seqlens=how != "seq_idx")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from mamba_ops.compat.arguments import floating, floating_dtypes, numbers
+from mamba_ops.compat.mamba_ssm import norms as mamba_norms
 from mamba_ops.compat.mamba_ssm.norms import layer_norm_fn, normalised
 from mamba_ops.layers.norms import upcast
 from mamba_ops.registry import answering
@@ -70,7 +71,7 @@ def layer_norm_gated(
     name = "rms_norm_gated" if is_rms_norm else "layer_norm_gated"
     if activation not in GATES:
         raise ValueError(f"{name}: activation: got {activation!r}, expected {', '.join(map(repr, GATES))}")
-    floating(name, x=x, g=g, residual=residual)
+    floating(name, x=x, g=g, residual=residual, weight=weight, bias=bias)
     total = upcast(x) if residual is None else upcast(x) + residual
     y = normalised(total, weight, bias, eps, is_rms_norm) * GATES[activation](upcast(g.reshape(x.shape)))
     kept = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
@@ -238,3 +239,18 @@ class RMSNorm(_Affine):
         """Normalise `x + residual` over the last axis."""
         weight = x.new_ones(self.hidden_size) if self.weight is None else self.weight
         return rms_norm(x, weight, self.bias, residual, self.eps, prenorm, residual_in_fp32)
+
+
+class RMSNormGated(mamba_norms.RMSNormGated):
+    """mamba_ssm's norm, whose gate comes first by default; fla's `layernorm_gated.RMSNormGated`."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_size, eps, group_size, norm_before_gate, device, dtype)

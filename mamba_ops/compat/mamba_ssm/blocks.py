@@ -11,13 +11,16 @@ from mamba_ops.compat.mamba_ssm.norms import RMSNorm, layer_norm_fn
 
 
 class Block(nn.Module):
-    """Add the residual, normalise, mix; then the same with an MLP, where there is one. With mamba_ssm's constructor."""
+    """Add the residual, normalise, mix; then the same with an MLP, where there is one.
+
+    With mamba_ssm's constructor; before 2.0 that knew of no MLP.
+    """
 
     def __init__(
         self,
         dim: int,
         mixer_cls: Callable[[int], nn.Module],
-        mlp_cls: Callable[[int], nn.Module],
+        mlp_cls: Callable[[int], nn.Module] = nn.Identity,
         norm_cls: Callable[[int], nn.Module] = nn.LayerNorm,
         fused_add_norm: bool = False,
         residual_in_fp32: bool = False,

@@ -7,23 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, silu, softplus
 
-from mamba_ops.compat.arguments import States, floating, floating_dtypes, upcast, written
-from mamba_ops.ops._common.checking import whole_number
+from mamba_ops.compat.arguments import States, floating, floating_dtypes, upcast, whole, written
 from mamba_ops.ops._common.decay import limited
 from mamba_ops.registry import answering
-from mamba_ops.registry.errors import in_call_of
 
 
 def _shaped(function: str, name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
     if tensor is not None and tensor.shape != tuple(shape):
         raise ValueError(f"{function}: {name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-
-
-def _check_chunk_size(function: str, chunk_size: int | None) -> None:
-    try:
-        whole_number("chunk_size", chunk_size)
-    except ValueError as error:
-        raise in_call_of(function, error) from None
 
 
 def _check_chunks(function: str, x: Tensor, dt: Tensor, dA_cumsum: Tensor, **groups: Tensor) -> None:
@@ -71,7 +62,7 @@ def chunk_cumsum(
         dt_limit: the least and the largest dt.
     """
     floating("chunk_cumsum", dt=dt, A=A, dt_bias=dt_bias)
-    _check_chunk_size("chunk_cumsum", chunk_size)
+    whole("chunk_cumsum", chunk_size=chunk_size)
     if dt.dim() != 3:
         raise ValueError(f"chunk_cumsum: dt: got shape {tuple(dt.shape)}, expected (batch, length, heads)")
     for name, tensor in {"A": A, "dt_bias": dt_bias}.items():
@@ -236,7 +227,7 @@ def _passed(
     state = torch.zeros_like(states[:, 0], dtype=compute) if initial_states is None else initial_states.to(compute)
     decay, before = torch.exp(dA_chunk_cumsum.to(compute)), []
     if seq_idx is not None:
-        _check_chunk_size(name, chunk_size)
+        whole(name, chunk_size=chunk_size)
         assert chunk_size is not None
         _check_seq_idx(name, seq_idx, (batch, seq_idx.shape[-1]))
         if not (chunks - 1) * chunk_size < seq_idx.shape[-1] <= chunks * chunk_size:

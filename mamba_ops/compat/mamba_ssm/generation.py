@@ -60,6 +60,25 @@ def modify_logit_for_repetition_penalty(
     return logits.scatter_(1, prev_output_tokens, score)
 
 
+def modify_logits_for_min_p_filtering(logits: Tensor, min_p: float) -> None:
+    """Set logits below `min_p` to -inf, in place; outside of 0 to 1 it is of no effect."""
+    if 0 < min_p < 1:
+        logits.masked_fill_(logits < min_p, -torch.inf)
+
+
+def modify_logits_for_top_k_filtering(logits: Tensor, top_k: int) -> None:
+    """Set all logits but the `top_k` largest of each row to -inf, in place."""
+    logits.masked_fill_(logits < logits.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
+
+
+def modify_logits_for_top_p_filtering(logits: Tensor, top_p: float) -> None:
+    """Set logits to -inf, in place, but those of the likeliest tokens whose probabilities sum to `top_p`."""
+    if 0 < top_p < 1:
+        ordered, order = logits.sort(dim=-1)
+        rare = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+        logits.masked_fill_(rare.scatter(-1, order, rare), -torch.inf)
+
+
 def sample(logits: Tensor, top_k: int = 1, top_p: float = 0.0, min_p: float = 0.0, temperature: float = 1.0) -> Tensor:
     """Return a token for each row of `(batch, vocabulary)`.
 
@@ -81,10 +100,7 @@ def sample(logits: Tensor, top_k: int = 1, top_p: float = 0.0, min_p: float = 0.
         likely = logits.softmax(-1)
         logits = logits.masked_fill(likely < min_p * likely.amax(-1, keepdim=True), -torch.inf)
     logits = logits / temperature
-    if 0 < top_p < 1:
-        ordered, order = logits.sort(dim=-1)
-        rare = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
-        logits = logits.masked_fill(rare.scatter(-1, order, rare), -torch.inf)
+    modify_logits_for_top_p_filtering(logits, top_p)
     token = torch.multinomial(logits.softmax(-1), 1)
     return (token if chosen is None else chosen.gather(-1, token)).squeeze(-1)
 
@@ -171,6 +187,11 @@ def decode(
 class GenerationMixin:
     """Gives a model `generate`."""
 
+    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: Any = None, **kwargs: Any) -> Any:
+        """Return new states of all layers, by index: the model's own method."""
+        expected = "a model that has it"
+        raise NotImplementedError(f"allocate_inference_cache: got a {type(self).__name__}, expected {expected}")
+
     def generate(
         self,
         input_ids: Tensor,
@@ -247,12 +268,44 @@ def update_graph_cache(
     return cache
 
 
+@torch.no_grad()
+def capture_graph(
+    model: Any,
+    inference_params: Any,
+    batch_size: int,
+    max_seqlen: int,
+    decoding_seqlen: int = 1,
+    mempool: object = None,
+    n_warmups: int = 2,
+) -> Callable[..., Tensor]:
+    """Return a function of tokens, positions and the place of the first that replays a captured step of a model.
+
+    Args:
+        model: what is captured; on a device that has graphs.
+        inference_params: its states, with `lengths_per_sample`.
+        batch_size, decoding_seqlen: the shape of the tokens.
+        max_seqlen: how many tokens the states have room for.
+        mempool: of no effect: all graphs of a device share one pool.
+        n_warmups: how often the step runs before it is captured, at least once.
+    """
+    example = next(iter(model.parameters()))
+    graphs, before = graphs_of(example.device), inference_params.seqlen_offset
+    if graphs is None:
+        expected = "one that has graphs"
+        raise ValueError(f"capture_graph: model: got parameters on {example.device}, expected {expected}")
+    cache = DecodingCGCache(batch_size, max_seqlen, example.device, example.dtype)
+    cache.inference_params, cache.graphs = inference_params, graphs
+    run = _captured(model, cache, batch_size, decoding_seqlen, n_warmups)
+    inference_params.seqlen_offset = before
+    return run
+
+
 def _captured(model: Any, cache: DecodingCGCache, batch: int, count: int, warmups: int) -> Callable[..., Tensor]:
     """Capture a step at the last place that there is; it reads its place from `lengths_per_sample`."""
     params = cache.inference_params
     tokens = torch.zeros(batch, count, dtype=torch.long, device=cache.device)
     positions = torch.zeros_like(tokens)
-    params.seqlen_offset = params.max_seqlen - count
+    params.seqlen_offset = cache.max_seqlen - count
     params.lengths_per_sample.fill_(params.seqlen_offset)
 
     def step() -> Tensor:

@@ -50,7 +50,8 @@ def layer_norm_fn(
         The normalised sum; then with `weight1` the second one, with `prenorm` the sum, and the two masks.
     """
     name = "layer_norm_fn"
-    floating(name, x=x, residual=residual, x1=x1)
+    scales = {"weight": weight, "bias": bias, "weight1": weight1, "bias1": bias1}
+    floating(name, x=x, residual=residual, x1=x1, **scales)
     if x1 is not None and rowscale is not None:
         raise ValueError(f"{name}: rowscale: got a tensor and x1, expected one of the two")
     parts, masks = [], []
@@ -152,6 +153,38 @@ class RMSNorm(nn.Module):
         return rms_norm_fn(x, self.weight, None, residual=residual, eps=self.eps, **options)
 
 
+def layer_norm_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    prenorm: bool = False,
+    dropout_mask: Tensor | None = None,
+    dropout_mask1: Tensor | None = None,
+    upcast: bool = False,
+    *,
+    is_rms_norm: bool = False,
+) -> Tensor | tuple[Tensor | None, ...]:
+    """Do what `layer_norm_fn` does; which entries are kept may be given. `upcast` is of no effect: it always is."""
+    if dropout_p > 0 and dropout_mask is not None:
+        x = x * dropout_mask / (1 - dropout_p)
+        x1 = None if x1 is None else x1 * (1 if dropout_mask1 is None else dropout_mask1) / (1 - dropout_p)
+        dropout_p = 0.0
+    tensors = (x, weight, bias, residual, x1, weight1, bias1)
+    return layer_norm_fn(*tensors, eps, dropout_p, rowscale, prenorm, is_rms_norm=is_rms_norm)
+
+
+def rms_norm_ref(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
+    """Do what `layer_norm_ref` does, dividing by the root of the mean square."""
+    return layer_norm_ref(*args, **kwargs, is_rms_norm=True)
+
+
 # -- mamba_ssm.ops.triton.layernorm_gated -----------------------------------------------------------------------------
 
 
@@ -176,7 +209,7 @@ def layernorm_fn(
         norm_before_gate: whether the norm comes first.
         is_rms_norm: as for `layer_norm_fn`.
     """
-    floating("layernorm_fn", x=x, z=z)
+    floating("layernorm_fn", x=x, z=z, weight=weight, bias=bias)
     size = x.shape[-1]
     if group_size is not None and size % group_size:
         raise ValueError(f"layernorm_fn: group_size: got {group_size}, expected a divisor of {size}, the channels of x")
@@ -202,6 +235,20 @@ def rmsnorm_fn(
 ) -> Tensor:
     """Do what `layernorm_fn` does with `is_rms_norm`."""
     return layernorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate, True)
+
+
+def rms_norm_gated_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    upcast: bool = True,
+) -> Tensor:
+    """Do what `rmsnorm_fn` does; `upcast` is of no effect: it always is."""
+    return rmsnorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate)
 
 
 class LayerNormGated(nn.Module):

@@ -6,9 +6,13 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import linear, softplus
 
-from mamba_ops.compat.arguments import States, flags, floating, numbers, only, upcast
+from mamba_ops.compat.arguments import States, flags, floating, numbers, only, upcast, whole
 from mamba_ops.compat.causal_conv1d import causal_conv1d_fn
-from mamba_ops.compat.mamba_ssm.scans import mamba_chunk_scan_combined, selective_state_update
+from mamba_ops.compat.mamba_ssm.scans import (
+    mamba_chunk_scan_combined,
+    mamba_split_conv1d_scan_combined,
+    selective_state_update,
+)
 from mamba_ops.compat.mamba_ssm.selective_scan import selective_scan_fn
 from mamba_ops.ops._common.decay import limited
 from mamba_ops.ops._common.norms import rms_norm
@@ -217,3 +221,83 @@ def selective_state_update_ref(
     """Do what `selective_state_update` does, on the backend `torch`."""
     with use_backend("torch"):
         return selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+@answering
+def mamba_conv1d_scan_ref(
+    xBC: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt: Tensor,
+    A: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    activation: str | None = "silu",
+    headdim: int | None = None,
+    ngroups: int = 1,
+) -> Tensor:
+    """Convolve and scan, on the backend `torch`: a Mamba-2 mixer between its projections, `(batch, length, dim)`.
+
+    Args:
+        xBC: `(batch, length, dim + 2 * groups * dstate)`.
+        conv1d_weight, conv1d_bias: `(channels, width)`, `(channels,)`.
+        z: `(batch, length, dim)`.
+        headdim: dim of a head, where neither `z` nor `D` tells.
+        ngroups: groups of B and C.
+        chunk_size: of no effect.
+        dt, A, D, dt_bias, dt_softplus, dt_limit, activation: as for `ssd_selective_scan` and `causal_conv1d_fn`.
+    """
+    floating("mamba_conv1d_scan_ref", xBC=xBC, dt=dt, D=D, z=z)
+    whole("mamba_conv1d_scan_ref", ngroups=ngroups)
+    heads = dt.shape[2]
+    if z is not None:
+        headdim = z.shape[-1] // heads
+    elif D is not None and D.dim() == 2:
+        headdim = D.shape[1]
+    if headdim is None:
+        raise ValueError("mamba_conv1d_scan_ref: headdim: got None, expected the size of a head, as D is per head")
+    with use_backend("torch"):
+        convolved = only(causal_conv1d_fn(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, activation=activation))
+        rest = (convolved.shape[1] - heads * headdim) // 2
+        x, B, C = convolved.transpose(1, 2).split([heads * headdim, rest, rest], dim=-1)
+        groups, of_heads = (ngroups, rest // ngroups), (heads, headdim)
+        y = ssd_selective_scan(
+            *(x.unflatten(-1, of_heads), dt.to(x.dtype), A, B.unflatten(-1, groups), C.unflatten(-1, groups), D),
+            z=None if z is None else z.unflatten(-1, of_heads),
+            dt_bias=dt_bias,
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+        )
+    return y.flatten(-2)
+
+
+def mamba_split_conv1d_scan_ref(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    activation: str | None = "silu",
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
+) -> Tensor:
+    """Do what `mamba_split_conv1d_scan_combined` does without states, on the backend `torch`."""
+    options: dict[str, Any] = {"dt_limit": dt_limit, "activation": activation, "headdim": headdim, "ngroups": ngroups}
+    options |= {"rmsnorm_weight": rmsnorm_weight, "rmsnorm_eps": rmsnorm_eps, "norm_before_gate": norm_before_gate}
+    options |= {"outproj_weight": outproj_weight, "outproj_bias": outproj_bias}
+    with use_backend("torch"):
+        return only(
+            mamba_split_conv1d_scan_combined(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size, **options)
+        )
