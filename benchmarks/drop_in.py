@@ -175,8 +175,10 @@ def _cell(column: str, value: float, limit: float) -> str:
 
 def page(results: list[Found], fronts: list[Found], options: argparse.Namespace, called: str, *, finished: bool) -> str:
     """Return what is printed and saved."""
-    lines = [f"# Models of Transformers on {device_name(options.device)}, {date.today().isoformat()}", ""]
-    lines += [*_table(results, options.limit), "", *_table(fronts, options.limit)]
+    lines = [f"# Models of Transformers on {device_name(options.device)}, {date.today().isoformat()}"]
+    for heading, found in (("Transformers", results), ("The front of mamba_ssm", fronts)):
+        if any(found):
+            lines += ["", f"## {heading}", "", *_table(found, options.limit)]
     packed = f"packed: {options.documents} documents of {options.document} in one row, eager"
     runs = f"{options.rows} rows of {options.length} tokens, the median of {options.runs} calls"
     versions = f"torch {torch.__version__}, transformers {version('transformers')}"
