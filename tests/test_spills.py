@@ -23,7 +23,6 @@ CEILINGS = {
         "mamba_chunk_scan._scan": 32,
         "mamba_chunk_scan._of_groups": 256,
         "mamba_chunk_scan._of_heads": 256,
-        "selective_scan._gradients": 288,
     },
     ("sm_90", "float32"): {
         "chunk_gated_delta_rule._solve": 832,
@@ -42,7 +41,7 @@ CEILINGS = {
         "mamba_chunk_scan._scan": 320,
         "mamba_chunk_scan._of_groups": 640,
         "mamba_chunk_scan._of_heads": 1088,
-        "selective_scan._gradients": 288,
+        "selective_scan._gradients": 16,
         "selective_state_update._kernel": 16,  # with narrow states
     },
     ("sm_86", "bfloat16"): {
@@ -51,9 +50,10 @@ CEILINGS = {
         "chunk_gated_delta_rule._products": 1280,
         "chunk_gated_delta_rule._gradients": 1408,
         "chunk_kda._steep_pairs": 320,
+        "mamba_chunk_scan._scan": 48,
         "mamba_chunk_scan._of_groups": 768,
         "mamba_chunk_scan._of_heads": 512,
-        "selective_scan._gradients": 320,
+        "selective_scan._gradients": 16,
     },
     ("gfx942", "bfloat16"): {},
     ("gfx1100", "bfloat16"): {
