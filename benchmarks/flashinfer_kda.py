@@ -66,8 +66,8 @@ def measured(case: bench.Case, bandwidth: float) -> Iterator[Row]:
         try:
             with within:
                 calls = arrange()
-                row["error"], steady, kept = check(case, calls.checked, expected, RUNS)
-                row["steady"] = steady and kept
+                found = check(case, calls.checked, expected, RUNS)
+                row["error"], row["steady"] = found.error, found.steady and found.kept
                 caches = {key: cache.clone() for key, cache in case.caches.items()}
                 call = partial(calls.timed, caches, case.tables[0])
                 row["us"] = times[name] = measure.device_us(call, case.cache.device)

@@ -81,8 +81,8 @@ def measured(case: bench.Case, contestants: Callable[[bench.Case], Contestants],
         row: Row = {"op": case.op.name, "case": case.name, "contestant": contestant}
         rows.append(row)
         try:
-            row["error"], steady, kept = check(case, checked, expected, RUNS)
-            row["steady"] = steady and kept
+            found = check(case, checked, expected, RUNS)
+            row["error"], row["steady"] = found.error, found.steady and found.kept
             if bandwidth is not None:
                 caches = {name: cache.clone() for name, cache in case.caches.items()}
                 row["us"] = measure.device_us(partial(timed, caches, case.tables[0]), case.cache.device)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -65,6 +66,7 @@ FAKES = {
     "right": changed(lambda out, caches: None),
     "wrong": changed(lambda out, caches: out.add_(0.3)),
     "nan": changed(lambda out, caches: out[:1].fill_(math.nan)),
+    "nan in the state": changed(lambda out, caches: caches["conv_state"][..., 0].fill_(math.nan)),
     "wrong state": changed(lambda out, caches: caches["conv_state"].mul_(1.5)),
     "wandering": changed(lambda out, caches: caches["conv_state"][0].add_(1)),
     "unsteady": changed(lambda out, caches: out.mul_(1 + 1e-4 * torch.rand(()))),
@@ -120,6 +122,7 @@ def test_what_is_wrong_is_reported_and_not_timed(fakes: dict[str, list[int]]) ->
         "right": "timed",
         "wrong": "wrong",
         "nan": "wrong",
+        "nan in the state": "wrong",
         "wrong state": "wrong",
         "wandering": "wrong",
         "unsteady": "wrong",
@@ -132,7 +135,10 @@ def test_what_is_wrong_is_reported_and_not_timed(fakes: dict[str, list[int]]) ->
     assert list(fakes) == ["right"]
     assert "relative error" in by_name["wrong"]["reason"]
     assert "slot that was not named" in by_name["wandering"]["reason"]
-    assert by_name["unsteady"]["reason"] == "two runs gave different bits"
+    assert re.fullmatch(r"two runs gave different bits: out in \d+ of 144 places", by_name["unsteady"]["reason"])
+    for name in ("nan", "nan in the state"):
+        assert by_name[name]["reason"].startswith("relative error nan"), "an error of another tensor hides it"
+        assert by_name[name]["steady"], "a NaN has the same bits in every run"
     assert by_name["broken"]["reason"] == "TypeError: got an unexpected keyword argument 'slots'"
     assert by_name["right"]["error"] < 1e-6
     text = show.text(result)

@@ -85,9 +85,9 @@ def test_peers_get_the_same_numbers(build: Callable[[], Case]) -> None:
                 refused.add(name)
                 continue
             calls = arranged if isinstance(arranged, Calls) else Calls(arranged, arranged)
-            error, _, kept = run.check(case, calls.checked, case.expected(), runs=1)
-            assert error < 1e-5, (name, error)
-            assert kept
+            found = run.check(case, calls.checked, case.expected(), runs=1)
+            assert found.error < 1e-5, (name, found.error)
+            assert found.kept
             assert calls.timed(case.caches, case.tables[0]) is not None
     assert refused == (
         {"causal-conv1d, packed"} if case.op.name == "causal_conv1d" and "states" in case.name else set()

@@ -5,7 +5,8 @@ On a CPU the interpreter stands for a compiled kernel: it is given addresses, as
 
 import ctypes
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ pytest.importorskip("triton")
 
 from mamba_ops import registry
 from mamba_ops.ops._triton import _triton, prepared, tape
+from mamba_ops.registry._torch import below_autograd
 from mamba_ops.registry.adapters import Recognised, adapted_kernel
 from tests.conftest import ACCELERATOR
 from tests.harness import own_refusal
@@ -252,12 +254,12 @@ def by_row(learns: Learns) -> None:
     learns.launcher = of_each
 
 
-def calls_on(learns: Learns, x: Tensor, weight: Tensor) -> int:
-    """Return how often a call on these called the launcher; what it returns is right."""
+def calls_on(learns: Learns, x: Tensor, weight: Tensor, does: Callable[[Tensor], Tensor] = lambda x: x) -> int:
+    """Return how often a call on these called the launcher; what it returns is right, of what is done to x."""
     before = learns.calls
     values = OP.fill(OP.bind((x, x.new_zeros(3, 32, 3), weight), {"silu": False}))
     learns.call(**values)
-    torch.testing.assert_close(values["output"], x * weight[:, -1])
+    torch.testing.assert_close(values["output"], does(x) * weight[:, -1])
     return learns.calls - before
 
 
@@ -282,26 +284,41 @@ def test_a_part_that_begins_where_another_tensor_does_is_not_told_from_it(launch
     assert calls_on(learns, torch.randn(3, 32, device=device), torch.randn(32, 4, device=device)) == 1
 
 
-@pytest.mark.parametrize("does", ["copies", "reads"])
-def test_what_is_not_known_to_be_the_same_is_not_repeated(does: str, launched: list[Interpreted]) -> None:
-    learns = Learns(OP)
+DOES: dict[str, Callable[[Tensor], Tensor]] = {
+    "clone": lambda x: x.clone(),
+    "contiguous": lambda x: x.contiguous(),
+    "reshape": lambda x: x.reshape(-1).view(x.shape),
+    "to": lambda x: x.double().float(),
+    "split": lambda x: x.split(2)[0].sum(dim=0, keepdim=True).expand(3, 32),
+    "read": lambda x: x * (x.sum().item() * 0 + 1),
+}
+WITHIN: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "grad": nullcontext,
+    "inference_mode": torch.inference_mode,
+    "below_autograd": below_autograd,  # as a call that records gradients runs
+}
+
+
+@pytest.mark.parametrize("within", WITHIN)
+@pytest.mark.parametrize("does", DOES)
+def test_what_is_not_known_to_be_the_same_is_not_repeated(does: str, within: str, launched: list[Interpreted]) -> None:
+    """Where nothing records gradients, `contiguous` and the like come whole, and say that they make a view."""
+    learns, device = Learns(OP), ACCELERATOR or "cpu"
     launcher = learns.launcher
-
-    def other(call: Any) -> None:
-        if does == "copies":
-            call = call._replace(x=call.x.clone())
-        else:
-            call.x.sum().item()
-        launcher(call)
-
-    learns.launcher = other
-    device = ACCELERATOR or "cpu"
-    for _ in range(4):
-        given = (
-            torch.randn(3, 32, device=device),
-            torch.zeros(3, 32, 3, device=device),
-            torch.ones(32, 4, device=device),
-        )
-        learns.call(**OP.fill(OP.bind(given, {})))
-    assert learns.calls == 4
+    learns.launcher = lambda call: launcher(call._replace(x=DOES[does](call.x)))
+    with WITHIN[within]():
+        called = [
+            calls_on(learns, torch.randn(32, 3, device=device).t(), torch.randn(32, 4, device=device), DOES[does])
+            for _ in range(4)
+        ]
+    assert called == [1] * 4
     assert learns.shortcut.problems
+
+
+@pytest.mark.parametrize("within", WITHIN)
+def test_a_parameter_that_is_copied_is_copied_in_every_call(within: str, launched: list[Interpreted]) -> None:
+    """The copies of an earlier call are in memory that something else may have by now."""
+    learns, device = Learns(OP), ACCELERATOR or "cpu"
+    with WITHIN[within]():
+        x, weights = torch.randn(3, 32, device=device), [torch.randn(4, 32, device=device).t() for _ in range(4)]
+        assert [calls_on(learns, x, weight) for weight in weights] == [1] * 4

@@ -266,11 +266,11 @@ def test_benchmarks_call_the_vendors_functions_as_the_adapters_do(calls: Calls) 
         expected, errors = case.expected(), []
         with use_backend("flashinfer"):
             for call in (case.ours(), direct.checked):
-                error, steady, kept = run.check(case, call, expected, runs=1)
-                assert error < run.AGREEMENT
-                assert steady
-                assert kept
-                errors.append(error)
+                found = run.check(case, call, expected, runs=1)
+                assert found.error < run.AGREEMENT
+                assert found.steady
+                assert found.kept
+                errors.append(found.error)
         assert errors[0] == errors[1]
         direct.timed(case.caches, case.tables[0])
     assert len(calls) == 6

@@ -24,6 +24,8 @@ KIND = "mamba-ops bench 1"
 AGREEMENT = 1e-2  # relative error above which two kernels do not compute the same thing; bf16 products alone make 3e-3
 RUNS = 3  # from the same inputs, which must give the same bits: a race would show
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number: two NaNs are alike
+
 Row = dict[str, Any]
 """What was measured of a case, as JSON has it."""
 Progress = Callable[[str, int, int], None]
@@ -63,6 +65,25 @@ class Contestant(NamedTuple):
     within: Callable[[], AbstractContextManager[object]]
 
 
+class Checked(NamedTuple):
+    """What was found of a contestant.
+
+    Attributes:
+        error: the largest relative error of output and states in the first run; NaN if any of them has one.
+        apart: "out" and names of caches that had other bits in a later run, with the places where one differed most.
+        kept: whether slots that are in no table kept what they had.
+    """
+
+    error: float
+    apart: Mapping[str, str]
+    kept: bool
+
+    @property
+    def steady(self) -> bool:
+        """Whether all runs gave the same bits."""
+        return not self.apart
+
+
 def cases_of(device: torch.device) -> dict[str, list[Build]]:
     """Return what builds each case, by op: large models' layers on a GPU, smaller ones on a CPU."""
     scale = SMALL if device.type == "cpu" else LARGE
@@ -83,30 +104,36 @@ def backends_of(case: Case, device: torch.device, names: Sequence[str] = ()) -> 
     return [name for name in found if not names or name in names]
 
 
-def check(
-    case: Case, call: Call, expected: tuple[Tensor, Mapping[str, Tensor]], runs: int = RUNS
-) -> tuple[float, bool, bool]:
-    """Return the largest relative error of output and states, whether all runs gave the same bits, and whether slots
-    that are in no table kept theirs."""
-    first, steady, kept = None, True, True
+def check(case: Case, call: Call, expected: tuple[Tensor, Mapping[str, Tensor]], runs: int = RUNS) -> Checked:
+    """Run a contestant several times from the same inputs, and hold the first run against what is expected."""
+    true = {"out": expected[0], **expected[1]}
+    first: dict[str, Tensor] = {}
+    places: dict[str, int] = dict.fromkeys(true, 0)  # where a run differs from the first
     table: Any = case.tables[0]
+    kept = True
     for _ in range(runs):
         if case.out.is_floating_point():
             case.out.fill_(math.nan)
         caches = {name: cache.clone() for name, cache in case.caches.items()}
-        out = call(caches, table).clone()
-        states = {name: case.named(cache) for name, cache in caches.items()}
+        got = {"out": call(caches, table).clone()}
+        got |= {name: case.named(cache) for name, cache in caches.items()}
         for name, cache in caches.items() if table is not None else ():
             others = torch.ones(len(cache), dtype=torch.bool, device=cache.device)
             others[table.long()] = False
             kept &= torch.equal(cache[others], case.caches[name][others])
-        got = [out, *states.values()]
         first = first or got
-        steady &= all(map(torch.equal, got, first))
-    assert first is not None
-    true = {"out": expected[0], **expected[1]}
-    errors = [_error(got, true[name], name in case.angles) for name, got in zip(true, first, strict=True)]
-    return max(errors), steady, kept
+        for name, tensor in got.items():
+            places[name] = max(places[name], _apart(tensor, first[name]))
+    errors = [_error(first[name], true[name], name in case.angles) for name in true]
+    error = math.nan if any(map(math.isnan, errors)) else max(errors)
+    apart = {name: f"{count} of {first[name].numel()}" for name, count in places.items() if count}
+    return Checked(error, apart, kept)
+
+
+def _apart(got: Tensor, other: Tensor) -> int:
+    """Return in how many places the bits differ."""
+    bits = _BITS[got.itemsize]
+    return int((got.view(bits) != other.view(bits)).sum())
 
 
 def _error(got: Tensor, true: Tensor, is_angle: bool) -> float:
@@ -162,15 +189,16 @@ def _checked(case: Case, each: Contestant, expected: tuple[Tensor, Mapping[str, 
     """Return what the check of a contestant says: its errors, and whether it may be timed."""
     try:
         with each.within():
-            error, steady, kept = check(case, each.calls.checked, expected)
+            checked = check(case, each.calls.checked, expected)
     except NoBackendError as refusal:
         return {"status": "refused", "reason": refusal.reasons.get(each.name) or str(refusal)}
     except Exception as failure:  # of a peer, or memory: the others are still measured
         return {"status": "failed", "reason": f"{type(failure).__name__}: {_sentence(failure)}"}
+    error = checked.error
     problems = [f"relative error {error:.1e}, expected {AGREEMENT:.0e} at most"] * (not error <= AGREEMENT)
-    problems += ["two runs gave different bits"] * (not steady)
-    problems += ["wrote to a slot that was not named"] * (not kept)
-    found: Row = {"steady": steady, "status": "wrong" if problems else "timed"}
+    problems += [f"two runs gave different bits: {name} in {count} places" for name, count in checked.apart.items()]
+    problems += ["wrote to a slot that was not named"] * (not checked.kept)
+    found: Row = {"steady": checked.steady, "status": "wrong" if problems else "timed"}
     found |= {"error": error} if math.isfinite(error) else {}  # JSON has no other numbers
     return found | ({"reason": "; ".join(problems)} if problems else {})
 

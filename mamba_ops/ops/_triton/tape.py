@@ -93,11 +93,12 @@ class Tape(TorchDispatchMode):
         if self.is_launching or not (isinstance(result, Tensor) or any(isinstance(value, Tensor) for value in args)):
             return result  # such as which dtype two dtypes are promoted to
         name = func.overloadpacket.__name__
+        results = result if isinstance(result, (list, tuple)) else (result,)
         if name in _FACTORIES and isinstance(result, Tensor):
             self._kept.append(result)
-        elif not func.is_view:
+        elif not func.is_view or any(_is_apart(args[0], each) for each in results):
             self.problem = self.problem or f"it calls {name}"
-        elif isinstance(result, Tensor) and not self._follow(args[0], result):
+        elif not all(self._follow(args[0], each) for each in results):
             self.problem = self.problem or f"{name} begins where another tensor does"
         return result
 
@@ -141,6 +142,13 @@ class Tape(TorchDispatchMode):
         if (found := self._allocation_of(address)) is not None:
             return found
         raise NotRepeatableError("it takes a tensor of its own")
+
+
+def _is_apart(base: Tensor, result: Tensor) -> bool:
+    """Whether what is declared a view of a tensor is a copy: so are `contiguous`, `to` and `reshape`, which come whole
+    where nothing records gradients, as in inference mode.
+    """
+    return base.untyped_storage().data_ptr() != result.untyped_storage().data_ptr()
 
 
 def observed(function: Any) -> Any:

@@ -13,16 +13,18 @@ from tests.conftest import ACCELERATOR
 RUNS = 2 if ACCELERATOR is None else 20
 
 
+@pytest.mark.parametrize("inference", [False] if ACCELERATOR is None else [False, True])
 @pytest.mark.parametrize("lengths", [(130, 64, 3)] if ACCELERATOR is None else [(8192,), (1024,) * 8], ids=str)
-def test_copies_of_inputs_change_no_bit(lengths: tuple[int, ...]) -> None:
-    """Activations are copied to kernels and back in tiles: a tile that came late would show in some run."""
+def test_copies_of_inputs_change_no_bit(lengths: tuple[int, ...], inference: bool) -> None:
+    """Activations are copied to kernels and back in tiles: a tile that came late would show in some run, and so would
+    the copies of an earlier one."""
     device = torch.device(ACCELERATOR or "cpu")
     given = case(lengths, device, dim=72 if ACCELERATOR is None else 8192)
     results = []
     for each in (given, *[channel_major(given, *OF_TOKENS)] * RUNS):
         states = {name: cache.clone() for name, cache in each.caches.items()}
         out = each.out.fill_(float("nan"))
-        with use_backend("triton"):
+        with use_backend("triton"), torch.inference_mode(inference):
             selective_scan(**each.arguments, **states, out=out)
         results.append((out.clone(), states["ssm_state"]))
     for number, found in enumerate(results[1:]):
