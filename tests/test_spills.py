@@ -20,7 +20,7 @@ CEILINGS = {
         "chunk_kda._solve": 64,
         "chunk_kda._scan": 64,
         "chunk_kda._adjoints": 128,
-        "mamba_chunk_scan._scan": 32,
+        "mamba_chunk_scan._scan": 320,  # in float32, as Mamba-3 with a rank asks for it
         "mamba_chunk_scan._of_groups": 256,
         "mamba_chunk_scan._of_heads": 256,
     },
@@ -50,7 +50,7 @@ CEILINGS = {
         "chunk_gated_delta_rule._products": 1280,
         "chunk_gated_delta_rule._gradients": 1408,
         "chunk_kda._steep_pairs": 320,
-        "mamba_chunk_scan._scan": 48,
+        "mamba_chunk_scan._scan": 416,  # so, too
         "mamba_chunk_scan._of_groups": 768,
         "mamba_chunk_scan._of_heads": 512,
         "selective_scan._gradients": 16,
@@ -70,7 +70,7 @@ CEILINGS = {
         "chunk_kda._reads": 672,
         "chunk_kda._pair_gradients": 48,
         "mamba3_chunk_scan._scan": 176,
-        "mamba_chunk_scan._scan": 224,
+        "mamba_chunk_scan._scan": 768,  # so, too
         "mamba_chunk_scan._of_groups": 352,
         "mamba_chunk_scan._of_heads": 384,
     },
