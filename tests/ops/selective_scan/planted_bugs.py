@@ -4,10 +4,10 @@ BUGS = {
     "wrong group": ("group = program // BLOCKS % GROUPS", "group = program // BLOCKS % GROUPS * 0"),
     "softplus always": ("    if SOFTPLUS:", "    if True:"),
     "bias dropped": ("        d += bias", "        d += 0 * bias"),
-    "D dropped": ("y = tl.fma(values[token], skip, y)", "y = tl.fma(values[token], 0 * skip, y)"),
+    "D dropped": ("y = tl.fma(value, skip, y)", "y = tl.fma(value, 0 * skip, y)"),
     "gate without sigmoid": (
-        "y *= silu(gates[token], output.dtype.element_ty.primitive_bitwidth)",
-        "y *= gates[token]",
+        "y *= silu(gate, output.dtype.element_ty.primitive_bitwidth)",
+        "y *= gate",
     ),
     "half the decay": ("tl.exp2(rates[number] * step[None, :])", "tl.exp2(0.5 * rates[number] * step[None, :])"),
     "natural exponential": ("tl.exp2(rates[number] * step[None, :])", "tl.exp(rates[number] * step[None, :])"),

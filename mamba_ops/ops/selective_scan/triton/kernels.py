@@ -10,7 +10,6 @@ as `_starts` does: of the one that the chunk began with, the decay over it, and 
 
 # mypy: disable-error-code="assignment"
 # Tuples grow in what Triton compiles.
-import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import is_slot, kernel, load_flag, silu
@@ -19,10 +18,8 @@ from mamba_ops.ops.selective_scan.triton.device import (
     bounds,
     decay_rates,
     decays,
-    in_float32,
     load_entries,
     load_state,
-    load_tokens,
     next_chunk,
     next_state,
     products,
@@ -35,54 +32,6 @@ from mamba_ops.ops.selective_scan.triton.device import (
 MORE_VARIANTS = {  # than two of a kernel that random calls of one pattern may compile: how many, and why
     "_outputs": (4, "B and C in words of 16 bytes or not; states that are dense within a slot or not"),
 }
-
-
-@triton.jit
-def _tokens(
-    s,
-    left,
-    total,
-    values,
-    d,
-    gates,
-    B,
-    C,
-    output,
-    rates,
-    bias,
-    skip,
-    apart,
-    in_dim,
-    B_token,
-    C_token,
-    output_token,
-    DSTATE: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    WORDS: tl.constexpr,
-    PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    # The outputs of some tokens, and the state after them: of the segment, and as if the chunk began with nothing.
-    for token in tl.static_range(TOKENS):
-        b = load_entries(B + token * B_token.to(tl.int64), apart, DSTATE, PARTS, WIDTH, WORDS)
-        c = load_entries(C + token * C_token.to(tl.int64), apart, DSTATE, PARTS, WIDTH, WORDS)
-        step = step_size(d[token], bias, SOFTPLUS)
-        decay = decays(step, rates, WIDTH)
-        added = products(step * values[token], b, WIDTH)
-        s = next_state(s, decay, added, WIDTH)
-        left = next_state(left, decay, added, WIDTH)
-        total += step
-        sums = s[0] * c[0]
-        for number in tl.static_range(1, WIDTH):
-            sums = tl.fma(s[number], c[number], sums)
-        y = tl.sum(sums, axis=0)
-        if skip is not None:
-            y = tl.fma(values[token], skip, y)
-        if gates is not None:
-            y *= silu(gates[token], output.dtype.element_ty.primitive_bitwidth)
-        tl.store(output + token * output_token.to(tl.int64), y, in_dim)
-    return s, left, total
 
 
 @kernel(first_number="rows")
@@ -135,7 +84,6 @@ def _outputs(
     CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    TOKENS: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -174,12 +122,12 @@ def _outputs(
     C += low.to(tl.int64) * C_token + group * DSTATE
     x += low.to(tl.int64) * x_token + channel
     dt += low.to(tl.int64) * dt_token + channel
-    there = in_dim & (low + TOKENS <= high)
-    next_values = load_tokens(x, x_token, there, TOKENS)
-    next_d = load_tokens(dt, dt_token, there, TOKENS)
+    there = in_dim & (low < high)
+    next_value = tl.load(x, there, other=0.0)
+    next_d = tl.load(dt, there, other=0.0)
     if z is not None:
         z += low.to(tl.int64) * z_token + channel
-        next_gates = load_tokens(z, z_token, there, TOKENS)
+        next_gate = tl.load(z, there, other=0.0)
 
     # Behind what waits for no flag.
     s = zeros(PARTS, BLOCK, WIDTH)
@@ -204,81 +152,36 @@ def _outputs(
         start = s
         left = zeros(PARTS, BLOCK, WIDTH)
         total = tl.zeros([BLOCK], tl.float32)
-        rest = begin + (end - begin) // TOKENS * TOKENS
-        for t in range(begin, rest, TOKENS):
-            # Taken out of where the next tokens' go before those are asked for: a register then waits for neither.
-            values = in_float32(next_values, TOKENS)
-            d = in_float32(next_d, TOKENS)
-            more = tl.where(t + 2 * TOKENS <= high, TOKENS, 0).to(tl.int64)
+        for t in range(begin, end):
+            # Taken out of where the next token's go before those are asked for: a register then waits for neither.
+            value = next_value.to(tl.float32)
+            d = next_d.to(tl.float32)
+            more = tl.where(t + 2 <= high, 1, 0).to(tl.int64)
             x += more * x_token
             dt += more * dt_token
-            next_values = load_tokens(x, x_token, in_dim, TOKENS)
-            next_d = load_tokens(dt, dt_token, in_dim, TOKENS)
-            gates = None
+            next_value = tl.load(x, in_dim, other=0.0)
+            next_d = tl.load(dt, in_dim, other=0.0)
             if z is not None:
-                gates = in_float32(next_gates, TOKENS)
+                gate = next_gate.to(tl.float32)
                 z += more * z_token
-                next_gates = load_tokens(z, z_token, in_dim, TOKENS)
-            s, left, total = _tokens(
-                s,
-                left,
-                total,
-                values,
-                d,
-                gates,
-                B,
-                C,
-                output,
-                rates,
-                bias,
-                skip,
-                apart,
-                in_dim,
-                B_token,
-                C_token,
-                output_token,
-                DSTATE,
-                SOFTPLUS,
-                WORDS,
-                PARTS,
-                WIDTH,
-                TOKENS,
-            )
-            B += TOKENS * B_token.to(tl.int64)
-            C += TOKENS * C_token.to(tl.int64)
-            output += TOKENS * output_token.to(tl.int64)
-        for t in range(rest, end):  # fewer than a tile's, at the end
-            behind = tl.where(rest > low, t - rest + TOKENS, t - low).to(tl.int64)
-            value = (tl.load(x + behind * x_token, in_dim, other=0.0).to(tl.float32),)
-            step = (tl.load(dt + behind * dt_token, in_dim, other=0.0).to(tl.float32),)
-            gate = None
+                next_gate = tl.load(z, in_dim, other=0.0)
+            b = load_entries(B, apart, DSTATE, PARTS, WIDTH, WORDS)
+            c = load_entries(C, apart, DSTATE, PARTS, WIDTH, WORDS)
+            step = step_size(d, bias, SOFTPLUS)
+            decay = decays(step, rates, WIDTH)
+            added = products(step * value, b, WIDTH)
+            s = next_state(s, decay, added, WIDTH)
+            left = next_state(left, decay, added, WIDTH)  # as if the chunk began with nothing
+            total += step
+            sums = s[0] * c[0]
+            for entry in tl.static_range(1, WIDTH):
+                sums = tl.fma(s[entry], c[entry], sums)
+            y = tl.sum(sums, axis=0)
+            if skip is not None:
+                y = tl.fma(value, skip, y)
             if z is not None:
-                gate = (tl.load(z + behind * z_token, in_dim, other=0.0).to(tl.float32),)
-            s, left, total = _tokens(
-                s,
-                left,
-                total,
-                value,
-                step,
-                gate,
-                B,
-                C,
-                output,
-                rates,
-                bias,
-                skip,
-                apart,
-                in_dim,
-                B_token,
-                C_token,
-                output_token,
-                DSTATE,
-                SOFTPLUS,
-                WORDS,
-                PARTS,
-                WIDTH,
-                1,
-            )
+                y *= silu(gate, output.dtype.element_ty.primitive_bitwidth)
+            tl.store(output, y, in_dim)
             B += B_token
             C += C_token
             output += output_token

@@ -214,5 +214,5 @@ def _launches(dim: int, dstate: int, *, limits: Limits) -> Launches:
     return {
         "_ends": {**of_channels, "TOKENS": 4, **limit},
         "_starts": {"BLOCK": 128, "AHEAD": 4, "num_warps": 1},
-        "_outputs": {**of_channels, "TOKENS": 1, **limit},
+        "_outputs": {**of_channels, **limit},
     }
