@@ -2,7 +2,7 @@
 
 What a backward pass keeps between its launches is many times what it returns. Rows do not need each other's: where all
 of it would be large, launches are made for a few rows at a time, and what they leave is overwritten by those for the
-next. A slice still has programs for every processor of a GPU, and more of what it keeps stays in caches.
+next. A slice still has programs for every processor of a GPU. The smaller slices are, the longer all of them take.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -19,7 +19,8 @@ from mamba_ops.ops._triton.common import cdiv
 from mamba_ops.ops._triton.sums import add_up
 
 KEPT = 256 << 20
-"""Bytes that a slice may keep. One row may need more, and so may packed rows, whose lengths only the device knows."""
+"""Bytes that a slice may keep. As many rows as fill a GPU may need more, and so may packed rows, whose lengths only the
+device knows."""
 WALKS = 256
 """Programs that walk over rows at once, at least: fewer would leave processors of large GPUs without work."""
 
