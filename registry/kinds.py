@@ -7,7 +7,6 @@ torch's dispatcher, or what comes before it, has raised by then.
 import functools
 import inspect
 import operator
-import re
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -66,7 +65,7 @@ def explained(
         error: what the call raised; a sentence that begins with an op's name stays.
         values: the call's arguments; `out` is None where the front was to allocate it.
     """
-    if isinstance(error, RegistryError) or re.match(rf"(\w+::\w+|{op}): ", str(error)):  # a sentence of an op's own
+    if isinstance(error, RegistryError) or _names_an_op(str(error), op):  # a sentence of an op's own
         return error
     given = [(shown(p.name), p, value) for p, value in zip(parameters, values, strict=True)]
     for name, parameter, value in given:
@@ -99,6 +98,13 @@ def explained(
     except Exception:  # the checks were not made for such a call, and say nothing about it
         pass
     return error
+
+
+def _names_an_op(message: str, op: str) -> bool:
+    """Whether a sentence begins with an op's name. Dynamo traces this, and cannot trace `re`."""
+    name, colon, _ = message.partition(": ")
+    namespace, colons, own = name.partition("::")
+    return bool(colon) and (name == op or (bool(colons) and namespace.isidentifier() and own.isidentifier()))
 
 
 def check_numbers(parameters: Sequence[inspect.Parameter], values: Sequence[Any]) -> None:
@@ -150,8 +156,7 @@ def _answer(name: str, parameters: Sequence[inspect.Parameter], error: Exception
             raise in_call_of(name, wrong) from None
 
     found = explained(name, parameters, validate, error, values)
-    is_sentence = re.match(rf"(\w+::\w+|{name}): ", str(error))
-    if found is not error or is_sentence or type(error) not in _OF_PREPARING or not tensors:
+    if found is not error or _names_an_op(str(error), name) or type(error) not in _OF_PREPARING or not tensors:
         return found
     got = " and ".join(f"{tuple(t.shape)} of {t.dtype}" for t in tensors.values())
     return bad_argument(f"{name}: {', '.join(tensors)}", got=got, expected=f"tensors that fit ({_first_line(error)})")

@@ -12,9 +12,11 @@ pytest.importorskip("triton")
 
 from mamba_ops.ops._triton import slices
 from mamba_ops.registry import Op, use_backend
+from tests.conftest import ACCELERATOR
 from tests.training.gradients import TRAINED
 from tests.training.test_training import activation, dense
 
+DEVICE = ACCELERATOR or torch.device("cpu")
 SLICED = [op for op in TRAINED if op.name != "causal_conv1d"]
 """Ops whose backward keeps much; the convolution's keeps next to nothing."""
 
@@ -40,9 +42,9 @@ def rows_of(op: Op[...], rows: int, length: int = 20) -> dict[str, Any]:
         if is_of_rows(name, value):
             generator = torch.Generator().manual_seed(len(name))
             call[name] = value[:1] * (1 + 0.1 * torch.rand((rows, *value.shape[1:]), generator=generator))
-    call = {name: value.detach() if isinstance(value, Tensor) else value for name, value in call.items()}
     states = op.forward_states_op.allocate(**call)[1]
     call["initial_states"] = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
+    call = {name: value.detach().to(DEVICE) if isinstance(value, Tensor) else value for name, value in call.items()}
     return {"grad_output": activation(call).cos(), "grad_final_states": call["initial_states"].cos(), **call}
 
 

@@ -35,7 +35,7 @@ def models(*daily: str, without: tuple[str, ...] = ()) -> pytest.MarkDecorator:
 class _Float64(SimpleNamespace):
     """torch for a modeling file in which float32 is float64: what stock computes in float32 whatever the model is."""
 
-    float32 = torch.float64
+    float32 = float = torch.float64
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
