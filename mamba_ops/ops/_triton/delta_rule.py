@@ -29,22 +29,64 @@ def length_factor(x, L2NORM: tl.constexpr):
 
 
 @triton.jit
-def inverse_of(system, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    # Of 1 + system, which is strictly lower triangular. First of the parts on its diagonal, all at once, by elimination
-    # of a column after the other. With P made of those inverses, and N = P @ (what is left of them), N^4 is zero, and
-    # the whole inverse is (1 - N) (1 + N^2) P.
-    PARTS: tl.constexpr = CHUNK // _PART
-    i = tl.arange(0, PARTS)
-    own = (i[:, None] == i[None, :])[:, :, None, None]
-    parts = tl.permute(tl.reshape(system, [PARTS, _PART, PARTS, _PART]), (0, 2, 1, 3))
-    part = tl.sum(tl.where(own, parts, 0.0), axis=1)
+def factor_of_squares(products, L2NORM: tl.constexpr):
+    # The same of rows whose products with each other are known: in registers, squares would be summed across threads.
+    factor = tl.full([products.shape[0]], 1.0, tl.float32)
+    if L2NORM:
+        i = tl.arange(0, products.shape[0])
+        factor /= tl.sqrt(tl.sum(tl.where(i[:, None] == i[None, :], products, 0.0), axis=1) + 1e-6)
+    return factor
+
+
+@triton.jit
+def _inverses_by_columns(part):
+    # Of 1 + each part, (parts, rows, columns): by elimination of a column after the other. A thread has one column of
+    # an inverse, and all that it needs of the part, so that no step waits for another thread. Four warps have twice as
+    # many threads as there are columns: a layout would split each column between two, were there not two copies.
+    PARTS: tl.constexpr = part.shape[0]
+    part = tl.permute(part.to(tl.int32, bitcast=True), (1, 2, 0))
+    part = tl.expand_dims(tl.expand_dims(part, 2), 4)
+    part = tl.broadcast_to(part, [_PART, _PART, 2, PARTS, _PART])
+    i = tl.arange(0, _PART)
+    row = i[:, None, None, None]
+    solved = tl.broadcast_to(tl.where(row == i[None, None, None, :], 1.0, 0.0), [_PART, 2, PARTS, _PART])
+    for j in tl.static_range(_PART - 1):
+        # One entry is picked by a sum of bits with zeros: of integers a compiler knows that this changes nothing.
+        factor = tl.sum(tl.where(i[None, :, None, None, None] == j, part, 0), axis=1).to(tl.float32, bitcast=True)
+        pivot = tl.sum(tl.where(row == j, solved.to(tl.int32, bitcast=True), 0), axis=0).to(tl.float32, bitcast=True)
+        solved = tl.where(row > j, solved - factor * tl.expand_dims(pivot, 0), solved)
+    solved, _ = tl.split(tl.permute(solved, (2, 0, 3, 1)))
+    return solved
+
+
+@triton.jit
+def _inverses_in_place(part):
+    # The same, and every entry stays with the thread that has it.
     row = tl.arange(0, _PART)[None, :, None]
     column = tl.arange(0, _PART)[None, None, :]
+    part = tl.where(row > column, part, 0.0)
     solved = tl.where(row == column, 1.0, part * 0.0)
     for j in range(_PART - 1):
         factor = tl.sum(tl.where(column == j, part, 0.0), axis=2)
         pivot = tl.sum(tl.where(row == j, solved, 0.0), axis=1)
         solved -= factor[:, :, None] * pivot[:, None, :]
+    return solved
+
+
+@triton.jit
+def inverse_of(system, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+    # Of 1 + what is below the diagonal of system: nothing else is looked at. First of the parts on its diagonal, all at
+    # once. With P made of those inverses, and N = P @ (what is left of them), N^4 is zero, and the whole inverse is
+    # (1 - N) (1 + N^2) P.
+    PARTS: tl.constexpr = CHUNK // _PART
+    i = tl.arange(0, PARTS)
+    own = (i[:, None] == i[None, :])[:, :, None, None]
+    parts = tl.permute(tl.reshape(system, [PARTS, _PART, PARTS, _PART]), (0, 2, 1, 3))
+    part = tl.sum(tl.where(own, parts, 0.0), axis=1)
+    if PRECISION == "tf32":
+        solved = _inverses_by_columns(part)
+    else:  # products of numbers that are split up have no registers left for whole columns
+        solved = _inverses_in_place(part)
     whole = tl.where(own, tl.expand_dims(solved, 1), 0.0)
     whole = tl.reshape(tl.permute(whole, (0, 2, 1, 3)), [CHUNK, CHUNK])
     i = tl.arange(0, CHUNK)

@@ -19,7 +19,7 @@ from mamba_ops.ops._triton.common import (
     tile_ptrs,
 )
 from mamba_ops.ops._triton.decay import exact_sums, split, to_log2
-from mamba_ops.ops._triton.delta_rule import inverse_of, length_factor
+from mamba_ops.ops._triton.delta_rule import factor_of_squares, inverse_of, length_factor
 
 
 @kernel(first_number="scale", static="factors solved weights")
@@ -53,6 +53,7 @@ def _solve(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
+    SQUARES: tl.constexpr,  # whether lengths of rows are found by matrix products
 ):
     program = tl.program_id(0)
     chunk = program // V_HEADS
@@ -73,8 +74,16 @@ def _solve(
     strength = tl.load(beta + head + t.to(tl.int64) * beta_stride, t < high, other=0.0).to(tl.float32)
     decay = tl.load(g + head + t.to(tl.int64) * g_stride, t < high, other=0.0).to(tl.float32) * 1.4426950408889634
 
-    of_key = length_factor(keys, L2NORM)
-    of_query = length_factor(queries, L2NORM) * scale
+    keys_, queries_ = keys.to(operand), queries.to(operand)
+    turned = tl.trans(keys_)
+    if SQUARES:
+        system = tl.dot(keys_, turned, input_precision=EXACT)
+        of_key = factor_of_squares(system, L2NORM)
+        squares = tl.dot(queries_, tl.trans(queries_), input_precision=EXACT)
+        of_query = factor_of_squares(squares, L2NORM) * scale
+    else:
+        of_key = length_factor(keys, L2NORM)
+        of_query = length_factor(queries, L2NORM) * scale
     total, left = exact_sums(decay)
     near, up, down = split(total)
     number = chunk.to(tl.int64) * V_HEADS + head
@@ -86,16 +95,16 @@ def _solve(
     tl.store(factors + 3 * CHUNK + i, tl.exp2(to_log2(total + left)), i == 0)  # all of them
 
     between = tl.exp2(tl.where(i[:, None] >= i[None, :], near[:, None] - near[None, :], float("-inf")))
-    between *= (of_key * down)[None, :]
-    of_query *= up
-    of_key *= up * strength
-    turned = tl.trans(keys.to(operand))
     place = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
-    weight = tl.dot(queries.to(operand), turned, input_precision=EXACT) * between * of_query[:, None]
+    weight = tl.dot(queries_, turned, input_precision=EXACT)
+    weight = weight * (between * (down * of_key)[None, :]) * (of_query * up)[:, None]
     tl.store(weights + place, weight)
-    system = tl.dot(keys.to(operand), turned, input_precision=EXACT) * between * of_key[:, None]
-    system = tl.where(i[:, None] > i[None, :], system, 0.0)
-    tl.store(solved + place, inverse_of(system, CHUNK, PRECISION) * strength[None, :])
+    if not SQUARES:
+        system = tl.dot(keys_, turned, input_precision=EXACT)
+    # With B of strengths and A of products, (1 + B A)^-1 B is B (1 + A B)^-1: a thread has many columns and few rows.
+    # What multiplies columns is one product of all, made before strengths would be loaded again where they are needed.
+    system = system * (between * (down * (of_key * strength))[None, :]) * (of_key * up)[:, None]
+    tl.store(solved + place, inverse_of(system, CHUNK, PRECISION) * strength[:, None])
 
 
 @kernel(first_number="q_stride", static="factors solved weights")

@@ -138,7 +138,8 @@ def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launch
     stages = 2 if itemsize == 2 and 4 * read_ahead <= 3 * limits.shared_memory else 1
     precisions = precisions_of(operand, limits)
     solve = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, **precisions, "num_warps": 4}
+    solve["SQUARES"] = limits.is_large and itemsize == 2  # where operands take registers, products cost more than sums
     if itemsize == 2:
-        solve |= limits.registers(168)
+        solve |= limits.registers(128 if limits.is_large else 168)
     scan = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, "BLOCK": block, "PRECISION": precisions["EXACT"]}
     return {"_solve": solve, "_scan": scan | {"num_warps": 4, "num_stages": stages}}
