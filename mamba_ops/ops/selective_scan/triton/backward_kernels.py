@@ -266,7 +266,7 @@ def _gradients(
         next_grad_s = tl.load(of_adjoint, in_dim, other=0.0)
         next_earlier = tl.load(of_sum, in_dim & (number > 0), other=0.0)
         next_both = read_pairs(entries, TILE, BLOCK)
-        for entry in tl.range(DSTATE, loop_unroll_factor=1):  # noqa: B007 - `_` has another type above
+        for entry in tl.range(DSTATE, loop_unroll_factor=2):  # noqa: B007 - `_` has another type above
             rate = next_rate
             s = next_s * tl.exp2(rate * total) + next_gained
             grad_s = next_grad_s
@@ -281,6 +281,7 @@ def _gradients(
             next_gained = tl.load(of_before, later, other=0.0)
             next_grad_s = tl.load(of_adjoint + DIM, in_dim, other=0.0)
             next_earlier = tl.load(of_sum + DIM, in_dim & (number > 0), other=0.0)
+            next_both = read_pairs(entries, TILE, BLOCK)
             bs = both[:TILE]
             cs = both[TILE:]
             decays = ()
@@ -293,7 +294,6 @@ def _gradients(
             # Always. What is read above has no use before the next entry, so compilers would ask for it last; into
             # this block they do not move it.
             if length > 0:
-                next_both = read_pairs(entries, TILE, BLOCK)
                 grad_rate = tl.zeros([BLOCK], tl.float32)
                 grad_u_after = ()
                 grad_d_after = ()
