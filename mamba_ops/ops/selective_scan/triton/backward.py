@@ -82,9 +82,10 @@ def _backward(call: "BackwardArguments", space: Workspace) -> None:
     blocks = cdiv(dim // groups, BLOCK)
 
     with on_device_of(x):
-        states, totals = space(chunks, TILES, dstate, dim), space(chunks, TILES, dim)
-        adjoints, of_chunks = space(chunks, dstate, dim), space(chunks, dstate + 2, dim)
-        rates, arranged = space(dstate, dim), space(chunks, TILES, groups, dstate, 2 * TILE)
+        # One entry more than there are where kernels read one ahead.
+        states, totals = space(chunks * TILES * dstate + 1, dim), space(chunks, TILES, dim)
+        adjoints, of_chunks = space(chunks * dstate + 1, dim), space(chunks, dstate + 2, dim)
+        rates, arranged = space(dstate + 1, dim), space(chunks * TILES * groups * dstate + 1, 2 * TILE)
         of_blocks = space(blocks, chunks, TILES, groups, dstate, 2 * TILE)
         strides = (x.stride(0), dt.stride(0), None if z is None else z.stride(0), grad_output.stride(0))
         sizes = {"DIM": dim, "DSTATE": dstate, "TILE": TILE, "TILES": TILES, "BLOCK_ROWS": 128}
@@ -102,7 +103,7 @@ def _backward(call: "BackwardArguments", space: Workspace) -> None:
         _boundaries[(chunks * groups * blocks,)](
             *(x, dt, rates, arranged, z, dt_bias, grad_output, cu_seqlens),
             *(states, totals, adjoints),
-            *(rows, length, *strides),
+            *(rows, length, 1, *strides),
             **sizes,
             **of_group,
             BLOCK=BLOCK,
@@ -120,7 +121,7 @@ def _backward(call: "BackwardArguments", space: Workspace) -> None:
             *(x, dt, rates, arranged, D, z, dt_bias, grad_output, cu_seqlens),
             *(states, totals, adjoints),
             *(written["x"], written["dt"], grad_z, of_chunks, of_blocks),
-            *(rows, length, chunks, *strides),
+            *(rows, length, chunks, 1, *strides),
             *(written["x"].stride(0), written["dt"].stride(0), None if grad_z is None else grad_z.stride(0)),
             **sizes,
             **of_group,

@@ -34,6 +34,7 @@ def _boundaries(
     adjoints,  # out: (chunks, dstate, dim), of the state before the chunk
     rows,
     length,
+    one,  # of which compilers do not know that it is 1
     x_token,
     dt_token,
     z_token,
@@ -89,23 +90,27 @@ def _boundaries(
         before = states + tile * (DSTATE * DIM)
         slot = tl.where(tile + 1 < tiles, tile + 1, 0)
         end = states + slot * (DSTATE * DIM)
-        # What an entry needs is read while the one before it is computed. After the last one, that is read again.
-        next_rate = tl.load(rates, in_dim, other=0.0)
+        # What an entry needs is read while the one before it is computed; after the last one, what nobody uses. Two
+        # entries are an iteration: the numbers read ahead then change places without being moved.
+        of_rate = rates
+        of_adjoint = adjoints
+        entries = arranged + tile * (GROUPS * DSTATE * 2 * TILE) + tl.arange(0, 32) * (one - 1)
+        next_rate = tl.load(of_rate, in_dim, other=0.0)
         next_s = tl.load(before, later, other=0.0)
-        next_gained = tl.load(adjoints, later, other=0.0)
-        entries = arranged + tile * (GROUPS * DSTATE * 2 * TILE)
-        next_both = read_pairs(entries, TILE)
-        for entry in range(DSTATE):
+        next_gained = tl.load(of_adjoint, later, other=0.0)
+        next_both = read_pairs(entries, TILE, BLOCK)
+        for entry in tl.range(DSTATE, loop_unroll_factor=2):  # noqa: B007 - `_` has another type above
             rate = next_rate
             s = next_s
             gained = next_gained
             both = next_both
-            following = tl.minimum(entry + 1, DSTATE - 1)
-            after = following * DIM
-            next_rate = tl.load(rates + after, in_dim, other=0.0)
-            next_s = tl.load(before + after, later, other=0.0)
-            next_gained = tl.load(adjoints + after, later, other=0.0)
-            next_both = read_pairs(entries + following * (2 * TILE), TILE)
+            of_rate += DIM
+            before += DIM
+            entries += 2 * TILE
+            next_rate = tl.load(of_rate, in_dim, other=0.0)
+            next_s = tl.load(before, later, other=0.0)
+            next_gained = tl.load(of_adjoint + DIM, later, other=0.0)
+            next_both = read_pairs(entries, TILE, BLOCK)
             decays = ()
             for t in tl.static_range(TILE):
                 decays += (tl.exp2(rate * d[t]),)
@@ -113,8 +118,10 @@ def _boundaries(
             gain = tl.zeros([BLOCK], tl.float32)
             for t in tl.static_range(TILE - 1, -1, -1):
                 gain = (gain + pulled[t] * both[TILE + t]) * decays[t]
-            tl.store(end + entry * DIM, s, in_dim)
-            tl.store(adjoints + entry * DIM, gained + tl.exp2(rate * total) * gain, in_dim)
+            tl.store(end, s, in_dim)
+            tl.store(of_adjoint, gained + tl.exp2(rate * total) * gain, in_dim)
+            end += DIM
+            of_adjoint += DIM
         for t in tl.static_range(TILE):
             total += d[t]
         tl.store(sums + slot * DIM, total, in_dim)
@@ -168,6 +175,7 @@ def _gradients(
     rows,
     length,
     chunks,
+    one,  # of which compilers do not know that it is 1
     x_token,
     dt_token,
     z_token,
@@ -186,6 +194,7 @@ def _gradients(
     BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,  # of merging: log2(2 * TILE)
 ):
+    BITS: tl.constexpr = x.dtype.element_ty.primitive_bitwidth
     VALUES: tl.constexpr = 2 * TILE  # gradients of B and C in a tile, of one entry
     chunk, group, block, channel, in_dim = of_chunk(tl.program_id(0), DIM, GROUPS, BLOCK)
     row, low, high, _, _ = chunk_bounds(chunk, cu_seqlens, rows, length, TILE * TILES, BLOCK_ROWS)
@@ -242,30 +251,37 @@ def _gradients(
         later = in_dim & (tile > 0)
         total = tl.load(sums + tile * DIM, later, other=0.0)
         of_tile = ((chunk.to(tl.int64) * TILES + tile) * GROUPS + group) * (DSTATE * VALUES)
-        entries = arranged + of_tile
+        entries = arranged + of_tile + tl.arange(0, 32) * (one - 1)
         place = of_blocks + block * (chunks.to(tl.int64) * (TILES * GROUPS * DSTATE * VALUES))
         place += of_tile + tl.arange(0, VALUES)
-        # What an entry needs is read while the one before it is computed. After the last one, that is read again.
-        next_rate = tl.load(rates, in_dim, other=0.0)
-        next_s = tl.load(states, in_dim, other=0.0)
-        next_gained = tl.load(states + tile * (DSTATE * DIM), later, other=0.0)
-        next_grad_s = tl.load(adjoints, in_dim, other=0.0)
-        next_earlier = tl.load(of_chunks, in_dim & (number > 0), other=0.0)
-        next_both = read_pairs(entries, TILE)
-        for entry in range(DSTATE):
+        # What an entry needs is read while the one before it is computed; after the last one, what nobody uses.
+        of_rate = rates
+        of_state = states
+        of_before = states + tile * (DSTATE * DIM)
+        of_adjoint = adjoints
+        of_sum = of_chunks
+        next_rate = tl.load(of_rate, in_dim, other=0.0)
+        next_s = tl.load(of_state, in_dim, other=0.0)
+        next_gained = tl.load(of_before, later, other=0.0)
+        next_grad_s = tl.load(of_adjoint, in_dim, other=0.0)
+        next_earlier = tl.load(of_sum, in_dim & (number > 0), other=0.0)
+        next_both = read_pairs(entries, TILE, BLOCK)
+        for entry in tl.range(DSTATE, loop_unroll_factor=2):  # noqa: B007 - `_` has another type above
             rate = next_rate
             s = next_s * tl.exp2(rate * total) + next_gained
             grad_s = next_grad_s
             earlier = next_earlier
             both = next_both
-            following = tl.minimum(entry + 1, DSTATE - 1)
-            after = following * DIM
-            next_rate = tl.load(rates + after, in_dim, other=0.0)
-            next_s = tl.load(states + after, in_dim, other=0.0)
-            next_gained = tl.load(states + tile * (DSTATE * DIM) + after, later, other=0.0)
-            next_grad_s = tl.load(adjoints + after, in_dim, other=0.0)
-            next_earlier = tl.load(of_chunks + after, in_dim & (number > 0), other=0.0)
-            next_both = read_pairs(entries + following * VALUES, TILE)
+            of_rate += DIM
+            of_state += DIM
+            of_before += DIM
+            entries += VALUES
+            next_rate = tl.load(of_rate, in_dim, other=0.0)
+            next_s = tl.load(of_state, in_dim, other=0.0)
+            next_gained = tl.load(of_before, later, other=0.0)
+            next_grad_s = tl.load(of_adjoint + DIM, in_dim, other=0.0)
+            next_earlier = tl.load(of_sum + DIM, in_dim & (number > 0), other=0.0)
+            next_both = read_pairs(entries, TILE, BLOCK)
             bs = both[:TILE]
             cs = both[TILE:]
             decays = ()
@@ -275,30 +291,36 @@ def _gradients(
                 before += (s,)
                 s = s * decays[t] + u[t] * bs[t]
 
-            grad_rate = tl.zeros([BLOCK], tl.float32)
-            grad_u_after = ()
-            grad_d_after = ()
-            read_after = ()
-            merged = ()
-            for t in tl.static_range(TILE - 1, -1, -1):
-                grad_s += pulled[t] * cs[t]
-                grad_u_after += (grad_u[TILE - 1 - t] + grad_s * bs[t],)
-                read_after += (read[TILE - 1 - t] + s * cs[t],)
-                merged = _halve((_across(u[t] * grad_s, BLOCK), _across(pulled[t] * s, BLOCK)), 1) + merged
-                grad_s *= decays[t]
-                s = before[t]
-                grad_exponent = grad_s * s
-                grad_d_after += (grad_d[TILE - 1 - t] + grad_exponent * rate,)
-                grad_rate += grad_exponent * d[t]
-            grad_u = grad_u_after
-            grad_d = grad_d_after
-            read = read_after
-            for level in tl.static_range(1, LEVELS):
-                merged = _halve(merged, 2**level)
-            found = tl.sum(tl.reshape(merged[0], [32 // VALUES, VALUES]), axis=0)
-            tl.store(place + entry * VALUES, found)
-            tl.store(adjoints + entry * DIM, grad_s, in_dim)
-            tl.store(of_chunks + entry * DIM, earlier + grad_rate, in_dim)
+            # Always. What is read above has no use before the next entry, so compilers would ask for it last; into
+            # this block they do not move it.
+            if length > 0:
+                grad_rate = tl.zeros([BLOCK], tl.float32)
+                grad_u_after = ()
+                grad_d_after = ()
+                read_after = ()
+                merged = ()
+                for t in tl.static_range(TILE - 1, -1, -1):
+                    grad_s += pulled[t] * cs[t]
+                    grad_u_after += (grad_u[TILE - 1 - t] + grad_s * bs[t],)
+                    read_after += (read[TILE - 1 - t] + s * cs[t],)
+                    merged = _halve((_across(u[t] * grad_s, BLOCK), _across(pulled[t] * s, BLOCK)), 1) + merged
+                    grad_s *= decays[t]
+                    s = before[t]
+                    grad_exponent = grad_s * s
+                    grad_d_after += (grad_d[TILE - 1 - t] + grad_exponent * rate,)
+                    grad_rate += grad_exponent * d[t]
+                grad_u = grad_u_after
+                grad_d = grad_d_after
+                read = read_after
+                for level in tl.static_range(1, LEVELS):
+                    merged = _halve(merged, 2**level)
+                found = tl.sum(tl.reshape(merged[0], [32 // VALUES, VALUES]), axis=0)
+                tl.store(place, found)
+                tl.store(of_adjoint, grad_s, in_dim)
+                tl.store(of_sum, earlier + grad_rate, in_dim)
+            place += VALUES
+            of_adjoint += DIM
+            of_sum += DIM
 
         values = ()  # this and the next three: from the last token to the first, all read before one is written
         raws = ()
@@ -336,7 +358,7 @@ def _gradients(
                 raw = raws[TILE - 1 - t].to(tl.float32)
                 if bias is not None:
                     raw += bias
-                grad_step *= sigmoid(raw)
+                grad_step *= sigmoid(raw, BITS)
             grad_step = tl.where(there, grad_step, 0.0)
             grad_bias += grad_step
             grad_skip += pulled[t] * value
@@ -345,7 +367,7 @@ def _gradients(
             if z is not None:
                 grad_z_tile = moved(grad_z_tile, -grad_z_token, PAIRS)
                 gate = gates[TILE - 1 - t].to(tl.float32)
-                opened = sigmoid(gate)
+                opened = sigmoid(gate, BITS)
                 grad = grads[TILE - 1 - t].to(tl.float32) * (read[TILE - 1 - t] + skip * value)
                 grad *= opened * (1.0 + gate * (1.0 - opened))
                 tl.store(grad_z_tile, grad, there)

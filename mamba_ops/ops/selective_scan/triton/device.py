@@ -86,8 +86,7 @@ def in_float32(values, TOKENS: tl.constexpr):
 
 @triton.jit
 def load_entries(
-    tensor,
-    apart,  # a zero for every channel of which compilers do not know that it is one
+    tensor,  # for every channel an address; compilers do not know that all are one
     DSTATE: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -100,7 +99,7 @@ def load_entries(
     part = tl.arange(0, PARTS)[:, None]
     if WORDS:
         COUNT: tl.constexpr = 128 // tensor.dtype.element_ty.primitive_bitwidth
-        words = (tensor + apart).to(tl.pointer_type(tl.int32), bitcast=True)
+        words = tensor.to(tl.pointer_type(tl.int32), bitcast=True)
         for word in tl.static_range(WIDTH // COUNT):
             entry = part * WIDTH + word * COUNT
             place = words[None, :, None] + (entry[:, :, None] * 4 // COUNT + tl.arange(0, 4)[None, None, :])
@@ -109,7 +108,7 @@ def load_entries(
                 found = tl.load(place, (entry < DSTATE)[:, :, None], other=0)
             else:
                 found = tl.load(place)
-            evens, odds = tl.split(tl.reshape(found, [PARTS, apart.shape[0], 2, 2]))
+            evens, odds = tl.split(tl.reshape(found, [PARTS, tensor.shape[0], 2, 2]))
             evens = tl.split(evens)
             odds = tl.split(odds)
             for pair in tl.static_range(2):
@@ -119,7 +118,7 @@ def load_entries(
     else:
         for number in tl.static_range(WIDTH):
             entry = part * WIDTH + number
-            place = (tensor + apart)[None, :] + entry
+            place = tensor[None, :] + entry
             if PARTS * WIDTH > DSTATE:
                 numbers += (tl.load(place, entry < DSTATE, other=0.0).to(tl.float32),)
             else:

@@ -118,8 +118,8 @@ def _outputs(
         skip = tl.load(D + channel, in_dim, other=0.0).to(tl.float32)
 
     apart = channel * (one - 1)
-    B += low.to(tl.int64) * B_token + group * DSTATE
-    C += low.to(tl.int64) * C_token + group * DSTATE
+    B += low.to(tl.int64) * B_token + group * DSTATE + apart
+    C += low.to(tl.int64) * C_token + group * DSTATE + apart
     x += low.to(tl.int64) * x_token + channel
     dt += low.to(tl.int64) * dt_token + channel
     there = in_dim & (low < high)
@@ -156,17 +156,17 @@ def _outputs(
             # Taken out of where the next token's go before those are asked for: a register then waits for neither.
             value = next_value.to(tl.float32)
             d = next_d.to(tl.float32)
-            more = tl.where(t + 2 <= high, 1, 0).to(tl.int64)
-            x += more * x_token
-            dt += more * dt_token
-            next_value = tl.load(x, in_dim, other=0.0)
-            next_d = tl.load(dt, in_dim, other=0.0)
+            more = in_dim & (t + 1 < high)
+            x += x_token
+            dt += dt_token
+            next_value = tl.load(x, more, other=0.0)
+            next_d = tl.load(dt, more, other=0.0)
             if z is not None:
                 gate = next_gate.to(tl.float32)
-                z += more * z_token
-                next_gate = tl.load(z, in_dim, other=0.0)
-            b = load_entries(B, apart, DSTATE, PARTS, WIDTH, WORDS)
-            c = load_entries(C, apart, DSTATE, PARTS, WIDTH, WORDS)
+                z += z_token
+                next_gate = tl.load(z, more, other=0.0)
+            b = load_entries(B, DSTATE, PARTS, WIDTH, WORDS)
+            c = load_entries(C, DSTATE, PARTS, WIDTH, WORDS)
             step = step_size(d, bias, SOFTPLUS)
             decay = decays(step, rates, WIDTH)
             added = products(step * value, b, WIDTH)

@@ -90,7 +90,7 @@ def _ends(
         bias = tl.load(dt_bias + channel, in_dim, other=0.0).to(tl.float32)
 
     apart = channel * (one - 1)
-    B += low.to(tl.int64) * B_token + group * DSTATE
+    B += low.to(tl.int64) * B_token + group * DSTATE + apart
     x += low.to(tl.int64) * x_token + channel
     dt += low.to(tl.int64) * dt_token + channel
     s = zeros(PARTS, BLOCK, WIDTH)
@@ -108,7 +108,7 @@ def _ends(
         values = load_tokens(x, x_token, in_dim, TOKENS)
         d = load_tokens(dt, dt_token, in_dim, TOKENS)
         for token in tl.static_range(TOKENS):
-            b = load_entries(B + token * B_token.to(tl.int64), apart, DSTATE, PARTS, WIDTH, WORDS)
+            b = load_entries(B + token * B_token.to(tl.int64), DSTATE, PARTS, WIDTH, WORDS)
             step = step_size(steps[token], bias, SOFTPLUS)
             s = next_state(s, decays(step, rates, WIDTH), products(step * rhs[token], b, WIDTH), WIDTH)
             total += step
@@ -117,7 +117,7 @@ def _ends(
         x += tl.minimum(tiles, 1).to(tl.int64) * TOKENS * x_token
         dt += tl.minimum(tiles, 1).to(tl.int64) * TOKENS * dt_token
         for _ in range(low + tiles * TOKENS, high):
-            b = load_entries(B, apart, DSTATE, PARTS, WIDTH, WORDS)
+            b = load_entries(B, DSTATE, PARTS, WIDTH, WORDS)
             step = step_size(tl.load(dt, in_dim, other=0.0).to(tl.float32), bias, SOFTPLUS)
             rhs_1 = tl.load(x, in_dim, other=0.0).to(tl.float32)
             s = next_state(s, decays(step, rates, WIDTH), products(step * rhs_1, b, WIDTH), WIDTH)
