@@ -71,6 +71,17 @@ def silu(v, BITS: tl.constexpr):
         return v * root * root
 
 
+@triton.jit
+def to_be_multiplied(v, PRECISION: tl.constexpr):
+    # float32 operands of tl.dot. In tf32 matrix units cut their last bits off, which is up to a whole step of what is
+    # left, and always toward zero. Here they are rounded to the nearest instead, by half a step that carries; infinite
+    # and too large numbers are infinite then, and NaN stays NaN.
+    if PRECISION == "tf32":
+        nearest = (v.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        v = tl.where(v == v, nearest.to(tl.float32, bitcast=True), v)
+    return v
+
+
 INTERPRETED = not isinstance(softplus, triton.JITFunction)
 """Whether Triton runs kernels on the CPU, in Python."""
 if INTERPRETED:

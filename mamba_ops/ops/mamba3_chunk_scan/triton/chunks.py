@@ -13,7 +13,15 @@ the chunks of a row with one head's state in registers.
 import triton
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import chunk_bounds, kernel, load_flag, load_slot, row_chunks, tile_ptrs
+from mamba_ops.ops._triton.common import (
+    chunk_bounds,
+    kernel,
+    load_flag,
+    load_slot,
+    row_chunks,
+    tile_ptrs,
+    to_be_multiplied,
+)
 from mamba_ops.ops._triton.decay import exact_sums, split, to_log2
 from mamba_ops.ops._triton.mamba3 import half_turns, log_decay, sin_cos
 
@@ -296,4 +304,5 @@ def _weigh(
     between = tl.exp2(tl.where(i[:, None] >= i[None, :], near[:, None] - near[None, :], float("-inf")))
     between *= tl.where(i[:, None] == i[None, :], early[None, :], weight[None, :]) * (up[:, None] * down[None, :])
     product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    tl.store(weights + number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :], product * between)
+    at = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
+    tl.store(weights + at, to_be_multiplied(product * between, PRECISION))

@@ -2,7 +2,16 @@
 
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import final_slot, kernel, load_flag, load_slot, offset_ptr, row_chunks, tile_ptrs
+from mamba_ops.ops._triton.common import (
+    final_slot,
+    kernel,
+    load_flag,
+    load_slot,
+    offset_ptr,
+    row_chunks,
+    tile_ptrs,
+    to_be_multiplied,
+)
 from mamba_ops.ops._triton.mamba3 import gated
 
 
@@ -120,8 +129,9 @@ def _scan(
         decay = tl.load(factors + 2 * CHUNK)
 
         new = tl.trans(values).to(tl.float32)
-        y = tl.dot(s.to(operand), tl.trans(q), input_precision=PRECISION) * of_query[None, :]
-        kept = (new * tl.load(factors + CHUNK + i)[None, :]).to(operand)
+        known = to_be_multiplied(s, PRECISION).to(operand)
+        y = tl.dot(known, tl.trans(q), input_precision=PRECISION) * of_query[None, :]
+        kept = to_be_multiplied(new * tl.load(factors + CHUNK + i)[None, :], PRECISION).to(operand)
         s = tl.dot(kept, k, s * decay, input_precision=PRECISION)
         y = tl.dot(new.to(operand), tl.trans(weight), y, input_precision=PRECISION)
         y = tl.trans(y)
