@@ -20,6 +20,7 @@ from mamba_ops.testing import judge as testing
 from mamba_ops.testing.judge import Front, oracle_results, refusal, with_output
 from mamba_ops.testing.op_checks import backends_on
 from tests import fresh
+from tests.conftest import ACCELERATOR
 
 OPS = sorted(
     (op for op in registry.ops().values() if op.qualname.startswith("mamba_ops::") and not op.returns),
@@ -166,9 +167,51 @@ def _farther(one: Tensor, other: Tensor, exact: Tensor) -> Tensor:
 
 
 def judge(op: Op[...], sample: Sample, front: Front) -> None:
-    """Run `front` on a copy of a sample; raise AssertionError unless it did what the op's oracle says, no more."""
+    """Run `front` on a copy of a sample; raise AssertionError unless it did what the op's oracle says, no more.
+
+    On a GPU a number next to the middle of two may be rounded to the other one, by which it is a whole step from where
+    the oracle has it. A few such steps in one row can be further off than all that the oracle's own add up to in this
+    call, though not in most. So there the oracle's error is the largest in some calls beside this one, too.
+    """
     sample = with_output(op, sample)
-    testing.judge(op, sample, front, functools.partial(expected, op, sample))
+    try:
+        testing.judge(op, sample, front, functools.partial(expected, op, sample))
+    except AssertionError:
+        if ACCELERATOR is None:
+            raise
+        testing.judge(op, sample, front, functools.partial(expected_beside, op, sample))
+
+
+BESIDE = 6
+"""Calls that are looked at beside one."""
+
+
+def expected_beside(op: Op[...], sample: Sample, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What `expected` says; in float32 off by the most that it is in some calls beside this one, in every number."""
+    found = expected(op, sample, dtype)
+    if dtype != torch.float32:
+        return found
+    off = {name: 0.0 for name, tensor in found.items() if tensor is not None and tensor.is_floating_point()}
+    for other in (sample, *(beside(sample, seed) for seed in range(BESIDE))):
+        exact, low = (expected(op, other, each) for each in (torch.float64, torch.float32))
+        for name in off:
+            errors = (low[name].double() - exact[name])[torch.isfinite(exact[name])].abs()
+            off[name] = max(off[name], float(errors.max()) if len(errors) else 0.0)
+    exact = expected(op, sample, torch.float64)
+    return {name: exact[name] + off[name] if name in off else tensor for name, tensor in found.items()}
+
+
+def beside(sample: Sample, seed: int) -> Sample:
+    """A call whose floating numbers differ from those of another by up to a bfloat16's last bit."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def shifted(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        shift = (torch.rand(value.shape, generator=generator) - 0.5) / 64
+        return (value.detach().cpu().double() * (1 + shift)).to(value)
+
+    return Sample(sample.name, tuple(map(shifted, sample.args)), {n: shifted(v) for n, v in sample.kwargs.items()})
 
 
 @contextmanager
