@@ -9,19 +9,19 @@ BUGS = {
     "last token of a part not solved": ("for j in range(_PART - 1):", "for j in range(_PART - 2):"),
     "state not decayed over a chunk": ("s * decay", "s"),
     "tokens not decayed to the chunk's end": ("tl.exp2(to_log2(left))", "1.0"),
-    "what is known written again": ("new -= tl.dot(", "new -= 0.0 * tl.dot("),
+    "what is known written again": ("tl.store(factors + i, since * of_key)", "tl.store(factors + i, 0.0 * of_key)"),
     "token does not read itself": ("i[:, None] >= i[None, :]", "i[:, None] > i[None, :]"),
     "initial state not read": ("load_flag(row, has_initial_state, initial_stride)", "(slot_stride < -1)"),
 }
 
 SLOW_BUGS = {  # slow: interpreted matrix products
     "parts below the diagonal dropped": ("n = tl.dot(whole, rest,", "n = 0.0 * tl.dot(whole, rest,"),
-    "state before a chunk read as it is at its end": ("query_factor[None, :]", "1.0"),
+    "state before a chunk read as it is at its end": ("CHUNK + i, since * of_query)", "CHUNK + i, of_query)"),
     "state read by rows that have none": (
         "load_flag(row, has_initial_state, initial_stride)",
         "(slot_stride >= 0)",
     ),
-    "second chunk read as the first": ("solved += V_HEADS * CHUNK * CHUNK", "solved += 0"),
+    "second chunk read as the first": ("solved += V_HEADS * 2 * CHUNK * CHUNK", "solved += 0"),
     "corner of the inverse wrong": ("whole += tl.dot(square,", "whole += 0.0 * tl.dot(square,"),
     "scale dropped": ("length_factor(queries, L2NORM) * scale", "length_factor(queries, L2NORM)"),
     "null rows not zeroed": ("tl.zeros([CHUNK, BLOCK], tl.float32), (t", "1.0, (t"),
