@@ -1,4 +1,4 @@
-"""The two forms of the walk over chunks, of which a device runs one: with values as rows, and with tokens as rows."""
+"""The two forms of each kernel, of which a device runs one: the walk's has values as rows, or tokens."""
 
 import importlib
 from typing import Any
@@ -22,7 +22,8 @@ def test_every_form(joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def changed(*sizes: Any) -> dict[str, dict[str, Any]]:
         launches = rule(*sizes)
-        return {**launches, "_scan": {**launches["_scan"], "JOINED": joined}}
+        solve = {**launches["_solve"], "SQUARES": joined}
+        return {"_solve": solve, "_scan": {**launches["_scan"], "JOINED": joined}}
 
     monkeypatch.setattr(launch, "_launches", changed)
     prepared.forget()

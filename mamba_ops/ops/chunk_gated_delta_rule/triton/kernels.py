@@ -55,7 +55,7 @@ def _solve(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
-    SQUARES: tl.constexpr,  # whether lengths of rows are found by matrix products
+    SQUARES: tl.constexpr,  # whether lengths of rows are found by matrix products, which read shared memory
 ):
     program = tl.program_id(0)
     chunk = program // V_HEADS
@@ -101,16 +101,21 @@ def _solve(
     # What multiplies columns is one product of all, made before strengths would be loaded again where they are needed.
     between *= (down * (of_key * strength))[None, :]
     weight = tl.dot(queries_, turned, input_precision=EXACT) * between * (of_query * up)[:, None]
-    weight = tl.trans(weight.to(operand))  # the right one of a product: GPUs that read it from memory put it there now
-    if not SQUARES:
+    weight = weight.to(operand)
+    if SQUARES:  # what is to be the right one of a product is put into shared memory now, and frees registers
+        weight = tl.trans(weight)
+    else:
         system = tl.dot(keys_, turned, input_precision=EXACT)
     inverse = inverse_of(system * between * (of_key * up)[:, None], CHUNK, PRECISION)
     # What is written until the chunk's end, and how much queries read of what is written.
     place = number * (2 * CHUNK * CHUNK) + (i + i // 8 * 8)[:, None] * CHUNK + i[None, :]
     is_read = i[:, None] >= i[None, :] // 16 * 16  # the rest is zero
     tl.store(solved + place, inverse * (until * strength)[:, None], is_read)
-    weight = tl.dot(tl.trans(inverse.to(operand)), weight, input_precision=EXACT)
-    tl.store(solved + place + 8 * CHUNK, tl.trans(weight), is_read)
+    if SQUARES:
+        weight = tl.trans(tl.dot(tl.trans(inverse.to(operand)), weight, input_precision=EXACT))
+    else:
+        weight = tl.dot(weight, inverse.to(operand), input_precision=EXACT)
+    tl.store(solved + place + 8 * CHUNK, weight, is_read)
 
 
 @triton.jit
@@ -248,18 +253,18 @@ def _scan(
             lacking = values.to(tl.float32) - found * of_key[:, None]
             kept, read = _halves(tl.dot(both, lacking.to(operand), input_precision=PRECISION))
             s = tl.dot(tl.trans(keys), kept.to(operand), s * decay, input_precision=PRECISION)
-            y = y * of_query[:, None] + read
+            tl.store(of_output, y * of_query[:, None] + read, there & in_value)
         else:
-            inverse = tl.load(solved + of_solved, is_there, other=0.0)
-            weight = tl.load(solved + 8 * CHUNK + of_solved, is_there, other=0.0)
             lacking = tl.trans(values).to(tl.float32)
             lacking -= tl.dot(known, tl.trans(keys), input_precision=PRECISION) * of_key[None, :]
             y = tl.dot(known, tl.trans(queries), input_precision=PRECISION) * of_query[None, :]
             lacking = lacking.to(operand)
+            weight = tl.load(solved + 8 * CHUNK + of_solved, is_there, other=0.0)
+            y = tl.trans(tl.dot(lacking, tl.trans(weight), y, input_precision=PRECISION))
+            tl.store(of_output, y, there & in_value)  # before the rest, so that registers are free for it
+            inverse = tl.load(solved + of_solved, is_there, other=0.0)
             kept = tl.dot(lacking, tl.trans(inverse), input_precision=PRECISION).to(operand)
             s = tl.dot(kept, keys, s * decay, input_precision=PRECISION)
-            y = tl.trans(tl.dot(lacking, tl.trans(weight), y, input_precision=PRECISION))
-        tl.store(of_output, y, there & in_value)
         factors += V_HEADS * 3 * CHUNK
         solved += V_HEADS * 2 * CHUNK * CHUNK
         of_keys = _later(of_keys, k_stride.to(tl.int64) * CHUNK, ALIGNED)
