@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 RECORDED_WITH = (3, 7)
 CEILINGS = {
     ("sm_90", "bfloat16"): {
+        "chunk_gated_delta_rule._solve": 80,
         "chunk_gated_delta_rule._adjoints": 256,
         "chunk_gated_delta_rule._gradients": 640,
         "chunk_kda._steep_pairs": 256,
@@ -25,8 +26,8 @@ CEILINGS = {
         "mamba_chunk_scan._of_heads": 256,
     },
     ("sm_90", "float32"): {
-        "chunk_gated_delta_rule._solve": 832,
-        "chunk_gated_delta_rule._scan": 3328,
+        "chunk_gated_delta_rule._solve": 864,
+        "chunk_gated_delta_rule._scan": 3072,
         "chunk_gated_delta_rule._systems": 1280,
         "chunk_gated_delta_rule._replay": 960,
         "chunk_gated_delta_rule._adjoints": 3776,
@@ -57,8 +58,8 @@ CEILINGS = {
     },
     ("gfx942", "bfloat16"): {},
     ("gfx1100", "bfloat16"): {
-        "chunk_gated_delta_rule._solve": 672,
-        "chunk_gated_delta_rule._scan": 480,
+        "chunk_gated_delta_rule._solve": 608,
+        "chunk_gated_delta_rule._scan": 416,
         "chunk_gated_delta_rule._systems": 256,
         "chunk_gated_delta_rule._replay": 352,
         "chunk_gated_delta_rule._adjoints": 544,

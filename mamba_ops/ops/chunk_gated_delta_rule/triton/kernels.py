@@ -2,10 +2,12 @@
 
 What the tokens of a chunk write depends on what those before them wrote: a triangular system. `_solve` has all chunks
 at once: it inverts their systems, and finds how much of what is written every query reads. `_scan` walks over the
-chunks of a row with some rows of one head's state in registers, where what is multiplied next stays, and writes the
-outputs. Decays of any strength are exact, by the sums of `ops/_triton/decay.py`.
+chunks of a row with some rows of one head's state in registers, and writes the outputs. What a chunk's tokens find
+missing in the state is all that a step hands on: of it `_solve` has the matrices that give what the state gets and what
+the queries read, each in one product. Decays of any strength are exact, by the sums of `ops/_triton/decay.py`.
 """
 
+import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import (
@@ -22,7 +24,7 @@ from mamba_ops.ops._triton.decay import exact_sums, split, to_log2
 from mamba_ops.ops._triton.delta_rule import factor_of_squares, inverse_of, length_factor
 
 
-@kernel(first_number="scale", static="factors solved weights")
+@kernel(first_number="scale", static="factors solved")
 def _solve(
     q,
     k,
@@ -30,9 +32,9 @@ def _solve(
     beta,
     cu_seqlens,
     slots,
-    factors,  # out: (chunks, v_heads, 4, CHUNK), of keys that read, of queries, of keys that write; the chunk's decay
-    solved,  # out: (chunks, v_heads, CHUNK, CHUNK), the inverse of the chunk's system, times beta
-    weights,  # out: (chunks, v_heads, CHUNK, CHUNK), how strength queries read of what each token writes
+    factors,  # out: (chunks, v_heads, 3, CHUNK), of keys that read, of queries; the chunk's decay
+    solved,  # out: (chunks, v_heads, 2 * CHUNK, CHUNK), from what tokens find missing to what the state gets and what
+    # queries read: eight rows of either in turn (see `_halves`), less what is beyond a row's last part of 16 tokens
     scale,
     q_stride,  # this and the next three: from token to token
     k_stride,
@@ -53,7 +55,7 @@ def _solve(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
-    SQUARES: tl.constexpr,  # whether lengths of rows are found by matrix products
+    SQUARES: tl.constexpr,  # whether lengths of rows are found by matrix products, which read shared memory
 ):
     program = tl.program_id(0)
     chunk = program // V_HEADS
@@ -87,27 +89,60 @@ def _solve(
     total, left = exact_sums(decay)
     near, up, down = split(total)
     number = chunk.to(tl.int64) * V_HEADS + head
-    factors += number * (4 * CHUNK)
+    factors += number * (3 * CHUNK)
     since = tl.where(decay == decay, tl.exp2(to_log2(total)), decay)  # NaN stays NaN
     tl.store(factors + i, since * of_key)
     tl.store(factors + CHUNK + i, since * of_query)
-    tl.store(factors + 2 * CHUNK + i, tl.exp2(to_log2(left)) * of_key)
-    tl.store(factors + 3 * CHUNK + i, tl.exp2(to_log2(total + left)), i == 0)  # all of them
+    tl.store(factors + 2 * CHUNK + i, tl.exp2(to_log2(total + left)), i == 0)  # all of them
+    until = tl.exp2(to_log2(left)) * of_key
 
     between = tl.exp2(tl.where(i[:, None] >= i[None, :], near[:, None] - near[None, :], float("-inf")))
-    place = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
-    weight = tl.dot(queries_, turned, input_precision=EXACT)
-    weight = weight * (between * (down * of_key)[None, :]) * (of_query * up)[:, None]
-    tl.store(weights + place, weight)
-    if not SQUARES:
-        system = tl.dot(keys_, turned, input_precision=EXACT)
     # With B of strengths and A of products, (1 + B A)^-1 B is B (1 + A B)^-1: a thread has many columns and few rows.
     # What multiplies columns is one product of all, made before strengths would be loaded again where they are needed.
-    system = system * (between * (down * (of_key * strength))[None, :]) * (of_key * up)[:, None]
-    tl.store(solved + place, inverse_of(system, CHUNK, PRECISION) * strength[:, None])
+    between *= (down * (of_key * strength))[None, :]
+    weight = tl.dot(queries_, turned, input_precision=EXACT) * between * (of_query * up)[:, None]
+    weight = weight.to(operand)
+    if SQUARES:  # what is to be the right one of a product is put into shared memory now, and frees registers
+        weight = tl.trans(weight)
+    else:
+        system = tl.dot(keys_, turned, input_precision=EXACT)
+    inverse = inverse_of(system * between * (of_key * up)[:, None], CHUNK, PRECISION)
+    # What is written until the chunk's end, and how much queries read of what is written.
+    place = number * (2 * CHUNK * CHUNK) + (i + i // 8 * 8)[:, None] * CHUNK + i[None, :]
+    is_read = i[:, None] >= i[None, :] // 16 * 16  # the rest is zero
+    tl.store(solved + place, inverse * (until * strength)[:, None], is_read)
+    if SQUARES:
+        weight = tl.trans(tl.dot(tl.trans(inverse.to(operand)), weight, input_precision=EXACT))
+    else:
+        weight = tl.dot(weight, inverse.to(operand), input_precision=EXACT)
+    tl.store(solved + place + 8 * CHUNK, weight, is_read)
 
 
-@kernel(first_number="q_stride", static="factors solved weights")
+@triton.jit
+def _later(pointers, offset, ALIGNED: tl.constexpr):
+    # The same entries of tokens that come later. ALIGNED: as of `tile_ptrs`.
+    pointers += offset
+    if ALIGNED:
+        pointers = tl.multiple_of(pointers, (1, 16))
+    return pointers
+
+
+@triton.jit
+def _joined(x, y):
+    # Eight rows of each in turn.
+    both = tl.reshape(tl.permute(tl.join(x, y), (0, 2, 1)), [x.shape[0] // 8, 8, 2, x.shape[1]])
+    return tl.reshape(tl.permute(both, (0, 2, 1, 3)), [2 * x.shape[0], x.shape[1]])
+
+
+@triton.jit
+def _halves(x):
+    # Of every 16 rows the first eight, and the last ones: a thread has both of what matrix units give.
+    ROWS: tl.constexpr = x.shape[0] // 2
+    x = tl.permute(tl.reshape(x, [ROWS // 8, 2, 8, x.shape[1]]), (0, 2, 3, 1))
+    return tl.split(tl.reshape(x, [ROWS, x.shape[2], 2]))
+
+
+@kernel(first_number="q_stride", static="factors solved")
 def _scan(
     q,
     k,
@@ -120,7 +155,6 @@ def _scan(
     output,
     factors,
     solved,
-    weights,
     q_stride,
     k_stride,
     v_stride,
@@ -145,7 +179,11 @@ def _scan(
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
+    JOINED: tl.constexpr,
 ):
+    # JOINED: tokens are the rows of what is multiplied, and values its columns, and what is multiplied by the same is
+    # one product: best where matrix units read shared memory. Else values are the rows, and what is multiplied next
+    # stays in registers.
     BLOCKS: tl.constexpr = (V_DIM + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     row = program // (BLOCKS * V_HEADS)
@@ -155,7 +193,6 @@ def _scan(
     i = tl.arange(0, CHUNK)
     in_value = (value < V_DIM)[None, :]
     in_key = (key < K_DIM)[None, :]
-    in_state = (value < V_DIM)[:, None] & in_key
 
     output += head * V_DIM
     rows = tl.num_programs(0) // (BLOCKS * V_HEADS)
@@ -167,10 +204,17 @@ def _scan(
             place = tile_ptrs(output, t, output_stride, value, ALIGNED)
             tl.store(place, tl.zeros([CHUNK, BLOCK], tl.float32), (t < begin + count)[:, None] & in_value)
         return
-    if ALIGNED:
-        of_state = (head * V_DIM + value)[:, None] * K_DIM + key[None, :]
+    if JOINED:
+        at_value = value[None, :]
+        at_key = key[:, None]
     else:
-        of_state = value.to(tl.int64)[:, None] * value_stride + key.to(tl.int64)[None, :] * key_stride
+        at_value = value[:, None]
+        at_key = key[None, :]
+    in_state = (at_value < V_DIM) & (at_key < K_DIM)
+    if ALIGNED:
+        of_state = (head * V_DIM + at_value) * K_DIM + at_key
+    else:
+        of_state = at_value.to(tl.int64) * value_stride + at_key.to(tl.int64) * key_stride
         of_state += head.to(tl.int64) * head_stride
     carried = in_state & load_flag(row, has_initial_state, initial_stride)
     s = tl.load(offset_ptr(ssm_state, source * slot_stride, ALIGNED) + of_state, carried, other=0.0).to(tl.float32)
@@ -180,34 +224,53 @@ def _scan(
     k += head // (V_HEADS // K_HEADS) * K_DIM
     v += head * V_DIM
     before = first.to(tl.int64) * V_HEADS + head
-    factors += before * (4 * CHUNK)
-    solved += before * (CHUNK * CHUNK)
-    weights += before * (CHUNK * CHUNK)
-    square = i[:, None] * CHUNK + i[None, :]
+    factors += before * (3 * CHUNK)
+    solved += before * (2 * CHUNK * CHUNK)
+    at = begin + i
+    of_keys = tile_ptrs(k, at, k_stride, key, ALIGNED)
+    of_queries = tile_ptrs(q, at, q_stride, key, ALIGNED)
+    of_values = tile_ptrs(v, at, v_stride, value, ALIGNED)
+    of_output = tile_ptrs(output, at, output_stride, value, ALIGNED)
+    of_solved = (i + i // 8 * 8)[:, None] * CHUNK + i[None, :]
+    is_there = i[:, None] >= i[None, :] // 16 * 16
+    row_of_both = tl.arange(0, 2 * CHUNK)
+    of_both = row_of_both[:, None] * CHUNK + i[None, :]
+    both_there = (row_of_both // 16 * 8 + row_of_both % 8)[:, None] >= i[None, :] // 16 * 16
     for number in range(chunks):
-        t = begin + number * CHUNK + i
-        there = (t < begin + count)[:, None]
-        keys = tl.load(tile_ptrs(k, t, k_stride, key, ALIGNED), there & in_key, other=0.0).to(operand)
-        queries = tl.load(tile_ptrs(q, t, q_stride, key, ALIGNED), there & in_key, other=0.0).to(operand)
-        values = tl.load(tile_ptrs(v, t, v_stride, value, ALIGNED), there & in_value, other=0.0)
-        inverse = tl.load(solved + square)
-        weight = tl.load(weights + square)
-
-        query_factor = tl.load(factors + CHUNK + i)  # this and the decay early, so that they are there in time
-        decay = tl.load(factors + 3 * CHUNK)
+        left = count - number * CHUNK
+        there = (i < left)[:, None]
+        keys = tl.load(of_keys, there & in_key, other=0.0).to(operand)
+        queries = tl.load(of_queries, there & in_key, other=0.0).to(operand)
+        values = tl.load(of_values, there & in_value, other=0.0)
+        of_key = tl.load(factors + i)
+        of_query = tl.load(factors + CHUNK + i)  # this and the decay early, so that they are there in time
+        decay = tl.load(factors + 2 * CHUNK)
 
         known = s.to(operand)
-        new = tl.trans(values).to(tl.float32)
-        new -= tl.dot(known, tl.trans(keys), input_precision=PRECISION) * tl.load(factors + i)[None, :]
-        y = tl.dot(known, tl.trans(queries), input_precision=PRECISION) * query_factor[None, :]
-        new = tl.dot(new.to(operand), tl.trans(inverse), input_precision=PRECISION)
-        kept = (new * tl.load(factors + 2 * CHUNK + i)[None, :]).to(operand)
-        s = tl.dot(kept, keys, s * decay, input_precision=PRECISION)
-        y = tl.dot(new.to(operand), tl.trans(weight), y, input_precision=PRECISION)
-        tl.store(tile_ptrs(output, t, output_stride, value, ALIGNED), tl.trans(y), there & in_value)
-        factors += V_HEADS * 4 * CHUNK
-        solved += V_HEADS * CHUNK * CHUNK
-        weights += V_HEADS * CHUNK * CHUNK
+        if JOINED:
+            both = tl.load(solved + of_both, both_there, other=0.0)
+            found, y = _halves(tl.dot(_joined(keys, queries), known, input_precision=PRECISION))
+            lacking = values.to(tl.float32) - found * of_key[:, None]
+            kept, read = _halves(tl.dot(both, lacking.to(operand), input_precision=PRECISION))
+            s = tl.dot(tl.trans(keys), kept.to(operand), s * decay, input_precision=PRECISION)
+            tl.store(of_output, y * of_query[:, None] + read, there & in_value)
+        else:
+            lacking = tl.trans(values).to(tl.float32)
+            lacking -= tl.dot(known, tl.trans(keys), input_precision=PRECISION) * of_key[None, :]
+            y = tl.dot(known, tl.trans(queries), input_precision=PRECISION) * of_query[None, :]
+            lacking = lacking.to(operand)
+            weight = tl.load(solved + 8 * CHUNK + of_solved, is_there, other=0.0)
+            y = tl.trans(tl.dot(lacking, tl.trans(weight), y, input_precision=PRECISION))
+            tl.store(of_output, y, there & in_value)  # before the rest, so that registers are free for it
+            inverse = tl.load(solved + of_solved, is_there, other=0.0)
+            kept = tl.dot(lacking, tl.trans(inverse), input_precision=PRECISION).to(operand)
+            s = tl.dot(kept, keys, s * decay, input_precision=PRECISION)
+        factors += V_HEADS * 3 * CHUNK
+        solved += V_HEADS * 2 * CHUNK * CHUNK
+        of_keys = _later(of_keys, k_stride.to(tl.int64) * CHUNK, ALIGNED)
+        of_queries = _later(of_queries, q_stride.to(tl.int64) * CHUNK, ALIGNED)
+        of_values = _later(of_values, v_stride.to(tl.int64) * CHUNK, ALIGNED)
+        of_output = _later(of_output, output_stride.to(tl.int64) * CHUNK, ALIGNED)
 
     target, stored = final_slot(row, source, count, write_slots, write_stride, null_slot, slot_count)
     stored &= slot_stride >= 0

@@ -21,7 +21,8 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
     """Write `output` and the last states; shapes and meaning are the op's, and are not checked again.
 
     What matrix units are given is rounded to the dtype of q, k and v: the state before a chunk, what its tokens find
-    missing there, the inverse of its system, what they write, and how much of that the queries read; float32 stays
+    missing there, the inverse of its system, how much the queries read of what is written, the product of these two,
+    the inverse with what decays until the chunk's end, and what is written as the next chunk finds it; float32 stays
     float32, which is slow. Every token of an activation must be dense: others are copied first, and an output that is
     not is written through a copy. Where a token of q, k, v or output or a slot of the state does not start at a
     multiple of 16 bytes, or a slot is not dense, reads are narrow and slow.
@@ -44,9 +45,8 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
     if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
         operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
 
-    factors = torch.empty((chunks, v_heads, 4, CHUNK), dtype=torch.float32, device=v.device)
-    solved = torch.empty((chunks, v_heads, CHUNK, CHUNK), dtype=operand, device=v.device)
-    weights = torch.empty_like(solved)
+    factors = torch.empty((chunks, v_heads, 3, CHUNK), dtype=torch.float32, device=v.device)
+    solved = torch.empty((chunks, v_heads, 2 * CHUNK, CHUNK), dtype=operand, device=v.device)
     places = 0
     for tensor in (q, k, v, written):
         places |= tensor.data_ptr() | tensor.stride(0) * tensor.itemsize | tensor.shape[-1] * tensor.itemsize
@@ -76,7 +76,6 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
                 slots,
                 factors,
                 solved,
-                weights,
                 k_dim**-0.5 if call.scale is None else float(call.scale),
                 q.stride(0),
                 k.stride(0),
@@ -103,7 +102,6 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
             written,
             factors,
             solved,
-            weights,
             q.stride(0),
             k.stride(0),
             v.stride(0),
@@ -135,11 +133,16 @@ def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launch
     itemsize = 4 if operand == "float32" else 2
     block = min(block_v, 64 if limits.is_large and itemsize == 2 else 32)
     read_ahead = (CHUNK * (2 * block_k + block + 2 * CHUNK) + block * block_k) * itemsize
-    stages = 2 if itemsize == 2 and 4 * read_ahead <= 3 * limits.shared_memory else 1
+    joined = limits.is_large and itemsize == 2
+    if joined:  # a step is a chain of products, so loads go two steps ahead
+        stages = 3 if 2 * read_ahead <= limits.shared_memory else 2
+    else:
+        stages = 2 if itemsize == 2 and 4 * read_ahead <= 3 * limits.shared_memory else 1
     precisions = precisions_of(operand, limits)
     solve = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, **precisions, "num_warps": 4}
     solve["SQUARES"] = limits.is_large and itemsize == 2  # where operands take registers, products cost more than sums
     if itemsize == 2:
         solve |= limits.registers(128 if limits.is_large else 168)
-    scan = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, "BLOCK": block, "PRECISION": precisions["EXACT"]}
-    return {"_solve": solve, "_scan": scan | {"num_warps": 4, "num_stages": stages}}
+    scan = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, "BLOCK": block}
+    scan |= {"PRECISION": precisions["EXACT"], "JOINED": joined}
+    return {"_solve": solve, "_scan": scan | {"num_warps": 8 if joined else 4, "num_stages": stages}}
