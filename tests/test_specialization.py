@@ -146,7 +146,6 @@ LAUNCHED = (
     "_outputs",
     "_decay",
     "_steep_pairs",
-    "_pairs",
     "_solve",
     "_scan",
     "_ends",

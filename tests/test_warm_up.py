@@ -119,7 +119,6 @@ def test_without_a_warm_up_no_jit_raises_for_each_kernel():
         "chunk_gated_delta_rule._scan",
         "chunk_gated_delta_rule._solve",
         "chunk_kda._decay",
-        "chunk_kda._pairs",
         "chunk_kda._scan",
         "chunk_kda._solve",
         "chunk_kda._steep_pairs",

@@ -41,7 +41,7 @@ def test_where_one_block_is_steep(layout: str, dtype: torch.dtype, device: torch
 BUGS: dict[str, Bug] = {
     "first block taken for any": ("                first += BLOCK\n", "                first += 0\n"),
     "other blocks added to a steep one": ("while remaining & 1 == 0:", "while remaining < 0:"),
-    "last block's bit alone kept": ("blocks |= is_steep", "blocks = is_steep"),
+    "first block's bit set for any": ("tl.sum(is_steep << tl.arange(0, BLOCKS), axis=0)", "tl.max(is_steep, axis=0)"),
 }
 
 

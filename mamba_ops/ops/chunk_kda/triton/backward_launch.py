@@ -37,7 +37,7 @@ def chunk_kda_backward(call: "BackwardArguments") -> None:
     """
     operand, block_k, v_padded, launches = _choices(call)
     length, v_heads, _ = call.v.shape[-3:]
-    of_token = 2 * operand.itemsize * (v_padded * (block_k + CHUNK) // CHUNK + 2 * block_k) + 12 * block_k
+    of_token = 2 * operand.itemsize * (v_padded * (block_k + CHUNK) // CHUNK + 2 * block_k + CHUNK) + 12 * block_k
     by_slices(
         _backward,
         call,
@@ -94,7 +94,7 @@ def _backward(call: "BackwardArguments", space: Workspace) -> None:
     slot_stride, *strides = (-1, 0, 0, 0) if initial_states is None else initial_states.stride()
     head_stride, value_stride, key_stride = (None, None, None) if sizes["ALIGNED"] else strides
     with on_device_of(v):
-        of_chunks = Chunks.empty(scratch, block_k)
+        of_chunks = Chunks.empty(scratch, block_k, keeps=True)
         of_chunks.find(
             (q, k, g, beta),
             (cu_seqlens, slots),
@@ -104,14 +104,13 @@ def _backward(call: "BackwardArguments", space: Workspace) -> None:
             scale=scale,
             l2norm=call.qk_l2norm,
         )
-        factors, _, keyed, whole, system, weights, inverses = of_chunks
+        factors, _, keyed, whole, system, solved, weights, inverses = of_chunks
         states, adjoints = scratch(v_padded, block_k), scratch(v_padded, block_k)
         new, found = scratch(CHUNK, v_padded), scratch(CHUNK, v_padded)
         _scan[(rows * v_heads * (v_padded // forward["_scan"]["BLOCK"]),)](
-            *(v, beta, cu_seqlens, state, slots, None, None, None, keyed, whole, inverses, weights, states, new),
+            *(v, cu_seqlens, state, slots, None, None, None, keyed, whole, solved, states, new),
             *(
                 v.stride(0),
-                beta.stride(0),
                 None,
                 slots_stride,
                 None,

@@ -4,7 +4,7 @@ import triton.language as tl
 
 from mamba_ops.ops._triton.common import chunk_bounds, kernel, row_chunks, tile_ptrs
 from mamba_ops.ops._triton.delta_rule import load_numbers
-from mamba_ops.ops.chunk_kda.triton.pairs import load_decays
+from mamba_ops.ops.chunk_kda.triton.pairs import load_decays, row_of_both
 
 
 @kernel(first_number="grad_stride", static="keyed whole inverses weights adjoints found")
@@ -54,13 +54,14 @@ def _adjoints(
     operand = weights.dtype.element_ty
     number = (first + chunks - 1).to(tl.int64) * V_HEADS + head
     of_key = i[:, None] * BLOCK_K + key[None, :]
+    of_reader = row_of_both(i)[:, None] * BLOCK_K + key[None, :]
     for chunk in range(chunks):
         t = begin + (chunks - 1 - chunk) * CHUNK + i
         is_token = (t < begin + count)[:, None]
-        of_chunk = keyed + number * (4 * CHUNK * BLOCK_K) + of_key
-        through = tl.load(of_chunk, is_token, other=0.0)
-        queries = tl.load(of_chunk + CHUNK * BLOCK_K, is_token, other=0.0)
-        keys = tl.load(of_chunk + 2 * CHUNK * BLOCK_K, is_token, other=0.0)
+        of_chunk = keyed + number * (4 * CHUNK * BLOCK_K)
+        through = tl.load(of_chunk + of_reader, is_token, other=0.0)
+        queries = tl.load(of_chunk + 8 * BLOCK_K + of_reader, is_token, other=0.0)
+        keys = tl.load(of_chunk + 2 * CHUNK * BLOCK_K + of_key, is_token, other=0.0)
         inverse = tl.load(inverses + number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :])
         strength = load_numbers(beta, head, t, beta_stride, begin + count)
         weight = tl.load(weights + number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :], is_token, other=0.0)

@@ -1,8 +1,10 @@
-"""Kimi Delta Attention over whole sequences, chunk by chunk, in five launches.
+"""Kimi Delta Attention over whole sequences, chunk by chunk, in four launches.
 
-`_decay`, `_steep_pairs` and `_pairs` find what tokens of a chunk keep of each other, and decay keys and queries from
-their chunk's beginning and to its end (see pairs.py). `_solve` inverts the chunks' systems. `_scan` walks over the
-chunks of a row with some rows of one head's state in registers, and writes the outputs.
+`_decay` decays keys and queries from their chunk's beginning and to its end, and `_steep_pairs` finds what tokens of a
+chunk keep of each other where that is little (see pairs.py). `_solve` multiplies the rest, and inverts the chunks'
+systems. `_scan` walks over the chunks of a row with some values of one head's state in registers, and writes the
+outputs. What a chunk's tokens find missing in the state is all that a step hands on: of it `_solve` has the matrices
+that give what tokens write and what queries read of that, each in one product.
 """
 
 import triton
@@ -18,101 +20,96 @@ from mamba_ops.ops._triton.common import (
     row_chunks,
     tile_ptrs,
 )
-from mamba_ops.ops._triton.delta_rule import _PART, load_numbers
+from mamba_ops.ops._triton.delta_rule import inverse_of, load_numbers
+from mamba_ops.ops.chunk_kda.triton.pairs import row_of_both
 
 
 @triton.jit
-def _quarters(x):
-    # Of a lower triangular square: the first on its diagonal, the one below that, and the last.
-    HALF: tl.constexpr = x.shape[0] // 2
-    x = tl.permute(tl.reshape(x, [2, HALF, 2, HALF]), (1, 3, 0, 2))
-    left, right = tl.split(x)
-    first, below = tl.split(left)
-    _, last = tl.split(right)
-    return first, below, last
+def _products_of(
+    readers, given, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr
+):
+    # Of a chunk's keys or queries, from where they are, and its keys divided by their decay.
+    i = tl.arange(0, CHUNK)[:, None]
+    key = tl.arange(0, BLOCK)[None, :]
+    products = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for first in range(0, BLOCK_K, BLOCK):
+        x = tl.load(readers + row_of_both(i) * BLOCK_K + first + key)
+        products = tl.dot(x, tl.trans(tl.load(given + i * BLOCK_K + first + key)), products, input_precision=PRECISION)
+    return products
 
 
-@triton.jit
-def _square(first, below, last):
-    # The square of these quarters, with zeros above the diagonal.
-    left = tl.join(first, below)
-    right = tl.join(tl.zeros_like(last), last)
-    x = tl.permute(tl.join(left, right), (2, 0, 3, 1))
-    return tl.reshape(x, [2 * first.shape[0], 2 * first.shape[0]])
-
-
-@triton.jit
-def _joined(first, below, last, PRECISION: tl.constexpr):
-    # The inverse of a lower triangular square, given its quarter below the diagonal and the inverses of those on it.
-    # The first product is turned: else triton-xpu 3.3.0b1 gives a square of squares two layouts.
-    below = tl.trans(tl.dot(tl.trans(first), tl.trans(below), input_precision=PRECISION))
-    below = tl.dot(last, below, input_precision=PRECISION)
-    return _square(first, -below, last)
-
-
-@triton.jit
-def inverse_by_quarters(system, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    # Of 1 + system, which is strictly lower triangular. First of the four parts on its diagonal, all at once, row by
-    # row; then of the two squares of two parts, and of the whole. The gated delta rule's kernels, which keep more in
-    # registers, have `delta_rule.inverse_of`: with this one they took 308 instead of 246 us for 4096 tokens on an H200.
-    tl.static_assert(CHUNK == 4 * _PART)
-    first, below, last = _quarters(system)
-    part_0, below_0, part_1 = _quarters(first)
-    part_2, below_1, part_3 = _quarters(last)
-    part = tl.join(tl.join(part_0, part_2), tl.join(part_1, part_3))
-    part = tl.reshape(part, [_PART, _PART, 4])
-    row = tl.arange(0, _PART)[:, None, None]
-    column = tl.arange(0, _PART)[None, :, None]
-    solved = tl.where(row == column, 1.0, part * 0.0)
-    for j in tl.static_range(1, _PART):
-        factors = tl.sum(tl.where(row == j, part, 0.0), axis=0)
-        known = tl.sum(factors[:, None, :] * solved, axis=0)
-        solved -= tl.where(row == j, known[None, :, :], 0.0)
-    left, right = tl.split(tl.reshape(solved, [_PART, _PART, 2, 2]))
-    part_0, part_2 = tl.split(left)
-    part_1, part_3 = tl.split(right)
-    first = _joined(part_0, below_0, part_1, PRECISION)
-    last = _joined(part_2, below_1, part_3, PRECISION)
-    return _joined(first, below, last, PRECISION)
-
-
-@kernel(first_number="beta_stride", static="system inverses")
+@kernel(first_number="beta_stride", static="steep keyed system inverses weights solved")
 def _solve(
     beta,
     cu_seqlens,
-    slots,
-    system,
-    inverses,  # out: (chunks, v_heads, CHUNK, CHUNK), of the systems
+    steep,
+    keyed,
+    system,  # in: of steep blocks of channels; out, as the next two only for a backward pass: (chunks, v_heads, CHUNK,
+    # CHUNK), decayed products of keys, only below the diagonal
+    inverses,  # out: likewise, of the systems; None: neither these nor the next are kept
+    weights,  # out: likewise, how strength queries read of what each token writes; zero above the diagonal
+    solved,  # out: (chunks, v_heads, 2 * CHUNK, CHUNK), from what tokens find missing to what they write and what
+    # queries read of that: eight rows of either in turn, less what is beyond a row's last part of 16 tokens
     beta_stride,
-    slots_stride,
     length,
     rows,
-    null_slot,
-    slot_count,
     V_HEADS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    chunk = tl.program_id(0) // V_HEADS
+    number = tl.program_id(0).to(tl.int64)  # of a chunk and a head
+    blocks = tl.load(steep + number)
+    if blocks < 0:
+        return
     head = tl.program_id(0) % V_HEADS
-    row, low, high, _, _ = chunk_bounds(chunk, cu_seqlens, rows, length, CHUNK, BLOCK_ROWS)
-    if row >= rows:
-        return
-    if load_slot(row, slots, slots_stride, null_slot, slot_count) < 0:
-        return
+    _, low, high, _, _ = chunk_bounds(tl.program_id(0) // V_HEADS, cu_seqlens, rows, length, CHUNK, BLOCK_ROWS)
     i = tl.arange(0, CHUNK)
-    square = (chunk.to(tl.int64) * V_HEADS + head) * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
-    known = tl.load(system + square, (low + i < high)[:, None], other=0.0)
     strength = load_numbers(beta, head, low + i, beta_stride, high)
-    known = tl.where(i[:, None] > i[None, :], known * strength[:, None], 0.0)
-    tl.store(inverses + square, inverse_by_quarters(known, CHUNK, PRECISION))
+    operand = solved.dtype.element_ty
+    keyed += number * (4 * CHUNK * BLOCK_K)
+    square = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
+    is_later = i[:, None] > i[None, :]
+    given = keyed + 3 * CHUNK * BLOCK_K
+    known = _products_of(keyed, given, CHUNK, BLOCK_K, BLOCK, EXACT)
+    if blocks > 0:
+        known += tl.load(system + square)
+    # With B of strengths and A of products, (1 + B A)^-1 B is B (1 + A B)^-1: a thread has many columns and few rows.
+    if inverses is None:
+        inverse = inverse_of(known * strength[None, :], CHUNK, PRECISION) * strength[:, None]
+    else:
+        tl.store(system + square, known, is_later)  # what is read there below is not
+        inverse = inverse_of(known * strength[:, None], CHUNK, PRECISION)
+        tl.store(inverses + square, inverse)
+        inverse *= strength[None, :]
+    inverse = inverse.to(operand)
+    # After the inverse, which needs the registers.
+    weight = _products_of(keyed + 8 * BLOCK_K, given, CHUNK, BLOCK_K, BLOCK, EXACT)
+    if blocks > 0:
+        weight += tl.trans(tl.load(system + square))
+    weight = tl.where(i[:, None] >= i[None, :], weight, 0.0).to(operand)
+    if inverses is not None:
+        tl.store(weights + square, weight)
+    place = number * (2 * CHUNK * CHUNK) + row_of_both(i)[:, None] * CHUNK + i[None, :]
+    is_read = i[:, None] >= i[None, :] // 16 * 16  # the rest is zero
+    tl.store(solved + place, inverse, is_read)
+    tl.store(solved + place + 8 * CHUNK, tl.dot(weight, inverse, input_precision=EXACT), is_read)
 
 
-@kernel(first_number="v_stride", static="keyed whole inverses weights states written")
+@triton.jit
+def _halves(x):
+    # Of every 16 rows the first eight, and the last ones: a thread has both of what matrix units give.
+    ROWS: tl.constexpr = x.shape[0] // 2
+    x = tl.permute(tl.reshape(x, [ROWS // 8, 2, 8, x.shape[1]]), (0, 2, 3, 1))
+    return tl.split(tl.reshape(x, [ROWS, x.shape[2], 2]))
+
+
+@kernel(first_number="v_stride", static="keyed whole solved states written")
 def _scan(
     v,
-    beta,
     cu_seqlens,
     ssm_state,
     slots,
@@ -121,12 +118,10 @@ def _scan(
     output,  # None: neither outputs nor last states are stored
     keyed,
     whole,
-    inverses,
-    weights,
+    solved,
     states,  # out: (chunks, v_heads, V_PADDED, BLOCK_K), before each chunk; None: they are not kept
     written,  # out: (chunks, v_heads, CHUNK, V_PADDED), what tokens write; None likewise
     v_stride,
-    beta_stride,
     output_stride,
     slots_stride,
     write_stride,
@@ -148,8 +143,11 @@ def _scan(
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
-    AHEAD: tl.constexpr,  # whether a chunk reads for the next one what is no operand of a product; Triton does the rest
+    JOINED: tl.constexpr,
 ):
+    # JOINED: tokens are the rows of what is multiplied, and values its columns, and what is multiplied by the same is
+    # one product: best where matrix units read shared memory. Else values are the rows, and what is multiplied next
+    # stays in registers.
     BLOCKS: tl.constexpr = V_PADDED // BLOCK
     program = tl.program_id(0)
     row = program // (BLOCKS * V_HEADS)
@@ -158,7 +156,6 @@ def _scan(
     key = tl.arange(0, BLOCK_K)
     i = tl.arange(0, CHUNK)
     in_value = (value < V_DIM)[None, :]
-    in_state = (value < V_DIM)[:, None] & (key < K_DIM)[None, :]
 
     if output is not None:
         output += head * V_DIM
@@ -172,10 +169,17 @@ def _scan(
                 place = tile_ptrs(output, t, output_stride, value, ALIGNED)
                 tl.store(place, tl.zeros([CHUNK, BLOCK], tl.float32), (t < begin + count)[:, None] & in_value)
         return
-    if ALIGNED:
-        of_state = (head * V_DIM + value)[:, None] * K_DIM + key[None, :]
+    if JOINED:
+        at_value = value[None, :]
+        at_key = key[:, None]
     else:
-        of_state = value.to(tl.int64)[:, None] * value_stride + key.to(tl.int64)[None, :] * key_stride
+        at_value = value[:, None]
+        at_key = key[None, :]
+    in_state = (at_value < V_DIM) & (at_key < K_DIM)
+    if ALIGNED:
+        of_state = (head * V_DIM + at_value) * K_DIM + at_key
+    else:
+        of_state = at_value.to(tl.int64) * value_stride + at_key.to(tl.int64) * key_stride
         of_state += head.to(tl.int64) * head_stride
     if states is None:
         carried = in_state & load_flag(row, has_initial_state, initial_stride)
@@ -188,57 +192,65 @@ def _scan(
     v += head * V_DIM
     keyed += before * (4 * CHUNK * BLOCK_K)
     whole += before * BLOCK_K
-    inverses += before * (CHUNK * CHUNK)
-    weights += before * (CHUNK * CHUNK)
+    solved += before * (2 * CHUNK * CHUNK)
     if states is not None:
-        states += before * (V_PADDED * BLOCK_K) + value[:, None] * BLOCK_K + key[None, :]
+        states += before * (V_PADDED * BLOCK_K) + at_value * BLOCK_K + at_key
         written += before * (CHUNK * V_PADDED) + i[:, None] * V_PADDED + value[None, :]
     of_key = i[:, None] * BLOCK_K + key[None, :]
+    of_reader = row_of_both(i)[:, None] * BLOCK_K + key[None, :]
+    of_solved = row_of_both(i)[:, None] * CHUNK + i[None, :]
+    is_solved = i[:, None] >= i[None, :] // 16 * 16
+    row_of_all = tl.arange(0, 2 * CHUNK)
+    of_all = row_of_all // 16 * 8 + row_of_all % 8  # tokens
     end = begin + count
-    if AHEAD:
-        t = begin + i
-        next_values = tl.load(tile_ptrs(v, t, v_stride, value, ALIGNED), (t < end)[:, None] & in_value, other=0.0)
-        next_strength = load_numbers(beta, head, t, beta_stride, end)
-        next_decay = tl.load(whole + key, (key < BLOCK_K) & (chunks > 0), other=0.0)
     for number in range(chunks):
         t = begin + number * CHUNK + i
         is_token = (t < end)[:, None]
-        through = tl.load(keyed + of_key, is_token, other=0.0)
         keys = tl.load(keyed + 2 * CHUNK * BLOCK_K + of_key, is_token, other=0.0)
-        inverse = tl.load(inverses + i[:, None] * CHUNK + i[None, :])
-        if AHEAD:
-            values, strength, decay = next_values, next_strength, next_decay
-            later = t + CHUNK
-            there = (later < end)[:, None] & in_value
-            whole += V_HEADS * BLOCK_K
-            next_values = tl.load(tile_ptrs(v, later, v_stride, value, ALIGNED), there, other=0.0)
-            next_strength = load_numbers(beta, head, later, beta_stride, end)
-            next_decay = tl.load(whole + key, (key < BLOCK_K) & (number + 1 < chunks), other=0.0)
-        else:
-            values = tl.load(tile_ptrs(v, t, v_stride, value, ALIGNED), is_token & in_value, other=0.0)
-            strength = load_numbers(beta, head, t, beta_stride, end)
-            decay = tl.load(whole + key)
-            whole += V_HEADS * BLOCK_K
+        values = tl.load(tile_ptrs(v, t, v_stride, value, ALIGNED), is_token & in_value, other=0.0)
+        decay = tl.load(whole + key)
         known = s.to(operand)
+        if JOINED:
+            if output is not None:
+                is_reader = (of_all < count - number * CHUNK)[:, None]
+                readers = tl.load(keyed + row_of_all[:, None] * BLOCK_K + key[None, :], is_reader, other=0.0)
+                is_there = of_all[:, None] >= i[None, :] // 16 * 16
+                both = tl.load(solved + row_of_all[:, None] * CHUNK + i[None, :], is_there, other=0.0)
+                found, y = _halves(tl.dot(readers, known, input_precision=PRECISION))
+                lacking = (values.to(tl.float32) - found).to(operand)
+                new, read = _halves(tl.dot(both, lacking, input_precision=PRECISION))
+                y += read
+            else:
+                through = tl.load(keyed + of_reader, is_token, other=0.0)
+                inverse = tl.load(solved + of_solved, is_solved, other=0.0)
+                lacking = values.to(tl.float32) - tl.dot(through, known, input_precision=PRECISION)
+                new = tl.dot(inverse, lacking.to(operand), input_precision=PRECISION)
+            new = new.to(operand)
+            s = tl.dot(tl.trans(keys), new, s * decay[:, None], input_precision=PRECISION)
+        else:
+            through = tl.load(keyed + of_reader, is_token, other=0.0)
+            if output is not None:
+                queries = tl.load(keyed + 8 * BLOCK_K + of_reader, is_token, other=0.0)
+                y = tl.dot(known, tl.trans(queries), input_precision=PRECISION)
+            lacking = tl.trans(values).to(tl.float32)
+            lacking = (lacking - tl.dot(known, tl.trans(through), input_precision=PRECISION)).to(operand)
+            if output is not None:
+                weight = tl.load(solved + 8 * CHUNK + of_solved, is_solved, other=0.0)
+                y = tl.trans(tl.dot(lacking, tl.trans(weight), y, input_precision=PRECISION))
+            inverse = tl.load(solved + of_solved, is_solved, other=0.0)
+            turned = tl.dot(lacking, tl.trans(inverse), input_precision=PRECISION).to(operand)
+            s = tl.dot(turned, keys, s * decay[None, :], input_precision=PRECISION)
+            new = tl.trans(turned)
         if output is not None:
-            queries = tl.load(keyed + CHUNK * BLOCK_K + of_key, is_token, other=0.0)
-            weight = tl.load(weights + i[:, None] * CHUNK + i[None, :])
-            y = tl.dot(known, tl.trans(queries), input_precision=PRECISION)
-        new = tl.trans(values).to(tl.float32) - tl.dot(known, tl.trans(through), input_precision=PRECISION)
-        new = (new * strength[None, :]).to(operand)
-        new = tl.dot(new, tl.trans(inverse), input_precision=PRECISION).to(operand)
-        s = tl.dot(new, keys, s * decay[None, :], input_precision=PRECISION)
-        if output is not None:
-            y = tl.dot(new, tl.trans(weight), y, input_precision=PRECISION)
-            tl.store(tile_ptrs(output, t, output_stride, value, ALIGNED), tl.trans(y), is_token & in_value)
+            tl.store(tile_ptrs(output, t, output_stride, value, ALIGNED), y, is_token & in_value)
         if states is not None:
             tl.store(states, known)
-            tl.store(written, tl.trans(new))
+            tl.store(written, new)
             states += V_HEADS * V_PADDED * BLOCK_K
             written += V_HEADS * CHUNK * V_PADDED
         keyed += V_HEADS * 4 * CHUNK * BLOCK_K
-        inverses += V_HEADS * CHUNK * CHUNK
-        weights += V_HEADS * CHUNK * CHUNK
+        whole += V_HEADS * BLOCK_K
+        solved += V_HEADS * 2 * CHUNK * CHUNK
 
     if output is not None:
         target, stored = final_slot(row, source, count, write_slots, write_stride, null_slot, slot_count)

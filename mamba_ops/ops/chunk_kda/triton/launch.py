@@ -1,4 +1,4 @@
-"""How the five kernels of chunk_kda are launched."""
+"""How the four kernels of chunk_kda are launched."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +14,7 @@ from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
 from mamba_ops.ops._triton.limits import Limits
 from mamba_ops.ops.chunk_kda.triton.kernels import _scan, _solve
-from mamba_ops.ops.chunk_kda.triton.pairs import _decay, _pairs, _steep_pairs
+from mamba_ops.ops.chunk_kda.triton.pairs import _decay, _steep_pairs
 
 if TYPE_CHECKING:
     from mamba_ops.ops.chunk_kda.op import Arguments
@@ -26,11 +26,11 @@ def chunk_kda(call: "Arguments") -> None:
     """Write `output` and the last states; shapes and meaning are the op's, and are not checked again.
 
     What matrix units are given is rounded to the dtype of q, k and v: the state before a chunk, what its tokens
-    write and what they find missing, the inverse of its system, queries and keys with their decays, and how much
-    queries read of what each token writes; of logs of decays two parts are given. float32 stays float32, which is
-    slow. Every token of an activation must be dense: others are copied first, and an output that is not is written
-    through a copy. Where a token of q, k, v, g or output or a slot of the state does not start at a multiple of 16
-    bytes, or a slot is not dense, reads are narrow and slow.
+    write and what they find missing, the inverse of its system, queries and keys with their decays, how much queries
+    read of what each token writes, and the product of that and the inverse; of logs of decays two parts are given.
+    float32 stays float32, which is slow. Every token of an activation must be dense: others are copied first, and an
+    output that is not is written through a copy. Where a token of q, k, v, g or output or a slot of the state does not
+    start at a multiple of 16 bytes, or a slot is not dense, reads are narrow and slow.
     """
     flat = call.cu_seqlens is not None
     rows = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
@@ -55,7 +55,7 @@ def chunk_kda(call: "Arguments") -> None:
     def scratch(*shape: int, dtype: torch.dtype = operand) -> Tensor:
         return torch.empty((chunks, v_heads, *shape), dtype=dtype, device=v.device)
 
-    of_chunks = Chunks.empty(scratch, block_k)
+    of_chunks = Chunks.empty(scratch, block_k, keeps=False)
     places = 0
     for tensor in (q, k, v, g, written):
         places |= tensor.data_ptr() | tensor.stride(0) * tensor.itemsize | tensor.shape[-1] * tensor.itemsize
@@ -86,9 +86,9 @@ def chunk_kda(call: "Arguments") -> None:
                 l2norm=call.qk_l2norm,
             )
         _scan[(rows * v_heads * (v_padded // launches["_scan"]["BLOCK"]),)](
-            *(v, beta, cu_seqlens, ssm_state, slots, write_slots, has_initial_state, written),
-            *(of_chunks.keyed, of_chunks.whole, of_chunks.inverses, of_chunks.weights, None, None),
-            *(v.stride(0), beta.stride(0), written.stride(0), slots_stride, write_stride, initial_stride, slot_stride),
+            *(v, cu_seqlens, ssm_state, slots, write_slots, has_initial_state, written),
+            *(of_chunks.keyed, of_chunks.whole, of_chunks.solved, None, None),
+            *(v.stride(0), written.stride(0), slots_stride, write_stride, initial_stride, slot_stride),
             *(head_stride, value_stride, key_stride, length, call.null_slot),
             slots_of(call.ssm_state),
             **of_values,
@@ -98,27 +98,35 @@ def chunk_kda(call: "Arguments") -> None:
 
 
 class Chunks(NamedTuple):
-    """What is found of all chunks at once, (chunks, v_heads, ...); `_decay`, `_pairs` and `_solve` say what it is."""
+    """What is found of all chunks at once, (chunks, v_heads, ...); `_decay` and `_solve` say what it is."""
 
     factors: Tensor
     steep: Tensor
     keyed: Tensor
     whole: Tensor
     system: Tensor
-    weights: Tensor
-    inverses: Tensor
+    solved: Tensor
+    weights: Tensor | None
+    inverses: Tensor | None
 
     @classmethod
-    def empty(cls, scratch: Callable[..., Tensor], block_k: int) -> "Chunks":
-        """Return it before it is found; `scratch` makes a tensor of such a shape, of the operands' dtype by default."""
+    def empty(cls, scratch: Callable[..., Tensor], block_k: int, *, keeps: bool) -> "Chunks":
+        """Return it before it is found.
+
+        Args:
+            scratch: makes a tensor of such a shape, of the operands' dtype by default.
+            block_k: of a key's channels, padded.
+            keeps: what a backward pass reads, too.
+        """
         return cls(
             factors=scratch(2, CHUNK, dtype=torch.float32),
             steep=scratch(dtype=torch.int32),
             keyed=scratch(4, CHUNK, block_k),
             whole=scratch(block_k, dtype=torch.float32),
             system=scratch(CHUNK, CHUNK, dtype=torch.float32),
-            weights=scratch(CHUNK, CHUNK),
-            inverses=scratch(CHUNK, CHUNK),
+            solved=scratch(2 * CHUNK, CHUNK),
+            weights=scratch(CHUNK, CHUNK) if keeps else None,
+            inverses=scratch(CHUNK, CHUNK) if keeps else None,
         )
 
     def find(
@@ -159,16 +167,12 @@ class Chunks(NamedTuple):
             TOGETHER=_TOGETHER,
             **launches["_steep_pairs"],
         )
-        _pairs[(count,)](
-            *(self.steep, self.keyed, self.system, self.weights),
-            CHUNK=CHUNK,
-            BLOCK_K=sizes["BLOCK_K"],
-            **launches["_pairs"],
-        )
         _solve[(count,)](
-            *(beta, cu_seqlens, slots, self.system, self.inverses, beta.stride(0), *numbers),
+            *(beta, cu_seqlens, self.steep, self.keyed, self.system, self.inverses, self.weights, self.solved),
+            *(beta.stride(0), *numbers[1:3]),
             V_HEADS=sizes["V_HEADS"],
             CHUNK=CHUNK,
+            BLOCK_K=sizes["BLOCK_K"],
             **launches["_solve"],
         )
 
@@ -185,9 +189,8 @@ def warps_of_walks(itemsize: int, limits: Limits) -> int:
 
 
 @tunable_launch(
-    _decay="BLOCK num_warps",
+    _decay="TOKENS num_warps",
     _steep_pairs="num_warps",
-    _pairs="BLOCK num_warps num_stages",
     _solve="",
     _scan="BLOCK num_warps num_stages",
 )
@@ -199,27 +202,27 @@ def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launch
     """
     block_k, block_v = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))
     itemsize = 4 if operand == "float32" else 2
-    block = min(block_of_values(block_k, block_v, itemsize, limits), 32)  # narrow: a program walks over a whole row
+    wide = min(block_v, 64)
+    # Where matrix units read shared memory a step is a chain of products: loads go two steps ahead, if there is room.
+    operands, values, state = CHUNK * (3 * block_k + 2 * CHUNK), CHUNK * wide, block_k * wide
+    joined = 0  # how many steps have room
+    if limits.is_large and itemsize == 2:
+        joined = max(min((limits.shared_memory // itemsize - state + values) // (operands + values), 3), 0)
+    # Elsewhere a program has few values, as it walks over a whole row.
+    block = wide if joined else min(block_of_values(block_k, block_v, itemsize, limits), 32)
     read_ahead = (CHUNK * (3 * block_k + block + 2 * CHUNK) + block * block_k) * itemsize
     stages = 2 if itemsize == 2 and 4 * read_ahead <= 3 * limits.shared_memory else 1
     precisions = precisions_of(operand, limits)
     span = {"bfloat16": 96.0, "float16": 8.0}.get(operand, 16.0)
-    decay = {"BLOCK_ROWS": 128, "BLOCK": min(block_k, 32), "SPAN": span, "num_stages": 1}
-    decay["num_warps"] = 2 if itemsize == 2 and limits.is_large else 4
-    exact = {"PRECISION": precisions["EXACT"], "num_warps": 4}
-    steep = exact | {"OPERAND": getattr(tl, operand), "num_stages": 1}
+    decay = {"BLOCK_ROWS": 128, "BLOCK": min(block_k, 32), "SPAN": span, "num_warps": 1, "num_stages": 1}
+    decay["TOKENS"] = min(max(512 // block_k, 1), 16)  # one warp: a thread sums over all of these
+    steep = {"PRECISION": precisions["EXACT"], "OPERAND": getattr(tl, operand), "num_stages": 1}
     steep["num_warps"] = 8 if limits.is_small else 4
-    pairs = exact | {"BLOCK": min(block_k, 64 if itemsize == 2 else 32), "num_stages": stages}
-    # One warp is fastest where a thread has the registers, and a table may not set more: in an earlier form of this
-    # kernel Triton 3.6 gave Hopper's matrix units wrong numbers of the inverse with four.
-    solve = {"BLOCK_ROWS": 128, "PRECISION": precisions["PRECISION"], "num_stages": 1}
-    solve["num_warps"] = 1 if itemsize == 2 and limits.is_large else 4
-    scan = {"BLOCK_ROWS": 128, "BLOCK": block, "PRECISION": precisions["EXACT"]}
-    scan["AHEAD"] = limits.is_large and stages > 1  # measured there alone; triton-xpu 3.3.0b1 crashes of it
-    return {
-        "_decay": decay,
-        "_steep_pairs": steep,
-        "_pairs": pairs,
-        "_solve": solve,
-        "_scan": scan | {"num_warps": warps_of_walks(itemsize, limits), "num_stages": stages},
-    }
+    most = 128 if joined else 64 if itemsize == 2 else 32
+    solve = {"BLOCK_ROWS": 128, "BLOCK": min(block_k, most), **precisions, "num_stages": stages}
+    solve["num_warps"] = 8 if limits.is_small else 4
+    if itemsize == 2:
+        solve |= limits.registers(168)
+    scan = {"BLOCK_ROWS": 128, "BLOCK": block, "PRECISION": precisions["EXACT"], "JOINED": joined > 0}
+    scan |= {"num_warps": 8 if joined else warps_of_walks(itemsize, limits), "num_stages": joined or stages}
+    return {"_decay": decay, "_steep_pairs": steep, "_solve": solve, "_scan": scan}

@@ -1,8 +1,8 @@
-"""What tokens of a chunk keep of each other in Kimi Delta Attention, all chunks at once, in three launches.
+"""What tokens of a chunk keep of each other in Kimi Delta Attention, all chunks at once.
 
 Every channel of a key decays by itself, so what two tokens keep of each other is a sum over channels. A matrix product
 finds it for all pairs if their decay is split into a factor of the later token and one of the earlier: at the chunk's
-beginning, where what the chunk decays by is moderate. `_decay` has these factors in keys and queries, and `_pairs`
+beginning, where what the chunk decays by is moderate. `_decay` has these factors in keys and queries, and `_solve`
 multiplies. `_steep_pairs` is for blocks of channels that decay by more: it halves the chunk until they do not. From a
 token of the first half to one of the second the decay is split between the halves, and neither factor is above 1.
 Exponents are sums of the logs of tokens' decays, not differences of sums over a chunk, so decays of any strength are
@@ -19,11 +19,17 @@ _NOTHING_LEFT: tl.constexpr = tl.constexpr(-16384.0)  # the log of a decay to ze
 
 
 @triton.jit
+def to_logs(decays):
+    # The binary logs of decays, given natural ones.
+    decays *= _LOG2_E
+    return tl.where(decays < _NOTHING_LEFT, _NOTHING_LEFT, decays)  # NaN stays
+
+
+@triton.jit
 def load_decays(g, t, first, end, stride, key, in_key, ALIGNED: tl.constexpr):
     # The binary logs of decays of tokens t, zero where they are not from `first` up to `end`.
     there = ((t >= first) & (t < end))[:, None] & in_key[None, :]
-    decays = tl.load(tile_ptrs(g, t, stride, key, ALIGNED), there, other=0.0).to(tl.float32) * _LOG2_E
-    return tl.where(decays < _NOTHING_LEFT, _NOTHING_LEFT, decays)  # NaN stays
+    return to_logs(tl.load(tile_ptrs(g, t, stride, key, ALIGNED), there, other=0.0).to(tl.float32))
 
 
 @triton.jit
@@ -54,6 +60,35 @@ def products_of(keys, queries, reading, given, is_pair, OPERAND: tl.constexpr, P
     return tl.where(is_pair, of_keys, 0.0), tl.where(is_pair, of_queries, 0.0)
 
 
+@triton.jit
+def row_of_both(i):
+    # Where keys decayed from the beginning are among those and queries, eight rows of either in turn.
+    return i + i // 8 * 8
+
+
+@triton.jit
+def _by_fours(pointer, i, i_stride, j, ALIGNED: tl.constexpr):
+    # As `tile_ptrs`, but a thread has four channels of all tokens, whatever their dtype: so it sums over tokens itself.
+    pointers = pointer + i.to(tl.int64)[:, None] * i_stride + j[None, :]
+    if ALIGNED:
+        pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 16)), (1, 4))
+    return pointers
+
+
+@triton.jit
+def _load_fours(x, t, first, end, stride, key, in_key, ALIGNED: tl.constexpr):
+    there = ((t >= first) & (t < end))[:, None] & in_key[None, :]
+    return tl.load(_by_fours(x, t, stride, key, ALIGNED), there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _of_length_1(x, L2NORM: tl.constexpr):
+    factor = tl.full([x.shape[0]], 1.0, tl.float32)
+    if L2NORM:
+        factor = tl.rsqrt(tl.sum(x * x, axis=1) + 1e-6)
+    return factor
+
+
 @kernel(first_number="scale", static="factors steep keyed whole")
 def _decay(
     q,
@@ -63,8 +98,8 @@ def _decay(
     slots,
     factors,  # out: (chunks, v_heads, 2, CHUNK), that give keys and queries their lengths
     steep,  # out: (chunks, v_heads), a bit for every block of channels that decays by more than SPAN; -1: no chunk
-    keyed,  # out: (chunks, v_heads, 4, CHUNK, BLOCK_K), keys and queries decayed from the beginning, keys to the end,
-    # and keys divided by their decay from the beginning, zero where that is steep
+    keyed,  # out: (chunks, v_heads, 4, CHUNK, BLOCK_K), keys and queries decayed from the beginning, eight rows of
+    # either in turn, keys to the end, and keys divided by their decay from the beginning, zero where that is steep
     whole,  # out: (chunks, v_heads, BLOCK_K), what a chunk keeps of the state before
     scale,
     q_stride,  # this and the next two: from token to token
@@ -83,9 +118,12 @@ def _decay(
     CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK: tl.constexpr,  # channels at a time
+    BLOCK: tl.constexpr,  # channels that are steep together
+    TOKENS: tl.constexpr,  # at a time
     SPAN: tl.constexpr,  # binary logs
 ):
+    # A program walks over the tokens twice, with all channels: back from the last one, then on from the first.
+    BLOCKS: tl.constexpr = BLOCK_K // BLOCK
     head = tl.program_id(0) % V_HEADS
     chunk = tl.program_id(0) // V_HEADS
     number = chunk.to(tl.int64) * V_HEADS + head
@@ -98,49 +136,54 @@ def _decay(
     q += head // (V_HEADS // K_HEADS) * K_DIM
     k += head // (V_HEADS // K_HEADS) * K_DIM
     g += head * K_DIM
-    i = tl.arange(0, CHUNK)
-    t = low + i
-    of_key = tl.full([CHUNK], 1.0, tl.float32)
-    of_query = tl.full([CHUNK], 1.0, tl.float32)
-    if L2NORM:
-        key_squares = tl.zeros([CHUNK, BLOCK], tl.float32)
-        query_squares = tl.zeros([CHUNK, BLOCK], tl.float32)
-        for first in tl.static_range(0, BLOCK_K, BLOCK):
-            key = first + tl.arange(0, BLOCK)
-            there = (t < high)[:, None] & (key < K_DIM)[None, :]
-            keys = tl.load(tile_ptrs(k, t, k_stride, key, ALIGNED), there, other=0.0).to(tl.float32)
-            queries = tl.load(tile_ptrs(q, t, q_stride, key, ALIGNED), there, other=0.0).to(tl.float32)
-            key_squares += keys * keys
-            query_squares += queries * queries
-        of_key /= tl.sqrt(tl.sum(key_squares, axis=1) + 1e-6)
-        of_query /= tl.sqrt(tl.sum(query_squares, axis=1) + 1e-6)
-    of_query *= scale
-    tl.store(factors + number * (2 * CHUNK) + i, of_key)
-    tl.store(factors + number * (2 * CHUNK) + CHUNK + i, of_query)
-
+    factors += number * (2 * CHUNK)
     keyed += number * (4 * CHUNK * BLOCK_K)
-    whole += number * BLOCK_K
-    blocks = tl.full([], 0, tl.int32)
-    for first in range(0, BLOCK_K, BLOCK):
-        key = first + tl.arange(0, BLOCK)
-        in_key = key < K_DIM
-        there = (t < high)[:, None] & in_key[None, :]
-        keys = tl.load(tile_ptrs(k, t, k_stride, key, ALIGNED), there, other=0.0) * of_key[:, None]
-        queries = tl.load(tile_ptrs(q, t, q_stride, key, ALIGNED), there, other=0.0) * of_query[:, None]
-        since = tl.cumsum(load_decays(g, t, low, high, g_stride, key, in_key, ALIGNED), axis=0)
-        later = load_decays(g, t + 1, low, tl.minimum(high, low + CHUNK), g_stride, key, in_key, ALIGNED)
-        left = tl.cumsum(later, axis=0, reverse=True)
-        place = keyed + i[:, None] * BLOCK_K + key[None, :]
+    key = tl.arange(0, BLOCK_K)
+    in_key = key < K_DIM
+    end = tl.minimum(high, low + CHUNK)
+
+    left_before = tl.zeros([BLOCK_K], tl.float32)
+    most_left = tl.zeros([BLOCK_K], tl.float32)
+    for step in range(CHUNK // TOKENS):
+        i = CHUNK - 1 - step * TOKENS - tl.arange(0, TOKENS)
+        t = low + i
+        keys = _load_fours(k, t, low, high, k_stride, key, in_key, ALIGNED)
+        keys *= _of_length_1(keys, L2NORM)[:, None]
+        later = to_logs(_load_fours(g, t + 1, low, end, g_stride, key, in_key, ALIGNED))
+        left = tl.cumsum(later, axis=0) + left_before[None, :]
+        left_before += tl.sum(later, axis=0)
+        most_left = tl.maximum(most_left, tl.max(left, axis=0))
+        tl.store(_by_fours(keyed + 2 * CHUNK * BLOCK_K, i, BLOCK_K, key, ALIGNED), keys * tl.exp2(left))
+
+    # Since the beginning a channel decays by more than SPAN somewhere, if what is left there differs by that.
+    opener = tl.load(g + low.to(tl.int64) * g_stride + key, in_key & (low < high), other=0.0)
+    least = left_before + to_logs(opener.to(tl.float32)) - most_left
+    is_steep = tl.max(tl.reshape((least < -SPAN).to(tl.int32), [BLOCKS, BLOCK]), axis=1)
+    tl.store(steep + number, tl.sum(is_steep << tl.arange(0, BLOCKS), axis=0))
+    is_steep = tl.reshape(tl.broadcast_to(is_steep[:, None], [BLOCKS, BLOCK]), [BLOCK_K]) > 0
+
+    before = tl.zeros([BLOCK_K], tl.float32)
+    for step in range(CHUNK // TOKENS):
+        i = step * TOKENS + tl.arange(0, TOKENS)
+        t = low + i
+        keys = _load_fours(k, t, low, high, k_stride, key, in_key, ALIGNED)
+        queries = _load_fours(q, t, low, high, q_stride, key, in_key, ALIGNED)
+        own = to_logs(_load_fours(g, t, low, high, g_stride, key, in_key, ALIGNED))
+        of_key = _of_length_1(keys, L2NORM)
+        of_query = _of_length_1(queries, L2NORM) * scale
+        tl.store(factors + i, of_key)
+        tl.store(factors + CHUNK + i, of_query)
+        keys *= of_key[:, None]
+        queries *= of_query[:, None]
+        since = tl.cumsum(own, axis=0) + before[None, :]
+        before += tl.sum(own, axis=0)
         opened = tl.exp2(since)
-        tl.store(place, keys * opened)
-        tl.store(place + CHUNK * BLOCK_K, queries * opened)
-        tl.store(place + 2 * CHUNK * BLOCK_K, keys * tl.exp2(left))
-        tl.store(whole + key[None, :] + 0 * i[:, None], opened, i[:, None] == CHUNK - 1)
-        is_steep = decays_by_more(since, SPAN)
-        blocks |= is_steep.to(tl.int32) << (first // BLOCK)
-        undone = tl.where(is_steep, float("-inf"), -since)
-        tl.store(place + 3 * CHUNK * BLOCK_K, keys * tl.exp2(undone))
-    tl.store(steep + number, blocks)
+        row_of_key = row_of_both(i)
+        tl.store(_by_fours(keyed, row_of_key, BLOCK_K, key, ALIGNED), keys * opened)
+        tl.store(_by_fours(keyed, row_of_key + 8, BLOCK_K, key, ALIGNED), queries * opened)
+        undone = tl.where(is_steep[None, :], float("-inf"), -since)
+        tl.store(_by_fours(keyed + 3 * CHUNK * BLOCK_K, i, BLOCK_K, key, ALIGNED), keys * tl.exp2(undone))
+    tl.store(whole + number * BLOCK_K + key, tl.exp2(before))
 
 
 @kernel(first_number="q_stride", static="factors steep system")
@@ -151,8 +194,8 @@ def _steep_pairs(
     cu_seqlens,
     factors,
     steep,
-    system,  # out: (chunks, v_heads, CHUNK, CHUNK), of steep blocks of channels alone: what `_pairs` leaves there, and
-    # turned round, on the diagonal and above it, what it leaves in `weights`
+    system,  # out: (chunks, v_heads, CHUNK, CHUNK), of steep blocks of channels alone: decayed products of keys, and
+    # turned round, on the diagonal and above it, those of queries and keys
     q_stride,
     k_stride,
     g_stride,
@@ -230,37 +273,3 @@ def _steep_pairs(
         place = system + number.to(tl.int64) * (CHUNK * CHUNK)
         tl.store(place + i[:, None] * CHUNK + i[None, :], known, (apart > 0) & (blocks > 0))
         tl.store(place + i[None, :] * CHUNK + i[:, None], weight, (apart >= 0) & (blocks > 0))
-
-
-@kernel(static="steep keyed system weights")
-def _pairs(
-    steep,
-    keyed,
-    system,  # out: (chunks, v_heads, CHUNK, CHUNK), decayed products of keys; only below the diagonal
-    weights,  # out: likewise, how strength queries read of what each token writes; zero above the diagonal
-    CHUNK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    number = tl.program_id(0).to(tl.int64)  # of a chunk and a head
-    blocks = tl.load(steep + number)
-    if blocks < 0:
-        return
-    i = tl.arange(0, CHUNK)
-    keyed += number * (4 * CHUNK * BLOCK_K) + i[:, None] * BLOCK_K + tl.arange(0, BLOCK)[None, :]
-    known = tl.zeros([CHUNK, CHUNK], tl.float32)
-    weight = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for _ in range(0, BLOCK_K, BLOCK):
-        turned = tl.trans(tl.load(keyed + 3 * CHUNK * BLOCK_K))
-        known = tl.dot(tl.load(keyed), turned, known, input_precision=PRECISION)
-        weight = tl.dot(tl.load(keyed + CHUNK * BLOCK_K), turned, weight, input_precision=PRECISION)
-        keyed += BLOCK
-    square = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
-    is_earlier = i[:, None] >= i[None, :]
-    if blocks > 0:
-        steep_pairs = tl.load(system + square)
-        known += steep_pairs
-        weight += tl.trans(steep_pairs)
-    tl.store(system + square, known, i[:, None] > i[None, :])
-    tl.store(weights + square, tl.where(is_earlier, weight, 0.0))
