@@ -98,6 +98,31 @@ def inverse_of(system, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def times_inverse(x, inverse, operand: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    # The last product of a kernel that inverts systems. triton-xpu 3.3 goes by the last one whether matrix units make
+    # all of a kernel's, and for float16 there are none for those of the inverse.
+    if operand == tl.float16:
+        product = tl.dot(x.to(tl.float32), inverse.to(tl.float32), input_precision=PRECISION)
+    else:
+        product = tl.dot(x, inverse, input_precision=EXACT)
+    return product
+
+
+@triton.jit
+def row_of_both(i):
+    # Where rows of the first of two matrices are among those of both, eight of either in turn.
+    return i + i // 8 * 8
+
+
+@triton.jit
+def halves(x):
+    # Of every 16 rows the first eight, and the last ones: a thread has both of what matrix units give.
+    ROWS: tl.constexpr = x.shape[0] // 2
+    x = tl.permute(tl.reshape(x, [ROWS // 8, 2, 8, x.shape[1]]), (0, 2, 3, 1))
+    return tl.split(tl.reshape(x, [ROWS, x.shape[2], 2]))
+
+
+@triton.jit
 def load_numbers(numbers, head, t, stride, high):
     # A number for each token, zero where there is none.
     return tl.load(numbers + head + t.to(tl.int64) * stride, t < high, other=0.0).to(tl.float32)

@@ -21,7 +21,14 @@ from mamba_ops.ops._triton.common import (
     tile_ptrs,
 )
 from mamba_ops.ops._triton.decay import exact_sums, split, to_log2
-from mamba_ops.ops._triton.delta_rule import factor_of_squares, inverse_of, length_factor
+from mamba_ops.ops._triton.delta_rule import (
+    factor_of_squares,
+    halves,
+    inverse_of,
+    length_factor,
+    row_of_both,
+    times_inverse,
+)
 
 
 @kernel(first_number="scale", static="factors solved")
@@ -34,7 +41,7 @@ def _solve(
     slots,
     factors,  # out: (chunks, v_heads, 3, CHUNK), of keys that read, of queries; the chunk's decay
     solved,  # out: (chunks, v_heads, 2 * CHUNK, CHUNK), from what tokens find missing to what the state gets and what
-    # queries read: eight rows of either in turn (see `_halves`), less what is beyond a row's last part of 16 tokens
+    # queries read: eight rows of either in turn (see `halves`), less what is beyond a row's last part of 16 tokens
     scale,
     q_stride,  # this and the next three: from token to token
     k_stride,
@@ -108,13 +115,13 @@ def _solve(
         system = tl.dot(keys_, turned, input_precision=EXACT)
     inverse = inverse_of(system * between * (of_key * up)[:, None], CHUNK, PRECISION)
     # What is written until the chunk's end, and how much queries read of what is written.
-    place = number * (2 * CHUNK * CHUNK) + (i + i // 8 * 8)[:, None] * CHUNK + i[None, :]
+    place = number * (2 * CHUNK * CHUNK) + row_of_both(i)[:, None] * CHUNK + i[None, :]
     is_read = i[:, None] >= i[None, :] // 16 * 16  # the rest is zero
     tl.store(solved + place, inverse * (until * strength)[:, None], is_read)
     if SQUARES:
         weight = tl.trans(tl.dot(tl.trans(inverse.to(operand)), weight, input_precision=EXACT))
     else:
-        weight = tl.dot(weight, inverse.to(operand), input_precision=EXACT)
+        weight = times_inverse(weight, inverse.to(operand), operand, EXACT, PRECISION)
     tl.store(solved + place + 8 * CHUNK, weight, is_read)
 
 
@@ -132,14 +139,6 @@ def _joined(x, y):
     # Eight rows of each in turn.
     both = tl.reshape(tl.permute(tl.join(x, y), (0, 2, 1)), [x.shape[0] // 8, 8, 2, x.shape[1]])
     return tl.reshape(tl.permute(both, (0, 2, 1, 3)), [2 * x.shape[0], x.shape[1]])
-
-
-@triton.jit
-def _halves(x):
-    # Of every 16 rows the first eight, and the last ones: a thread has both of what matrix units give.
-    ROWS: tl.constexpr = x.shape[0] // 2
-    x = tl.permute(tl.reshape(x, [ROWS // 8, 2, 8, x.shape[1]]), (0, 2, 3, 1))
-    return tl.split(tl.reshape(x, [ROWS, x.shape[2], 2]))
 
 
 @kernel(first_number="q_stride", static="factors solved")
@@ -231,11 +230,11 @@ def _scan(
     of_queries = tile_ptrs(q, at, q_stride, key, ALIGNED)
     of_values = tile_ptrs(v, at, v_stride, value, ALIGNED)
     of_output = tile_ptrs(output, at, output_stride, value, ALIGNED)
-    of_solved = (i + i // 8 * 8)[:, None] * CHUNK + i[None, :]
+    of_solved = row_of_both(i)[:, None] * CHUNK + i[None, :]
     is_there = i[:, None] >= i[None, :] // 16 * 16
-    row_of_both = tl.arange(0, 2 * CHUNK)
-    of_both = row_of_both[:, None] * CHUNK + i[None, :]
-    both_there = (row_of_both // 16 * 8 + row_of_both % 8)[:, None] >= i[None, :] // 16 * 16
+    row_of_all = tl.arange(0, 2 * CHUNK)
+    of_both = row_of_all[:, None] * CHUNK + i[None, :]
+    both_there = (row_of_all // 16 * 8 + row_of_all % 8)[:, None] >= i[None, :] // 16 * 16
     for number in range(chunks):
         left = count - number * CHUNK
         there = (i < left)[:, None]
@@ -249,9 +248,9 @@ def _scan(
         known = s.to(operand)
         if JOINED:
             both = tl.load(solved + of_both, both_there, other=0.0)
-            found, y = _halves(tl.dot(_joined(keys, queries), known, input_precision=PRECISION))
+            found, y = halves(tl.dot(_joined(keys, queries), known, input_precision=PRECISION))
             lacking = values.to(tl.float32) - found * of_key[:, None]
-            kept, read = _halves(tl.dot(both, lacking.to(operand), input_precision=PRECISION))
+            kept, read = halves(tl.dot(both, lacking.to(operand), input_precision=PRECISION))
             s = tl.dot(tl.trans(keys), kept.to(operand), s * decay, input_precision=PRECISION)
             tl.store(of_output, y * of_query[:, None] + read, there & in_value)
         else:

@@ -3,8 +3,8 @@
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import chunk_bounds, kernel, row_chunks, tile_ptrs
-from mamba_ops.ops._triton.delta_rule import load_numbers
-from mamba_ops.ops.chunk_kda.triton.pairs import load_decays, row_of_both
+from mamba_ops.ops._triton.delta_rule import load_numbers, row_of_both
+from mamba_ops.ops.chunk_kda.triton.pairs import load_decays
 
 
 @kernel(first_number="grad_stride", static="keyed whole inverses weights adjoints found")

@@ -20,8 +20,7 @@ from mamba_ops.ops._triton.common import (
     row_chunks,
     tile_ptrs,
 )
-from mamba_ops.ops._triton.delta_rule import inverse_of, load_numbers
-from mamba_ops.ops.chunk_kda.triton.pairs import row_of_both
+from mamba_ops.ops._triton.delta_rule import halves, inverse_of, load_numbers, row_of_both, times_inverse
 
 
 @triton.jit
@@ -96,15 +95,7 @@ def _solve(
     place = number * (2 * CHUNK * CHUNK) + row_of_both(i)[:, None] * CHUNK + i[None, :]
     is_read = i[:, None] >= i[None, :] // 16 * 16  # the rest is zero
     tl.store(solved + place, inverse, is_read)
-    tl.store(solved + place + 8 * CHUNK, tl.dot(weight, inverse, input_precision=EXACT), is_read)
-
-
-@triton.jit
-def _halves(x):
-    # Of every 16 rows the first eight, and the last ones: a thread has both of what matrix units give.
-    ROWS: tl.constexpr = x.shape[0] // 2
-    x = tl.permute(tl.reshape(x, [ROWS // 8, 2, 8, x.shape[1]]), (0, 2, 3, 1))
-    return tl.split(tl.reshape(x, [ROWS, x.shape[2], 2]))
+    tl.store(solved + place + 8 * CHUNK, times_inverse(weight, inverse, operand, EXACT, PRECISION), is_read)
 
 
 @kernel(first_number="v_stride", static="keyed whole solved states written")
@@ -216,9 +207,9 @@ def _scan(
                 readers = tl.load(keyed + row_of_all[:, None] * BLOCK_K + key[None, :], is_reader, other=0.0)
                 is_there = of_all[:, None] >= i[None, :] // 16 * 16
                 both = tl.load(solved + row_of_all[:, None] * CHUNK + i[None, :], is_there, other=0.0)
-                found, y = _halves(tl.dot(readers, known, input_precision=PRECISION))
+                found, y = halves(tl.dot(readers, known, input_precision=PRECISION))
                 lacking = (values.to(tl.float32) - found).to(operand)
-                new, read = _halves(tl.dot(both, lacking, input_precision=PRECISION))
+                new, read = halves(tl.dot(both, lacking, input_precision=PRECISION))
                 y += read
             else:
                 through = tl.load(keyed + of_reader, is_token, other=0.0)

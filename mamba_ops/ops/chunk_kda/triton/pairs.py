@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import chunk_bounds, kernel, load_slot, tile_ptrs
+from mamba_ops.ops._triton.delta_rule import row_of_both
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _NOTHING_LEFT: tl.constexpr = tl.constexpr(-16384.0)  # the log of a decay to zero: sums of it stay finite
@@ -58,12 +59,6 @@ def products_of(keys, queries, reading, given, is_pair, OPERAND: tl.constexpr, P
     of_keys = tl.dot((keys * reading).to(OPERAND), turned, input_precision=PRECISION)
     of_queries = tl.dot((queries * reading).to(OPERAND), turned, input_precision=PRECISION)
     return tl.where(is_pair, of_keys, 0.0), tl.where(is_pair, of_queries, 0.0)
-
-
-@triton.jit
-def row_of_both(i):
-    # Where keys decayed from the beginning are among those and queries, eight rows of either in turn.
-    return i + i // 8 * 8
 
 
 @triton.jit
