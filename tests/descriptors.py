@@ -3,7 +3,8 @@
 A product of tiles in shared memory is told by a descriptor where a tile lies. Assemblers were seen to compile some of
 these wrongly: the address came from a register that held something else, or nothing. Results were right by chance, or
 the launch failed. Here the machine code is read: on every path to a product, the address must be made of the address
-of shared memory, and of no argument of the kernel and nothing loaded.
+of shared memory, and of nothing else but where a thread stands among others, as each group of warps has its own rows;
+of no argument of the kernel and nothing loaded.
 
 Prints a line of JSON for each kernel and launch that has such products: the kernel's name, how many descriptors there
 are, and where the code of the wrong ones lies. SIZES is JSON, and replaces sizes of `fitting.SIZES`.
@@ -24,6 +25,7 @@ Taint = frozenset[str]
 State = dict[str, Taint]
 NOTHING: Taint = frozenset()
 SHARED: Taint = frozenset({"shared"})
+POSITION: Taint = frozenset({"position"})
 WRITES_NO_REGISTER = (
     "ST BRA EXIT BAR WARP RED ISETP UISETP FSETP MEMBAR FENCE NOP HGMMA LDGSTS PLOP UPLOP BSSY BSYNC DEPBAR"
 )
@@ -87,10 +89,10 @@ def after(instruction: Instruction, state: State) -> State:
         loaded = {numbered(operands[0], i): state.get(f"stack {start + 4 * i}", NOTHING) for i in range(width)}
         return state | loaded
     sources = ",".join(operands[1:])
-    if name.startswith(("LD", "SHFL")):
+    if name.startswith("LD"):
         made = frozenset({"memory"})
     elif name.startswith(("S2UR", "S2R")):
-        made = SHARED if "CgaCtaId" in sources else frozenset({"position"})
+        made = SHARED if "CgaCtaId" in sources else POSITION
     else:
         made = frozenset({"argument"}) if "c[" in sources else NOTHING
         for register in re.findall(r"\bU?R\d+\b", sources):
@@ -131,7 +133,7 @@ def products(block: list[Instruction], state: State) -> Iterator[tuple[str, bool
         if "GMMA" in instruction.name:
             [first] = re.findall(r"gdesc\[(UR\d+)\]", ",".join(instruction.operands))
             for offset in (2,) if re.match(r"R\d", instruction.operands[1]) else (0, 2):
-                yield instruction.address, state.get(numbered(first, offset), NOTHING) == SHARED
+                yield instruction.address, state.get(numbered(first, offset), NOTHING) - POSITION == SHARED
         state = after(instruction, state)
 
 

@@ -34,6 +34,14 @@ def test_where_products_read() -> None:
     assert wrong(of_argument) == (3, ["00a0", "00b0", "00b0"])
     assert wrong(RIGHT.replace("LDL R12, [R1+0x8]", "LDL R12, [R1+0xc]")) == (3, ["00a0"])
     assert wrong(RIGHT.replace("LDL R12, [R1+0x8]", "NOP")) == (3, ["00a0"])  # on one of two paths
+    # A group of warps has rows of its own: which one it is, threads tell each other.
+    group = "R2UR UR6, R4 ;\n        /*0018*/                   ULEA UR6, UR5, UR6, 0x18"
+    of_groups = RIGHT.replace(
+        "ULEA UR6, UR5, UR6, 0x18", f"SHFL.IDX PT, R4, R3, RZ, 0x1f ;\n        /*0014*/   {group}"
+    )
+    assert wrong(of_groups.replace("S2UR UR5", "S2R R3, SR_TID.X ;\n        /*0004*/   S2UR UR5")) == (3, [])
+    loaded = of_groups.replace("S2UR UR5", "LDG.E R3, desc[UR4][R2.64] ;\n        /*0004*/   S2UR UR5")
+    assert wrong(loaded) == (3, ["00a0", "00b0", "00b0"])
 
 
 @pytest.mark.slow

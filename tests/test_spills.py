@@ -22,6 +22,8 @@ CEILINGS = {
         "mamba_chunk_scan._scan": 320,  # in float32, as Mamba-3 with a rank asks for it
         "mamba_chunk_scan._of_groups": 256,
         "mamba_chunk_scan._of_heads": 256,
+        "selective_scan._boundaries": 16,
+        "selective_scan._gradients": 16,
     },
     ("sm_90", "float32"): {
         "chunk_gated_delta_rule._solve": 864,
@@ -41,12 +43,13 @@ CEILINGS = {
         "mamba_chunk_scan._scan": 320,
         "mamba_chunk_scan._of_groups": 640,
         "mamba_chunk_scan._of_heads": 1088,
+        "selective_scan._boundaries": 16,
         "selective_scan._gradients": 16,
         "selective_state_update._kernel": 16,  # with narrow states
     },
     ("sm_86", "bfloat16"): {
         "chunk_gated_delta_rule._solve": 832,
-        "chunk_gated_delta_rule._systems": 192,
+        "chunk_gated_delta_rule._systems": 224,
         "chunk_gated_delta_rule._products": 1280,
         "chunk_gated_delta_rule._gradients": 1408,
         "chunk_kda._steep_pairs": 320,
@@ -74,6 +77,7 @@ CEILINGS = {
         "mamba_chunk_scan._scan": 768,  # so, too
         "mamba_chunk_scan._of_groups": 352,
         "mamba_chunk_scan._of_heads": 384,
+        "selective_scan._gradients": 16,
     },
 }
 """Bytes of a thread (NVIDIA) or its vector registers (AMD), a little above what was recorded. Others spill nothing."""
