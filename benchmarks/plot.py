@@ -116,7 +116,7 @@ def draw(found: list[Page], device: str, path: Path) -> None:
         ratio = bar.peer_us / bar.ours_us
         shown = f" {ratio:.2f}x: ours {_us(bar.ours_us)},\n {bar.peer} {_us(bar.peer_us)}"
         times.text(ratio, place, shown, va="center", fontsize=8)
-    times.set_xlim(0, 2.1 * max(bar.peer_us / bar.ours_us for bar in beside))  # room for what is written beside bars
+    times.set_xlim(0, 2.4 * max(bar.peer_us / bar.ours_us for bar in beside))  # room for what is written beside bars
     times.set_yticks(range(len(beside)), [bar.what.replace(", ", "\n", 1) for bar in beside], fontsize=8)
     times.set_title("A peer's time over ours: right of 1, ours is faster", fontsize=9, loc="left")
     launches.barh(
