@@ -16,8 +16,7 @@ RELEASE = "triton-xpu==3.3.0b1"
 """The newest on PyPI; later ones come with PyTorch for XPU alone."""
 REFUSED = {
     ("chunk_gated_delta_rule_backward", "float32"),  # this release gives a product of `_adjoints` two layouts
-    ("chunk_kda", "float32"),  # `_scan` takes more shared memory than there is
-    ("chunk_kda_backward", "float32"),  # `_adjoints` does
+    ("chunk_kda_backward", "float32"),  # `_adjoints` takes more shared memory than there is
 }
 """Op and dtype that go on to the backend `torch`."""
 
