@@ -6,7 +6,7 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,11 @@ def oracle_of(op: Op[...]) -> Front:
     return oracle
 
 
+def operands_of(call: Mapping[str, Any]) -> torch.dtype:
+    """What kernels round to what they give to matrix units, by a call's arguments."""
+    return functools.reduce(torch.promote_types, (call[n].dtype for n in OPERANDS if n in call))
+
+
 def expected(op: Op[...], sample: Sample, dtype: torch.dtype) -> dict[str, Tensor]:
     """What the op's oracle says that a call leaves in the tensors that the op mutates, computed in `dtype`.
 
@@ -132,7 +137,7 @@ def expected(op: Op[...], sample: Sample, dtype: torch.dtype) -> dict[str, Tenso
         return _said_by_oracle(op, sample, dtype)
     if "operands" in parameters:
         bound = op.bind(sample.args, sample.kwargs)
-        options["operands"] = functools.reduce(torch.promote_types, (bound[n].dtype for n in OPERANDS if n in bound))
+        options["operands"] = operands_of(bound)
     found = _said_by_oracle(op, sample, dtype, **options)
     if "rounds_more" not in parameters:
         return found
@@ -205,13 +210,17 @@ def beside(sample: Sample, seed: int) -> Sample:
     """A call whose floating numbers differ from those of another by up to a bfloat16's last bit."""
     generator = torch.Generator().manual_seed(seed)
 
-    def shifted(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        shift = (torch.rand(value.shape, generator=generator) - 0.5) / 64
-        return (value.detach().cpu().double() * (1 + shift)).to(value)
+    def other(value: Any) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return shifted(value, generator, 2**-6).to(value) if is_float else value
 
-    return Sample(sample.name, tuple(map(shifted, sample.args)), {n: shifted(v) for n, v in sample.kwargs.items()})
+    return Sample(sample.name, tuple(map(other, sample.args)), {n: other(v) for n, v in sample.kwargs.items()})
+
+
+def shifted(tensor: Tensor, generator: torch.Generator, spread: float) -> Tensor:
+    """The same numbers, on the CPU in float64, each off by a random share of itself, at most half of `spread`."""
+    share = torch.rand(tensor.shape, generator=generator, dtype=torch.double) - 0.5
+    return tensor.detach().cpu().double() * (1 + spread * share)
 
 
 @contextmanager

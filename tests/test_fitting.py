@@ -13,7 +13,9 @@ from tests.harness import compiled_for_a_gpu
 pytest.importorskip("triton")
 
 ALIKE = {"sm_89": "sm_86", "sm_103": "sm_100", "gfx1200": "gfx1100"}
-"""GPUs of equal limits for which every kernel is launched alike and takes no more bytes than for another one."""
+"""GPUs of equal limits for which every kernel takes the same bytes as for another one, or fewer."""
+FEWER = {("gfx1200", "mamba_chunk_scan._states")}
+"""Where it takes fewer."""
 DELTA_RULE, KDA, SSD, MAMBA_3 = "chunk_gated_delta_rule", "chunk_kda", "mamba_chunk_scan", "mamba3_chunk_scan"
 BACKWARD = f"{DELTA_RULE}_backward"
 REFUSED = {
@@ -121,11 +123,13 @@ def test_other_kernels_take_of_float16_what_they_take_of_bfloat16():
 def test_gpus_that_are_taken_to_be_alike_are(name, other):
     assert target_of(name).shared_memory == target_of(other).shared_memory
     rows = list(fitting.fits([name, other], ops=[DELTA_RULE, SSD], dtypes=["bfloat16"]))
-    both = {target: list(found) for target, found in itertools.groupby(rows, lambda row: row.target)}
-    assert [row._replace(target="", shared=0) for row in both[name]] == [
-        row._replace(target="", shared=0) for row in both[other]
-    ]
-    assert all(one.shared <= another.shared for one, another in zip(both[name], both[other], strict=True))
+    both = [[row._replace(target="") for row in found] for _, found in itertools.groupby(rows, lambda row: row.target)]
+    assert len(both) == 2
+    for one, another in zip(*both, strict=True):
+        if (name, one.kernel) in FEWER:
+            assert one.shared < another.shared
+            one = one._replace(shared=another.shared)
+        assert one == another
 
 
 TABLES = """

@@ -12,9 +12,9 @@ from mamba_ops import functional, registry
 from mamba_ops.registry import Op, Sample
 from tests.fuzz.mutations import Arguments, Tagged
 from tests.fuzz.targets import INSIDE, Judge, Results, Target, compat_calls, in_dtype, layers, on
-from tests.harness import backends_here
+from tests.harness import backends_here, operands_of
 from tests.training import gradients
-from tests.training.gradients import TRAINED, is_float, operands_of, oracle_forward
+from tests.training.gradients import TRAINED, is_float, oracle_forward
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mamba_ops.registry import Op
+from tests.harness import operands_of
 from tests.test_mutants import changed
-from tests.training.gradients import assert_gradients, operands_of, oracle_forward, slip_of
+from tests.training.gradients import assert_gradients, oracle_forward, slip_of
 
 Arguments = Mapping[str, Any]
 Oracle = Callable[..., tuple[Tensor, Tensor]]

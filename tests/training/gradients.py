@@ -1,6 +1,5 @@
 """What the gradients of a call are: autograd through the op's sequential oracle."""
 
-import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from mamba_ops.registry import Op, Sample, use_backend
 from mamba_ops.testing.judge import assert_within_budget
-from tests.harness import OPERANDS, OPS, oracle_of
+from tests.harness import OPS, operands_of, oracle_of, shifted
 
 TRAINED = [op for op in OPS if op.backward_op is not None]
 STATES = {"causal_conv1d": "conv_state"}
@@ -26,11 +25,6 @@ def activation(call: dict[str, Any]) -> Tensor:
     """The input that the output is like."""
     like: Tensor = call["x" if "x" in call else "v"]
     return like
-
-
-def operands_of(call: Mapping[str, Any]) -> torch.dtype:
-    """What a kernel rounds to what it gives to matrix units."""
-    return functools.reduce(torch.promote_types, (call[n].dtype for n in OPERANDS if n in call))
 
 
 def is_float(value: Any) -> bool:
@@ -124,8 +118,7 @@ def slips_next_to(op: Op[...], call: dict[str, Any]) -> Iterator[float]:
         other = dict(call)
         for name, value in call.items():
             if is_float(value):
-                shift = torch.rand(value.shape, generator=generator, dtype=torch.double) - 0.5
-                other[name] = (value.detach().cpu().double() * (1 + shift / 256)).float()
+                other[name] = shifted(value, generator, 2**-8).float()
         exact = expected(op, other, torch.float64)
         yield slip_of(exact, expected(op, other, torch.float32, operands=operands, rounds_more=seed % 2 == 1))
 

@@ -131,18 +131,18 @@ def _launches(k_dim: int, v_dim: int, operand: str, *, limits: Limits) -> Launch
     """
     block_k, block_v = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))
     itemsize = 4 if operand == "float32" else 2
-    block = min(block_v, 64 if limits.is_large and itemsize == 2 else 32)
+    joined = limits.is_large and itemsize == 2  # so where matrix units read shared memory
+    block = min(block_v, 64 if joined else 32)
     read_ahead = (CHUNK * (2 * block_k + block + 2 * CHUNK) + block * block_k) * itemsize
-    joined = limits.is_large and itemsize == 2
     if joined:  # a step is a chain of products, so loads go two steps ahead
         stages = 3 if 2 * read_ahead <= limits.shared_memory else 2
     else:
         stages = 2 if itemsize == 2 and 4 * read_ahead <= 3 * limits.shared_memory else 1
     precisions = precisions_of(operand, limits)
     solve = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, **precisions, "num_warps": 4}
-    solve["SQUARES"] = limits.is_large and itemsize == 2  # where operands take registers, products cost more than sums
+    solve["SQUARES"] = joined  # where operands take registers, products cost more than sums
     if itemsize == 2:
-        solve |= limits.registers(128 if limits.is_large else 168)
+        solve |= limits.registers(128 if joined else 168)
     scan = {"BLOCK_ROWS": 128, "BLOCK_K": block_k, "BLOCK": block}
     scan |= {"PRECISION": precisions["EXACT"], "JOINED": joined}
     return {"_solve": solve, "_scan": scan | {"num_warps": 8 if joined else 4, "num_stages": stages}}
