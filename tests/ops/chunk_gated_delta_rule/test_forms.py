@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("triton")
 
 from mamba_ops.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
-from tests.ops.common.forms import judge_form
+from tests.forms import judge_form
 
 
 @pytest.mark.parametrize("joined", [False, True], ids=["values as rows", "tokens as rows"])

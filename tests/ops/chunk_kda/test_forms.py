@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("triton")
 
 from mamba_ops.ops.chunk_kda import chunk_kda
-from tests.ops.common.forms import judge_form
+from tests.forms import judge_form
 
 
 @pytest.mark.parametrize("joined", [False, True], ids=["values as rows", "tokens as rows"])
