@@ -123,6 +123,34 @@ def halves(x):
 
 
 @triton.jit
+def state_offsets(
+    head,
+    value,
+    key,
+    head_stride,  # this and the next two are None for an ALIGNED state, which is dense
+    value_stride,
+    key_stride,
+    V_DIM: tl.constexpr,
+    K_DIM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    JOINED: tl.constexpr,
+):
+    # Where a head's state lies in its slot, and which of it is there. JOINED: keys are the rows, values the columns.
+    if JOINED:
+        at_value = value[None, :]
+        at_key = key[:, None]
+    else:
+        at_value = value[:, None]
+        at_key = key[None, :]
+    if ALIGNED:
+        offsets = (head * V_DIM + at_value) * K_DIM + at_key
+    else:
+        offsets = at_value.to(tl.int64) * value_stride + at_key.to(tl.int64) * key_stride
+        offsets += head.to(tl.int64) * head_stride
+    return offsets, (at_value < V_DIM) & (at_key < K_DIM)
+
+
+@triton.jit
 def load_numbers(numbers, head, t, stride, high):
     # A number for each token, zero where there is none.
     return tl.load(numbers + head + t.to(tl.int64) * stride, t < high, other=0.0).to(tl.float32)

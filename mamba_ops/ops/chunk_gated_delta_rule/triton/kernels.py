@@ -27,6 +27,7 @@ from mamba_ops.ops._triton.delta_rule import (
     inverse_of,
     length_factor,
     row_of_both,
+    state_offsets,
     times_inverse,
 )
 
@@ -203,18 +204,9 @@ def _scan(
             place = tile_ptrs(output, t, output_stride, value, ALIGNED)
             tl.store(place, tl.zeros([CHUNK, BLOCK], tl.float32), (t < begin + count)[:, None] & in_value)
         return
-    if JOINED:
-        at_value = value[None, :]
-        at_key = key[:, None]
-    else:
-        at_value = value[:, None]
-        at_key = key[None, :]
-    in_state = (at_value < V_DIM) & (at_key < K_DIM)
-    if ALIGNED:
-        of_state = (head * V_DIM + at_value) * K_DIM + at_key
-    else:
-        of_state = at_value.to(tl.int64) * value_stride + at_key.to(tl.int64) * key_stride
-        of_state += head.to(tl.int64) * head_stride
+    of_state, in_state = state_offsets(
+        head, value, key, head_stride, value_stride, key_stride, V_DIM, K_DIM, ALIGNED, JOINED
+    )
     carried = in_state & load_flag(row, has_initial_state, initial_stride)
     s = tl.load(offset_ptr(ssm_state, source * slot_stride, ALIGNED) + of_state, carried, other=0.0).to(tl.float32)
 

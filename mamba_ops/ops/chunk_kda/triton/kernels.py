@@ -20,7 +20,7 @@ from mamba_ops.ops._triton.common import (
     row_chunks,
     tile_ptrs,
 )
-from mamba_ops.ops._triton.delta_rule import halves, inverse_of, load_numbers, row_of_both, times_inverse
+from mamba_ops.ops._triton.delta_rule import halves, inverse_of, load_numbers, row_of_both, state_offsets, times_inverse
 
 
 @triton.jit
@@ -160,18 +160,9 @@ def _scan(
                 place = tile_ptrs(output, t, output_stride, value, ALIGNED)
                 tl.store(place, tl.zeros([CHUNK, BLOCK], tl.float32), (t < begin + count)[:, None] & in_value)
         return
-    if JOINED:
-        at_value = value[None, :]
-        at_key = key[:, None]
-    else:
-        at_value = value[:, None]
-        at_key = key[None, :]
-    in_state = (at_value < V_DIM) & (at_key < K_DIM)
-    if ALIGNED:
-        of_state = (head * V_DIM + at_value) * K_DIM + at_key
-    else:
-        of_state = at_value.to(tl.int64) * value_stride + at_key.to(tl.int64) * key_stride
-        of_state += head.to(tl.int64) * head_stride
+    of_state, in_state = state_offsets(
+        head, value, key, head_stride, value_stride, key_stride, V_DIM, K_DIM, ALIGNED, JOINED
+    )
     if states is None:
         carried = in_state & load_flag(row, has_initial_state, initial_stride)
     else:  # for a backward pass: all rows have one, or none has
@@ -185,7 +176,11 @@ def _scan(
     whole += before * BLOCK_K
     solved += before * (2 * CHUNK * CHUNK)
     if states is not None:
-        states += before * (V_PADDED * BLOCK_K) + at_value * BLOCK_K + at_key
+        states += before * (V_PADDED * BLOCK_K)
+        if JOINED:
+            states += value[None, :] * BLOCK_K + key[:, None]
+        else:
+            states += value[:, None] * BLOCK_K + key[None, :]
         written += before * (CHUNK * V_PADDED) + i[:, None] * V_PADDED + value[None, :]
     of_key = i[:, None] * BLOCK_K + key[None, :]
     of_reader = row_of_both(i)[:, None] * BLOCK_K + key[None, :]
