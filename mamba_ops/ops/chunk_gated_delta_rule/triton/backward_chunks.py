@@ -7,6 +7,9 @@ from mamba_ops.ops._triton.common import chunk_bounds, kernel, tile_ptrs
 from mamba_ops.ops._triton.decay import exact_sums, split, sums_from, to_log2
 from mamba_ops.ops._triton.delta_rule import inverse_of, length_factor, load_numbers, through_norm
 
+FACTORS: tl.constexpr = tl.constexpr(8)
+"""Numbers of a token in a chunk and a head, which `_systems` leaves."""
+
 
 @triton.jit
 def _between(near, up, down, i):
@@ -24,7 +27,8 @@ def _systems(
     cu_seqlens,
     queries,  # out: (chunks, k_heads, CHUNK, BLOCK_K), normalised and scaled; zero where there is no token
     keys,  # out: likewise
-    factors,  # out: (chunks, v_heads, 6, CHUNK), decays up to a token, from it on, of all; of `_between`
+    factors,  # out: (chunks, v_heads, FACTORS, CHUNK), decays up to a token, from it on, of all; of `_between`;
+    # strengths, and what keys read of the state counts in what is written, by its strength
     inverses,  # out: (chunks, v_heads, CHUNK, CHUNK), of the chunk's system
     weights,  # out: likewise, how strength queries read of what each token writes
     scale,
@@ -67,26 +71,29 @@ def _systems(
     total, left = exact_sums(load_numbers(g, head, t, g_stride, high) * 1.4426950408889634)
     near, up, down = split(total)
     number = chunk.to(tl.int64) * V_HEADS + head
-    factors += number * (6 * CHUNK) + i
-    tl.store(factors, tl.exp2(to_log2(total)))
+    factors += number * (FACTORS * CHUNK) + i
+    since = tl.exp2(to_log2(total))
+    strength = load_numbers(beta, head, t, beta_stride, high)
+    tl.store(factors, since)
     tl.store(factors + CHUNK, tl.exp2(to_log2(left)))
     tl.store(factors + 2 * CHUNK, tl.exp2(to_log2(total + left)))
     tl.store(factors + 3 * CHUNK, near)
     tl.store(factors + 4 * CHUNK, up)
     tl.store(factors + 5 * CHUNK, down)
+    tl.store(factors + 6 * CHUNK, strength)
+    tl.store(factors + 7 * CHUNK, -since * strength)
 
     between = _between(near, up, down, i)
     turned = tl.trans(unit_k)
     place = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
     tl.store(weights + place, tl.dot(unit_q, turned, input_precision=PRECISION) * between)
     system = tl.dot(unit_k, turned, input_precision=PRECISION) * between
-    system *= load_numbers(beta, head, t, beta_stride, high)[:, None]
+    system *= strength[:, None]
     tl.store(inverses + place, inverse_of(tl.where(i[:, None] > i[None, :], system, 0.0), CHUNK, PRECISION))
 
 
-@kernel(first_number="beta_stride", static="queries keys factors written found weights inverses numbers")
+@kernel(first_number="grad_stride", static="queries keys factors written found weights inverses numbers")
 def _products(
-    beta,
     grad_output,
     cu_seqlens,
     queries,
@@ -97,7 +104,6 @@ def _products(
     weights,  # out: gradients of the products of keys and queries
     inverses,  # out: of the products of keys, and their transpose added
     numbers,  # out: (chunks, v_heads, 6, CHUNK): the first two, described where they are stored
-    beta_stride,
     grad_stride,
     length,
     rows,
@@ -139,7 +145,7 @@ def _products(
     of_key = (chunk.to(tl.int64) * K_HEADS + head // (V_HEADS // K_HEADS)) * (CHUNK * BLOCK_K)
     q = tl.load(queries + of_key + of_tile)
     k = tl.load(keys + of_key + of_tile)
-    factors += number * (6 * CHUNK) + i
+    factors += number * (FACTORS * CHUNK) + i
     near = tl.load(factors + 3 * CHUNK)
     between = tl.exp2(tl.where(i[None, :] >= i[:, None], near[None, :] - near[:, None], float("-inf")))
     between *= tl.load(factors + 4 * CHUNK)[None, :] * tl.load(factors + 5 * CHUNK)[:, None]
@@ -150,7 +156,7 @@ def _products(
     is_later = i[None, :] > i[:, None]
     grad_system = tl.where(is_later, -grad_system * between, 0.0)
     by_strength = grad_system * tl.dot(k, tl.trans(k), input_precision=PRECISION)
-    strength = load_numbers(beta, head, t, beta_stride, high)[None, :]
+    strength = tl.load(factors + 6 * CHUNK)[None, :]
     pairs += by_strength * strength
     grad_system *= strength
     tl.store(inverses + square, grad_system + tl.trans(grad_system))
@@ -167,7 +173,6 @@ def _gradients(
     q,
     k,
     v,
-    beta,
     grad_output,
     cu_seqlens,
     queries,
@@ -187,7 +192,6 @@ def _gradients(
     q_stride,
     k_stride,
     v_stride,
-    beta_stride,
     grad_stride,
     grad_q_stride,
     grad_k_stride,
@@ -236,7 +240,7 @@ def _gradients(
                 )
                 before = tl.load(states + number * (V_PADDED * BLOCK_K) + value[:, None] * BLOCK_K + key[None, :])
                 opened = tl.dot(grad.to(operand), before, opened, input_precision=PRECISION)
-            opened *= tl.load(factors + number * (6 * CHUNK) + i)[:, None]
+            opened *= tl.load(factors + number * (FACTORS * CHUNK) + i)[:, None]
             # Of every token: how much of the state before the chunk it reads.
             read = tl.sum(opened * tl.load(queries + of_tile).to(tl.float32), axis=1)
             tl.store(numbers + number * (6 * CHUNK) + 2 * CHUNK + i, read)
@@ -262,8 +266,8 @@ def _gradients(
                 before = tl.load(states + number * (V_PADDED * BLOCK_K) + value[:, None] * BLOCK_K + key[None, :])
                 known = tl.dot(solved, before, known, input_precision=PRECISION)
                 given = tl.dot(solved, tl.trans(values.to(operand)), given, input_precision=PRECISION)
-            strength = load_numbers(beta, head, t, beta_stride, high)
-            known *= tl.load(factors + number * (6 * CHUNK) + i)[:, None]
+            strength = tl.load(factors + number * (FACTORS * CHUNK) + 6 * CHUNK + i)
+            known *= tl.load(factors + number * (FACTORS * CHUNK) + i)[:, None]
             # Of every token: how much its strength counts, and by way of what is known already; what the state after
             # the chunk keeps of it.
             knows = tl.sum(known * tl.load(keys + of_tile).to(tl.float32), axis=1)
@@ -280,7 +284,7 @@ def _gradients(
                 after = tl.load(adjoints + of_state)
                 leaving = tl.dot(new, after, leaving, input_precision=PRECISION)
                 meets = tl.dot(tl.load(states + of_state), tl.trans(after), meets, input_precision=PRECISION)
-            leaving *= tl.load(factors + number * (6 * CHUNK) + CHUNK + i)[:, None]
+            leaving *= tl.load(factors + number * (FACTORS * CHUNK) + CHUNK + i)[:, None]
             tl.store(out + 5 * CHUNK, tl.sum(leaving * tl.load(keys + of_tile).to(tl.float32), axis=1))
             value = tl.arange(0, BLOCK)
             meets = tl.where(value[:, None] == value[None, :], meets, 0.0)
@@ -325,7 +329,7 @@ def _of_gates(
     numbers += number * (6 * CHUNK) + i[:, None]
     leaves = tl.load(numbers + 5 * CHUNK - 1, in_head & (i > 0)[:, None], other=0.0)  # of the token before
     reads = tl.load(numbers + 2 * CHUNK, in_head, other=0.0) - tl.load(numbers + 4 * CHUNK, in_head, other=0.0)
-    whole = tl.load(factors + number * (6 * CHUNK) + 2 * CHUNK, in_head, other=0.0)
+    whole = tl.load(factors + number * (FACTORS * CHUNK) + 2 * CHUNK, in_head, other=0.0)
     grad_decay = tl.load(numbers, in_head, other=0.0) + whole * tl.load(met + number, in_head, other=0.0)
     grad_decay += tl.cumsum(leaves, 0) + tl.cumsum(reads, 0, reverse=True)
     there = (t < high) & in_head

@@ -20,7 +20,14 @@ from mamba_ops.ops._triton.delta_rule import CHUNK, gradients_of, precisions_of
 from mamba_ops.ops._triton.layout import by_token, write_back
 from mamba_ops.ops._triton.limits import Limits, limits_of
 from mamba_ops.ops._triton.slices import Workspace, by_slices
-from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_chunks import _gradients, _of_gates, _products, _systems
+from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_chunks import (
+    FACTORS,
+    _gradients,
+    _of_gates,
+    _products,
+    _systems,
+)
+from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_whole import _whole_gradients
 from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_walks import _adjoints, _replay
 
 if TYPE_CHECKING:
@@ -92,7 +99,7 @@ def _backward(call: "BackwardArguments", space: Workspace) -> None:
     walks = rows * v_heads * cdiv(v_padded, launches["_replay"]["BLOCK"])
     with on_device_of(v):
         queries, keys = scratch(k_heads, CHUNK, block_k), scratch(k_heads, CHUNK, block_k)
-        factors = scratch(v_heads, 6, CHUNK, dtype=torch.float32)
+        factors = scratch(v_heads, FACTORS.value, CHUNK, dtype=torch.float32)
         inverses, weights = scratch(v_heads, CHUNK, CHUNK), scratch(v_heads, CHUNK, CHUNK)
         states, adjoints = scratch(v_heads, v_padded, block_k), scratch(v_heads, v_padded, block_k)
         new, found = scratch(v_heads, CHUNK, v_padded), scratch(v_heads, CHUNK, v_padded)
@@ -104,35 +111,46 @@ def _backward(call: "BackwardArguments", space: Workspace) -> None:
             **launches["_systems"],
         )
         _replay[(walks,)](
-            *(v, beta, initial_states, cu_seqlens, keys, factors, inverses, states, new),
-            *(v.stride(0), beta.stride(0), length, rows),
+            *(v, initial_states, cu_seqlens, keys, factors, inverses, states, new),
+            *(v.stride(0), length, rows),
             **of_values,
             **launches["_replay"],
         )
         _adjoints[(walks,)](
-            *(grad_output, beta, grad_final_states, cu_seqlens, queries, keys, factors, inverses, weights),
+            *(grad_output, grad_final_states, cu_seqlens, queries, keys, factors, inverses, weights),
             *(adjoints, found, written["v"], grad_initial),
-            *(grad_output.stride(0), beta.stride(0), written["v"].stride(0), length, rows),
+            *(grad_output.stride(0), written["v"].stride(0), length, rows),
             **of_values,
             **launches["_adjoints"],
         )
         numbers = scratch(v_heads, 6, CHUNK, dtype=torch.float32)
         met = scratch(v_heads, dtype=torch.float32)
-        _products[(chunks * v_heads,)](
-            *(beta, grad_output, cu_seqlens, queries, keys, factors, new, found, weights, inverses, numbers),
-            *(beta.stride(0), grad_output.stride(0), length, rows),
-            **{name: size for name, size in of_values.items() if name != "K_DIM"},
-            **launches["_products"],
-        )
-        _gradients[(chunks * k_heads * 2,)](
-            *(q, k, v, beta, grad_output, cu_seqlens, queries, keys, factors, states, adjoints, new, found),
-            *(weights, inverses, numbers, met, written["q"], written["k"]),
-            *(scale, q.stride(0), k.stride(0), v.stride(0), beta.stride(0), grad_output.stride(0)),
-            *(written["q"].stride(0), written["k"].stride(0), length, rows),
-            **of_values,
-            L2NORM=call.qk_l2norm,
-            **launches["_gradients"],
-        )
+        if "_whole_gradients" in launches:
+            _whole_gradients[(chunks * k_heads * 2,)](
+                *(q, k, v, grad_output, cu_seqlens, queries, keys, factors, states, adjoints, new, found),
+                *(numbers, met, written["q"], written["k"]),
+                *(scale, q.stride(0), k.stride(0), v.stride(0), grad_output.stride(0)),
+                *(written["q"].stride(0), written["k"].stride(0), length, rows),
+                **of_values,
+                L2NORM=call.qk_l2norm,
+                **launches["_whole_gradients"],
+            )
+        else:
+            _products[(chunks * v_heads,)](
+                *(grad_output, cu_seqlens, queries, keys, factors, new, found, weights, inverses, numbers),
+                *(grad_output.stride(0), length, rows),
+                **{name: size for name, size in of_values.items() if name != "K_DIM"},
+                **launches["_products"],
+            )
+            _gradients[(chunks * k_heads * 2,)](
+                *(q, k, v, grad_output, cu_seqlens, queries, keys, factors, states, adjoints, new, found),
+                *(weights, inverses, numbers, met, written["q"], written["k"]),
+                *(scale, q.stride(0), k.stride(0), v.stride(0), grad_output.stride(0)),
+                *(written["q"].stride(0), written["k"].stride(0), length, rows),
+                **of_values,
+                L2NORM=call.qk_l2norm,
+                **launches["_gradients"],
+            )
         _of_gates[(chunks, cdiv(v_heads, 8))](
             *(cu_seqlens, factors, numbers, met, written["g"], written["beta"]),
             *(written["g"].stride(0), written["beta"].stride(0), length, rows),
@@ -156,6 +174,7 @@ def _backward_launches(v_padded: int, operand: str, limits: Limits) -> dict[str,
         "BLOCK": min(v_padded, 64 if is_wide else 32),
         "num_warps": 4,
         "num_stages": 2 if is_wide else 1,
+        "TURNS": is_wide,
         **precision,
     }
     block = {"BLOCK": min(v_padded, 64 if is_wide else 32), "num_stages": 1, **precision}

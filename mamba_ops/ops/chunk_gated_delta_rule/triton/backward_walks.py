@@ -1,15 +1,88 @@
-"""The kernels of the gated delta rule's backward pass that walk over the chunks of a row."""
+"""The kernels of the gated delta rule's backward pass that walk over the chunks of a row.
 
+A step is a chain of products, each of which has the one before as its left side, in registers. TURNS: rows of tokens
+are turned into columns by a product with the unit matrix, for which matrix units read shared memory, and what is stored
+is put in order inside each warp: then no warp waits for another one, but for what is loaded.
+"""
+
+import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import kernel, row_chunks, tile_ptrs
-from mamba_ops.ops._triton.delta_rule import load_numbers
+from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_chunks import FACTORS
+
+
+@triton.jit
+def _turned(x, TURNS: tl.constexpr, PRECISION: tl.constexpr):
+    # Rows as columns, in float32.
+    if TURNS:
+        i = tl.arange(0, x.shape[0])
+        unit = tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(x.dtype)
+        x = tl.dot(tl.trans(x), unit, input_precision=PRECISION)
+    else:
+        x = tl.trans(x).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _ordered_tokens(x, TURNS: tl.constexpr):
+    # Columns of tokens as the rows that are stored. TURNS: by sixteen of either.
+    if TURNS:
+        x = tl.permute(tl.reshape(x, [x.shape[0] // 16, 16, x.shape[1] // 16, 16]), (3, 0, 2, 1))
+    else:
+        x = tl.trans(x)
+    return x
+
+
+@triton.jit
+def _store_state(place, state, start, key, BLOCK_K: tl.constexpr, TURNS: tl.constexpr):
+    # TURNS: by sixteen rows, which are one warp's, and in two halves, which take turns in shared memory.
+    BLOCK: tl.constexpr = state.shape[0]
+    if TURNS:
+        value = start + tl.arange(0, BLOCK // 16)[None, :, None] * 16 + tl.arange(0, 16)[:, None, None]
+        place += value * BLOCK_K + tl.arange(0, BLOCK_K // 2)[None, None, :]
+        first, second = tl.split(tl.permute(tl.reshape(state, [BLOCK // 16, 16, 2, BLOCK_K // 2]), (1, 0, 3, 2)))
+        tl.store(place, first)
+        tl.store(place + BLOCK_K // 2, second)
+    else:
+        tl.store(place + (start + tl.arange(0, BLOCK))[:, None] * BLOCK_K + key[None, :], state)
+
+
+@triton.jit
+def _tokens_of(CHUNK: tl.constexpr, TURNS: tl.constexpr):
+    # The tokens of what `_ordered_tokens` returns.
+    if TURNS:
+        tokens = tl.arange(0, CHUNK // 16)[None, None, :, None] * 16 + tl.arange(0, 16)[:, None, None, None]
+    else:
+        tokens = tl.arange(0, CHUNK)[:, None]
+    return tokens
+
+
+@triton.jit
+def _values_of_tokens(start, BLOCK: tl.constexpr, TURNS: tl.constexpr):
+    # The values of what `_ordered_tokens` returns.
+    if TURNS:
+        values = start + tl.arange(0, BLOCK // 16)[None, :, None, None] * 16 + tl.arange(0, 16)[None, None, None, :]
+    else:
+        values = start + tl.arange(0, BLOCK)[None, :]
+    return values
+
+
+@triton.jit
+def _ptrs_of_tokens(pointer, t, stride, value, ALIGNED: tl.constexpr, TURNS: tl.constexpr):
+    # Where what `_ordered_tokens` returns is stored. ALIGNED: as of `tile_ptrs`.
+    pointers = pointer + t.to(tl.int64) * stride + value
+    if ALIGNED:
+        if TURNS:
+            pointers = tl.multiple_of(pointers, (1, 1, 1, 16))
+        else:
+            pointers = tl.multiple_of(pointers, (1, 16))
+    return pointers
 
 
 @kernel(first_number="v_stride", static="keys factors inverses states written")
 def _replay(
     v,
-    beta,
     initial_states,
     cu_seqlens,
     keys,
@@ -18,7 +91,6 @@ def _replay(
     states,  # out: (chunks, v_heads, V_PADDED, BLOCK_K), before each chunk
     written,  # out: (chunks, v_heads, CHUNK, V_PADDED)
     v_stride,
-    beta_stride,
     length,
     rows,
     K_HEADS: tl.constexpr,
@@ -32,6 +104,7 @@ def _replay(
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
+    TURNS: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = V_PADDED // BLOCK
     program = tl.program_id(0)
@@ -51,27 +124,32 @@ def _replay(
     operand = inverses.dtype.element_ty
     number = first.to(tl.int64) * V_HEADS + head
     keys += (first.to(tl.int64) * K_HEADS + head // (V_HEADS // K_HEADS)) * (CHUNK * BLOCK_K)
-    factors += number * (6 * CHUNK)
+    factors += number * (FACTORS * CHUNK)
     inverses += number * (CHUNK * CHUNK)
     states += number * (V_PADDED * BLOCK_K)
     written += number * (CHUNK * V_PADDED)
+    start = program % BLOCKS * BLOCK
+    of_written = _tokens_of(CHUNK, TURNS) * V_PADDED + _values_of_tokens(start, BLOCK, TURNS)
     for chunk in range(chunks):
         t = begin + chunk * CHUNK + i
         k = tl.load(keys + i[:, None] * BLOCK_K + key[None, :])
         inverse = tl.load(inverses + i[:, None] * CHUNK + i[None, :])
         there = (t < begin + count)[:, None] & in_value
         values = tl.load(tile_ptrs(v + head * V_DIM, t, v_stride, value, ALIGNED), there, other=0.0)
-        strength = load_numbers(beta, head, t, beta_stride, begin + count)
+        of_values = tl.load(factors + 6 * CHUNK + i)
+        of_known = tl.load(factors + 7 * CHUNK + i)
+        left = tl.load(factors + CHUNK + i)
+        whole = tl.load(factors + 2 * CHUNK)
         known = s.to(operand)
-        tl.store(states + value[:, None] * BLOCK_K + key[None, :], known)
-        lacking = tl.trans(values).to(tl.float32)
-        lacking -= tl.dot(known, tl.trans(k), input_precision=PRECISION) * tl.load(factors + i)[None, :]
-        new = tl.dot((lacking * strength[None, :]).to(operand), tl.trans(inverse), input_precision=PRECISION)
-        tl.store(written + i[:, None] * V_PADDED + value[None, :], tl.trans(new).to(operand))
-        kept = (new * tl.load(factors + CHUNK + i)[None, :]).to(operand)
-        s = tl.dot(kept, k, s * tl.load(factors + 2 * CHUNK), input_precision=PRECISION)
+        _store_state(states, known, start, key, BLOCK_K, TURNS)
+        lacking = _turned(values.to(operand), TURNS, PRECISION) * of_values[None, :]
+        lacking += tl.dot(known, tl.trans(k), input_precision=PRECISION) * of_known[None, :]
+        new = tl.dot(lacking.to(operand), tl.trans(inverse), input_precision=PRECISION)
+        tl.store(written + of_written, _ordered_tokens(new.to(operand), TURNS))
+        kept = (new * left[None, :]).to(operand)
+        s = tl.dot(kept, k, s * whole, input_precision=PRECISION)
         keys += K_HEADS * CHUNK * BLOCK_K
-        factors += V_HEADS * 6 * CHUNK
+        factors += V_HEADS * FACTORS * CHUNK
         inverses += V_HEADS * CHUNK * CHUNK
         states += V_HEADS * V_PADDED * BLOCK_K
         written += V_HEADS * CHUNK * V_PADDED
@@ -80,7 +158,6 @@ def _replay(
 @kernel(first_number="grad_stride", static="queries keys factors inverses weights adjoints found")
 def _adjoints(
     grad_output,
-    beta,
     grad_final_states,
     cu_seqlens,
     queries,
@@ -93,7 +170,6 @@ def _adjoints(
     grad_v,
     grad_initial_states,
     grad_stride,
-    beta_stride,
     grad_v_stride,
     length,
     rows,
@@ -108,6 +184,7 @@ def _adjoints(
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
+    TURNS: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = V_PADDED // BLOCK
     program = tl.program_id(0)
@@ -128,6 +205,11 @@ def _adjoints(
     last = (first + chunks - 1).to(tl.int64)
     of_key = (last * K_HEADS + head // (V_HEADS // K_HEADS)) * (CHUNK * BLOCK_K)
     number = last * V_HEADS + head
+    start = program % BLOCKS * BLOCK
+    token = _tokens_of(CHUNK, TURNS)
+    at_value = _values_of_tokens(start, BLOCK, TURNS)
+    of_found = token * V_PADDED + at_value
+    grad_v += head * V_DIM
     for chunk in range(chunks):
         t = begin + (chunks - 1 - chunk) * CHUNK + i
         k = tl.load(keys + of_key + i[:, None] * BLOCK_K + key[None, :])
@@ -137,22 +219,28 @@ def _adjoints(
         inverse = tl.load(inverses + square)
         there = (t < begin + count)[:, None] & in_value
         grad = tl.load(tile_ptrs(grad_output + head * V_DIM, t, grad_stride, value, ALIGNED), there, other=0.0)
-        strength = load_numbers(beta, head, t, beta_stride, begin + count)
-        since = tl.load(factors + number * (6 * CHUNK) + i)
-        left = tl.load(factors + number * (6 * CHUNK) + CHUNK + i)
-        whole = tl.load(factors + number * (6 * CHUNK) + 2 * CHUNK)
+        since = tl.load(factors + number * (FACTORS * CHUNK) + i)
+        left = tl.load(factors + number * (FACTORS * CHUNK) + CHUNK + i)
+        whole = tl.load(factors + number * (FACTORS * CHUNK) + 2 * CHUNK)
+        strength = tl.load(factors + number * (FACTORS * CHUNK) + 6 * CHUNK + i)
+        of_known = tl.load(factors + number * (FACTORS * CHUNK) + 7 * CHUNK + i)
 
         after = grad_s.to(operand)
-        tl.store(adjoints + number * (V_PADDED * BLOCK_K) + value[:, None] * BLOCK_K + key[None, :], after)
-        turned = tl.trans(grad).to(tl.float32)
-        grad_new = tl.dot(after, tl.trans(k), input_precision=PRECISION) * left[None, :]
-        grad_new = tl.dot(turned.to(operand), weight, grad_new, input_precision=PRECISION)
+        _store_state(adjoints + number * (V_PADDED * BLOCK_K), after, start, key, BLOCK_K, TURNS)
+        # No product begins with the other one: loads are made ahead for what the sides of a product are made of alone.
+        grad = grad.to(operand)
+        grad_new = tl.dot(tl.trans(grad), weight, input_precision=PRECISION)
+        of_keys = tl.dot(after, tl.trans(k), input_precision=PRECISION)
+        grad_new = tl.fma(of_keys, tl.broadcast_to(left[None, :], of_keys.shape), grad_new)
         solved = tl.dot(grad_new.to(operand), inverse, input_precision=PRECISION)
-        tl.store(found + number * (CHUNK * V_PADDED) + i[:, None] * V_PADDED + value[None, :], tl.trans(solved))
-        solved *= strength[None, :]
-        tl.store(tile_ptrs(grad_v + head * V_DIM, t, grad_v_stride, value, ALIGNED), tl.trans(solved), there)
-        grad_s = tl.dot((turned * since[None, :]).to(operand), q, grad_s * whole, input_precision=PRECISION)
-        grad_s -= tl.dot((solved * since[None, :]).to(operand), k, input_precision=PRECISION)
+        tl.store(found + number * (CHUNK * V_PADDED) + of_found, _ordered_tokens(solved.to(operand), TURNS))
+        later = begin + (chunks - 1 - chunk) * CHUNK + token
+        of_grad = _ptrs_of_tokens(grad_v, later, grad_v_stride, at_value, ALIGNED, TURNS)
+        grad_values = (solved * strength[None, :]).to(grad_v.dtype.element_ty)
+        tl.store(of_grad, _ordered_tokens(grad_values, TURNS), (later < begin + count) & (at_value < V_DIM))
+        turned = (_turned(grad, TURNS, PRECISION) * since[None, :]).to(operand)
+        grad_s = tl.dot(turned, q, grad_s * whole, input_precision=PRECISION)
+        grad_s = tl.dot((solved * of_known[None, :]).to(operand), k, grad_s, input_precision=PRECISION)
         of_key -= K_HEADS * CHUNK * BLOCK_K
         number -= V_HEADS
     if grad_initial_states is not None:
