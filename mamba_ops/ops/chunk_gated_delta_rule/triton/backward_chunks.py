@@ -4,8 +4,14 @@ import triton
 import triton.language as tl
 
 from mamba_ops.ops._triton.common import chunk_bounds, kernel, tile_ptrs
-from mamba_ops.ops._triton.decay import exact_sums, split, sums_from, to_log2
-from mamba_ops.ops._triton.delta_rule import inverse_of, length_factor, load_numbers, through_norm
+from mamba_ops.ops._triton.decay import exact_sums, split, to_log2
+from mamba_ops.ops._triton.delta_rule import (
+    factor_of_squares,
+    inverse_of,
+    length_factor,
+    load_numbers,
+    through_norm,
+)
 
 FACTORS: tl.constexpr = tl.constexpr(8)
 """Numbers of a token in a chunk and a head, which `_systems` leaves."""
@@ -16,6 +22,17 @@ def _between(near, up, down, i):
     # The decay from one token to another, zero to an earlier one.
     decay = tl.exp2(tl.where(i[:, None] >= i[None, :], near[:, None] - near[None, :], float("-inf")))
     return decay * up[:, None] * down[None, :]
+
+
+@triton.jit
+def _sums_from(pairs, operand: tl.constexpr, PRECISION: tl.constexpr):
+    # The sums of every column from each row on, as of `sums_from`.
+    if operand == tl.float16:
+        return tl.cumsum(pairs, 0, reverse=True)
+    else:
+        i = tl.arange(0, pairs.shape[0])
+        from_on = (i[:, None] <= i[None, :]).to(operand)
+        return tl.dot(from_on, pairs.to(operand), input_precision=PRECISION)
 
 
 @kernel(first_number="scale", static="queries keys factors inverses weights")
@@ -47,6 +64,7 @@ def _systems(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    SQUARES: tl.constexpr,  # whether lengths of rows are found by matrix products, which read shared memory
 ):
     chunk = tl.program_id(0) // V_HEADS
     head = tl.program_id(0) % V_HEADS
@@ -59,21 +77,38 @@ def _systems(
     t = low + i
     there = (t < high)[:, None] & (key < K_DIM)[None, :]
     operand = weights.dtype.element_ty
-    unit_k = tl.load(tile_ptrs(k + k_head * K_DIM, t, k_stride, key, ALIGNED), there, other=0.0).to(tl.float32)
-    unit_q = tl.load(tile_ptrs(q + k_head * K_DIM, t, q_stride, key, ALIGNED), there, other=0.0).to(tl.float32)
-    unit_k = (unit_k * length_factor(unit_k, L2NORM)[:, None]).to(operand)
-    unit_q = (unit_q * (length_factor(unit_q, L2NORM) * scale)[:, None]).to(operand)
-    if head % (V_HEADS // K_HEADS) == 0:
-        of_tile = (chunk.to(tl.int64) * K_HEADS + k_head) * (CHUNK * BLOCK_K) + i[:, None] * BLOCK_K + key[None, :]
-        tl.store(keys + of_tile, unit_k)
-        tl.store(queries + of_tile, unit_q)
+    k = tile_ptrs(k + k_head * K_DIM, t, k_stride, key, ALIGNED)
+    q = tile_ptrs(q + k_head * K_DIM, t, q_stride, key, ALIGNED)
+    unit_k = tl.load(k, there, other=0.0)
+    unit_q = tl.load(q, there, other=0.0)
+    strength = load_numbers(beta, head, t, beta_stride, high)
+    log2_decay = load_numbers(g, head, t, g_stride, high) * 1.4426950408889634
+    of_tile = (chunk.to(tl.int64) * K_HEADS + k_head) * (CHUNK * BLOCK_K) + i[:, None] * BLOCK_K + key[None, :]
+    if SQUARES:
+        unit_k = unit_k.to(operand)
+        unit_q = unit_q.to(operand)
+        turned = tl.trans(unit_k)
+        system = tl.dot(unit_k, turned, input_precision=PRECISION)
+        of_key = factor_of_squares(system, L2NORM)
+        of_query = factor_of_squares(tl.dot(unit_q, tl.trans(unit_q), input_precision=PRECISION), L2NORM) * scale
+        if head % (V_HEADS // K_HEADS) == 0:
+            tl.store(keys + of_tile, tl.load(k, there, other=0.0).to(tl.float32) * of_key[:, None])
+            tl.store(queries + of_tile, tl.load(q, there, other=0.0).to(tl.float32) * of_query[:, None])
+    else:
+        unit_k = unit_k.to(tl.float32)
+        unit_q = unit_q.to(tl.float32)
+        unit_k = (unit_k * length_factor(unit_k, L2NORM)[:, None]).to(operand)
+        unit_q = (unit_q * (length_factor(unit_q, L2NORM) * scale)[:, None]).to(operand)
+        if head % (V_HEADS // K_HEADS) == 0:
+            tl.store(keys + of_tile, unit_k)
+            tl.store(queries + of_tile, unit_q)
+        turned = tl.trans(unit_k)
 
-    total, left = exact_sums(load_numbers(g, head, t, g_stride, high) * 1.4426950408889634)
+    total, left = exact_sums(log2_decay)
     near, up, down = split(total)
     number = chunk.to(tl.int64) * V_HEADS + head
     factors += number * (FACTORS * CHUNK) + i
     since = tl.exp2(to_log2(total))
-    strength = load_numbers(beta, head, t, beta_stride, high)
     tl.store(factors, since)
     tl.store(factors + CHUNK, tl.exp2(to_log2(left)))
     tl.store(factors + 2 * CHUNK, tl.exp2(to_log2(total + left)))
@@ -83,13 +118,17 @@ def _systems(
     tl.store(factors + 6 * CHUNK, strength)
     tl.store(factors + 7 * CHUNK, -since * strength)
 
-    between = _between(near, up, down, i)
-    turned = tl.trans(unit_k)
     place = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
-    tl.store(weights + place, tl.dot(unit_q, turned, input_precision=PRECISION) * between)
-    system = tl.dot(unit_k, turned, input_precision=PRECISION) * between
-    system *= strength[:, None]
-    tl.store(inverses + place, inverse_of(tl.where(i[:, None] > i[None, :], system, 0.0), CHUNK, PRECISION))
+    weight = tl.dot(unit_q, turned, input_precision=PRECISION)
+    if SQUARES:
+        between = _between(near, up, of_key * down, i)
+        tl.store(weights + place, weight * between * of_query[:, None])
+        between *= of_key[:, None]
+    else:
+        between = _between(near, up, down, i)
+        tl.store(weights + place, weight * between)
+        system = tl.dot(unit_k, turned, input_precision=PRECISION)
+    tl.store(inverses + place, inverse_of(system * between * strength[:, None], CHUNK, PRECISION))
 
 
 @kernel(first_number="grad_stride", static="queries keys factors written found weights inverses numbers")
@@ -101,7 +140,7 @@ def _products(
     factors,
     written,
     found,
-    weights,  # out: gradients of the products of keys and queries
+    weights,  # out: gradients of the products of queries and keys
     inverses,  # out: of the products of keys, and their transpose added
     numbers,  # out: (chunks, v_heads, 6, CHUNK): the first two, described where they are stored
     grad_stride,
@@ -118,7 +157,7 @@ def _products(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Matrices of pairs of tokens have the one that is read first.
+    # Rows of matrices of pairs are the tokens that read, or find something missing.
     chunk = tl.program_id(0) // V_HEADS
     head = tl.program_id(0) % V_HEADS
     row, low, high, _, _ = chunk_bounds(chunk, cu_seqlens, rows, length, CHUNK, BLOCK_ROWS)
@@ -129,43 +168,44 @@ def _products(
     t = low + i
     operand = written.dtype.element_ty
     number = chunk.to(tl.int64) * V_HEADS + head
+    of_tile = (chunk.to(tl.int64) * K_HEADS + head // (V_HEADS // K_HEADS)) * (CHUNK * BLOCK_K)
+    of_tile += i[:, None] * BLOCK_K + key[None, :]
+    q = tl.load(queries + of_tile)  # all that is read early, so that it is there in time
+    k = tl.load(keys + of_tile)
+    factors += number * (FACTORS * CHUNK) + i
+    near = tl.load(factors + 3 * CHUNK)
+    up = tl.load(factors + 4 * CHUNK)
+    down = tl.load(factors + 5 * CHUNK)
+    strength = tl.load(factors + 6 * CHUNK)[:, None]
     grad_weights = tl.zeros([CHUNK, CHUNK], tl.float32)
     grad_system = tl.zeros([CHUNK, CHUNK], tl.float32)
     for start in range(0, V_PADDED, BLOCK):
         value = start + tl.arange(0, BLOCK)
         there = (t < high)[:, None] & (value < V_DIM)[None, :]
         grad = tl.load(tile_ptrs(grad_output + head * V_DIM, t, grad_stride, value, ALIGNED), there, other=0.0)
-        of_values = i[:, None] * V_PADDED + value[None, :]
-        new = tl.load(written + number * (CHUNK * V_PADDED) + of_values)
-        solved = tl.load(found + number * (CHUNK * V_PADDED) + of_values)
-        grad_weights = tl.dot(new, tl.trans(grad.to(operand)), grad_weights, input_precision=PRECISION)
-        grad_system = tl.dot(new, tl.trans(solved), grad_system, input_precision=PRECISION)
+        of_values = number * (CHUNK * V_PADDED) + i[:, None] * V_PADDED + value[None, :]
+        new = tl.trans(tl.load(written + of_values))
+        grad_weights = tl.dot(grad.to(operand), new, grad_weights, input_precision=PRECISION)
+        grad_system = tl.dot(tl.load(found + of_values), new, grad_system, input_precision=PRECISION)
 
-    of_tile = i[:, None] * BLOCK_K + key[None, :]
-    of_key = (chunk.to(tl.int64) * K_HEADS + head // (V_HEADS // K_HEADS)) * (CHUNK * BLOCK_K)
-    q = tl.load(queries + of_key + of_tile)
-    k = tl.load(keys + of_key + of_tile)
-    factors += number * (FACTORS * CHUNK) + i
-    near = tl.load(factors + 3 * CHUNK)
-    between = tl.exp2(tl.where(i[None, :] >= i[:, None], near[None, :] - near[:, None], float("-inf")))
-    between *= tl.load(factors + 4 * CHUNK)[None, :] * tl.load(factors + 5 * CHUNK)[:, None]
+    between = _between(near, up, down, i)
+    turned = tl.trans(k)
     square = number * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
     grad_weights *= between
     tl.store(weights + square, grad_weights)
-    pairs = grad_weights * tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    is_later = i[None, :] > i[:, None]
+    pairs = grad_weights * tl.dot(q, turned, input_precision=PRECISION)
+    is_later = i[:, None] > i[None, :]
     grad_system = tl.where(is_later, -grad_system * between, 0.0)
-    by_strength = grad_system * tl.dot(k, tl.trans(k), input_precision=PRECISION)
-    strength = tl.load(factors + 6 * CHUNK)[None, :]
+    by_strength = grad_system * tl.dot(k, turned, input_precision=PRECISION)
     pairs += by_strength * strength
     grad_system *= strength
     tl.store(inverses + square, grad_system + tl.trans(grad_system))
 
     # Of every token: what tokens from it on read of those before it; and its strength's share of the system.
     numbers += number * (6 * CHUNK) + i
-    later = sums_from(pairs, operand, PRECISION)
-    tl.store(numbers, tl.sum(tl.where(is_later, later, 0.0), axis=0))
-    tl.store(numbers + CHUNK, tl.sum(by_strength, axis=0))
+    later = _sums_from(pairs, operand, PRECISION)
+    tl.store(numbers, tl.sum(tl.where(is_later, later, 0.0), axis=1))
+    tl.store(numbers + CHUNK, tl.sum(by_strength, axis=1))
 
 
 @kernel(first_number="scale", static="queries keys factors states adjoints written found weights inverses numbers met")
@@ -246,7 +286,7 @@ def _gradients(
             tl.store(numbers + number * (6 * CHUNK) + 2 * CHUNK + i, read)
             total += opened
             weight = tl.load(weights + number * (CHUNK * CHUNK) + of_square)
-            total = tl.dot(tl.trans(weight), tl.load(keys + of_tile), total, input_precision=PRECISION)
+            total = tl.dot(weight, tl.load(keys + of_tile), total, input_precision=PRECISION)
         total *= scale
         if L2NORM:
             x = tl.load(tile_ptrs(q + k_head * K_DIM, t, q_stride, key, ALIGNED), there, other=0.0)
@@ -291,7 +331,7 @@ def _gradients(
             tl.store(met + number, tl.sum(meets))
             total += leaving
             weight = tl.load(weights + number * (CHUNK * CHUNK) + of_square)
-            total = tl.dot(weight, tl.load(queries + of_tile), total, input_precision=PRECISION)
+            total = tl.dot(tl.trans(weight), tl.load(queries + of_tile), total, input_precision=PRECISION)
             system = tl.load(inverses + number * (CHUNK * CHUNK) + of_square)
             total = tl.dot(system, tl.load(keys + of_tile), total, input_precision=PRECISION)
         if L2NORM:

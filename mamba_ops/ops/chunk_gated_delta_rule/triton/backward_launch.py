@@ -174,12 +174,12 @@ def _backward_launches(v_padded: int, operand: str, limits: Limits) -> dict[str,
         "BLOCK": min(v_padded, 64 if is_wide else 32),
         "num_warps": 4,
         "num_stages": 2 if is_wide else 1,
-        "TURNS": is_wide,
+        "TURNS": is_wide and v_padded >= 64,
         **precision,
     }
     block = {"BLOCK": min(v_padded, 64 if is_wide else 32), "num_stages": 1, **precision}
     return {
-        "_systems": options(**precision, num_warps=4, **limits.registers(168)),
+        "_systems": options(**precision, SQUARES=is_wide, num_warps=4, **limits.registers(128 if is_wide else 168)),
         "_replay": options(**walk),
         "_adjoints": options(**walk),
         "_products": options(**{**block, "BLOCK": min(v_padded, 128 if is_wide else 32)}, num_warps=4),
