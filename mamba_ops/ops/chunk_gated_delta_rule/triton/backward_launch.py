@@ -20,14 +20,8 @@ from mamba_ops.ops._triton.delta_rule import CHUNK, gradients_of, precisions_of
 from mamba_ops.ops._triton.layout import by_token, write_back
 from mamba_ops.ops._triton.limits import Limits, limits_of
 from mamba_ops.ops._triton.slices import Workspace, by_slices
-from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_chunks import (
-    FACTORS,
-    _gradients,
-    _of_gates,
-    _products,
-    _systems,
-)
-from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_whole import _whole_gradients
+from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_chunks import FACTORS, _of_gates, _products, _systems
+from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_gradients import _gradients
 from mamba_ops.ops.chunk_gated_delta_rule.triton.backward_walks import _adjoints, _replay
 
 if TYPE_CHECKING:
@@ -48,7 +42,7 @@ def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
         _backward,
         call,
         bytes_of_row=2 * operand.itemsize * cdiv(length, CHUNK) * v_heads * v_padded * (block_k + CHUNK),
-        walks_of_row=v_heads * cdiv(v_padded, launches["_replay"]["BLOCK"]),
+        walks_of_row=v_heads * cdiv(v_padded, min(launches["_replay"]["BLOCK"], 64)),
     )
 
 
@@ -62,8 +56,8 @@ def _choices(call: "BackwardArguments") -> tuple[torch.dtype, int, int, dict[str
     least = 32 if operand == torch.float32 else 16
     block_k = max(int(triton.next_power_of_2(call.q.shape[-1])), least)
     v_padded = max(int(triton.next_power_of_2(call.v.shape[-1])), 16)
-    limits = limits_of(call.v.get_device())
-    return operand, block_k, v_padded, _backward_launches(v_padded, str(operand).removeprefix("torch."), limits)
+    kind, limits = str(operand).removeprefix("torch."), limits_of(call.v.get_device())
+    return operand, block_k, v_padded, _backward_launches(block_k, v_padded, kind, limits)
 
 
 def _backward(call: "BackwardArguments", space: Workspace) -> None:
@@ -96,7 +90,7 @@ def _backward(call: "BackwardArguments", space: Workspace) -> None:
     sizes = {**heads, "CHUNK": CHUNK, "BLOCK_ROWS": 128, "BLOCK_K": block_k}
     of_values = {**sizes, "V_DIM": v_dim, "V_PADDED": v_padded}
     scale = k_dim**-0.5 if call.scale is None else float(call.scale)
-    walks = rows * v_heads * cdiv(v_padded, launches["_replay"]["BLOCK"])
+    walks = rows * v_heads
     with on_device_of(v):
         queries, keys = scratch(k_heads, CHUNK, block_k), scratch(k_heads, CHUNK, block_k)
         factors = scratch(v_heads, FACTORS.value, CHUNK, dtype=torch.float32)
@@ -110,13 +104,13 @@ def _backward(call: "BackwardArguments", space: Workspace) -> None:
             L2NORM=call.qk_l2norm,
             **launches["_systems"],
         )
-        _replay[(walks,)](
+        _replay[(walks * (v_padded // launches["_replay"]["BLOCK"]),)](
             *(v, initial_states, cu_seqlens, keys, factors, inverses, states, new),
             *(v.stride(0), length, rows),
             **of_values,
             **launches["_replay"],
         )
-        _adjoints[(walks,)](
+        _adjoints[(walks * (v_padded // launches["_adjoints"]["BLOCK"]),)](
             *(grad_output, grad_final_states, cu_seqlens, queries, keys, factors, inverses, weights),
             *(adjoints, found, written["v"], grad_initial),
             *(grad_output.stride(0), written["v"].stride(0), length, rows),
@@ -125,32 +119,21 @@ def _backward(call: "BackwardArguments", space: Workspace) -> None:
         )
         numbers = scratch(v_heads, 6, CHUNK, dtype=torch.float32)
         met = scratch(v_heads, dtype=torch.float32)
-        if "_whole_gradients" in launches:
-            _whole_gradients[(chunks * k_heads * 2,)](
-                *(q, k, v, grad_output, cu_seqlens, queries, keys, factors, states, adjoints, new, found),
-                *(numbers, met, written["q"], written["k"]),
-                *(scale, q.stride(0), k.stride(0), v.stride(0), grad_output.stride(0)),
-                *(written["q"].stride(0), written["k"].stride(0), length, rows),
-                **of_values,
-                L2NORM=call.qk_l2norm,
-                **launches["_whole_gradients"],
-            )
-        else:
-            _products[(chunks * v_heads,)](
-                *(grad_output, cu_seqlens, queries, keys, factors, new, found, weights, inverses, numbers),
-                *(grad_output.stride(0), length, rows),
-                **{name: size for name, size in of_values.items() if name != "K_DIM"},
-                **launches["_products"],
-            )
-            _gradients[(chunks * k_heads * 2,)](
-                *(q, k, v, grad_output, cu_seqlens, queries, keys, factors, states, adjoints, new, found),
-                *(weights, inverses, numbers, met, written["q"], written["k"]),
-                *(scale, q.stride(0), k.stride(0), v.stride(0), grad_output.stride(0)),
-                *(written["q"].stride(0), written["k"].stride(0), length, rows),
-                **of_values,
-                L2NORM=call.qk_l2norm,
-                **launches["_gradients"],
-            )
+        _products[(chunks * v_heads,)](
+            *(grad_output, cu_seqlens, queries, keys, factors, new, found, weights, inverses, numbers),
+            *(grad_output.stride(0), length, rows),
+            **{name: size for name, size in of_values.items() if name != "K_DIM"},
+            **launches["_products"],
+        )
+        _gradients[(chunks * k_heads * 2,)](
+            *(q, k, v, grad_output, cu_seqlens, queries, keys, factors, states, adjoints, new, found),
+            *(weights, inverses, numbers, met, written["q"], written["k"]),
+            *(scale, q.stride(0), k.stride(0), v.stride(0), grad_output.stride(0)),
+            *(written["q"].stride(0), written["k"].stride(0), length, rows),
+            **of_values,
+            L2NORM=call.qk_l2norm,
+            **launches["_gradients"],
+        )
         _of_gates[(chunks, cdiv(v_heads, 8))](
             *(cu_seqlens, factors, numbers, met, written["g"], written["beta"]),
             *(written["g"].stride(0), written["beta"].stride(0), length, rows),
@@ -166,22 +149,29 @@ def _backward(call: "BackwardArguments", space: Workspace) -> None:
         write_back(written[name], gradient, flat)
 
 
-def _backward_launches(v_padded: int, operand: str, limits: Limits) -> dict[str, dict[str, Any]]:
+def _backward_launches(block_k: int, v_padded: int, operand: str, limits: Limits) -> dict[str, dict[str, Any]]:
     """What is multiplied in which precision, too; blocks of v are so wide that few registers are spilled."""
     precision = {"PRECISION": precisions_of(operand, limits)["PRECISION"]}
     is_wide = limits.is_large and operand != "float32"
-    walk = {
-        "BLOCK": min(v_padded, 64 if is_wide else 32),
-        "num_warps": 4,
-        "num_stages": 2 if is_wide else 1,
-        "TURNS": is_wide and v_padded >= 64,
-        **precision,
-    }
     block = {"BLOCK": min(v_padded, 64 if is_wide else 32), "num_stages": 1, **precision}
+    walk = {**block, "num_warps": 4, "num_stages": 2 if is_wide else 1, "TURNS": False}
+    walks = {"_replay": walk, "_adjoints": walk}
+    if is_wide and v_padded >= 64:
+        whole = min(v_padded, 128)
+        turned = {**walk, "BLOCK": whole, "num_warps": whole // 16, "TURNS": True}
+        shared = 2 * CHUNK * CHUNK + 2 * whole * max(block_k // 2, CHUNK)
+        of_replay = 2 * CHUNK * (block_k + whole + CHUNK + 6)
+        of_adjoints = of_replay + 2 * CHUNK * (block_k + CHUNK)
+        for name, a_step in (("_replay", of_replay), ("_adjoints", of_adjoints)):
+            # A step waits for what it loads if that was not asked for two steps before.
+            stages = min(3, (limits.shared_memory - shared) // a_step)
+            if stages > 1:
+                walks[name] = {**turned, "num_stages": stages}
+    registers = limits.registers(128 if is_wide else 168)
+    products = {**block, "BLOCK": min(v_padded, 128 if is_wide else 32), **(limits.registers(168) if is_wide else {})}
     return {
-        "_systems": options(**precision, SQUARES=is_wide, num_warps=4, **limits.registers(128 if is_wide else 168)),
-        "_replay": options(**walk),
-        "_adjoints": options(**walk),
-        "_products": options(**{**block, "BLOCK": min(v_padded, 128 if is_wide else 32)}, num_warps=4),
-        "_gradients": options(**{**block, "num_stages": 2 if is_wide else 1}, num_warps=4),
+        "_systems": options(**precision, SQUARES=is_wide, num_warps=4, **registers),
+        **{name: options(**launch) for name, launch in walks.items()},
+        "_products": options(**products, num_warps=4),
+        "_gradients": options(**{**block, "num_stages": 2 if is_wide else 1}, num_warps=4, EARLY=False),
     }
