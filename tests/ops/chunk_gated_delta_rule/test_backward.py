@@ -116,6 +116,20 @@ def test_kernel_with_tiles_as_in_models(kernel: Backward, device: torch.device, 
     judge(kernel, oracle, strong(1, 150, **sizes))
 
 
+def test_every_form(kernel: Backward, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs run whose matrix units read shared memory."""
+    launch = importlib.import_module("mamba_ops.ops.chunk_gated_delta_rule.triton.backward_launch")
+    rule = launch._backward_launches
+    forms = {"_systems": "SQUARES", "_replay": "TURNS", "_adjoints": "TURNS", "_gradients": "EARLY"}
+
+    def changed(*sizes: Any) -> dict[str, dict[str, Any]]:
+        return {name: {**chosen, **({forms[name]: True} if name in forms else {})} for name, chosen in rule(*sizes).items()}
+
+    monkeypatch.setattr(launch, "_backward_launches", changed)
+    judge_all(kernel, torch.float32, device)
+    judge(kernel, oracle, call(1, 70, v_dim=36, device=device))
+
+
 def test_strong_decays_of_the_kernel(kernel: Backward, device: torch.device) -> None:
     check_strong_decays(kernel, device)
 
@@ -167,7 +181,7 @@ KERNEL_BUGS = {
     "final gradient dropped": ("    if grad_final_states is not None:", "    if False:"),
     "what is left after a chunk": ("total += leaving", "total += 0 * leaving"),
     "keys of the system once": ("grad_system + tl.trans(grad_system)", "grad_system"),
-    "strength of the system dropped": ("tl.sum(by_strength, axis=0)", "0 * tl.sum(by_strength, axis=0)"),
+    "strength of the system dropped": ("tl.sum(by_strength, axis=1)", "0 * tl.sum(by_strength, axis=1)"),
     "decay of the chunk dropped": ("whole * tl.load(met + number", "0 * tl.load(met + number"),
     "what is known counts once": ("reads = tl.load(numbers + 2 * CHUNK, in_head, other=0.0) -", "reads = 0 *"),
     "decays by tokens before": ("tl.cumsum(reads, 0, reverse=True)", "tl.cumsum(reads, 0)"),

@@ -159,12 +159,12 @@ def _backward_launches(block_k: int, v_padded: int, operand: str, limits: Limits
     if is_wide and v_padded >= 64:
         whole = min(v_padded, 128)
         turned = {**walk, "BLOCK": whole, "num_warps": whole // 16, "TURNS": True}
-        shared = 2 * CHUNK * CHUNK + 2 * whole * max(block_k // 2, CHUNK)
         of_replay = 2 * CHUNK * (block_k + whole + CHUNK + 6)
         of_adjoints = of_replay + 2 * CHUNK * (block_k + CHUNK)
-        for name, a_step in (("_replay", of_replay), ("_adjoints", of_adjoints)):
+        bytes_of = {"_replay": (block_k, of_replay), "_adjoints": (max(block_k // 2, CHUNK), of_adjoints)}
+        for name, (stored, a_step) in bytes_of.items():
             # A step waits for what it loads if that was not asked for two steps before.
-            stages = min(3, (limits.shared_memory - shared) // a_step)
+            stages = min(3, (limits.shared_memory - 2 * CHUNK * CHUNK - 2 * whole * stored) // a_step)
             if stages > 1:
                 walks[name] = {**turned, "num_stages": stages}
     registers = limits.registers(128 if is_wide else 168)

@@ -35,15 +35,20 @@ def _ordered_tokens(x, TURNS: tl.constexpr):
 
 
 @triton.jit
-def _store_state(place, state, start, key, BLOCK_K: tl.constexpr, TURNS: tl.constexpr):
-    # TURNS: by sixteen rows, which are one warp's, and in two halves, which take turns in shared memory.
+def _store_state(place, state, start, key, TURNS: tl.constexpr, HALVES: tl.constexpr):
+    # TURNS: by sixteen rows, which are one warp's; HALVES: in two, which take turns in shared memory.
     BLOCK: tl.constexpr = state.shape[0]
+    BLOCK_K: tl.constexpr = state.shape[1]
     if TURNS:
         value = start + tl.arange(0, BLOCK // 16)[None, :, None] * 16 + tl.arange(0, 16)[:, None, None]
-        place += value * BLOCK_K + tl.arange(0, BLOCK_K // 2)[None, None, :]
-        first, second = tl.split(tl.permute(tl.reshape(state, [BLOCK // 16, 16, 2, BLOCK_K // 2]), (1, 0, 3, 2)))
-        tl.store(place, first)
-        tl.store(place + BLOCK_K // 2, second)
+        if HALVES:
+            place += value * BLOCK_K + tl.arange(0, BLOCK_K // 2)[None, None, :]
+            first, second = tl.split(tl.permute(tl.reshape(state, [BLOCK // 16, 16, 2, BLOCK_K // 2]), (1, 0, 3, 2)))
+            tl.store(place, first)
+            tl.store(place + BLOCK_K // 2, second)
+        else:
+            state = tl.permute(tl.reshape(state, [BLOCK // 16, 16, BLOCK_K]), (1, 0, 2))
+            tl.store(place + value * BLOCK_K + key[None, None, :], state)
     else:
         tl.store(place + (start + tl.arange(0, BLOCK))[:, None] * BLOCK_K + key[None, :], state)
 
@@ -141,7 +146,7 @@ def _replay(
         left = tl.load(factors + CHUNK + i)
         whole = tl.load(factors + 2 * CHUNK)
         known = s.to(operand)
-        _store_state(states, known, start, key, BLOCK_K, TURNS)
+        _store_state(states, known, start, key, TURNS, False)
         lacking = _turned(values.to(operand), TURNS, PRECISION) * of_values[None, :]
         lacking += tl.dot(known, tl.trans(k), input_precision=PRECISION) * of_known[None, :]
         new = tl.dot(lacking.to(operand), tl.trans(inverse), input_precision=PRECISION)
@@ -223,10 +228,9 @@ def _adjoints(
         left = tl.load(factors + number * (FACTORS * CHUNK) + CHUNK + i)
         whole = tl.load(factors + number * (FACTORS * CHUNK) + 2 * CHUNK)
         strength = tl.load(factors + number * (FACTORS * CHUNK) + 6 * CHUNK + i)
-        of_known = tl.load(factors + number * (FACTORS * CHUNK) + 7 * CHUNK + i)
 
         after = grad_s.to(operand)
-        _store_state(adjoints + number * (V_PADDED * BLOCK_K), after, start, key, BLOCK_K, TURNS)
+        _store_state(adjoints + number * (V_PADDED * BLOCK_K), after, start, key, TURNS, True)
         # No product begins with the other one: loads are made ahead for what the sides of a product are made of alone.
         grad = grad.to(operand)
         grad_new = tl.dot(tl.trans(grad), weight, input_precision=PRECISION)
@@ -236,11 +240,12 @@ def _adjoints(
         tl.store(found + number * (CHUNK * V_PADDED) + of_found, _ordered_tokens(solved.to(operand), TURNS))
         later = begin + (chunks - 1 - chunk) * CHUNK + token
         of_grad = _ptrs_of_tokens(grad_v, later, grad_v_stride, at_value, ALIGNED, TURNS)
-        grad_values = (solved * strength[None, :]).to(grad_v.dtype.element_ty)
-        tl.store(of_grad, _ordered_tokens(grad_values, TURNS), (later < begin + count) & (at_value < V_DIM))
+        solved *= strength[None, :]
+        grad_values = _ordered_tokens(solved.to(grad_v.dtype.element_ty), TURNS)
+        tl.store(of_grad, grad_values, (later < begin + count) & (at_value < V_DIM))
         turned = (_turned(grad, TURNS, PRECISION) * since[None, :]).to(operand)
         grad_s = tl.dot(turned, q, grad_s * whole, input_precision=PRECISION)
-        grad_s = tl.dot((solved * of_known[None, :]).to(operand), k, grad_s, input_precision=PRECISION)
+        grad_s = tl.dot((solved * -since[None, :]).to(operand), k, grad_s, input_precision=PRECISION)
         of_key -= K_HEADS * CHUNK * BLOCK_K
         number -= V_HEADS
     if grad_initial_states is not None:
