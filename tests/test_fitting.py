@@ -60,6 +60,12 @@ def test_backward_kernels_compile_for_a_gpu_with_a_compiler_of_its_own():
     assert not [str(row) for row in rows if not row.fits]
 
 
+def test_backward_kernels_fit_where_values_are_one_block():
+    """Loops over blocks are none then, and the loops around them would be the ones whose loads are made ahead."""
+    rows = list(fitting.fits(["sm_90"], ops=[BACKWARD], dtypes=["bfloat16"], sizes={**fitting.SIZES, "v_dim": 64}))
+    assert not [str(row) for row in rows if not row.fits]
+
+
 def test_narrow_states_are_compiled_too():
     """On a GPU without instructions for 8-bit floats."""
     rows = list(fitting.fits(["sm_75"], ops=["kda_update"], dtypes=["bfloat16"]))

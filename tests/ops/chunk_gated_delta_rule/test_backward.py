@@ -123,7 +123,9 @@ def test_every_form(kernel: Backward, device: torch.device, monkeypatch: pytest.
     forms = {"_systems": "SQUARES", "_replay": "TURNS", "_adjoints": "TURNS", "_gradients": "EARLY"}
 
     def changed(*sizes: Any) -> dict[str, dict[str, Any]]:
-        return {name: {**chosen, **({forms[name]: True} if name in forms else {})} for name, chosen in rule(*sizes).items()}
+        return {
+            name: {**chosen, **({forms[name]: True} if name in forms else {})} for name, chosen in rule(*sizes).items()
+        }
 
     monkeypatch.setattr(launch, "_backward_launches", changed)
     judge_all(kernel, torch.float32, device)

@@ -75,8 +75,6 @@ def _systems(
     q = tile_ptrs(q + k_head * K_DIM, t, q_stride, key, ALIGNED)
     unit_k = tl.load(k, there, other=0.0)
     unit_q = tl.load(q, there, other=0.0)
-    strength = load_numbers(beta, head, t, beta_stride, high)
-    log2_decay = load_numbers(g, head, t, g_stride, high) * 1.4426950408889634
     of_tile = (chunk.to(tl.int64) * K_HEADS + k_head) * (CHUNK * BLOCK_K) + i[:, None] * BLOCK_K + key[None, :]
     if SQUARES:
         unit_k = unit_k.to(operand)
@@ -98,7 +96,8 @@ def _systems(
             tl.store(queries + of_tile, unit_q)
         turned = tl.trans(unit_k)
 
-    total, left = exact_sums(log2_decay)
+    strength = load_numbers(beta, head, t, beta_stride, high)
+    total, left = exact_sums(load_numbers(g, head, t, g_stride, high) * 1.4426950408889634)
     near, up, down = split(total)
     number = chunk.to(tl.int64) * V_HEADS + head
     factors += number * (FACTORS * CHUNK) + i

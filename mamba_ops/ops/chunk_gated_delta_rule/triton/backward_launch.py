@@ -173,5 +173,8 @@ def _backward_launches(block_k: int, v_padded: int, operand: str, limits: Limits
         "_systems": options(**precision, SQUARES=is_wide, num_warps=4, **registers),
         **{name: options(**launch) for name, launch in walks.items()},
         "_products": options(**products, num_warps=4),
-        "_gradients": options(**{**block, "num_stages": 2 if is_wide else 1}, num_warps=4, EARLY=False),
+        # With one block of v the loop over heads would be the one whose loads are made ahead, and needs more memory.
+        "_gradients": options(
+            **{**block, "num_stages": 2 if is_wide and v_padded > block["BLOCK"] else 1}, num_warps=4, EARLY=False
+        ),
     }

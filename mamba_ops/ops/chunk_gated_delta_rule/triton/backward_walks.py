@@ -143,7 +143,6 @@ def _replay(
         values = tl.load(tile_ptrs(v + head * V_DIM, t, v_stride, value, ALIGNED), there, other=0.0)
         of_values = tl.load(factors + 6 * CHUNK + i)
         of_known = tl.load(factors + 7 * CHUNK + i)
-        left = tl.load(factors + CHUNK + i)
         whole = tl.load(factors + 2 * CHUNK)
         known = s.to(operand)
         _store_state(states, known, start, key, TURNS, False)
@@ -151,7 +150,7 @@ def _replay(
         lacking += tl.dot(known, tl.trans(k), input_precision=PRECISION) * of_known[None, :]
         new = tl.dot(lacking.to(operand), tl.trans(inverse), input_precision=PRECISION)
         tl.store(written + of_written, _ordered_tokens(new.to(operand), TURNS))
-        kept = (new * left[None, :]).to(operand)
+        kept = (new * tl.load(factors + CHUNK + i)[None, :]).to(operand)
         s = tl.dot(kept, k, s * whole, input_precision=PRECISION)
         keys += K_HEADS * CHUNK * BLOCK_K
         factors += V_HEADS * FACTORS * CHUNK
