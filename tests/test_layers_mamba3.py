@@ -124,11 +124,12 @@ def test_no_rows_and_rows_of_no_token(out_norm: bool) -> None:
         ((1, 4, 16), {"has_initial_state": torch.tensor([True])}, "has_initial_state: got a tensor, expected None"),
     ],
 )
+@pytest.mark.parametrize("is_mimo", [False, True])
 def test_wrong_rows_are_refused_without_caches_too(
-    size: tuple[int, ...], rows: dict[str, torch.Tensor], error: str
+    is_mimo: bool, size: tuple[int, ...], rows: dict[str, torch.Tensor], error: str
 ) -> None:
     with pytest.raises(ValueError, match=error):
-        new_layer()(torch.zeros(size), **rows)
+        new_layer(is_mimo=is_mimo)(torch.zeros(size), **rows)
 
 
 def test_turns_of_long_sequences_are_as_exact_as_of_short_ones() -> None:
