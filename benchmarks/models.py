@@ -156,17 +156,25 @@ def measured(contestant: Contestant, words: int, options: argparse.Namespace) ->
     """Return tokens a second of prefill and of decode by batch, and the shares of a prefill's time."""
     device, found = options.device, {}
     tokens = torch.randint(words, (1, options.length), device=device)
-    took = seconds(lambda: contestant.read(tokens), device, options.runs)
-    found["prefill"] = tokens.numel() / took
-    if device.type != "cpu":
-        found |= {f"prefill {name}": share for name, share in shares(lambda: contestant.read(tokens), took).items()}
+    with suppress(torch.OutOfMemoryError):  # stock keeps every chunk's states and decays at once
+        took = seconds(lambda: contestant.read(tokens), device, options.runs)
+        found["prefill"] = tokens.numel() / took
+        if device.type != "cpu":
+            found |= {f"prefill {name}": share for name, share in shares(lambda: contestant.read(tokens), took).items()}
     for batch in options.batch if contestant.write is not None else ():
         prompt = torch.randint(words, (batch, PROMPT), device=device)
-        few, many = (
-            seconds(partial(contestant.write, prompt, count), device, options.runs) for count in (2, 2 + options.decode)
-        )
-        found[f"decode {batch}"] = batch * options.decode / max(many - few, 1e-9)
+        with suppress(torch.OutOfMemoryError):
+            few, many = (
+                seconds(partial(contestant.write, prompt, n), device, options.runs) for n in (2, 2 + options.decode)
+            )
+            found[f"decode {batch}"] = batch * options.decode / max(many - few, 1e-9)
     return found
+
+
+def too_large(contestant: Contestant, row: dict[str, float], options: argparse.Namespace) -> list[str]:
+    """Return what was left out of a row for want of memory."""
+    wanted = ["prefill", *(f"decode {batch}" for batch in options.batch if contestant.write is not None)]
+    return [what for what in wanted if what not in row]
 
 
 def table(results: dict[str, dict[str, dict[str, float]]], options: argparse.Namespace) -> list[str]:
@@ -175,6 +183,7 @@ def table(results: dict[str, dict[str, dict[str, float]]], options: argparse.Nam
     for name, rows in results.items():
         width, layers, words = sizes_of(name, options)
         columns = list(dict.fromkeys(key for found in rows.values() for key in found))
+        columns.sort(key=lambda column: not column.startswith("prefill"))  # the first row may have none
         lines += ["", f"## {name}: {layers} layers of width {width}, {words} words", ""]
         lines += [f"| tokens a second | {' | '.join(columns)} |", f"|---{'|---:' * len(columns)}|"]
         for title, found in rows.items():
@@ -223,7 +232,11 @@ def main(arguments: list[str] | None = None) -> int:
         for name, title, build in todo:
             try:
                 with ExitStack() as stack:
-                    row = measured(build(stack), sizes_of(name, options)[2], options)
+                    contestant = build(stack)
+                    row = measured(contestant, sizes_of(name, options)[2], options)
+                    if too_much := too_large(contestant, row, options):
+                        missing.append(f"{name}, {title}, for want of memory: {', '.join(too_much)}")
+                    del contestant
                 found.setdefault(name, {})[title] = row
                 print(f"{name}, {title}: {json.dumps(row)}", file=sys.stderr, flush=True)
             except (ImportError, torch.OutOfMemoryError) as error:

@@ -33,6 +33,7 @@ PRIVATE = (
     "torch.multiprocessing.reductions:StorageWeakRef",
     "torch.library:Library._destroy",
     "torch._C:_AutoDispatchBelowAutograd",
+    "torch._C:_increment_version",
     "torch._C._functorch:peek_interpreter_stack",
     "torch._C._functorch:is_functorch_wrapped_tensor",
     "torch.autograd.forward_ad:_current_level",
@@ -207,6 +208,15 @@ def weak_storage(tensor: Tensor) -> Callable[[], bool]:
         return lambda: storage.nbytes() >= 0
     reference = weak(storage)
     return lambda: not reference.expired()
+
+
+def increment_version() -> Callable[[tuple[Tensor, ...]], None]:
+    """Return what tells autograd that tensors were written; it passes over those of inference mode."""
+    increment: Callable[[tuple[Tensor, ...]], None] | None = getattr(torch._C, "_increment_version", None)
+    if increment is None:
+        _warn_once("_increment_version", "each call of an op that writes takes a little longer")
+        return torch.autograd.graph.increment_version
+    return increment
 
 
 def below_autograd() -> AbstractContextManager[object]:

@@ -38,6 +38,7 @@ def __call__(self, {header}):
             if (not must_redispatch_() and numbers_ == {numbers} and same_tensors_({compared})):
                 {numbers} = numbers_
                 kernel_({passed})
+                increment_version_({written})
                 return {result}
         {transformed}
         {typing}
@@ -87,6 +88,7 @@ def run({header}, selection=None):
             kernel_ = decide_captured_(values_, selection)
     {allocation}
     kernel_({passed})
+    {versions}
     return {result}
 """
 
@@ -123,7 +125,8 @@ def fronts(
     An eager call like the latest one goes to the kernel at once: what torch's dispatcher would do for it is known. It
     takes the dispatcher where something there may follow it: the comparison tells dispatch modes, subclasses and
     transforms apart, `is_watched` knows the rest. The kernel gets the latest call's numbers, which are of the schema's
-    types: 2.0 is equal to 2.
+    types: 2.0 is equal to 2. Kernels write to memory of which torch knows nothing, so here as in the body the versions
+    of what they wrote go up: autograd then refuses a backward pass that needs what was there before.
 
     What a failed call raises is looked at again (`explained`): a value of the wrong type costs a right call nothing.
 
@@ -167,6 +170,7 @@ def fronts(
         "compared": compared(shown),
         "first": first,
         "tensors": as_tuple(p for p in shown if is_tensor(p)),
+        "written": _those_given(p for p, declared in zip(shown, parameters, strict=True) if declared.name in mutated),
         "result": "out" if "out" in names else None,
     }
     others = [f"{p.name} is None" for p in shown if is_tensor(p) and p.name not in trained]
@@ -240,6 +244,7 @@ def body(
     """
     passed, parameters = passed_on(parameters), [p for p in parameters if p.name not in returned]
     tensors = [p for p in parameters if is_tensor(p)]
+    written = [p for p in parameters if p.name in mutated]
     facts = "({0}.size(), {0}.dtype, {0}.layout, {0}.get_device(), {0}.is_inference()"
     keys = [
         (f"None if {p.name} is None else " if is_optional(p) else "")
@@ -260,6 +265,7 @@ def body(
         # Without spaces around `=`, where a long line would be broken outside parentheses.
         allocation=f"({', '.join(returned)},)=facets_['allocate_output']({passed_on(parameters)})" if returned else "",
         passed=passed,
+        versions=f"increment_version_({_those_given(written)})" if written else "",
         result=f"({', '.join(returned)})" if returned else None,
     )
     return compiled(op, "body", source, closure)
@@ -349,6 +355,16 @@ def passed_on(parameters: Iterable[inspect.Parameter], **renamed: str) -> str:
 
 def as_tuple(parameters: Iterable[inspect.Parameter]) -> str:
     return "(" + "".join(f"{p.name}, " for p in parameters) + ")"
+
+
+def _those_given(parameters: Iterable[inspect.Parameter]) -> str:
+    """Write a tuple of tensors without those that are None; the output never is."""
+    optional = "*(() if {0} is None else ({0},))"
+    return "(" + "".join(f"{optional.format(p.name) if _may_be_none(p) else p.name}, " for p in parameters) + ")"
+
+
+def _may_be_none(parameter: inspect.Parameter) -> bool:
+    return is_optional(parameter) and parameter.name != "out"
 
 
 def _is_given(parameter: inspect.Parameter) -> str:

@@ -146,6 +146,7 @@ class Op(Trainable, Generic[P]):
         return {
             "facets": self.facets,
             "decisions": self._decisions,
+            "increment_version": _torch.increment_version(),
             "active": dispatcher.active.get,
             "is_grad_enabled": torch.is_grad_enabled,
             **{f"no_{name}": tensor for name, tensor in self._nothing.items()},

@@ -188,7 +188,7 @@ def test_the_floor_is_the_slowest_of_what_must_be_done() -> None:
 
 
 def test_a_limit_ends_it_and_says_so() -> None:
-    result = found(limit=0)
+    result = found(late=lambda: True)
     assert not result["finished"]
     assert result["rows"] == []
     assert "The limit, or an interruption, came first" in show.text(result)
@@ -306,6 +306,10 @@ def test_without_matplotlib_there_is_no_plot(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(show, "plot", plot)
     assert [path.name for path in show.write(found(), tmp_path)] == ["bench.json", "bench.txt", "bench.md"]
+    monkeypatch.setattr(run, "cases_of", lambda device: BUILDS)
+    monkeypatch.setattr(run.Rates, "of", lambda device: RATES)
+    result = CliRunner().invoke(app, ["bench", "--device", "cpu", "--output", str(tmp_path / "figures")])
+    assert "pip install 'mamba-ops[plot]'" in result.output
 
 
 def test_a_backend_of_ours_that_is_wrong_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

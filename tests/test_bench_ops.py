@@ -1,15 +1,18 @@
 """What ops say of their benchmarks, ours and those of other packages."""
 
+import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from mamba_ops.commands.bench import host, run, show
-from mamba_ops.ops._common.bench import LARGE, SMALL
-from mamba_ops.registry import ops
+from mamba_ops.commands.bench import command, host, run, show
+from mamba_ops.ops._common.bench import LARGE, SMALL, Call, Case
+from mamba_ops.registry import NoBackendError, ops
 from tests import fresh
 
 CPU = torch.device("cpu")
@@ -37,6 +40,51 @@ def test_the_host_is_timed_with_calls_that_are_taken(op: str, monkeypatch: pytes
     assert op in text
     assert "2.50" in text
     assert "2.00" in text
+
+
+def test_what_a_peer_or_an_op_raises_ends_no_measurement_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(op: str, device: torch.device) -> dict[str, Any]:
+        if op == "selective_scan":
+            raise NoBackendError("triton refuses\nand more", {})
+        if op == "causal_conv1d":
+            raise KeyboardInterrupt
+        return {"op": op, "us": {host.GIVEN: 30.0, host.BARE: 12.0}}
+
+    monkeypatch.setattr(host, "timed", timed)
+    names = ["selective_scan", "causal_conv1d_update", "causal_conv1d"]
+    rows = host.run(names, CPU, lambda: False, lambda *_: None)
+    assert [row["op"] for row in rows] == names[:2]
+    assert host.run(names, CPU, lambda: True, lambda *_: None) == []
+    text = show.text({**run.run({}, CPU, rates=run.Rates(1e10)), "host": rows})
+    assert "2.50" in text
+    assert "selective_scan, host, all: NoBackendError: triton refuses\n" in text
+
+    def broken(case: Case, module: Any) -> Call:
+        def call(*_: Any) -> torch.Tensor:
+            raise TypeError("got an unexpected keyword argument 'slots'")
+
+        return call
+
+    op = ops()["causal_conv1d_update"]
+    monkeypatch.setattr(op, "bench_peers", {"broken": broken, "right": lambda case, module: case.ours()})
+    monkeypatch.setattr(host, "bare", lambda device: lambda: None)
+    assert host.calls_of(op.name, CPU).keys() == {host.GIVEN, host.ALLOCATED, host.BARE, "right"}
+
+
+def test_the_limit_and_an_interruption_hold_for_the_host_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured before is shown, and that not all was."""
+
+    def interrupted(op: str, device: torch.device) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    console, written = Console(width=80, record=True, file=io.StringIO()), []
+    monkeypatch.setattr(run, "cases_of", lambda device: {})
+    monkeypatch.setattr(run.Rates, "of", lambda device: run.Rates(1e10))
+    monkeypatch.setattr(host, "timed", interrupted)
+    for limit in (None, 0.0):
+        command._measure(console, [], [], CPU, None, limit, True)
+        written.append(console.export_text())
+    assert all("The limit, or an interruption, came first" in text for text in written)
 
 
 TALLY = """

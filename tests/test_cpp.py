@@ -209,6 +209,15 @@ def test_without_a_compiler_it_refuses_in_a_sentence(
     cpp.priority = cpp.priority
 
 
+@pytest.mark.usefixtures("_empty_cache")
+def test_where_nothing_can_be_kept_it_refuses_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user has no home to write to."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(NoBackendError, match=r"file/mamba_ops, which cannot be written to \(.*\); set XDG_CACHE_HOME"):
+        front_on(mamba_ops.causal_conv1d_update, "cpp")(*usual_call())
+
+
 def test_other_packages_can_be_first() -> None:
     """Its place is after torch's, so that a backend of priority 0 or more comes before it."""
     other = Backend("other", devices=("cpu",), priority=0)

@@ -1,5 +1,6 @@
 """What is particular to layers.Mamba3: its parameters' names, its gradients, packed rows, and long turns."""
 
+import copy
 import math
 
 import pytest
@@ -124,11 +125,33 @@ def test_no_rows_and_rows_of_no_token(out_norm: bool) -> None:
         ((1, 4, 16), {"has_initial_state": torch.tensor([True])}, "has_initial_state: got a tensor, expected None"),
     ],
 )
+@pytest.mark.parametrize("is_mimo", [False, True])
 def test_wrong_rows_are_refused_without_caches_too(
-    size: tuple[int, ...], rows: dict[str, torch.Tensor], error: str
+    is_mimo: bool, size: tuple[int, ...], rows: dict[str, torch.Tensor], error: str
 ) -> None:
     with pytest.raises(ValueError, match=error):
-        new_layer()(torch.zeros(size), **rows)
+        new_layer(is_mimo=is_mimo)(torch.zeros(size), **rows)
+
+
+@pytest.mark.parametrize("is_mimo", [False, True])
+@pytest.mark.parametrize("smallest", [-48.0, -44.0, -36.0, -20.0])
+def test_gradients_of_the_smallest_steps_are_numbers(smallest: float, is_mimo: bool) -> None:
+    """Among large steps: a step of about 2^-66 divides what the token before it, of a large one, is weighted by."""
+    layer, hidden = new_layer(is_mimo=is_mimo), torch.randn(2, 40, 16)
+    first = sum(layer.projected[:4])
+    with torch.no_grad():
+        layer.in_proj.weight.normal_()
+        layer.in_proj.weight[first : first + layer.heads] = torch.eye(1, 16)  # dt is the first channel
+        layer.dt_bias.zero_()
+    hidden[:, :, 0] = torch.where(torch.rand(2, 40) < 0.5, 5.0, smallest)
+
+    def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
+        exact = copy.deepcopy(layer).to(dtype)
+        tokens = hidden.to(dtype).requires_grad_()
+        return list(torch.autograd.grad(exact(tokens).square().mean(), [tokens, *exact.parameters()]))
+
+    for got, truth in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
+        torch.testing.assert_close(got.double(), truth, rtol=0, atol=1e-3 * float(truth.abs().max()))
 
 
 def test_turns_of_long_sequences_are_as_exact_as_of_short_ones() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mamba_ops import registry
 from mamba_ops.serving import Plan
 from tests.conftest import ACCELERATOR
 
@@ -241,3 +242,28 @@ def test_a_rollback_past_the_prompt_is_refused(accepted: int, computed: int) -> 
     )
     with pytest.raises(ValueError, match=f"^Plan: accepted: {says}"):
         Plan.of([computed], **rows)
+
+
+@pytest.mark.parametrize("name", ["mamba2_mixing", "short_conv_mixing"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_plan_that_is_written_in_place_is_read_anew(name: str, inference: bool) -> None:
+    """Engines keep their plans at one address; what later rounds have of them is computed once for all layers."""
+    op = registry.ops()[name]
+
+    def written() -> dict[str, torch.Tensor]:
+        return {name: values[name].clone() for name in op.mutates if values[name] is not None}
+
+    with torch.inference_mode(inference):
+        calls = [op.fill(op.bind(sample.args, sample.kwargs)) for sample in op.make_samples(DEVICE)]
+        values = next(call for call in calls if call["counts"] is not None and len(call["counts"]) > 4)
+        run = op.kernels["composed"].function
+        run(**(values | written()))
+        rows = sum(values["counts"].tolist()[0:6:2])  # the last two are read in the second round
+        values["cu_seqlens"][rows - 1] += 2
+        values["prefill_cu_seqlens"][rows - 1 - values["counts"][0]] += 2
+        got, expected = written(), written()
+        run(**(values | got))
+        fresh = {name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+        run(**(fresh | expected))
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, equal_nan=True)

@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mamba_ops.layers import GatedDeltaNet, Mamba, Mamba2, ShortConv
-from mamba_ops.serving import ForwardContext, NoFreeSlot, StatePool, current_context, forward_context
+from mamba_ops.layers import GatedDeltaNet, KimiDeltaAttention, Mamba, Mamba2, Mamba3, ShortConv
+from mamba_ops.serving import ForwardContext, NoFreeSlot, Plan, StatePool, current_context, forward_context
 
 LAYERS = {
     "mamba": Mamba(16, d_inner=24, dstate=8, dt_rank=3),
     "mamba2": Mamba2(16, heads=4, head_dim=8, dstate=8, groups=2),
     "short_conv": ShortConv(16),
     "gdn": GatedDeltaNet(16, num_k_heads=2, num_v_heads=4, head_k_dim=8, head_v_dim=4),
+    "kda": KimiDeltaAttention(16, num_heads=2, head_dim=8),
+    "mamba3": Mamba3(16, heads=2, head_dim=8, dstate=8),
 }
 
 
@@ -50,6 +52,26 @@ def test_a_layer_runs_on_its_pages_as_on_caches_of_its_own() -> None:
     with torch.no_grad():
         torch.testing.assert_close(layer(hidden, *pooled, slots=slots), layer(hidden, *own, slots=slots))
     torch.testing.assert_close(pooled, own)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_graph_takes_caches_of_one_page(name: str, mode: Any) -> None:
+    """They are written to, and share memory without an element in common, whatever their dtypes."""
+    torch.compiler.reset()
+    layer = LAYERS[name]
+    compiled = torch.compile(
+        lambda hidden, plan, *caches: layer(hidden, *caches, plan=plan),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    with mode():
+        own, pooled = (StatePool.of({name: layer}, 3).caches[name] for _ in range(2))
+        for computed, new, slots in (([0], [5], [1]), ([5, 0], [1, 9], [1, 2])):
+            hidden, plan = torch.randn(sum(new), 16), Plan.of(computed, new, slots, max_requests=4)
+            torch.testing.assert_close(compiled(hidden, plan, *pooled), layer(hidden, *own, plan=plan))
+        torch.testing.assert_close(pooled, own)
 
 
 def test_other_caches_are_given_by_template() -> None:

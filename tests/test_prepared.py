@@ -315,6 +315,41 @@ def test_what_is_not_known_to_be_the_same_is_not_repeated(does: str, within: str
     assert learns.shortcut.problems
 
 
+def test_where_torch_tells_of_no_call_nothing_is_repeated(launched: list[Interpreted]) -> None:
+    learns, device = Learns(OP), ACCELERATOR or "cpu"
+    launcher = learns.launcher
+
+    def doubled(call: Any) -> None:
+        call.x.mul_(2)
+        launcher(call)
+
+    learns.launcher = doubled
+    x, weight = torch.randn(3, 32, device=device), torch.randn(32, 4, device=device)
+    with torch._C._DisableTorchDispatch():
+        assert [calls_on(learns, x.clone(), weight, lambda x: x) for _ in range(3)] == [1] * 3
+
+
+def test_launches_that_are_chosen_anew_meanwhile_are_not_repeated(launched: list[Interpreted]) -> None:
+    learns = Known().learns
+    prepared.forget()
+    launcher = learns.launcher
+
+    def forgetting(call: Any) -> None:
+        launcher(call)
+        prepared.forget()
+
+    def calls() -> int:
+        before, x = learns.calls, torch.randn(3, 32, device=ACCELERATOR or "cpu")
+        calls_on(learns, x, x.new_ones(32, 4))
+        return learns.calls - before
+
+    assert calls() == 1
+    learns.launcher = forgetting
+    assert calls() == 1
+    learns.launcher = launcher
+    assert [calls() for _ in range(3)] == [1, 1, 0]
+
+
 @pytest.mark.parametrize("within", WITHIN)
 def test_a_parameter_that_is_copied_is_copied_in_every_call(within: str, launched: list[Interpreted]) -> None:
     """The copies of an earlier call are in memory that something else may have by now."""

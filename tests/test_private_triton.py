@@ -219,3 +219,25 @@ def test_the_package_has_private_names_of_triton_in_one_file() -> None:
     private = ("triton.runtime.jit", "knobs", "device_caches", "triton.compiler", "triton.backends.", "triton_key")
     found = [(path.name, line) for path in sources for line in path.read_text().splitlines()]
     assert [f for f in found if any(name in f[1] for name in private) and "mamba_ops" not in f[1]] == []
+
+
+WHILE_REHEARSING = """
+import json, triton
+from mamba_ops.cold_start.targets import StandIn, target_of
+from mamba_ops.ops._triton import _triton
+
+triton.runtime.driver.set_active(StandIn(target_of("sm_90")))
+_triton.replace_run(lambda run, function, *args, **kwargs: run(function, *args, **kwargs))
+found = _triton.launching()
+watched = [found is not None and found.is_watched()]
+_triton.replace_run(None)
+watched.append(found is not None and found.is_watched())
+print(json.dumps([found is not None, watched]))
+"""
+
+
+def test_a_rehearsal_of_another_thread_does_not_make_all_launches_long() -> None:
+    """What is first asked while one is under way is remembered."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = fresh.run(["-c", WHILE_REHEARSING], cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)})
+    assert json.loads(done.stdout) == [True, [True, False]], done.stderr

@@ -1,5 +1,6 @@
-"""The figure in README is of what the pages in benchmarks/results say, and says of what."""
+"""README's figures of the H200 are those of the newest pages in benchmarks/results, and say of what."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,47 @@ def test_readme_says_of_what_its_figure_is() -> None:
     assert f"{plot.caption(plot.pages(plot.DEVICE), plot.DEVICE)}." in readme
     assert "](docs/h200.png)" in readme
     assert (ROOT / "docs" / "h200.png").is_file()
+
+
+TABLES = {
+    "boundary": "(`python -m benchmarks.boundary`,",
+    "host": "(`python -m benchmarks.host`,",
+    "bench": "in one run of `mamba-ops bench",
+    "training": "(`python -m benchmarks.training`,",
+}
+"""Page, and what stands in README before the table of its figures."""
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_numbers_of_readme_are_on_the_newest_page(name: str) -> None:
+    page = newest(name)
+    there = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", page.read_text(encoding="utf-8"))]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, before, after = readme.partition(TABLES[name])
+    assert before, f"README names no page {name}"
+    table = after[after.index("\n|") : after.index("\n\n", after.index("\n|"))]
+    cells = [cell for line in table.strip().splitlines()[2:] for cell in line.strip("|").split("|")[1:]]
+    numbers = re.findall(r"\d+(?:\.\d+)?", " ".join(cells))
+    assert len(numbers) > 5
+    strays = [n for n in numbers if not any(abs(float(n) - other) <= half(n) for other in there)]
+    assert not strays, f"{strays} of README are not on {page.name}"
+
+
+def newest(name: str) -> Path:
+    return max(plot.RESULTS.glob(f"*_{plot.DEVICE}_{name}.md"))
+
+
+def half(number: str) -> float:
+    """What a number may be off by where it was rounded to these digits."""
+    return 0.501 * 10.0 ** -len(number.partition(".")[2])
+
+
+@pytest.mark.parametrize("project", ["mamba_ssm", "fla"])
+def test_readme_names_the_peers_versions_as_the_pages_do(project: str) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ("bench", "training"):
+        [version] = set(re.findall(rf"\b{project} (\d[\w.]*)", newest(name).read_text(encoding="utf-8")))
+        _, _, after = readme.partition(TABLES[name])
+        around = readme[len(readme) - len(after) - 300 :][:600]
+        told = re.findall(rf"\b{project}(?:-core)? (\d[\w.]*\w)", around)
+        assert all(version == each or version.startswith(f"{each}.") for each in told), (told, version)

@@ -13,7 +13,7 @@ from mamba_ops import ops
 from mamba_ops.compat.arguments import floating, refuse, upcast, written
 from mamba_ops.compat.fla import delta_rule
 from mamba_ops.compat.fla.norms import GATES, l2norm
-from mamba_ops.compat.mamba_ssm.norms import normalised
+from mamba_ops.compat.mamba_ssm.norms import normalised_groups
 from mamba_ops.layers.norms import upcast as raised
 from mamba_ops.registry import answering
 
@@ -318,9 +318,7 @@ class RMSNormGated(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Normalise `x` in groups of its last axis, with the gate `z` where there is one."""
-        h, gate = raised(x), None if z is None else GATES[self.activation](raised(z))
-        if gate is not None and not self.norm_before_gate:
-            h = h * gate
-        groups = h.unflatten(-1, (-1, self.group_size or h.shape[-1]))
-        h = normalised(groups, None, None, self.eps, True).flatten(-2) * raised(self.weight)
+        gate = None if z is None else GATES[self.activation](raised(z))
+        h = x if gate is None or self.norm_before_gate else x * gate
+        h = normalised_groups(raised(h), self.weight, None, self.eps, True, self.group_size)
         return (h * gate if gate is not None and self.norm_before_gate else h).to(x.dtype)

@@ -18,7 +18,7 @@ from mamba_ops.ops._common.mamba3 import Ranks, Tokens, by_head, layout, operand
 from mamba_ops.ops._common.mamba3_checks import output_shape
 from mamba_ops.ops._common.sequences import NULL_SLOT, DecodeArgs, HasPlan, SequenceArgs
 from mamba_ops.ops._common.values import check_rows
-from mamba_ops.registry import answering
+from mamba_ops.registry import answering, bad_argument
 from mamba_ops.registry.errors import in_call_of
 
 _MIMO = ("mimo_x", "mimo_z", "mimo_o")
@@ -246,13 +246,13 @@ class Mamba3(Mixer[Mamba3Caches]):
                 raise self._wrong(name, "a tensor", "None where there are no caches")
         try:
             packed_rows(rows.cu_seqlens)
+            if (hidden_states.dim() == 2) != (rows.cu_seqlens is not None):
+                expected = "(tokens, hidden_size) with cu_seqlens, (batch, length, hidden_size) without"
+                raise bad_argument("hidden_states", got=f"shape {tuple(hidden_states.shape)}", expected=expected)
             if self.mimo_rank > 1 and hidden_states.is_cpu and not torch.compiler.is_compiling():
                 check_rows(hidden_states, rows.cu_seqlens)  # the scan is told of other rows
         except ValueError as error:
             raise in_call_of("Mamba3", error) from None
-        if (hidden_states.dim() == 2) != (rows.cu_seqlens is not None):
-            expected = "(tokens, hidden_size) with cu_seqlens, (batch, length, hidden_size) without"
-            raise self._wrong("hidden_states", f"shape {tuple(hidden_states.shape)}", expected)
 
     def mix(
         self,

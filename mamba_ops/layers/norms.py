@@ -90,14 +90,25 @@ def gated_rms_norm(
         norm_before_gate: whether the norm comes first.
         activation: of the gate: "silu" or "sigmoid".
     """
-    h, factor = upcast(x), torch.sigmoid(upcast(gate)) if activation == "sigmoid" else functional.silu(upcast(gate))
-    if not norm_before_gate:
-        h = h * factor
-    h = h.unflatten(-1, (groups, -1))
-    h = functional.rms_norm(h, h.shape[-1:], eps=eps).flatten(-2) * upcast(weight)
+    factor = torch.sigmoid(upcast(gate)) if activation == "sigmoid" else functional.silu(upcast(gate))
+    h = upcast(x) if norm_before_gate else x * factor  # x is promoted while it is multiplied: no copy of it
+    h = grouped_rms_norm(h, weight, groups, eps)
     return (h * factor if norm_before_gate else h).to(x.dtype)
+
+
+def grouped_rms_norm(h: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """Return groups of consecutive channels normalised separately, times the weight, in the dtype of `h`."""
+    if groups == 1:  # one kernel on a GPU
+        return functional.rms_norm(h, h.shape[-1:], weight.to(h.dtype), eps)
+    h = h.unflatten(-1, (groups, -1))
+    return functional.rms_norm(h, h.shape[-1:], eps=eps).flatten(-2) * weight.to(h.dtype)
 
 
 def upcast(tensor: Tensor) -> Tensor:
     """Return a tensor as float32, the dtype of sums; float64 stays as it is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def wide_sum(x: Tensor, y: Tensor) -> Tensor:
+    """Return x + y in float32 at least. Where y is that wide, x is promoted while it is added: no copy of it."""
+    return (x if y.dtype in (torch.float32, torch.float64) else upcast(x)) + y

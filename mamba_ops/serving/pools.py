@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import dlpack
 
 from mamba_ops.ops._common.sequences import NULL_SLOT
+from mamba_ops.registry import is_plain
 from mamba_ops.serving.pieces import is_number
 
 _ALIGNMENT = 128  # bytes: kernels load 16 at a time, devices fetch whole cache lines
@@ -213,13 +215,27 @@ def _pages(states: Sequence[Tensor], slots: int, page_bytes: int) -> tuple[Any, 
         pages = torch.zeros(slots, page, dtype=torch.uint8, device=states[0].device)
     for state, start in zip(states, starts, strict=True):
         size = state.element_size()
-        typed = pages.view(state.dtype)
+        typed = _same_memory(pages).view(state.dtype)
         strides = (page // size, *_dense_strides(state))
         cache = typed.as_strided((slots, *state.shape[1:]), strides, start // size)
         torch._dynamo.mark_static_address(cache, guard=False)
         caches.append(cache)
     named: Callable[[list[Tensor]], tuple[Tensor, ...]] = getattr(type(states), "_make", tuple)
     return named(caches)
+
+
+def _same_memory(pages: Tensor) -> Tensor:
+    """Return pages as a tensor with a storage of its own, at the same address.
+
+    torch.compile takes inputs that share a storage for aliases of each other, and refuses a graph that writes to them
+    if their dtypes were given by views. Caches of one page have no element in common.
+    """
+    if not is_plain(pages) or pages.device.type == "meta":
+        return pages  # there is no memory
+    try:
+        return dlpack.from_dlpack(pages)
+    except (RuntimeError, BufferError, ValueError):  # a device that DLPack does not know
+        return pages
 
 
 def _dense_strides(state: Tensor) -> list[int]:

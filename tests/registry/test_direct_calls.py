@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mamba_ops.registry import Op, use_backend
+from mamba_ops.registry import Namespace, Op, use_backend
 from mamba_ops.registry.errors import ArgumentTypeError
 
 CALLERS: list[str] = []  # the generated functions that ran the kernel: the front `__call__`, or the body `run`
@@ -103,3 +103,48 @@ def test_a_swap_and_other_numbers_are_noticed(op: Op[...]) -> None:
     x.requires_grad_()
     with pytest.raises(ValueError, match="toys::add: x: got a tensor that requires grad"):
         op(total, x)
+
+
+def test_autograd_learns_what_a_kernel_wrote_behind_torch(add: Op[...], backend: Any) -> None:
+    """Else a backward pass that needs what was there before takes what is there now, and says nothing."""
+
+    def kernel(total: Tensor, x: Tensor, *, bias: Tensor | None = None, scale: float = 1.0, output: Tensor) -> None:
+        total.numpy()[:] += x.numpy()
+        output.numpy()[:] = total.numpy()
+
+    backend("aside", priority=50).implements(add)(kernel)
+    total, x = arguments()
+    for call in range(4):  # through the dispatcher, and past it
+        out, weight = torch.zeros(3), torch.ones(3, requires_grad=True)
+        for written in (total, out):
+            product = (weight * written).sum()
+            with torch.no_grad():
+                add(total, x, out=out)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                product.backward()
+        assert total.tolist() == [2 * call + 2] * 3
+    with torch.inference_mode():  # where tensors have no versions
+        total, out = torch.zeros(3), torch.zeros(3)
+        assert [add(total, x, out=out).tolist() for _ in range(4)] == [[n] * 3 for n in (1, 2, 3, 4)]
+
+
+def test_autograd_learns_what_a_kernel_wrote_to_caches_that_may_be_left_out(toys: Namespace, backend: Any) -> None:
+    @toys.op(mutates=("cache", "out"))
+    def keep(x: Tensor, *, cache: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """Copy x, also to a cache."""
+        assert out is not None
+        if cache is not None:
+            cache.copy_(x)
+        return out.copy_(x)
+
+    def kernel(x: Tensor, *, cache: Tensor | None = None, output: Tensor) -> None:
+        for written in (output, *(() if cache is None else (cache,))):
+            written.numpy()[:] = x.numpy()
+
+    keep.allocate_output(lambda x: torch.empty_like(x))
+    backend("aside", priority=50).implements(keep)(kernel)
+    x, cache = torch.ones(3), torch.zeros(3)
+    for call in range(3):
+        assert keep(x)._version > 0
+        assert keep(x, cache=cache)._version > 0
+        assert cache._version == call + 1

@@ -11,7 +11,7 @@ PROGRAM = """
 import importlib, pathlib, sys, warnings
 name = sys.argv[1]
 LIVED_BY = ("_op", "peek_interpreter_stack", "_current_level", "_profiler_enabled", "_is_torch_function_mode_enabled",
-            "py_impl", "get_proxy_mode")
+            "py_impl", "get_proxy_mode", "_increment_version")
 module, _, attribute = name.partition(":")
 if attribute == "_dynamo_marked_constant":  # Dynamo has another mark, which its public function sets
     import torch._dynamo.decorators

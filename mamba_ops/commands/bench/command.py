@@ -1,6 +1,5 @@
 """`mamba-ops bench`: our ops on this machine, beside whatever peers are installed."""
 
-import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -94,22 +93,20 @@ def _measure(
     if strays := [op for op in ops if op not in builds]:
         raise ValueError(f"--ops: got {strays[0]}, expected one that has a case: {', '.join(builds)}")
     builds = {op: found for op, found in builds.items() if not ops or op in ops}
+    late = run.deadline(limit)
     with arguments.shown(None) as progress:
-        found = run.run(builds, where, names=backends, limit=limit, progress=progress)
+        found = run.run(builds, where, names=backends, late=late, progress=progress)
         found["command"] = " ".join(["mamba-ops", *sys.argv[1:]])
         found["without_case"] = sorted(all_ops().keys() - run.cases_of(where).keys())
         timed = [n for n, op in all_ops().items() if op.host_call and (not ops or n in ops)] if host else []
-        found["host"] = []
-        with contextlib.suppress(KeyboardInterrupt):
-            for done, op in enumerate(timed):
-                progress("host", done, len(timed))
-                found["host"].append(of_host.timed(op, where))
+        found["host"] = of_host.run(timed, where, late, progress) if found["finished"] else []
+        found["finished"] &= len(found["host"]) == len(timed)
     for line in show.lines(found):
         console.print(line, soft_wrap=isinstance(line, str))
     if output is not None:
         written = show.write(found, output)
         console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
-        if len(written) < 3:
+        if not any(path.suffix == ".png" for path in written):
             console.print("No plot: matplotlib is not installed; pip install 'mamba-ops[plot]'", soft_wrap=True)
     if any(each["status"] == "wrong" for row in found["rows"] for each in row["contestants"] if each["kind"] != "peer"):
         console.print(

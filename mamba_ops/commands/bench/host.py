@@ -4,8 +4,9 @@ Inputs are small, so that the device is never behind.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +74,9 @@ def calls_of(op: str, device: torch.device) -> Calls:
     arguments = {name: value for name, value in given.items() if name not in caches}
     found, _ = peers.present(peers.of(function), Case(function, "", arguments, caches, out, (slots,)))
     for name, each in found.items():
-        calls[name] = lambda timed=each.timed: timed(caches, slots)  # type: ignore[misc]
+        with suppress(Exception):  # whatever a peer raises here
+            each.timed(caches, slots)
+            calls[name] = partial(each.timed, caches, slots)
     return calls
 
 
@@ -81,3 +84,23 @@ def timed(op: str, device: torch.device) -> dict[str, Any]:
     """Return the microseconds of an op's call in all ways, and of a bare launch in the same turns."""
     with torch.inference_mode(), use_backend("triton"):
         return {"op": op, "us": us_a_call(calls_of(op, device), device)}
+
+
+def run(
+    names: Sequence[str], device: torch.device, late: Callable[[], bool], progress: Callable[[str, int, int], None]
+) -> list[dict[str, Any]]:
+    """Time ops one by one, until it is late or somebody interrupts (Ctrl-C). A failure is noted: others still run.
+
+    Returns what `timed` does, or why an op could not be timed, as "failed".
+    """
+    rows: list[dict[str, Any]] = []
+    with suppress(KeyboardInterrupt):
+        for done, op in enumerate(names):
+            progress("host", done, len(names))
+            if late():
+                break
+            try:
+                rows.append(timed(op, device))
+            except Exception as error:  # no Triton here, a refusal, memory
+                rows.append({"op": op, "failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"})
+    return rows

@@ -227,12 +227,18 @@ def _timed_call(case: Case, each: Contestant, device: torch.device, stack: ExitS
         return calls
 
 
+def deadline(seconds: float | None) -> Callable[[], bool]:
+    """Return what says whether so many seconds have gone by since this call; None: it never does."""
+    end = math.inf if seconds is None else time.monotonic() + seconds
+    return lambda: time.monotonic() > end
+
+
 def run(
     builds: Mapping[str, Sequence[Build]],
     device: torch.device,
     *,
     names: Sequence[str] = (),
-    limit: float | None = None,
+    late: Callable[[], bool] = bool,
     progress: Progress = lambda step, done, total: None,
     rates: Rates | None = None,
 ) -> Row:
@@ -242,15 +248,10 @@ def run(
         builds: what builds each case, by op.
         device: where.
         names: of backends; none: all that run there.
-        limit: seconds after which nothing new begins.
+        late: says when nothing new is to begin.
         progress: called with the op, how many of its cases are done, and of how many.
         rates: of the device; None: they are measured.
     """
-    end = math.inf if limit is None else time.monotonic() + limit
-
-    def late() -> bool:
-        return time.monotonic() > end
-
     rows = []
     with allow_jit(), torch.inference_mode():
         rates = rates or Rates.of(device)

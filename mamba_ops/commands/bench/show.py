@@ -84,11 +84,13 @@ def table_of(op: str, rows: list[Row], *, is_page: bool = False) -> Table:
 def host_table(rows: list[Row], *, is_page: bool = False) -> Table:
     """Return what eager calls cost the host, in bare launches."""
     table = _table(HOST, is_page)
-    others = sorted({name for row in rows for name in row["us"]} - {"bare", GIVEN})
+    others = sorted({name for row in rows for name in row.get("us", ())} - {"bare", GIVEN})
     for heading in ("op", GIVEN, *others, "bare, us"):
         table.add_column(heading, justify="left" if heading == "op" else "right")
     for row in rows:
-        us = row["us"]
+        if (us := row.get("us")) is None:
+            table.add_row(row["op"], "FAILED")
+            continue
         cells = [f"{us[name] / us['bare']:.2f}" if name in us else "-" for name in (GIVEN, *others)]
         table.add_row(row["op"], *cells, f"{us['bare']:.1f}")
     return table
@@ -97,6 +99,7 @@ def host_table(rows: list[Row], *, is_page: bool = False) -> Table:
 def remarks(found: Row) -> list[tuple[Row, str, str]]:
     """Return what was not timed: row, who, why. Peers that are not installed are no remark."""
     told = [(row, "all", row["failed"]) for row in found["rows"] if "failed" in row]
+    told += [(row | {"case": "host"}, "all", row["failed"]) for row in found.get("host", ()) if "failed" in row]
     for row in found["rows"]:
         told += [(row, each["name"], each["reason"]) for each in row["contestants"]
                  if each["status"] in ("refused", "failed", "wrong")]  # fmt: skip

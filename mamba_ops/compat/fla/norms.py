@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 from mamba_ops.compat.arguments import floating, floating_dtypes, numbers
 from mamba_ops.compat.mamba_ssm import norms as mamba_norms
 from mamba_ops.compat.mamba_ssm.norms import layer_norm_fn, normalised
-from mamba_ops.layers.norms import upcast
+from mamba_ops.layers.norms import upcast, wide_sum
 from mamba_ops.registry import answering
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"swish": silu, "silu": silu, "sigmoid": torch.sigmoid}
@@ -72,7 +72,7 @@ def layer_norm_gated(
     if activation not in GATES:
         raise ValueError(f"{name}: activation: got {activation!r}, expected {', '.join(map(repr, GATES))}")
     floating(name, x=x, g=g, residual=residual, weight=weight, bias=bias)
-    total = upcast(x) if residual is None else upcast(x) + residual
+    total = upcast(x) if residual is None else wide_sum(x, residual)
     y = normalised(total, weight, bias, eps, is_rms_norm) * GATES[activation](upcast(g.reshape(x.shape)))
     kept = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
     return (y.to(x.dtype), total.to(kept)) if prenorm else y.to(x.dtype)

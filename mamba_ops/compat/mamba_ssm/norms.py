@@ -3,6 +3,7 @@
 All are computed in float32 (float64 for float64 inputs), rounded once, and differentiable.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear, rms_norm, silu
 
 from mamba_ops.compat.arguments import floating, only
-from mamba_ops.layers.norms import upcast
+from mamba_ops.layers.norms import upcast, wide_sum
 from mamba_ops.registry import answering
 
 # -- mamba_ssm.ops.triton.layer_norm ----------------------------------------------------------------------------------
@@ -58,20 +59,18 @@ def layer_norm_fn(
     for part, scale in ((x, rowscale), (x1, None)):
         mask = None
         if part is not None:
-            h = upcast(part) if scale is None else upcast(part) * scale.unsqueeze(-1)
+            h = part if scale is None else upcast(part) * scale.unsqueeze(-1)
             if dropout_p > 0:
+                h = upcast(h)
                 mask = torch.rand(h.shape, device=h.device) > dropout_p
                 h = h * mask / (1 - dropout_p)
             parts.append(h)
         masks.append(mask)
-    total = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-    if residual is not None:
-        total = total + residual
-        kept = residual.dtype
-    else:
-        kept = torch.float32 if residual_in_fp32 else x.dtype
+    parts += [] if residual is None else [residual]
+    total = functools.reduce(wide_sum, parts[1:], parts[0])
+    kept = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
     results: list[Tensor | None] = [
-        normalised(total, w, b, eps, is_rms_norm).to(x.dtype)
+        normalised(upcast(total), w, b, eps, is_rms_norm).to(x.dtype)
         for w, b in ((weight, bias), (weight1, bias1))
         if w is not None
     ]
@@ -213,15 +212,9 @@ def layernorm_fn(
     size = x.shape[-1]
     if group_size is not None and size % group_size:
         raise ValueError(f"layernorm_fn: group_size: got {group_size}, expected a divisor of {size}, the channels of x")
-    h = upcast(x)
-    if z is not None and not norm_before_gate:
-        h = h * silu(upcast(z))
-    grouped = h.unflatten(-1, (-1, group_size or size))
-    h = normalised(grouped, None, None, eps, is_rms_norm).flatten(-2) * upcast(weight)
-    h = h if bias is None else h + upcast(bias)
-    if z is not None and norm_before_gate:
-        h = h * silu(upcast(z))
-    return h.to(x.dtype)
+    h = x if z is None or norm_before_gate else x * silu(upcast(z))  # promoted while it is multiplied: no copy of x
+    h = normalised_groups(upcast(h), weight, bias, eps, is_rms_norm, group_size)
+    return (h * silu(upcast(z)) if z is not None and norm_before_gate else h).to(x.dtype)
 
 
 def rmsnorm_fn(
@@ -299,6 +292,17 @@ def swiglu(xy: Tensor) -> Tensor:
     """Return silu(x) * y for `(..., 2 * size)`, x first."""
     x, y = upcast(xy).chunk(2, dim=-1)
     return (silu(x) * y).to(xy.dtype)
+
+
+def normalised_groups(
+    h: Tensor, weight: Tensor, bias: Tensor | None, eps: float, is_rms_norm: bool, group_size: int | None
+) -> Tensor:
+    """Return consecutive channels normalised together, a group or all, in the dtype of `h`."""
+    if group_size in (None, h.shape[-1]):
+        return normalised(h, weight, bias, eps, is_rms_norm)
+    groups = h.unflatten(-1, (-1, group_size))
+    h = normalised(groups, None, None, eps, is_rms_norm).flatten(-2) * upcast(weight)
+    return h if bias is None else h + upcast(bias)
 
 
 def normalised(h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_rms_norm: bool) -> Tensor:

@@ -32,8 +32,8 @@ from mamba_ops.ops._common.slots import row_at, row_bounds
 LEAST, MOST = 2.0**-66, 1e4
 """The least step of the scan, a power of two: its decay is 1, and what is divided by it is a number yet, with the same
 digits. And the most: its decay is 0, and its product with 0 is."""
-
-
+_SCALE = LEAST**-0.5
+"""A power of two, so that nothing is rounded."""
 _SUMMED = 64
 """Tokens that are summed one after another where there are many."""
 _TURN = 6.28125
@@ -273,7 +273,9 @@ def scan(
     v_before = one_later(v, None if state is None else ranks.spread(state.x), rows)
     k_before = one_later(k, None if state is None else state.k, rows)
 
-    given: tuple[Tensor, ...] = (v_before * (weight.unsqueeze(1) / step).unsqueeze(-1), step, k_before, q)
+    # A quotient's gradient divides twice: by the square of the least step, which float32 has only when it is scaled.
+    share = weight.unsqueeze(1) / (step * _SCALE) * _SCALE
+    given: tuple[Tensor, ...] = (v_before * share.unsqueeze(-1), step, k_before, q)
     ends, placed = rows.ends, None
     if keeps:
         last = ((early / LEAST)[:, None, :, None] * v, torch.full_like(step, LEAST), k, torch.zeros_like(q))

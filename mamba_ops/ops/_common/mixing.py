@@ -270,7 +270,7 @@ def batch_of(op: str, call: Any, tokens: int) -> Batch:
         return _all_as_prefills(op, plan, tokens, null_slot)
     global _latest
     counts, others, latest = plan.counts.tolist(), plan[1:], _latest
-    key = tokens, null_slot, counts, [None if t is None else t.data_ptr() for t in others]
+    key = tokens, null_slot, counts, [None if t is None else t.data_ptr() for t in others], _version(plan, counts)
     if (
         latest is not None
         and latest.counts() is plan.counts
@@ -281,6 +281,18 @@ def batch_of(op: str, call: Any, tokens: int) -> Batch:
     batch = _batch_of(op, plan, counts, tokens, null_slot)
     _latest = _Latest(weakref.ref(plan.counts, _forget), key, others, batch)
     return batch
+
+
+def _version(plan: PlanTensors, counts: list[int]) -> object:
+    """Return what differs once the plan was written in place, where a batch holds numbers computed from it.
+
+    Those are the ends of later rounds; all else are parts of the plan's tensors. One of inference mode does not say
+    whether it was written.
+    """
+    ends = plan.prefill_cu_seqlens
+    if len(counts) <= 4 or ends is None:
+        return None
+    return object() if ends.is_inference() else ends._version
 
 
 def _all_as_prefills(op: str, plan: PlanTensors, tokens: int, null_slot: int) -> Batch:

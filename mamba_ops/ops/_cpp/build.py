@@ -71,9 +71,14 @@ def built(op: str, source: str) -> Run:
     if (reason := why_no_compiler()) is not None:
         raise BuildError(reason)
     path = _folder() / f"{op}-{_key(source)}.so"
-    announce(f"{op} (C++)", "it is not built yet" if not path.exists() else "it is not loaded yet")
-    if not path.exists():
-        _compile(op, source, path)
+    is_built = os.path.exists(path)  # noqa: PTH110  where a folder may not be looked into, Path.exists raises
+    announce(f"{op} (C++)", "it is not loaded yet" if is_built else "it is not built yet")
+    if not is_built:
+        try:
+            _compile(op, source, path)
+        except OSError as error:
+            what = f"keeps its kernels in {path.parent}, which cannot be written to ({error})"
+            raise BuildError(f"{what}; set XDG_CACHE_HOME") from error
     try:
         function = ctypes.CDLL(str(path)).run
     except OSError as error:

@@ -348,6 +348,7 @@ def launching() -> Launching | None:
     if _GONE in found:
         return None
     run, driver, *_ = found
+    run = _run[0] if _run else run  # a rehearsal of another thread stands for it for a while
     if run.__module__ != RUN.partition(":")[0] or hasattr(run, "__wrapped__"):  # something stands for it already
         return None
     front, runtime = named(*RUN.removesuffix(".run").split(":")), named("triton", "knobs.runtime")

@@ -82,10 +82,11 @@ class Prepared:
 
     def _prepare(self, call: Any, kind: Any, tensors: list[Tensor | None]) -> None:
         """Run a call, and remember what to do in the next one like it."""
+        valid = _valid[0]  # as launches are chosen now; another thread may change that meanwhile
         with Tape(tensors) as tape:
             self._function(call)
         if tape.problem is None:
-            runs = _repeated(tape, tensors, self._launching)
+            runs = _repeated(tape, tensors, self._launching, valid)
             self.last = self._known[kind] = self._recognised.likeness(call), self._recognised.numbers(call), runs
         else:
             self._known[kind] = False
@@ -98,8 +99,8 @@ def _facts(tensor: Tensor | None) -> Any:
     return t.size(), t.stride(), t.dtype, t.layout, t.get_device(), t.requires_grad, t.is_inference()
 
 
-def _repeated(tape: Tape, tensors: list[Tensor | None], launching: _triton.Launching) -> Runs:
-    """Return what does the same for other addresses."""
+def _repeated(tape: Tape, tensors: list[Tensor | None], launching: _triton.Launching, valid: object) -> Runs:
+    """Return what does the same for other addresses, as long as `valid` is what calls are prepared under."""
     inputs, addresses = len(tensors), [0 if t is None else t.data_ptr() for t in tensors]
     low = [address & _ALIGNED for address in addresses]
     is_aligned = not any(low)
@@ -124,7 +125,7 @@ def _repeated(tape: Tape, tensors: list[Tensor | None], launching: _triton.Launc
         for _, kernel, grid, arguments in tape.launches
     ]
     hooks = [getattr(launch.function, "pre_run_hooks", ()) for launch in tape.launches]
-    valid, number = _valid[0], device.index
+    number = device.index
     is_watched, current_device, current_stream = launching.is_watched, launching.device, launching.stream
 
     def runs(addresses: tuple[int, ...], bits: int) -> bool:

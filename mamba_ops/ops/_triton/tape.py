@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,6 +80,10 @@ class Tape(TorchDispatchMode):
     def __enter__(self) -> "Tape":
         _here.tape = self
         super().__enter__()
+        torch.empty(0)
+        if not self._kept:  # as where a subclass runs with dispatch modes disabled
+            self.problem = "torch does not tell what is called here"
+        self._kept.clear()
         return self
 
     def __exit__(self, *error: Any) -> None:
