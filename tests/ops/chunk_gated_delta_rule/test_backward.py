@@ -120,7 +120,7 @@ def test_every_form(kernel: Backward, device: torch.device, monkeypatch: pytest.
     """What GPUs run whose matrix units read shared memory."""
     launch = importlib.import_module("mamba_ops.ops.chunk_gated_delta_rule.triton.backward_launch")
     rule = launch._backward_launches
-    forms = {"_systems": "SQUARES", "_replay": "TURNS", "_adjoints": "TURNS", "_gradients": "EARLY"}
+    forms = {"_systems": "SQUARES", "_replay": "TURNS", "_adjoints": "TURNS"}
 
     def changed(*sizes: Any) -> dict[str, dict[str, Any]]:
         return {

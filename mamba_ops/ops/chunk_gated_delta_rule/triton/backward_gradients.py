@@ -48,11 +48,10 @@ def _gradients(
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     # Two programs have the same head of k: for queries and for keys. What rows of two matrices have in common is the
-    # diagonal of a product: matrix units find it without holding both in registers. EARLY: what is read once is asked
-    # for first, which takes registers.
+    # diagonal of a product: matrix units find it without holding both in registers. What is read once is asked for
+    # where it is used: earlier, it would take registers.
     PER_KEY: tl.constexpr = V_HEADS // K_HEADS
     chunk = tl.program_id(0) // (2 * K_HEADS)
     k_head = tl.program_id(0) // 2 % K_HEADS
@@ -69,16 +68,10 @@ def _gradients(
     keys += of_tile
     of_square = i[:, None] * CHUNK + i[None, :]
     total = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-    if EARLY:
-        unit_q = tl.load(queries)
-        unit_k = tl.load(keys)
     if tl.program_id(0) % 2 == 0:
         for head in range(k_head * PER_KEY, (k_head + 1) * PER_KEY):
             number = chunk.to(tl.int64) * V_HEADS + head
             of_tokens = factors + number * (FACTORS * CHUNK) + i
-            if EARLY:
-                since = tl.load(of_tokens)
-                weight = tl.load(weights + number * (CHUNK * CHUNK) + of_square)
             opened = tl.zeros([CHUNK, BLOCK_K], tl.float32)
             for start in range(0, V_PADDED, BLOCK):
                 value = start + tl.arange(0, BLOCK)
@@ -88,17 +81,15 @@ def _gradients(
                 )
                 before = tl.load(states + number * (V_PADDED * BLOCK_K) + value[:, None] * BLOCK_K + key[None, :])
                 opened = tl.dot(grad.to(operand), before, opened, input_precision=PRECISION)
-            if not EARLY:
-                since = tl.load(of_tokens)
-                unit_q = tl.load(queries)
+            since = tl.load(of_tokens)
+            unit_q = tl.load(queries)
             opened *= since[:, None]
             # Of every token: how much of the state before the chunk it reads.
             read = tl.sum(opened * unit_q.to(tl.float32), axis=1)
             tl.store(numbers + number * (6 * CHUNK) + 2 * CHUNK + i, read)
             total += opened
-            if not EARLY:
-                weight = tl.load(weights + number * (CHUNK * CHUNK) + of_square)
-                unit_k = tl.load(keys)
+            weight = tl.load(weights + number * (CHUNK * CHUNK) + of_square)
+            unit_k = tl.load(keys)
             total = tl.dot(weight, unit_k, total, input_precision=PRECISION)
         total *= scale
         if L2NORM:
@@ -110,12 +101,6 @@ def _gradients(
             number = chunk.to(tl.int64) * V_HEADS + head
             of_tokens = factors + number * (FACTORS * CHUNK) + i
             out = numbers + number * (6 * CHUNK) + i
-            if EARLY:
-                since = tl.load(of_tokens)
-                left = tl.load(of_tokens + CHUNK)
-                strength = tl.load(of_tokens + 6 * CHUNK)
-                weight = tl.load(weights + number * (CHUNK * CHUNK) + of_square)
-                system = tl.load(inverses + number * (CHUNK * CHUNK) + of_square)
             known = tl.zeros([CHUNK, BLOCK_K], tl.float32)
             given = tl.zeros([CHUNK, CHUNK], tl.float32)
             for start in range(0, V_PADDED, BLOCK):
@@ -126,10 +111,9 @@ def _gradients(
                 before = tl.load(states + number * (V_PADDED * BLOCK_K) + value[:, None] * BLOCK_K + key[None, :])
                 known = tl.dot(solved, before, known, input_precision=PRECISION)
                 given = tl.dot(solved, tl.trans(values.to(operand)), given, input_precision=PRECISION)
-            if not EARLY:
-                since = tl.load(of_tokens)
-                strength = tl.load(of_tokens + 6 * CHUNK)
-                unit_k = tl.load(keys)
+            since = tl.load(of_tokens)
+            strength = tl.load(of_tokens + 6 * CHUNK)
+            unit_k = tl.load(keys)
             known *= since[:, None]
             # Of every token: how much its strength counts, and by way of what is known already; what the state after
             # the chunk keeps of it.
@@ -147,22 +131,19 @@ def _gradients(
                 after = tl.load(adjoints + of_state)
                 leaving = tl.dot(new, after, leaving, input_precision=PRECISION)
                 meets = tl.dot(tl.load(states + of_state), tl.trans(after), meets, input_precision=PRECISION)
-            if not EARLY:
-                left = tl.load(of_tokens + CHUNK)
-                unit_k = tl.load(keys)
+            left = tl.load(of_tokens + CHUNK)
+            unit_k = tl.load(keys)
             leaving *= left[:, None]
             tl.store(out + 5 * CHUNK, tl.sum(leaving * unit_k.to(tl.float32), axis=1))
             value = tl.arange(0, BLOCK)
             meets = tl.where(value[:, None] == value[None, :], meets, 0.0)
             tl.store(met + number, tl.sum(meets))
             total += leaving
-            if not EARLY:
-                weight = tl.load(weights + number * (CHUNK * CHUNK) + of_square)
-                unit_q = tl.load(queries)
+            weight = tl.load(weights + number * (CHUNK * CHUNK) + of_square)
+            unit_q = tl.load(queries)
             total = tl.dot(tl.trans(weight), unit_q, total, input_precision=PRECISION)
-            if not EARLY:
-                system = tl.load(inverses + number * (CHUNK * CHUNK) + of_square)
-                unit_k = tl.load(keys)
+            system = tl.load(inverses + number * (CHUNK * CHUNK) + of_square)
+            unit_k = tl.load(keys)
             total = tl.dot(system, unit_k, total, input_precision=PRECISION)
         if L2NORM:
             x = tl.load(tile_ptrs(k + k_head * K_DIM, t, k_stride, key, ALIGNED), there, other=0.0)

@@ -174,7 +174,5 @@ def _backward_launches(block_k: int, v_padded: int, operand: str, limits: Limits
         **{name: options(**launch) for name, launch in walks.items()},
         "_products": options(**products, num_warps=4),
         # With one block of v the loop over heads would be the one whose loads are made ahead, and needs more memory.
-        "_gradients": options(
-            **{**block, "num_stages": 2 if is_wide and v_padded > 64 else 1}, num_warps=4, EARLY=False
-        ),
+        "_gradients": options(**{**block, "num_stages": 2 if is_wide and v_padded > 64 else 1}, num_warps=4),
     }
