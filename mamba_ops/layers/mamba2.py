@@ -181,7 +181,7 @@ class Mamba2(RecurrentMixer):
         x, B, C = self._split(rows.bind(causal_conv1d_update)(mixed, caches.conv_state, weight, bias))
         dt_bias: Tensor | None = self.dt_bias
         if limited := self.dt_min > 0 or self.dt_max < math.inf:  # the update has no limits of its own
-            dt, dt_bias = functional.softplus(upcast(dt) + upcast(self.dt_bias)).clamp(self.dt_min, self.dt_max), None
+            dt, dt_bias = functional.softplus(dt + upcast(self.dt_bias)).clamp(self.dt_min, self.dt_max), None
         y = rows.bind(selective_state_update)(
             caches.ssm_state,
             x,

@@ -286,7 +286,7 @@ class Mamba3(Mixer[Mamba3Caches]):
         by_group = (self.mimo_rank, self.groups, self.dstate) if self.is_mimo else (self.groups, self.dstate)
         B, C = self.B_norm(B.unflatten(-1, by_group)), self.C_norm(C.unflatten(-1, by_group))
         rates = -functional.softplus(upcast(A)).clamp(min=self.A_floor)
-        steps = functional.softplus(upcast(dt) + upcast(self.dt_bias))
+        steps = functional.softplus(dt + upcast(self.dt_bias))  # dt is promoted while it is added: no copy of it
         options: dict[str, Any] = {"B_bias": self.B_bias, "C_bias": self.C_bias, "D": self.D}
         if self.is_mimo:
             options["mimo_x"] = self.mimo_x

@@ -209,7 +209,7 @@ class Mamba2(_Mamba2):
         gate = z.unflatten(-1, of_heads) if self.norm is None else None
         dt_min, dt_max = self.dt_limit
         if (dt_min, dt_max) != (0.0, math.inf):
-            dt = softplus(dt.float() + self.dt_bias.float()).clamp(dt_min, dt_max)
+            dt = softplus(dt + self.dt_bias.float()).clamp(dt_min, dt_max)
         is_limited = (dt_min, dt_max) != (0.0, math.inf)
         y = selective_state_update(
             *(ssm_state, x, dt.unsqueeze(-1).expand(-1, *of_heads)),
