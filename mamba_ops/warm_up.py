@@ -27,9 +27,10 @@ def warm_up(
 
     Of a model, each kind of layer is called in every way in which it can be: whole sequences and packed ones, cached or
     not, with slots and initial states or not, one token and a few, with plans, speculative or not. Those are the layers
-    of `mamba_ops.layers`, and those of Transformers after `use_mamba_ops`; sizes and dtypes are those of their own
-    parameters, so this rank's. Layers that are alike are called once. A layer whose parameters are elsewhere, as on the
-    meta device, is replaced by a random one meanwhile. Of an op, one of another package's too, its samples are called.
+    of `mamba_ops.layers`, norms between them too, and those of Transformers after `use_mamba_ops`; sizes and dtypes are
+    those of their own parameters, so this rank's. Layers that are alike are called once. A layer whose parameters are
+    elsewhere, as on the meta device, is replaced by a random one meanwhile. Of an op, one of another package's too, its
+    samples are called.
 
     Kernels compile in processes, and what was compiled is kept on disk by Triton: the next process reads it. What is
     warmed up already is not looked at again. Call it before the caches take the memory; its own is free again.

@@ -6,7 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mamba_ops.registry import errors, layouts
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from mamba_ops.registry import _torch, errors, layouts
 from mamba_ops.registry.decomposition import is_decomposing
 from mamba_ops.registry.dispatcher import device_of, dispatcher
 from mamba_ops.registry.snapshot import COMPOSED, Snapshot
@@ -65,6 +69,25 @@ def has_explicit_backend(*ops: "Op[...]") -> bool:
     """Return whether backends are asked for by name for any of these ops: only then may `check_supported` raise."""
     snapshot = dispatcher.current()
     return not is_decomposing() and any(snapshot.order(op).requested is not None for op in ops)
+
+
+def pays(op: "Op[...]", *tensors: Tensor | None) -> bool:
+    """Return whether a call of an op is to take the place of the torch functions that do the same.
+
+    It is where a kernel runs at once on tensors like these, given the first one's device: not while anything is traced,
+    transformed or recorded for gradients, as compilers and autograd know the functions, and not for tensors that stand
+    for others. Without a kernel for the device, as on a CPU, the functions stay, too.
+    """
+    if torch.compiler.is_compiling() or _torch.is_transformed():
+        return False
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return False
+    records = torch.is_grad_enabled()
+    for t in tensors:
+        if t is not None and ((type(t) is not Tensor and type(t) is not Parameter) or (records and t.requires_grad)):
+            return False
+    first = tensors[0]
+    return first is not None and dispatcher.current().has_kernel(op, first.device.type)
 
 
 def _candidates(

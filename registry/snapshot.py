@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 COMPOSED = "composed"
 """Name of the backend of composed ops."""
+OWN = (COMPOSED, "torch")
+"""Backends that are an op's own body."""
 
 Names = tuple[str, ...]
 
@@ -82,6 +84,7 @@ class Snapshot:
         self.generation = generation  # no two snapshots share one
         self.token_size: int | None = None  # of its selection token; None until there is one
         self._orders: dict[Op[...], Order] = {}
+        self._have_kernels: dict[tuple[Op[...], str], bool] = {}
 
     def order(self, op: "Op[...]") -> Order:
         """Return the kernels that a call may go to, in order."""
@@ -93,6 +96,15 @@ class Snapshot:
             else:
                 kernels = [op.kernels[name] for name in requested[0] if name in op.kernels]
             found = self._orders[op] = Order(tuple(kernels), requested)
+        return found
+
+    def has_kernel(self, op: "Op[...]", device_type: str) -> bool:
+        """Return whether calls on a device go to a kernel that is not the op's own body, but for what it refuses."""
+        if (found := self._have_kernels.get((op, device_type))) is None:
+            kernels, requested = self.order(op)
+            usable = (k for k in kernels if k.backend.why_unusable(device_type, by_name=requested is not None) is None)
+            first = next(usable, None)
+            found = self._have_kernels[op, device_type] = first is not None and first.backend.name not in OWN
         return found
 
     def checks_values(self, op: "Op[...]") -> bool:

@@ -29,6 +29,7 @@ SAMPLES = {  # one of each way in which kernels read rows; the first of them eve
     "mamba3_state_update": ["speculative, packed, write slots", "base", "packed", "rows, write slots"],
     "selective_state_update": ["speculative packed", "base", "packed", "write slots"],
     "selective_scan": ["packed, write slots", "prefix cache", "base"],
+    "rms_norm": ["everything", "base", "heads", "odd channels"],
 }
 
 
@@ -41,8 +42,11 @@ LONG = (
 )  # in the interpreter, for every day
 
 
-def kernels() -> Iterator[Any]:
-    for op in OPS:
+WITHOUT_INDICES = ["rms_norm"]
+
+
+def kernels(indexed: bool) -> Iterator[Any]:
+    for op in (op for op in OPS if (op.name in WITHOUT_INDICES) is not indexed):
         for backend in (name for name in backends_here(op, CPU) if name in op.kernels):
             for number, name in enumerate(SAMPLES[op.name]):
                 [sample] = [s.to(torch.float32) for s in op.make_samples("cpu") if s.name == name]
@@ -51,7 +55,7 @@ def kernels() -> Iterator[Any]:
                 yield pytest.param(op, backend, sample, id=f"{op.name}-{backend}-{name}", marks=marks)
 
 
-KERNELS = list(kernels())
+KERNELS = list(kernels(indexed=True))
 
 
 class Guarded:
@@ -90,6 +94,11 @@ def test_memory_of_others_is_left_alone(op: Op[...], backend: str, sample: Sampl
         run(op, backend, arguments)
         seen.add((name, way))
     assert len(seen) >= 2
+
+
+@pytest.mark.parametrize(("op", "backend", "sample"), list(kernels(indexed=False)))
+def test_memory_of_others_is_left_alone_where_there_are_no_indices(op: Op[...], backend: str, sample: Sample) -> None:
+    run(op, backend, arguments_of(op, sample))
 
 
 @pytest.mark.parametrize(("op", "backend", "sample"), KERNELS)

@@ -133,6 +133,7 @@ def test_without_a_warm_up_no_jit_raises_for_each_kernel():
         "mamba_chunk_scan._scan",
         "mamba_chunk_scan._states",
         "mamba_chunk_scan._steps",
+        "rms_norm._kernel",
         "selective_scan._ends",
         "selective_scan._outputs",
         "selective_scan._starts",

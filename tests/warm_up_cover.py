@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import mamba_ops
 from mamba_ops import layers
+from mamba_ops.layers.norms import RMSNorm
 from mamba_ops.ops._triton import slices
 from mamba_ops.serving import Plan
 
@@ -25,6 +26,7 @@ MODELS: dict[str, Any] = {
         layers.ShortConv(64, **HALF),
         layers.KimiDeltaAttention(64, num_heads=2, head_dim=16, **HALF),
         layers.Mamba3(64, heads=4, head_dim=16, dstate=16, **HALF),
+        RMSNorm(64, eps=1e-5, **HALF),
     ],
     "odd": lambda: [
         layers.Mamba2(40, heads=3, head_dim=10, dstate=6, groups=3, chunk_size=20, dt_min=0.1, dtype=torch.float16),
@@ -39,7 +41,14 @@ MODELS: dict[str, Any] = {
 
 def call_at_random(layer: Any, rng: random.Random) -> None:
     """Everything that may be done with a layer, each once, with random numbers of rows and tokens."""
-    weight, rows, length = layer.out_proj.weight, rng.randint(1, 6), rng.choice([1, 2, 16, 64, 65, 100])
+    rows, length = rng.randint(1, 6), rng.choice([1, 2, 16, 64, 65, 100])
+    if isinstance(layer, RMSNorm):
+        size, first = layer.weight.shape[0], rng.choice([0, 0, 3])
+        wide = torch.randn(rows, length, size + 8, dtype=layer.weight.dtype)
+        layer(wide[..., first : first + size])
+        layer(wide[:, 0, first : first + size])
+        return
+    weight = layer.out_proj.weight
 
     def hidden(*lead: int) -> Tensor:
         return torch.randn(*lead, weight.shape[0], dtype=weight.dtype)
@@ -74,6 +83,8 @@ def call_at_random(layer: Any, rng: random.Random) -> None:
 
 def train_at_random(layer: Any, rng: random.Random) -> None:
     """A training step on rows of one length, in slices or not, and one on packed rows."""
+    if isinstance(layer, RMSNorm):
+        return
     slices.KEPT, slices.WALKS = rng.choice([(1, 1), (256 << 20, 256)])
     weight, rows, length = layer.out_proj.weight, rng.randint(1, 6), rng.choice([1, 2, 16, 64, 65, 100])
     lengths = [rng.randint(0, 90) for _ in range(rows)]

@@ -31,7 +31,10 @@ SIZES: Mapping[str, int] = {
     "chunk_size": 256,
 }
 """Sizes of large models, by the names of the ops' samples; of heads a few: kernels do not depend on how many."""
-OF_OP: Mapping[str, Mapping[str, int]] = {"selective_scan": {"dim": 1024, "dstate": 16}}
+OF_OP: Mapping[str, Mapping[str, int]] = {
+    "rms_norm": {"dim": 16384},
+    "selective_scan": {"dim": 1024, "dstate": 16},
+}
 
 
 class Fit(NamedTuple):

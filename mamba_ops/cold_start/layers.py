@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mamba_ops.layers import Mamba
 from mamba_ops.layers.mixer import Mixer
+from mamba_ops.layers.norms import GatedRMSNorm, RMSNorm
 from mamba_ops.serving import Plan
 
 TOKENS = 140  # of a prefill: more than one chunk, for every kernel with a fixed chunk size
@@ -18,6 +19,7 @@ SHORT = 5
 MANY = (*(2**k for k in range(13)), *(5 * 2**k + 1 for k in range(3, 10)))
 ROWS = tuple(2**k for k in range(3, 11))  # of plans: pinned memory of each size comes from the system once
 SLOTS = 4
+_NORMS = (RMSNorm, GatedRMSNorm)
 _NOT_OF_KIND = ("layer_idx", "training")
 
 
@@ -33,13 +35,17 @@ class Layer(NamedTuple):
 def layers_of(model: nn.Module) -> list[Layer]:
     """Return one layer of every kind among those that run on the ops: `mamba_ops.layers`, and Transformers' when bound.
 
+    Norms of `mamba_ops.layers` count as layers where they are not part of one.
+
     Layers are of one kind if they have the same class, the same numbers as attributes, and parameters of the same
     shapes and dtypes; under tensor parallelism these are this rank's own.
     """
     found: dict[tuple[Any, ...], Layer] = {}
     config = getattr(model, "config", None)
-    for name, module in model.named_modules():
-        if isinstance(module, Mixer) or _is_bound_mixer(module):
+    parts: set[nn.Module] = set()  # of layers, which call them
+    for name, module in model.named_modules():  # parts come after the layer
+        if isinstance(module, Mixer) or _is_bound_mixer(module) or (isinstance(module, _NORMS) and module not in parts):
+            parts.update(module.modules())
             kind = _kind(module)
             if kind not in found:
                 own = getattr(module, "config", None)
@@ -79,12 +85,16 @@ def calls_of(layer: Layer, module: nn.Module, state_dtype: torch.dtype) -> Itera
     """Yield every call of a layer that serving may make, with its name."""
     if isinstance(module, Mixer):
         yield from _calls_of_ours(module, state_dtype)
+    elif isinstance(module, _NORMS):
+        yield "a norm", partial(_normalise, module)
     else:
         yield from _calls_of_transformers(layer, module)
 
 
 def training_calls_of(layer: Layer, module: nn.Module) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield the steps of training that a layer may be in, each with a forward and a backward, and their names."""
+    if isinstance(module, _NORMS):
+        return  # where gradients are recorded they run in torch
     weight = next(m for m in module.modules() if isinstance(m, nn.Linear)).weight
     parameters = {n: p.detach().requires_grad_(p.is_floating_point()) for n, p in module.named_parameters()}
     size: Any = getattr(module, "hidden_size", weight.shape[1])
@@ -120,6 +130,8 @@ def in_slices(call: Callable[[], object]) -> Callable[[], object]:
 
 def before_calls_of(module: nn.Module) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield calls without ops that are slow the first time on a GPU."""
+    if isinstance(module, _NORMS):
+        return
     for name, linear in module.named_modules():
         if isinstance(linear, nn.Linear) and linear.weight.dtype in (torch.float16, torch.bfloat16, torch.float32):
             yield name, partial(_multiply, linear)
@@ -139,6 +151,11 @@ def rehearsal_of(module: nn.Module, state_dtype: torch.dtype) -> Iterator[tuple[
         module(hidden, *module.empty_caches(SLOTS, state_dtype=state_dtype), plan=plan)
 
     yield from [("a plan", step)] * 2
+
+
+def _normalise(norm: RMSNorm | GatedRMSNorm) -> Tensor:
+    x = torch.randn(2, norm.weight.shape[0], device=norm.weight.device, dtype=norm.weight.dtype)
+    return norm(x, x) if isinstance(norm, GatedRMSNorm) else norm(x)  # type: ignore[no-any-return]
 
 
 def _multiply(linear: nn.Linear) -> None:

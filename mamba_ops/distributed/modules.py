@@ -9,8 +9,7 @@ from torch.nn import functional
 
 from mamba_ops.distributed.collectives import Ranks
 from mamba_ops.layers.mixer import Taps
-from mamba_ops.layers.norms import GatedRMSNorm, RMSNorm, upcast
-from mamba_ops.ops._common.norms import rms_norm
+from mamba_ops.layers.norms import GatedRMSNorm, RMSNorm, rms_norm, upcast
 
 
 class Shared(NamedTuple):

@@ -1,12 +1,16 @@
-"""RMS norms with a gate, and without one."""
+"""RMS norms with a gate, and without one: one call of `rms_norm` where it has a kernel, else torch's own functions."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from mamba_ops.ops._common.norms import rms_norm
+from mamba_ops import ops
+from mamba_ops.ops._common.norms import normalised
+from mamba_ops.ops._common.norms import rms_norm as in_torch
+from mamba_ops.ops._common.norms import upcast as upcast
+from mamba_ops.ops._common.norms import wide_sum as wide_sum
+from mamba_ops.ops.rms_norm.op import is_one_pass as is_one_pass
 
 
 class GatedRMSNorm(nn.Module):
@@ -90,25 +94,13 @@ def gated_rms_norm(
         norm_before_gate: whether the norm comes first.
         activation: of the gate: "silu" or "sigmoid".
     """
-    factor = torch.sigmoid(upcast(gate)) if activation == "sigmoid" else functional.silu(upcast(gate))
-    h = upcast(x) if norm_before_gate else x * factor  # x is promoted while it is multiplied: no copy of it
-    h = grouped_rms_norm(h, weight, groups, eps)
-    return (h * factor if norm_before_gate else h).to(x.dtype)
+    options: dict[str, Any] = {"groups": groups, "eps": eps, "norm_before_gate": norm_before_gate}
+    options["sigmoid_gate"] = activation == "sigmoid"
+    if is_one_pass(x, weight, gate, groups=groups):
+        return ops.rms_norm(x, weight, gate=gate, **options)
+    return normalised(x, weight, gate=gate, **options)[0].to(x.dtype)
 
 
-def grouped_rms_norm(h: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """Return groups of consecutive channels normalised separately, times the weight, in the dtype of `h`."""
-    if groups == 1:  # one kernel on a GPU
-        return functional.rms_norm(h, h.shape[-1:], weight.to(h.dtype), eps)
-    h = h.unflatten(-1, (groups, -1))
-    return functional.rms_norm(h, h.shape[-1:], eps=eps).flatten(-2) * weight.to(h.dtype)
-
-
-def upcast(tensor: Tensor) -> Tensor:
-    """Return a tensor as float32, the dtype of sums; float64 stays as it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def wide_sum(x: Tensor, y: Tensor) -> Tensor:
-    """Return x + y in float32 at least. Where y is that wide, x is promoted while it is added: no copy of it."""
-    return (x if y.dtype in (torch.float32, torch.float64) else upcast(x)) + y
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last axis: in float32 at least, rounded once."""
+    return ops.rms_norm(x, weight, eps=eps) if is_one_pass(x, weight) else in_torch(x, weight, eps)

@@ -19,6 +19,7 @@ from mamba_ops.ops.mamba3_mixing import mamba3_mixing as mamba3_mixing
 from mamba_ops.ops.mamba3_state_update import mamba3_state_update as mamba3_state_update
 from mamba_ops.ops.mamba_chunk_scan import mamba_chunk_scan as mamba_chunk_scan
 from mamba_ops.ops.mamba_mixing import mamba_mixing as mamba_mixing
+from mamba_ops.ops.rms_norm import rms_norm as rms_norm
 from mamba_ops.ops.selective_scan import selective_scan as selective_scan
 from mamba_ops.ops.selective_state_update import selective_state_update as selective_state_update
 from mamba_ops.ops.short_conv_mixing import short_conv_mixing as short_conv_mixing

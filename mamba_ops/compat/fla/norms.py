@@ -1,6 +1,7 @@
 """The norms of flash-linear-attention 0.6 that stand beside the gated delta rule, in torch's own functions.
 
-All are computed in float32 (float64 for float64 inputs), rounded once, and differentiable.
+RMS norms are one call of `rms_norm` where it has a kernel and takes them (`is_one_pass`). All are computed in float32
+(float64 for float64 inputs), rounded once, and differentiable.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,8 @@ from torch.nn.functional import silu
 
 from mamba_ops.compat.arguments import floating, floating_dtypes, numbers
 from mamba_ops.compat.mamba_ssm import norms as mamba_norms
-from mamba_ops.compat.mamba_ssm.norms import layer_norm_fn, normalised
-from mamba_ops.layers.norms import upcast, wide_sum
+from mamba_ops.compat.mamba_ssm.norms import layer_norm_fn, normalised, one_pass
+from mamba_ops.layers.norms import is_one_pass, upcast, wide_sum
 from mamba_ops.registry import answering
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"swish": silu, "silu": silu, "sigmoid": torch.sigmoid}
@@ -72,9 +73,12 @@ def layer_norm_gated(
     if activation not in GATES:
         raise ValueError(f"{name}: activation: got {activation!r}, expected {', '.join(map(repr, GATES))}")
     floating(name, x=x, g=g, residual=residual, weight=weight, bias=bias)
+    kept = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
+    if is_rms_norm and bias is None and is_one_pass(x, weight, gate := g.reshape(x.shape), residual):
+        options: dict[str, Any] = {"gate": gate, "sigmoid_gate": activation == "sigmoid", "norm_before_gate": True}
+        return one_pass(x, weight, residual=residual, kept=kept if prenorm else None, eps=eps, **options)
     total = upcast(x) if residual is None else wide_sum(x, residual)
     y = normalised(total, weight, bias, eps, is_rms_norm) * GATES[activation](upcast(g.reshape(x.shape)))
-    kept = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
     return (y.to(x.dtype), total.to(kept)) if prenorm else y.to(x.dtype)
 
 

@@ -1,6 +1,7 @@
 """The norms of mamba_ssm, with residuals, dropout and gates, and its gated activation, in torch's own functions.
 
-All are computed in float32 (float64 for float64 inputs), rounded once, and differentiable.
+RMS norms are one call of `rms_norm` where it has a kernel and takes them (`is_one_pass`). All are computed in float32
+(float64 for float64 inputs), rounded once, and differentiable.
 """
 
 import functools
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear, rms_norm, silu
 
+from mamba_ops import ops
 from mamba_ops.compat.arguments import floating, only
-from mamba_ops.layers.norms import upcast, wide_sum
+from mamba_ops.layers.norms import is_one_pass, upcast, wide_sum
 from mamba_ops.registry import answering
 
 # -- mamba_ssm.ops.triton.layer_norm ----------------------------------------------------------------------------------
@@ -55,6 +57,16 @@ def layer_norm_fn(
     floating(name, x=x, residual=residual, x1=x1, **scales)
     if x1 is not None and rowscale is not None:
         raise ValueError(f"{name}: rowscale: got a tensor and x1, expected one of the two")
+    kept = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
+    if (
+        is_rms_norm
+        and weight is not None
+        and not any(t is not None for t in (bias, x1, weight1, bias1, rowscale))
+        and dropout_p == 0
+        and not return_dropout_mask
+        and is_one_pass(x, weight, residual)
+    ):
+        return one_pass(x, weight, residual=residual, kept=kept if prenorm else None, eps=eps)
     parts, masks = [], []
     for part, scale in ((x, rowscale), (x1, None)):
         mask = None
@@ -68,7 +80,6 @@ def layer_norm_fn(
         masks.append(mask)
     parts += [] if residual is None else [residual]
     total = functools.reduce(wide_sum, parts[1:], parts[0])
-    kept = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
     results: list[Tensor | None] = [
         normalised(upcast(total), w, b, eps, is_rms_norm).to(x.dtype)
         for w, b in ((weight, bias), (weight1, bias1))
@@ -80,6 +91,17 @@ def layer_norm_fn(
         results += masks
     only = results[0]
     return tuple(results) if len(results) > 1 or only is None else only
+
+
+def one_pass(
+    x: Tensor, weight: Tensor | None, *, residual: Tensor | None, kept: torch.dtype | None, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return a norm in one call of the op, and with `kept` the sum in that dtype, too."""
+    if kept is None or (residual is None and kept == x.dtype):
+        out = ops.rms_norm(x, weight, residual=residual, **options)
+        return out if kept is None else (out, x)
+    total = torch.empty(x.shape, dtype=kept, device=x.device)
+    return ops.rms_norm(x, weight, residual=residual, total=total, **options), total
 
 
 def rms_norm_fn(
@@ -212,6 +234,10 @@ def layernorm_fn(
     size = x.shape[-1]
     if group_size is not None and size % group_size:
         raise ValueError(f"layernorm_fn: group_size: got {group_size}, expected a divisor of {size}, the channels of x")
+    if is_rms_norm and bias is None:
+        groups = 1 if group_size is None else size // group_size
+        if is_one_pass(x, weight, z, groups=groups):
+            return ops.rms_norm(x, weight, gate=z, groups=groups, eps=eps, norm_before_gate=norm_before_gate)
     h = x if z is None or norm_before_gate else x * silu(upcast(z))  # promoted while it is multiplied: no copy of x
     h = normalised_groups(upcast(h), weight, bias, eps, is_rms_norm, group_size)
     return (h * silu(upcast(z)) if z is not None and norm_before_gate else h).to(x.dtype)

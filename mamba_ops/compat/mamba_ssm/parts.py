@@ -14,8 +14,8 @@ from mamba_ops.compat.mamba_ssm.scans import (
     selective_state_update,
 )
 from mamba_ops.compat.mamba_ssm.selective_scan import selective_scan_fn
+from mamba_ops.layers.norms import rms_norm
 from mamba_ops.ops._common.decay import limited
-from mamba_ops.ops._common.norms import rms_norm
 from mamba_ops.registry import answering, use_backend
 
 

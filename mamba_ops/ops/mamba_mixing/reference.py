@@ -1,12 +1,15 @@
 """The plain-torch kernel of mamba_mixing: its reference, which runs on any device."""
 
 import torch
+from torch import Tensor
 
+from mamba_ops.ops._common import norms
 from mamba_ops.ops._common.mixing import Batch, batch_of, require_window
-from mamba_ops.ops._common.norms import rms_norm
 from mamba_ops.ops.causal_conv1d import causal_conv1d
 from mamba_ops.ops.causal_conv1d_update import causal_conv1d_update
 from mamba_ops.ops.mamba_mixing.op import Arguments
+from mamba_ops.ops.rms_norm import rms_norm
+from mamba_ops.ops.rms_norm.op import is_one_pass
 from mamba_ops.ops.selective_scan import selective_scan
 from mamba_ops.ops.selective_state_update import selective_state_update
 from mamba_ops.registry import has_explicit_backend
@@ -54,7 +57,14 @@ def mamba_mixing(call: Arguments) -> None:
     torch.mm(mixed, call.x_proj_weight.t(), out=low)
     for part, weight in zip(parts, (call.dt_norm_weight, call.B_norm_weight, call.C_norm_weight), strict=True):
         if weight is not None:
-            part.copy_(rms_norm(part, weight, call.norm_eps))
+            part.copy_(_normalised(part, weight, call.norm_eps))
     torch.mm(low_dt, call.dt_proj_weight.t(), out=dt)
     scan(batch)
     batch.clear_rest(call.output)
+
+
+def _normalised(part: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm of layers without a plan, by the same kernel."""
+    if is_one_pass(part, weight):
+        return rms_norm.call_undispatched(part, weight, eps=eps)  # type: ignore[no-any-return]
+    return norms.rms_norm(part, weight, eps)

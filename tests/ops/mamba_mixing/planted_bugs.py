@@ -14,7 +14,7 @@ BUGS = {
         "    torch.mm(low_dt, call.dt_proj_weight.t(), out=dt)\n    scan(batch)",
         "    scan(batch)\n    torch.mm(low_dt, call.dt_proj_weight.t(), out=dt)",
     ),
-    "another eps": ("rms_norm(part, weight, call.norm_eps)", "rms_norm(part, weight, 1e-6)"),
+    "another eps": ("_normalised(part, weight, call.norm_eps)", "_normalised(part, weight, 1e-6)"),
     "bias of dt dropped": ("dt_bias=call.dt_proj_bias", "dt_bias=0 * call.dt_proj_bias"),
     "D dropped": ("D=call.D", "D=None"),
     "gate dropped": ("z=rows.of(z)", "z=None"),
