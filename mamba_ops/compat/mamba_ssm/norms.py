@@ -64,7 +64,7 @@ def layer_norm_fn(
         and not any(t is not None for t in (bias, x1, weight1, bias1, rowscale))
         and dropout_p == 0
         and not return_dropout_mask
-        and is_one_pass(x, weight, residual)
+        and is_one_pass(x, weight, residual=residual)
     ):
         return one_pass(x, weight, residual=residual, kept=kept if prenorm else None, eps=eps)
     parts, masks = [], []

