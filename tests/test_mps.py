@@ -65,7 +65,7 @@ def test_the_reference_runs_there_and_makes_no_float64():
     ran = {op for op, what in counts if what == "ran"}
     assert ran == {
         *("causal_conv1d", "causal_conv1d_update", "chunk_gated_delta_rule", "gated_delta_rule_update"),
-        *("mamba_chunk_scan", "selective_scan", "selective_state_update", "chunk_kda", "kda_update"),
+        *("mamba_chunk_scan", "selective_scan", "selective_state_update", "chunk_kda", "kda_update", "rms_norm"),
     }
     assert {op for op, what in counts if what == "read"} <= {"gated_delta_rule_update", "selective_state_update"}
     assert sum(n for (_, what), n in counts.items() if what == "ran") > 40
