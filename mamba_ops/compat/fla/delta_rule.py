@@ -146,11 +146,12 @@ def fused_recurrent_gated_delta_rule(
             name, (q, k, v), (g, gk, gv, beta), scale, initial_state, use_qk_l2norm_in_kernel, state_v_first, cu_seqlens
         )
         return out, states if output_final_state else None
-    zeros = v.new_zeros(v.shape[:-1])
-    g = zeros if g is None else _decay(name, g, use_gate_in_kernel, A_log, dt_bias)
+    g = v.new_zeros(v.shape[:-1]) if g is None else _decay(name, g, use_gate_in_kernel, A_log, dt_bias)
     if beta is None:
-        beta_of(name, zeros, use_beta_sigmoid_in_kernel, allow_neg_eigval)
-    beta = zeros + 1 if beta is None else beta_of(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+        beta = v.new_ones(v.shape[:-1])
+        beta_of(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    else:
+        beta = beta_of(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens, "qk_l2norm": use_qk_l2norm_in_kernel}
     op = ops.gated_delta_rule_update if gk is None else ops.kda_update
     if gk is not None:
