@@ -1,8 +1,8 @@
 """Models of Transformers under use_mamba_ops beside stock: seconds to bind and to compile, and tokens a second.
 
 Prefill of whole rows, eager and compiled, without a cache; greedy decoding by `generate`; packed documents in one row
-beside one of the length of all, on our ops; they are told by cu_seq_lens_q, so attention sees one. Then decoding by
-the front of mamba_ssm, step by step and captured (`cg`). Models have random weights; what is compiled has a process
+beside one of the length of all, on our ops; attention keeps them apart by a mask of Transformers. Then decoding by the
+front of mamba_ssm, step by step and captured (`cg`). Models have random weights; what is compiled has a process
 of its own.
 """
 
