@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mamba_ops import functional
 from mamba_ops.ops import causal_conv1d
-from mamba_ops.registry import Op, Sample, use_backend
+from mamba_ops.registry import Op, Sample, explain, use_backend
 from tests.conftest import ACCELERATOR
 from tests.harness import backends_here
 from tests.training.gradients import TRAINED, activation, gradients, is_float, judge, named
@@ -40,6 +40,25 @@ def slow(pair: str, sample: Sample) -> bool:
 )
 def test_against_the_oracle(op: Op[...], backend: str, sample: Sample) -> None:
     judge(op, sample, backend)
+
+
+@pytest.mark.parametrize(
+    "pair", [pytest.param(p.values, id=p.id, marks=[pytest.mark.slow] * (p.id in _SLOW)) for p in PAIRS]
+)
+def test_one_input_in_float64_among_others(pair: tuple[Op[...], str]) -> None:
+    """Kernels multiply in float32 at most, whichever input is wider; or refuse it."""
+    op, backend = pair
+    sample = op.backward_op.make_samples(DEVICE)[0]
+    taken = 0
+    for i, value in enumerate(sample.args):
+        if is_float(value):
+            wide = Sample(f"argument {i}", (*sample.args[:i], value.double(), *sample.args[i + 1 :]))
+            with use_backend(backend):
+                chosen = explain(op.backward_op, *wide.args).backend
+            if chosen == backend:
+                taken += 1
+                judge(op, wide, backend)
+    assert taken > 1
 
 
 @pytest.mark.parametrize("op", TRAINED, ids=lambda op: op.name)

@@ -88,6 +88,13 @@ if INTERPRETED:
     _triton.mend_interpreter()
 
 
+def operand_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype in which matrix units multiply tensors: the widest of theirs, float32 at most."""
+    widest = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    # Triton's interpreter multiplies the bits of bfloat16 numbers.
+    return torch.float32 if widest == torch.float64 or (widest == torch.bfloat16 and INTERPRETED) else widest
+
+
 @triton.jit
 def within(value, most):
     # A number that was read, such as a bound of a row: kept from 0 to `most`.

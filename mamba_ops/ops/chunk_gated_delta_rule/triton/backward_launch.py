@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options
+from mamba_ops.ops._triton.common import cdiv, on_device_of, operand_dtype, options
 from mamba_ops.ops._triton.delta_rule import CHUNK, gradients_of, precisions_of
 from mamba_ops.ops._triton.layout import by_token, write_back
 from mamba_ops.ops._triton.limits import Limits, limits_of
@@ -48,9 +48,7 @@ def chunk_gated_delta_rule_backward(call: "BackwardArguments") -> None:
 
 def _choices(call: "BackwardArguments") -> tuple[torch.dtype, int, int, dict[str, dict[str, Any]]]:
     """The dtype of what is multiplied, the padded sizes of k and v, and launches."""
-    operand = torch.promote_types(torch.promote_types(call.q.dtype, call.k.dtype), call.v.dtype)
-    if operand == torch.bfloat16 and INTERPRETED:
-        operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+    operand = operand_dtype(call.q, call.k, call.v)
     # The assembler of CUDA 12.8 compiles `_gradients` wrongly for Hopper where float32 keys are padded to 16: matrix
     # units then read at addresses that were never computed.
     least = 32 if operand == torch.float32 else 16

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_placeholder, slots_of
+from mamba_ops.ops._triton.common import cdiv, on_device_of, operand_dtype, or_placeholder, slots_of
 from mamba_ops.ops._triton.delta_rule import CHUNK, precisions_of
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
@@ -41,9 +41,7 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
     q, k, v, g, beta = (by_token(t, flat) for t in (call.q, call.k, call.v, call.g, call.beta))
     cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
     slots, write_slots = (None if t is None else dense(t) for t in (call.slots, call.write_slots))
-    operand = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
-        operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+    operand = operand_dtype(q, k, v)
 
     factors = torch.empty((chunks, v_heads, 3, CHUNK), dtype=torch.float32, device=v.device)
     solved = torch.empty((chunks, v_heads, 2 * CHUNK, CHUNK), dtype=operand, device=v.device)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options, or_placeholder
+from mamba_ops.ops._triton.common import cdiv, on_device_of, operand_dtype, options, or_placeholder
 from mamba_ops.ops._triton.delta_rule import CHUNK, PART, gradients_of, precisions_of
 from mamba_ops.ops._triton.layout import by_token, write_back
 from mamba_ops.ops._triton.limits import Limits, limits_of
@@ -48,9 +48,7 @@ def chunk_kda_backward(call: "BackwardArguments") -> None:
 
 def _choices(call: "BackwardArguments") -> tuple[torch.dtype, int, int, dict[str, dict[str, Any]]]:
     """The dtype of what is multiplied, the padded sizes of k and v, and launches."""
-    operand = torch.promote_types(torch.promote_types(call.q.dtype, call.k.dtype), call.v.dtype)
-    if operand == torch.bfloat16 and INTERPRETED:
-        operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+    operand = operand_dtype(call.q, call.k, call.v)
     block_k, v_padded = (max(int(triton.next_power_of_2(n)), 16) for n in (call.q.shape[-1], call.v.shape[-1]))
     kind, limits = str(operand).removeprefix("torch."), limits_of(call.v.get_device())
     return operand, block_k, v_padded, _backward_launches(block_k, v_padded, kind, limits)

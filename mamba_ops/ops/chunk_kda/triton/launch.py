@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_placeholder, slots_of
+from mamba_ops.ops._triton.common import cdiv, on_device_of, operand_dtype, or_placeholder, slots_of
 from mamba_ops.ops._triton.delta_rule import CHUNK, precisions_of
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
@@ -46,9 +46,7 @@ def chunk_kda(call: "Arguments") -> None:
     q, k, v, g, beta = (by_token(t, flat) for t in (call.q, call.k, call.v, call.g, call.beta))
     cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
     slots, write_slots = (None if t is None else dense(t) for t in (call.slots, call.write_slots))
-    operand = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
-        operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+    operand = operand_dtype(q, k, v)
 
     block_k, v_padded = (max(triton.next_power_of_2(size), 16) for size in (k_dim, v_dim))
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 
-from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options
+from mamba_ops.ops._triton.common import cdiv, on_device_of, operand_dtype, options
 from mamba_ops.ops._triton.layout import as_float32, by_token
 from mamba_ops.ops._triton.limits import limits_of
 from mamba_ops.ops._triton.slices import Workspace, by_slices
@@ -41,9 +41,7 @@ def mamba_chunk_scan_backward(call: "BackwardArguments") -> None:
 
 def _chunks_of(call: "BackwardArguments") -> tuple[torch.dtype, int]:
     """The dtype of what is multiplied, and the tokens of a chunk."""
-    operand = torch.promote_types(torch.promote_types(call.x.dtype, call.B.dtype), call.C.dtype)
-    if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
-        operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+    operand = operand_dtype(call.x, call.B, call.C)
     block_dim, block_state = (_padded(size) for size in (call.x.shape[-1], call.B.shape[-1]))
     return operand, 64 if operand.itemsize < 4 and block_dim * block_state <= 64 * 128 else 32
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_placeholder, slots_of
+from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, operand_dtype, or_placeholder, slots_of
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import as_float32, by_token, dense, is_dense, write_back
 from mamba_ops.ops._triton.limits import Limits
@@ -49,9 +49,7 @@ def mamba_chunk_scan(call: "Arguments") -> None:
     D, dt_bias, cu_seqlens = (None if t is None else t.contiguous() for t in (call.D, call.dt_bias, call.cu_seqlens))
 
     tokens = x.shape[0]
-    operand = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
-    if operand == torch.float64 or (operand == torch.bfloat16 and INTERPRETED):
-        operand = torch.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers
+    operand = operand_dtype(x, B, C)
     x, B, C = as_float32(operand, x, B, C)
     launches = _launches(x.get_device(), dim, dstate, operand.itemsize)
     steps_of, states, scan = (launches[kernel] for kernel in ("_steps", "_states", "_scan"))
