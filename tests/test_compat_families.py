@@ -29,6 +29,10 @@ FAMILY = {
 }
 NOT_BOUND = {  # Transformers has no such function, or a class has code of its own
     "zamba": {"mamba_inner_fn"},
+    "qwen3_next": {"Qwen3NextRMSNorm"},
+    "qwen3_5": {"Qwen3_5RMSNorm"},
+    "qwen3_5_moe": {"Qwen3_5MoeRMSNorm"},
+    "qwen4_exp": {"Qwen4ExpTextRMSNorm"},
     "inkling2": {"Inkling2DynamicShortConvolution"},
     "glm5_next": {"Glm5NextTextModel"},
 }
