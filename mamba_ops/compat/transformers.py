@@ -138,9 +138,13 @@ def use_mamba_ops(model: nn.Module) -> Binding:
     _check_convolutions(model, tuple(kind for kinds in mixers.values() for kind in kinds))
     binding = Binding()
     with _lock:
-        for file, functions in wanted.items():
-            _bind(binding, model, file, functions, mixers[file])
-        binding.norms, others = bind_norms(model, binding)
+        try:
+            for file, functions in wanted.items():
+                _bind(binding, model, file, functions, mixers[file])
+            binding.norms, others = bind_norms(model, binding)
+        except BaseException:
+            binding.undo()
+            raise
         binding.not_bound |= others
     return binding
 

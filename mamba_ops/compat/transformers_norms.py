@@ -8,6 +8,7 @@ tried, so that a class derived from a norm, or a module that somebody changed, i
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from mamba_ops.registry import pays
 _EPS = 0.3  # of twins: large, so that it shows where it is added
 _SIZES = (20, 28)  # of twins that have no weight
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
-_INTERNAL = frozenset(vars(nn.Module()))
+_INTERNAL = frozenset((*vars(nn.Module()), "forward"))
 _ONE_PLUS = "it multiplies by 1 + weight, which is no argument of rms_norm"
 _OTHER = "it computes something else than rms_norm does"
 _OWN_FORWARD = "its modules have a forward of their own"
@@ -86,6 +87,14 @@ class _Kind:
         self.settings = settings
         self.forms: dict[tuple[Any, ...], Form | str] = {}
 
+    def form(self, norm: nn.Module) -> Form | None:
+        """Return what a module computes, if that is known."""
+        try:
+            form = self.forms.get(self.key(norm))
+        except TypeError:  # somebody has changed a setting to what has no hash
+            return None
+        return form if isinstance(form, Form) else None
+
     def key(self, norm: nn.Module) -> tuple[Any, ...]:
         told = vars(norm)
         weight = told["_parameters"].get("weight")
@@ -130,6 +139,9 @@ def bind_norms(model: nn.Module, holder: object) -> tuple[dict[str, int], dict[s
             tried.forms.update(known.forms)
         forward = owner.forward if held is None else held.forward
         for norm in norms:
+            if not all(isinstance(vars(norm).get(setting), _PLAIN) for setting in tried.settings):
+                others[name] = _OTHER  # it may look at what nobody sees
+                continue
             if (key := tried.key(norm)) not in tried.forms:
                 tried.forms[key] = form_of(norm, forward)
             form = tried.forms[key]
@@ -150,8 +162,7 @@ def bound_form(norm: nn.Module) -> Form | None:
     """Return what a norm computes if it is bound now."""
     for held in _held.values():
         if (kind := held.kinds.get(type(norm))) is not None and "forward" not in vars(norm):
-            form = kind.forms.get(kind.key(norm))
-            return form if isinstance(form, Form) else None
+            return kind.form(norm)
     return None
 
 
@@ -176,9 +187,9 @@ def _in_one_pass(forward: Callable[..., Any], kinds: dict[type[nn.Module], _Kind
             return forward(self, *args, **kwargs)
         x = args[0] if args else kwargs.get(first)
         if pays(rms_norm, x) and (kind := kinds.get(type(self))) is not None:  # without a kernel that is all
-            form = kind.forms.get(kind.key(self))
+            form = kind.form(self)
             is_known = len(args) <= 2 and (not kwargs or kwargs.keys() <= set(names[len(args) :]))
-            if isinstance(form, Form) and is_known:
+            if form is not None and is_known:
                 out = form.run(self, x, args[1] if len(args) == 2 else kwargs.get(gate))
                 if out is not None:
                     return out
@@ -230,10 +241,13 @@ def _settings_of(norms: list[nn.Module], known: _Kind | None) -> tuple[str, ...]
 
 def form_of(norm: nn.Module, forward: Callable[..., Any]) -> Form | str:
     """Try a norm, by a `forward` of its class; return what it computes, or why it is nothing that the op does."""
-    settings = {name: vars(norm)[name] for name in _settings_of([norm], None)}
-    if not all(isinstance(value, _PLAIN) for value in settings.values()):
-        return _OTHER
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # what a norm says of dtypes that are tried is nothing to the user
         for eps in _small_numbers(norm):
             try:
                 form = _Trial(norm, forward, eps).form()
