@@ -131,6 +131,23 @@ class Configured(Norm):
         return (self.normed(x) * self.weight * self.config["scale"]).to(x.dtype)
 
 
+class AloneFlat(Norm):
+    """Drops the axis of a single token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = (self.normed(x) * self.weight).to(x.dtype)
+        return out.squeeze(1) if x.dim() == 3 else out
+
+
+class OfRows(Norm):
+    """Takes two axes, or three."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() > 3:
+            raise ValueError("four axes")
+        return (self.normed(x) * self.weight).to(x.dtype)
+
+
 class Pair(Norm):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return (self.normed(x) * self.weight).to(x.dtype), x
@@ -149,6 +166,7 @@ ONE_CALL: dict[str, tuple[Any, int]] = {  # how to make one, and how many tensor
     "by the size of groups": (lambda: OfGroups(group_size=8), 2),
     "by groups": (lambda: GatedAfter(n_groups=3, activation="silu"), 2),
     "sigmoid": (lambda: GatedAfter(n_groups=1, activation="sigmoid"), 2),
+    "of three axes": (OfRows, 1),
     "a buffer": (Buffered, 1),
     "no weight": (Weightless, 1),
 }
@@ -163,6 +181,7 @@ OWN: dict[str, tuple[Any, int]] = {
     "a residual": (Residual, 2),
     "dropout": (Dropping, 1),
     "of another dtype": (Wide, 1),
+    "no axis of a single token": (AloneFlat, 1),
     "a config": (lambda: Configured(config={"scale": 1.0}), 1),
     "two outputs": (Pair, 1),
     "a large eps": (lambda: Norm(eps=1.0), 1),

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("triton", reason="the kernel is Triton's")
 
 import mamba_ops
+from mamba_ops.cold_start.layers import layers_of
 from mamba_ops.compat.transformers import use_mamba_ops
 from mamba_ops.compat.transformers_norms import bound_form
 from tests.compat_norms import FORCED, OP, Around, Inheriting, Norm, inputs, runs
@@ -104,6 +105,18 @@ def test_on_a_cpu_norms_are_the_models(model: Any) -> None:
     with use_mamba_ops(model), mamba_ops.record_selections() as record:
         assert all(torch.equal(norm(x), of_stock) for norm, of_stock in zip(norms, stock, strict=True))
     assert record == []
+
+
+def test_warm_ups_call_norms_beside_mixers(model: Any) -> None:
+    """And take no model for warm of which they know the norms alone."""
+    assert layers_of(model) == []
+    with use_mamba_ops(model):
+        names = [layer.name for layer in layers_of(model)]
+        assert names == ["backbone.layers.0.norm", "backbone.layers.0.mixer"]  # the last norm is like the first
+    convolutional = new_model("lfm2", "cpu")
+    with use_mamba_ops(convolutional) as binding:
+        assert binding.norms
+        assert layers_of(convolutional) == []
 
 
 # -- what users do to them --------------------------------------------------------------------------------------------

@@ -74,7 +74,10 @@ def test_which_norms_are_one_call(name: str) -> None:
     with use_mamba_ops(model) as binding:
         found = {kind.rpartition(".")[2]: count for kind, count in binding.norms.items()}
         others = {part.rpartition(".")[2] for part, why in binding.not_bound.items() if why == ONE_PLUS}
-        assert (found, others) == NORMS[name]
+        count, left = NORMS[name]
+        if name == "nemotron_h" and "Zamba2RMSNormGated" in found:  # in Transformers 5.17, imported from there
+            count = {"NemotronHRMSNorm": 3, "Zamba2RMSNormGated": 1}
+        assert (found, others) == (count, left)
         assert found.keys() | others == {type(m).__name__ for m in model.modules() if is_norm(m)}
         changed = {
             kind.__name__ for kind, forward in own.items() if kind.forward is not forward and "Norm" in str(kind)
@@ -169,6 +172,9 @@ def test_a_gated_norm_by_groups_of_which_the_number_is_given(device: torch.devic
         model = new_model("falcon_h1", device, mamba_rms_norm=True, mamba_norm_before_gate=first)
         spread(model)
         stock = readings(model, tokens)
+        token = torch.randn(2, 1, 64, device=device)
+        if model.model.layers[0].mamba.norm(token, token).dim() == 2:  # in Transformers 5.17, which is no such norm
+            continue
         with use_mamba_ops(model) as binding, mamba_ops.use_backend(**FORCED):
             assert {kind.rpartition(".")[2] for kind in binding.norms} == {"FalconH1RMSNorm", "FalconH1RMSNormGated"}
             form = bound_form(model.model.layers[0].mamba.norm)

@@ -21,6 +21,7 @@ from tests.compat_norms import (
     Gated,
     GatedAfter,
     Norm,
+    OfRows,
     OnePlus,
     Raising,
     inputs,
@@ -115,6 +116,21 @@ def test_what_has_changed_since_keeps_its_code(model: Any, device: torch.device)
         assert runs(derived, x, gate)[1] == []
         other_size = GatedAfter(8, n_groups=1, activation="silu").to(device)
         assert runs(other_size, x[..., :8], gate[..., :8])[1] == []
+
+
+def test_of_how_many_axes_hidden_states_are(model: Any, device: torch.device) -> None:
+    model.extra = nn.ModuleList([Norm(), OfRows()]).to(device)
+    (x,) = inputs(device, 1)
+    with use_mamba_ops(model):
+        for norm in model.extra:
+            for rows in (x, x[0], x[:, :1], x[:1, 0]):
+                ours, ran = runs(norm, rows)
+                assert ran == [OP]
+                assert ours.shape == rows.shape
+            assert runs(norm, x[0, 0])[1] == []  # as no model calls one
+        assert runs(model.extra[0], x[None])[1] == [OP]
+        with pytest.raises(ValueError, match="four axes"):
+            runs(model.extra[1], x[None])
 
 
 def test_binding_touches_no_weights_and_no_random_numbers_and_is_quick(model: Any, device: torch.device) -> None:

@@ -51,7 +51,8 @@ def layers_of(model: nn.Module) -> list[Layer]:
             if kind not in found:
                 own = getattr(module, "config", None)
                 found[kind] = Layer(name or type(module).__name__, module, kind, config if own is None else own)
-    return list(found.values())
+    is_warm = any(_form(layer.module) is None for layer in found.values())  # not norms of Transformers alone
+    return list(found.values()) if is_warm else []
 
 
 def _is_bound_mixer(module: nn.Module) -> bool:

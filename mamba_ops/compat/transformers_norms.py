@@ -8,6 +8,7 @@ tried, so that a class derived from a norm, or a module that somebody changed, i
 
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -22,6 +23,7 @@ from mamba_ops.registry import pays
 
 _EPS = 0.3  # of twins: large, so that it shows where it is added
 _SIZES = (20, 28)  # of twins that have no weight
+_LEADS = {2: ((6,), (1,)), 3: ((2, 3), (2, 1), (1, 3)), 4: ((1, 2, 3), (2, 3, 1))}  # by rank; a single token, too
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 _INTERNAL = frozenset((*vars(nn.Module()), "forward"))
 _ONE_PLUS = "it multiplies by 1 + weight, which is no argument of rms_norm"
@@ -36,6 +38,7 @@ class Form(NamedTuple):
         weight: where the weight is, "_parameters" or "_buffers"; None: it has none, or does not use it.
         gate: whether a call has one: "never", "always" or "maybe".
         dtype: that of the output: "x", "promoted" with the weight's, or "alike": all must be of one dtype.
+        ranks: how many axes hidden states may have.
     """
 
     weight: str | None
@@ -45,6 +48,7 @@ class Form(NamedTuple):
     norm_before_gate: bool
     sigmoid_gate: bool
     dtype: str
+    ranks: tuple[int, ...]
 
     def takes(self, gate: bool) -> bool:
         """Whether it is a norm with a gate, or without one."""
@@ -56,7 +60,7 @@ class Form(NamedTuple):
             return None
         told = vars(norm)
         weight = None if self.weight is None else told[self.weight]["weight"]
-        if not is_one_pass(x, weight, gate, groups=self.groups):
+        if not is_one_pass(x, weight, gate, groups=self.groups) or x.dim() not in self.ranks:
             return None
         dtype = x.dtype
         if self.dtype == "alike" and not all(t is None or t.dtype == dtype for t in (weight, gate)):
@@ -249,11 +253,7 @@ def form_of(norm: nn.Module, forward: Callable[..., Any]) -> Form | str:
     ):
         warnings.simplefilter("ignore")  # what a norm says of dtypes that are tried is nothing to the user
         for eps in _small_numbers(norm):
-            try:
-                form = _Trial(norm, forward, eps).form()
-            except Exception:  # a forward of something else may raise whatever it likes
-                form = _OTHER
-            if form != _OTHER:
+            if (form := _Trial(norm, forward, eps).form()) != _OTHER:
                 return form
     return _OTHER
 
@@ -272,90 +272,85 @@ class _Trial:
         sizes = _SIZES if self.place is None else told[self.place]["weight"].shape
         self.numbers = [_numbers(size) for size in sizes]
 
-    def give(
-        self, x: Tensor, weight: Tensor, gate: Tensor | None, *, training: bool = False, with_none: bool = False
-    ) -> Any:
-        """Return what a twin with this weight gives."""
-        twin = object.__new__(type(self.norm))
-        twin.__dict__ |= vars(self.norm) | {self.eps: _EPS, "training": training}
-        if self.place is not None:
-            twin.__dict__[self.place] = {"weight": weight}
-        return self.forward(twin, x) if gate is None and not with_none else self.forward(twin, x, gate)
-
     def form(self) -> Form | str:
         """Return what the norm computes."""
         for first, sigmoid in product((False, True), (False, True)) if self.takes_gate else [(False, False)]:
             for groups in self._groups():
-                for place, one_plus in [(self.place, False), (None, False), (self.place, True)]:
-                    if place is None and groups > 1:  # sizes are not known
-                        continue
-                    options = {"groups": groups, "norm_before_gate": first, "sigmoid_gate": sigmoid}
-                    if not self._fits(place, one_plus, self.takes_gate, options):
-                        continue
-                    if one_plus:
-                        return _ONE_PLUS
-                    if (dtype := self._dtype(place)) is None:
-                        return _OTHER
-                    lacks = self._may_lack_gate(place, options)
-                    gate = "never" if not self.takes_gate else "maybe" if lacks else "always"
-                    return Form(place, gate, groups, vars(self.norm)[self.eps], first, sigmoid, dtype)
+                options = {"groups": groups, "norm_before_gate": first, "sigmoid_gate": sigmoid}
+                for place in dict.fromkeys((self.place, None) if groups == 1 else (self.place,)):
+                    if self._fits(place, options):
+                        return self._form(place, options)
+                if self._fits(self.place, options, one_plus=True):
+                    return _ONE_PLUS
         return _OTHER
 
-    def _may_lack_gate(self, place: str | None, options: dict[str, Any]) -> bool:
-        """Return whether a call without a gate is the same norm without one."""
-        try:
-            return self.has_default and self._fits(place, False, False, options)
-        except Exception:  # it has a default, and computes with a gate all the same
-            return False
+    def _form(self, place: str | None, options: dict[str, Any]) -> Form | str:
+        if (dtype := self._dtype(place)) is None:
+            return _OTHER
+        gate = "always" if self.takes_gate else "never"
+        if self.has_default and self._fits(place, options, gated=False):
+            gate = "maybe"
+        ranks = tuple(rank for rank in (2, 3, 4) if self._fits(place, options, rank=rank))
+        return Form(weight=place, gate=gate, eps=vars(self.norm)[self.eps], dtype=dtype, ranks=ranks, **options)
 
     def _groups(self) -> list[int]:
         """Return how many groups there may be: one, or as a setting says, which is their size or their number."""
-        if self.place is None:
+        if self.place is None:  # sizes are not known
             return [1]
         size = self.numbers[0][0].shape[-1]
         said = [value for value in vars(self.norm).values() if type(value) is int and value > 0 and size % value == 0]
         return list(dict.fromkeys((1, *(size // value for value in said), *said)))
 
-    def _fits(self, place: str | None, one_plus: bool, gated: bool, options: dict[str, Any]) -> bool:
-        for x, weight, given in self.numbers:
-            gate = given if gated else None
+    def _fits(
+        self, place: str | None, options: dict[str, Any], *, one_plus: bool = False, gated: bool = True, rank: int = 3
+    ) -> bool:
+        """Return whether twins compute this, in training too."""
+        for (rows, weight, gates), lead in product(self.numbers, _LEADS[rank]):
+            x, gate = (t[: math.prod(lead)].view(*lead, -1) for t in (rows, gates))
             used = None if place is None else weight + 1 if one_plus else weight
-            expected = normalised(x, used, gate=gate, eps=_EPS, **options)[0]
-            for training in (False, True):
-                found = self.give(x, weight, gate, training=training)
-                if not isinstance(found, Tensor) or found.dtype != x.dtype or found.shape != x.shape:
+            calls = [(x, gate)] if gated and self.takes_gate else [(x,), (x, None)] if self.takes_gate else [(x,)]
+            act = calls[0][1] if len(calls[0]) == 2 else None
+            expected = normalised(x, used, gate=act, eps=_EPS, **options)[0]
+            for given, training in product(calls, (False, True)):
+                found = self._give(weight, *given, training=training)
+                if found is None or found.dtype != x.dtype or found.shape != x.shape:
                     return False
                 if not torch.allclose(found, expected, rtol=2e-5, atol=1e-5):
                     return False
-            if self.takes_gate and gate is None and not torch.equal(self.give(x, weight, None, with_none=True), found):
-                return False
         return True
 
     def _dtype(self, place: str | None) -> str | None:
         """Return of which dtype the output is, as `Form` says it; None: of another one."""
         x, weight, gate = self.numbers[0]
         narrow, wide = torch.bfloat16, torch.float32
-        given = gate if self.takes_gate else None
-
-        def of(*dtypes: torch.dtype) -> torch.dtype | None:
+        found: dict[tuple[torch.dtype, ...], torch.dtype | None] = {}
+        for dtypes in product((narrow, wide), repeat=3):
             of_x, of_weight, of_gate = dtypes
-            try:
-                found = self.give(x.to(of_x), weight.to(of_weight), None if given is None else given.to(of_gate))
-            except RuntimeError:  # it mixes no dtypes
-                return None
-            return found.dtype if isinstance(found, Tensor) else None
-
-        found = {dtypes: of(*dtypes) for dtypes in product((narrow, wide), repeat=3)}
+            given = (x.to(of_x)[None], gate.to(of_gate)[None]) if self.takes_gate else (x.to(of_x)[None],)
+            out = self._give(weight.to(of_weight), *given)
+            found[dtypes] = None if out is None else out.dtype
         if all(dtype == of_x for (of_x, _, _), dtype in found.items()):
             return "x"
         if place and all(dtype == torch.promote_types(*dtypes[:2]) for dtypes, dtype in found.items()):
             return "promoted"
         return "alike" if found[narrow, narrow, narrow] == narrow else None
 
+    def _give(self, weight: Tensor, *given: Tensor | None, training: bool = False) -> Tensor | None:
+        """Return what a twin with this weight gives; None: no tensor."""
+        twin = object.__new__(type(self.norm))
+        twin.__dict__ |= vars(self.norm) | {self.eps: _EPS, "training": training}
+        if self.place is not None:
+            twin.__dict__[self.place] = {"weight": weight}
+        try:
+            found = self.forward(twin, *given)
+        except Exception:  # something else than a norm may raise whatever it likes
+            return None
+        return found if isinstance(found, Tensor) else None
+
 
 def _numbers(size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hidden states, small ones and large ones, a weight and a gate."""
+    """Return rows of hidden states, small ones and large ones, a weight and gates."""
     generator = torch.Generator("cpu").manual_seed(size)
     new: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
-    x = torch.randn((2, 3, size), **new) * torch.tensor([0.1, 1.0, 50.0], device="cpu", dtype=torch.float32)[:, None]
-    return x, torch.randn(size, **new), torch.randn((2, 3, size), **new)
+    scale = torch.tensor([0.1, 50.0, 1.0, 1.0, 0.1, 50.0], device="cpu", dtype=torch.float32)[:, None]
+    return torch.randn((6, size), **new) * scale, torch.randn(size, **new), torch.randn((6, size), **new)
