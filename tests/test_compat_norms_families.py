@@ -144,6 +144,7 @@ def test_outputs_have_the_dtypes_and_strides_of_stock(name: str, device: torch.d
                         torch.randn(3, 2, size, device=device).transpose(0, 1),
                         torch.randn(2, size, 3, device=device).mT,
                         torch.randn(2, 3, 2 * size, device=device)[..., size:],
+                        torch.randn(1, 1, 2 * size, device=device)[..., size:],
                     ):
                         given = [x.to(of_x)] + [torch.randn_like(x)] * form.takes(True)
                         same = form.dtype != "alike" or of_x == of_weight

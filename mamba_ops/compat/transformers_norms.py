@@ -75,8 +75,13 @@ class Form(NamedTuple):
             eps=self.eps,
             norm_before_gate=self.norm_before_gate,
             sigmoid_gate=self.sigmoid_gate,
-            out=torch.empty_like(x, dtype=dtype),  # laid out as the norm's own output is
+            out=_like(x, dtype),
         )
+
+
+def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor that is laid out as a norm's own output is: the strides of a single row are not those of `x`."""
+    return x.new_empty(x.shape, dtype=dtype) if x.is_contiguous() else torch.empty_like(x, dtype=dtype)
 
 
 class _Kind:
