@@ -29,6 +29,10 @@ FAMILY = {
 }
 NOT_BOUND = {  # Transformers has no such function, or a class has code of its own
     "zamba": {"mamba_inner_fn"},
+    "qwen3_next": {"Qwen3NextRMSNorm"},
+    "qwen3_5": {"Qwen3_5RMSNorm"},
+    "qwen3_5_moe": {"Qwen3_5MoeRMSNorm"},
+    "qwen4_exp": {"Qwen4ExpTextRMSNorm"},
     "inkling2": {"Inkling2DynamicShortConvolution"},
     "glm5_next": {"Glm5NextTextModel"},
 }
@@ -72,7 +76,7 @@ def test_logits_are_as_near_to_the_truth_as_stock(name: str, device: torch.devic
     truth = readings(new_model_like(model.to(device), name, device))
     with use_mamba_ops(model), record_selections() as record:
         ours = readings(model)
-    assert {selection.op.split("::")[1] for selection in record} == OPS[FAMILY[name]]
+    assert {selection.op.split("::")[1] for selection in record} - {"rms_norm"} == OPS[FAMILY[name]]
     for of_ours, of_stock, of_low, true in zip(ours, stock, low, truth, strict=True):
         slip = 2 * (of_low - true).abs().max() + (of_stock - true).abs().max()
         bounds = {"rtol": torch.finfo(torch.float32).eps, "atol": float(slip)}

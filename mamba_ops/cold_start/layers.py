@@ -35,7 +35,8 @@ class Layer(NamedTuple):
 def layers_of(model: nn.Module) -> list[Layer]:
     """Return one layer of every kind among those that run on the ops: `mamba_ops.layers`, and Transformers' when bound.
 
-    Norms of `mamba_ops.layers` count as layers where they are not part of one.
+    Norms, of `mamba_ops.layers` and of models that are bound, count as layers where they are not part of one. One
+    without a weight does not: of which size its channels are is not known before it is called.
 
     Layers are of one kind if they have the same class, the same numbers as attributes, and parameters of the same
     shapes and dtypes; under tensor parallelism these are this rank's own.
@@ -44,13 +45,14 @@ def layers_of(model: nn.Module) -> list[Layer]:
     config = getattr(model, "config", None)
     parts: set[nn.Module] = set()  # of layers, which call them
     for name, module in model.named_modules():  # parts come after the layer
-        if isinstance(module, Mixer) or _is_bound_mixer(module) or (isinstance(module, _NORMS) and module not in parts):
+        if isinstance(module, Mixer) or _is_bound_mixer(module) or (_is_norm(module) and module not in parts):
             parts.update(module.modules())
             kind = _kind(module)
             if kind not in found:
                 own = getattr(module, "config", None)
                 found[kind] = Layer(name or type(module).__name__, module, kind, config if own is None else own)
-    return list(found.values())
+    is_warm = any(_form(layer.module) is None for layer in found.values())  # not norms of Transformers alone
+    return list(found.values()) if is_warm else []
 
 
 def _is_bound_mixer(module: nn.Module) -> bool:
@@ -59,6 +61,16 @@ def _is_bound_mixer(module: nn.Module) -> bool:
     if bound is None or not bound.is_bound(module) or not hasattr(module, "conv1d"):
         return False
     return any(hasattr(part, "A_log") for part in (module, *module.children()))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _NORMS) or (getattr(_form(module), "weight", None) is not None)
+
+
+def _form(module: nn.Module) -> Any:
+    """Return what a norm of Transformers computes, if it is one call of the op now."""
+    norms = sys.modules.get("mamba_ops.compat.transformers_norms")
+    return None if norms is None else norms.bound_form(module)
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
@@ -85,7 +97,7 @@ def calls_of(layer: Layer, module: nn.Module, state_dtype: torch.dtype) -> Itera
     """Yield every call of a layer that serving may make, with its name."""
     if isinstance(module, Mixer):
         yield from _calls_of_ours(module, state_dtype)
-    elif isinstance(module, _NORMS):
+    elif _is_norm(module):
         yield "a norm", partial(_normalise, module)
     else:
         yield from _calls_of_transformers(layer, module)
@@ -93,7 +105,7 @@ def calls_of(layer: Layer, module: nn.Module, state_dtype: torch.dtype) -> Itera
 
 def training_calls_of(layer: Layer, module: nn.Module) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield the steps of training that a layer may be in, each with a forward and a backward, and their names."""
-    if isinstance(module, _NORMS):
+    if _is_norm(module):
         return  # where gradients are recorded they run in torch
     weight = next(m for m in module.modules() if isinstance(m, nn.Linear)).weight
     parameters = {n: p.detach().requires_grad_(p.is_floating_point()) for n, p in module.named_parameters()}
@@ -130,7 +142,7 @@ def in_slices(call: Callable[[], object]) -> Callable[[], object]:
 
 def before_calls_of(module: nn.Module) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield calls without ops that are slow the first time on a GPU."""
-    if isinstance(module, _NORMS):
+    if _is_norm(module):
         return
     for name, linear in module.named_modules():
         if isinstance(linear, nn.Linear) and linear.weight.dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -153,9 +165,15 @@ def rehearsal_of(module: nn.Module, state_dtype: torch.dtype) -> Iterator[tuple[
     yield from [("a plan", step)] * 2
 
 
-def _normalise(norm: RMSNorm | GatedRMSNorm) -> Tensor:
-    x = torch.randn(2, norm.weight.shape[0], device=norm.weight.device, dtype=norm.weight.dtype)
-    return norm(x, x) if isinstance(norm, GatedRMSNorm) else norm(x)  # type: ignore[no-any-return]
+def _normalise(norm: nn.Module) -> None:
+    """Call a norm; one of Transformers in float32 too, in which some models keep what they add up."""
+    weight: Any = norm.weight
+    form = _form(norm)
+    gates = [isinstance(norm, GatedRMSNorm)] if form is None else [g for g in (False, True) if form.takes(g)]
+    for dtype in {weight.dtype, weight.dtype if form is None else torch.float32}:
+        x = torch.randn(2, weight.shape[0], device=weight.device, dtype=dtype)
+        for gate in gates:
+            norm(x, x) if gate else norm(x)
 
 
 def _multiply(linear: nn.Linear) -> None:

@@ -27,6 +27,7 @@ from mamba_ops.compat.fla import delta_rule, kda
 from mamba_ops.compat.mamba_ssm import mamba_chunk_scan_combined, selective_scan_fn, selective_state_update
 from mamba_ops.compat.packing import Packed
 from mamba_ops.compat.transformers_mixing import MASKS, current_mixing, hearing, noting, refusing, telling
+from mamba_ops.compat.transformers_norms import bind_norms, unbind_norms
 from mamba_ops.compat.transformers_structure import call_instead, mixers_of, models_of, others_of, put_back
 
 
@@ -37,15 +38,19 @@ class Binding:
     Attributes:
         bound: the functions that were replaced, as `file.function`.
         not_bound: those that were not, and classes that compute something by code of their own, each with the reason.
+        norms: the classes of RMS norms that are one call of `rms_norm` in eager inference on a device that has a kernel
+            of it, as `file.class`, and how many of the model's modules are.
     """
 
     bound: list[str] = field(default_factory=list)
     not_bound: dict[str, str] = field(default_factory=dict)
+    norms: dict[str, int] = field(default_factory=dict)
     _files: list[str] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
         """Put the originals back in each file that no other binding holds. A second call has no effect."""
         with _lock:
+            unbind_norms(self)
             while self._files:
                 file = self._files.pop()
                 held = _bindings[file]
@@ -62,6 +67,8 @@ class Binding:
 
     def __str__(self) -> str:
         lines = [f"{name} runs on mamba_ops" for name in self.bound]
+        norm = "one call of rms_norm in eager inference, where that has a kernel"
+        lines += [f"{name} is {norm}: {count} in the model" for name, count in self.norms.items()]
         return "\n".join(lines + [f"{name} stays as it was: {why}" for name, why in self.not_bound.items()])
 
 
@@ -101,6 +108,9 @@ def use_mamba_ops(model: nn.Module) -> Binding:
     calls the functions of a family by its names; of LFM2 and others the short convolutions. Parameters, cache and
     `generate()` do not change. As the functions belong to the modeling file, all models that share it change together.
 
+    RMS norms of the model, gated ones too, are one call of `rms_norm` where it has a kernel, nothing is compiled, and
+    nothing records gradients; elsewhere, as on a CPU, they are the model's own. They are found by what they compute.
+
     The model trains as it did: in `train()` too its mixers call their projections and norms as modules, and honour the
     attention mask. Steps that decode one token record no gradients. Packed documents are kept apart if the model is
     called with `cu_seq_lens_q`; with `seq_idx`, or `position_ids` that begin anew and neither mask nor cache, where an
@@ -128,8 +138,14 @@ def use_mamba_ops(model: nn.Module) -> Binding:
     _check_convolutions(model, tuple(kind for kinds in mixers.values() for kind in kinds))
     binding = Binding()
     with _lock:
-        for file, functions in wanted.items():
-            _bind(binding, model, file, functions, mixers[file])
+        try:
+            for file, functions in wanted.items():
+                _bind(binding, model, file, functions, mixers[file])
+            binding.norms, others = bind_norms(model, binding)
+        except BaseException:
+            binding.undo()
+            raise
+        binding.not_bound |= others
     return binding
 
 
