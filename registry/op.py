@@ -175,7 +175,7 @@ class Op(Trainable, Generic[P]):
                 sorted(self.mutates),
                 self._left_out,
                 namespace._number(self._gradient_sentence(p.name) for p in self.parameters),
-                [] if forward is None else [p.name for p in forward._called],
+                [p.name for p in self.recorded_parameters],
                 "[0]" if forward is not None and len(forward.returns) > 1 else "",
                 inside={
                     "dispatch": self._body,
@@ -187,7 +187,7 @@ class Op(Trainable, Generic[P]):
                 modules=sys.modules,
                 refuse_distributed=partial(sharding.refuse_distributed, self),
                 refuse=getattr(torch.ops, self.namespace).refuse.default,
-                forward=forward,
+                forward=self.stand_in or forward,
                 **cells,
             )
             inside = function.__get__(self)

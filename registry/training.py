@@ -66,6 +66,7 @@ class Trainable(Facets):
         forward_op, forward_states_op, backward_op: its companions; None without them.
         record: of an op that is such a forward: records an eager call; None for others.
         flop_formula: of a companion: its floating-point operations, of the shapes of its arguments.
+        stand_in: what runs in the place of a composed op where gradients are asked for; None for others.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Trainable(Facets):
     backward_op: "Op[...]" = None  # type: ignore[assignment]
     record: Callable[..., Any] | None = None
     flop_formula: Callable[..., int] | None = None
+    stand_in: Callable[..., Tensor] | None = None
     _training: Declaration | None = None
 
     def training(
@@ -141,6 +143,21 @@ class Trainable(Facets):
         self._write_front()
         return reference
 
+    def recorded_as(self, function: F) -> F:
+        """Register what stands for calls of a composed op that ask for gradients: a function of tensors, made of ops
+        that record them, that returns the op's output.
+
+        It takes any of the op's parameters by name. A call runs it, eager or traced, that gives no other tensor, so it
+        makes the op's checks itself, and refuses a DTensor.
+        """
+        names = inspect.signature(function).parameters.keys()
+        if stray := sorted(names - {p.name for p in self.parameters}):
+            what = f"{self.qualname}: recorded_as ({errors.source_of(function)})"
+            raise errors.declaration(what, f"names {', '.join(stray)}, which the op does not have")
+        self.stand_in = function
+        self._write_front()
+        return function
+
     def training_samples(self, function: F) -> F:
         """Register the samples of the forward companions, as `Op.samples` does; the backward's are made of them."""
         for op in (self.forward_op, self.forward_states_op):
@@ -193,16 +210,23 @@ class Trainable(Facets):
         return function
 
     @property
+    def recorded_parameters(self) -> list[inspect.Parameter]:
+        """The parameters of those calls that the op records gradients of; none where it records none."""
+        if self.stand_in is not None:
+            return list(inspect.signature(self.stand_in).parameters.values())
+        return [] if self.forward_op is None else self.forward_op._called
+
+    @property
     def companions(self) -> "list[Op[...]]":
         """The ops that record this one's gradients; none where it records none."""
         return [op for op in (self.forward_op, self.forward_states_op, self.backward_op) if op is not None]
 
     def _gradient_entry(self) -> str:
         """Return when the op records gradients and what to call then, up to how to call the op without gradients."""
-        if self._training is None or self.forward_op is None:
+        if not self.recorded_parameters:
             other = "" if self.gradients_in is None else f", {self.gradients_in} does"
             return f"this op does not record gradients{other}; {'else ' if other else ''}call"
-        taken = ", ".join(p.name for p in self.forward_op._called if codegen.is_tensor(p))
+        taken = ", ".join(p.name for p in self.recorded_parameters if codegen.is_tensor(p))
         return (
             f"this op records gradients where no other tensors are given than {taken}; for gradients of states call "
             f"{self.gradients_in or f'{self.namespace}.functional.{self.name}'}; else call"

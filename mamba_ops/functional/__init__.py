@@ -6,6 +6,7 @@ gradients: `mamba_ops.causal_conv1d(x, weight)`.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from mamba_ops import ops
 from mamba_ops.ops._common import narrow
 from mamba_ops.ops._common.checking import one_device
+from mamba_ops.ops.mamba3_chunk_scan import training as mamba3
+from mamba_ops.ops.mamba3_chunk_scan.training import Mamba3States as Mamba3States
 from mamba_ops.registry import Op, answering, bad_argument
 from mamba_ops.registry.errors import ArgumentTypeError, in_call_of
 from mamba_ops.registry.kinds import check
@@ -86,6 +89,50 @@ def mamba_chunk_scan(
     """
     weights = D, z, dt_bias, initial_states, cu_seqlens
     return _call(ops.mamba_chunk_scan, x, dt, A, B, C, chunk_size, *weights, dt_softplus, dt_min, dt_max)
+
+
+@answering
+def mamba3_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    trap: Tensor,
+    angles: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    *,
+    B_bias: Tensor | None = None,
+    C_bias: Tensor | None = None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    mimo_x: Tensor | None = None,
+    mimo_z: Tensor | None = None,
+    mimo_o: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_states: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Mamba3States]:
+    """Run Mamba-3's recurrence over every row's tokens; return their outputs and the rows' last states.
+
+    Differentiable: x, dt, A, trap, angles, B, C, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o and the four initial
+    states.
+
+    Args:
+        x, dt, A, trap, angles, B, C, chunk_size, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, cu_seqlens: as for
+            `mamba_ops.mamba3_chunk_scan`. Outputs of tokens in no row are zero.
+        initial_states: `Mamba3States`, or four tensors in their order: the rows' states before their first token. None:
+            zeros.
+
+    Returns:
+        The outputs, and the final states, each like its initial one; without these angle_state and ssm_state in float32
+        at least, k_state in the dtype that x, B and C promote to, and v_state in that of x. A row without tokens keeps
+        its initial states.
+
+    Raises:
+        ValueError: an argument does not fit the others.
+    """
+    options = B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, cu_seqlens
+    return mamba3.with_states(x, dt, A, trap, angles, B, C, chunk_size, *options, initial_states=initial_states)
 
 
 def selective_scan(

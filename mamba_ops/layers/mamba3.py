@@ -11,11 +11,8 @@ from mamba_ops.layers.caches import Cache
 from mamba_ops.layers.checking import check_layer
 from mamba_ops.layers.mixer import Mixer
 from mamba_ops.layers.norms import GatedRMSNorm, RMSNorm, upcast
-from mamba_ops.ops import mamba3_chunk_scan, mamba3_mixing, mamba3_state_update, mamba_chunk_scan
+from mamba_ops.ops import mamba3_chunk_scan, mamba3_mixing, mamba3_state_update
 from mamba_ops.ops._common.checking import packed_rows
-from mamba_ops.ops._common.chunk_layout import row_count
-from mamba_ops.ops._common.mamba3 import Ranks, Tokens, by_head, layout, operands_dtype, scan
-from mamba_ops.ops._common.mamba3_checks import output_shape
 from mamba_ops.ops._common.sequences import NULL_SLOT, DecodeArgs, HasPlan, SequenceArgs
 from mamba_ops.ops._common.values import check_rows
 from mamba_ops.registry import answering, bad_argument
@@ -205,42 +202,13 @@ class Mamba3(Mixer[Mamba3Caches]):
 
     def _prefill(self, hidden_states: Tensor, caches: Mamba3Caches, rows: SequenceArgs) -> Tensor:
         z, tokens, options = self.project(hidden_states)
-        has_caches = any(cache is not None for cache in caches)
-        if not has_caches:
+        if all(cache is None for cache in caches):
             self._check_rows(hidden_states, rows)
-        if has_caches or not _records((*tokens, *options.values())):
-            call: Any = rows.bind(mamba3_chunk_scan)
-            return self._output(call(*tokens, self.chunk_size, **caches._asdict(), **options), z)
-        x, dt, A, trap, angles, B, C = tokens
-        if x.numel() == 0 or row_count(x, rows.cu_seqlens) == 0:
-            y = x.new_zeros(output_shape(x, options.get("mimo_x"), options.get("mimo_o")))
-            for tensor in (*tokens, *options.values()):
-                y = y + tensor.flatten()[:0].sum()  # so that all have gradients, of zeros
-            return self._output(y, z)
-        compute = torch.promote_types(x.dtype, torch.float32)
-
-        def packed(tensor: Tensor) -> Tensor:
-            return (tensor if rows.cu_seqlens is not None else tensor.flatten(0, 1)).to(compute)
-
-        k = by_head(packed(B), options["B_bias"], self.heads, compute)
-        q = by_head(packed(C), options["C_bias"], self.heads, compute)
-        ranks = Ranks.of(options.get("mimo_x"), options.get("mimo_z"), options.get("mimo_o"), compute)
-        given = Tokens(packed(x), packed(dt), packed(A), packed(trap), packed(angles), k, q, ranks)
-        spread, operands = layout(x, rows.cu_seqlens), operands_dtype(x, B, C)
-
-        def run(*arguments: Any, cu_seqlens: Tensor) -> Tensor:
-            """Scan rows as they were given, which the op checks."""
-            if rows.cu_seqlens is not None:
-                cu_seqlens = rows.cu_seqlens if self.mimo_rank == 1 else rows.cu_seqlens * self.mimo_rank
-            return mamba_chunk_scan(*arguments, cu_seqlens=cu_seqlens)
-
-        scanned = scan(given, spread, run, self.chunk_size, operands)
-        gate = options.get("z")
-        y = ranks.finish(scanned.y, given.x, self.D, None if gate is None else packed(gate)).to(x.dtype)
-        return self._output(y.view(*x.shape[:-2], *y.shape[1:]), z)
+        call: Any = rows.bind(mamba3_chunk_scan)
+        return self._output(call(*tokens, self.chunk_size, **caches._asdict(), **options), z)
 
     def _check_rows(self, hidden_states: Tensor, rows: SequenceArgs) -> None:
-        """Raise the ValueError about rows of a call without caches, which does not go through the layer's op."""
+        """Raise the ValueError about rows of a call without caches, by the names that the layer has for its inputs."""
         for name in ("slots", "has_initial_state"):
             if getattr(rows, name) is not None:
                 raise self._wrong(name, "a tensor", "None where there are no caches")
@@ -250,7 +218,7 @@ class Mamba3(Mixer[Mamba3Caches]):
                 expected = "(tokens, hidden_size) with cu_seqlens, (batch, length, hidden_size) without"
                 raise bad_argument("hidden_states", got=f"shape {tuple(hidden_states.shape)}", expected=expected)
             if self.mimo_rank > 1 and hidden_states.is_cpu and not torch.compiler.is_compiling():
-                check_rows(hidden_states, rows.cu_seqlens)  # the scan is told of other rows
+                check_rows(hidden_states, rows.cu_seqlens)
         except ValueError as error:
             raise in_call_of("Mamba3", error) from None
 
@@ -304,8 +272,3 @@ class Mamba3(Mixer[Mamba3Caches]):
             return cast(Tensor, self.out_proj(y.flatten(-2)))
         y = y.flatten(-2)
         return cast(Tensor, self.out_proj(self.norm(y, z.flatten(-2)) if self.out_norm else y))
-
-
-def _records(tensors: tuple[Tensor, ...]) -> bool:
-    """Return whether autograd records what is computed of these: the op has no gradients, what it is made of has."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -184,10 +184,16 @@ def sums_in_blocks(values: Tensor) -> Tensor:
     return result
 
 
-def total_turns(tokens: Tokens, rows: Layout, state: State | None) -> Tensor:
+def total_turns(
+    tokens: Tokens,
+    rows: Layout,
+    state: State | None,
+    row_sums: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+) -> Tensor:
     """Return the half turns of each row up to each token, (tokens, heads, angles), from -1 to 1.
 
     They are summed as whole numbers, which rounds nothing: what counts is how far apart two tokens of a row are turned.
+    Whole numbers have no gradients: those are the ones of `row_sums`, as `scan` has it.
     """
     turn = reduced(turns_of(tokens.angles, tokens.dt))
     one = 2.0 ** (40 if turn.dtype == torch.float32 else 50)  # a sum that overflows is right but for whole turns
@@ -199,14 +205,15 @@ def total_turns(tokens: Tokens, rows: Layout, state: State | None) -> Tensor:
         total = values.cumsum(0) if values.is_cpu else sums_in_blocks(values)
         return total - (total - values)[rows.starts.clamp(max=values.shape[0] - 1)][rows.row]
 
-    total = by_row(fixed(turn))
+    total, before = by_row(fixed(turn)), None
     if state is not None:
-        total = total + fixed(reduced(state.angle / math.pi))[rows.row]
+        before = reduced(state.angle / math.pi)
+        total = total + fixed(before)[rows.row]
     total = torch.remainder(total + int(one), 2 * int(one)) - int(one)
     result = total.to(turn.dtype) / one
-    if not (torch.is_grad_enabled() and turn.requires_grad):
+    if row_sums is None:
         return result
-    for_gradients = by_row(turn.nan_to_num(0, 0, 0))
+    for_gradients = row_sums(turn.nan_to_num(0, 0, 0), None if before is None else before.nan_to_num(0, 0, 0))
     return result + (for_gradients - for_gradients.detach())
 
 
@@ -251,6 +258,7 @@ def scan(
     *,
     state: State | None = None,
     keeps: bool = False,
+    row_sums: Callable[[Tensor, Tensor | None], Tensor] | None = None,
 ) -> Scanned:
     """Run Mamba-3's recurrence by a scan of Mamba-2's, `chunk_scan`; it may record gradients.
 
@@ -261,9 +269,12 @@ def scan(
         dtype: in which it is given k and q; v is large where steps are small, and stays in float32.
         state: what rows go on from; the recurrence's own state is in the cache. None: nothing.
         keeps: whether there is a cache.
+        row_sums: returns the sum of a row's values (tokens, heads, angles) up to each token, and of what the row begins
+            with (n, heads, angles), and records gradients; a row's depend on nothing of other rows. None: nothing is
+            recorded.
     """
     x, dt, ranks, rank = tokens.x, tokens.dt, tokens.ranks, tokens.k.shape[1]
-    angle = math.pi * total_turns(tokens, rows, state)
+    angle = math.pi * total_turns(tokens, rows, state, row_sums)
     turned = ranks.rotate(tokens.k, angle)
     k, q, v = turned.to(dtype), ranks.rotate(tokens.q, angle).to(dtype), ranks.spread(x)
     early = sigmoid(tokens.trap) * dt

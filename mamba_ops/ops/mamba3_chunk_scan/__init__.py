@@ -2,4 +2,5 @@
 
 from mamba_ops.ops.mamba3_chunk_scan import bench as bench
 from mamba_ops.ops.mamba3_chunk_scan import samples as samples
+from mamba_ops.ops.mamba3_chunk_scan import training as training
 from mamba_ops.ops.mamba3_chunk_scan.op import mamba3_chunk_scan as mamba3_chunk_scan

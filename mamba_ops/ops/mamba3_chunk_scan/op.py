@@ -57,7 +57,6 @@ class Arguments(NamedTuple):
     reference="mamba_ops.ops.mamba3_chunk_scan.reference:mamba3_chunk_scan",
     arguments=Arguments,
     replaces="mamba3_siso|mamba3_mimo",
-    gradients_in="mamba_ops.layers.Mamba3 without caches",
 )
 def mamba3_chunk_scan(
     x: Tensor,

@@ -55,7 +55,7 @@ class Arguments(NamedTuple):
     reference="mamba_ops.ops.mamba3_state_update.reference:mamba3_state_update",
     arguments=Arguments,
     replaces="mamba3_step",
-    gradients_in="mamba_ops.layers.Mamba3 without caches",
+    gradients_in="mamba_ops.functional.mamba3_chunk_scan",
 )
 def mamba3_state_update(
     angle_state: Tensor,
