@@ -152,7 +152,8 @@ def recorded(
 
     k, q = (by_head(packed(t), bias, heads, compute) for t, bias in ((call.B, call.B_bias), (call.C, call.C_bias)))
     ranks, rank = Ranks.of(call.mimo_x, call.mimo_z, call.mimo_o, compute), k.shape[1]
-    tokens = Tokens(*(packed(t) for t in (x, call.dt, call.A, call.trap, call.angles)), k, q, ranks)
+    given = packed(x), packed(call.dt), packed(call.A), packed(call.trap), packed(call.angles)
+    tokens = Tokens(*given, k, q, ranks)
     ends = call.cu_seqlens if call.cu_seqlens is not None else functional.pad(rows.ends, (1, 0))
     before = None if initial is None else Mamba3States(*(state.to(compute) for state in initial))
     state, last_states = None, []
@@ -165,7 +166,7 @@ def recorded(
         of_ranks = ends if rank == 1 else ends * rank
         states = None if before is None else before.ssm_state
         if not keeps:
-            return cast(Tensor, chunk_scan.forward_op(*arguments, None, None, None, states, of_ranks))
+            return chunk_scan.forward_op(*arguments, None, None, None, states, of_ranks)
         y, last_state = cast(Any, chunk_scan.forward_states_op(*arguments, None, None, None, states, of_ranks))
         last_states.append(last_state)
         return cast(Tensor, y)
@@ -174,8 +175,7 @@ def recorded(
         """Sum up by a scan whose states do not decay."""
         one, states = values.new_ones(values.shape[0], 1, 1), None if first is None else first.unsqueeze(-1)
         steps, rates = torch.ones_like(values[..., 0]), values.new_zeros(heads)
-        sums = chunk_scan.forward_op(values, steps, rates, one, one, call.chunk_size, None, None, None, states, ends)
-        return cast(Tensor, sums)
+        return chunk_scan.forward_op(values, steps, rates, one, one, call.chunk_size, None, None, None, states, ends)
 
     dtype = operands_dtype(x, call.B, call.C)
     found = scan(tokens, rows, run, call.chunk_size, dtype, state=state, row_sums=row_sums)

@@ -54,12 +54,13 @@ class Head:
         return vector if self.operands is None else vector.to(self.operands).to(vector.dtype)
 
     def shortened(self, tensor: Tensor) -> Tensor:
-        """With as many digits as the operands have."""
+        """With as many digits as the operands have; the gradient is that of the tensor."""
         if self.operands is None:
             return tensor
         digits = 1 - int(math.log2(torch.finfo(self.operands).eps))
-        mantissa, exponent = torch.frexp(tensor)
-        return torch.ldexp(torch.round(mantissa * 2.0**digits) / 2.0**digits, exponent)
+        mantissa, exponent = torch.frexp(tensor.detach())
+        short = torch.ldexp(torch.round(mantissa * 2.0**digits) / 2.0**digits, exponent)
+        return short + (tensor - tensor.detach()) if tensor.requires_grad else short
 
     def product(self, v: Tensor, k: Tensor) -> Tensor:
         """What a token adds to the state, but for its step."""
