@@ -35,6 +35,8 @@ That makes three ordinary ops, with backends (`triton.implements(scan.backward_o
 
 Inputs and what `saves` names are all that is kept for the backward, so that it may run on another backend. It runs
 under the selection of the forward, unless `use_backend` surrounds it.
+
+A composed op has no companions. What it is made of records gradients, in a function that `recorded_as` registers.
 """
 
 import functools
