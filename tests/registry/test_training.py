@@ -261,3 +261,44 @@ def test_wrong_declarations(toys: Namespace, scale: Op[...]) -> None:
 
     with pytest.raises(DeclarationError, match=r"declare @op\.training first"):
         other.backward(lambda call: None)
+
+
+@pytest.fixture
+def shifted(toys: Namespace, scale: Op[...]) -> Op[...]:
+    """scale(x, w) + s; composed, with what records it."""
+
+    @toys.op(mutates=("cache", "out"), composed=True)
+    def shifted(
+        x: Tensor, w: Tensor, *, s: float = 0.0, cache: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        output = require_out(out)
+        output.copy_(scale.call_undispatched(x, w, cache=cache) + s)
+        return output
+
+    shifted.allocate_output(_new)
+    with pytest.raises(DeclarationError, match=r"recorded_as .*: names shift, which the op does not have"):
+        shifted.recorded_as(lambda x, shift: x)
+
+    @shifted.recorded_as
+    def _recorded(x: Tensor, w: Tensor, *, s: float = 0.0) -> Tensor:
+        result: Tensor = scale.forward_op(x, w)[0] + s
+        return result
+
+    return shifted
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_composed_op_records_as_what_it_is_made_of(shifted: Op[...], inputs: list[Tensor]) -> None:
+    x, w, *_ = inputs
+    expected = torch.autograd.grad((x * w * 2 + 3).sin().sum(), (x, w))
+    traced = torch.compile(lambda x, w: shifted(x, w, s=3.0), fullgraph=True, backend="aot_eager")
+    for call in (lambda x, w: shifted(x, w, s=3.0), traced):
+        torch.testing.assert_close(torch.autograd.grad(call(x, w).sin().sum(), (x, w)), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    with record_selections() as runs, torch.no_grad():
+        torch.testing.assert_close(shifted(x, w, s=3.0), x * w * 2 + 3)
+    assert "toys::shifted" in [run.op for run in runs]
+    sentence = r"toys::shifted: x: got .* where no other tensors are given than x, w; .* toys.functional.shifted; else"
+    for call in (shifted, torch.compile(lambda *a, **k: shifted(*a, **k), fullgraph=True, backend="aot_eager")):
+        with pytest.raises(ValueError, match=sentence):
+            call(x, w, cache=torch.empty(3, dtype=double))

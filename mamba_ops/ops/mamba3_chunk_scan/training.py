@@ -11,7 +11,18 @@ from torch.nn import functional
 from mamba_ops.ops._common.checking import floating, one_device, shape_is
 from mamba_ops.ops._common.chunk_layout import row_count
 from mamba_ops.ops._common.delta_rule_update import sigmoid
-from mamba_ops.ops._common.mamba3 import Layout, Ranks, Scanned, State, Tokens, by_head, layout, operands_dtype, scan
+from mamba_ops.ops._common.mamba3 import (
+    Layout,
+    Ranks,
+    Scanned,
+    State,
+    Tokens,
+    by_head,
+    layout,
+    operands_dtype,
+    scan,
+    sums_in_blocks,
+)
 from mamba_ops.ops._common.mamba3_checks import CACHES, cache_sizes, output_shape
 from mamba_ops.ops.mamba3_chunk_scan.op import Arguments, mamba3_chunk_scan
 from mamba_ops.ops.mamba_chunk_scan import mamba_chunk_scan as chunk_scan
@@ -172,10 +183,14 @@ def recorded(
         return cast(Tensor, y)
 
     def row_sums(values: Tensor, first: Tensor | None) -> Tensor:
-        """Sum up by a scan whose states do not decay."""
+        """Sum up; packed rows by a scan whose states do not decay, as one sum over all tokens would mix them."""
+        if call.cu_seqlens is None:
+            by_row = values.view(*x.shape[:2], *values.shape[1:])
+            sums = by_row.cumsum(1) if x.is_cpu else sums_in_blocks(by_row.transpose(0, 1)).transpose(0, 1)
+            return (sums if first is None else sums + first.unsqueeze(1)).flatten(0, 1)
         one, states = values.new_ones(values.shape[0], 1, 1), None if first is None else first.unsqueeze(-1)
-        steps, rates = torch.ones_like(values[..., 0]), values.new_zeros(heads)
-        return chunk_scan.forward_op(values, steps, rates, one, one, call.chunk_size, None, None, None, states, ends)
+        steps, rates, size = torch.ones_like(values[..., 0]), values.new_zeros(heads), min(call.chunk_size, 16)
+        return chunk_scan.forward_op(values, steps, rates, one, one, size, None, None, None, states, ends)
 
     dtype = operands_dtype(x, call.B, call.C)
     found = scan(tokens, rows, run, call.chunk_size, dtype, state=state, row_sums=row_sums)
