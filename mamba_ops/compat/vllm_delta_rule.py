@@ -13,9 +13,7 @@ from mamba_ops import ops
 from mamba_ops.compat.arguments import floating, refuse, upcast, written
 from mamba_ops.compat.fla import delta_rule
 from mamba_ops.compat.fla.norms import GATES, l2norm
-from mamba_ops.compat.mamba_ssm.norms import normalised_groups
-from mamba_ops.layers.norms import is_one_pass
-from mamba_ops.layers.norms import upcast as raised
+from mamba_ops.layers.norms import rms_norm
 from mamba_ops.registry import answering
 
 OutputAndState = tuple[Tensor, Tensor | None]
@@ -319,12 +317,6 @@ class RMSNormGated(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Normalise `x` in groups of its last axis, with the gate `z` where there is one."""
-        channels = x.shape[-1] if self.group_size is None else self.group_size
-        groups = x.shape[-1] // channels
-        if groups * channels == x.shape[-1] and is_one_pass(x, self.weight, z, groups=groups):
-            options: dict[str, Any] = {"norm_before_gate": self.norm_before_gate, "eps": self.eps, "groups": groups}
-            return ops.rms_norm(x, self.weight, gate=z, sigmoid_gate=self.activation == "sigmoid", **options)
-        gate = None if z is None else GATES[self.activation](raised(z))
-        h = x if gate is None or self.norm_before_gate else x * gate
-        h = normalised_groups(raised(h), self.weight, None, self.eps, True, self.group_size)
-        return (h * gate if gate is not None and self.norm_before_gate else h).to(x.dtype)
+        groups = 1 if self.group_size is None else x.unflatten(-1, (-1, self.group_size)).shape[-2]
+        options = {"norm_before_gate": self.norm_before_gate, "sigmoid_gate": self.activation == "sigmoid"}
+        return rms_norm(x, self.weight, self.eps, gate=z, groups=groups, **options)

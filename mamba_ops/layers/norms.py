@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from mamba_ops import ops
 from mamba_ops.ops._common.norms import normalised
-from mamba_ops.ops._common.norms import rms_norm as in_torch
 from mamba_ops.ops._common.norms import upcast as upcast
 from mamba_ops.ops._common.norms import wide_sum as wide_sum
 from mamba_ops.ops.rms_norm.op import is_one_pass as is_one_pass
@@ -94,13 +93,23 @@ def gated_rms_norm(
         norm_before_gate: whether the norm comes first.
         activation: of the gate: "silu" or "sigmoid".
     """
-    options: dict[str, Any] = {"groups": groups, "eps": eps, "norm_before_gate": norm_before_gate}
-    options["sigmoid_gate"] = activation == "sigmoid"
+    options: dict[str, Any] = {"norm_before_gate": norm_before_gate, "sigmoid_gate": activation == "sigmoid"}
+    return rms_norm(x, weight, eps, gate=gate, groups=groups, **options)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    gate: Tensor | None = None,
+    groups: int = 1,
+    norm_before_gate: bool = False,
+    sigmoid_gate: bool = False,
+) -> Tensor:
+    """Do what `mamba_ops.rms_norm` does: by the op where it has a kernel, else in torch's functions."""
+    options: dict[str, Any] = {"gate": gate, "groups": groups, "eps": eps}
+    options |= {"norm_before_gate": norm_before_gate, "sigmoid_gate": sigmoid_gate}
     if is_one_pass(x, weight, gate, groups=groups):
-        return ops.rms_norm(x, weight, gate=gate, **options)
-    return normalised(x, weight, gate=gate, **options)[0].to(x.dtype)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return x / sqrt(mean(x^2) + eps) * weight over the last axis: in float32 at least, rounded once."""
-    return ops.rms_norm(x, weight, eps=eps) if is_one_pass(x, weight) else in_torch(x, weight, eps)
+        return ops.rms_norm(x, weight, **options)
+    return normalised(x, weight, **options)[0].to(x.dtype)

@@ -14,6 +14,7 @@ from torch.nn.functional import layer_norm, linear, rms_norm, silu
 from mamba_ops import ops
 from mamba_ops.compat.arguments import floating, only
 from mamba_ops.layers.norms import is_one_pass, upcast, wide_sum
+from mamba_ops.layers.norms import rms_norm as gated_norm
 from mamba_ops.registry import answering
 
 # -- mamba_ssm.ops.triton.layer_norm ----------------------------------------------------------------------------------
@@ -236,8 +237,7 @@ def layernorm_fn(
         raise ValueError(f"layernorm_fn: group_size: got {group_size}, expected a divisor of {size}, the channels of x")
     if is_rms_norm and bias is None:
         groups = 1 if group_size is None else size // group_size
-        if is_one_pass(x, weight, z, groups=groups):
-            return ops.rms_norm(x, weight, gate=z, groups=groups, eps=eps, norm_before_gate=norm_before_gate)
+        return gated_norm(x, weight, eps, gate=z, groups=groups, norm_before_gate=norm_before_gate)
     h = x if z is None or norm_before_gate else x * silu(upcast(z))  # promoted while it is multiplied: no copy of x
     h = normalised_groups(upcast(h), weight, bias, eps, is_rms_norm, group_size)
     return (h * silu(upcast(z)) if z is not None and norm_before_gate else h).to(x.dtype)
