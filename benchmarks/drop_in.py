@@ -1,7 +1,7 @@
 """Models of Transformers under use_mamba_ops beside stock: seconds to bind and to compile, and tokens a second.
 
 Prefill of whole rows, eager and compiled, without a cache; greedy decoding by `generate`; packed documents in one row
-beside one of the length of all, on our ops; attention keeps them apart by a mask of Transformers. Then decoding by the
+beside one of the length of all, on our ops, where attention reads each by itself. Then decoding by the
 front of mamba_ssm, step by step and captured (`cg`). Models have random weights; what is compiled has a process
 of its own.
 """

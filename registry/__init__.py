@@ -41,6 +41,7 @@ from mamba_ops.registry.selection import generation as generation
 from mamba_ops.registry.selection import has_explicit_backend as has_explicit_backend
 from mamba_ops.registry.selection import pays as pays
 from mamba_ops.registry.selection import record_selections as record_selections
+from mamba_ops.registry.selection import runs_at_once as runs_at_once
 from mamba_ops.registry.selection import settings as settings
 from mamba_ops.registry.splitting import SplitGraph as SplitGraph
 from mamba_ops.registry.splitting import Subgraph as Subgraph

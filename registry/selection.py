@@ -78,16 +78,21 @@ def pays(op: "Op[...]", *tensors: Tensor | None) -> bool:
     transformed or recorded for gradients, as compilers and autograd know the functions, and not for tensors that stand
     for others. Without a kernel for the device, as on a CPU, the functions stay, too.
     """
+    if not runs_at_once(*tensors) or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    ):
+        return False
+    first = tensors[0]
+    return first is not None and dispatcher.current().has_kernel(op, first.device.type)
+
+
+def runs_at_once(*tensors: Tensor | None) -> bool:
+    """Return whether nothing traces or transforms what is called here, and tensors stand for nothing but themselves."""
     if torch.compiler.is_compiling() or _torch.is_transformed():
         return False
     if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return False
-    records = torch.is_grad_enabled()
-    for t in tensors:
-        if t is not None and ((type(t) is not Tensor and type(t) is not Parameter) or (records and t.requires_grad)):
-            return False
-    first = tensors[0]
-    return first is not None and dispatcher.current().has_kernel(op, first.device.type)
+    return all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)
 
 
 def _candidates(

@@ -122,6 +122,11 @@ def remember(seq_idx: Tensor) -> Tensor:
     return seq_idx
 
 
+def cu_seqlens_of(seq_idx: Tensor) -> Tensor:
+    """Return where the sequences of all rows end, int64 `(n + 1,)`; waits for the device once a tensor."""
+    return _read(seq_idx)[0]
+
+
 def _read(seq_idx: Tensor, is_own: bool = False) -> tuple[Tensor, Tensor | None]:
     """Return where sequences end, and the tokens of none if there are any; waits for the device once a tensor.
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from mamba_ops.compat.packing import begins_anew, remember
+from mamba_ops.compat.packing import begins_anew, cu_seqlens_of, remember
+from mamba_ops.compat.transformers_attention import by_document, can_be_by_document
 
 CACHES = ("cache", "cache_params", "past_key_values")  # what Transformers calls one, by version and family
 
@@ -64,10 +65,18 @@ class Documents(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """What a model's attention is to know of documents: each token's place in its own, and the number of that."""
+    """What a model's attention is to know of documents.
+
+    Attributes:
+        positions: each token's place in its document.
+        numbers: that of its document.
+        documents: as the model was told.
+        is_masked: whether there is a mask, too.
+    """
 
     positions: Tensor
     numbers: Tensor
+    documents: Documents
     is_masked: bool
 
 
@@ -229,7 +238,7 @@ def _attention_of(documents: Documents | None, given: dict[str, Any]) -> Attenti
         assert documents.cu_seqlens is not None
         numbers = torch.bucketize(places, documents.cu_seqlens[1:].long(), right=True)[None]
     begins = torch.where(begins_anew(numbers), places, 0).cummax(1).values
-    return Attention(places - begins, numbers, mask is not None)
+    return Attention(places - begins, numbers, documents, mask is not None)
 
 
 def _tokens_of(given: dict[str, Any]) -> Tensor | None:
@@ -257,9 +266,31 @@ def hearing(make: Callable[..., Any]) -> Callable[..., Any]:
         if attention.is_masked:
             return _apart(make(**given | {"allow_is_causal_skip": False}), attention.numbers)
         given = {name: value for name, value in given.items() if name not in CACHES}
-        return make(**given | {cache: None, "position_ids": attention.positions})
+        given |= {cache: None, "position_ids": attention.positions}
+        if make.__name__ == MASKS[0] and _is_plain(given):
+            tokens = next((given[name] for name in ("inputs_embeds", "input_embeds") if name in given), None)
+            if tokens is not None and can_be_by_document(given["config"], tokens):
+                ends = _ends_of(attention.documents, tokens.shape[0])
+                if ends is not None:
+                    return by_document(lambda: make(**given), ends, *tokens.shape[:2])
+        return make(**given)
 
     return call
+
+
+def _ends_of(documents: Documents, batch: int) -> Tensor | None:
+    """Return where the documents of all rows end, as the ops are told; None: a mask alone knows."""
+    if documents.cu_seqlens is not None and batch == 1:
+        return documents.cu_seqlens
+    if documents.seq_idx is None or documents.seq_idx.shape[0] != batch:
+        return None
+    return cu_seqlens_of(documents.seq_idx)
+
+
+def _is_plain(given: dict[str, Any]) -> bool:
+    """Return whether a causal mask is asked for, and nothing that changes it."""
+    usual = {"config", "inputs_embeds", "input_embeds", "attention_mask", "cache_position", "position_ids", *CACHES}
+    return all(value is None for name, value in given.items() if name not in usual)
 
 
 def _apart(mask: Any, numbers: Tensor) -> Any:
