@@ -10,6 +10,7 @@ from mamba_ops import functional
 from mamba_ops.ops import mamba3_chunk_scan
 from mamba_ops.ops._common.mamba3 import near_zero
 from mamba_ops.registry import Sample, use_backend
+from tests.conftest import ACCELERATOR
 from tests.harness import operands_of, shifted
 from tests.ops.mamba3_chunk_scan.oracle import mamba3_chunk_scan as oracle
 from tests.training.gradients import assert_gradients, is_float, slip_of
@@ -121,8 +122,12 @@ def judge(
         without: gradients that are not looked at.
     """
     weights = weights_of(call)
+    device = ACCELERATOR or "cpu" if backend == "triton" else "cpu"
+    there, given = (
+        {n: v.to(device) if isinstance(v, Tensor) else v for n, v in each.items()} for each in (call, weights)
+    )
     with use_backend(backend):
-        found = differentiated(function, call, weights)
+        found = {n: v.cpu() for n, v in differentiated(function, there, given).items()}
     exact, low = (_truth(call, weights, dtype) for dtype in (torch.float64, torch.float32))
     off = near_zero(found["angle_state"].double() - exact["angle_state"])  # a turn more or less is the same
     found["angle_state"], exact["angle_state"] = exact["angle_state"] + off, exact["angle_state"]

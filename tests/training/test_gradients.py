@@ -45,14 +45,19 @@ def test_against_the_oracle(op: Op[...], backend: str, sample: Sample) -> None:
 @pytest.mark.parametrize(
     "pair", [pytest.param(p.values, id=p.id, marks=[pytest.mark.slow] * (p.id in _SLOW)) for p in PAIRS]
 )
-def test_one_input_in_float64_among_others(pair: tuple[Op[...], str]) -> None:
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, pytest.param(torch.float32, marks=[pytest.mark.slow] * (ACCELERATOR is None))],
+    ids=str,
+)
+def test_one_input_of_a_wide_dtype_among_others(pair: tuple[Op[...], str], dtype: torch.dtype) -> None:
     """Kernels multiply in float32 at most, whichever input is wider; or refuse it."""
     op, backend = pair
     sample = op.backward_op.make_samples(DEVICE)[0]
     taken = 0
     for i, value in enumerate(sample.args):
         if is_float(value):
-            wide = Sample(f"argument {i}", (*sample.args[:i], value.double(), *sample.args[i + 1 :]))
+            wide = Sample(f"argument {i}", (*sample.args[:i], value.to(dtype), *sample.args[i + 1 :]))
             with use_backend(backend):
                 chosen = explain(op.backward_op, *wide.args).backend
             if chosen == backend:

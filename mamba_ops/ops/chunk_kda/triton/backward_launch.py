@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mamba_ops.ops._triton.common import cdiv, on_device_of, operand_dtype, options, or_placeholder
 from mamba_ops.ops._triton.delta_rule import CHUNK, PART, gradients_of, precisions_of
-from mamba_ops.ops._triton.layout import by_token, write_back
+from mamba_ops.ops._triton.layout import as_float32, by_token, write_back
 from mamba_ops.ops._triton.limits import Limits, limits_of
 from mamba_ops.ops._triton.slices import Workspace, by_slices
 from mamba_ops.ops.chunk_kda.triton.backward_pairs import _gather, _pair_gradients
@@ -64,14 +64,14 @@ def _backward(call: "BackwardArguments", space: Workspace) -> None:
     if not gradients:
         return
     q, k, v, g, beta = (by_token(tensor, flat) for tensor in (call.q, call.k, call.v, call.g, call.beta))
-    grad_output = by_token(call.grad_output, flat)
+    operand, block_k, v_padded, launches = _choices(call)
+    q, k, v, grad_output = as_float32(operand, q, k, v, by_token(call.grad_output, flat))
     written = {name: by_token(gradient, flat) for name, gradient in gradients.items()}
     cu_seqlens, initial_states, grad_final_states = (
         None if t is None else t.contiguous() for t in (call.cu_seqlens, call.initial_states, call.grad_final_states)
     )
     grad_initial = None if initial_states is None else call.grad_initial_states.contiguous()
 
-    operand, block_k, v_padded, launches = _choices(call)
     chunks = v.shape[0] // CHUNK + rows if flat else rows * cdiv(length, CHUNK)
     places = 0
     for tensor in (q, k, v, g, grad_output, *(written[name] for name in ("q", "k", "v", "g"))):
