@@ -179,6 +179,7 @@ def test_how_torchs_kernel_for_packed_sequences_is_called(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(transformers_attention, "_varlen", lambda: varlen)
     monkeypatch.setattr(transformers_attention, "_is_cpu", lambda tensor: False)
+    monkeypatch.setattr(torch, "get_device_module", lambda *_: torch.cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     mask, whole, asked = mask_of(0, 7, 9, 11, batch=2, length=11)
     q, k, v = (t.detach().bfloat16() for t in qkv(2, 11))

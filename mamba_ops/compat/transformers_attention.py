@@ -136,4 +136,4 @@ def _fits_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:
     dim = query.shape[-1]
     is_one_kind = query.dtype == key.dtype == value.dtype and query.shape == key.shape == value.shape
     fits = is_one_kind and query.dtype in _HALVES and dim <= _WIDEST and dim % 8 == 0
-    return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return fits and torch.get_device_module(query.device).get_device_capability(query.device) >= (8, 0)
