@@ -298,7 +298,7 @@ def _of_rows(function: Callable[..., delta_rule.OutputAndState]) -> Callable[...
             tensors["g"] = g.masked_fill(packed.first.view(*g.shape[:2], *[1] * (g.dim() - 2)), -math.inf)
         elif packed.cu_seqlens is not None:
             tensors = {name: packed.flat(tensor).unsqueeze(0) for name, tensor in tensors.items()}
-        out, states = function(
+        out, states = _v_first(function)(
             **tensors,
             initial_state=packed.initial("initial_state", initial_state),
             output_final_state=output_final_state,
@@ -307,6 +307,21 @@ def _of_rows(function: Callable[..., delta_rule.OutputAndState]) -> Callable[...
         )
         out = out if packed.cu_seqlens is None else packed.rows(out.squeeze(0))
         return out, None if states is None else packed.last(states)
+
+    return call
+
+
+def _v_first(function: Callable[..., delta_rule.OutputAndState]) -> Callable[..., delta_rule.OutputAndState]:
+    """Let a function of fla give states as views of what the op leaves, which has v_dim first.
+
+    A cache of Transformers keeps their strides, so that a step neither turns its states nor turns them back.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, initial_state: Tensor | None = None, **others: Any) -> delta_rule.OutputAndState:
+        turned = None if initial_state is None else initial_state.transpose(-1, -2)
+        out, states = function(*args, initial_state=turned, state_v_first=True, **others)
+        return out, None if states is None else states.transpose(-1, -2)
 
     return call
 
@@ -337,10 +352,10 @@ _FAMILIES: dict[tuple[str, ...], dict[str, Callable[..., Any]]] = {  # by functi
     },
     ("torch_chunk_gated_delta_rule",): {
         "torch_chunk_gated_delta_rule": _of_rows(delta_rule.chunk_gated_delta_rule),
-        "torch_recurrent_gated_delta_rule": _for_mixers(delta_rule.fused_recurrent_gated_delta_rule),
+        "torch_recurrent_gated_delta_rule": _for_mixers(_v_first(delta_rule.fused_recurrent_gated_delta_rule)),
     },
     ("chunk_kimi_delta_attention",): {
         "chunk_kimi_delta_attention": _of_rows(kda.chunk_kda),
-        "recurrent_kimi_delta_attention": _for_mixers(kda.fused_recurrent_kda),
+        "recurrent_kimi_delta_attention": _for_mixers(_v_first(kda.fused_recurrent_kda)),
     },
 }

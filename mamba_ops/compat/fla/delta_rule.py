@@ -190,7 +190,8 @@ def on_states(
         tensors, options["cu_seqlens"] = tuple(t.squeeze(0) for t in tensors), cu_seqlens
     states: Tensor | None = None
     if op in (ops.gated_delta_rule_update, ops.kda_update):
-        states = q.new_zeros(shape, dtype=upcast(q)) if initial is None else initial.to(upcast(q), copy=True)
+        dense = {"dtype": upcast(q), "memory_format": torch.contiguous_format}  # as kernels read it: turned here, once
+        states = q.new_zeros(shape, dtype=upcast(q)) if initial is None else initial.to(**dense, copy=True)
         *rest, g, beta = tensors
         out = op(states, *rest, g=g, beta=beta, **options)
     elif initial is None and not keep:

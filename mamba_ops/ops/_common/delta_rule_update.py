@@ -33,12 +33,16 @@ def advance(call: Any, gates: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[T
     """
     compute = torch.promote_types(call.q.dtype, torch.float32)
     flat = call.v.dim() < call.ssm_state.dim()
+    index = ends = None
+    n, length = call.v.shape[0], 1 if flat else call.v.shape[1]
+    # Row i has slot i, every row has all its tokens, and none is rolled back.
+    is_plain = call.slots is None and call.write_slots is None and call.num_accepted_tokens is None
     if call.cu_seqlens is not None:
         index, inside = padded_rows(call.cu_seqlens, call.v.shape[0])
-    else:
-        index, inside = None, call.v.new_ones(call.v.shape[0], 1 if flat else call.v.shape[1], dtype=torch.bool)
-    n, length = inside.shape
-    if inside.numel() == 0:
+        (n, length), is_plain = inside.shape, False
+    elif not is_plain:
+        inside = call.v.new_ones(n, length, dtype=torch.bool)
+    if n == 0 or length == 0:
         return
 
     def rows(tokens: Tensor) -> Tensor:
@@ -49,16 +53,11 @@ def advance(call: Any, gates: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[T
             tokens = tokens.unsqueeze(1)
         return tokens.to(compute)
 
-    # Row i has slot i, and every row has tokens.
     in_order = call.slots is None and call.write_slots is None and index is None
-    source, is_active, target, stored = update_ends(
-        call.slots,
-        call.write_slots,
-        call.null_slot,
-        call.num_accepted_tokens,
-        inside,
-        None if in_order else call.ssm_state,
-    )
+    if not is_plain:
+        cache = None if in_order else call.ssm_state
+        tables = (call.slots, call.write_slots, call.null_slot, call.num_accepted_tokens)
+        ends = update_ends(*tables, inside, cache)
 
     queries, keys, values = rows(call.q), rows(call.k), rows(call.v)
     if call.qk_l2norm:
@@ -72,24 +71,32 @@ def advance(call: Any, gates: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[T
 
     k_heads, per_key = call.q.shape[-2], call.v.shape[-2] // call.q.shape[-2]
     # Rows in order are a view: a state of the dtype that is computed in then advances where it is.
-    s = read_states(call, slice(n) if in_order else torch.where(is_active, source, 0), compute)
+    slots = slice(n) if ends is None or in_order else torch.where(ends.is_active, ends.source, 0)
+    s = read_states(call, slots, compute)
     s = s.unflatten(1, (k_heads, per_key))
     y = values.new_empty(values.shape)  # not empty_like, which ONNX has not
     for t in range(fixed(length)):
-        here = inside[:, t] & is_active
-        key, query = (x[:, t, :, None, :, None] for x in (keys, queries))
+        # Not by matrix products: on a CPU those of one column take three times as long as a product and a sum.
+        key, query = (x[:, t, :, None, None, :] for x in (keys, queries))
         by = decay[:, t].view(n, k_heads, per_key, 1, -1)
         new = s * by if index is not None else s.mul_(by)
-        wrong = values[:, t].view(n, k_heads, per_key, -1, 1) - new @ key
-        new += strength[:, t].view(n, k_heads, per_key, 1, 1) * wrong * key.transpose(-1, -2)
-        y[:, t] = torch.where(here.view(n, 1, 1), (new @ query).view_as(y[:, t]), 0)
+        wrong = values[:, t].view(n, k_heads, per_key, -1) - (new * key).sum(-1)
+        wrong = strength[:, t].view(n, k_heads, per_key, 1) * wrong
+        new += wrong.unsqueeze(-1) * key
+        read = (new * query).sum(-1).view_as(y[:, t])
+        if ends is None:
+            y[:, t] = read
+            continue
+        here = inside[:, t] & ends.is_active
+        y[:, t] = torch.where(here.view(n, 1, 1), read, 0)
         s = new if index is None else torch.where(here.view(n, 1, 1, 1, 1), new, s)
-        if call.num_accepted_tokens is not None and t < target.shape[1]:
-            store_states(call, target[:, t], s.flatten(1, 2), stored[:, t])
+        if call.num_accepted_tokens is not None and t < ends.target.shape[1]:
+            store_states(call, ends.target[:, t], s.flatten(1, 2), ends.stored[:, t])
     if in_order and call.ssm_state.dtype != compute:
-        store_states(call, source, s.flatten(1, 2), None)
-    elif not in_order and call.num_accepted_tokens is None:
-        store_states(call, target[:, 0], s.flatten(1, 2), stored[:, 0])
+        rows_of_states = torch.arange(n, device=call.v.device) if ends is None else ends.source
+        store_states(call, rows_of_states, s.flatten(1, 2), None)
+    elif ends is not None and not in_order and call.num_accepted_tokens is None:
+        store_states(call, ends.target[:, 0], s.flatten(1, 2), ends.stored[:, 0])
 
     if index is not None:
         store_rows(call.output, index.flatten(), y.flatten(0, 1), inside.flatten())
