@@ -117,12 +117,10 @@ def _mixing_of(mixer: nn.Module, tokens: Tensor, given: dict[str, Any]) -> Mixin
     length = tokens.shape[1]
     if length == 1:  # a step of decoding: its token follows what the cache holds
         return Mixing(length, None, None, _none)
-    documents = _documents_of(given)
+    documents = _documents_of(given, tokens)
     if documents is None:
         documents = _documents_above(mixer)
     cu_seqlens, seq_idx = documents or (None, None)
-    if cu_seqlens is not None and seq_idx is not None and tokens.shape[0] > 1:
-        cu_seqlens = None
     cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
     return Mixing(length, cu_seqlens, seq_idx, _none if cache is None else lambda: _state_in(cache, mixer))
 
@@ -157,11 +155,16 @@ def _documents_above(mixer: nn.Module) -> Documents | None:
     return documents
 
 
-def _documents_of(given: dict[str, Any]) -> Documents | None:
-    """Return which documents the arguments of a call tell of."""
+def _documents_of(given: dict[str, Any], tokens: Tensor | None) -> Documents | None:
+    """Return which documents the arguments of a call tell of; of two that may disagree, what scans and attention read.
+
+    That is `cu_seq_lens_q`, but for several rows, which it can't tell of.
+    """
     cu_seqlens, seq_idx = given.get("cu_seq_lens_q"), given.get("seq_idx")
     if cu_seqlens is None and seq_idx is None:
         seq_idx = packed_positions(given)
+    if cu_seqlens is not None and seq_idx is not None and tokens is not None:
+        cu_seqlens, seq_idx = (cu_seqlens, None) if tokens.shape[0] == 1 else (None, seq_idx)
     return None if cu_seqlens is None and seq_idx is None else Documents(cu_seqlens, seq_idx)
 
 
@@ -205,7 +208,7 @@ def telling(forward: Callable[..., Any], is_innermost: bool, has_deaf_attention:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
         before = _here.documents, _here.attention, _here.is_inside
-        documents = _documents_of(given) or before[0]
+        documents = _documents_of(given, _tokens_of(given)) or before[0]
         attention = _attention_of(documents, given) if before[1] is None else before[1]
         if is_innermost and documents is not None:
             if has_deaf_attention:
@@ -232,11 +235,11 @@ def _attention_of(documents: Documents | None, given: dict[str, Any]) -> Attenti
     if documents is None or tokens is None or any(given.get(name) is not None for name in CACHES):
         return None
     places = torch.arange(tokens.shape[1], device=tokens.device)
-    if documents.seq_idx is not None:
-        numbers = begins_anew(documents.seq_idx).cumsum(1).expand(tokens.shape[0], -1)
-    else:
-        assert documents.cu_seqlens is not None
+    if documents.cu_seqlens is not None:
         numbers = torch.bucketize(places, documents.cu_seqlens[1:].long(), right=True)[None]
+    else:
+        assert documents.seq_idx is not None
+        numbers = begins_anew(documents.seq_idx).cumsum(1).expand(tokens.shape[0], -1)
     begins = torch.where(begins_anew(numbers), places, 0).cummax(1).values
     return Attention(places - begins, numbers, documents, mask is not None)
 
@@ -272,7 +275,7 @@ def hearing(make: Callable[..., Any]) -> Callable[..., Any]:
             if tokens is not None and can_be_by_document(given["config"], tokens):
                 ends = _ends_of(attention.documents, tokens.shape[0])
                 if ends is not None:
-                    return by_document(lambda: make(**given), ends, *tokens.shape[:2])
+                    return by_document(ends, *tokens.shape[:2])
         return make(**given)
 
     return call
@@ -288,8 +291,8 @@ def _ends_of(documents: Documents, batch: int) -> Tensor | None:
 
 
 def _is_plain(given: dict[str, Any]) -> bool:
-    """Return whether a causal mask is asked for, and nothing that changes it."""
-    usual = {"config", "inputs_embeds", "input_embeds", "attention_mask", "cache_position", "position_ids", *CACHES}
+    """Return whether a causal mask is asked for, and nothing that changes it, as padding does that a model adds."""
+    usual = {"config", "inputs_embeds", "input_embeds", "cache_position", "position_ids", *CACHES}
     return all(value is None for name, value in given.items() if name not in usual)
 
 
