@@ -190,8 +190,11 @@ def on_states(
         tensors, options["cu_seqlens"] = tuple(t.squeeze(0) for t in tensors), cu_seqlens
     states: Tensor | None = None
     if op in (ops.gated_delta_rule_update, ops.kda_update):
-        dense = {"dtype": upcast(q), "memory_format": torch.contiguous_format}  # as kernels read it: turned here, once
-        states = q.new_zeros(shape, dtype=upcast(q)) if initial is None else initial.to(**dense, copy=True)
+        compute, dense = upcast(q), torch.contiguous_format  # as kernels read states: turned here, once
+        if initial is None:
+            states = q.new_zeros(shape, dtype=compute)
+        else:
+            states = initial.to(compute, copy=True, memory_format=dense)
         *rest, g, beta = tensors
         out = op(states, *rest, g=g, beta=beta, **options)
     elif initial is None and not keep:
