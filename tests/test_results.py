@@ -84,6 +84,7 @@ def test_readme_says_of_what_its_figure_is() -> None:
 TABLES = {
     "boundary": "(`python -m benchmarks.boundary`,",
     "host": "(`python -m benchmarks.host`,",
+    "kernels": "(`python -m benchmarks.kernels`,",
     "bench": "in one run of `mamba-ops bench",
     "training": "(`python -m benchmarks.training`,",
 }

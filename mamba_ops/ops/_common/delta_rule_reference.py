@@ -51,10 +51,11 @@ def inverse(system: Tensor) -> Tensor:
     solved = torch.eye(size, dtype=system.dtype, device=system.device).expand_as(diagonal)
     for j in range(size - 1):
         solved = solved - diagonal[..., j : j + 1] * solved[..., j : j + 1, :]
-    place = torch.arange(parts, device=system.device)
-    same = (place.unsqueeze(1) == place).view(parts, parts, 1, 1)
-    whole = torch.where(same, solved.unsqueeze(-3), 0).transpose(-3, -2).flatten(-2).flatten(-3, -2)
-    left = torch.where(same, 0, blocks).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+    part = torch.arange(CHUNK, device=system.device) // size
+    same = part[::size].unsqueeze(1) == part[::size]
+    whole = torch.where(same.view(parts, parts, 1, 1), solved.unsqueeze(-3), 0).transpose(-3, -2)
+    whole = whole.flatten(-2).flatten(-3, -2)
+    left = torch.where(part.unsqueeze(1) == part, 0, system)
     n = whole @ left
     whole = whole + n @ (n @ whole)
     return whole - n @ whole
@@ -91,21 +92,30 @@ def read_chunks(call: PrefillArguments, decays_of: type[Decays]) -> None:
     decays = decays_of(gather(call.g), per_key)
     products, weights = decays.products(queries, keys)
     queries, keys = (x.repeat_interleave(per_key, 1) for x in (queries, keys))
-    sides = torch.cat([strength * values, strength * decays.since * keys], dim=3)
+    solve = inverse(strength * products)
     # What a chunk writes if the state before it is zero, and what to subtract for each state before it.
-    alone, through = (inverse(strength * products) @ sides).split([v_dim, k_dim], dim=3)
+    alone, through = solve @ (strength * values), solve @ (strength * decays.since * keys)
     opened, closing, decay = decays.since * queries, decays.left * keys, decays.since[:, :, -1:]
 
     if isinstance(layout.longest, int):
-        y = torch.zeros_like(values)
-        first = layout.end - layout.of_row
+        first, outputs = layout.end - layout.of_row, []
+        y = torch.zeros_like(values) if layout.packed else values
         for number in range(layout.longest):
+            # Rows of one length lie at one distance from each other, and none ends before another.
             exists = number < layout.of_row
-            piece = torch.where(exists, first + number, 0)
+            chosen = torch.where(exists, first + number, 0)
+            piece = chosen if layout.packed else slice(number, None, layout.longest)
             new = alone[piece] - through[piece] @ last.mT
-            store_rows(y, piece, opened[piece] @ last.mT + weights[piece] @ new, exists)
+            read = opened[piece] @ last.mT + weights[piece] @ new
             after = decay[piece] * last + new.mT @ closing[piece]
-            last = torch.where(exists.view(n, 1, 1, 1), after, last)
+            if layout.packed:
+                store_rows(y, chosen, read, exists)
+                last = torch.where(exists.view(n, 1, 1, 1), after, last)
+            else:
+                outputs.append(read)
+                last = after
+        if outputs:
+            y = torch.stack(outputs, 1).flatten(0, 1)
     else:  # in a program for any length: a chunk multiplies the state by a matrix, and the product of all takes turns
         steps = decay * torch.eye(k_dim, dtype=compute, device=decay.device) - through.mT @ closing
         begins = (layout.number == 0).view(-1, 1, 1, 1)
