@@ -36,24 +36,47 @@ def normalised(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS)
 
 
+_PART = 16
+"""Tokens of a part of a chunk, whose system is inverted alone."""
+
+
+def _inverses_of_parts(system: Tensor) -> Tensor:
+    """Return the inverses of 1 + each part of systems on the diagonal, `(..., parts, _PART, _PART)`.
+
+    By elimination, one column after the other. Not by torch's solver, which on a GPU may choose its algorithm by how
+    many systems there are: the last bits of a row would depend on the other rows.
+    """
+    parts = CHUNK // _PART
+    blocks = system.unflatten(-1, (parts, _PART)).unflatten(-3, (parts, _PART)).transpose(-3, -2)
+    diagonal = blocks.diagonal(dim1=-4, dim2=-3).movedim(-1, -3)
+    solved = torch.eye(_PART, dtype=system.dtype, device=system.device).expand_as(diagonal)
+    for j in range(_PART - 1):
+        solved = solved - diagonal[..., j : j + 1] * solved[..., j : j + 1, :]
+    return solved
+
+
+def solved(system: Tensor, sides: Tensor) -> Tensor:
+    """Return X of (1 + system) X = sides, `(..., CHUNK, n)`: part after part, from those before it."""
+    inverses, found = _inverses_of_parts(system), sides[..., :0, :]
+    for number in range(CHUNK // _PART):
+        rows = slice(number * _PART, (number + 1) * _PART)
+        side = sides[..., rows, :]
+        if number:
+            side = side - system[..., rows, : number * _PART] @ found
+        found = torch.cat((found, inverses[..., number, :, :] @ side), dim=-2)
+    return found
+
+
 def inverse(system: Tensor) -> Tensor:
     """Return the inverse of 1 + system, `(..., CHUNK, CHUNK)`, which is strictly lower triangular.
 
-    Not by torch's solver, which on a GPU may choose its algorithm by how many systems there are: the last bits of a row
-    would depend on the other rows. Parts of 16 on the diagonal are solved by elimination, one column after the other.
-    With P made of their inverses, and N = P @ (what is left of the system), N^4 is zero, and the whole inverse is
-    (1 - N) (1 + N^2) P.
+    With P made of the inverses of parts on the diagonal, and N = P @ (what is left of the system), N^4 is zero, and the
+    whole inverse is (1 - N) (1 + N^2) P.
     """
-    size = 16
-    parts = CHUNK // size
-    blocks = system.unflatten(-1, (parts, size)).unflatten(-3, (parts, size)).transpose(-3, -2)
-    diagonal = blocks.diagonal(dim1=-4, dim2=-3).movedim(-1, -3)
-    solved = torch.eye(size, dtype=system.dtype, device=system.device).expand_as(diagonal)
-    for j in range(size - 1):
-        solved = solved - diagonal[..., j : j + 1] * solved[..., j : j + 1, :]
-    part = torch.arange(CHUNK, device=system.device) // size
-    same = part[::size].unsqueeze(1) == part[::size]
-    whole = torch.where(same.view(parts, parts, 1, 1), solved.unsqueeze(-3), 0).transpose(-3, -2)
+    parts = CHUNK // _PART
+    part = torch.arange(CHUNK, device=system.device) // _PART
+    same = part[::_PART].unsqueeze(1) == part[::_PART]
+    whole = torch.where(same.view(parts, parts, 1, 1), _inverses_of_parts(system).unsqueeze(-3), 0).transpose(-3, -2)
     whole = whole.flatten(-2).flatten(-3, -2)
     left = torch.where(part.unsqueeze(1) == part, 0, system)
     n = whole @ left
@@ -92,9 +115,9 @@ def read_chunks(call: PrefillArguments, decays_of: type[Decays]) -> None:
     decays = decays_of(gather(call.g), per_key)
     products, weights = decays.products(queries, keys)
     queries, keys = (x.repeat_interleave(per_key, 1) for x in (queries, keys))
-    solve = inverse(strength * products)
+    sides = torch.cat([strength * values, strength * decays.since * keys], dim=3)
     # What a chunk writes if the state before it is zero, and what to subtract for each state before it.
-    alone, through = solve @ (strength * values), solve @ (strength * decays.since * keys)
+    alone, through = solved(strength * products, sides).split([v_dim, k_dim], dim=3)
     opened, closing, decay = decays.since * queries, decays.left * keys, decays.since[:, :, -1:]
 
     if isinstance(layout.longest, int):
