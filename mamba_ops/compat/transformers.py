@@ -277,6 +277,7 @@ _scan = _for_mixers(selective_scan_fn, axis=2)
 
 def _of_rows(function: Callable[..., delta_rule.OutputAndState]) -> Callable[..., delta_rule.OutputAndState]:
     """Let a function of fla that reads sequences take rows of packed documents."""
+    read = _v_first(function)
 
     @_for_mixers
     def call(
@@ -298,7 +299,7 @@ def _of_rows(function: Callable[..., delta_rule.OutputAndState]) -> Callable[...
             tensors["g"] = g.masked_fill(packed.first.view(*g.shape[:2], *[1] * (g.dim() - 2)), -math.inf)
         elif packed.cu_seqlens is not None:
             tensors = {name: packed.flat(tensor).unsqueeze(0) for name, tensor in tensors.items()}
-        out, states = _v_first(function)(
+        out, states = read(
             **tensors,
             initial_state=packed.initial("initial_state", initial_state),
             output_final_state=output_final_state,

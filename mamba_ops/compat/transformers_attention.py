@@ -20,7 +20,7 @@ from mamba_ops.registry import runs_at_once
 
 _WIDEST = 256  # channels of a head that kernels of flash attention take
 _NO_BACKWARD = range(193, 225)  # which have one on some GPUs alone
-_HALVES = (torch.float16, torch.bfloat16)
+_DTYPES = (torch.float16, torch.bfloat16)
 
 
 class ByDocument(Tensor):
@@ -163,5 +163,5 @@ def _fits_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Return whether torch's flash attention takes them: heads of a multiple of 8, on GPUs from sm_80 on."""
     dim = query.shape[-1]
     is_one_kind = query.dtype == key.dtype == value.dtype and query.shape == key.shape == value.shape
-    fits = is_one_kind and query.dtype in _HALVES and dim <= _WIDEST and dim % 8 == 0 and dim not in _NO_BACKWARD
+    fits = is_one_kind and query.dtype in _DTYPES and dim <= _WIDEST and dim % 8 == 0 and dim not in _NO_BACKWARD
     return fits and torch.get_device_module(query.device).get_device_capability(query.device) >= (8, 0)

@@ -283,8 +283,8 @@ def hearing(make: Callable[..., Any]) -> Callable[..., Any]:
 
 def _ends_of(documents: Documents, batch: int) -> Tensor | None:
     """Return where the documents of all rows end, as the ops are told; None: a mask alone knows."""
-    if documents.cu_seqlens is not None and batch == 1:
-        return documents.cu_seqlens
+    if documents.cu_seqlens is not None:
+        return documents.cu_seqlens if batch == 1 else None
     if documents.seq_idx is None or documents.seq_idx.shape[0] != batch:
         return None
     return cu_seqlens_of(documents.seq_idx)

@@ -1,6 +1,6 @@
 """The gated delta rules over whole sequences in plain torch, chunk by chunk, whatever decays what."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,10 +49,10 @@ def _inverses_of_parts(system: Tensor) -> Tensor:
     parts = CHUNK // _PART
     blocks = system.unflatten(-1, (parts, _PART)).unflatten(-3, (parts, _PART)).transpose(-3, -2)
     diagonal = blocks.diagonal(dim1=-4, dim2=-3).movedim(-1, -3)
-    solved = torch.eye(_PART, dtype=system.dtype, device=system.device).expand_as(diagonal)
+    inverses = torch.eye(_PART, dtype=system.dtype, device=system.device).expand_as(diagonal)
     for j in range(_PART - 1):
-        solved = solved - diagonal[..., j : j + 1] * solved[..., j : j + 1, :]
-    return solved
+        inverses = inverses - diagonal[..., j : j + 1] * inverses[..., j : j + 1, :]
+    return inverses
 
 
 def solved(system: Tensor, sides: Tensor) -> Tensor:
@@ -125,14 +125,15 @@ def read_chunks(call: PrefillArguments, decays_of: type[Decays]) -> None:
         y = torch.zeros_like(values) if layout.packed else values
         for number in range(layout.longest):
             # Rows of one length lie at one distance from each other, and none ends before another.
-            exists = number < layout.of_row
-            chosen = torch.where(exists, first + number, 0)
-            piece = chosen if layout.packed else slice(number, None, layout.longest)
+            piece: Any = slice(number, None, layout.longest)
+            if layout.packed:
+                exists = number < layout.of_row
+                piece = torch.where(exists, first + number, 0)
             new = alone[piece] - through[piece] @ last.mT
             read = opened[piece] @ last.mT + weights[piece] @ new
             after = decay[piece] * last + new.mT @ closing[piece]
             if layout.packed:
-                store_rows(y, chosen, read, exists)
+                store_rows(y, piece, read, exists)
                 last = torch.where(exists.view(n, 1, 1, 1), after, last)
             else:
                 outputs.append(read)

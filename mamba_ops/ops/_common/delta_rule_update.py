@@ -33,13 +33,14 @@ def advance(call: Any, gates: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[T
     """
     compute = torch.promote_types(call.q.dtype, torch.float32)
     flat = call.v.dim() < call.ssm_state.dim()
+    in_order = call.slots is None and call.write_slots is None and call.cu_seqlens is None
+    # Row i has slot i, every row has all its tokens, and none is rolled back.
+    is_plain = in_order and call.num_accepted_tokens is None
     index = ends = None
     n, length = call.v.shape[0], 1 if flat else call.v.shape[1]
-    # Row i has slot i, every row has all its tokens, and none is rolled back.
-    is_plain = call.slots is None and call.write_slots is None and call.num_accepted_tokens is None
     if call.cu_seqlens is not None:
         index, inside = padded_rows(call.cu_seqlens, call.v.shape[0])
-        (n, length), is_plain = inside.shape, False
+        n, length = inside.shape
     elif not is_plain:
         inside = call.v.new_ones(n, length, dtype=torch.bool)
     if n == 0 or length == 0:
@@ -53,7 +54,6 @@ def advance(call: Any, gates: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[T
             tokens = tokens.unsqueeze(1)
         return tokens.to(compute)
 
-    in_order = call.slots is None and call.write_slots is None and index is None
     if not is_plain:
         cache = None if in_order else call.ssm_state
         tables = (call.slots, call.write_slots, call.null_slot, call.num_accepted_tokens)
