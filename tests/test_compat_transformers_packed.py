@@ -207,3 +207,19 @@ def test_forwards_are_put_back(device: torch.device) -> None:
         changed = {kind.__name__ for kind in kinds if kind.forward is not before[kind]}
     assert changed == {"JambaMambaMixer", "JambaModel", "JambaForCausalLM", "JambaRMSNorm"}
     assert {kind: kind.forward for kind in kinds} == before
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        ({"cu_seq_lens_q": torch.tensor([CUTS])}, r"cu_seq_lens_q: got shape \(1, 4\), expected \(n \+ 1,\)"),
+        ({"seq_idx": torch.zeros(1, 20, dtype=torch.int32)}, r"seq_idx: got shape \(1, 20\), expected \(batch, 21\)"),
+    ],
+    ids=["ends of two dimensions", "numbers of fewer tokens"],
+)
+@pytest.mark.usefixtures("no_grad")
+def test_documents_of_a_wrong_shape_are_refused(said: dict[str, Tensor], sentence: str, device: torch.device) -> None:
+    model, tokens = new_model("qwen3_5", device), torch.cat(documents(device), 1)
+    told = {name: value.to(device) for name, value in said.items()}
+    with use_mamba_ops(model), pytest.raises(ValueError, match=sentence):
+        model(tokens, use_cache=False, **told)

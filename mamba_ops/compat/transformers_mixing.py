@@ -234,12 +234,18 @@ def _attention_of(documents: Documents | None, given: dict[str, Any]) -> Attenti
     tokens, mask = _tokens_of(given), given.get("attention_mask")
     if documents is None or tokens is None or any(given.get(name) is not None for name in CACHES):
         return None
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    if documents.cu_seqlens is not None:
-        numbers = torch.bucketize(places, documents.cu_seqlens[1:].long(), right=True)[None]
+    length = tokens.shape[1]
+    cu_seqlens, seq_idx = documents
+    if cu_seqlens is not None and cu_seqlens.dim() != 1:
+        raise ValueError(f"cu_seq_lens_q: got shape {tuple(cu_seqlens.shape)}, expected (n + 1,): where documents end")
+    if seq_idx is not None and seq_idx.shape[1:] != (length,):
+        raise ValueError(f"seq_idx: got shape {tuple(seq_idx.shape)}, expected (batch, {length}), as tokens have")
+    places = torch.arange(length, device=tokens.device)
+    if cu_seqlens is not None:
+        numbers = torch.bucketize(places, cu_seqlens[1:].long(), right=True)[None]
     else:
-        assert documents.seq_idx is not None
-        numbers = begins_anew(documents.seq_idx).cumsum(1).expand(tokens.shape[0], -1)
+        assert seq_idx is not None
+        numbers = begins_anew(seq_idx).cumsum(1).expand(tokens.shape[0], -1)
     begins = torch.where(begins_anew(numbers), places, 0).cummax(1).values
     return Attention(places - begins, numbers, documents, mask is not None)
 
