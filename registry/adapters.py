@@ -103,7 +103,7 @@ def adapted(
     else:
         values = {"out" if p.name == "output" and "out" in wanted else p.name: p.name for p in parameters}
         passed = ", ".join(f"{name}={value}" for name, value in values.items() if name in wanted)
-    return _made(_ADAPTER, op, parameters, arguments, function, passed)
+    return _made(_ADAPTER, op, parameters, arguments, function, {"passed": passed})
 
 
 def adapted_kernel(
@@ -126,8 +126,14 @@ def adapted_kernel(
     template = _KERNEL_ADAPTER.replace("{shortcut}", "" if shortcut is None else _SHORTCUT)
     extra = {f"no_{name}": tensor for name, tensor in nothing(parameters).items()}
     function = function if shortcut is None else shortcut
-    passed = _as_a_call(parameters)
-    return _made(template, op, parameters, arguments, function, passed, failed=failed, shortcut=shortcut, **extra)
+    parts = {
+        "passed": _as_a_call(parameters),
+        "values": as_tuple(parameters),
+        "numbers": numbers_of(parameters),
+        "compared": compared(parameters),
+        "addresses": _addresses(parameters),
+    }
+    return _made(template, op, parameters, arguments, function, parts, failed=failed, shortcut=shortcut, **extra)
 
 
 def nothing(parameters: Parameters) -> dict[str, Tensor]:
@@ -143,18 +149,11 @@ def _made(
     parameters: Parameters,
     arguments: type[tuple[Any, ...]],
     function: Callable[..., Any],
-    passed: str,
+    parts: dict[str, str],
     **extra: Any,
 ) -> Callable[..., Any]:
     closure = {"function": function, "make": tuple.__new__, "arguments": arguments, **extra}
-    source = template.format(
-        header=header_of(parameters, closure),
-        passed=passed,
-        values=as_tuple(parameters),
-        numbers=numbers_of(parameters),
-        compared=compared(parameters),
-        addresses=_addresses(parameters),
-    )
+    source = template.format(header=header_of(parameters, closure), **parts)
     made = compiled(op, getattr(function, "__name__", "kernel"), source, closure)
     made.__doc__ = function.__doc__
     return made

@@ -5,7 +5,7 @@ import linecache
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Generic
 
 import torch
@@ -70,7 +70,6 @@ class Op(Trainable, Generic[P]):
         kernels: backend name to kernel; the reference is the kernel of the backend `torch`, or `composed`.
         splits_graph, reads_host, composed, replaces, out_may_be, gradients_in: see `Namespace.op`.
         overload: the `torch.ops` overload, for a call without the front.
-        call_undispatched: the op as composed ops call it, which went through torch's dispatcher themselves.
     """
 
     splits_graph: bool
@@ -163,13 +162,12 @@ class Op(Trainable, Generic[P]):
         cells["check_numbers"] = partial(kinds.check_numbers, self._called)
         cells |= {"tensor": Tensor, "is_distributed": sharding.is_distributed}
         cells["register_shardings"] = sharding.register
-        inside: Callable[..., Any] = self._body
         if self.returns:
             cells |= {"record": self.record, "refuse_tangents": partial(refuse_tangents, self.qualname)}
             call = codegen.functional_front(self.qualname, self._called, **cells)
         else:
             forward, namespace = self.forward_op, dispatcher.namespaces[self.namespace]
-            call, function = codegen.fronts(
+            call, self._inside = codegen.fronts(
                 self.qualname,
                 self.parameters,
                 sorted(self.mutates),
@@ -190,11 +188,15 @@ class Op(Trainable, Generic[P]):
                 forward=self.stand_in or forward,
                 **cells,
             )
-            inside = function.__get__(self)
+            vars(self).pop("call_undispatched", None)
         call.__qualname__ = self.name  # as Python names it where arguments are missing
         type(self).__call__ = call  # type: ignore[method-assign]
-        self.call_undispatched = inside
         self.__signature__ = inspect.signature(call.__get__(self))
+
+    @cached_property
+    def call_undispatched(self) -> Callable[..., Any]:
+        """The op as composed ops call it, which went through torch's dispatcher themselves."""
+        return self._body if self.returns else self._inside().__get__(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         """Run the op (each op has its own front, generated with its literal signature)."""
