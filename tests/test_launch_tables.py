@@ -59,7 +59,7 @@ def test_a_device_of_a_known_family_has_its_launches_from_the_table():
         compiles=False,
     )
     told = (
-        "selective_state_update on cuda-90, dim {}, dstate 128, full_A False: _kernel BLOCK 64, WIDTH 128, num_warps 8"
+        "selective_state_update on cuda-90, dim {}, dstate 128, full_A False: _kernel BLOCK 8, WIDTH 128, num_warps 1"
     )
     assert sources == [f"{told.format(64)} ({path})", f"{told.format(48)} (rule)"]
 

@@ -294,11 +294,12 @@ def selective_state_update(call: "Arguments") -> None:
 
 @tunable_launch(_kernel="BLOCK num_warps")
 def _launches(dim: int, dstate: int, full_A: bool) -> Launches:
-    """A thread has 32 entries of the state, or 16 and as many of a full A.
+    """A program is one warp, whose threads have 32 entries of the state each, or 16 and as many of a full A.
 
+    Small programs begin to store while others still load, and are spread evenly even where one row is all there is.
     With more threads than a channel has entries, each reads of B and C what it needs, without shared memory.
     """
     width = triton.next_power_of_2(dstate)
-    entries = 4096 if full_A else 8192
+    entries = 512 if full_A else 1024
     block = min(triton.next_power_of_2(dim), max(entries // width, 1))
-    return {"_kernel": {"BLOCK": block, "WIDTH": width, "num_warps": min(max(8 * block * width // entries, 1), 8)}}
+    return {"_kernel": {"BLOCK": block, "WIDTH": width, "num_warps": min(max(block * width // entries, 1), 8)}}
