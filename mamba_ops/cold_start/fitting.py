@@ -208,6 +208,7 @@ def calls(
     """Yield the name of each op, and calls of it, each with the dtype of its states: see `fits`."""
     import torch
 
+    from mamba_ops.cold_start.layers import with_many_rows
     from mamba_ops.registry import ops
 
     for name, op in ops().items():
@@ -223,7 +224,9 @@ def calls(
         chosen = list(itertools.islice(made, samples))
         if op.kernels["triton"].partial:  # a call that it leaves to the ops inside, too
             chosen += itertools.islice((each for each in made if _goes_inside(op, each)), 1)
+        found: list[tuple[str, Callable[[], object]]]
         found = [("float32", functools.partial(op, *each.args, **each.kwargs)) for each in chosen]
+        found += [(states, with_many_rows(call)) for states, call in found]
         yield name, found + _narrow(op, chosen[0])
 
 

@@ -63,6 +63,11 @@ def _is_bound_mixer(module: nn.Module) -> bool:
     return any(hasattr(part, "A_log") for part in (module, *module.children()))
 
 
+def _is_mamba1(module: nn.Module) -> bool:
+    """Whether a module is a mixer of Mamba-1, of ours or of Transformers: those alone find B, C and dt together."""
+    return isinstance(module, Mamba) or hasattr(module, "x_proj")
+
+
 def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, _NORMS) or (getattr(_form(module), "weight", None) is not None)
 
@@ -95,12 +100,16 @@ def on_device(module: nn.Module, device: torch.device, dtype: torch.dtype | None
 
 def calls_of(layer: Layer, module: nn.Module, state_dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield every call of a layer that serving may make, with its name."""
-    if isinstance(module, Mixer):
-        yield from _calls_of_ours(module, state_dtype)
-    elif _is_norm(module):
+    if _is_norm(module):
         yield "a norm", partial(_normalise, module)
-    else:
-        yield from _calls_of_transformers(layer, module)
+        return
+    calls = _calls_of_transformers(layer, module)
+    if isinstance(module, Mixer):
+        calls = _calls_of_ours(module, state_dtype)
+    for name, call in calls:
+        yield name, call
+        if _is_mamba1(module):  # its scan has other launches for many rows
+            yield f"{name}, many rows", with_many_rows(call)
 
 
 def training_calls_of(layer: Layer, module: nn.Module) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -125,16 +134,18 @@ def training_calls_of(layer: Layer, module: nn.Module) -> Iterator[tuple[str, Ca
         if isinstance(module, Mixer):
             packed = torch.tensor([0, 1, tokens], dtype=torch.int32, device=weight.device)
             yield f"training, packed{short}", partial(step, (tokens,), cu_seqlens=packed)
-    yield "training, many sequences", in_slices(partial(step, (2, SHORT)))
+    yield "training, many sequences", with_many_rows(partial(step, (2, SHORT)))
+    if isinstance(module, Mixer):
+        yield "training, many packed sequences", with_many_rows(partial(step, (SHORT,), cu_seqlens=packed))
 
 
-def in_slices(call: Callable[[], object]) -> Callable[[], object]:
-    """Return a call whose backward passes go over rows in slices, as they do where there are many."""
+def with_many_rows(call: Callable[[], object]) -> Callable[[], object]:
+    """Return a call that runs as if it had many rows."""
 
     def run() -> object:
         if (slices := sys.modules.get("mamba_ops.ops._triton.slices")) is None:
-            return None  # no backward pass that was called before has any
-        with slices.of_one_row():
+            return None  # nothing that was called before depends on it
+        with slices.as_with_many_rows():
             return call()
 
     return run
@@ -196,7 +207,7 @@ def _calls_of_ours(module: Mixer[Any], state_dtype: torch.dtype) -> Iterator[tup
     slots = torch.tensor([2, 0], dtype=torch.int32, device=device)
     known = torch.tensor([True, False], device=device)
     lengths = {TOKENS: ""}
-    if isinstance(module, Mamba):  # its scan has other launches where no row can have more than a chunk
+    if _is_mamba1(module):  # its scan has other launches where no row can have more than a chunk
         lengths[SHORT] = ", short"
     for tokens, short in lengths.items():
         packed = torch.tensor([0, 1, tokens], dtype=torch.int32, device=device)

@@ -20,11 +20,11 @@ from mamba_ops.cold_start.layers import (
     Layer,
     before_calls_of,
     calls_of,
-    in_slices,
     layers_of,
     on_device,
     rehearsal_of,
     training_calls_of,
+    with_many_rows,
 )
 from mamba_ops.cold_start.loading import Load, Loader, cores, seconds_by_kernel
 from mamba_ops.ops._triton import _triton
@@ -199,7 +199,7 @@ def _of_ops(
             names = _names_of_sizes(op, whole)
             wanted: dict[str, Any] = {n: size for n, size in sizes.items() if n in names}
             wanted |= {n: d for n, d in zip(("dtype", "state_dtype"), pair, strict=True) if d and n in names}
-            calls = partial(_samples_of, op, device, wanted, in_slices_too=op is whole.backward_op)
+            calls = partial(_samples_of, op, device, wanted)
             yield _Unit(op.qualname, (*common, op.qualname, tuple(sorted(wanted.items(), key=str))), calls, backend)
 
 
@@ -210,7 +210,7 @@ def _names_of_sizes(op: Op[...], whole: Op[...]) -> set[str]:
     return {*names, *(inspect.signature(whole.sampler).parameters if passed_on else ())}
 
 
-def _samples_of(op: Op[...], device: torch.device, sizes: dict[str, Any], in_slices_too: bool) -> Calls:
+def _samples_of(op: Op[...], device: torch.device, sizes: dict[str, Any]) -> Calls:
     samples = iter(op.sampler(device, **sizes))
     while True:
         with _DrawnOnDevice(device):
@@ -218,8 +218,7 @@ def _samples_of(op: Op[...], device: torch.device, sizes: dict[str, Any], in_sli
                 return
         call = partial(op, *sample.args, **sample.kwargs)
         yield sample.name, call
-        if in_slices_too:
-            yield f"{sample.name}, many rows", in_slices(call)
+        yield f"{sample.name}, many rows", with_many_rows(call)
 
 
 def _ops(what: Sequence[Op[...] | str]) -> list[Op[...]]:

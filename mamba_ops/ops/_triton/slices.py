@@ -24,20 +24,27 @@ device knows."""
 WALKS = 256
 """Programs that walk over rows at once, at least: fewer would leave processors of large GPUs without work."""
 
-_by_one: ContextVar[bool] = ContextVar("_by_one", default=False)
+_many: ContextVar[bool] = ContextVar("_many", default=False)
+
+
+def are_many() -> bool:
+    """Whether calls are to run as if they had many rows: see `as_with_many_rows`."""
+    return _many.get()
 
 
 @contextmanager
-def of_one_row() -> Iterator[None]:
-    """Make each row a slice within the block: for warm-ups, as sums over slices are variants of kernels.
+def as_with_many_rows() -> Iterator[None]:
+    """Run calls within the block as if they had many rows: each row is a slice of a backward pass, and kernels are
+    those of many rows.
 
-    What calls did in it is no example for later ones.
+    It is for warm-ups, which compile both. Calls before it are no example for those in it, nor these for later ones.
     """
-    token = _by_one.set(True)
+    prepared.forget()
+    token = _many.set(True)
     try:
         yield
     finally:
-        _by_one.reset(token)
+        _many.reset(token)
         prepared.forget()
 
 
@@ -81,7 +88,7 @@ def by_slices(
     first = call.x if hasattr(call, "x") else call.v
     rows, space = first.shape[0], Workspace(first.device)
     together = max(KEPT // max(bytes_of_row, 1), cdiv(WALKS, max(walks_of_row, 1)))
-    if _by_one.get():
+    if are_many():
         together = 1
     if call.cu_seqlens is not None or first.numel() == 0 or rows <= together:
         backward(call, space)

@@ -1,11 +1,12 @@
 """Device functions of the selective scan's kernels.
 
-A thread has a channel with all its state in registers, and threads exchange nothing: a state is not one tensor, which
-Triton would spread over threads as it sees fit, but a tuple of up to 16, each with one number of every channel. Larger
-states have several such numbers (parts) in each tensor of the tuple.
+A state is in registers, and not one tensor, which Triton would spread over threads as it sees fit, but a tuple of up to
+16, each with one number of every channel. A thread that has a channel has all of it, and threads exchange nothing.
+Larger states, and those that lanes share, have several such numbers (parts) in each tensor of the tuple: `entry` says
+of every place of a tensor which entry of a state the first one of its tuple is.
 """
 
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment,misc"
 # Tuples grow in what Triton compiles.
 import triton
 import triton.language as tl
@@ -77,10 +78,10 @@ def load_tokens(pointers, stride, mask, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def in_float32(values, TOKENS: tl.constexpr):
+def in_float32(values):
     found = ()
-    for token in tl.static_range(TOKENS):
-        found += (values[token].to(tl.float32),)
+    for i in tl.static_range(len(values)):
+        found += (values[i].to(tl.float32),)
     return found
 
 
@@ -112,7 +113,7 @@ def load_entries(
             evens = tl.split(evens)
             odds = tl.split(odds)
             for pair in tl.static_range(2):
-                numbers += _numbers(evens[pair], tensor.dtype.element_ty) + _numbers(
+                numbers += numbers_of(evens[pair], tensor.dtype.element_ty) + numbers_of(
                     odds[pair], tensor.dtype.element_ty
                 )
     else:
@@ -127,7 +128,7 @@ def load_entries(
 
 
 @triton.jit
-def _numbers(word, dtype: tl.constexpr):
+def numbers_of(word, dtype: tl.constexpr):
     # The numbers in words of 32 bits, in float32.
     if dtype == tl.float32:
         return (word.to(tl.float32, bitcast=True),)
@@ -140,47 +141,30 @@ def _numbers(word, dtype: tl.constexpr):
 
 @triton.jit
 def load_state(
-    pointer,
-    channel,
-    channel_stride,
-    in_dim,
-    entry_stride,
-    DSTATE: tl.constexpr,
-    PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    pointer, channel, channel_stride, in_dim, entry_stride, DSTATE: tl.constexpr, entry, WIDTH: tl.constexpr
 ):
     # The states of some channels, in float32.
     found = ()
     for number in tl.static_range(WIDTH):
-        entry = tl.arange(0, PARTS)[:, None] * WIDTH + number
-        place = pointer + channel[None, :] * channel_stride + entry * entry_stride
-        found += (tl.load(place, (entry < DSTATE) & in_dim[None, :], other=0.0).to(tl.float32),)
+        place = pointer + channel * channel_stride + (entry + number) * entry_stride
+        found += (tl.load(place, (entry + number < DSTATE) & in_dim, other=0.0).to(tl.float32),)
     return found
 
 
 @triton.jit
 def store_state(
-    pointer,
-    values,
-    channel,
-    channel_stride,
-    in_dim,
-    entry_stride,
-    DSTATE: tl.constexpr,
-    PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    pointer, values, channel, channel_stride, in_dim, entry_stride, DSTATE: tl.constexpr, entry, WIDTH: tl.constexpr
 ):
     for number in tl.static_range(WIDTH):
-        entry = tl.arange(0, PARTS)[:, None] * WIDTH + number
-        place = pointer + channel[None, :] * channel_stride + entry * entry_stride
-        tl.store(place, values[number], (entry < DSTATE) & in_dim[None, :])
+        place = pointer + channel * channel_stride + (entry + number) * entry_stride
+        tl.store(place, values[number], (entry + number < DSTATE) & in_dim)
 
 
 @triton.jit
 def decays(step, rates, WIDTH: tl.constexpr):
     found = ()
     for number in tl.static_range(WIDTH):
-        found += (tl.exp2(rates[number] * step[None, :]),)
+        found += (tl.exp2(rates[number] * step),)
     return found
 
 
@@ -188,7 +172,7 @@ def decays(step, rates, WIDTH: tl.constexpr):
 def products(pushed, into, WIDTH: tl.constexpr):
     found = ()
     for number in tl.static_range(WIDTH):
-        found += (pushed[None, :] * into[number],)
+        found += (pushed * into[number],)
     return found
 
 
@@ -211,20 +195,36 @@ def next_chunk(s, rates, total, left, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def zeros(PARTS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def zeros(like, COUNT: tl.constexpr):
     found = ()
-    for _ in tl.static_range(WIDTH):
-        found += (tl.zeros([PARTS, BLOCK], tl.float32),)
+    for _ in tl.static_range(COUNT):
+        found += (tl.zeros(like.shape, tl.float32),)
     return found
 
 
 @triton.jit
-def decay_rates(A, channel, A_channel, in_dim, A_entry, DSTATE: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+def decay_rates(A, channel, A_channel, in_dim, A_entry, DSTATE: tl.constexpr, entry, WIDTH: tl.constexpr):
     rates = ()
-    found = load_state(A, channel, A_channel, in_dim, A_entry, DSTATE, PARTS, WIDTH)
+    found = load_state(A, channel, A_channel, in_dim, A_entry, DSTATE, entry, WIDTH)
     for number in tl.static_range(WIDTH):
         rates += (finite_rate(found[number] * 1.4426950408889634),)
     return rates
+
+
+@triton.jit
+def read_out(s, c, WIDTH: tl.constexpr, WAYS: tl.constexpr):
+    # The sum of a state's entries times c. In four parts where lanes may share such states: in the order in which they
+    # add theirs, so that bits are the same.
+    parts = ()
+    for way in tl.static_range(WAYS):
+        sums = s[way * (WIDTH // WAYS)] * c[way * (WIDTH // WAYS)]
+        for k in tl.static_range(way * (WIDTH // WAYS) + 1, (way + 1) * (WIDTH // WAYS)):
+            sums = tl.fma(s[k], c[k], sums)
+        parts += (sums,)
+    if WAYS == 4:
+        return (parts[0] + parts[1]) + (parts[2] + parts[3])
+    else:
+        return parts[0]
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from mamba_ops.ops.selective_scan.triton.device import (
     next_chunk,
     next_state,
     products,
+    read_out,
     source_slot,
     step_size,
     store_state,
@@ -86,6 +87,7 @@ def _outputs(
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    WAYS: tl.constexpr,  # sums of an output: see `read_out`
 ):
     OF_GROUP: tl.constexpr = DIM // GROUPS
     BLOCKS: tl.constexpr = (OF_GROUP + BLOCK - 1) // BLOCK
@@ -95,6 +97,9 @@ def _outputs(
     in_group = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     in_dim = in_group < OF_GROUP
     channel = group * OF_GROUP + in_group
+    entry = tl.arange(0, PARTS)[:, None] * WIDTH
+    channels = channel[None, :]
+    inside = in_dim[None, :]
 
     row, low, high, is_first, is_last = bounds(
         number, cu_seqlens, chunk_ends, last_chunk, rows, length, CHUNK * segment, BLOCK_ROWS
@@ -109,7 +114,7 @@ def _outputs(
             output += output_token
         return
 
-    rates = decay_rates(A, channel, A_channel, in_dim, A_entry, DSTATE, PARTS, WIDTH)
+    rates = decay_rates(A, channels, A_channel, inside, A_entry, DSTATE, entry, WIDTH)
     bias = None
     if dt_bias is not None:
         bias = tl.load(dt_bias + channel, in_dim, other=0.0).to(tl.float32)
@@ -130,19 +135,19 @@ def _outputs(
         next_gate = tl.load(z, there, other=0.0)
 
     # Behind what waits for no flag.
-    s = zeros(PARTS, BLOCK, WIDTH)
+    s = zeros(rates[0], WIDTH)
     if (is_first & is_last) == 0:
         chunk = number
         if chunk_ends is None:
             chunk = low // CHUNK + row
         begun = states + chunk.to(tl.int64) * (DSTATE * DIM)
-        s = load_state(begun, channel, one, in_dim, DIM, DSTATE, PARTS, WIDTH)
+        s = load_state(begun, channels, one, inside, DIM, DSTATE, entry, WIDTH)
     elif load_flag(row, has_initial_state, initial_stride):
         initial = ssm_state + source * slot_stride
         if dim_stride is None:
-            s = load_state(initial, channel, DSTATE, in_dim, 1, DSTATE, PARTS, WIDTH)
+            s = load_state(initial, channels, DSTATE, inside, 1, DSTATE, entry, WIDTH)
         else:
-            s = load_state(initial, channel.to(tl.int64), dim_stride, in_dim, dstate_stride, DSTATE, PARTS, WIDTH)
+            s = load_state(initial, channels.to(tl.int64), dim_stride, inside, dstate_stride, DSTATE, entry, WIDTH)
 
     length_of_chunk = CHUNK
     if chunk_ends is not None:
@@ -150,7 +155,7 @@ def _outputs(
     for begin in range(low, high, length_of_chunk):
         end = tl.minimum(begin + length_of_chunk, high)
         start = s
-        left = zeros(PARTS, BLOCK, WIDTH)
+        left = zeros(rates[0], WIDTH)
         total = tl.zeros([BLOCK], tl.float32)
         for t in range(begin, end):
             # Taken out of where the next token's go before those are asked for: a register then waits for neither.
@@ -168,15 +173,12 @@ def _outputs(
             b = load_entries(B, DSTATE, PARTS, WIDTH, WORDS)
             c = load_entries(C, DSTATE, PARTS, WIDTH, WORDS)
             step = step_size(d, bias, SOFTPLUS)
-            decay = decays(step, rates, WIDTH)
-            added = products(step * value, b, WIDTH)
+            decay = decays(step[None, :], rates, WIDTH)
+            added = products((step * value)[None, :], b, WIDTH)
             s = next_state(s, decay, added, WIDTH)
             left = next_state(left, decay, added, WIDTH)  # as if the chunk began with nothing
             total += step
-            sums = s[0] * c[0]
-            for entry in tl.static_range(1, WIDTH):
-                sums = tl.fma(s[entry], c[entry], sums)
-            y = tl.sum(sums, axis=0)
+            y = tl.sum(read_out(s, c, WIDTH, WAYS), axis=0)
             if skip is not None:
                 y = tl.fma(value, skip, y)
             if z is not None:
@@ -200,6 +202,8 @@ def _outputs(
             stored = in_dim & is_slot(target, null_slot, slot_count)
         left = ssm_state + target * slot_stride
         if dim_stride is None:
-            store_state(left, s, channel, DSTATE, stored, 1, DSTATE, PARTS, WIDTH)
+            store_state(left, s, channels, DSTATE, stored[None, :], 1, DSTATE, entry, WIDTH)
         else:
-            store_state(left, s, channel.to(tl.int64), dim_stride, stored, dstate_stride, DSTATE, PARTS, WIDTH)
+            store_state(
+                left, s, channels.to(tl.int64), dim_stride, stored[None, :], dstate_stride, DSTATE, entry, WIDTH
+            )

@@ -1,17 +1,20 @@
 """How the kernels of the selective scan are launched."""
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, or_placeholder, slots_of
+from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, options, or_placeholder, slots_of
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
-from mamba_ops.ops._triton.limits import Limits
+from mamba_ops.ops._triton.limits import Limits, limits_of
+from mamba_ops.ops._triton.slices import are_many
 from mamba_ops.ops.selective_scan.triton.kernels import _outputs
+from mamba_ops.ops.selective_scan.triton.lanes import _lanes
 from mamba_ops.ops.selective_scan.triton.segments import _ends, _starts
 
 if TYPE_CHECKING:
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
 CHUNK = 64  # tokens, counted from a row's first one
 PROGRAMS = 2048  # about as many walk over segments of rows side by side, where there are tokens enough
+MANY = 24576  # channels of all rows, from which on lanes share states: three warps for each scheduler of an H200
+WIDEST = 1 if INTERPRETED else 16  # numbers of a state in a thread: few operations on large tensors interpret fast
 
 
 def _segment(tokens: int, programs: int) -> int:
@@ -50,7 +55,12 @@ def selective_scan(call: "Arguments") -> None:
     (dim, dstate), tokens, groups = call.A.shape, x.shape[0], B.shape[1] if B.dim() == 3 else 1
     launches = _launches(x.get_device(), dim, dstate)
     ends, starts, outputs = (launches[kernel] for kernel in ("_ends", "_starts", "_outputs"))
-    segment = _segment(tokens, groups * cdiv(dim // groups, outputs["BLOCK"]))
+    programs = groups * cdiv(dim // groups, outputs["BLOCK"])
+    by_lanes = outputs["WAYS"] == 4 and call.chunk_ends is None and (rows * dim >= MANY or are_many())
+    if by_lanes:
+        outputs = _launch_of_lanes(x.get_device(), dstate, B.itemsize)
+        programs *= 4  # segments of four times as many tokens: rows that are about as long as others are not cut
+    segment = _segment(tokens, programs)
     if call.chunk_ends is not None:
         chunks = segments = call.chunk_ends.shape[0]
         segment = 1
@@ -79,9 +89,10 @@ def selective_scan(call: "Arguments") -> None:
     is_plain = call.ssm_state is None or is_dense(call.ssm_state)
     ssm_state, _ = or_placeholder(call.ssm_state, x, tl.float32)
 
-    words = all(in_words(t, outputs["WIDTH"]) for t in (B, C))
+    words_of_ends = all(in_words(t, ends["WIDTH"]) for t in (B, C))
+    words = all(in_words(t, outputs["WIDTH"], 8 if by_lanes else 16) for t in (B, C))
     sizes = {"DIM": dim, "DSTATE": dstate, "CHUNK": CHUNK}
-    sizes_of_tokens = {**sizes, "BLOCK_ROWS": 128, "GROUPS": groups, "SOFTPLUS": call.dt_softplus, "WORDS": words}
+    sizes_of_tokens = {**sizes, "BLOCK_ROWS": 128, "GROUPS": groups, "SOFTPLUS": call.dt_softplus}
     states = sums = None
     with on_device_of(x):
         if several and tokens:
@@ -114,6 +125,7 @@ def selective_scan(call: "Arguments") -> None:
                 dt.stride(0),
                 B.stride(0),
                 **sizes_of_tokens,
+                WORDS=words_of_ends,
                 **ends,
             )
         if (several and tokens) or moves:
@@ -149,7 +161,7 @@ def selective_scan(call: "Arguments") -> None:
             )
         if tokens == 0 or chunks == 0:
             return
-        _outputs[(segments * groups * cdiv(dim // groups, outputs["BLOCK"]),)](
+        (_lanes if by_lanes else _outputs)[(segments * groups * cdiv(dim // groups, outputs["BLOCK"]),)](
             x,
             dt,
             call.A,
@@ -166,8 +178,7 @@ def selective_scan(call: "Arguments") -> None:
             cu_seqlens,
             last_block,
             initial_block,
-            chunk_ends,
-            last_chunk,
+            *(() if by_lanes else (chunk_ends, last_chunk)),
             or_placeholder(states, x, tl.float32)[0],
             rows,
             length_or_all,
@@ -190,23 +201,28 @@ def selective_scan(call: "Arguments") -> None:
             B.stride(0),
             C.stride(0),
             **sizes_of_tokens,
+            WORDS=words,
             **outputs,
         )
     write_back(written, call.output, flat)
 
 
-def in_words(tensor: Tensor, width: int) -> bool:
-    """Whether the B or C of every token and group, and `width` numbers of it, are made of whole words of 16 bytes."""
+def in_words(tensor: Tensor, width: int, least: int = 16) -> bool:
+    """Whether `width` numbers of the B or C of every token and group are whole words of 16 bytes, or of `least`."""
     size = tensor.itemsize
+    word = min(16, width * size)
     ends = tensor.data_ptr() | tensor.stride(0) * size | tensor.shape[-1] * size | width * size
-    return size <= 4 and ends % 16 == 0
+    return size <= 4 and word >= least and ends % word == 0
 
 
 @tunable_launch(_ends="BLOCK num_warps", _starts="BLOCK num_warps", _outputs="BLOCK num_warps")
 def _launches(dim: int, dstate: int, *, limits: Limits) -> Launches:
-    """A thread has a channel; interpreted, few operations on large tensors take less time than many."""
+    """A thread has a channel, with up to 16 numbers of its state.
+
+    Outputs are summed in four parts where lanes may share states (`_launch_of_lanes`), which costs 2 %.
+    """
     padded = triton.next_power_of_2(dstate)
-    width = min(padded, 16) if not INTERPRETED or padded <= 4 else 1
+    width = min(padded, WIDEST) if padded > 4 else padded
     parts = padded // width
     block = 32 if INTERPRETED else max(min(64 // parts, 32), 8)
     of_channels = {"BLOCK": block, "PARTS": parts, "WIDTH": width, "num_warps": 1}
@@ -214,5 +230,14 @@ def _launches(dim: int, dstate: int, *, limits: Limits) -> Launches:
     return {
         "_ends": {**of_channels, "TOKENS": 4, **limit},
         "_starts": {"BLOCK": 128, "AHEAD": 4, "num_warps": 1},
-        "_outputs": {**of_channels, **limit},
+        "_outputs": {**of_channels, "WAYS": 4 if parts == 1 and padded > 4 else 1, **limit},
     }
+
+
+@functools.cache
+def _launch_of_lanes(device: int, dstate: int, itemsize: int) -> dict[str, Any]:
+    """Return the launch of `_lanes`: four lanes share the states of two channels, so that a warp has those of 16."""
+    width = triton.next_power_of_2(dstate) // 4
+    block = 64 if INTERPRETED else 16
+    launch = {"BLOCK": block, "CHANNELS": 2, "PARTS": 4, "LEVELS": 2, "WIDTH": width, "num_warps": 1}
+    return options(**launch, **limits_of(device).registers(128 if itemsize <= 2 else 168))

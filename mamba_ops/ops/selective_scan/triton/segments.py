@@ -73,6 +73,7 @@ def _ends(
     in_group = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     in_dim = in_group < OF_GROUP
     channel = group * OF_GROUP + in_group
+    entry = tl.arange(0, PARTS)[:, None] * WIDTH
 
     row, low, high, _, is_last = bounds(chunk, cu_seqlens, chunk_ends, last_chunk, rows, length, CHUNK, BLOCK_ROWS)
     if (row >= rows) | is_last:
@@ -84,7 +85,7 @@ def _ends(
         if low - first >= until * CHUNK:
             return
         chunk = low // CHUNK + row
-    rates = decay_rates(A, channel, A_channel, in_dim, A_entry, DSTATE, PARTS, WIDTH)
+    rates = decay_rates(A, channel[None, :], A_channel, in_dim[None, :], A_entry, DSTATE, entry, WIDTH)
     bias = None
     if dt_bias is not None:
         bias = tl.load(dt_bias + channel, in_dim, other=0.0).to(tl.float32)
@@ -93,15 +94,15 @@ def _ends(
     B += low.to(tl.int64) * B_token + group * DSTATE + apart
     x += low.to(tl.int64) * x_token + channel
     dt += low.to(tl.int64) * dt_token + channel
-    s = zeros(PARTS, BLOCK, WIDTH)
+    s = zeros(rates[0], WIDTH)
     total = tl.zeros([BLOCK], tl.float32)
     tiles = (high - low) // TOKENS
     values = load_tokens(x, x_token, in_dim & (tiles > 0), TOKENS)
     d = load_tokens(dt, dt_token, in_dim & (tiles > 0), TOKENS)
     for tile in range(tiles):
         # Taken out of where the next tokens' go before those are asked for: a register then waits for neither.
-        rhs = in_float32(values, TOKENS)
-        steps = in_float32(d, TOKENS)
+        rhs = in_float32(values)
+        steps = in_float32(d)
         more = tl.where(tile + 1 < tiles, TOKENS, 0).to(tl.int64)
         x += more * x_token
         dt += more * dt_token
@@ -110,7 +111,8 @@ def _ends(
         for token in tl.static_range(TOKENS):
             b = load_entries(B + token * B_token.to(tl.int64), DSTATE, PARTS, WIDTH, WORDS)
             step = step_size(steps[token], bias, SOFTPLUS)
-            s = next_state(s, decays(step, rates, WIDTH), products(step * rhs[token], b, WIDTH), WIDTH)
+            added = products((step * rhs[token])[None, :], b, WIDTH)
+            s = next_state(s, decays(step[None, :], rates, WIDTH), added, WIDTH)
             total += step
         B += TOKENS * B_token.to(tl.int64)
     if chunk_ends is not None:  # others that are followed by one are whole
@@ -120,13 +122,14 @@ def _ends(
             b = load_entries(B, DSTATE, PARTS, WIDTH, WORDS)
             step = step_size(tl.load(dt, in_dim, other=0.0).to(tl.float32), bias, SOFTPLUS)
             rhs_1 = tl.load(x, in_dim, other=0.0).to(tl.float32)
-            s = next_state(s, decays(step, rates, WIDTH), products(step * rhs_1, b, WIDTH), WIDTH)
+            added = products((step * rhs_1)[None, :], b, WIDTH)
+            s = next_state(s, decays(step[None, :], rates, WIDTH), added, WIDTH)
             total += step
             x += x_token
             dt += dt_token
             B += B_token
     states += chunk.to(tl.int64) * (DSTATE * DIM)
-    store_state(states, s, channel, one, in_dim, DIM, DSTATE, PARTS, WIDTH)
+    store_state(states, s, channel[None, :], one, in_dim[None, :], DIM, DSTATE, entry, WIDTH)
     tl.store(sums + chunk.to(tl.int64) * DIM + channel * one, total, in_dim)
 
 
