@@ -15,6 +15,7 @@ RECORDED_WITH = (3, 7)
 CEILINGS = {
     ("sm_90", "bfloat16"): {
         "chunk_gated_delta_rule._solve": 80,
+        "chunk_gated_delta_rule._walk": 80,
         "chunk_gated_delta_rule._systems": 32,
         "chunk_gated_delta_rule._replay": 32,
         "chunk_gated_delta_rule._adjoints": 256,

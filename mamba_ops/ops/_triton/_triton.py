@@ -167,6 +167,7 @@ def _source(function: Any, asked: Any) -> tuple[Any, Any, Any]:
     backend = make_backend(named(*DRIVER.split(":")).get_current_target())
     options = json.loads(asked["specialization_data"])["options"]
     options = backend.parse_options({n: tuple(v) if isinstance(v, list) else v for n, v in options.items()})
+    ast_source = getattr(function, "ASTSource", ast_source)  # Gluon's kernels have another
     return ast_source(function, asked["signature"], asked["constants"], asked["configs"][0]), backend, options
 
 
@@ -221,8 +222,8 @@ def _up_to_allocation(library: Any, source: Any, backend: Any, options: Any) -> 
     backend.add_stages(stages, options, source.language)
     generated = backend.get_codegen_implementation(options), backend.get_module_map()
     module = source.make_ir(target, options, *generated, context)
-    for stage in ("ttir", "ttgir"):
-        module = stages[stage](module, metadata)
+    for name in [name for name in ("ttir", "ttgir") if name in stages]:  # Gluon begins with the second
+        module = stages[name](module, metadata)
     return manager, module
 
 

@@ -11,6 +11,7 @@ from mamba_ops.ops._triton.delta_rule import CHUNK, precisions_of
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
 from mamba_ops.ops._triton.limits import Limits
+from mamba_ops.ops.chunk_gated_delta_rule.triton.hopper_launch import is_hopper_walk, launch_walk
 from mamba_ops.ops.chunk_gated_delta_rule.triton.kernels import _scan, _solve
 
 if TYPE_CHECKING:
@@ -88,36 +89,25 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
                 L2NORM=call.qk_l2norm,
                 **solve,
             )
-        _scan[(rows * v_heads * cdiv(v_dim, scan["BLOCK"]),)](
-            q,
-            k,
-            v,
-            cu_seqlens,
-            ssm_state,
-            slots,
-            write_slots,
-            has_initial_state,
-            written,
-            factors,
-            solved,
-            q.stride(0),
-            k.stride(0),
-            v.stride(0),
-            written.stride(0),
-            slots_stride,
-            write_stride,
-            initial_stride,
-            slot_stride,
-            head_stride,
-            value_stride,
-            key_stride,
-            tokens if length is None else length,
-            call.null_slot,
-            slots_of(call.ssm_state),
-            **sizes,
-            V_DIM=v_dim,
-            **scan,
-        )
+        inputs = (q, k, v, cu_seqlens, ssm_state, slots, write_slots, has_initial_state, written, factors, solved)
+        strides_of_tokens = (q.stride(0), k.stride(0), v.stride(0), written.stride(0))
+        strides_of_rows = (slots_stride, write_stride, initial_stride, slot_stride)
+        ends = (tokens if length is None else length, call.null_slot, slots_of(call.ssm_state))
+        if is_hopper_walk(q, k, v, written, aligned=aligned):
+            launch_walk(rows, inputs, (*strides_of_tokens, *strides_of_rows, *ends), k_heads, v_heads)
+        else:
+            _scan[(rows * v_heads * cdiv(v_dim, scan["BLOCK"]),)](
+                *inputs,
+                *strides_of_tokens,
+                *strides_of_rows,
+                head_stride,
+                value_stride,
+                key_stride,
+                *ends,
+                **sizes,
+                V_DIM=v_dim,
+                **scan,
+            )
     write_back(written, call.output, flat)
 
 

@@ -1,0 +1,325 @@
+"""The walk of the gated delta rule on Hopper: what `_scan` of `kernels.py` does, by products that hand on registers.
+
+Here values are the rows of what is multiplied, and tokens or keys its columns: all that a step hands from one product
+to the next stays in the registers where the former left it. Four warps walk with 64 rows of a state, four with the
+other 64, and four more load what both read, so that none waits for what another one computes. The products are those
+of `kernels.py`, each in the same order, and so are the roundings between them: so are the bits.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mamba_ops.ops._triton.delta_rule import CHUNK
+from mamba_ops.ops._triton.tape import observed
+
+_NUMBERS_OF_CALL = (
+    "q k v cu_seqlens ssm_state slots write_slots has_initial_state output q_stride k_stride v_stride output_stride "
+    "slots_stride write_stride initial_stride slot_stride length null_slot slot_count parts"
+).split()
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name from Triton 3.7 on, and before
+_CHUNK: gl.constexpr = gl.constexpr(CHUNK)
+_HALF: gl.constexpr = gl.constexpr(CHUNK // 2)
+_ROWS: gl.constexpr = gl.constexpr(64)  # of a state, that four warps have
+_OF_STATE: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+_OF_TOKENS: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+_OF_HALF: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
+_LEFT: gl.constexpr = gl.constexpr(gl.DotOperandLayout(0, _OF_TOKENS, 2))
+_LEFT_OF_STATE: gl.constexpr = gl.constexpr(gl.DotOperandLayout(0, _OF_STATE, 2))
+_FLAT: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+_WIDE: gl.constexpr = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+
+
+@gluon.jit
+def _load_tile(tile, pointer, stride, left, nil):
+    # A chunk's rows, asynchronously; zero where there is no token.
+    SIZE: gl.constexpr = tile.shape[1]
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // SIZE, SIZE // 8], [4, 1], [1, 0])
+    i = gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, L)) + nil
+    j = gl.arange(0, SIZE, layout=gl.SliceLayout(0, L))
+    pointers = gl.multiple_of(pointer + ((i * stride)[:, None] + j[None, :]), [1, 16])
+    async_copy.async_copy_global_to_shared(tile, pointers, mask=(i < left)[:, None] & (j < SIZE)[None, :])
+
+
+@gluon.jit
+def _load_solved(tile, pointer, nil):
+    # Of what `_solve` has for both, eight rows of either in turn; what is not there is zero.
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    i = gl.arange(0, _CHUNK, layout=gl.SliceLayout(1, L)) + nil
+    j = gl.arange(0, _CHUNK, layout=gl.SliceLayout(0, L))
+    pointers = pointer + (((i + i // 8 * 8) * _CHUNK)[:, None] + j[None, :])
+    pointers = gl.multiple_of(pointers, [1, 16])
+    async_copy.async_copy_global_to_shared(tile, pointers, mask=i[:, None] >= (j // 16 * 16)[None, :])
+
+
+@gluon.jit
+def _load(tiles, barriers, sources, strides, bounds, parts, V_HEADS: gl.constexpr):
+    # All that steps read, by warps of its own: a stage that is used up gets a chunk's.
+    keys, queries, values, others, inverses, weights, factors = tiles
+    there, free = barriers
+    k, q, v, solved, of_factors = sources
+    k_stride, q_stride, v_stride = strides
+    chunks, count = bounds
+    STAGES: gl.constexpr = keys.shape[0]
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    for chunk in range(chunks):
+        stage = chunk % STAGES
+        nil = chunk >> 30  # zero, which a compiler does not know: else it keeps what depends on it in registers
+        left = count - chunk * _CHUNK
+        mbarrier.wait(free.index(stage), (chunk // STAGES & 1) ^ 1)
+        _load_tile(keys.index(stage), k, k_stride, left, nil)
+        _load_tile(values.index(stage), v, v_stride, left, nil)
+        if parts == 1:
+            _load_tile(others.index(stage), v + 64, v_stride, left, nil)
+        i = gl.arange(0, 256, layout=L)
+        async_copy.async_copy_global_to_shared(factors.index(stage), of_factors + i, mask=i < 3 * _CHUNK)
+        _load_solved(inverses.index(stage), solved, nil)
+        _load_tile(queries.index(stage), q, q_stride, left, nil)
+        _load_solved(weights.index(stage), solved + 8 * _CHUNK, nil)
+        async_copy.mbarrier_arrive(there.index(stage), increment_count=False)
+        k += _CHUNK * k_stride.to(gl.int64)
+        q += _CHUNK * q_stride.to(gl.int64)
+        v += _CHUNK * v_stride.to(gl.int64)
+        of_factors += V_HEADS * 3 * _CHUNK
+        solved += V_HEADS * 2 * _CHUNK * _CHUNK
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def _store_tile(tile, pointer, stride, left, nil):
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    i = gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, L)) + nil
+    j = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, L))
+    pointers = gl.multiple_of(pointer + ((i * stride)[:, None] + j[None, :]), [1, 16])
+    gl.store(pointers, tile.load(L), (i < left)[:, None] & (j < _ROWS)[None, :])
+
+
+@gluon.jit
+def _times(x, matrix, like):
+    # The product with a matrix whose rows are the columns of the result.
+    return warpgroup_mma(x, matrix.permute([1, 0]), like, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _output(written, y, read, factor):
+    # What half of a chunk's queries read: of the state, and of what tokens of their chunk write.
+    y = y * factor.load(gl.SliceLayout(0, _OF_HALF))[None, :] + read
+    written.permute([1, 0]).store(y.to(written.dtype))
+
+
+@gluon.jit
+def _store_output(written, output, stride, left, nil):
+    early, late = written
+    _store_tile(early, output, stride, left, nil)
+    _store_tile(late, output + _HALF * stride.to(gl.int64), stride, left - _HALF, nil)
+
+
+@gluon.jit
+def _of_state(pointer, nil):
+    # Where 64 rows of a state lie, and that all of them are there.
+    row = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, _OF_STATE))[:, None] + nil
+    key = gl.arange(0, 128, layout=gl.SliceLayout(0, _OF_STATE))[None, :]
+    return gl.multiple_of(pointer + (row * 128 + key), [1, 16]), (row < _ROWS) & (key < 128)
+
+
+@gluon.jit
+def _walk_rows(tiles, barriers, written, state, output, output_stride, bounds, PART: gl.constexpr):
+    # From chunk to chunk with 64 rows of a state, by four warps; what a product needs is waited for alone.
+    keys, queries, values, others, inverses, weights, factors = tiles
+    there, free = barriers
+    early, late = written
+    source, target, carried, stored = state
+    chunks, count = bounds
+    operand: gl.constexpr = keys.dtype
+    STAGES: gl.constexpr = keys.shape[0]
+    if PART == 1:
+        values = others
+        output += _ROWS
+        source += _ROWS * 128
+        target += _ROWS * 128
+    places, inside = _of_state(source, 0)
+    s = gl.load(places, inside & carried, other=0.0).to(gl.float32)
+    nothing = gl.zeros([_ROWS, _CHUNK], gl.float32, layout=_OF_TOKENS)
+    none = gl.zeros([_ROWS, _HALF], gl.float32, layout=_OF_HALF)
+    for chunk in range(chunks):
+        stage = chunk % STAGES
+        keys_ = keys.index(stage)
+        queries_ = queries.index(stage)
+        weights_ = weights.index(stage)
+        numbers = factors.index(stage)
+        known = gl.convert_layout(s.to(operand), _LEFT)
+        mbarrier.wait(there.index(stage), chunk // STAGES & 1)
+        fence_async_shared()
+        found = _times(known, keys_, nothing)
+        y = _times(known, queries_.slice(0, _HALF), none)
+        _barrier()  # meanwhile all are beyond the chunk before
+        if chunk > 0:
+            mbarrier.arrive(free.index((chunk - 1) % STAGES), count=1)
+            _store_output(written, output, output_stride, count - (chunk - 1) * _CHUNK, chunk >> 30)
+            output += _CHUNK * output_stride.to(gl.int64)
+        found, y = warpgroup_mma_wait(1, [found, y])
+        lacking = values.index(stage).permute([1, 0]).load(_OF_TOKENS).to(gl.float32)
+        lacking -= found * numbers.slice(0, _CHUNK).load(gl.SliceLayout(0, _OF_TOKENS))[None, :]
+        lacking = gl.convert_layout(lacking.to(operand), _LEFT)
+        kept = _times(lacking, inverses.index(stage), nothing)
+        z = _times(known, queries_.slice(_HALF, _HALF), none)
+        s *= numbers.slice(2 * _CHUNK, 1).load(gl.SliceLayout(1, _OF_STATE))[:, None]
+        kept, y, z = warpgroup_mma_wait(1, [kept, y, z])
+        kept = gl.convert_layout(kept.to(operand), _LEFT_OF_STATE)
+        s = warpgroup_mma(kept, keys_, s, is_async=True)
+        read = _times(lacking, weights_.slice(0, _HALF), none)
+        more = _times(lacking, weights_.slice(_HALF, _HALF), none)
+        s, read, more, y, z = warpgroup_mma_wait(0, [s, read, more, y, z])
+        _output(early, y, read, numbers.slice(_CHUNK, _HALF))
+        _output(late, z, more, numbers.slice(_CHUNK + _HALF, _HALF))
+    if chunks > 0:
+        _barrier()
+        _store_output(written, output, output_stride, count - (chunks - 1) * _CHUNK, 0)
+    places, inside = _of_state(target, chunks >> 30)  # not before, as they would wait in registers
+    gl.store(places, s.to(target.dtype.element_ty), inside & stored)
+
+
+@gluon.jit
+def _walk_others(tiles, barriers, written, state, output, output_stride, bounds, parts):
+    # The other 64 rows, if a program has all.
+    if parts == 1:
+        _walk_rows(tiles, barriers, written, state, output, output_stride, bounds, 1)
+
+
+@gluon.jit
+def _within(token, length):
+    return gl.minimum(gl.maximum(token, 0), length).to(gl.int32)
+
+
+@observed
+@gluon.jit(do_not_specialize=_NUMBERS_OF_CALL, do_not_specialize_on_alignment=_NUMBERS_OF_CALL)
+def _walk(
+    q,
+    k,
+    v,
+    cu_seqlens,
+    ssm_state,
+    slots,
+    write_slots,
+    has_initial_state,
+    output,
+    factors,
+    solved,
+    q_stride,
+    k_stride,
+    v_stride,
+    output_stride,
+    slots_stride,
+    write_stride,
+    initial_stride,
+    slot_stride,
+    length,
+    null_slot,
+    slot_count,
+    parts,  # of a state's rows, each of a program: 1 or 2
+    K_HEADS: gl.constexpr,
+    V_HEADS: gl.constexpr,
+    STAGES: gl.constexpr,
+    LOAD_REGISTERS: gl.constexpr,
+    WALK_REGISTERS: gl.constexpr,
+):
+    # As `_scan`, of values and keys of 128 numbers, all dense and aligned.
+    program = gl.program_id(0)
+    row = program // (parts * V_HEADS)
+    head = program // parts % V_HEADS
+    part = program % parts * _ROWS
+    rows = gl.num_programs(0) // (parts * V_HEADS)
+    if cu_seqlens is not None:
+        R: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        before = row * 0
+        for start in range(0, row, 128):
+            r = start + gl.arange(0, 128, layout=R)
+            begins = _within(gl.load(cu_seqlens + r, r < row, other=0), length)
+            counts = _within(gl.load(cu_seqlens + r + 1, r < row, other=0), length) - begins
+            before = gl.minimum(before + gl.sum((gl.maximum(counts, 0) + _CHUNK - 1) // _CHUNK, 0), 1 << 30)
+        begin = _within(gl.load(cu_seqlens + row), length)
+        count = gl.maximum(_within(gl.load(cu_seqlens + row + 1), length) - begin, 0)
+        most = gl.maximum(length // _CHUNK + rows - before, 0)
+        chunks = gl.minimum((count + _CHUNK - 1) // _CHUNK, most)
+        count = gl.minimum(count, chunks * _CHUNK)
+    else:
+        chunks = (length + _CHUNK - 1) // _CHUNK
+        before = row * chunks
+        begin = row * length
+        count = begin - begin + length
+    source = row.to(gl.int64)
+    if slots_stride >= 0:
+        source = gl.load(slots + source * slots_stride).to(gl.int64)
+        if (source < 0) | (source >= slot_count) | (source == null_slot):
+            source = source * 0 - 1
+    output += begin.to(gl.int64) * output_stride + head * 128 + part
+    if source < 0:
+        L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        i = gl.arange(0, _CHUNK, layout=gl.SliceLayout(1, L))
+        j = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, L))
+        nothing = gl.zeros([_CHUNK, _ROWS], output.dtype.element_ty, layout=L)
+        for chunk in range(chunks * (2 // parts)):
+            t = chunk % chunks * _CHUNK + i
+            place = output + chunk // chunks * _ROWS + ((t.to(gl.int64) * output_stride)[:, None] + j[None, :])
+            gl.store(gl.multiple_of(place, [1, 16]), nothing, (t < count)[:, None] & (j < _ROWS)[None, :])
+        return
+
+    target = source
+    stored = count > 0
+    if write_slots is not None:
+        target = gl.load(write_slots + row.to(gl.int64) * write_stride).to(gl.int64)
+        stored = stored | (target != source)
+        stored = stored & (target >= 0) & (target < slot_count) & (target != null_slot)
+    stored = stored & (slot_stride >= 0)
+    carried = gl.load(has_initial_state + row.to(gl.int64) * initial_stride, initial_stride >= 0, other=0) != 0
+    ssm_state += (head * 128 + part) * 128
+    state = (ssm_state + source * slot_stride, ssm_state + target * slot_stride, carried, stored)
+
+    operand: gl.constexpr = q.dtype.element_ty
+    keys = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, 128], _WIDE)
+    queries = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, 128], _WIDE)
+    values = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, _ROWS], _WIDE)
+    others = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, _ROWS], _WIDE)
+    inverses = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, _CHUNK], _WIDE)
+    weights = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, _CHUNK], _WIDE)
+    of_both = gl.allocate_shared_memory(gl.float32, [STAGES, 256], _FLAT)
+    early = gl.allocate_shared_memory(operand, [_HALF, _ROWS], _WIDE)
+    late = gl.allocate_shared_memory(operand, [_HALF, _ROWS], _WIDE)
+    early_others = gl.allocate_shared_memory(operand, [_HALF, _ROWS], _WIDE)
+    late_others = gl.allocate_shared_memory(operand, [_HALF, _ROWS], _WIDE)
+    there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(STAGES):
+        mbarrier.init(there.index(n), count=128)
+        if parts == 1:
+            mbarrier.init(free.index(n), count=2)
+        else:
+            mbarrier.init(free.index(n), count=1)
+    number = before.to(gl.int64) * V_HEADS + head
+    group: gl.constexpr = V_HEADS // K_HEADS
+    k += begin.to(gl.int64) * k_stride + head // group * 128
+    q += begin.to(gl.int64) * q_stride + head // group * 128
+    v += begin.to(gl.int64) * v_stride + head * 128 + part
+    tiles = (keys, queries, values, others, inverses, weights, of_both)
+    barriers = (there, free)
+    sources = (k, q, v, solved + number * (2 * _CHUNK * _CHUNK), factors + number * (3 * _CHUNK))
+    strides = (k_stride, q_stride, v_stride)
+    bounds = (chunks, count)
+    gl.warp_specialize(
+        [
+            (_walk_rows, (tiles, barriers, (early, late), state, output, output_stride, bounds, 0)),
+            (
+                _walk_others,
+                (tiles, barriers, (early_others, late_others), state, output, output_stride, bounds, parts),
+            ),
+            (_load, (tiles, barriers, sources, strides, bounds, parts, V_HEADS)),
+        ],
+        [4, 4],
+        [WALK_REGISTERS, LOAD_REGISTERS],
+    )
