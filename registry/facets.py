@@ -22,6 +22,7 @@ class Facets:
     Attributes:
         facets: the functions by the name of their decorator; those that take an op's parameters have its signature.
         patterns: names of the ways in which the op is called.
+        by_rows: whether calls of many rows run other kernels than those of few: warm-ups then make both.
         bench_peers, host_call: what `bench_peer` and `bench_host` say.
     """
 
@@ -35,6 +36,7 @@ class Facets:
     def __init__(self) -> None:
         self.facets: dict[str, Callable[..., Any]] = {"allocate_output": self._no_output}
         self.patterns: tuple[str, ...] = ()
+        self.by_rows = False
         self.bench_peers: dict[str, Callable[..., Any]] = {}
         self.host_call: tuple[str, int, int, dict[str, int]] | None = None
 

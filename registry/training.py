@@ -139,6 +139,7 @@ class Trainable(Facets):
         if (declared := self._training) is None:
             raise errors.declaration(f"{self.qualname}: backward", "declare @op.training first")
         self.backward_op = self._declare_backward(declared, reference, arguments)
+        self.backward_op.by_rows = True  # many go in slices
         self.forward_op = self._declare_forward(declared, "forward", declared.optional)
         if declared.optional is not None:
             self.forward_states_op = self._declare_forward(declared, "forward_states", None)

@@ -226,7 +226,8 @@ def calls(
             chosen += itertools.islice((each for each in made if _goes_inside(op, each)), 1)
         found: list[tuple[str, Callable[[], object]]]
         found = [("float32", functools.partial(op, *each.args, **each.kwargs)) for each in chosen]
-        found += [(states, with_many_rows(call)) for states, call in found]
+        if op.by_rows:
+            found += [(states, with_many_rows(call)) for states, call in found]
         yield name, found + _narrow(op, chosen[0])
 
 

@@ -199,7 +199,7 @@ def _of_ops(
             names = _names_of_sizes(op, whole)
             wanted: dict[str, Any] = {n: size for n, size in sizes.items() if n in names}
             wanted |= {n: d for n, d in zip(("dtype", "state_dtype"), pair, strict=True) if d and n in names}
-            calls = partial(_samples_of, op, device, wanted)
+            calls = partial(_samples_of, op, device, wanted, by_rows=op.by_rows or whole.by_rows)
             yield _Unit(op.qualname, (*common, op.qualname, tuple(sorted(wanted.items(), key=str))), calls, backend)
 
 
@@ -210,7 +210,7 @@ def _names_of_sizes(op: Op[...], whole: Op[...]) -> set[str]:
     return {*names, *(inspect.signature(whole.sampler).parameters if passed_on else ())}
 
 
-def _samples_of(op: Op[...], device: torch.device, sizes: dict[str, Any]) -> Calls:
+def _samples_of(op: Op[...], device: torch.device, sizes: dict[str, Any], by_rows: bool) -> Calls:
     samples = iter(op.sampler(device, **sizes))
     while True:
         with _DrawnOnDevice(device):
@@ -218,7 +218,8 @@ def _samples_of(op: Op[...], device: torch.device, sizes: dict[str, Any]) -> Cal
                 return
         call = partial(op, *sample.args, **sample.kwargs)
         yield sample.name, call
-        yield f"{sample.name}, many rows", with_many_rows(call)
+        if by_rows:
+            yield f"{sample.name}, many rows", with_many_rows(call)
 
 
 def _ops(what: Sequence[Op[...] | str]) -> list[Op[...]]:

@@ -118,6 +118,9 @@ def mamba_mixing(
     """
 
 
+mamba_mixing.by_rows = True  # its scan
+
+
 @mamba_mixing.allocate_output
 def _output(projected: Tensor) -> Tensor:
     return projected.new_empty(projected.shape[0], projected.shape[-1] // 2)

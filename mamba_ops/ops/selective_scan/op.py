@@ -135,6 +135,9 @@ def selective_scan(
     """
 
 
+selective_scan.by_rows = True  # on Triton lanes share the states of many
+
+
 @selective_scan.allocate_output
 def _output(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
