@@ -9,8 +9,8 @@ BUGS = {
         "y *= silu(gate, output.dtype.element_ty.primitive_bitwidth)",
         "y *= gate",
     ),
-    "half the decay": ("tl.exp2(rates[number] * step[None, :])", "tl.exp2(0.5 * rates[number] * step[None, :])"),
-    "natural exponential": ("tl.exp2(rates[number] * step[None, :])", "tl.exp(rates[number] * step[None, :])"),
+    "half the decay": ("tl.exp2(rates[number] * step)", "tl.exp2(0.5 * rates[number] * step)"),
+    "natural exponential": ("tl.exp2(rates[number] * step)", "tl.exp(rates[number] * step)"),
     "initial state not read": (
         "elif load_flag(row, has_initial_state, initial_stride):",
         "elif slot_stride < -1:",
@@ -35,7 +35,7 @@ BUGS = {
         "there & ((number + ahead) % segment == 0)",
         "there & (number + ahead == 0)",
     ),
-    "chunks count what came before twice": ("left = zeros(PARTS, BLOCK, WIDTH)", "left = s"),
+    "chunks count what came before twice": ("left = zeros(rates[0], WIDTH)", "left = s"),
     "empty row's state not copied": ("        if count <= 0:", "        if False:"),
     "states of the prefix cache a block late": (
         "column = (position - 1) // block_size",

@@ -1,4 +1,4 @@
-"""How rows are cut into segments changes no bit, and no more does how many of them there are."""
+"""How rows are cut into segments changes no bit."""
 
 import importlib
 from itertools import accumulate
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mamba_ops import selective_scan
-from mamba_ops.ops._triton import launch_config, prepared
+from mamba_ops.ops._triton import prepared
 from mamba_ops.registry import Sample
 from mamba_ops.testing.judge import front_on
 from tests.conftest import ACCELERATOR
@@ -19,7 +19,7 @@ LENGTHS = (25, 0, 3, 8, 49)
 DIM, DSTATE = 5, 4
 
 
-def call(lengths: tuple[int, ...], dtype: torch.dtype, dstate: int = DSTATE) -> dict[str, Any]:
+def call(lengths: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     """Packed rows, all with states to begin with."""
     device, tokens = ACCELERATOR or torch.device("cpu"), sum(lengths)
     generator = torch.Generator().manual_seed(0)
@@ -30,13 +30,13 @@ def call(lengths: tuple[int, ...], dtype: torch.dtype, dstate: int = DSTATE) -> 
     return {
         "x": normal(tokens, DIM),
         "dt": normal(tokens, DIM) - 2,
-        "A": -normal(DIM, dstate, dtype=torch.float32).exp(),
-        "B": normal(tokens, dstate),
-        "C": normal(tokens, dstate),
+        "A": -normal(DIM, DSTATE, dtype=torch.float32).exp(),
+        "B": normal(tokens, DSTATE),
+        "C": normal(tokens, DSTATE),
         "D": normal(DIM, dtype=torch.float32),
         "z": normal(tokens, DIM),
         "dt_softplus": True,
-        "ssm_state": normal(len(lengths), DIM, dstate, dtype=torch.float32),
+        "ssm_state": normal(len(lengths), DIM, DSTATE, dtype=torch.float32),
         "cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
         "has_initial_state": torch.tensor([True] * len(lengths), device=device),
     }
@@ -57,7 +57,7 @@ def forget() -> Any:
     """What other tests launch is chosen anew."""
     pytest.importorskip("triton")
     yield
-    launch_config.forget("selective_scan")
+    prepared.forget()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -93,49 +93,3 @@ def test_they_are_right(monkeypatch: pytest.MonkeyPatch, segment: int) -> None:
     run(monkeypatch, segment, arguments)  # which is remembered
     positional = tuple(arguments.pop(name) for name in ("x", "dt", "A", "B", "C"))
     judge(selective_scan, Sample("segments", positional, arguments), front_on(selective_scan, "triton"))
-
-
-@pytest.mark.parametrize("segment", [1, 100])
-@pytest.mark.parametrize(("dtype", "dstate"), [(torch.float32, 13), (torch.bfloat16, 8), (torch.bfloat16, 16)], ids=str)
-def test_lanes_that_share_a_state_give_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, dstate: int, segment: int
-) -> None:
-    """As they do from so many channels of all rows on; tokens may be those of a tile, or fewer."""
-    launch = importlib.import_module("mamba_ops.ops.selective_scan.triton.launch")
-    monkeypatch.setattr(launch, "WIDEST", 16)
-    launch_config.forget("selective_scan")
-    arguments = call(LENGTHS, dtype, dstate)
-    output, state = run(monkeypatch, segment, arguments)
-    used = []
-    of_many = launch._launch_of_lanes
-    monkeypatch.setattr(launch, "_launch_of_lanes", lambda *sizes: used.append(sizes) or of_many(*sizes))
-    monkeypatch.setattr(launch, "MANY", 0)
-    output_of_many, state_of_many = run(monkeypatch, segment, arguments)
-    assert used
-    assert torch.equal(output, output_of_many)
-    assert torch.equal(state, state_of_many)
-    channel_major = {name: arguments[name].t().contiguous().t() for name in ("x", "dt", "z")}
-    output_of_many, state_of_many = run(monkeypatch, segment, arguments | channel_major)
-    assert torch.equal(output, output_of_many)
-    assert torch.equal(state, state_of_many)
-    run(monkeypatch, segment, arguments)  # which is remembered
-    positional = tuple(arguments.pop(name) for name in ("x", "dt", "A", "B", "C"))
-    judge(selective_scan, Sample("many", positional, arguments), front_on(selective_scan, "triton"))
-
-
-@pytest.mark.parametrize("length", [0, 1, 3, 4, 19])
-def test_lanes_that_share_a_state_take_dense_rows_in_any_layout(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
-    launch = importlib.import_module("mamba_ops.ops.selective_scan.triton.launch")
-    monkeypatch.setattr(launch, "WIDEST", 16)
-    launch_config.forget("selective_scan")
-    arguments = call((length, length), torch.float32, 16)
-    del arguments["cu_seqlens"]
-    for name in ("x", "dt", "B", "C", "z"):
-        arguments[name] = arguments[name].unflatten(0, (2, length))
-    output, state = run(monkeypatch, 100, arguments)
-    monkeypatch.setattr(launch, "MANY", 0)
-    channel_major = {name: arguments[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("x", "z")}
-    for each in (arguments, arguments | channel_major):
-        output_of_many, state_of_many = run(monkeypatch, 100, each)
-        assert torch.equal(output, output_of_many)
-        assert torch.equal(state, state_of_many)
