@@ -1,4 +1,4 @@
-"""The walk that is for Hopper alone: bits are those of the portable one, however many programs a state has."""
+"""The kernels that are for Hopper alone: the walk's bits are those of the portable one, however many programs walk."""
 
 import importlib
 
@@ -44,11 +44,14 @@ def test_bits_are_those_of_the_portable_walk(lengths, dtype, state_dtype, moves,
     case = prefill_case(chunk_gated_delta_rule, lengths, torch.device("cuda"), by_channel=False)
     arguments = case.arguments | {name: case.arguments[name].to(dtype) for name in "qkv"}
     states, out = case.caches["ssm_state"].to(state_dtype), case.out.to(dtype)
-    if moves:
+    if moves:  # to slots that no row reads
         slots = arguments["slots"].clone()
         slots[-1] = -1
         new = torch.arange(len(lengths), device="cuda") % 2 == 0
-        arguments |= {"slots": slots, "write_slots": slots.flip(0).contiguous(), "has_initial_state": new}
+        back = slots.flip(0)
+        moved = torch.where(back < 0, back, back + len(states))
+        arguments |= {"slots": slots, "write_slots": moved, "has_initial_state": new}
+        states = torch.cat([states, torch.zeros_like(states)])
     found = []
     for parts in (1, 2):
         monkeypatch.setattr(hopper_launch, "multiprocessors", lambda _, parts=parts: (parts - 1) << 30)
@@ -58,6 +61,41 @@ def test_bits_are_those_of_the_portable_walk(lengths, dtype, state_dtype, moves,
     prepared.forget()
     for one in found:
         assert all(torch.equal(a, b) for a, b in zip(one, expected, strict=True))
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("l2norm", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_systems_are_those_of_the_portable_kernel(dtype, l2norm, monkeypatch):
+    torch.manual_seed(0)
+    case = prefill_case(chunk_gated_delta_rule, (1000, 64, 3, 0, 129), torch.device("cuda"), by_channel=False)
+    arguments = case.arguments | {name: case.arguments[name].to(dtype) / 12 for name in "qkv"}
+    arguments |= {"qk_l2norm": l2norm}
+    found = results(case, arguments, case.caches["ssm_state"], case.out.to(dtype))
+    monkeypatch.setattr(launch, "is_hopper_solve", lambda *_, **__: False)
+    expected = results(case, arguments, case.caches["ssm_state"], case.out.to(dtype))
+    prepared.forget()
+    for one, other in zip(found, expected, strict=True):
+        assert (one.float() - other.float()).abs().max() < 0.005 * other.float().abs().max()
+
+
+@needs_hopper
+@pytest.mark.gpu
+def test_rows_have_the_bits_that_they_have_alone():
+    torch.manual_seed(0)
+    lengths = (1000, 64, 3, 129)
+    case = prefill_case(chunk_gated_delta_rule, lengths, torch.device("cuda"), by_channel=False)
+    whole, _ = results(case, case.arguments, case.caches["ssm_state"], case.out)
+    begin = 0
+    for row, length in enumerate(lengths):
+        its = slice(begin, begin + length)
+        begin += length
+        arguments = case.arguments | {name: case.arguments[name][its] for name in ("q", "k", "v", "g", "beta")}
+        arguments |= {name: case.arguments[name][row : row + 1] for name in ("slots", "has_initial_state")}
+        arguments |= {"cu_seqlens": torch.tensor([0, length], dtype=torch.int32, device="cuda")}
+        alone, _ = results(case, arguments, case.caches["ssm_state"], torch.empty_like(case.out[its]))
+        assert torch.equal(alone, whole[its])
 
 
 @needs_hopper
@@ -77,18 +115,19 @@ def test_a_row_that_is_not_finite_leaves_others_alone():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "sizes", "walk"),
+    ("dtype", "sizes", "is_special"),
     [
-        ("bfloat16", {}, "_walk"),
-        ("float16", {}, "_walk"),
-        ("float32", {}, "_scan"),
-        ("bfloat16", {"k_dim": 64}, "_scan"),
-        ("bfloat16", {"v_dim": 64}, "_scan"),
+        ("bfloat16", {}, True),
+        ("float16", {}, True),
+        ("float32", {}, False),
+        ("bfloat16", {"k_dim": 64}, False),
+        ("bfloat16", {"v_dim": 64}, False),
     ],
 )
-def test_on_hopper_it_walks_over_wide_heads_of_2_bytes(dtype, sizes, walk):
+def test_on_hopper_wide_heads_of_2_bytes_have_kernels_of_their_own(dtype, sizes, is_special):
     rows = list(fitting.fits(["sm_90"], ops=[NAME], dtypes=[dtype], sizes=sizes))
-    assert {row.kernel.rpartition(".")[2] for row in rows} == {"_solve", walk}
+    kernels = {row.kernel.rpartition(".")[2] for row in rows}
+    assert kernels == ({"_invert", "_walk"} if is_special else {"_solve", "_scan"})
     assert all(0 < row.shared <= row.limit for row in rows), rows
 
 

@@ -25,11 +25,9 @@ _NUMBERS_OF_CALL = (
 ).split()
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name from Triton 3.7 on, and before
 _CHUNK: gl.constexpr = gl.constexpr(CHUNK)
-_HALF: gl.constexpr = gl.constexpr(CHUNK // 2)
 _ROWS: gl.constexpr = gl.constexpr(64)  # of a state, that four warps have
 _OF_STATE: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 _OF_TOKENS: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-_OF_HALF: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
 _LEFT: gl.constexpr = gl.constexpr(gl.DotOperandLayout(0, _OF_TOKENS, 2))
 _LEFT_OF_STATE: gl.constexpr = gl.constexpr(gl.DotOperandLayout(0, _OF_STATE, 2))
 _FLAT: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -61,27 +59,27 @@ def _load_solved(tile, pointer, nil):
 @gluon.jit
 def _load(tiles, barriers, sources, strides, bounds, parts, V_HEADS: gl.constexpr):
     # All that steps read, by warps of its own: a stage that is used up gets a chunk's.
-    keys, queries, values, others, inverses, weights, factors = tiles
+    pairs, values, others, both, factors = tiles
     there, free = barriers
     k, q, v, solved, of_factors = sources
     k_stride, q_stride, v_stride = strides
     chunks, count = bounds
-    STAGES: gl.constexpr = keys.shape[0]
+    STAGES: gl.constexpr = pairs.shape[0]
     L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     for chunk in range(chunks):
         stage = chunk % STAGES
         nil = chunk >> 30  # zero, which a compiler does not know: else it keeps what depends on it in registers
         left = count - chunk * _CHUNK
         mbarrier.wait(free.index(stage), (chunk // STAGES & 1) ^ 1)
-        _load_tile(keys.index(stage), k, k_stride, left, nil)
+        _load_tile(pairs.index(stage).slice(0, _CHUNK), k, k_stride, left, nil)
         _load_tile(values.index(stage), v, v_stride, left, nil)
         if parts == 1:
             _load_tile(others.index(stage), v + 64, v_stride, left, nil)
         i = gl.arange(0, 256, layout=L)
         async_copy.async_copy_global_to_shared(factors.index(stage), of_factors + i, mask=i < 3 * _CHUNK)
-        _load_solved(inverses.index(stage), solved, nil)
-        _load_tile(queries.index(stage), q, q_stride, left, nil)
-        _load_solved(weights.index(stage), solved + 8 * _CHUNK, nil)
+        _load_solved(both.index(stage).slice(0, _CHUNK), solved, nil)
+        _load_tile(pairs.index(stage).slice(_CHUNK, _CHUNK), q, q_stride, left, nil)
+        _load_solved(both.index(stage).slice(_CHUNK, _CHUNK), solved + 8 * _CHUNK, nil)
         async_copy.mbarrier_arrive(there.index(stage), increment_count=False)
         k += _CHUNK * k_stride.to(gl.int64)
         q += _CHUNK * q_stride.to(gl.int64)
@@ -107,17 +105,10 @@ def _times(x, matrix, like):
 
 
 @gluon.jit
-def _output(written, y, read, factor):
-    # What half of a chunk's queries read: of the state, and of what tokens of their chunk write.
-    y = y * factor.load(gl.SliceLayout(0, _OF_HALF))[None, :] + read
-    written.permute([1, 0]).store(y.to(written.dtype))
-
-
-@gluon.jit
-def _store_output(written, output, stride, left, nil):
-    early, late = written
-    _store_tile(early, output, stride, left, nil)
-    _store_tile(late, output + _HALF * stride.to(gl.int64), stride, left - _HALF, nil)
+def _halves(x):
+    # The first half of columns, and the others.
+    x, y = gl.split(gl.permute(gl.reshape(x, [_ROWS, 2, _CHUNK]), [0, 2, 1]))
+    return gl.convert_layout(x, _OF_TOKENS), gl.convert_layout(y, _OF_TOKENS)
 
 
 @gluon.jit
@@ -130,14 +121,14 @@ def _of_state(pointer, nil):
 
 @gluon.jit
 def _walk_rows(tiles, barriers, written, state, output, output_stride, bounds, PART: gl.constexpr):
-    # From chunk to chunk with 64 rows of a state, by four warps; what a product needs is waited for alone.
-    keys, queries, values, others, inverses, weights, factors = tiles
+    # From chunk to chunk with 64 rows of a state, by four warps. What multiplies the same is one product: 128 columns
+    # wide, as narrow ones are slower.
+    pairs, values, others, both, factors = tiles
     there, free = barriers
-    early, late = written
     source, target, carried, stored = state
     chunks, count = bounds
-    operand: gl.constexpr = keys.dtype
-    STAGES: gl.constexpr = keys.shape[0]
+    operand: gl.constexpr = pairs.dtype
+    STAGES: gl.constexpr = pairs.shape[0]
     if PART == 1:
         values = others
         output += _ROWS
@@ -145,42 +136,36 @@ def _walk_rows(tiles, barriers, written, state, output, output_stride, bounds, P
         target += _ROWS * 128
     places, inside = _of_state(source, 0)
     s = gl.load(places, inside & carried, other=0.0).to(gl.float32)
-    nothing = gl.zeros([_ROWS, _CHUNK], gl.float32, layout=_OF_TOKENS)
-    none = gl.zeros([_ROWS, _HALF], gl.float32, layout=_OF_HALF)
+    nothing = gl.zeros([_ROWS, 2 * _CHUNK], gl.float32, layout=_OF_STATE)
     for chunk in range(chunks):
         stage = chunk % STAGES
-        keys_ = keys.index(stage)
-        queries_ = queries.index(stage)
-        weights_ = weights.index(stage)
         numbers = factors.index(stage)
         known = gl.convert_layout(s.to(operand), _LEFT)
         mbarrier.wait(there.index(stage), chunk // STAGES & 1)
         fence_async_shared()
-        found = _times(known, keys_, nothing)
-        y = _times(known, queries_.slice(0, _HALF), none)
+        found = _times(known, pairs.index(stage), nothing)
         _barrier()  # meanwhile all are beyond the chunk before
         if chunk > 0:
             mbarrier.arrive(free.index((chunk - 1) % STAGES), count=1)
-            _store_output(written, output, output_stride, count - (chunk - 1) * _CHUNK, chunk >> 30)
+            _store_tile(written, output, output_stride, count - (chunk - 1) * _CHUNK, chunk >> 30)
             output += _CHUNK * output_stride.to(gl.int64)
-        found, y = warpgroup_mma_wait(1, [found, y])
+        found = warpgroup_mma_wait(0, [found])
+        found, y = _halves(found)
         lacking = values.index(stage).permute([1, 0]).load(_OF_TOKENS).to(gl.float32)
         lacking -= found * numbers.slice(0, _CHUNK).load(gl.SliceLayout(0, _OF_TOKENS))[None, :]
         lacking = gl.convert_layout(lacking.to(operand), _LEFT)
-        kept = _times(lacking, inverses.index(stage), nothing)
-        z = _times(known, queries_.slice(_HALF, _HALF), none)
+        kept = _times(lacking, both.index(stage), nothing)
         s *= numbers.slice(2 * _CHUNK, 1).load(gl.SliceLayout(1, _OF_STATE))[:, None]
-        kept, y, z = warpgroup_mma_wait(1, [kept, y, z])
+        kept, y = warpgroup_mma_wait(0, [kept, y])
+        kept, read = _halves(kept)
         kept = gl.convert_layout(kept.to(operand), _LEFT_OF_STATE)
-        s = warpgroup_mma(kept, keys_, s, is_async=True)
-        read = _times(lacking, weights_.slice(0, _HALF), none)
-        more = _times(lacking, weights_.slice(_HALF, _HALF), none)
-        s, read, more, y, z = warpgroup_mma_wait(0, [s, read, more, y, z])
-        _output(early, y, read, numbers.slice(_CHUNK, _HALF))
-        _output(late, z, more, numbers.slice(_CHUNK + _HALF, _HALF))
+        s = warpgroup_mma(kept, pairs.index(stage).slice(0, _CHUNK), s, is_async=True)
+        y = y * numbers.slice(_CHUNK, _CHUNK).load(gl.SliceLayout(0, _OF_TOKENS))[None, :] + read
+        written.permute([1, 0]).store(y.to(operand))
+        s = warpgroup_mma_wait(0, [s])
     if chunks > 0:
         _barrier()
-        _store_output(written, output, output_stride, count - (chunks - 1) * _CHUNK, 0)
+        _store_tile(written, output, output_stride, count - (chunks - 1) * _CHUNK, 0)
     places, inside = _of_state(target, chunks >> 30)  # not before, as they would wait in registers
     gl.store(places, s.to(target.dtype.element_ty), inside & stored)
 
@@ -282,17 +267,13 @@ def _walk(
     state = (ssm_state + source * slot_stride, ssm_state + target * slot_stride, carried, stored)
 
     operand: gl.constexpr = q.dtype.element_ty
-    keys = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, 128], _WIDE)
-    queries = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, 128], _WIDE)
+    pairs = gl.allocate_shared_memory(operand, [STAGES, 2 * _CHUNK, 128], _WIDE)
     values = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, _ROWS], _WIDE)
     others = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, _ROWS], _WIDE)
-    inverses = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, _CHUNK], _WIDE)
-    weights = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, _CHUNK], _WIDE)
+    both = gl.allocate_shared_memory(operand, [STAGES, 2 * _CHUNK, _CHUNK], _WIDE)
     of_both = gl.allocate_shared_memory(gl.float32, [STAGES, 256], _FLAT)
-    early = gl.allocate_shared_memory(operand, [_HALF, _ROWS], _WIDE)
-    late = gl.allocate_shared_memory(operand, [_HALF, _ROWS], _WIDE)
-    early_others = gl.allocate_shared_memory(operand, [_HALF, _ROWS], _WIDE)
-    late_others = gl.allocate_shared_memory(operand, [_HALF, _ROWS], _WIDE)
+    written = gl.allocate_shared_memory(operand, [_CHUNK, _ROWS], _WIDE)
+    written_others = gl.allocate_shared_memory(operand, [_CHUNK, _ROWS], _WIDE)
     there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(STAGES):
@@ -306,17 +287,17 @@ def _walk(
     k += begin.to(gl.int64) * k_stride + head // group * 128
     q += begin.to(gl.int64) * q_stride + head // group * 128
     v += begin.to(gl.int64) * v_stride + head * 128 + part
-    tiles = (keys, queries, values, others, inverses, weights, of_both)
+    tiles = (pairs, values, others, both, of_both)
     barriers = (there, free)
     sources = (k, q, v, solved + number * (2 * _CHUNK * _CHUNK), factors + number * (3 * _CHUNK))
     strides = (k_stride, q_stride, v_stride)
     bounds = (chunks, count)
     gl.warp_specialize(
         [
-            (_walk_rows, (tiles, barriers, (early, late), state, output, output_stride, bounds, 0)),
+            (_walk_rows, (tiles, barriers, written, state, output, output_stride, bounds, 0)),
             (
                 _walk_others,
-                (tiles, barriers, (early_others, late_others), state, output, output_stride, bounds, parts),
+                (tiles, barriers, written_others, state, output, output_stride, bounds, parts),
             ),
             (_load, (tiles, barriers, sources, strides, bounds, parts, V_HEADS)),
         ],

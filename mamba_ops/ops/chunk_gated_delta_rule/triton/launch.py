@@ -11,7 +11,12 @@ from mamba_ops.ops._triton.delta_rule import CHUNK, precisions_of
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
 from mamba_ops.ops._triton.limits import Limits
-from mamba_ops.ops.chunk_gated_delta_rule.triton.hopper_launch import is_hopper_walk, launch_walk
+from mamba_ops.ops.chunk_gated_delta_rule.triton.hopper_launch import (
+    is_hopper_solve,
+    is_hopper_walk,
+    launch_invert,
+    launch_walk,
+)
 from mamba_ops.ops.chunk_gated_delta_rule.triton.kernels import _scan, _solve
 
 if TYPE_CHECKING:
@@ -62,52 +67,28 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
     ssm_state, _ = or_placeholder(call.ssm_state, v, tl.float32)
 
     sizes = {"K_HEADS": k_heads, "V_HEADS": v_heads, "K_DIM": k_dim, "ALIGNED": aligned, "CHUNK": CHUNK}
+    end = tokens if length is None else length
+    of_slots = (call.null_slot, slots_of(call.ssm_state))
     launches = _launches(v.get_device(), k_dim, v_dim, str(operand).removeprefix("torch."))
     solve, scan = launches["_solve"], launches["_scan"]
     with on_device_of(v):
         if tokens:
-            _solve[(chunks * v_heads,)](
-                q,
-                k,
-                g,
-                beta,
-                cu_seqlens,
-                slots,
-                factors,
-                solved,
-                k_dim**-0.5 if call.scale is None else float(call.scale),
-                q.stride(0),
-                k.stride(0),
-                g.stride(0),
-                beta.stride(0),
-                slots_stride,
-                tokens if length is None else length,
-                rows,
-                call.null_slot,
-                slots_of(call.ssm_state),
-                **sizes,
-                L2NORM=call.qk_l2norm,
-                **solve,
-            )
+            given = (q, k, g, beta, cu_seqlens, slots, factors, solved)
+            scale = k_dim**-0.5 if call.scale is None else float(call.scale)
+            numbers = (scale, *[t.stride(0) for t in (q, k, g, beta)], slots_stride, end, rows, *of_slots)
+            if is_hopper_solve(q, k, v, written, aligned=aligned):
+                launch_invert(chunks * v_heads, given, numbers, k_heads, v_heads, call.qk_l2norm)
+            else:
+                _solve[(chunks * v_heads,)](*given, *numbers, **sizes, L2NORM=call.qk_l2norm, **solve)
         inputs = (q, k, v, cu_seqlens, ssm_state, slots, write_slots, has_initial_state, written, factors, solved)
-        strides_of_tokens = (q.stride(0), k.stride(0), v.stride(0), written.stride(0))
-        strides_of_rows = (slots_stride, write_stride, initial_stride, slot_stride)
-        ends = (tokens if length is None else length, call.null_slot, slots_of(call.ssm_state))
+        of_tokens = [t.stride(0) for t in (q, k, v, written)]
+        of_rows = (slots_stride, write_stride, initial_stride, slot_stride)
         if is_hopper_walk(q, k, v, written, aligned=aligned):
-            launch_walk(rows, inputs, (*strides_of_tokens, *strides_of_rows, *ends), k_heads, v_heads)
+            launch_walk(rows, inputs, (*of_tokens, *of_rows, end, *of_slots), k_heads, v_heads)
         else:
-            _scan[(rows * v_heads * cdiv(v_dim, scan["BLOCK"]),)](
-                *inputs,
-                *strides_of_tokens,
-                *strides_of_rows,
-                head_stride,
-                value_stride,
-                key_stride,
-                *ends,
-                **sizes,
-                V_DIM=v_dim,
-                **scan,
-            )
+            of_state = (head_stride, value_stride, key_stride)
+            grid = (rows * v_heads * cdiv(v_dim, scan["BLOCK"]),)
+            _scan[grid](*inputs, *of_tokens, *of_rows, *of_state, end, *of_slots, **sizes, V_DIM=v_dim, **scan)
     write_back(written, call.output, flat)
 
 
