@@ -3,8 +3,8 @@
 `_steps` finds for pieces of 64 tokens what of its past each token keeps. `_scan` walks over the pieces of a segment of
 a row, with a tile of one head's state in registers: of each piece it has what its tokens read of the state before them
 and of each other, and then the state after them. Where a row has several segments, `_states` has walked over it before,
-and left the state before each of them. How many it has changes no bit. Decays of any strength are exact, by the sums of
-`ops/_triton/decay.py`.
+and left the state before each of them. How many it has changes no bit. On Hopper others of 64 channels do what the
+last two do: see `hopper.py`. Decays of any strength are exact, by the sums of `ops/_triton/decay.py`.
 """
 
 import triton

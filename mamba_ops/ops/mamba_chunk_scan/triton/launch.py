@@ -10,6 +10,13 @@ from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, operan
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import as_float32, by_token, dense, is_dense, write_back
 from mamba_ops.ops._triton.limits import Limits
+from mamba_ops.ops.mamba_chunk_scan.triton.hopper_launch import (
+    PIECE,
+    is_hopper_walk,
+    launch_advance,
+    launch_walk,
+    segment_of,
+)
 from mamba_ops.ops.mamba_chunk_scan.triton.kernels import _scan, _states, _steps
 
 if TYPE_CHECKING:
@@ -53,16 +60,6 @@ def mamba_chunk_scan(call: "Arguments") -> None:
     x, B, C = as_float32(operand, x, B, C)
     launches = _launches(x.get_device(), dim, dstate, operand.itemsize)
     steps_of, states, scan = (launches[kernel] for kernel in ("_steps", "_states", "_scan"))
-    # Where no state of a chunk is asked for, no piece needs to end with one.
-    chunk = scan["BLOCK_TOKENS"] if kept is None else call.chunk_size
-    piece = min(chunk, scan["BLOCK_TOKENS"])
-    segment = max(_segment(heads * cdiv(dim, scan["BLOCK_DIM"])) // piece, 4)
-    is_whole = chunk % piece == 0
-    extra = 1 if call.num_computed_tokens is None else 2 if is_whole else 3
-    pieces = tokens // piece + rows * extra + (0 if is_whole else tokens // chunk)  # at most, as are the next two
-    segments, starts_count = pieces // segment + rows, 2 * pieces // segment + 1
-    steps = x.new_empty(pieces, heads, 4, scan["BLOCK_TOKENS"], dtype=torch.float32)
-    starts = x.new_empty(starts_count, heads, dim, dstate, dtype=torch.float32)
     aligned = all(
         t is None or (t.data_ptr() | t.stride(0) * t.itemsize | t.shape[-1] * t.itemsize) % 16 == 0
         for t in (x, B, C, z, written)
@@ -71,6 +68,21 @@ def mamba_chunk_scan(call: "Arguments") -> None:
     if call.ssm_state is not None:
         aligned &= (call.ssm_state.data_ptr() | slot_stride * call.ssm_state.itemsize) % 16 == 0
         aligned &= is_dense(call.ssm_state)
+    of_groups = {"heads": heads, "groups": groups, "dim": dim, "dstate": dstate, "aligned": aligned}
+    on_hopper = scan["BLOCK_TOKENS"] == PIECE and is_hopper_walk(x, B, C, z, written, **of_groups)
+    # Where no state of a chunk is asked for, no piece needs to end with one.
+    chunk = scan["BLOCK_TOKENS"] if kept is None else call.chunk_size
+    piece = min(chunk, scan["BLOCK_TOKENS"])
+    is_whole = chunk % piece == 0
+    extra = 1 if call.num_computed_tokens is None else 2 if is_whole else 3
+    pieces = tokens // piece + rows * extra + (0 if is_whole else tokens // chunk)  # at most, as are the next two
+    if on_hopper:
+        segment = segment_of(pieces, heads, x.get_device())
+    else:
+        segment = max(_segment(heads * cdiv(dim, scan["BLOCK_DIM"])) // piece, 4)
+    segments, starts_count = pieces // segment + rows, 2 * pieces // segment + 1
+    steps = x.new_empty(pieces, heads, 4, scan["BLOCK_TOKENS"], dtype=torch.float32)
+    starts = x.new_empty(starts_count, heads, dim, dstate, dtype=torch.float32)
     slots, slots_stride = or_placeholder(call.slots, x, tl.int32)
     has_initial_state, initial_stride = or_placeholder(
         None if call.ssm_state is None else call.has_initial_state, x, tl.int1
@@ -82,6 +94,7 @@ def mamba_chunk_scan(call: "Arguments") -> None:
     sizes = {"HEADS": heads, "CHUNK": chunk, "PIECE": piece}
     state_sizes = {"DIM": dim, "GROUPS": groups, "DSTATE": dstate, "SEGMENT": segment, "ALIGNED": aligned}
     state_sizes["OPERAND"] = getattr(tl, str(operand).removeprefix("torch."))
+    of_slots = (call.null_slot, slots_of(call.ssm_state))
     with on_device_of(x):
         if tokens > 0:
             _steps[(pieces, cdiv(heads, steps_of["BLOCK_HEADS"]))](
@@ -106,74 +119,38 @@ def mamba_chunk_scan(call: "Arguments") -> None:
                 **sizes,
                 **steps_of,
             )
-            _states[(rows * heads * cdiv(dim, states["BLOCK_DIM"]) * cdiv(dstate, states["BLOCK_STATE"]),)](
-                x,
-                B,
-                cu_seqlens,
-                num_computed_tokens,
-                slots,
-                has_initial_state,
-                ssm_state,
-                steps,
-                starts,
-                x.stride(0),
-                B.stride(0),
-                slots_stride,
-                initial_stride,
-                computed_stride,
+            inputs = (x, B, cu_seqlens, num_computed_tokens, slots, has_initial_state, ssm_state, steps, starts)
+            numbers = (x.stride(0), B.stride(0), slots_stride, initial_stride, computed_stride, slot_stride)
+            ends = (starts_count, extra, all_or_length, pieces)
+            if on_hopper:
+                launch_advance(rows, inputs, (*numbers, *ends, segment, *of_slots), GROUPS=groups, **sizes)
+            else:
+                programs = rows * heads * cdiv(dim, states["BLOCK_DIM"]) * cdiv(dstate, states["BLOCK_STATE"])
+                _states[(programs,)](
+                    *inputs, *numbers, *state_strides, *ends, *of_slots, **sizes, **state_sizes, **states
+                )
+        inputs = (x, B, C, D, z, written, steps, starts, cu_seqlens, num_computed_tokens, slots, call.write_slots)
+        inputs += (has_initial_state, ssm_state, kept)
+        strides_of_tokens = (x.stride(0), B.stride(0), C.stride(0), None if z is None else z.stride(0))
+        strides_of_rows = (slots_stride, None if call.write_slots is None else call.write_slots.stride(0))
+        numbers = (*strides_of_tokens, written.stride(0), *strides_of_rows, initial_stride, computed_stride)
+        of_chunks = (None, None) if kept is None else (kept.stride(0), kept.shape[0])
+        ends = (*of_chunks, rows, starts_count, extra, all_or_length, pieces)
+        sizes["D_PER_CHANNEL"] = D is not None and D.dim() == 2
+        if on_hopper:
+            launch_walk(segments, inputs, (*numbers, slot_stride, *ends, segment, *of_slots), GROUPS=groups, **sizes)
+        else:
+            _scan[(segments * heads * cdiv(dim, scan["BLOCK_DIM"]),)](
+                *inputs,
+                *numbers,
                 slot_stride,
                 *state_strides,
-                starts_count,
-                extra,
-                all_or_length,
-                pieces,
-                call.null_slot,
-                slots_of(call.ssm_state),
+                *ends,
+                *of_slots,
                 **sizes,
                 **state_sizes,
-                **states,
+                **scan,
             )
-        _scan[(segments * heads * cdiv(dim, scan["BLOCK_DIM"]),)](
-            x,
-            B,
-            C,
-            D,
-            z,
-            written,
-            steps,
-            starts,
-            cu_seqlens,
-            num_computed_tokens,
-            slots,
-            call.write_slots,
-            has_initial_state,
-            ssm_state,
-            kept,
-            x.stride(0),
-            B.stride(0),
-            C.stride(0),
-            None if z is None else z.stride(0),
-            written.stride(0),
-            slots_stride,
-            None if call.write_slots is None else call.write_slots.stride(0),
-            initial_stride,
-            computed_stride,
-            slot_stride,
-            *state_strides,
-            None if kept is None else kept.stride(0),
-            None if kept is None else kept.shape[0],
-            rows,
-            starts_count,
-            extra,
-            all_or_length,
-            pieces,
-            call.null_slot,
-            slots_of(call.ssm_state),
-            D_PER_CHANNEL=D is not None and D.dim() == 2,
-            **sizes,
-            **state_sizes,
-            **scan,
-        )
     write_back(written, call.output, flat)
     if call.chunk_states is not None and kept is not None and kept.data_ptr() != call.chunk_states.data_ptr():
         call.chunk_states.copy_(kept)

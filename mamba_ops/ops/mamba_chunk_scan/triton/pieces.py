@@ -55,15 +55,15 @@ def first_piece(row, begin, extra, CHUNK: tl.constexpr, PIECE: tl.constexpr):
 
 
 @triton.jit
-def first_segment(piece, row, SEGMENT: tl.constexpr):
+def first_segment(piece, row, segment):
     # The number of a row's first segment, from that of its first piece. A row without tokens has one, too.
-    return piece // SEGMENT + row
+    return piece // segment + row
 
 
 @triton.jit
-def first_start(piece, SEGMENT: tl.constexpr):
-    # The same of the states before the segments of a row that has several: more than SEGMENT pieces.
-    return 2 * piece // SEGMENT
+def first_start(piece, segment):
+    # The same of the states before the segments of a row that has several: more than `segment` pieces.
+    return 2 * piece // segment
 
 
 @triton.jit
