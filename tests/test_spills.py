@@ -15,7 +15,7 @@ RECORDED_WITH = (3, 7)
 CEILINGS = {
     ("sm_90", "bfloat16"): {
         "chunk_gated_delta_rule._invert": 16,
-        "chunk_gated_delta_rule._walk": 80,
+        "hopper_walk._walk": 80,
         "chunk_gated_delta_rule._systems": 32,
         "chunk_gated_delta_rule._replay": 32,
         "chunk_gated_delta_rule._adjoints": 256,

@@ -1,66 +1,13 @@
-"""The kernels that are for Hopper alone: the walk's bits are those of the portable one, however many programs walk."""
-
-import importlib
+"""The kernel that finds systems on Hopper: what it finds is what the portable one does, but for roundings."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from mamba_ops.cold_start import fitting
-from mamba_ops.ops._common.delta_rule_bench import prefill_case
-from mamba_ops.ops._triton import gluon, prepared
 from mamba_ops.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
-from mamba_ops.ops.chunk_gated_delta_rule.triton import hopper_launch, launch
-from mamba_ops.registry import use_backend
-
-NAME = chunk_gated_delta_rule.name
-
-
-def is_hopper() -> bool:
-    return torch.cuda.is_available() and gluon.runs_on_hopper(0, hopper_launch.MODULE)
-
-
-needs_hopper = pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU, and a Triton with Gluon")
-
-
-def results(case, arguments, states, out):
-    prepared.forget()
-    states = states.clone()
-    out.fill_(float("nan"))
-    with torch.inference_mode(), use_backend("triton"):
-        chunk_gated_delta_rule(**arguments, ssm_state=states, out=out)
-    return out.clone(), states
-
-
-@needs_hopper
-@pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [(64,), (130, 127), (1000, 64, 3, 0, 129, 65, 1, 700)], ids=len)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("moves", [False, True], ids=["in place", "padding, moves and new rows"])
-def test_bits_are_those_of_the_portable_walk(lengths, dtype, state_dtype, moves, monkeypatch):
-    torch.manual_seed(0)
-    case = prefill_case(chunk_gated_delta_rule, lengths, torch.device("cuda"), by_channel=False)
-    arguments = case.arguments | {name: case.arguments[name].to(dtype) for name in "qkv"}
-    states, out = case.caches["ssm_state"].to(state_dtype), case.out.to(dtype)
-    if moves:  # to slots that no row reads
-        slots = arguments["slots"].clone()
-        slots[-1] = -1
-        new = torch.arange(len(lengths), device="cuda") % 2 == 0
-        back = slots.flip(0)
-        moved = torch.where(back < 0, back, back + len(states))
-        arguments |= {"slots": slots, "write_slots": moved, "has_initial_state": new}
-        states = torch.cat([states, torch.zeros_like(states)])
-    found = []
-    for parts in (1, 2):
-        monkeypatch.setattr(hopper_launch, "multiprocessors", lambda _, parts=parts: (parts - 1) << 30)
-        found.append(results(case, arguments, states, out))
-    monkeypatch.setattr(launch, "is_hopper_walk", lambda *_, **__: False)
-    expected = results(case, arguments, states, out)
-    prepared.forget()
-    for one in found:
-        assert all(torch.equal(a, b) for a, b in zip(one, expected, strict=True))
+from mamba_ops.ops.chunk_gated_delta_rule.triton import launch
+from tests.test_hopper_walk import case_of, needs_hopper, results
 
 
 @needs_hopper
@@ -68,77 +15,12 @@ def test_bits_are_those_of_the_portable_walk(lengths, dtype, state_dtype, moves,
 @pytest.mark.parametrize("l2norm", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_systems_are_those_of_the_portable_kernel(dtype, l2norm, monkeypatch):
-    torch.manual_seed(0)
-    case = prefill_case(chunk_gated_delta_rule, (1000, 64, 3, 0, 129), torch.device("cuda"), by_channel=False)
+    op = chunk_gated_delta_rule
+    case = case_of(op, (1000, 64, 3, 0, 129))
     arguments = case.arguments | {name: case.arguments[name].to(dtype) / 12 for name in "qkv"}
     arguments |= {"qk_l2norm": l2norm}
-    found = results(case, arguments, case.caches["ssm_state"], case.out.to(dtype))
+    found = results(op, arguments, case.caches["ssm_state"], case.out.to(dtype))
     monkeypatch.setattr(launch, "is_hopper_solve", lambda *_, **__: False)
-    expected = results(case, arguments, case.caches["ssm_state"], case.out.to(dtype))
-    prepared.forget()
+    expected = results(op, arguments, case.caches["ssm_state"], case.out.to(dtype))
     for one, other in zip(found, expected, strict=True):
         assert (one.float() - other.float()).abs().max() < 0.005 * other.float().abs().max()
-
-
-@needs_hopper
-@pytest.mark.gpu
-def test_rows_have_the_bits_that_they_have_alone():
-    torch.manual_seed(0)
-    lengths = (1000, 64, 3, 129)
-    case = prefill_case(chunk_gated_delta_rule, lengths, torch.device("cuda"), by_channel=False)
-    whole, _ = results(case, case.arguments, case.caches["ssm_state"], case.out)
-    begin = 0
-    for row, length in enumerate(lengths):
-        its = slice(begin, begin + length)
-        begin += length
-        arguments = case.arguments | {name: case.arguments[name][its] for name in ("q", "k", "v", "g", "beta")}
-        arguments |= {name: case.arguments[name][row : row + 1] for name in ("slots", "has_initial_state")}
-        arguments |= {"cu_seqlens": torch.tensor([0, length], dtype=torch.int32, device="cuda")}
-        alone, _ = results(case, arguments, case.caches["ssm_state"], torch.empty_like(case.out[its]))
-        assert torch.equal(alone, whole[its])
-
-
-@needs_hopper
-@pytest.mark.gpu
-def test_a_row_that_is_not_finite_leaves_others_alone():
-    torch.manual_seed(0)
-    case = prefill_case(chunk_gated_delta_rule, (70, 100, 64), torch.device("cuda"), by_channel=False)
-    arguments, states = dict(case.arguments), case.caches["ssm_state"]
-    expected, _ = results(case, arguments, states, case.out)
-    for name in "qkv":
-        arguments[name] = arguments[name].clone()
-        arguments[name][70:170] = float("nan")
-    found, _ = results(case, arguments, states, case.out)
-    assert torch.equal(found[:70], expected[:70])
-    assert torch.equal(found[170:], expected[170:])
-    assert found[70:170].isnan().all()
-
-
-@pytest.mark.parametrize(
-    ("dtype", "sizes", "is_special"),
-    [
-        ("bfloat16", {}, True),
-        ("float16", {}, True),
-        ("float32", {}, False),
-        ("bfloat16", {"k_dim": 64}, False),
-        ("bfloat16", {"v_dim": 64}, False),
-    ],
-)
-def test_on_hopper_wide_heads_of_2_bytes_have_kernels_of_their_own(dtype, sizes, is_special):
-    rows = list(fitting.fits(["sm_90"], ops=[NAME], dtypes=[dtype], sizes=sizes))
-    kernels = {row.kernel.rpartition(".")[2] for row in rows}
-    assert kernels == ({"_invert", "_walk"} if is_special else {"_solve", "_scan"})
-    assert all(0 < row.shared <= row.limit for row in rows), rows
-
-
-def test_without_gluon_nothing_is_for_hopper(monkeypatch):
-    monkeypatch.setattr(gluon, "family", lambda _: "cuda-90")
-    gluon._imports.cache_clear()
-    for error in (ImportError, AttributeError):
-
-        def fail(name, error=error):
-            raise error(name)
-
-        monkeypatch.setattr(importlib, "import_module", fail)
-        assert not gluon.runs_on_hopper(0, hopper_launch.MODULE)
-        gluon._imports.cache_clear()

@@ -5,7 +5,8 @@ at once: it inverts their systems, and finds how much of what is written every q
 chunks of a row with some rows of one head's state in registers, and writes the outputs. What a chunk's tokens find
 missing in the state is all that a step hands on: of it `_solve` has the matrices that give what the state gets and what
 the queries read, each in one product. Decays of any strength are exact, by the sums of `ops/_triton/decay.py`. On
-Hopper wide heads have kernels of their own: see `hopper.py` and `hopper_systems.py`.
+Hopper wide heads have kernels of their own: see `hopper_systems.py` and
+`ops/_triton/hopper_walk.py`.
 """
 
 import triton

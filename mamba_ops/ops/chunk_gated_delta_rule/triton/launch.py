@@ -8,15 +8,11 @@ import triton.language as tl
 
 from mamba_ops.ops._triton.common import cdiv, on_device_of, operand_dtype, or_placeholder, slots_of
 from mamba_ops.ops._triton.delta_rule import CHUNK, precisions_of
+from mamba_ops.ops._triton.gluon import is_hopper_walk, launch_walk
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
 from mamba_ops.ops._triton.limits import Limits
-from mamba_ops.ops.chunk_gated_delta_rule.triton.hopper_launch import (
-    is_hopper_solve,
-    is_hopper_walk,
-    launch_invert,
-    launch_walk,
-)
+from mamba_ops.ops.chunk_gated_delta_rule.triton.hopper_launch import is_hopper_solve, launch_invert
 from mamba_ops.ops.chunk_gated_delta_rule.triton.kernels import _scan, _solve
 
 if TYPE_CHECKING:
@@ -75,16 +71,18 @@ def chunk_gated_delta_rule(call: "Arguments") -> None:
         if tokens:
             given = (q, k, g, beta, cu_seqlens, slots, factors, solved)
             scale = k_dim**-0.5 if call.scale is None else float(call.scale)
-            numbers = (scale, *[t.stride(0) for t in (q, k, g, beta)], slots_stride, end, rows, *of_slots)
+            found = (scale, *[t.stride(0) for t in (q, k, g, beta)], slots_stride, end, rows, *of_slots)
             if is_hopper_solve(q, k, v, written, aligned=aligned):
-                launch_invert(chunks * v_heads, given, numbers, k_heads, v_heads, call.qk_l2norm)
+                launch_invert(chunks * v_heads, given, found, k_heads, v_heads, call.qk_l2norm)
             else:
-                _solve[(chunks * v_heads,)](*given, *numbers, **sizes, L2NORM=call.qk_l2norm, **solve)
+                _solve[(chunks * v_heads,)](*given, *found, **sizes, L2NORM=call.qk_l2norm, **solve)
         inputs = (q, k, v, cu_seqlens, ssm_state, slots, write_slots, has_initial_state, written, factors, solved)
         of_tokens = [t.stride(0) for t in (q, k, v, written)]
         of_rows = (slots_stride, write_stride, initial_stride, slot_stride)
         if is_hopper_walk(q, k, v, written, aligned=aligned):
-            launch_walk(rows, inputs, (*of_tokens, *of_rows, end, *of_slots), k_heads, v_heads)
+            tensors = (*inputs[:-1], None, solved)
+            numbers = (*of_tokens, *of_rows, end, *of_slots)
+            launch_walk(rows * v_heads, tensors, numbers, K_HEADS=k_heads, V_HEADS=v_heads, STAGES=3)
         else:
             of_state = (head_stride, value_stride, key_stride)
             grid = (rows * v_heads * cdiv(v_dim, scan["BLOCK"]),)

@@ -4,7 +4,8 @@
 chunk keep of each other where that is little (see pairs.py). `_solve` multiplies the rest, and inverts the chunks'
 systems. `_scan` walks over the chunks of a row with some values of one head's state in registers, and writes the
 outputs. What a chunk's tokens find missing in the state is all that a step hands on: of it `_solve` has the matrices
-that give what tokens write and what queries read of that, each in one product.
+that give what tokens write and what queries read of that, each in one product. On Hopper another kernel walks over wide
+heads: see `ops/_triton/hopper_walk.py`.
 """
 
 import triton

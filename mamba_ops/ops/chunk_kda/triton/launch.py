@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mamba_ops.ops._triton.common import cdiv, on_device_of, operand_dtype, or_placeholder, slots_of
 from mamba_ops.ops._triton.delta_rule import CHUNK, precisions_of
+from mamba_ops.ops._triton.gluon import is_hopper_walk, launch_walk
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import by_token, dense, is_dense, write_back
 from mamba_ops.ops._triton.limits import Limits
@@ -83,15 +84,22 @@ def chunk_kda(call: "Arguments") -> None:
                 scale=k_dim**-0.5 if call.scale is None else float(call.scale),
                 l2norm=call.qk_l2norm,
             )
-        _scan[(rows * v_heads * (v_padded // launches["_scan"]["BLOCK"]),)](
-            *(v, cu_seqlens, ssm_state, slots, write_slots, has_initial_state, written),
-            *(of_chunks.keyed, of_chunks.whole, of_chunks.solved, None, None),
-            *(v.stride(0), written.stride(0), slots_stride, write_stride, initial_stride, slot_stride),
-            *(head_stride, value_stride, key_stride, length, call.null_slot),
-            slots_of(call.ssm_state),
-            **of_values,
-            **launches["_scan"],
-        )
+        inputs = (v, cu_seqlens, ssm_state, slots, write_slots, has_initial_state, written)
+        of_tokens = (v.stride(0), written.stride(0))
+        of_rows = (slots_stride, write_stride, initial_stride, slot_stride)
+        ends = (length, call.null_slot, slots_of(call.ssm_state))
+        if is_hopper_walk(q, k, v, written, aligned=aligned):
+            tensors = (None, None, *inputs, of_chunks.whole, of_chunks.keyed, of_chunks.solved)
+            numbers = (None, None, *of_tokens, *of_rows, *ends)
+            launch_walk(rows * v_heads, tensors, numbers, K_HEADS=k_heads, V_HEADS=v_heads, STAGES=2)
+        else:
+            _scan[(rows * v_heads * (v_padded // launches["_scan"]["BLOCK"]),)](
+                *inputs,
+                *(of_chunks.keyed, of_chunks.whole, of_chunks.solved, None, None),
+                *(*of_tokens, *of_rows, head_stride, value_stride, key_stride, *ends),
+                **of_values,
+                **launches["_scan"],
+            )
     write_back(written, call.output, flat)
 
 

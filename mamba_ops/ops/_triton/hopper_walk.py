@@ -1,9 +1,9 @@
-"""The walk of the gated delta rule on Hopper: what `_scan` of `kernels.py` does, by products that hand on registers.
+"""The walk of the gated delta rule and of KDA on Hopper: what the `_scan` of each does, with products in registers.
 
 Here values are the rows of what is multiplied, and tokens or keys its columns: all that a step hands from one product
 to the next stays in the registers where the former left it. Four warps walk with 64 rows of a state, four with the
 other 64, and four more load what both read, so that none waits for what another one computes. The products are those
-of `kernels.py`, each in the same order, and so are the roundings between them: so are the bits.
+of `_scan`, each in the same order, and so are the roundings between them: so are the bits.
 """
 
 from triton.experimental import gluon
@@ -57,34 +57,53 @@ def _load_solved(tile, pointer, nil):
 
 
 @gluon.jit
+def _load_readers(tile, pointer, left, nil):
+    # A chunk's rows of 128 numbers, of two matrices eight rows of either in turn.
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    i = gl.arange(0, _CHUNK, layout=gl.SliceLayout(1, L)) + nil
+    j = gl.arange(0, 128, layout=gl.SliceLayout(0, L))
+    pointers = gl.multiple_of(pointer + (((i + i // 8 * 8) * 128)[:, None] + j[None, :]), [1, 16])
+    async_copy.async_copy_global_to_shared(tile, pointers, mask=(i < left)[:, None] & (j < 128)[None, :])
+
+
+@gluon.jit
 def _load(tiles, barriers, sources, strides, bounds, parts, V_HEADS: gl.constexpr):
     # All that steps read, by warps of its own: a stage that is used up gets a chunk's.
-    pairs, values, others, both, factors = tiles
+    pairs, ends, values, others, both, factors = tiles
     there, free = barriers
-    k, q, v, solved, of_factors = sources
+    k, q, keyed, v, solved, of_factors = sources
     k_stride, q_stride, v_stride = strides
     chunks, count = bounds
     STAGES: gl.constexpr = pairs.shape[0]
+    NUMBERS: gl.constexpr = 3 * _CHUNK if keyed is None else 128
     L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     for chunk in range(chunks):
         stage = chunk % STAGES
         nil = chunk >> 30  # zero, which a compiler does not know: else it keeps what depends on it in registers
         left = count - chunk * _CHUNK
         mbarrier.wait(free.index(stage), (chunk // STAGES & 1) ^ 1)
-        _load_tile(pairs.index(stage).slice(0, _CHUNK), k, k_stride, left, nil)
+        keys = pairs.index(stage).slice(0, _CHUNK)
+        queries = pairs.index(stage).slice(_CHUNK, _CHUNK)
+        if keyed is None:
+            _load_tile(keys, k, k_stride, left, nil)
+            _load_tile(queries, q, q_stride, left, nil)
+            k += _CHUNK * k_stride.to(gl.int64)
+            q += _CHUNK * q_stride.to(gl.int64)
+        else:
+            _load_readers(keys, keyed, left, nil)
+            _load_readers(queries, keyed + 8 * 128, left, nil)
+            _load_tile(ends.index(stage), keyed + 2 * _CHUNK * 128, nil + 128, left, nil)
+            keyed += V_HEADS * 4 * _CHUNK * 128
         _load_tile(values.index(stage), v, v_stride, left, nil)
         if parts == 1:
             _load_tile(others.index(stage), v + 64, v_stride, left, nil)
-        i = gl.arange(0, 256, layout=L)
-        async_copy.async_copy_global_to_shared(factors.index(stage), of_factors + i, mask=i < 3 * _CHUNK)
+        i = gl.arange(0, factors.shape[1], layout=L)
+        async_copy.async_copy_global_to_shared(factors.index(stage), of_factors + i, mask=i < NUMBERS)
         _load_solved(both.index(stage).slice(0, _CHUNK), solved, nil)
-        _load_tile(pairs.index(stage).slice(_CHUNK, _CHUNK), q, q_stride, left, nil)
         _load_solved(both.index(stage).slice(_CHUNK, _CHUNK), solved + 8 * _CHUNK, nil)
         async_copy.mbarrier_arrive(there.index(stage), increment_count=False)
-        k += _CHUNK * k_stride.to(gl.int64)
-        q += _CHUNK * q_stride.to(gl.int64)
         v += _CHUNK * v_stride.to(gl.int64)
-        of_factors += V_HEADS * 3 * _CHUNK
+        of_factors += V_HEADS * NUMBERS
         solved += V_HEADS * 2 * _CHUNK * _CHUNK
     async_copy.wait_group(0)
 
@@ -120,10 +139,12 @@ def _of_state(pointer, nil):
 
 
 @gluon.jit
-def _walk_rows(tiles, barriers, written, state, output, output_stride, bounds, PART: gl.constexpr):
+def _walk_rows(
+    tiles, barriers, written, state, output, output_stride, bounds, PART: gl.constexpr, BY_CHANNEL: gl.constexpr
+):
     # From chunk to chunk with 64 rows of a state, by four warps. What multiplies the same is one product: 128 columns
     # wide, as narrow ones are slower.
-    pairs, values, others, both, factors = tiles
+    pairs, ends, values, others, both, factors = tiles
     there, free = barriers
     source, target, carried, stored = state
     chunks, count = bounds
@@ -152,15 +173,24 @@ def _walk_rows(tiles, barriers, written, state, output, output_stride, bounds, P
         found = warpgroup_mma_wait(0, [found])
         found, y = _halves(found)
         lacking = values.index(stage).permute([1, 0]).load(_OF_TOKENS).to(gl.float32)
-        lacking -= found * numbers.slice(0, _CHUNK).load(gl.SliceLayout(0, _OF_TOKENS))[None, :]
+        if not BY_CHANNEL:
+            found *= numbers.slice(0, _CHUNK).load(gl.SliceLayout(0, _OF_TOKENS))[None, :]
+        lacking -= found
         lacking = gl.convert_layout(lacking.to(operand), _LEFT)
         kept = _times(lacking, both.index(stage), nothing)
-        s *= numbers.slice(2 * _CHUNK, 1).load(gl.SliceLayout(1, _OF_STATE))[:, None]
+        if BY_CHANNEL:
+            s *= numbers.load(gl.SliceLayout(0, _OF_STATE))[None, :]
+        else:
+            s *= numbers.slice(2 * _CHUNK, 1).load(gl.SliceLayout(1, _OF_STATE))[:, None]
         kept, y = warpgroup_mma_wait(0, [kept, y])
         kept, read = _halves(kept)
         kept = gl.convert_layout(kept.to(operand), _LEFT_OF_STATE)
-        s = warpgroup_mma(kept, pairs.index(stage).slice(0, _CHUNK), s, is_async=True)
-        y = y * numbers.slice(_CHUNK, _CHUNK).load(gl.SliceLayout(0, _OF_TOKENS))[None, :] + read
+        if BY_CHANNEL:
+            s = warpgroup_mma(kept, ends.index(stage), s, is_async=True)
+        else:
+            s = warpgroup_mma(kept, pairs.index(stage).slice(0, _CHUNK), s, is_async=True)
+            y *= numbers.slice(_CHUNK, _CHUNK).load(gl.SliceLayout(0, _OF_TOKENS))[None, :]
+        y += read
         written.permute([1, 0]).store(y.to(operand))
         s = warpgroup_mma_wait(0, [s])
     if chunks > 0:
@@ -171,10 +201,10 @@ def _walk_rows(tiles, barriers, written, state, output, output_stride, bounds, P
 
 
 @gluon.jit
-def _walk_others(tiles, barriers, written, state, output, output_stride, bounds, parts):
+def _walk_others(tiles, barriers, written, state, output, output_stride, bounds, parts, BY_CHANNEL: gl.constexpr):
     # The other 64 rows, if a program has all.
     if parts == 1:
-        _walk_rows(tiles, barriers, written, state, output, output_stride, bounds, 1)
+        _walk_rows(tiles, barriers, written, state, output, output_stride, bounds, 1, BY_CHANNEL)
 
 
 @gluon.jit
@@ -194,7 +224,8 @@ def _walk(
     write_slots,
     has_initial_state,
     output,
-    factors,
+    factors,  # (chunks, v_heads, 3, CHUNK) of the gated delta rule, (chunks, v_heads, 128) of KDA: its `whole`
+    keyed,  # (chunks, v_heads, 4, CHUNK, 128), of KDA in place of q and k: see its `_decay`
     solved,
     q_stride,
     k_stride,
@@ -214,7 +245,7 @@ def _walk(
     LOAD_REGISTERS: gl.constexpr,
     WALK_REGISTERS: gl.constexpr,
 ):
-    # As `_scan`, of values and keys of 128 numbers, all dense and aligned.
+    # As `_scan` of either op, of values and keys of 128 numbers, all dense and aligned.
     program = gl.program_id(0)
     row = program // (parts * V_HEADS)
     head = program // parts % V_HEADS
@@ -266,12 +297,14 @@ def _walk(
     ssm_state += (head * 128 + part) * 128
     state = (ssm_state + source * slot_stride, ssm_state + target * slot_stride, carried, stored)
 
-    operand: gl.constexpr = q.dtype.element_ty
+    operand: gl.constexpr = solved.dtype.element_ty
+    BY_CHANNEL: gl.constexpr = keyed is not None
+    NUMBERS: gl.constexpr = 128 if BY_CHANNEL else 3 * _CHUNK
     pairs = gl.allocate_shared_memory(operand, [STAGES, 2 * _CHUNK, 128], _WIDE)
     values = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, _ROWS], _WIDE)
     others = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, _ROWS], _WIDE)
     both = gl.allocate_shared_memory(operand, [STAGES, 2 * _CHUNK, _CHUNK], _WIDE)
-    of_both = gl.allocate_shared_memory(gl.float32, [STAGES, 256], _FLAT)
+    of_both = gl.allocate_shared_memory(gl.float32, [STAGES, 128 if BY_CHANNEL else 256], _FLAT)
     written = gl.allocate_shared_memory(operand, [_CHUNK, _ROWS], _WIDE)
     written_others = gl.allocate_shared_memory(operand, [_CHUNK, _ROWS], _WIDE)
     there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -283,21 +316,26 @@ def _walk(
         else:
             mbarrier.init(free.index(n), count=1)
     number = before.to(gl.int64) * V_HEADS + head
-    group: gl.constexpr = V_HEADS // K_HEADS
-    k += begin.to(gl.int64) * k_stride + head // group * 128
-    q += begin.to(gl.int64) * q_stride + head // group * 128
     v += begin.to(gl.int64) * v_stride + head * 128 + part
-    tiles = (pairs, values, others, both, of_both)
+    if BY_CHANNEL:
+        ends = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, 128], _WIDE)
+        keyed += number * (4 * _CHUNK * 128)
+    else:
+        ends = pairs
+        group: gl.constexpr = V_HEADS // K_HEADS
+        k += begin.to(gl.int64) * k_stride + head // group * 128
+        q += begin.to(gl.int64) * q_stride + head // group * 128
+    tiles = (pairs, ends, values, others, both, of_both)
     barriers = (there, free)
-    sources = (k, q, v, solved + number * (2 * _CHUNK * _CHUNK), factors + number * (3 * _CHUNK))
+    sources = (k, q, keyed, v, solved + number * (2 * _CHUNK * _CHUNK), factors + number * NUMBERS)
     strides = (k_stride, q_stride, v_stride)
     bounds = (chunks, count)
     gl.warp_specialize(
         [
-            (_walk_rows, (tiles, barriers, written, state, output, output_stride, bounds, 0)),
+            (_walk_rows, (tiles, barriers, written, state, output, output_stride, bounds, 0, BY_CHANNEL)),
             (
                 _walk_others,
-                (tiles, barriers, written_others, state, output, output_stride, bounds, parts),
+                (tiles, barriers, written_others, state, output, output_stride, bounds, parts, BY_CHANNEL),
             ),
             (_load, (tiles, barriers, sources, strides, bounds, parts, V_HEADS)),
         ],
