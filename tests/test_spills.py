@@ -24,6 +24,7 @@ CEILINGS = {
         "chunk_kda._steep_pairs": 256,
         "chunk_kda._adjoints": 128,
         "mamba_chunk_scan._scan": 320,  # in float32, as Mamba-3 with a rank asks for it
+        "mamba_chunk_scan._walk": 32,
         "mamba_chunk_scan._of_groups": 256,
         "mamba_chunk_scan._of_heads": 256,
         "selective_scan._boundaries": 16,

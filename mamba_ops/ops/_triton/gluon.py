@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mamba_ops.ops._triton.launch_config import family
+from mamba_ops.ops._triton.limits import multiprocessors
 
 _WALK = "mamba_ops.ops._triton.hopper_walk"
 
@@ -27,15 +28,6 @@ def _imports(module: str) -> bool:
     except (ImportError, AttributeError):  # a Triton without Gluon, or with an earlier one
         return False
     return True
-
-
-@functools.cache
-def multiprocessors(device: int) -> int:
-    """Return how many multiprocessors an accelerator has, 0 for one that is not here (-1) or does not say it."""
-    if device < 0 or (accelerator := torch.accelerator.current_accelerator()) is None:
-        return 0
-    properties = torch.get_device_module(accelerator).get_device_properties(device)
-    return int(getattr(properties, "multi_processor_count", 0))
 
 
 def is_wide(*tensors: Tensor, aligned: bool) -> bool:

@@ -72,3 +72,12 @@ def limits_of(device: int) -> Limits:
         shared = 1 << 16 if shared is None else shared
         is_nvidia = _triton.device_family().startswith("cuda-")
         return Limits(shared, _triton.dot_precisions(), _triton.matrix_units(), caps_registers=is_nvidia)
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """Return how many multiprocessors an accelerator has, 0 for one that is not here (-1) or does not say it."""
+    if device < 0 or (accelerator := torch.accelerator.current_accelerator()) is None:
+        return 0
+    properties = torch.get_device_module(accelerator).get_device_properties(device)
+    return int(getattr(properties, "multi_processor_count", 0))

@@ -81,12 +81,14 @@ def portable(monkeypatch: pytest.MonkeyPatch, *call: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("lengths", [(64,), (130, 127, 2000), (1000, 64, 3, 0, 129, 65, 1, 700)], ids=len)
 def test_bits_are_those_of_the_portable_kernels(lengths, dtype, chunk_size, kept, given, moves, monkeypatch):
     rows, arguments = len(lengths), call(lengths, dtype, chunk_size, **given)
-    states = torch.randn(rows + 2, 4, 64, 128, device="cuda").to(torch.bfloat16 if moves else torch.float32)
+    states = torch.randn(2 * rows + 1, 4, 64, 128, device="cuda").to(torch.bfloat16 if moves else torch.float32)
     slots = torch.arange(rows, 0, -1, dtype=torch.int32, device="cuda")
     if moves:
         slots[-1] = -1
         numbers = torch.arange(rows, device="cuda")
-        arguments |= {"write_slots": slots.flip(0).contiguous(), "num_computed_tokens": numbers * 37}
+        moved = torch.arange(rows + 1, 2 * rows + 1, dtype=torch.int32, device="cuda")
+        moved[0] = -1
+        arguments |= {"write_slots": moved, "num_computed_tokens": numbers * 37}
         arguments["has_initial_state"] = numbers % 2 == 0
     arguments["slots"] = slots
     chunks = None
@@ -94,7 +96,7 @@ def test_bits_are_those_of_the_portable_kernels(lengths, dtype, chunk_size, kept
         chunks = torch.zeros(sum(lengths) // chunk_size + 2 * rows, 4, 64, 128, dtype=kept, device="cuda")
     expected = portable(monkeypatch, arguments, states, chunks)
     for pieces in (4, 1000):
-        monkeypatch.setattr(launch, "segment_of", lambda *_, pieces=pieces: pieces)
+        monkeypatch.setattr(launch, "_segment", lambda *_, pieces=pieces: pieces)
         found = results(arguments, states, chunks)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     prepared.forget()

@@ -180,7 +180,8 @@ def causal_conv1d(call: "Arguments") -> None:
 
     launch = _launches(x.get_device(), dim, width, x.itemsize)["_runs" if by_runs else "_kernel"]
     if is_aligned and x.itemsize == 2 and width in (2, 4):  # others would spill: whole words, and taps in one, need few
-        launch = launch | limits_of(x.get_device()).registers(128 if written.stride(-1) != 1 else 80)
+        most = 80 if written.stride(-1) == 1 else 96 if flat else 112
+        launch = launch | limits_of(x.get_device()).registers(most)
     if call.cu_seqlens is None:
         tiles = sequences * max(cdiv(x.shape[1], launch["BLOCK_T"]), 1)
     else:
@@ -252,7 +253,7 @@ def _has_aligned_columns(conv_state: Tensor | None) -> bool:
 def _launches(dim: int, width: int, itemsize: int) -> Launches:
     """A tile has no fewer tokens than a window looks back."""
     padded = triton.next_power_of_2(dim)
-    block, block_of_runs = min(padded, 256), min(padded, 64)
+    block, block_of_runs = min(padded, 256), min(padded, 32)
     return {
         "_kernel": {"BLOCK_T": 16, "BLOCK": block, "num_warps": max(block // _CHANNELS, 1)},
         "_runs": {"BLOCK_T": 64, "BLOCK": block_of_runs, "num_warps": max(block_of_runs * itemsize // 32, 1)},

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba_ops.ops._triton.common import cdiv
-from mamba_ops.ops._triton.gluon import multiprocessors, runs_on_hopper
+from mamba_ops.ops._triton.gluon import runs_on_hopper
 
 MODULE = "mamba_ops.ops.mamba_chunk_scan.triton.hopper"
 PIECE = 64  # tokens, at most
@@ -22,16 +21,6 @@ def is_hopper_walk(*tensors: Tensor | None, heads: int, groups: int, dim: int, d
     if (dim, dstate) != (64, 128) or heads // groups % 2 or any(tensor.stride(0) >= 1 << 24 for tensor in there):
         return False
     return runs_on_hopper(there[0].get_device(), MODULE)
-
-
-def segment_of(pieces: int, heads: int, device: int) -> int:
-    """Return how many pieces a segment has, by how many there are of all rows, at most: no bit depends on it.
-
-    A program is alone on its multiprocessor, and walks with two heads. There are to be as many segments as keep all
-    multiprocessors busy once; shorter ones are not worth the walk for the states before them.
-    """
-    at_once = max(2 * multiprocessors(device) // heads, 1)
-    return max(cdiv(pieces, at_once), 16)
 
 
 def launch_advance(rows: int, tensors: tuple[Any, ...], numbers: tuple[Any, ...], **sizes: Any) -> None:

@@ -1,6 +1,6 @@
 """How the three kernels of mamba_chunk_scan are launched."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -9,13 +9,12 @@ import triton.language as tl
 from mamba_ops.ops._triton.common import INTERPRETED, cdiv, on_device_of, operand_dtype, or_placeholder, slots_of
 from mamba_ops.ops._triton.launch_config import Launches, tunable_launch
 from mamba_ops.ops._triton.layout import as_float32, by_token, dense, is_dense, write_back
-from mamba_ops.ops._triton.limits import Limits
+from mamba_ops.ops._triton.limits import Limits, multiprocessors
 from mamba_ops.ops.mamba_chunk_scan.triton.hopper_launch import (
     PIECE,
     is_hopper_walk,
     launch_advance,
     launch_walk,
-    segment_of,
 )
 from mamba_ops.ops.mamba_chunk_scan.triton.kernels import _scan, _states, _steps
 
@@ -23,15 +22,24 @@ if TYPE_CHECKING:
     from mamba_ops.ops.mamba_chunk_scan.op import Arguments
 
 
-def _segment(programs: int) -> int:
-    """Return about how many tokens a segment has, by how many programs walk over one.
+def _segment(pieces: int, piece: int, programs: int, at_once: int) -> int:
+    """Return how many pieces a segment has.
 
-    Longer rows are walked over twice: once for the states that segments begin with, in little time but one after the
-    other, and once in parts. The fewer programs a segment has, the more segments are to run at once.
+    Longer rows are walked over twice: once for the states that segments begin with, one piece after the other, and once
+    in parts. There are to be as many segments as keep all multiprocessors busy once; shorter ones are not worth the
+    walk for the states before them.
+
+    Args:
+        pieces: how many all rows have, at most.
+        piece: tokens of one.
+        programs: how many walk over a segment.
+        at_once: how many run at once; 0 for kernels of which each length of segments is a variant.
     """
     if INTERPRETED:
-        return 1  # several in few tokens
-    return 2048 if programs >= 96 else 1024
+        return 4  # several in few tokens
+    if at_once == 0:
+        return max((2048 if programs >= 96 else 1024) // piece, 4)
+    return max(cdiv(pieces, max(at_once // programs, 1)), 1024 // piece)
 
 
 def mamba_chunk_scan(call: "Arguments") -> None:
@@ -64,11 +72,11 @@ def mamba_chunk_scan(call: "Arguments") -> None:
         t is None or (t.data_ptr() | t.stride(0) * t.itemsize | t.shape[-1] * t.itemsize) % 16 == 0
         for t in (x, B, C, z, written)
     )
-    slot_stride, *strides = (-1, 0, 0, 0) if call.ssm_state is None else call.ssm_state.stride()
+    slot_stride, *inner = (-1, 0, 0, 0) if call.ssm_state is None else call.ssm_state.stride()
     if call.ssm_state is not None:
         aligned &= (call.ssm_state.data_ptr() | slot_stride * call.ssm_state.itemsize) % 16 == 0
         aligned &= is_dense(call.ssm_state)
-    of_groups = {"heads": heads, "groups": groups, "dim": dim, "dstate": dstate, "aligned": aligned}
+    of_groups: dict[str, Any] = {"heads": heads, "groups": groups, "dim": dim, "dstate": dstate, "aligned": aligned}
     on_hopper = scan["BLOCK_TOKENS"] == PIECE and is_hopper_walk(x, B, C, z, written, **of_groups)
     # Where no state of a chunk is asked for, no piece needs to end with one.
     chunk = scan["BLOCK_TOKENS"] if kept is None else call.chunk_size
@@ -76,10 +84,10 @@ def mamba_chunk_scan(call: "Arguments") -> None:
     is_whole = chunk % piece == 0
     extra = 1 if call.num_computed_tokens is None else 2 if is_whole else 3
     pieces = tokens // piece + rows * extra + (0 if is_whole else tokens // chunk)  # at most, as are the next two
-    if on_hopper:
-        segment = segment_of(pieces, heads, x.get_device())
+    if on_hopper:  # a program has two heads, and a multiprocessor to itself
+        segment = _segment(pieces, piece, heads // 2, multiprocessors(x.get_device()))
     else:
-        segment = max(_segment(heads * cdiv(dim, scan["BLOCK_DIM"])) // piece, 4)
+        segment = _segment(pieces, piece, heads * cdiv(dim, scan["BLOCK_DIM"]), 0)
     segments, starts_count = pieces // segment + rows, 2 * pieces // segment + 1
     steps = x.new_empty(pieces, heads, 4, scan["BLOCK_TOKENS"], dtype=torch.float32)
     starts = x.new_empty(starts_count, heads, dim, dstate, dtype=torch.float32)
@@ -89,7 +97,7 @@ def mamba_chunk_scan(call: "Arguments") -> None:
     )
     ssm_state, _ = or_placeholder(call.ssm_state, x, tl.float32)
     num_computed_tokens, computed_stride = or_placeholder(call.num_computed_tokens, x, tl.int32)
-    state_strides = (None, None, None) if aligned else strides
+    state_strides = (None, None, None) if aligned else inner
     all_or_length = tokens if length is None else length
     sizes = {"HEADS": heads, "CHUNK": chunk, "PIECE": piece}
     state_sizes = {"DIM": dim, "GROUPS": groups, "DSTATE": dstate, "SEGMENT": segment, "ALIGNED": aligned}
@@ -119,30 +127,40 @@ def mamba_chunk_scan(call: "Arguments") -> None:
                 **sizes,
                 **steps_of,
             )
-            inputs = (x, B, cu_seqlens, num_computed_tokens, slots, has_initial_state, ssm_state, steps, starts)
-            numbers = (x.stride(0), B.stride(0), slots_stride, initial_stride, computed_stride, slot_stride)
-            ends = (starts_count, extra, all_or_length, pieces)
+            before = (x, B, cu_seqlens, num_computed_tokens, slots, has_initial_state, ssm_state, steps, starts)
+            strides_before = (x.stride(0), B.stride(0), slots_stride, initial_stride, computed_stride, slot_stride)
+            ends_before = (starts_count, extra, all_or_length, pieces)
             if on_hopper:
-                launch_advance(rows, inputs, (*numbers, *ends, segment, *of_slots), GROUPS=groups, **sizes)
+                numbers = (*strides_before, *ends_before, segment, *of_slots)
+                launch_advance(rows, before, numbers, GROUPS=groups, **sizes)
             else:
                 programs = rows * heads * cdiv(dim, states["BLOCK_DIM"]) * cdiv(dstate, states["BLOCK_STATE"])
                 _states[(programs,)](
-                    *inputs, *numbers, *state_strides, *ends, *of_slots, **sizes, **state_sizes, **states
+                    *before,
+                    *strides_before,
+                    *state_strides,
+                    *ends_before,
+                    *of_slots,
+                    **sizes,
+                    **state_sizes,
+                    **states,
                 )
         inputs = (x, B, C, D, z, written, steps, starts, cu_seqlens, num_computed_tokens, slots, call.write_slots)
-        inputs += (has_initial_state, ssm_state, kept)
+        of_states = (has_initial_state, ssm_state, kept)
         strides_of_tokens = (x.stride(0), B.stride(0), C.stride(0), None if z is None else z.stride(0))
         strides_of_rows = (slots_stride, None if call.write_slots is None else call.write_slots.stride(0))
-        numbers = (*strides_of_tokens, written.stride(0), *strides_of_rows, initial_stride, computed_stride)
+        strides = (*strides_of_tokens, written.stride(0), *strides_of_rows, initial_stride, computed_stride)
         of_chunks = (None, None) if kept is None else (kept.stride(0), kept.shape[0])
         ends = (*of_chunks, rows, starts_count, extra, all_or_length, pieces)
         sizes["D_PER_CHANNEL"] = D is not None and D.dim() == 2
         if on_hopper:
-            launch_walk(segments, inputs, (*numbers, slot_stride, *ends, segment, *of_slots), GROUPS=groups, **sizes)
+            numbers = (*strides, slot_stride, *ends, segment, *of_slots)
+            launch_walk(segments, (*inputs, *of_states), numbers, GROUPS=groups, **sizes)
         else:
             _scan[(segments * heads * cdiv(dim, scan["BLOCK_DIM"]),)](
                 *inputs,
-                *numbers,
+                *of_states,
+                *strides,
                 slot_stride,
                 *state_strides,
                 *ends,
