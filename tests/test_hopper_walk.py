@@ -7,6 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+
 from mamba_ops.cold_start import fitting
 from mamba_ops.ops._common.delta_rule_bench import prefill_case
 from mamba_ops.ops._triton import gluon, prepared
@@ -125,14 +127,24 @@ def test_on_hopper_wide_heads_of_2_bytes_have_kernels_of_their_own(op, dtype, si
     assert all(0 < row.shared <= row.limit for row in rows), rows
 
 
-def test_without_gluon_nothing_is_for_hopper(monkeypatch):
+@pytest.mark.parametrize("error", [ImportError, AttributeError])
+def test_without_gluon_nothing_is_for_hopper(error, monkeypatch):
+    def fail(name):
+        raise error(name)
+
     monkeypatch.setattr(gluon, "family", lambda _: "cuda-90")
     gluon._imports.cache_clear()
-    for error in (ImportError, AttributeError):
+    assert gluon.runs_on_hopper(0, WALK) == triton.__version__.startswith(gluon.KNOWN)
+    gluon._imports.cache_clear()
+    monkeypatch.setattr(importlib, "import_module", fail)
+    assert not gluon.runs_on_hopper(0, WALK)
+    gluon._imports.cache_clear()
 
-        def fail(name, error=error):
-            raise error(name)
 
-        monkeypatch.setattr(importlib, "import_module", fail)
-        assert not gluon.runs_on_hopper(0, WALK)
-        gluon._imports.cache_clear()
+@pytest.mark.parametrize("version", ["3.5.1", "3.60.0", "4.0.0"])
+def test_an_unknown_triton_has_the_portable_kernels(version, monkeypatch):
+    monkeypatch.setattr(gluon, "family", lambda _: "cuda-90")
+    monkeypatch.setattr(triton, "__version__", version)
+    gluon._imports.cache_clear()
+    assert not gluon.runs_on_hopper(0, WALK)
+    gluon._imports.cache_clear()

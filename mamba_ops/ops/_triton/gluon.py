@@ -8,24 +8,30 @@ import importlib
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from mamba_ops.ops._triton.launch_config import family
 from mamba_ops.ops._triton.limits import multiprocessors
 
+KNOWN = ("3.6", "3.7")
+"""Versions of Triton by which kernels in Gluon were compiled: its names change from one to the next."""
+
 _WALK = "mamba_ops.ops._triton.hopper_walk"
 
 
 def runs_on_hopper(device: int, module: str) -> bool:
-    """Return whether a device is a Hopper GPU, and this Triton has what a module of kernels for it imports."""
+    """Return whether a device is a Hopper GPU, and this Triton has what a module of kernels for it needs."""
     return family(device) == "cuda-90" and _imports(module)
 
 
 @functools.cache
 def _imports(module: str) -> bool:
+    if ".".join(triton.__version__.split(".")[:2]) not in KNOWN:
+        return False
     try:
         importlib.import_module(module)
-    except (ImportError, AttributeError):  # a Triton without Gluon, or with an earlier one
+    except (ImportError, AttributeError):  # a build without Gluon, or with an earlier one
         return False
     return True
 
