@@ -114,8 +114,8 @@ def test_a_row_that_is_not_finite_leaves_others_alone(op):
     [
         ("bfloat16", {}, True),
         ("float16", {}, True),
-        ("float32", {}, False),
-        ("bfloat16", {"k_dim": 64}, False),
+        pytest.param("float32", {}, False, marks=pytest.mark.slow),
+        pytest.param("bfloat16", {"k_dim": 64}, False, marks=pytest.mark.slow),
         ("bfloat16", {"v_dim": 64}, False),
     ],
 )

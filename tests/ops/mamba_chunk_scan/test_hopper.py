@@ -122,9 +122,9 @@ def test_a_row_that_is_not_finite_leaves_others_alone():
     [
         ("bfloat16", {}, {"_advance", "_walk"}),
         ("float16", {}, {"_advance", "_walk"}),
-        ("float32", {}, {"_states", "_scan"}),
-        ("bfloat16", {"dim": 32}, {"_states", "_scan"}),
-        ("bfloat16", {"dstate": 64}, {"_states", "_scan"}),
+        pytest.param("float32", {}, {"_states", "_scan"}, marks=pytest.mark.slow),
+        pytest.param("bfloat16", {"dim": 32}, {"_states", "_scan"}, marks=pytest.mark.slow),
+        pytest.param("bfloat16", {"dstate": 64}, {"_states", "_scan"}, marks=pytest.mark.slow),
         ("bfloat16", {"heads": 3, "groups": 3}, {"_states", "_scan"}),
     ],
 )
@@ -134,6 +134,7 @@ def test_on_hopper_heads_of_64_with_2_bytes_have_kernels_of_their_own(dtype, siz
     assert all(row.fits for row in rows), rows
 
 
+@pytest.mark.slow  # it compiles some twenty kernels
 def test_they_compile_for_all_that_can_be_given():
     rows = list(fitting.fits(["sm_90"], ops=[NAME], dtypes=["bfloat16"], sizes={"chunk_size": 64}, samples=None))
     assert sum(row.kernel.endswith("_walk") for row in rows) > 10

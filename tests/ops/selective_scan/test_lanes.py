@@ -21,7 +21,13 @@ CHUNK = 8
 LENGTHS = (25, 0, 3, 8, 49)
 DIM = 40  # lanes have two channels of these, some of them one
 FEW, MANY = 1 << 60, 0
-CASES = [(torch.float32, 13), (torch.bfloat16, 8), (torch.bfloat16, 16), (torch.float16, 16)]
+SLOW = pytest.mark.slow if ACCELERATOR is None else ()  # interpreted
+CASES = [
+    (torch.float32, 13),
+    (torch.bfloat16, 16),
+    pytest.param(torch.bfloat16, 8, marks=SLOW),
+    pytest.param(torch.float16, 16, marks=SLOW),
+]
 
 
 def call(lengths: tuple[int, ...] = LENGTHS, dtype: torch.dtype = torch.float32, dstate: int = 16) -> dict[str, Any]:
@@ -140,7 +146,7 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", [None, *BUGS])
+@pytest.mark.parametrize("bug", [None, *(pytest.param(b, marks=SLOW if i > 3 else ()) for i, b in enumerate(BUGS))])
 def test_planted_bug_is_caught(bug: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And without one the kernel that bugs are planted in gives the right bits."""
     from tests.test_mutants import triton_with
