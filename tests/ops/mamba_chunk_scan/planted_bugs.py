@@ -18,8 +18,8 @@ BUGS = {
     "state of the segment before not read": ("s += tl.load(starts", "s += 0.0 * tl.load(starts"),
     "segments begin with the initial state": ("carried & (several == 0)", "carried"),
     "state not decayed before a segment": (
-        "tl.trans(pushed), b.to(OPERAND), s * tl.exp2(left)",
-        "tl.trans(pushed), b.to(OPERAND), s",
+        "tl.trans(u.to(OPERAND)), b, s * tl.exp2(left)",
+        "tl.trans(u.to(OPERAND)), b, s",
     ),
     "segments count from the row's first": ("first_start(piece_number, SEGMENT) + segment", "segment"),
 }

@@ -3,8 +3,8 @@
 `_steps` finds for pieces of 64 tokens what of its past each token keeps. `_scan` walks over the pieces of a segment of
 a row, with a tile of one head's state in registers: of each piece it has what its tokens read of the state before them
 and of each other, and then the state after them. Where a row has several segments, `_states` has walked over it before,
-and left the state before each of them. How many it has changes no bit. On Hopper others of 64 channels do what the
-last two do: see `hopper.py`. Decays of any strength are exact, by the sums of `ops/_triton/decay.py`.
+and left the state before each of them. On Hopper others do what the last two do, for heads of 64: see `hopper.py`.
+Decays of any strength are exact, by the sums of `ops/_triton/decay.py`.
 """
 
 import triton
@@ -191,8 +191,8 @@ def _states(
         B_ptrs = tile_ptrs(B, begin + t, B_stride, entry, ALIGNED)
         u = tl.load(x_ptrs, inside[:, None] & in_dim[None, :], other=0.0)
         b = tl.load(B_ptrs, inside[:, None] & in_dstate[None, :], other=0.0)
-        pushed = (u.to(tl.float32) * weight[:, None]).to(OPERAND)  # as in `_scan`: no bit depends on segments
-        s = tl.dot(tl.trans(pushed), b.to(OPERAND), s * tl.exp2(left), input_precision="ieee")
+        b = (b.to(tl.float32) * weight[:, None]).to(OPERAND)
+        s = tl.dot(tl.trans(u.to(OPERAND)), b, s * tl.exp2(left), input_precision="ieee")
         left = next_left
         if (piece + 1 - first) % SEGMENT == 0:
             start += 1

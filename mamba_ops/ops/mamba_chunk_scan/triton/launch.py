@@ -33,7 +33,8 @@ def _segment(pieces: int, piece: int, programs: int, at_once: int) -> int:
         pieces: how many all rows have, at most.
         piece: tokens of one.
         programs: how many walk over a segment.
-        at_once: how many run at once; 0 for kernels of which each length of segments is a variant.
+        at_once: how many run at once; 0 for the portable kernels, of which each length of segments is a variant. Their
+            bits depend on segments, too, which only the op's sizes say.
     """
     if INTERPRETED:
         return 4  # several in few tokens
