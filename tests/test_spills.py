@@ -50,7 +50,6 @@ CEILINGS = {
         "mamba_chunk_scan._of_heads": 1088,
         "selective_scan._boundaries": 16,
         "selective_scan._gradients": 16,
-        "selective_state_update._kernel": 16,  # with narrow states
     },
     ("sm_86", "bfloat16"): {
         "chunk_gated_delta_rule._solve": 832,
