@@ -16,33 +16,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from mamba_ops.ops._triton.common import within
 from mamba_ops.ops._triton.delta_rule import CHUNK
+from mamba_ops.ops._triton.hopper_tiles import (
+    FLAT,
+    LEFT,
+    LEFT_OF_STATE,
+    OF_STATE,
+    OF_TOKENS,
+    WIDE,
+    barrier,
+    load_tile,
+    store_tile,
+)
 from mamba_ops.ops._triton.tape import observed
 
 _NUMBERS_OF_CALL = (
     "q k v cu_seqlens ssm_state slots write_slots has_initial_state output q_stride k_stride v_stride output_stride "
     "slots_stride write_stride initial_stride slot_stride length null_slot slot_count parts"
 ).split()
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name from Triton 3.7 on, and before
 _CHUNK: gl.constexpr = gl.constexpr(CHUNK)
 _ROWS: gl.constexpr = gl.constexpr(64)  # of a state, that four warps have
-_OF_STATE: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
-_OF_TOKENS: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-_LEFT: gl.constexpr = gl.constexpr(gl.DotOperandLayout(0, _OF_TOKENS, 2))
-_LEFT_OF_STATE: gl.constexpr = gl.constexpr(gl.DotOperandLayout(0, _OF_STATE, 2))
-_FLAT: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-_WIDE: gl.constexpr = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-
-
-@gluon.jit
-def _load_tile(tile, pointer, stride, left, nil):
-    # A chunk's rows, asynchronously; zero where there is no token.
-    SIZE: gl.constexpr = tile.shape[1]
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // SIZE, SIZE // 8], [4, 1], [1, 0])
-    i = gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, L)) + nil
-    j = gl.arange(0, SIZE, layout=gl.SliceLayout(0, L))
-    pointers = gl.multiple_of(pointer + ((i * stride)[:, None] + j[None, :]), [1, 16])
-    async_copy.async_copy_global_to_shared(tile, pointers, mask=(i < left)[:, None] & (j < SIZE)[None, :])
 
 
 @gluon.jit
@@ -85,18 +79,18 @@ def _load(tiles, barriers, sources, strides, bounds, parts, V_HEADS: gl.constexp
         keys = pairs.index(stage).slice(0, _CHUNK)
         queries = pairs.index(stage).slice(_CHUNK, _CHUNK)
         if keyed is None:
-            _load_tile(keys, k, k_stride, left, nil)
-            _load_tile(queries, q, q_stride, left, nil)
+            load_tile(keys, k, k_stride, left, nil)
+            load_tile(queries, q, q_stride, left, nil)
             k += _CHUNK * k_stride.to(gl.int64)
             q += _CHUNK * q_stride.to(gl.int64)
         else:
             _load_readers(keys, keyed, left, nil)
             _load_readers(queries, keyed + 8 * 128, left, nil)
-            _load_tile(ends.index(stage), keyed + 2 * _CHUNK * 128, nil + 128, left, nil)
+            load_tile(ends.index(stage), keyed + 2 * _CHUNK * 128, nil + 128, left, nil)
             keyed += V_HEADS * 4 * _CHUNK * 128
-        _load_tile(values.index(stage), v, v_stride, left, nil)
+        load_tile(values.index(stage), v, v_stride, left, nil)
         if parts == 1:
-            _load_tile(others.index(stage), v + 64, v_stride, left, nil)
+            load_tile(others.index(stage), v + 64, v_stride, left, nil)
         i = gl.arange(0, factors.shape[1], layout=L)
         async_copy.async_copy_global_to_shared(factors.index(stage), of_factors + i, mask=i < NUMBERS)
         _load_solved(both.index(stage).slice(0, _CHUNK), solved, nil)
@@ -109,15 +103,6 @@ def _load(tiles, barriers, sources, strides, bounds, parts, V_HEADS: gl.constexp
 
 
 @gluon.jit
-def _store_tile(tile, pointer, stride, left, nil):
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    i = gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, L)) + nil
-    j = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, L))
-    pointers = gl.multiple_of(pointer + ((i * stride)[:, None] + j[None, :]), [1, 16])
-    gl.store(pointers, tile.load(L), (i < left)[:, None] & (j < _ROWS)[None, :])
-
-
-@gluon.jit
 def _times(x, matrix, like):
     # The product with a matrix whose rows are the columns of the result.
     return warpgroup_mma(x, matrix.permute([1, 0]), like, use_acc=False, is_async=True)
@@ -127,14 +112,14 @@ def _times(x, matrix, like):
 def _halves(x):
     # The first half of columns, and the others.
     x, y = gl.split(gl.permute(gl.reshape(x, [_ROWS, 2, _CHUNK]), [0, 2, 1]))
-    return gl.convert_layout(x, _OF_TOKENS), gl.convert_layout(y, _OF_TOKENS)
+    return gl.convert_layout(x, OF_TOKENS), gl.convert_layout(y, OF_TOKENS)
 
 
 @gluon.jit
 def _of_state(pointer, nil):
     # Where 64 rows of a state lie, and that all of them are there.
-    row = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, _OF_STATE))[:, None] + nil
-    key = gl.arange(0, 128, layout=gl.SliceLayout(0, _OF_STATE))[None, :]
+    row = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, OF_STATE))[:, None] + nil
+    key = gl.arange(0, 128, layout=gl.SliceLayout(0, OF_STATE))[None, :]
     return gl.multiple_of(pointer + (row * 128 + key), [1, 16]), (row < _ROWS) & (key < 128)
 
 
@@ -157,45 +142,45 @@ def _walk_rows(
         target += _ROWS * 128
     places, inside = _of_state(source, 0)
     s = gl.load(places, inside & carried, other=0.0).to(gl.float32)
-    nothing = gl.zeros([_ROWS, 2 * _CHUNK], gl.float32, layout=_OF_STATE)
+    nothing = gl.zeros([_ROWS, 2 * _CHUNK], gl.float32, layout=OF_STATE)
     for chunk in range(chunks):
         stage = chunk % STAGES
         numbers = factors.index(stage)
-        known = gl.convert_layout(s.to(operand), _LEFT)
+        known = gl.convert_layout(s.to(operand), LEFT)
         mbarrier.wait(there.index(stage), chunk // STAGES & 1)
         fence_async_shared()
         found = _times(known, pairs.index(stage), nothing)
-        _barrier()  # meanwhile all are beyond the chunk before
+        barrier()  # meanwhile all are beyond the chunk before
         if chunk > 0:
             mbarrier.arrive(free.index((chunk - 1) % STAGES), count=1)
-            _store_tile(written, output, output_stride, count - (chunk - 1) * _CHUNK, chunk >> 30)
+            store_tile(written, output, output_stride, count - (chunk - 1) * _CHUNK, chunk >> 30)
             output += _CHUNK * output_stride.to(gl.int64)
         found = warpgroup_mma_wait(0, [found])
         found, y = _halves(found)
-        lacking = values.index(stage).permute([1, 0]).load(_OF_TOKENS).to(gl.float32)
+        lacking = values.index(stage).permute([1, 0]).load(OF_TOKENS).to(gl.float32)
         if not BY_CHANNEL:
-            found *= numbers.slice(0, _CHUNK).load(gl.SliceLayout(0, _OF_TOKENS))[None, :]
+            found *= numbers.slice(0, _CHUNK).load(gl.SliceLayout(0, OF_TOKENS))[None, :]
         lacking -= found
-        lacking = gl.convert_layout(lacking.to(operand), _LEFT)
+        lacking = gl.convert_layout(lacking.to(operand), LEFT)
         kept = _times(lacking, both.index(stage), nothing)
         if BY_CHANNEL:
-            s *= numbers.load(gl.SliceLayout(0, _OF_STATE))[None, :]
+            s *= numbers.load(gl.SliceLayout(0, OF_STATE))[None, :]
         else:
-            s *= numbers.slice(2 * _CHUNK, 1).load(gl.SliceLayout(1, _OF_STATE))[:, None]
+            s *= numbers.slice(2 * _CHUNK, 1).load(gl.SliceLayout(1, OF_STATE))[:, None]
         kept, y = warpgroup_mma_wait(0, [kept, y])
         kept, read = _halves(kept)
-        kept = gl.convert_layout(kept.to(operand), _LEFT_OF_STATE)
+        kept = gl.convert_layout(kept.to(operand), LEFT_OF_STATE)
         if BY_CHANNEL:
             s = warpgroup_mma(kept, ends.index(stage), s, is_async=True)
         else:
             s = warpgroup_mma(kept, pairs.index(stage).slice(0, _CHUNK), s, is_async=True)
-            y *= numbers.slice(_CHUNK, _CHUNK).load(gl.SliceLayout(0, _OF_TOKENS))[None, :]
+            y *= numbers.slice(_CHUNK, _CHUNK).load(gl.SliceLayout(0, OF_TOKENS))[None, :]
         y += read
         written.permute([1, 0]).store(y.to(operand))
         s = warpgroup_mma_wait(0, [s])
     if chunks > 0:
-        _barrier()
-        _store_tile(written, output, output_stride, count - (chunks - 1) * _CHUNK, 0)
+        barrier()
+        store_tile(written, output, output_stride, count - (chunks - 1) * _CHUNK, 0)
     places, inside = _of_state(target, chunks >> 30)  # not before, as they would wait in registers
     gl.store(places, s.to(target.dtype.element_ty), inside & stored)
 
@@ -205,11 +190,6 @@ def _walk_others(tiles, barriers, written, state, output, output_stride, bounds,
     # The other 64 rows, if a program has all.
     if parts == 1:
         _walk_rows(tiles, barriers, written, state, output, output_stride, bounds, 1, BY_CHANNEL)
-
-
-@gluon.jit
-def _within(token, length):
-    return gl.minimum(gl.maximum(token, 0), length).to(gl.int32)
 
 
 @observed
@@ -256,11 +236,11 @@ def _walk(
         before = row * 0
         for start in range(0, row, 128):
             r = start + gl.arange(0, 128, layout=R)
-            begins = _within(gl.load(cu_seqlens + r, r < row, other=0), length)
-            counts = _within(gl.load(cu_seqlens + r + 1, r < row, other=0), length) - begins
+            begins = within(gl.load(cu_seqlens + r, r < row, other=0), length).to(gl.int32)
+            counts = within(gl.load(cu_seqlens + r + 1, r < row, other=0), length).to(gl.int32) - begins
             before = gl.minimum(before + gl.sum((gl.maximum(counts, 0) + _CHUNK - 1) // _CHUNK, 0), 1 << 30)
-        begin = _within(gl.load(cu_seqlens + row), length)
-        count = gl.maximum(_within(gl.load(cu_seqlens + row + 1), length) - begin, 0)
+        begin = within(gl.load(cu_seqlens + row), length).to(gl.int32)
+        count = gl.maximum(within(gl.load(cu_seqlens + row + 1), length).to(gl.int32) - begin, 0)
         most = gl.maximum(length // _CHUNK + rows - before, 0)
         chunks = gl.minimum((count + _CHUNK - 1) // _CHUNK, most)
         count = gl.minimum(count, chunks * _CHUNK)
@@ -300,13 +280,13 @@ def _walk(
     operand: gl.constexpr = solved.dtype.element_ty
     BY_CHANNEL: gl.constexpr = keyed is not None
     NUMBERS: gl.constexpr = 128 if BY_CHANNEL else 3 * _CHUNK
-    pairs = gl.allocate_shared_memory(operand, [STAGES, 2 * _CHUNK, 128], _WIDE)
-    values = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, _ROWS], _WIDE)
-    others = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, _ROWS], _WIDE)
-    both = gl.allocate_shared_memory(operand, [STAGES, 2 * _CHUNK, _CHUNK], _WIDE)
-    of_both = gl.allocate_shared_memory(gl.float32, [STAGES, 128 if BY_CHANNEL else 256], _FLAT)
-    written = gl.allocate_shared_memory(operand, [_CHUNK, _ROWS], _WIDE)
-    written_others = gl.allocate_shared_memory(operand, [_CHUNK, _ROWS], _WIDE)
+    pairs = gl.allocate_shared_memory(operand, [STAGES, 2 * _CHUNK, 128], WIDE)
+    values = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, _ROWS], WIDE)
+    others = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, _ROWS], WIDE)
+    both = gl.allocate_shared_memory(operand, [STAGES, 2 * _CHUNK, _CHUNK], WIDE)
+    of_both = gl.allocate_shared_memory(gl.float32, [STAGES, 128 if BY_CHANNEL else 256], FLAT)
+    written = gl.allocate_shared_memory(operand, [_CHUNK, _ROWS], WIDE)
+    written_others = gl.allocate_shared_memory(operand, [_CHUNK, _ROWS], WIDE)
     there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(STAGES):
@@ -318,7 +298,7 @@ def _walk(
     number = before.to(gl.int64) * V_HEADS + head
     v += begin.to(gl.int64) * v_stride + head * 128 + part
     if BY_CHANNEL:
-        ends = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, 128], _WIDE)
+        ends = gl.allocate_shared_memory(operand, [STAGES, _CHUNK, 128], WIDE)
         keyed += number * (4 * _CHUNK * 128)
     else:
         ends = pairs

@@ -11,8 +11,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from mamba_ops.ops._triton.common import within
 from mamba_ops.ops._triton.decay import split, to_log2
 from mamba_ops.ops._triton.delta_rule import CHUNK
+from mamba_ops.ops._triton.hopper_tiles import FLAT, LEFT, OF_TOKENS, WIDE, barrier, load_tile
 from mamba_ops.ops._triton.tape import observed
 
 _NUMBERS_OF_CALL = (
@@ -20,12 +22,9 @@ _NUMBERS_OF_CALL = (
     "slot_count"
 ).split()
 _split, _to_log2 = gluon.jit(split.fn), gluon.jit(to_log2.fn)  # the same source as other kernels have, for layouts
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name from Triton 3.7 on, and before
 _CHUNK: gl.constexpr = gl.constexpr(CHUNK)
-_PAIRS: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-_LEFT: gl.constexpr = gl.constexpr(gl.DotOperandLayout(0, _PAIRS, 2))
-_ROW: gl.constexpr = gl.constexpr(gl.SliceLayout(1, _PAIRS))
-_COLUMN: gl.constexpr = gl.constexpr(gl.SliceLayout(0, _PAIRS))
+_ROW: gl.constexpr = gl.constexpr(gl.SliceLayout(1, OF_TOKENS))
+_COLUMN: gl.constexpr = gl.constexpr(gl.SliceLayout(0, OF_TOKENS))
 _THIN: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))  # 16 columns of all rows
 _OWN: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8]))  # parts, one of each warp
 _NUMBERS: gl.constexpr = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
@@ -41,8 +40,6 @@ _SPREAD: gl.constexpr = gl.constexpr(
     )
 )
 _COLUMNS: gl.constexpr = gl.constexpr(gl.SliceLayout(2, _SPREAD))
-_WIDE: gl.constexpr = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-_FLAT: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 _TILE: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 2, [2, 1, 0]))
 _THIN_TILE: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 2, [1, 0]))
 _BY_COLUMNS: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
@@ -54,11 +51,6 @@ def _add(x, y):
 
 
 @gluon.jit
-def _within(token, length):
-    return gl.minimum(gl.maximum(token, 0), length).to(gl.int32)
-
-
-@gluon.jit
 def _bounds(chunk, cu_seqlens, rows, length):
     # As `chunk_bounds`: of a chunk its row, and the range of its tokens.
     if cu_seqlens is not None:
@@ -67,16 +59,16 @@ def _bounds(chunk, cu_seqlens, rows, length):
         total = chunk * 0
         for start in range(0, rows, 128):
             r = start + gl.arange(0, 128, layout=_ROWS_OF_CALL)
-            begins = _within(gl.load(cu_seqlens + r, r < rows, other=0), length)
-            counts = _within(gl.load(cu_seqlens + r + 1, r < rows, other=0), length) - begins
+            begins = within(gl.load(cu_seqlens + r, r < rows, other=0), length).to(gl.int32)
+            counts = within(gl.load(cu_seqlens + r + 1, r < rows, other=0), length).to(gl.int32) - begins
             of_row = (gl.maximum(counts, 0) + _CHUNK - 1) // _CHUNK
             ends = total + gl.associative_scan(of_row, 0, _add)
             earlier = (r < rows) & (ends <= chunk)
             row += gl.sum(earlier.to(gl.int32), 0)
             first = gl.maximum(first, gl.max(gl.where(earlier, ends, 0), 0))
             total = gl.minimum(total + gl.sum(of_row, 0), 1 << 30)
-        begin = _within(gl.load(cu_seqlens + row, row < rows, other=0), length)
-        end = _within(gl.load(cu_seqlens + row + 1, row < rows, other=0), length)
+        begin = within(gl.load(cu_seqlens + row, row < rows, other=0), length).to(gl.int32)
+        end = within(gl.load(cu_seqlens + row + 1, row < rows, other=0), length).to(gl.int32)
         low = begin + (chunk - first) * _CHUNK
         return row, low, gl.minimum(low + _CHUNK, end)
     else:
@@ -84,15 +76,6 @@ def _bounds(chunk, cu_seqlens, rows, length):
         row = chunk // per_row
         low = chunk % per_row * _CHUNK
         return row, row * length + low, row * length + gl.minimum(low + _CHUNK, length)
-
-
-@gluon.jit
-def _load_tile(tile, pointer, stride, left):
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    i = gl.arange(0, _CHUNK, layout=gl.SliceLayout(1, L))
-    j = gl.arange(0, 128, layout=gl.SliceLayout(0, L))
-    pointers = gl.multiple_of(pointer + ((i * stride)[:, None] + j[None, :]), [1, 16])
-    async_copy.async_copy_global_to_shared(tile, pointers, mask=(i < left)[:, None] & (j < 128)[None, :])
 
 
 @gluon.jit
@@ -192,7 +175,7 @@ def _less(x, n, tile, part: gl.constexpr):
 @gluon.jit
 def _joined(a, b, c, d):
     x = gl.permute(gl.join(gl.join(a, c), gl.join(b, d)), [0, 2, 3, 1])
-    return gl.convert_layout(gl.reshape(x, [_CHUNK, _CHUNK]), _PAIRS)
+    return gl.convert_layout(gl.reshape(x, [_CHUNK, _CHUNK]), OF_TOKENS)
 
 
 @gluon.jit
@@ -242,14 +225,14 @@ def _invert(
         if (slot < 0) | (slot >= slot_count) | (slot == null_slot):
             return
     operand: gl.constexpr = solved.dtype.element_ty
-    keys = gl.allocate_shared_memory(operand, [_CHUNK, 128], _WIDE)
-    queries = gl.allocate_shared_memory(operand, [_CHUNK, 128], _WIDE)
-    numbers = gl.allocate_shared_memory(gl.float32, [8, _CHUNK], _FLAT)
+    keys = gl.allocate_shared_memory(operand, [_CHUNK, 128], WIDE)
+    queries = gl.allocate_shared_memory(operand, [_CHUNK, 128], WIDE)
+    numbers = gl.allocate_shared_memory(gl.float32, [8, _CHUNK], FLAT)
     group: gl.constexpr = V_HEADS // K_HEADS
     at = low.to(gl.int64)
-    _load_tile(keys, k + at * k_stride + head // group * 128, k_stride, high - low)
+    load_tile(keys, k + at * k_stride + head // group * 128, k_stride, high - low, 0)
     async_copy.commit_group()
-    _load_tile(queries, q + at * q_stride + head // group * 128, q_stride, high - low)
+    load_tile(queries, q + at * q_stride + head // group * 128, q_stride, high - low, 0)
     async_copy.commit_group()
     n = gl.arange(0, _CHUNK, layout=_NUMBERS)
     t = low + n
@@ -267,15 +250,15 @@ def _invert(
     solved += number * (2 * _CHUNK * _CHUNK)
     gl.store(factors + 2 * _CHUNK + n, gl.exp2(_to_log2(total + left)), n == 0)
 
-    zeros = gl.zeros([_CHUNK, _CHUNK], gl.float32, layout=_PAIRS)
+    zeros = gl.zeros([_CHUNK, _CHUNK], gl.float32, layout=OF_TOKENS)
     async_copy.wait_group(1)
-    _barrier()
+    barrier()
     fence_async_shared()
     turned = keys.permute([1, 0])
     system = warpgroup_mma(keys, turned, zeros, use_acc=False, is_async=True)
     async_copy.wait_group(0)
-    _barrier()
-    queries_ = queries.load(_LEFT)
+    barrier()
+    queries_ = queries.load(LEFT)
     weight = warpgroup_mma(queries_, turned, zeros, use_acc=False, is_async=True)
     squares = queries_.to(gl.float32)
     squares = gl.convert_layout(gl.sum(squares * squares, 1), _ROW)
@@ -295,7 +278,7 @@ def _invert(
     of_column = numbers.index(2).load(_COLUMN) * numbers.index(5).load(_COLUMN)
     between = _exp2(gl.where(i[:, None] >= j[None, :], difference, float("-inf"))) * of_column[None, :]
     ups = numbers.index(1).load(_ROW)
-    weight = gl.convert_layout((weight * between * (of_query * ups)[:, None]).to(operand), _LEFT)
+    weight = gl.convert_layout((weight * between * (of_query * ups)[:, None]).to(operand), LEFT)
     system = system * between * (of_key * ups)[:, None]
     # What is allocated from here on takes the places of keys and queries.
     own = gl.reshape(_own(system, part), [4, 16, 16])
@@ -304,10 +287,10 @@ def _invert(
     first = _shared_parts(gl.where(part[:, None] > 0, first, 0.0))
     second = _shared_parts(gl.where(part[:, None] > 1, second, 0.0))
     third = _shared_parts(gl.where(part[:, None] > 2, third, 0.0))
-    _barrier()
+    barrier()
 
     inverses = gl.allocate_shared_memory(gl.float32, [4, 16, 16], _TILE, gl.permute(_inverses(parts), [0, 2, 1]))
-    _barrier()
+    barrier()
     inverse = inverses.load(gl.DotOperandLayout(0, _OWN, 1))
     n0 = _negated_product(inverse, first)
     n1 = _negated_product(inverse, second)
@@ -318,31 +301,31 @@ def _invert(
     x2 = gl.where(part[:, None] == 2, own, 0.0)
     x3 = gl.where(part[:, None] == 3, own, 0.0)
     rows0 = _shared_rows(x0)
-    _barrier()
+    barrier()
     x0 = _less(x0, n0, rows0, 0)
     rows0 = _shared_rows(x0)
     rows1 = _shared_rows(x1)
-    _barrier()
+    barrier()
     x0 = _less(x0, n1, rows0, 1)
     x1 = _less(x1, n1, rows1, 1)
     rows0 = _shared_rows(x0)
     rows1 = _shared_rows(x1)
     rows2 = _shared_rows(x2)
-    _barrier()
+    barrier()
     x0 = _less(x0, n2, rows0, 2)
     x1 = _less(x1, n2, rows1, 2)
     x2 = _less(x2, n2, rows2, 2)
 
     S: gl.constexpr = gl.SliceLayout(1, _THIN)
     factor = (numbers.index(4).load(S) * numbers.index(5).load(S))[:, None]
-    plain = gl.allocate_shared_memory(operand, [_CHUNK, _CHUNK], _WIDE, _joined(x0, x1, x2, x3).to(operand))
+    plain = gl.allocate_shared_memory(operand, [_CHUNK, _CHUNK], WIDE, _joined(x0, x1, x2, x3).to(operand))
     x = _joined(x0 * factor, x1 * factor, x2 * factor, x3 * factor)
-    scaled = gl.allocate_shared_memory(operand, [_CHUNK, _CHUNK], _WIDE, x.to(operand))
+    scaled = gl.allocate_shared_memory(operand, [_CHUNK, _CHUNK], WIDE, x.to(operand))
     fence_async_shared()
-    _barrier()
+    barrier()
     weight = warpgroup_mma(weight, plain, zeros, use_acc=False, is_async=True)
     _store_tile(scaled, solved)
     weight = warpgroup_mma_wait(0, [weight])
-    weights = gl.allocate_shared_memory(operand, [_CHUNK, _CHUNK], _WIDE, weight.to(operand))
-    _barrier()
+    weights = gl.allocate_shared_memory(operand, [_CHUNK, _CHUNK], WIDE, weight.to(operand))
+    barrier()
     _store_tile(weights, solved + 8 * _CHUNK)

@@ -18,17 +18,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mamba_ops.ops._triton.common import final_slot, load_flag, load_slot
-from mamba_ops.ops._triton.tape import observed
-from mamba_ops.ops.mamba_chunk_scan.triton.hopper_tiles import (
-    DIM,
-    DSTATE,
+from mamba_ops.ops._triton.hopper_tiles import (
     FLAT,
     LEFT,
     LEFT_OF_STATE,
     OF_STATE,
     OF_TOKENS,
-    TOKENS,
     WIDE,
+    barrier,
+    store_tile,
+)
+from mamba_ops.ops._triton.tape import observed
+from mamba_ops.ops.mamba_chunk_scan.triton.hopper_tiles import (
+    DIM,
+    DSTATE,
+    TOKENS,
     chunks_before_row,
     load_pieces,
     place_of_state,
@@ -50,16 +54,6 @@ _OF_CALL = (
     "slot_stride chunk_states_stride chunk_states_count rows starts_count extra length pieces segment null_slot "
     "slot_count"
 ).split()
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name from Triton 3.7 on, and before
-
-
-@gluon.jit
-def _store_tile(tile, pointer, stride, left, nil):
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    i = gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, L)) + nil
-    j = gl.arange(0, DIM, layout=gl.SliceLayout(0, L))
-    pointers = gl.multiple_of(pointer + ((i * stride)[:, None] + j[None, :]), [1, 16])
-    gl.store(pointers, tile.load(L), (i < left)[:, None] & (j < DIM)[None, :])
 
 
 @gluon.jit
@@ -128,12 +122,12 @@ def _walk_head(
         pushed = (value.load(OF_TOKENS).to(gl.float32) * weight[None, :]).to(operand)
         y = warpgroup_mma_wait(0, [y])
         y = y * gl.exp2(decay)[None, :]
-        _barrier()
+        barrier()
         y = warpgroup_mma(value, weights.permute([1, 0]), y, is_async=True)
         s = warpgroup_mma(gl.convert_layout(pushed, LEFT_OF_STATE), b, s, is_async=True)
         low, high = piece_range(piece - 1, before, count, CHUNK, PIECE)
         at = output + (begin + low).to(gl.int64) * output_stride
-        _store_tile(written, at, output_stride, gl.where(piece > first, high - low, 0), piece >> 30)
+        store_tile(written, at, output_stride, gl.where(piece > first, high - low, 0), piece >> 30)
         y, s = warpgroup_mma_wait(1, [y, s])
         up = of_piece.slice(3 * TOKENS, TOKENS).load(gl.SliceLayout(0, OF_TOKENS))
         y = y * up[None, :]
@@ -144,7 +138,7 @@ def _walk_head(
             y *= gate * (1 / (1 + gl.exp(-gate)))
         s = warpgroup_mma_wait(0, [s])
         async_copy.mbarrier_arrive(free.index(stage), increment_count=False)  # by each thread, without a barrier
-        _barrier()  # all are through with the weights and the output before
+        barrier()  # all are through with the weights and the output before
         written.permute([1, 0]).store(y.to(operand))
         if KEPT:
             pointer, stride, first_chunk, chunks = kept
@@ -154,10 +148,10 @@ def _walk_head(
             pointer += number.to(gl.int64) * stride + HEAD * (DIM * DSTATE)
             store_state(pointer, s, ended & (number < chunks), piece >> 30)
     if last > first:
-        _barrier()
+        barrier()
         low, high = piece_range(last - 1, before, count, CHUNK, PIECE)
         at = output + (begin + low).to(gl.int64) * output_stride
-        _store_tile(written, at, output_stride, high - low, last >> 30)
+        store_tile(written, at, output_stride, high - low, last >> 30)
     store_state(target, s, stored, last >> 30)
 
 

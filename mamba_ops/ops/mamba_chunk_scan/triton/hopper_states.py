@@ -11,16 +11,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mamba_ops.ops._triton.common import load_flag, load_slot
-from mamba_ops.ops._triton.tape import observed
-from mamba_ops.ops.mamba_chunk_scan.triton.hopper_tiles import (
-    DIM,
-    DSTATE,
+from mamba_ops.ops._triton.hopper_tiles import (
     FLAT,
     LEFT_OF_STATE,
     OF_STATE,
     OF_TOKENS,
-    TOKENS,
     WIDE,
+)
+from mamba_ops.ops._triton.tape import observed
+from mamba_ops.ops.mamba_chunk_scan.triton.hopper_tiles import (
+    DIM,
+    DSTATE,
+    TOKENS,
     load_pieces,
     place_of_state,
     store_state,

@@ -5,28 +5,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from mamba_ops.ops._triton.hopper_tiles import OF_STATE, load_tile
 from mamba_ops.ops.mamba_chunk_scan.triton.pieces import extent, first_piece, first_segment, piece_range
 
 TOKENS: gl.constexpr = gl.constexpr(64)  # tokens of a tile: a piece has that many at most
 DIM: gl.constexpr = gl.constexpr(64)
 DSTATE: gl.constexpr = gl.constexpr(128)
-OF_STATE: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
-OF_TOKENS: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-LEFT: gl.constexpr = gl.constexpr(gl.DotOperandLayout(0, OF_TOKENS, 2))
-LEFT_OF_STATE: gl.constexpr = gl.constexpr(gl.DotOperandLayout(0, OF_STATE, 2))
-FLAT: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-WIDE: gl.constexpr = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-
-
-@gluon.jit
-def load_tile(tile, pointer, stride, left, nil):
-    # A piece's rows, asynchronously; zero where there is no token.
-    SIZE: gl.constexpr = tile.shape[1]
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // SIZE, SIZE // 8], [4, 1], [1, 0])
-    i = gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, L)) + nil
-    j = gl.arange(0, SIZE, layout=gl.SliceLayout(0, L))
-    pointers = gl.multiple_of(pointer + ((i * stride)[:, None] + j[None, :]), [1, 16])
-    async_copy.async_copy_global_to_shared(tile, pointers, mask=(i < left)[:, None] & (j < SIZE)[None, :])
 
 
 @gluon.jit
