@@ -135,7 +135,7 @@ def training_calls_of(layer: Layer, module: nn.Module) -> Iterator[tuple[str, Ca
             packed = torch.tensor([0, 1, tokens], dtype=torch.int32, device=weight.device)
             yield f"training, packed{short}", partial(step, (tokens,), cu_seqlens=packed)
     yield "training, many sequences", with_many_rows(partial(step, (2, SHORT)))
-    if isinstance(module, Mixer):
+    if isinstance(module, Mixer):  # `packed` has SHORT tokens now
         yield "training, many packed sequences", with_many_rows(partial(step, (SHORT,), cu_seqlens=packed))
 
 

@@ -1,7 +1,6 @@
 """The scan of many rows, whose lanes share states: its bits are those of few rows, and bugs in it are caught."""
 
 import importlib
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from mamba_ops.registry import Backend, Sample
 from mamba_ops.testing.judge import front_on
 from tests.conftest import ACCELERATOR
 from tests.harness import judge
+from tests.ops.selective_scan.test_segments import CHUNK, LENGTHS
+from tests.ops.selective_scan.test_segments import call as packed_rows
 
 pytest.importorskip("triton")
 
-CHUNK = 8
-LENGTHS = (25, 0, 3, 8, 49)
 DIM = 40  # lanes have two channels of these, some of them one
 FEW, MANY = 1 << 60, 0
 SLOW = pytest.mark.slow if ACCELERATOR is None else ()  # interpreted
@@ -31,27 +30,14 @@ CASES = [
 
 
 def call(lengths: tuple[int, ...] = LENGTHS, dtype: torch.dtype = torch.float32, dstate: int = 16) -> dict[str, Any]:
-    """Packed rows with slots, one of them padding, that begin with states or without and may move them."""
-    device, tokens, rows = ACCELERATOR or torch.device("cpu"), sum(lengths), len(lengths)
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    return {
-        "x": normal(tokens, DIM),
-        "dt": normal(tokens, DIM) - 2,
-        "A": -normal(DIM, dstate, dtype=torch.float32).exp(),
-        "B": normal(tokens, dstate),
-        "C": normal(tokens, dstate),
-        "D": normal(DIM, dtype=torch.float32),
-        "z": normal(tokens, DIM),
-        "dt_bias": normal(DIM, dtype=torch.float32),
-        "dt_softplus": True,
-        "ssm_state": normal(2 * rows, DIM, dstate, dtype=torch.float32),
+    """Packed rows with slots, one of them padding, that begin with states or without and move them."""
+    arguments, rows = packed_rows(lengths, dtype, dim=DIM, dstate=dstate), len(lengths)
+    device = arguments["x"].device
+    return arguments | {
+        "dt_bias": arguments["D"] * 0.5,
+        "ssm_state": torch.cat([arguments["ssm_state"]] * 2),
         "slots": torch.tensor([*range(rows - 2), -1, rows - 1], dtype=torch.int32, device=device),
         "write_slots": torch.arange(rows, 2 * rows, dtype=torch.int32, device=device),
-        "cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
         "has_initial_state": torch.arange(rows, device=device) % 2 == 0,
     }
 

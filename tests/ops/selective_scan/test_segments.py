@@ -19,7 +19,7 @@ LENGTHS = (25, 0, 3, 8, 49)
 DIM, DSTATE = 5, 4
 
 
-def call(lengths: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+def call(lengths: tuple[int, ...], dtype: torch.dtype, *, dim: int = DIM, dstate: int = DSTATE) -> dict[str, Any]:
     """Packed rows, all with states to begin with."""
     device, tokens = ACCELERATOR or torch.device("cpu"), sum(lengths)
     generator = torch.Generator().manual_seed(0)
@@ -28,15 +28,15 @@ def call(lengths: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     return {
-        "x": normal(tokens, DIM),
-        "dt": normal(tokens, DIM) - 2,
-        "A": -normal(DIM, DSTATE, dtype=torch.float32).exp(),
-        "B": normal(tokens, DSTATE),
-        "C": normal(tokens, DSTATE),
-        "D": normal(DIM, dtype=torch.float32),
-        "z": normal(tokens, DIM),
+        "x": normal(tokens, dim),
+        "dt": normal(tokens, dim) - 2,
+        "A": -normal(dim, dstate, dtype=torch.float32).exp(),
+        "B": normal(tokens, dstate),
+        "C": normal(tokens, dstate),
+        "D": normal(dim, dtype=torch.float32),
+        "z": normal(tokens, dim),
         "dt_softplus": True,
-        "ssm_state": normal(len(lengths), DIM, DSTATE, dtype=torch.float32),
+        "ssm_state": normal(len(lengths), dim, dstate, dtype=torch.float32),
         "cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
         "has_initial_state": torch.tensor([True] * len(lengths), device=device),
     }
