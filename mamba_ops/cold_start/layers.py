@@ -162,6 +162,21 @@ def before_calls_of(module: nn.Module) -> Iterator[tuple[str, Callable[[], objec
     yield "plans", lambda: [Plan.zeros(1, max_requests=rows, device=device) for rows in ROWS]
 
 
+def torchs_norms_of(model: nn.Module) -> list[nn.Module]:
+    """Return one norm of torch's own of every kind in a model: their kernels are slow the first time on a GPU, too."""
+    kinds = {_kind(m): m for m in model.modules() if isinstance(m, (nn.RMSNorm, nn.LayerNorm))}
+    return list(kinds.values())
+
+
+def call_norm(norm: nn.Module) -> None:
+    """Call a norm of torch's, as a layer is called in one step and as in a prompt."""
+    parameter = next(norm.parameters(), None)
+    if parameter is not None and parameter.is_floating_point():
+        shape: tuple[int, ...] = norm.normalized_shape  # type: ignore[assignment]
+        for tokens in (1, TOKENS):
+            norm(torch.randn(tokens, *shape, device=parameter.device, dtype=parameter.dtype))
+
+
 def rehearsal_of(module: nn.Module, state_dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield what serving does in each step with a layer of `mamba_ops.layers`: make a plan and run it."""
     if not (isinstance(module, Mixer) and module.takes_plans):

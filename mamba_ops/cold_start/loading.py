@@ -8,14 +8,18 @@ made again when all variants are on disk.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
+
+import torch
 
 from mamba_ops.cold_start import elsewhere
 from mamba_ops.ops._triton import _triton
@@ -50,11 +54,13 @@ class Loader:
     """Finds the variants that calls need, and lets worker processes compile them.
 
     Attributes:
+        device: the one that is compiled for.
         processes: how many compile at a time.
         hashing: a thread that hashes Triton's own files, as every key of its cache needs.
         loads: the variants, in the order in which they were needed, by kernel and Triton's key.
     """
 
+    device: torch.device
     processes: int
     hashing: threading.Thread | None
     loads: dict[tuple[str, str], Load] = field(default_factory=dict)
@@ -64,6 +70,7 @@ class Loader:
     _now: tuple[Load, float] | None = field(default=None, repr=False)
     _jobs: list[Load] = field(default_factory=list, repr=False)
     _worker: "subprocess.Popen[str] | None" = field(default=None, repr=False)
+    _lines: SimpleQueue[str | None] = field(default_factory=SimpleQueue, repr=False)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -77,8 +84,7 @@ class Loader:
                 yield
             finally:
                 if self._worker is not None:
-                    with self._worker:  # closes its pipes, and waits
-                        self._worker.kill()
+                    self._end(self._worker)
 
     @contextmanager
     def requesting(self) -> Iterator[Request]:
@@ -102,12 +108,8 @@ class Loader:
         """Wait until the worker is done. A variant that it could not compile is compiled when it is launched."""
         if self._worker is None:
             return
-        assert self._worker.stdin is not None  # for mypy: both are pipes
-        assert self._worker.stdout is not None
-        try:
-            self._worker.stdin.close()
-        except BrokenPipeError:
-            return
+        self._lines.put(None)
+        assert self._worker.stdout is not None  # for mypy: it is a pipe
         for done, line in enumerate(self._worker.stdout, 1):
             number, seconds, problem = json.loads(line)
             if problem is None:
@@ -140,12 +142,7 @@ class Loader:
         load.submitted = True
         if self._worker is None:
             self._worker = self._start()
-        assert self._worker.stdin is not None  # for mypy: it is a pipe
-        try:
-            self._worker.stdin.write(json.dumps([len(self._jobs), fn.module, fn.name, data]) + "\n")
-            self._worker.stdin.flush()
-        except BrokenPipeError:  # the worker could not start: this process compiles
-            return
+        self._lines.put(json.dumps([len(self._jobs), fn.module, fn.name, data]) + "\n")
         self._jobs.append(load)
 
     def _start(self) -> "subprocess.Popen[str]":
@@ -158,13 +155,37 @@ class Loader:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            start_new_session=True,  # so that it can be ended with its forks
         )
-        assert worker.stdin is not None  # for mypy: it is a pipe
-        # This may take a C compiler; the worker imports torch at the same time.
-        first = {"target": elsewhere.describe_target(), "processes": self.processes}
-        worker.stdin.write(json.dumps(first) + "\n")
-        worker.stdin.flush()
+        threading.Thread(target=self._tell, args=(worker,), daemon=True).start()
         return worker
+
+    def _end(self, worker: "subprocess.Popen[str]") -> None:
+        self._lines.put(None)
+        with suppress(OSError):
+            os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
+        assert worker.stdout is not None  # for mypy: it is a pipe
+        worker.stdout.close()
+
+    def _tell(self, worker: "subprocess.Popen[str]") -> None:
+        """Write the target and the jobs to the worker, in a thread.
+
+        What describes a target may take a C compiler, and a pipe holds few jobs while the worker imports torch.
+        """
+        assert worker.stdin is not None  # for mypy: it is a pipe
+        indexed = self.device.index is not None and self.device.type != "cpu"
+        try:
+            with worker.stdin as pipe:
+                with torch.get_device_module(self.device).device(self.device) if indexed else nullcontext():
+                    first = {"target": elsewhere.describe_target(), "processes": self.processes}
+                line: str | None = json.dumps(first) + "\n"
+                while line is not None:
+                    pipe.write(line)
+                    pipe.flush()
+                    line = self._lines.get()
+        except (BrokenPipeError, ValueError):  # it could not start, or is not needed any more: this process compiles
+            return
 
 
 def cores() -> int:

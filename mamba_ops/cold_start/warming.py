@@ -19,10 +19,12 @@ from mamba_ops.cold_start.arguments import check_names
 from mamba_ops.cold_start.layers import (
     Layer,
     before_calls_of,
+    call_norm,
     calls_of,
     layers_of,
     on_device,
     rehearsal_of,
+    torchs_norms_of,
     training_calls_of,
     with_many_rows,
 )
@@ -171,8 +173,10 @@ def _of_model(
         def calls(layer: Layer = layer, here: Callable[[], nn.Module] = here) -> Calls:
             return calls_of(layer, here(), state_dtype)
 
-        def before(here: Callable[[], nn.Module] = here) -> Calls:
-            return before_calls_of(here())
+        def before(layer: Layer = layer, here: Callable[[], nn.Module] = here) -> Calls:
+            norms = torchs_norms_of(model) if layer is layers[0] else []  # of all of the model
+            yield from (("a norm", partial(call_norm, on_device(norm, device, dtype))) for norm in norms)
+            yield from before_calls_of(here())
 
         def after(here: Callable[[], nn.Module] = here) -> Calls:
             return rehearsal_of(here(), state_dtype)
@@ -289,14 +293,15 @@ def _make(units: list[_Unit], device: torch.device, processes: int | None, progr
 
     compiles = _triton_compiles(device)
     hashing = threading.Thread(target=_triton.hash_sources) if compiles and device.type != "cpu" else None
+    loader = Loader(device, processes or cores(), hashing) if compiles and _triton.has_hooks() else None
     with random_state, torch.no_grad(), allow_jit():
-        if hashing is not None:
-            hashing.start()
-            for unit in units:
-                for _, run in _tried(unit, unit.before, report):
-                    run()
-        loader = Loader(processes or cores(), hashing) if compiles and _triton.has_hooks() else None
+        # From here on, so that a worker that is needed in any case imports torch beside the projections.
         with record_selections() as ran, loader.active() if loader else nullcontext():
+            if hashing is not None:
+                hashing.start()
+                for unit in units:
+                    for _, run in _tried(unit, unit.before, report):
+                        run()
             call_all("calling each once", first)
             if loader is not None and later:
                 loader.wait(progress)

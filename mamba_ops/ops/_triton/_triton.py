@@ -27,6 +27,7 @@ BEFORE_LOAD = "triton:knobs.runtime.jit_cache_hook"
 LOADED = "triton:knobs.compilation.listener"
 COMPILED = "triton:knobs.runtime.jit_post_compile_hook"
 CACHE_DIR = "triton:knobs.cache.dir"
+CALLEE = "triton.runtime.jit:DependenciesFinder._update_hash"
 HASH = "triton.runtime.cache:triton_key"
 ON_DISK = (
     "triton.compiler.compiler:ASTSource",
@@ -47,7 +48,7 @@ FAILURES = (
 )
 PRIVATE = (
     *(DRIVER, LOAD, TUNE, PRELOAD, CACHES, LIBRARY, RUN, KERNEL, *LAUNCH_HOOKS, *FAILURES),
-    *(BEFORE_LOAD, LOADED, COMPILED, CACHE_DIR, HASH, TARGET, *ON_DISK),
+    *(BEFORE_LOAD, LOADED, COMPILED, CACHE_DIR, CALLEE, HASH, TARGET, *ON_DISK),
 )
 """`module:name` of each. Instances alone have `device_caches`."""
 SPLAT = "triton.runtime.interpreter:InterpreterBuilder.create_splat"

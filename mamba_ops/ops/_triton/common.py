@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mamba_ops.ops._triton import _triton
+from mamba_ops.ops._triton.keys import settle
 from mamba_ops.ops._triton.tape import observed
 
 
@@ -86,6 +87,8 @@ INTERPRETED = not isinstance(softplus, triton.JITFunction)
 """Whether Triton runs kernels on the CPU, in Python."""
 if INTERPRETED:
     _triton.mend_interpreter()
+else:
+    settle()
 
 
 def operand_dtype(*tensors: Tensor) -> torch.dtype:

@@ -90,9 +90,7 @@ class Tape(TorchDispatchMode):
         super().__exit__(*error)
         _here.tape = None
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def _see(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """See what the launcher does with torch: it may allocate, and view what it has."""
         result = func(*args, **(kwargs or {}))
         if self.is_launching or not (isinstance(result, Tensor) or any(isinstance(value, Tensor) for value in args)):
@@ -147,6 +145,11 @@ class Tape(TorchDispatchMode):
         if (found := self._allocation_of(address)) is not None:
             return found
         raise NotRepeatableError("it takes a tensor of its own")
+
+
+# Not in the class: of what stands there torch makes a function that imports torch._dynamo when it is called, which
+# takes seconds. Calls that are compiled never come here.
+Tape.__torch_dispatch__ = Tape._see  # type: ignore[assignment, method-assign]
 
 
 def _is_apart(base: Tensor, result: Tensor) -> bool:

@@ -1,0 +1,140 @@
+"""What the first calls of a process cost: imports, kernels that are on disk, processes that compile."""
+
+import inspect
+import io
+import json
+import multiprocessing
+import os
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton")
+
+from mamba_ops.cold_start import worker
+from mamba_ops.cold_start.layers import call_norm, torchs_norms_of
+from tests import fresh
+from tests.harness import compiled_for_a_gpu
+
+TAPE = """
+import json, sys, torch
+from mamba_ops.ops._triton.tape import Tape
+
+with Tape([]) as tape:
+    torch.empty(3)
+print(json.dumps([tape.allocated, "torch._dynamo" in sys.modules]))
+"""
+
+
+def test_writing_down_what_a_launcher_does_imports_no_compiler():
+    done = fresh.run(["-c", TAPE], env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[12], False]
+
+
+KEYS = """
+from triton.runtime.jit import JITFunction
+from mamba_ops.cold_start.specialization import our_modules
+
+kernels = {
+    f"{value.module}.{value.__name__}": value
+    for module in our_modules() for name, value in vars(module).items()
+    if isinstance(value, JITFunction)
+}
+order = sorted(kernels, reverse=sys.argv[1] == "reverse")
+print(json.dumps({name: kernels[name].cache_key for name in order}))
+"""
+
+
+def test_the_key_of_a_kernel_does_not_depend_on_what_was_compiled_before():
+    one, other = (compiled_for_a_gpu(KEYS, order, compiles=False) for order in ("forward", "reverse"))
+    assert len(one) > 60
+    assert one == other
+
+
+def test_the_longest_kernel_is_compiled_first(monkeypatch, capsys):
+    from mamba_ops.ops._triton.layout import _transpose
+    from mamba_ops.ops.causal_conv1d.triton.forward import _kernel
+
+    assert worker.code_length(_kernel) > len(inspect.getsource(_kernel.fn)) > worker.code_length(_transpose) > 0
+    read, done = threading.Event(), []
+
+    class Lines(io.StringIO):
+        def __next__(self) -> str:
+            try:
+                return super().__next__()
+            except StopIteration:
+                read.set()
+                raise
+
+    class Pool:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def apply(self, function, job):
+            assert function is worker.compile_one
+            read.wait()
+            done.append(job[0])
+            return json.dumps(job[0]) + "\n"
+
+    short, long = (
+        ("mamba_ops.ops._triton.layout", "_transpose"),
+        ("mamba_ops.ops.causal_conv1d.triton.forward", "_kernel"),
+    )
+    jobs = [[number, *(long if number in (2, 4) else short), ""] for number in range(6)]
+    lines = [{"target": {}, "processes": 1}, *jobs]
+    monkeypatch.setattr(worker.sys, "stdin", Lines("".join(json.dumps(line) + "\n" for line in lines)))
+    monkeypatch.setattr(worker.elsewhere, "compile_for", lambda target: None)
+    monkeypatch.setattr(worker, "gc", SimpleNamespace(collect=int, freeze=int, disable=int))
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: SimpleNamespace(Pool=lambda processes: Pool()))
+    worker.main()
+    assert sorted(done) == list(range(6))
+    assert done[1:] == [number for number in (2, 4, 0, 1, 3, 5) if number != done[0]]  # one is begun before others come
+    assert capsys.readouterr().out.split() == [str(number) for number in done]
+
+
+ENDS = """
+import os, time, torch
+from pathlib import Path
+from mamba_ops.cold_start.loading import Loader
+
+def group(number):
+    stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
+    return sum(fields[2] == str(number) for fields in stats)
+
+loader = Loader(torch.device("cpu"), 3, None)
+try:
+    with loader.active():
+        number, until = loader._worker.pid, time.monotonic() + 60
+        while (most := group(number)) < 4 and time.monotonic() < until:
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+except KeyboardInterrupt:
+    until = time.monotonic() + 10
+    while (left := group(number)) and time.monotonic() < until:
+        time.sleep(0.05)
+print(json.dumps([most, left]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are counted in /proc")
+def test_a_warm_up_that_is_broken_off_leaves_no_process(tmp_path):
+    assert compiled_for_a_gpu(ENDS, TRITON_CACHE_DIR=str(tmp_path / "triton")) == [4, 0]
+
+
+def test_norms_of_torchs_own_are_called_once_of_every_kind():
+    model = nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 8), nn.RMSNorm(8), nn.LayerNorm([2, 4]), nn.LayerNorm(8))
+    norms = torchs_norms_of(model)
+    assert [type(norm) for norm in norms] == [nn.RMSNorm, nn.LayerNorm, nn.LayerNorm]
+    called = []
+    for norm in norms:
+        norm.register_forward_hook(lambda norm, args, output: called.append(tuple(args[0].shape[1:])))
+        call_norm(norm.to(torch.bfloat16))
+    assert called == [(8,), (8,), (2, 4), (2, 4), (8,), (8,)]
