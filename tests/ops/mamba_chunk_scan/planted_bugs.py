@@ -6,7 +6,7 @@ BUGS = {
     "dt not limited": ("tl.minimum(tl.maximum(d, dt_min), dt_max)", "d"),
     "tokens not decayed to the piece's end": ("tl.exp2(to_log2(left)) * d", "d"),
     "state not decayed over a piece": (
-        "tl.dot(tl.trans(pushed), b, s * tl.exp2(left)",
+        "tl.dot(tl.trans(pushed), b, s * tl.exp2(left)[:, None]",
         "tl.dot(tl.trans(pushed), b, s",
     ),
     "state decayed as over the next piece": ("left = next_left\n\n        if D", "left = left\n\n        if D"),
@@ -21,6 +21,7 @@ BUGS = {
         "tl.trans(u.to(OPERAND)), b, s * tl.exp2(left)",
         "tl.trans(u.to(OPERAND)), b, s",
     ),
+    "factors of steps mixed up": ("2 * bit[:, None] + bit[None, :]", "bit[:, None] + 2 * bit[None, :]"),
     "segments count from the row's first": ("first_start(piece_number, SEGMENT) + segment", "segment"),
 }
 

@@ -89,12 +89,12 @@ def _steps(
 
     # Log2 of the decay since the piece began, rounded; dt times `down`; dt decayed to the piece's end; `up`. Places
     # after a piece's last token have those of steps of 0, so that nobody needs to mask them.
+    # The four are one store: each by itself would be turned in shared memory by itself.
+    parts = tl.join(tl.join(near, tl.exp2(to_log2(left)) * d), tl.join(d * down, up))
+    bit = tl.arange(0, 2)
     steps += (piece.to(tl.int64) * HEADS + head)[None, :] * (4 * BLOCK_TOKENS) + place[:, None]
-    in_heads = (head < HEADS)[None, :]
-    tl.store(steps, near, in_heads)
-    tl.store(steps + BLOCK_TOKENS, d * down, in_heads)
-    tl.store(steps + 2 * BLOCK_TOKENS, tl.exp2(to_log2(left)) * d, in_heads)
-    tl.store(steps + 3 * BLOCK_TOKENS, up, in_heads)
+    places = steps[:, :, None, None] + (2 * bit[:, None] + bit[None, :])[None, None, :, :] * BLOCK_TOKENS
+    tl.store(places, parts, (head < HEADS)[None, :, None, None])
 
 
 @triton.jit
@@ -311,7 +311,8 @@ def _scan(
     B += head // (HEADS // GROUPS) * DSTATE
     C += head // (HEADS // GROUPS) * DSTATE
     steps += (piece_number.to(tl.int64) * HEADS + head) * (4 * BLOCK_TOKENS)
-    left = tl.load(steps + BLOCK_TOKENS - 1, first < last, other=0.0)
+    ends = BLOCK_TOKENS - 1 + tl.zeros([BLOCK_DIM], tl.int32)  # one number for all channels, as they need it
+    left = tl.load(steps + ends, first < last, other=0.0)
     for piece in range(first, last):
         low, high = piece_range(piece, before, count, CHUNK, PIECE)
         t = low + place
@@ -324,7 +325,7 @@ def _scan(
         weight = tl.load(steps + 2 * BLOCK_TOKENS + place)
         up = tl.load(steps + 3 * BLOCK_TOKENS + place)
         steps += HEADS * 4 * BLOCK_TOKENS
-        next_left = tl.load(steps + BLOCK_TOKENS - 1, piece + 1 < last, other=0.0)
+        next_left = tl.load(steps + ends, piece + 1 < last, other=0.0)
         c = tl.load(tile_ptrs(C, token, C_stride, entry, ALIGNED), read, other=0.0).to(OPERAND)
         b = tl.load(tile_ptrs(B, token, B_stride, entry, ALIGNED), read, other=0.0).to(OPERAND)
         u = tl.load(tile_ptrs(x, token, x_stride, channel, ALIGNED), written, other=0.0)
@@ -334,7 +335,7 @@ def _scan(
         w = tl.exp2(w) * size[None, :] * tl.dot(c, tl.trans(b), input_precision="ieee")
         y = tl.dot(w.to(OPERAND), u.to(OPERAND), y, input_precision="ieee") * up[:, None]
         pushed = (u.to(tl.float32) * weight[:, None]).to(OPERAND)
-        s = tl.dot(tl.trans(pushed), b, s * tl.exp2(left), input_precision="ieee")
+        s = tl.dot(tl.trans(pushed), b, s * tl.exp2(left)[:, None], input_precision="ieee")
         left = next_left
 
         if D is not None:

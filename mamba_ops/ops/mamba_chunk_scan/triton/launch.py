@@ -204,5 +204,5 @@ def _launches(dim: int, dstate: int, itemsize: int, *, limits: Limits) -> Launch
         "num_warps": 8 if limits.is_small else 4,
         "num_stages": 1 if limits.is_small else 3,
     }
-    steps = {"BLOCK_TOKENS": block, "BLOCK_HEADS": 2048 // block, "num_warps": 4}
+    steps = {"BLOCK_TOKENS": block, "BLOCK_HEADS": 1024 // block, "num_warps": 4}
     return {"_steps": steps, "_states": states, "_scan": scan}
