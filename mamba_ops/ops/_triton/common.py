@@ -171,25 +171,26 @@ def is_slot(slot, null_slot, slot_count):
 
 
 @triton.jit
-def load_slot(row, slots, slots_stride, null_slot, slot_count):
-    # The slot of a row's state, -1 for a padding row. Without slots (stride -1, see `or_placeholder`) row i has slot i.
-    row = row.to(tl.int64)
+def slot_or(default, row, slots, slots_stride, null_slot, slot_count):
+    # The slot that a table has for a row, -1 for padding. Without a table (stride -1, see `or_placeholder`) `default`.
     has_slots = slots_stride >= 0
-    slot = tl.load(slots + row * slots_stride, has_slots, other=0).to(tl.int64)
+    slot = tl.load(slots + row.to(tl.int64) * slots_stride, has_slots, other=0).to(tl.int64)
     slot = tl.where(is_slot(slot, null_slot, slot_count), slot, -1)
-    return tl.where(has_slots, slot, row)
+    return tl.where(has_slots, slot, default)
+
+
+@triton.jit
+def load_slot(row, slots, slots_stride, null_slot, slot_count):
+    # The slot of a row's state, -1 for a padding row. Without slots row i has slot i.
+    return slot_or(row.to(tl.int64), row, slots, slots_stride, null_slot, slot_count)
 
 
 @triton.jit
 def final_slot(row, source, count, write_slots, write_stride, null_slot, slot_count):
     # The slot for the state after a row's `count` tokens, and whether to store it there. A row without tokens keeps its
     # state, which is stored where it is to go to another slot.
-    target = source
-    stored = count > 0
-    if write_slots is not None:
-        target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
-        stored = (stored | (target != source)) & is_slot(target, null_slot, slot_count)
-    return target, stored
+    target = slot_or(source, row, write_slots, write_stride, null_slot, slot_count)
+    return target, (target >= 0) & ((count > 0) | (target != source))
 
 
 @triton.jit

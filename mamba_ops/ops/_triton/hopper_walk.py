@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mamba_ops.ops._triton.common import within
+from mamba_ops.ops._triton.common import final_slot, load_flag, load_slot, within
 from mamba_ops.ops._triton.delta_rule import CHUNK
 from mamba_ops.ops._triton.hopper_tiles import (
     FLAT,
@@ -249,11 +249,7 @@ def _walk(
         before = row * chunks
         begin = row * length
         count = begin - begin + length
-    source = row.to(gl.int64)
-    if slots_stride >= 0:
-        source = gl.load(slots + source * slots_stride).to(gl.int64)
-        if (source < 0) | (source >= slot_count) | (source == null_slot):
-            source = source * 0 - 1
+    source = load_slot(row, slots, slots_stride, null_slot, slot_count)
     output += begin.to(gl.int64) * output_stride + head * 128 + part
     if source < 0:
         L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -266,14 +262,9 @@ def _walk(
             gl.store(gl.multiple_of(place, [1, 16]), nothing, (t < count)[:, None] & (j < _ROWS)[None, :])
         return
 
-    target = source
-    stored = count > 0
-    if write_slots is not None:
-        target = gl.load(write_slots + row.to(gl.int64) * write_stride).to(gl.int64)
-        stored = stored | (target != source)
-        stored = stored & (target >= 0) & (target < slot_count) & (target != null_slot)
+    target, stored = final_slot(row, source, count, write_slots, write_stride, null_slot, slot_count)
     stored = stored & (slot_stride >= 0)
-    carried = gl.load(has_initial_state + row.to(gl.int64) * initial_stride, initial_stride >= 0, other=0) != 0
+    carried = load_flag(row, has_initial_state, initial_stride)
     ssm_state += (head * 128 + part) * 128
     state = (ssm_state + source * slot_stride, ssm_state + target * slot_stride, carried, stored)
 

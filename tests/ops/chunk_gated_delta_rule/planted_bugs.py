@@ -26,7 +26,7 @@ SLOW_BUGS = {  # slow: interpreted matrix products
     "scale dropped": ("length_factor(queries, L2NORM) * scale", "length_factor(queries, L2NORM)"),
     "null rows not zeroed": ("tl.zeros([CHUNK, BLOCK], tl.float32), (t", "1.0, (t"),
     "null slot ignored": ("slots_stride, null_slot, slot_count)", "slots_stride, -1, slot_count)"),
-    "write slots ignored": ("count, write_slots, write_stride", "count, None, write_stride"),
+    "write slots ignored": ("count, write_slots, write_stride", "count, write_slots, -1"),
     "null destination written": ("write_stride, null_slot, slot_count)", "write_stride, -1, slot_count)"),
     "empty row's state not copied": ("stored &= slot_stride >= 0", "stored &= (slot_stride >= 0) & (count > 0)"),
     "empty row's state reset": ("source, count, write_slots", "source, count + 1, write_slots"),

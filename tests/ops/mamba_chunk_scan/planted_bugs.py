@@ -41,7 +41,7 @@ SLOW_BUGS = {  # slow: interpreted matrix products
         "source = load_slot(row, slots, slots_stride, -1, slot_count)",
     ),
     "null destination written": ("write_stride, null_slot, slot_count)", "write_stride, -1, slot_count)"),
-    "write slots ignored": ("count, write_slots, write_stride", "count, None, write_stride"),
+    "write slots ignored": ("count, write_slots, write_stride", "count, write_slots, -1"),
     "empty row resets its state": ("source, count, write_slots", "source, count + 1, write_slots"),
     "D dropped": ("y += u.to(tl.float32) * skip", "y += 0.0 * skip"),
     "gate without sigmoid": ("y *= gate * tl.sigmoid(gate)", "y *= gate"),

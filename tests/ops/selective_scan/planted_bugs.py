@@ -20,10 +20,10 @@ BUGS = {
         "elif slot_stride >= 0:",
     ),
     "null rows not zeroed": ("tl.zeros([BLOCK], tl.float32), in_dim", "1.0, in_dim"),
-    "write slots ignored": ("        elif write_slots is not None:", "        elif False:"),
+    "write slots ignored": ("row, write_slots, write_stride", "row, write_slots, -1"),
     "null destination written": (
-        "stored = in_dim & is_slot(target, null_slot, slot_count)",
-        "stored = in_dim & is_slot(target, -1, slot_count)",
+        "write_slots, write_stride, null_slot, slot_count)\n            stored",
+        "write_slots, write_stride, -1, slot_count)\n            stored",
     ),
     "chunks not decayed": (
         "tl.fma(s[number], tl.exp2(rates[number] * total), left[number])",
@@ -36,7 +36,7 @@ BUGS = {
         "there & (number + ahead == 0)",
     ),
     "chunks count what came before twice": ("left = zeros(rates[0], WIDTH)", "left = s"),
-    "empty row's state not copied": ("        if count <= 0:", "        if False:"),
+    "empty row's state not copied": ("if count <= 0:  # no token", "if False:  # no token"),
     "states of the prefix cache a block late": (
         "column = (position - 1) // block_size",
         "column = position // block_size",

@@ -42,7 +42,7 @@ def _kernel(
     cu_seqlens_ptr,  # None: every sequence has `length` tokens
     state_ptr,  # this and the next two: see `or_placeholder`
     slots_ptr,
-    write_slots_ptr,  # None: states go to where they came from
+    write_slots_ptr,
     initial_ptr,
     output_ptr,
     sequences,  # None without cu_seqlens
@@ -175,7 +175,9 @@ def causal_conv1d(call: "Arguments") -> None:
     state_slot, state_channel, state_column = (-1, 1, 0) if call.conv_state is None else call.conv_state.stride()
 
     slots, slots_stride = or_placeholder(call.slots, x, tl.int32)
-    write_slots = None if call.write_slots is None else dense(call.write_slots)
+    write_slots, write_stride = or_placeholder(
+        None if call.write_slots is None else dense(call.write_slots), x, tl.int32
+    )
     has_initial_state, initial_stride = or_placeholder(call.has_initial_state, x, tl.int1)
 
     launch = _launches(x.get_device(), dim, width, x.itemsize)["_runs" if by_runs else "_kernel"]
@@ -202,7 +204,7 @@ def causal_conv1d(call: "Arguments") -> None:
             call.null_slot,
             slots_of(call.conv_state),
             slots_stride,
-            None if write_slots is None else write_slots.stride(0),
+            write_stride,
             initial_stride,
             x.stride(0),
             *(_strides(x) if by_runs else (x.stride(-2),)),

@@ -19,7 +19,7 @@ def _runs(
     cu_seqlens_ptr,  # None: every sequence has `length` tokens
     state_ptr,  # this and the next two: see `or_placeholder`
     slots_ptr,
-    write_slots_ptr,  # None: states go to where they came from
+    write_slots_ptr,
     initial_ptr,
     output_ptr,
     sequences,  # None without cu_seqlens

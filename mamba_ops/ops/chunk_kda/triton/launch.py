@@ -62,7 +62,7 @@ def chunk_kda(call: "Arguments") -> None:
     has_initial_state, initial_stride = or_placeholder(
         None if call.ssm_state is None else call.has_initial_state, v, tl.int1
     )
-    write_stride = None if write_slots is None else write_slots.stride(0)
+    write_slots, write_stride = or_placeholder(write_slots, v, tl.int32)
     slot_stride, *strides = (-1, 0, 0, 0) if call.ssm_state is None else call.ssm_state.stride()
     if call.ssm_state is not None:
         places |= call.ssm_state.data_ptr() | slot_stride * call.ssm_state.itemsize

@@ -79,6 +79,7 @@ def mamba3_chunk_scan(call: "Arguments") -> None:
         for cache, kind in zip(given, usual, strict=True)
     )
     slots, slots_stride = or_placeholder(slots, x, tl.int32)
+    write_slots, write_stride = or_placeholder(write_slots, x, tl.int32)
     has_initial_state, initial_stride = or_placeholder(
         None if call.ssm_state is None else call.has_initial_state, x, tl.int1
     )
@@ -199,7 +200,7 @@ def mamba3_chunk_scan(call: "Arguments") -> None:
             None if z is None else z.stride(0),
             written.stride(0),
             slots_stride,
-            None if write_slots is None else write_slots.stride(0),
+            write_stride,
             initial_stride,
             *(each[0] for each in strides),
             *((None, None, None) if aligned else of_state[1:]),

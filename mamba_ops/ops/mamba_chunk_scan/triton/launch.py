@@ -93,6 +93,7 @@ def mamba_chunk_scan(call: "Arguments") -> None:
     steps = x.new_empty(pieces, heads, 4, scan["BLOCK_TOKENS"], dtype=torch.float32)
     starts = x.new_empty(starts_count, heads, dim, dstate, dtype=torch.float32)
     slots, slots_stride = or_placeholder(call.slots, x, tl.int32)
+    write_slots, write_stride = or_placeholder(call.write_slots, x, tl.int32)
     has_initial_state, initial_stride = or_placeholder(
         None if call.ssm_state is None else call.has_initial_state, x, tl.int1
     )
@@ -146,11 +147,11 @@ def mamba_chunk_scan(call: "Arguments") -> None:
                     **state_sizes,
                     **states,
                 )
-        inputs = (x, B, C, D, z, written, steps, starts, cu_seqlens, num_computed_tokens, slots, call.write_slots)
+        inputs = (x, B, C, D, z, written, steps, starts, cu_seqlens, num_computed_tokens, slots, write_slots)
         of_states = (has_initial_state, ssm_state, kept)
         strides_of_tokens = (x.stride(0), B.stride(0), C.stride(0), None if z is None else z.stride(0))
-        strides_of_rows = (slots_stride, None if call.write_slots is None else call.write_slots.stride(0))
-        strides = (*strides_of_tokens, written.stride(0), *strides_of_rows, initial_stride, computed_stride)
+        strides_of_rows = (slots_stride, write_stride, initial_stride, computed_stride)
+        strides = (*strides_of_tokens, written.stride(0), *strides_of_rows)
         of_chunks = (None, None) if kept is None else (kept.stride(0), kept.shape[0])
         ends = (*of_chunks, rows, starts_count, extra, all_or_length, pieces)
         sizes["D_PER_CHANNEL"] = D is not None and D.dim() == 2

@@ -12,7 +12,7 @@ as `_starts` does: of the one that the chunk began with, the decay over it, and 
 # Tuples grow in what Triton compiles.
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import is_slot, kernel, load_flag, silu
+from mamba_ops.ops._triton.common import kernel, load_flag, silu, slot_or
 from mamba_ops.ops.selective_scan.triton.device import (
     block_slot,
     bounds,
@@ -191,15 +191,13 @@ def _outputs(
             s = next_chunk(start, rates, total[None, :], left, WIDTH)
 
     if is_last & (slot_stride >= 0):
-        target = source
-        stored = in_dim
         if last_block is not None:
             column = tl.load(last_block + row)
             target, stored = block_slot(row, column, slots, slots_stride, slots_columns, null_slot, slot_count)
             stored &= in_dim
-        elif write_slots is not None:
-            target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
-            stored = in_dim & is_slot(target, null_slot, slot_count)
+        else:
+            target = slot_or(source, row, write_slots, write_stride, null_slot, slot_count)
+            stored = in_dim & (target >= 0)
         left = ssm_state + target * slot_stride
         if dim_stride is None:
             store_state(left, s, channels, DSTATE, stored[None, :], 1, DSTATE, entry, WIDTH)

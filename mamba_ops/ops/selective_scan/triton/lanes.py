@@ -10,7 +10,7 @@ A row alone is slower, as too few warps hide what each waits for.
 # Tuples grow in what Triton compiles.
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import is_slot, kernel, load_flag
+from mamba_ops.ops._triton.common import kernel, load_flag, slot_or
 from mamba_ops.ops.selective_scan.triton.device import (
     block_slot,
     bounds,
@@ -235,14 +235,12 @@ def _lanes(
         at += 1
 
     if is_last & (slot_stride >= 0):
-        target = source
-        stored = True
         if last_block is not None:
             column = tl.load(last_block + row)
             target, stored = block_slot(row, column, slots, slots_stride, slots_columns, null_slot, slot_count)
-        elif write_slots is not None:
-            target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
-            stored = is_slot(target, null_slot, slot_count)
+        else:
+            target = slot_or(source, row, write_slots, write_stride, null_slot, slot_count)
+            stored = target >= 0
         kept = ssm_state + target * slot_stride
         for i in tl.static_range(CHANNELS):
             of_state = channel + i * APART

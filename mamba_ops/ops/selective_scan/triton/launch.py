@@ -82,8 +82,7 @@ def selective_scan(call: "Arguments") -> None:
     has_initial_state, write_slots = call.has_initial_state, call.write_slots
     if call.ssm_state is None:  # no state to start from, none to store
         has_initial_state = write_slots = None
-    write_slots = None if write_slots is None else dense(write_slots)
-    write_stride = None if write_slots is None else write_slots.stride(0)
+    write_slots, write_stride = or_placeholder(None if write_slots is None else dense(write_slots), x, tl.int32)
     has_initial_state, initial_stride = or_placeholder(has_initial_state, x, tl.int1)
     slot_stride, dim_stride, dstate_stride = (-1, 0, 0) if call.ssm_state is None else call.ssm_state.stride()
     is_plain = call.ssm_state is None or is_dense(call.ssm_state)

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from mamba_ops.ops._triton.common import is_slot, kernel, load_flag, row_tokens, within
+from mamba_ops.ops._triton.common import final_slot, kernel, load_flag, row_tokens, within
 from mamba_ops.ops._triton.decay import finite_rate
 from mamba_ops.ops.selective_scan.triton.device import (
     block_slot,
@@ -195,11 +195,9 @@ def _starts(
     carried = in_dim & load_flag(row, has_initial_state, initial_stride)
     s = tl.load(ssm_state + source * slot_stride + of_state, carried, other=0.0).to(tl.float32)
 
-    if write_slots is not None:
-        if count <= 0:  # no token, no chunk: the state moves as it is
-            target = tl.load(write_slots + row.to(tl.int64) * write_stride).to(tl.int64)
-            stored = (target != source) & is_slot(target, null_slot, slot_count)
-            tl.store(ssm_state + target * slot_stride + of_state, s, in_dim & stored)
+    if count <= 0:  # no token, no chunk: the state moves as it is, if it is to move
+        target, stored = final_slot(row, source, count, write_slots, write_stride, null_slot, slot_count)
+        tl.store(ssm_state + target * slot_stride + of_state, s, in_dim & stored)
 
     if states is not None:
         if chunks > 1:
