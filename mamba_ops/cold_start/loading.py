@@ -78,8 +78,7 @@ class Loader:
         before = _triton.hook(_triton.BEFORE_LOAD, self._before, _UNSEEN)
         with before, _triton.hook(_triton.LOADED, self._after, _UNSEEN):
             try:
-                folder = _triton.cache_dir()
-                if not folder.exists() or not any(folder.iterdir()):  # all of it is to be compiled: start at once
+                if not any(_triton.cache_dir().glob("*/*.json")):  # no kernel: all are to be compiled, so start at once
                     self._worker = self._start()
                 yield
             finally:

@@ -8,7 +8,6 @@ long as the kernel.
 """
 
 import gc
-import inspect
 import json
 import multiprocessing
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 from mamba_ops.cold_start import elsewhere
 from mamba_ops.ops._triton import _triton
 
+_READING = 0.2  # seconds, to read what was written while this process imported torch
 _Job = tuple[int, str, str, str]
 """Its number, the kernel's module and name, and what Triton compiles it for."""
 
@@ -35,7 +35,7 @@ def compile_one(number: int, module: str, name: str, data: str) -> str:
 
 
 def code_length(function: Any) -> int:
-    """Return how long the source of a kernel is, with that of all functions that it calls.
+    """Return how long a kernel's code is in Python, with that of all functions that it calls.
 
     How long it takes to compile is not known before. The longest first is good enough: what is begun last is what all
     other processes wait for.
@@ -44,7 +44,7 @@ def code_length(function: Any) -> int:
 
     def visit(function: Any) -> None:
         if hasattr(function, "fn") and id(function) not in seen:
-            seen[id(function)] = len(inspect.getsource(function.fn))
+            seen[id(function)] = len(function.fn.__code__.co_code)
             for name in function.fn.__code__.co_names:
                 visit(function.fn.__globals__.get(name))
 
@@ -63,8 +63,10 @@ def main() -> None:
     gc.freeze()  # the forks leave these pages as they are,
     gc.disable()  # and compile a sixth faster: Triton makes many small objects, and few circles of them
     waiting: PriorityQueue[tuple[int, int, _Job | None]] = PriorityQueue()
+    all_read = threading.Event()
 
     def serve() -> None:
+        all_read.wait(_READING)
         while (job := waiting.get()[2]) is not None:
             sys.stdout.write(pool.apply(compile_one, job))
             sys.stdout.flush()
@@ -76,6 +78,7 @@ def main() -> None:
         for line in sys.stdin:
             job: _Job = json.loads(line)
             waiting.put((-code_length(_triton.named(*job[1:3])), job[0], job))
+        all_read.set()
         for number in range(len(threads)):
             waiting.put((1, number, None))  # after all jobs
         for thread in threads:
