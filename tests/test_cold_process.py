@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from mamba_ops.cold_start import worker
 from mamba_ops.cold_start.layers import call_norm, torchs_norms_of
+from mamba_ops.ops._triton import _triton
 from tests import fresh
 from tests.harness import compiled_for_a_gpu
 
@@ -55,10 +56,10 @@ def test_the_key_of_a_kernel_does_not_depend_on_what_was_compiled_before():
 
 
 def test_the_longest_kernel_is_compiled_first(monkeypatch, capsys):
-    from mamba_ops.ops._triton.layout import _transpose
-    from mamba_ops.ops.causal_conv1d.triton.forward import _kernel
-
-    assert worker.code_length(_kernel) > len(_kernel.fn.__code__.co_code) > worker.code_length(_transpose) > 0
+    short = ("mamba_ops.ops._triton.layout", "_transpose")
+    long = ("mamba_ops.ops.causal_conv1d.triton.forward", "_kernel")
+    of_short, of_long = (_triton.named(*name) for name in (short, long))
+    assert worker.code_length(of_long) > len(of_long.fn.__code__.co_code) > worker.code_length(of_short) > 0
     done = []
 
     class Pool:
@@ -73,14 +74,10 @@ def test_the_longest_kernel_is_compiled_first(monkeypatch, capsys):
             done.append(job[0])
             return json.dumps(job[0]) + "\n"
 
-    short, long = (
-        ("mamba_ops.ops._triton.layout", "_transpose"),
-        ("mamba_ops.ops.causal_conv1d.triton.forward", "_kernel"),
-    )
     jobs = [[number, *(long if number in (2, 4) else short), ""] for number in range(6)]
     lines = [{"target": {}, "processes": 1}, *jobs]
     monkeypatch.setattr(worker.sys, "stdin", io.StringIO("".join(json.dumps(line) + "\n" for line in lines)))
-    monkeypatch.setattr(worker, "_READING", 60)
+    monkeypatch.setattr(worker, "READING", 60)
     monkeypatch.setattr(worker.elsewhere, "compile_for", lambda target: None)
     monkeypatch.setattr(worker, "gc", SimpleNamespace(collect=int, freeze=int, disable=int))
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: SimpleNamespace(Pool=lambda processes: Pool()))

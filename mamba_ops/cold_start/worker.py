@@ -19,7 +19,7 @@ from typing import Any
 from mamba_ops.cold_start import elsewhere
 from mamba_ops.ops._triton import _triton
 
-_READING = 0.2  # seconds, to read what was written while this process imported torch
+READING = 0.2  # seconds, to read what was written while this process imported torch
 _Job = tuple[int, str, str, str]
 """Its number, the kernel's module and name, and what Triton compiles it for."""
 
@@ -66,7 +66,7 @@ def main() -> None:
     all_read = threading.Event()
 
     def serve() -> None:
-        all_read.wait(_READING)
+        all_read.wait(READING)
         while (job := waiting.get()[2]) is not None:
             sys.stdout.write(pool.apply(compile_one, job))
             sys.stdout.flush()
