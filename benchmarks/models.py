@@ -1,8 +1,9 @@
 """Whole models in one run: Mamba-2 in its 1.3B shape, and a hybrid; prefill and decode, and where the time goes.
 
-Stock Transformers, mamba_ssm's own model where it is installed, and ours: the Transformers model under `use_mamba_ops`,
-eager and compiled, and mamba_ssm's model over our ops, eager and captured. Weights are random. A model is built,
-measured and freed before the next one. Decoding is greedy, after a prompt of 8, by each library's own `generate`.
+Stock Transformers (which takes the kernels of mamba_ssm and causal-conv1d where they are installed), mamba_ssm's own
+model, and ours: the Transformers model under `use_mamba_ops`, eager and compiled, and mamba_ssm's model over our ops,
+eager and captured. Weights are random. All are timed by turns, so that what else runs on the host hits all alike; the
+compiled model alone, after the others. Decoding is greedy, after a prompt of 8, by each library's own `generate`.
 """
 
 import argparse
@@ -10,9 +11,11 @@ import gc
 import json
 import math
 import re
+import statistics
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import date
 from functools import partial
 from importlib import import_module
@@ -26,9 +29,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.drop_in import seconds
 from benchmarks.measure import command, report
-from mamba_ops.commands.bench.clocks import nbytes
 from mamba_ops.commands.bench.peers import module
 from mamba_ops.commands.targets import quiet_transformers
 from mamba_ops.commands.watch import device_name
@@ -46,12 +47,12 @@ class Contestant(NamedTuple):
     Attributes:
         read: makes its forward pass over tokens `(batch, length)`.
         write: appends so many tokens to a prompt, greedily; None: it has no way to.
-        weights: bytes of its parameters.
+        during: what is in force while it reads or writes.
     """
 
     read: Callable[[Tensor], object]
     write: Callable[[Tensor, int], object] | None
-    weights: int
+    during: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 def transformers_model(name: str, width: int, layers: int, words: int, device: torch.device) -> Any:
@@ -74,13 +75,21 @@ def transformers_model(name: str, width: int, layers: int, words: int, device: t
     return model.eval().to(torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
+@contextmanager
+def bound(model: Any) -> Iterator[None]:
+    """Within the block a model, and others of its modeling file, run on our ops."""
+    binding = use_mamba_ops(model)
+    try:
+        yield
+    finally:
+        binding.undo()
+
+
 def of_transformers(model: Any, read: Any) -> Contestant:
     def write(prompt: Tensor, count: int) -> object:
         return model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
 
-    return Contestant(
-        lambda tokens: read(tokens, use_cache=False, logits_to_keep=1), write, nbytes(*model.parameters())
-    )
+    return Contestant(lambda tokens: read(tokens, use_cache=False, logits_to_keep=1), write)
 
 
 def of_mamba_ssm(library: Any, sizes: tuple[int, int, int], device: torch.device, *, captured: bool) -> Contestant:
@@ -93,7 +102,7 @@ def of_mamba_ssm(library: Any, sizes: tuple[int, int, int], device: torch.device
     def write(prompt: Tensor, count: int) -> object:
         return model.generate(prompt, prompt.shape[1] + count, cg=captured)
 
-    return Contestant(lambda tokens: model(tokens, num_last_tokens=1), write, nbytes(*model.parameters()))
+    return Contestant(lambda tokens: model(tokens, num_last_tokens=1), write)
 
 
 class _Theirs:
@@ -107,35 +116,32 @@ class _Theirs:
 
 def contestants(
     name: str, sizes: tuple[int, int, int], device: torch.device
-) -> Iterator[tuple[str, Callable[[ExitStack], Contestant]]]:
-    """Yield who reads and writes, and how it is built; what the builder enters is left when it was measured."""
+) -> Iterator[dict[str, Callable[[], Contestant]]]:
+    """Yield those who are timed by turns: who reads and writes, and how it is built."""
 
-    def bound(stack: ExitStack) -> Any:
-        model = transformers_model(name, *sizes, device)
-        stack.callback(use_mamba_ops(model).undo)
-        return model
-
-    def stock(stack: ExitStack) -> Contestant:
+    def stock() -> Contestant:
         model = transformers_model(name, *sizes, device)
         return of_transformers(model, model)
 
-    def ours(stack: ExitStack) -> Contestant:
-        return of_transformers(model := bound(stack), model)
+    def ours() -> Contestant:
+        model = transformers_model(name, *sizes, device)
+        return of_transformers(model, model)._replace(during=partial(bound, model))
 
-    def compiled(stack: ExitStack) -> Contestant:
-        stack.callback(torch.compiler.reset)
-        model = bound(stack)
-        return of_transformers(model, torch.compile(model))._replace(write=None)
+    def compiled() -> Contestant:
+        model = transformers_model(name, *sizes, device)
+        return of_transformers(model, torch.compile(model))._replace(write=None, during=partial(bound, model))
 
-    yield "Transformers", stock
-    yield "ours, eager", ours
-    yield "ours, compiled", compiled
+    by_turns = {"Transformers": stock, "ours, eager": ours}
     if name == "mamba2":
         front = import_module("mamba_ops.compat.mamba_ssm.models")
-        yield "mamba_ssm", lambda stack: of_mamba_ssm(_Theirs(), sizes, device, captured=False)
-        yield "mamba_ssm, captured", lambda stack: of_mamba_ssm(_Theirs(), sizes, device, captured=True)
-        yield "ours by mamba_ssm's names", lambda stack: of_mamba_ssm(front, sizes, device, captured=False)
-        yield "ours by those, captured", lambda stack: of_mamba_ssm(front, sizes, device, captured=True)
+        by_turns |= {
+            "mamba_ssm": lambda: of_mamba_ssm(_Theirs(), sizes, device, captured=False),
+            "mamba_ssm, captured": lambda: of_mamba_ssm(_Theirs(), sizes, device, captured=True),
+            "ours by mamba_ssm's names": lambda: of_mamba_ssm(front, sizes, device, captured=False),
+            "ours by those, captured": lambda: of_mamba_ssm(front, sizes, device, captured=True),
+        }
+    yield by_turns
+    yield {"ours, compiled": compiled}  # alone: what is bound and not bound by turns is compiled anew
 
 
 def shares(call: Callable[[], object], took: float) -> dict[str, float]:
@@ -152,32 +158,73 @@ def shares(call: Callable[[], object], took: float) -> dict[str, float]:
     return {**found, "waiting": max(1 - sum(found.values()), 0.0)}
 
 
-def measured(contestant: Contestant, words: int, options: argparse.Namespace) -> dict[str, float]:
-    """Return tokens a second of prefill and of decode by batch, and the shares of a prefill's time."""
-    device, found = options.device, {}
-    tokens = torch.randint(words, (1, options.length), device=device)
-    with suppress(torch.OutOfMemoryError):  # stock keeps every chunk's states and decays at once
-        took = seconds(lambda: contestant.read(tokens), device, options.runs)
-        found["prefill"] = tokens.numel() / took
-        if device.type != "cpu":
-            found |= {f"prefill {name}": share for name, share in shares(lambda: contestant.read(tokens), took).items()}
-    for batch in options.batch if contestant.write is not None else ():
-        prompt = torch.randint(words, (batch, PROMPT), device=device)
-        with suppress(torch.OutOfMemoryError):
-            for count in (options.decode, 8 * options.decode):
-                few, many = (
-                    seconds(partial(contestant.write, prompt, n), device, options.runs) for n in (2, 2 + count)
-                )
-                found[f"decode {batch}"] = batch * count / max(many - few, 1e-9)
-                if many > 2 * few:  # else what is timed is mostly the prompt, which both have
-                    break
-    return found
+def seconds(calls: Mapping[str, Callable[[], object]], those: Mapping[str, Contestant], runs: int) -> dict[str, float]:
+    """Return the median time of each one's call; they take turns, each with a call before that does not count.
+
+    Who runs out of memory is left out.
+    """
+    taken: dict[str, list[float]] = {title: [] for title in calls}
+    for _ in range(runs):
+        for title in list(taken):
+            try:
+                with those[title].during():
+                    calls[title]()
+                    taken[title].append(_seconds_of(calls[title]))
+            except torch.OutOfMemoryError:  # stock keeps every chunk's states and decays at once
+                del taken[title]
+                _free()
+    return {title: statistics.median(times) for title, times in taken.items()}
 
 
-def too_large(contestant: Contestant, row: dict[str, float], options: argparse.Namespace) -> list[str]:
-    """Return what was left out of a row for want of memory."""
-    wanted = ["prefill", *(f"decode {batch}" for batch in options.batch if contestant.write is not None)]
-    return [what for what in wanted if what not in row]
+def _seconds_of(call: Callable[[], object]) -> float:
+    _wait()
+    begin = time.perf_counter()
+    call()
+    _wait()
+    return time.perf_counter() - begin
+
+
+def _wait() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
+def measure(
+    those: Mapping[str, Contestant], words: int, options: argparse.Namespace, found: dict[str, dict[str, float]]
+) -> None:
+    """Add tokens a second of prefill and of decode by batch, and the shares of a prefill's time, to each one's row."""
+    tokens = torch.randint(words, (1, options.length), device=options.device)
+    reading = {title: partial(one.read, tokens) for title, one in those.items()}
+    for title, took in seconds(reading, those, options.runs).items():
+        found[title]["prefill"] = tokens.numel() / took
+        if options.device.type != "cpu":
+            with those[title].during():
+                parts = shares(reading[title], took)
+            found[title] |= {f"prefill {name}": share for name, share in parts.items()}
+    for batch in options.batch:
+        prompt = torch.randint(words, (batch, PROMPT), device=options.device)
+        left = {title: one.write for title, one in those.items() if one.write is not None}
+        few = seconds({title: partial(write, prompt, 2) for title, write in left.items()}, those, options.runs)
+        for count in (options.decode, 8 * options.decode):
+            writing = {title: partial(left[title], prompt, 2 + count) for title in few if title in left}
+            many = seconds(writing, those, options.runs)
+            for title, took in many.items():
+                found[title][f"decode {batch}"] = batch * count / max(took - few[title], 1e-9)
+            # Of others what was timed is mostly the prompt, which both have.
+            left = {title: left[title] for title, took in many.items() if took <= 2 * few[title]}
+
+
+def too_large(those: Mapping[str, Contestant], rows: dict[str, dict[str, float]], options: argparse.Namespace) -> str:
+    """Return who lacks what for want of memory."""
+    wanted = ["prefill", *(f"decode {batch}" for batch in options.batch)]
+    lacking = {t: [w for w in wanted[: None if one.write else 1] if w not in rows[t]] for t, one in those.items()}
+    return "; ".join(f"{title} {', '.join(what)}" for title, what in lacking.items() if what)
 
 
 def table(results: dict[str, dict[str, dict[str, float]]], options: argparse.Namespace) -> list[str]:
@@ -199,6 +246,15 @@ def _cell(column: str, value: float) -> str:
     if math.isnan(value):
         return "-"
     return f"{value:.0%}" if column.startswith("prefill ") else f"{value:,.0f}"
+
+
+def kernels_here() -> list[str]:
+    """Return which packages with kernels Transformers finds."""
+    found = []
+    for name in ("mamba_ssm", "causal_conv1d", "fla"):
+        with suppress(ImportError):
+            found.append(f"{name} {getattr(import_module(name), '__version__', 'of no stated version')}")
+    return found
 
 
 def sizes_of(name: str, options: argparse.Namespace) -> tuple[int, int, int]:
@@ -227,26 +283,27 @@ def main(arguments: list[str] | None = None) -> int:
     found: dict[str, dict[str, dict[str, float]]] = {}
     results = {"device": device_name(options.device), "date": date.today().isoformat(), "models": found}
     missing: list[str] = []
-    todo = [(n, *who) for n in options.models for who in contestants(n, sizes_of(n, options), options.device)]
+    todo = [(n, group) for n in options.models for group in contestants(n, sizes_of(n, options), options.device)]
     finished = False
     bar = Progress(disable=not sys.stderr.isatty())
     with suppress(KeyboardInterrupt), torch.no_grad(), quiet_transformers(), bar as progress:
         task = progress.add_task("models", total=len(todo))
-        for name, title, build in todo:
-            try:
-                with ExitStack() as stack:
-                    contestant = build(stack)
-                    row = measured(contestant, sizes_of(name, options)[2], options)
-                    if too_much := too_large(contestant, row, options):
-                        missing.append(f"{name}, {title}, for want of memory: {', '.join(too_much)}")
-                    del contestant
-                found.setdefault(name, {})[title] = row
-                print(f"{name}, {title}: {json.dumps(row)}", file=sys.stderr, flush=True)
-            except (ImportError, torch.OutOfMemoryError) as error:
-                missing.append(f"{title}: {str(error).partition('. ')[0]}")
-            gc.collect()
-            torch.accelerator.empty_cache() if options.device.type != "cpu" else None
+        for name, group in todo:
+            those: dict[str, Contestant] = {}
+            rows = found.setdefault(name, {})
+            for title, build in group.items():
+                try:
+                    those[title], rows[title] = build(), {}
+                except ImportError as error:
+                    missing.append(f"{title}: {str(error).partition('. ')[0]}")
+            measure(those, sizes_of(name, options)[2], options, rows)
+            if lacking := too_large(those, rows, options):
+                missing.append(f"{name}, for want of memory: {lacking}")
+            those.clear()
+            torch.compiler.reset()
+            _free()
             progress.advance(task)
+            print(f"{name}: {json.dumps(rows)}", file=sys.stderr, flush=True)
             if options.json:
                 options.json.write_text(json.dumps(results, indent=1) + "\n")
         finished = True
@@ -257,7 +314,8 @@ def main(arguments: list[str] | None = None) -> int:
     lines += [f"- not measured: {sentence}" for sentence in missing]
     lines += [] if finished else ["- broken off: what is missing was not measured"]
     versions = f"torch {torch.__version__}, transformers {version('transformers')}"
-    lines += [f"- the median of {options.runs} calls; {versions}; `{command(parser, options)}`"]
+    lines += [f"- kernels that Transformers may take: {', '.join(kernels_here()) or 'none'}"]
+    lines += [f"- the median of {options.runs} calls, by turns; {versions}; `{command(parser, options)}`"]
     text = "\n".join(lines) + "\n"
     options.name = "models"  # after the command was read from them
     report(options, text, results)
