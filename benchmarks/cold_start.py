@@ -21,6 +21,7 @@ import torch
 from benchmarks.measure import Row, command, facts, page, report
 from benchmarks.peers import versions
 from benchmarks.serving_steps import LENGTHS
+from mamba_ops.cold_start.specialization import kernel_name
 
 ROLES = {  # and its folder of caches at the start; a folder that was used before is full
     "empty": "ours",
@@ -90,7 +91,7 @@ def tables(results: dict[str, Any]) -> dict[str, Any]:
     for part in parts:
         if "warm_up" in part:
             slow = "; ".join(
-                f"{n.split('.triton.')[-1]} {k}x {s:.1f} s" for n, k, s in part["warm_up"].get("slowest", [])[:3]
+                f"{kernel_name(*n.rsplit('.', 1))} {k}x {s:.1f} s" for n, k, s in part["warm_up"].get("slowest", [])[:3]
             )
             requests: list[float] = part.get("requests", [])
             first = {}

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
@@ -156,27 +156,30 @@ class Loader:
             text=True,
             start_new_session=True,  # so that it can be ended with its forks
         )
-        threading.Thread(target=self._tell, args=(worker,), daemon=True).start()
+        on_device: AbstractContextManager[object] = nullcontext()
+        if self.device.type != "cpu":  # a new thread has the first device as its current one
+            module = torch.get_device_module(self.device)
+            on_device = module.device(self.device if self.device.index is not None else module.current_device())
+        threading.Thread(target=self._tell, args=(worker, on_device), daemon=True).start()
         return worker
 
     def _end(self, worker: "subprocess.Popen[str]") -> None:
         self._lines.put(None)
-        with suppress(OSError):
-            os.killpg(worker.pid, signal.SIGKILL)
+        with suppress(OSError):  # its forks may have ended
+            os.killpg(worker.pid, signal.SIGKILL) if hasattr(os, "killpg") else worker.kill()
         worker.wait()
         assert worker.stdout is not None  # for mypy: it is a pipe
         worker.stdout.close()
 
-    def _tell(self, worker: "subprocess.Popen[str]") -> None:
+    def _tell(self, worker: "subprocess.Popen[str]", on_device: AbstractContextManager[object]) -> None:
         """Write the target and the jobs to the worker, in a thread.
 
         What describes a target may take a C compiler, and a pipe holds few jobs while the worker imports torch.
         """
         assert worker.stdin is not None  # for mypy: it is a pipe
-        indexed = self.device.index is not None and self.device.type != "cpu"
         try:
             with worker.stdin as pipe:
-                with torch.get_device_module(self.device).device(self.device) if indexed else nullcontext():
+                with on_device:
                     first = {"target": elsewhere.describe_target(), "processes": self.processes}
                 line: str | None = json.dumps(first) + "\n"
                 while line is not None:
