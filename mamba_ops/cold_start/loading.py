@@ -186,7 +186,7 @@ class Loader:
                     pipe.write(line)
                     pipe.flush()
                     line = self._lines.get()
-        except (BrokenPipeError, ValueError):  # it could not start, or is not needed any more: this process compiles
+        except BrokenPipeError:  # it could not start, or is not needed any more: this process compiles
             return
 
 
