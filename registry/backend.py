@@ -6,7 +6,7 @@ import pkgutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, wraps
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -42,8 +42,7 @@ class Kernel:
     @cached_property
     def function(self) -> Callable[..., None]:
         """The adapter, of the op's own signature; it is loaded at the first use."""
-        named = self.implementation
-        found = pkgutil.resolve_name(named) if isinstance(named, str) else named
+        found = self._found
         if adapters.takes_a_call(self.op.parameters, found):
             declared = self.op.qualname, self.op.parameters, self.op.arguments
             if self.backend.why_failed is None:
@@ -51,10 +50,25 @@ class Kernel:
             shorten, recognised = self.backend.shortcut, adapters.Recognised(self.op.parameters)
             shortcut = None if shorten is None else shorten(found, recognised)
             return adapters.adapted_kernel(*declared, found, failed=self._failed, shortcut=shortcut)
-        if problem := _difference(self.op.parameters, found):
+        lacking = self._lacking
+        if problem := _difference([p for p in self.op.parameters if p.name not in lacking], found):
             what = f"{self.backend.name} for {self.op.qualname} ({errors.source_of(found)})"
             raise errors.declaration(what, problem)
-        return found
+        return _without(lacking, found) if lacking else found
+
+    @cached_property
+    def _found(self) -> Callable[..., None]:
+        """The function that was registered."""
+        named = self.implementation
+        return pkgutil.resolve_name(named) if isinstance(named, str) else named
+
+    @cached_property
+    def _lacking(self) -> tuple[str, ...]:
+        """Keywords that the op gained and the function does not have: it does what their defaults ask for."""
+        if not self.op.added or adapters.takes_a_call(self.op.parameters, self._found):
+            return ()
+        have = inspect.signature(self._found).parameters
+        return tuple(name for name in self.op.added if name not in have)
 
     @property
     def source(self) -> str:
@@ -63,6 +77,10 @@ class Kernel:
 
     def why_not(self, arguments: Mapping[str, Any]) -> str | None:
         """Return why the kernel takes no calls like this one, whatever their strides, or None."""
+        for parameter in self.op.parameters if self.op.added else ():
+            name, default = parameter.name, parameter.default
+            if name in self.op.added and arguments.get(name, default) != default and name in self._lacking:
+                return f"does not know {name}"
         return None if self.unsupported is None else self.unsupported(**arguments)
 
     def why_not_here(self, arguments: Mapping[str, Any], *, rehearses: bool = True) -> str | None:
@@ -288,6 +306,16 @@ def _kind_of(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
         (v.device, v.dtype, v.dim(), v.shape[-1] if v.dim() > 1 else 0) if isinstance(v, Tensor) else v
         for v in arguments.values()
     )
+
+
+def _without(names: tuple[str, ...], function: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that takes keywords and drops them."""
+
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> None:
+        function(*args, **{name: value for name, value in kwargs.items() if name not in names})
+
+    return called
 
 
 def _difference(parameters: list[inspect.Parameter], adapter: Callable[..., Any]) -> str | None:

@@ -52,6 +52,7 @@ class Namespace:
         replaces: str | None = None,
         returns: Iterable[str] = (),
         out_may_be: str | None = None,
+        added: Iterable[str] = (),
         gradients_in: str | None = None,
     ) -> Declare:
         """Declare the decorated function as an op; the function is its contract, its schema and its reference.
@@ -80,6 +81,8 @@ class Namespace:
                 the op mutates. For ops that are differentiated; `registry/training.py` declares them.
             out_may_be: the input that `out` may be, the very same tensor; every kernel then reads what it needs of it
                 before it writes. Apart from that no call has a tensor that the op writes share memory with another.
+            added: keywords, with defaults, that the op gained when other packages had kernels for it already. A kernel
+                may lack them; it is then given no call in which one has another value than its default.
             gradients_in: what records gradients in the place of an op that does not, or of states; refusals name it.
                 None: of an op that does, the function of its name in the namespace's `functional`.
         """
@@ -88,7 +91,12 @@ class Namespace:
             front = type(function.__name__, (Op,), {"__doc__": function.__doc__, "__module__": function.__module__})
             written = frozenset("output" if name == "out" else name for name in mutates)
             flags: dict[str, Any] = {"splits_graph": splits_graph, "reads_host": reads_host, "composed": composed}
-            flags |= {"returns": tuple(returns), "out_may_be": out_may_be, "gradients_in": gradients_in}
+            flags |= {
+                "returns": tuple(returns),
+                "out_may_be": out_may_be,
+                "gradients_in": gradients_in,
+                "added": tuple(added),
+            }
             return front(self, function, written, reference, arguments, **flags, replaces=replaces)
 
         return declare

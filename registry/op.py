@@ -68,7 +68,7 @@ class Op(Trainable, Generic[P]):
         mutates: names of the parameters that it writes.
         returns: names of those of them that it allocates itself and returns; none for an op that writes into `output`.
         kernels: backend name to kernel; the reference is the kernel of the backend `torch`, or `composed`.
-        splits_graph, reads_host, composed, replaces, out_may_be, gradients_in: see `Namespace.op`.
+        splits_graph, reads_host, composed, replaces, out_may_be, added, gradients_in: see `Namespace.op`.
         overload: the `torch.ops` overload, for a call without the front.
     """
 
@@ -77,6 +77,7 @@ class Op(Trainable, Generic[P]):
     composed: bool
     replaces: str | None
     out_may_be: str | None
+    added: tuple[str, ...]
 
     def __init__(
         self,
@@ -101,6 +102,10 @@ class Op(Trainable, Generic[P]):
         self.arguments = arguments or namedtuple("Arguments", self._names)
         if (fields := getattr(self.arguments, "_fields", ())) != tuple(self._names):
             problem = f"arguments has the fields {', '.join(fields)}, expected {', '.join(self._names)}"
+            raise errors.declaration(f"{self.qualname} ({self.source})", problem)
+        optional = {p.name for p in self._called if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+        if stray := sorted(set(self.added) - optional):
+            problem = f"added names {', '.join(stray)}, expected keywords with defaults"
             raise errors.declaration(f"{self.qualname} ({self.source})", problem)
         self.kernels: dict[str, Kernel] = {}
         self._decisions: dict[Requests, DecisionCache] = {}  # by the requests of a context; empty after a swap

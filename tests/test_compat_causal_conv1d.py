@@ -24,7 +24,7 @@ def convolved(inputs: Tensor, weight: Tensor, bias: Tensor, tokens: int) -> Tens
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 11])
-@pytest.mark.parametrize("state_len", [3, 8, 9])
+@pytest.mark.parametrize("state_len", [3, 4, 8, 9])
 @pytest.mark.parametrize("circular", [False, True])
 def test_states_of_any_length(device: torch.device, state_len: int, tokens: int, circular: bool) -> None:
     """Row by row, column by column, as the documentation has it."""
@@ -43,6 +43,18 @@ def test_states_of_any_length(device: torch.device, state_len: int, tokens: int,
     out = compat.causal_conv1d_update(x, state, weight, bias, "silu", **options)
     torch.testing.assert_close(out, convolved(torch.cat([past, x], -1), weight, bias, tokens))
     assert torch.equal(state, want_state)
+
+
+def test_inputs_before_the_window_reach_no_output(device: torch.device) -> None:
+    """Whatever they are: mamba_ssm's and Transformers' caches have a column more than a window needs."""
+    x, weight, bias = conv_arguments(device, 1)
+    state = torch.randn(2, 12, 4, device=device, dtype=torch.float64)
+    state[..., 0] = torch.nan
+    before = state.clone()
+    with torch.no_grad():
+        out = compat.causal_conv1d_update(x, state, weight, bias, "silu")
+    torch.testing.assert_close(out, convolved(torch.cat([before[..., 1:], x], -1), weight, bias, 1))
+    assert torch.equal(state, torch.cat([before[..., 1:], x], -1))
 
 
 @pytest.mark.parametrize("circular", [False, True])

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mamba_ops import ops
 from mamba_ops.compat.arguments import (
@@ -141,11 +140,8 @@ def causal_conv1d_update(
         )
     rows = x if x.dim() == 2 else x.transpose(1, 2)
     if cache_seqlens is None and state_len < WIDEST:
-        if spare := state_len + 1 - width:
-            # The op's window begins in column 0, the original's ends in the last one. With a tap of weight zero for
-            # each spare column the two are the same, and all columns shift.
-            weight = functional.pad(weight, (spare, 0))
-        out = ops.causal_conv1d_update(rows, conv_state, weight, bias, slots=conv_state_indices, silu=silu)
+        caches = (rows, conv_state, weight, bias)
+        out = ops.causal_conv1d_update(*caches, slots=conv_state_indices, silu=silu, newest_last=state_len >= width)
     else:
         out = _update_of_window(rows, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices)
     return out if x.dim() == 2 else out.transpose(1, 2)

@@ -1,17 +1,21 @@
 """Backends on a toy op: priority, refusals, missing packages."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mamba_ops import registry
 from mamba_ops.registry import (
     DeclarationError,
+    Namespace,
     NoBackendError,
     Op,
     explain,
+    require_out,
     use_backend,
 )
 from tests.registry.toys import adapter, call
@@ -30,6 +34,55 @@ from tests.registry.toys import adapter, call
 def test_adapters_have_the_ops_signature(add: Op[...], backend: Any, wrong: Any, says: str) -> None:
     with pytest.raises(DeclarationError, match=says):
         backend("wrong").implements(add)(wrong)
+
+
+def _grown(toys: Namespace, added: Sequence[str] = ("twice",)) -> Op[...]:
+    @toys.op(mutates=("out",), added=added)
+    def grown(x: Tensor, *, scale: float = 1.0, twice: bool = False, out: Tensor | None = None) -> Tensor:
+        """Write x, scaled."""
+        return require_out(out).copy_(x * scale * (2 if twice else 1))
+
+    @grown.allocate_output
+    def _output(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    return grown
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+def test_a_kernel_may_lack_a_keyword_that_the_op_gained(toys: Namespace, backend: Any, by_path: bool) -> None:
+    grown = _grown(toys)
+    old = backend("old", priority=1)
+    old.implements(grown, f"{__name__}:nines" if by_path else nines)
+    x = torch.ones(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(grown(x), x * 9)
+        assert torch.equal(torch.compile(lambda x: grown(x), backend="aot_eager", fullgraph=True)(x), x * 9)
+    with pytest.warns(RuntimeWarning, match="runs on torch because old does not take the call: does not know twice"):
+        assert torch.equal(grown(x, twice=True), x * 2)
+    with use_backend("old"):
+        assert torch.equal(grown(x, twice=False), x * 9)
+        with pytest.raises(NoBackendError, match="old  does not know twice"):
+            grown(x, twice=True)
+
+
+def nines(x: Tensor, *, scale: float = 1.0, output: Tensor) -> None:
+    """A kernel of before the op had `twice`."""
+    output.fill_(9)
+
+
+def test_a_kernel_lacks_nothing_else(toys: Namespace, backend: Any) -> None:
+    grown = _grown(toys)
+    with pytest.raises(DeclarationError, match=r"expected scale=1\.0"):
+        backend("wrong").implements(grown)(lambda x, *, output: None)
+    with pytest.raises(DeclarationError, match=r"got parameter twice=True .*, expected twice=False"):
+        backend("other").implements(grown)(lambda x, *, scale=1.0, twice=True, output: None)
+
+
+def test_what_an_op_gained_has_a_default(toys: Namespace) -> None:
+    with pytest.raises(DeclarationError, match="added names twoce, x, expected keywords with defaults"):
+        _grown(toys, ["x", "twoce"])
 
 
 def test_priority_decides(add: Op[...], backend: Any) -> None:

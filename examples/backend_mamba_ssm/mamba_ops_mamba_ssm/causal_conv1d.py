@@ -61,13 +61,15 @@ def causal_conv1d_update(
     num_accepted_tokens: Tensor | None = None,
     silu: bool = True,
     null_slot: int = -1,
+    newest_last: bool = False,
     output: Tensor,
 ) -> None:
     rows = x.shape[0]
     if x.numel() == 0:
         return
     weight, bias = _weights(weight, bias)
-    conv_state = conv_state[:, :, : weight.shape[1] - 1]  # of a longer state it would read and move the end
+    if not newest_last:  # of a longer state it reads and moves the end
+        conv_state = conv_state[:, :, : weight.shape[1] - 1]
     if slots is None:
         conv_state, indices = conv_state[:rows], None
     else:

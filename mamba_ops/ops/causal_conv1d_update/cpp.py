@@ -37,6 +37,7 @@ def causal_conv1d_update(call: "Arguments") -> None:
             dim,
             width,
             call.conv_state.shape[2],
+            call.newest_last,
             call.silu,
             torch.get_num_threads(),
             call.null_slot,

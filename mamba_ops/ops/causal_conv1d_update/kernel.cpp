@@ -4,7 +4,7 @@
 namespace {
 
 struct Update {
-  int64_t width, state_len;
+  int64_t width, state_len, history;
   bool is_silu;
   Rows rows;
   Slots slots;
@@ -12,7 +12,7 @@ struct Update {
   Tensor x, state, weight, bias, output;
 
   void block(int64_t row, int64_t first, int64_t channels, std::vector<float>& room) const {
-    const int64_t length = rows.length(row), lead = rows.lead(row), begin = rows.begin(row), history = width - 1;
+    const int64_t length = rows.length(row), lead = rows.lead(row), begin = rows.begin(row);
     if (length == 0) return;
     const int64_t slot = slots.at(row);
     auto write = [&](int64_t t, const float* y) {
@@ -43,9 +43,10 @@ struct Update {
       bias.read(first * bias.strides[0], bias.strides[0], channels, found);
       added = some(found);
     }
+    const int64_t older = history + 1 - width;  // columns that only move
     for (int64_t t = 0; t < length; t++) {
       Floats y = added;
-      for (int64_t j = 0; j < width; j++) y += taps[j] * some(window + (t + j) * LANES);
+      for (int64_t j = 0; j < width; j++) y += taps[j] * some(window + (t + older + j) * LANES);
       if (is_silu) y = silu(y);
       put(y, found);
       write(t, found);
@@ -63,12 +64,13 @@ struct Update {
 extern "C" void run(const int64_t* numbers) {
   Call call{numbers};
   const int64_t number = call.number(), dim = call.number(), width = call.number(), state_len = call.number();
-  const bool is_silu = call.flag();
+  const bool newest_last = call.flag(), is_silu = call.flag();
   const int64_t threads = call.number(), null = call.number(), count = call.number(), tokens = call.number();
   const Indices bounds(call), slots(call), accepted(call);
   const Tensor x(call, 3), state(call, 3), weight(call, 2), bias(call, 1), output(call, 3);
-  const Update update{width,    state_len, is_silu, Rows{bounds, tokens}, Slots{slots, null, count},
-                      accepted, x,         state,   weight,               bias, output};
+  const int64_t history = newest_last ? state_len : width - 1;
+  const Update update{width,    state_len, history, is_silu, Rows{bounds, tokens}, Slots{slots, null, count},
+                      accepted, x,         state,   weight,  bias,                 output};
   const int64_t blocks = (dim + LANES - 1) / LANES;
 #pragma omp parallel num_threads(threads) if (number * tokens * dim > 1 << 16)
   {

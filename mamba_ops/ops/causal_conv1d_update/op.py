@@ -21,6 +21,8 @@ from mamba_ops.ops._namespace import mamba
 from mamba_ops.ops.causal_conv1d_update import cpp as on_cpp
 from mamba_ops.registry import bad_argument
 
+WIDEST = 8
+
 
 class Arguments(NamedTuple):
     """A call of causal_conv1d_update: what its checks and its kernels get."""
@@ -34,6 +36,7 @@ class Arguments(NamedTuple):
     num_accepted_tokens: Tensor | None
     silu: bool
     null_slot: int
+    newest_last: bool
     output: Tensor
 
 
@@ -43,6 +46,7 @@ class Arguments(NamedTuple):
     arguments=Arguments,
     replaces="causal_conv1d_update",
     out_may_be="x",
+    added=("newest_last",),
     gradients_in="mamba_ops.functional.causal_conv1d",
 )
 def causal_conv1d_update(
@@ -56,6 +60,7 @@ def causal_conv1d_update(
     num_accepted_tokens: Tensor | None = None,
     silu: bool = True,
     null_slot: int = -1,
+    newest_last: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """Convolve each row's new tokens with the inputs before them, write `out`, and advance `conv_state` in place.
@@ -72,6 +77,8 @@ def causal_conv1d_update(
             to state_len - width + 2.
         silu: apply silu to the result.
         null_slot: a row with this slot, or a negative one, is padding: its output is zero and no state is touched.
+        newest_last: the last column holds the newest input, as in caches of mamba_ssm and Transformers, which have more
+            columns than a window needs: at most 7. Not with `num_accepted_tokens`.
         out: like `x`, of any floating dtype, in other memory or `x` itself. Mutated.
 
     All floating dtypes mix; everything is computed in float32 (float64 for float64 `x`) and rounded once at each store.
@@ -85,7 +92,8 @@ def causal_conv1d_update(
     Without `num_accepted_tokens`, first is 0 and columns 0 .. width - 2 become the last width - 1 entries of window.
     With it, first is max(num_accepted_tokens - 1, 0) and columns 0 .. width - 3 + q become
     window[1:], that is every input that the next call may go back to; what does not fit in state_len is dropped.
-    All other columns stay.
+    All other columns stay. With `newest_last`, first is state_len - width + 1, and all columns become the last
+    state_len inputs.
     """
 
 
@@ -106,8 +114,8 @@ def _validate(call: Arguments) -> None:
     tensor_rank("weight", call.weight, {2: "(dim, width)"}, hint="squeeze the middle axis of a Conv1d's weight")
 
     n, dim, width = row_count(call.x, call.cu_seqlens), call.x.shape[-1], call.weight.shape[1]
-    if not 2 <= width <= 8:
-        raise bad_argument("weight", got=f"width {width}", expected="a width of 2 to 8")
+    if not 2 <= width <= WIDEST:
+        raise bad_argument("weight", got=f"width {width}", expected=f"a width of 2 to {WIDEST}")
     shape_is("weight", call.weight, (dim, width), hint="its dim is the last axis of x")
     shape_is("bias", call.bias, (dim,))
     shape_is("out", call.output, tuple(call.x.shape), hint="it is like x")
@@ -118,6 +126,12 @@ def _validate(call: Arguments) -> None:
     if call.slots is None and slot_count < n:
         hint = "without slots row i uses slot i"
         raise bad_argument("conv_state", got=f"{slot_count} slots", expected=f"at least {n}", hint=hint)
+    if call.newest_last and state_len > WIDEST - 1:
+        expected = f"at most {WIDEST - 1} with newest_last"
+        raise bad_argument("conv_state", got=f"state_len {state_len}", expected=expected)
+    if call.newest_last and call.num_accepted_tokens is not None:
+        hint = "which inputs are the newest is not known before they are accepted"
+        raise bad_argument("newest_last", got="True", expected="False with num_accepted_tokens", hint=hint)
     needed, hint = width - 1, "it holds the last width - 1 inputs"
     if call.num_accepted_tokens is not None:
         index_tensor("num_accepted_tokens", call.num_accepted_tokens)

@@ -16,10 +16,11 @@ def _step(
     slots: Tensor | None,
     silu: bool,
     null_slot: int,
+    history: int,
     output: Tensor,
 ) -> None:
     """The usual call: rows of one length, nothing rolled back. No row needs an index."""
-    n, history = x.shape[0], weight.shape[1] - 1
+    n, older = x.shape[0], history + 1 - weight.shape[1]  # columns that only move
     compute = torch.promote_types(x.dtype, torch.float32)
     new = x.unsqueeze(1) if x.dim() == 2 else x
     if slots is None:
@@ -33,9 +34,9 @@ def _step(
     window = torch.cat((old.to(compute), new.to(compute)), dim=1)
     length = new.shape[1]
     if isinstance(length, int) and length == 1:
-        ends_at = window.unbind(1)
+        ends_at = window.unbind(1)[older:]
     else:  # a symbol is not compared
-        ends_at = tuple(window[:, tap : tap + length] for tap in range(history + 1))
+        ends_at = tuple(window[:, tap : tap + length] for tap in range(older, history + 1))
     acc = weight.new_zeros(x.shape[-1], dtype=compute) if bias is None else bias.to(compute)
     for entries, tap in zip(ends_at, weight.to(compute).unbind(1), strict=True):
         acc = acc + entries * tap
@@ -58,10 +59,13 @@ def causal_conv1d_update(call: Arguments) -> None:
     if n == 0 or call.x.numel() == 0:
         return
     dim, width = call.weight.shape
-    history, state_len = width - 1, call.conv_state.shape[2]
+    state_len = call.conv_state.shape[2]
+    history = state_len if call.newest_last else width - 1
+    older = history + 1 - width  # columns that only move
 
     if call.cu_seqlens is None and call.num_accepted_tokens is None:
-        _step(call.x, call.conv_state, call.weight, call.bias, call.slots, call.silu, call.null_slot, call.output)
+        of_call = (call.x, call.conv_state, call.weight, call.bias, call.slots, call.silu, call.null_slot)
+        _step(*of_call, history, call.output)
         return
 
     rows = torch.arange(n, device=call.x.device)
@@ -73,7 +77,7 @@ def causal_conv1d_update(call: Arguments) -> None:
     lengths = ends - starts
     table = row_slots(call.slots, n, call.null_slot, call.x.device, call.conv_state.shape[0])
     slot, is_active = (column[:, 0] for column in table)
-    # A window starts at column `first`; `kept` of its entries, from entry `kept_from` on, are what the state keeps.
+    # Old inputs start at column `first`; `kept` of its entries, from entry `kept_from` on, are what the state keeps.
     zero = torch.zeros_like(rows)
     if call.num_accepted_tokens is None:
         first, kept, kept_from = zero, zero + history, lengths
@@ -94,7 +98,7 @@ def causal_conv1d_update(call: Arguments) -> None:
     token = torch.arange(tokens.shape[0], device=call.x.device)
     row = row_at(ends, tokens.shape[0]).clamp(max=n - 1)
     owned = (token >= starts[row]) & (token < ends[row])
-    taps = torch.arange(width, device=call.x.device)
+    taps = torch.arange(older, older + width, device=call.x.device)
     compute = torch.promote_types(call.x.dtype, torch.float32)
     inputs = window(row.unsqueeze(1), (token - starts[row]).unsqueeze(1) + taps, compute)
     acc = call.weight.new_zeros(dim, dtype=compute) if call.bias is None else call.bias.to(compute)

@@ -78,6 +78,13 @@ def _samples(
     past = {**varlen, "out": normal(tokens + 2, dim)}
     yield Sample("tokens past the end", (normal(tokens + 2, dim), cache(), weight), past)
 
+    last = {**base, "newest_last": True}
+    yield Sample("newest last", (normal(4, dim), cache(extra=1), weight), last)
+    yield Sample("newest last, columns contiguous", (normal(4, dim), cache(extra=2).contiguous(), weight), last)
+    yield Sample("newest last, rows of length", (normal(4, length, dim), cache(extra=1), weight), last)
+    packed_last = {**empty, "newest_last": True}
+    yield Sample("newest last, packed, empty rows", (normal(tokens, dim), cache(extra=3), weight), packed_last)
+
     yield Sample("speculative, one token", (normal(4, dim), cache(extra=length - 1), weight), {**base, **spec})
     speculative = normal(4, length, dim), cache(extra=length - 1), weight
     yield Sample("speculative", speculative, {**base, **spec})
@@ -123,6 +130,8 @@ _ERROR_INPUTS = error_table(
     ("speculative", "num_accepted_tokens", lambda a: a[:3], r"got shape \(3,\), expected \(4,\)"),
     ("speculative", "num_accepted_tokens", lambda a: a.bool(), "got bool, expected int32 or int64"),
     ("speculative", "conv_state", lambda s: s[..., :4], "got state_len 4, expected at least 5"),
+    ("newest last", "conv_state", lambda s: s.repeat(1, 1, 2), "got state_len 8, expected at most 7 with newest_last"),
+    ("speculative", "newest_last", lambda _: True, "got True, expected False with num_accepted_tokens; which inputs"),
     ("base", "out", lambda o: o[:2], r"got shape \(2, 24\), expected \(4, 24\)"),
 )
 

@@ -50,10 +50,12 @@ def _kernel(
     DIM: tl.constexpr,
     STATE_LEN: tl.constexpr,
     WIDTH: tl.constexpr,
+    NEWEST_LAST: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    HISTORY: tl.constexpr = WIDTH - 1
+    HISTORY: tl.constexpr = STATE_LEN if NEWEST_LAST else WIDTH - 1
+    OLDER: tl.constexpr = HISTORY + 1 - WIDTH  # columns that only move
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channels < DIM
@@ -105,7 +107,7 @@ def _kernel(
         window += (newest,)
         acc = bias
         for k in tl.static_range(WIDTH):
-            acc += window[k] * taps[k]
+            acc += window[OLDER + k] * taps[k]
         if SILU:
             acc *= tl.sigmoid(acc)
         tl.store(channel_ptrs(output_ptr, channels, output_channel), acc, mask=inside)
@@ -171,6 +173,7 @@ def causal_conv1d_update(call: "Arguments") -> None:
             dim,
             call.conv_state.shape[2],
             width,
+            call.newest_last,
             call.silu,
             **launch,
         )

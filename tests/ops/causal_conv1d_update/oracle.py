@@ -17,6 +17,7 @@ def causal_conv1d_update(
     num_accepted_tokens: Tensor | None = None,
     silu: bool = True,
     null_slot: int = -1,
+    newest_last: bool = False,
     out: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
@@ -36,12 +37,13 @@ def causal_conv1d_update(
             continue
         if not places:
             continue
-        first = 0
+        first = state.shape[2] - (width - 1) if newest_last else 0
         if num_accepted_tokens is not None:
             first = min(max(int(num_accepted_tokens[row]) - 1, 0), state.shape[2] - (width - 1))
         # Each entry as the output sees it, and as it is stored: an old column moves as it is, a new input is rounded.
         exact = [conv_state[slot, :, first + j].to(dtype) for j in range(width - 1)]
-        stored = [conv_state[slot, :, first + j] for j in range(width - 1)]
+        stored = [conv_state[slot, :, j] for j in range(first)] if newest_last else []
+        stored += [conv_state[slot, :, first + j] for j in range(width - 1)]
         for place in places:
             exact.append(x[place].to(dtype))
             stored.append(x[place].to(state.dtype))
@@ -53,7 +55,9 @@ def causal_conv1d_update(
             if silu:
                 acc = acc * torch.sigmoid(acc)
             output[place] = acc.to(output.dtype)
-        kept = stored[-(width - 1) :] if num_accepted_tokens is None else stored[1:]
+        kept = stored[1:]
+        if num_accepted_tokens is None:
+            kept = stored[-(state.shape[2] if newest_last else width - 1) :]
         for column, entry in enumerate(kept[: state.shape[2]]):
             state[slot, :, column] = entry
     return output, state
