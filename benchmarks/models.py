@@ -2,8 +2,8 @@
 
 Stock Transformers (which takes the kernels of mamba_ssm and causal-conv1d where they are installed), mamba_ssm's own
 model, and ours: the Transformers model under `use_mamba_ops`, eager and compiled, and mamba_ssm's model over our ops,
-eager and captured. Weights are random. All are timed by turns, so that what else runs on the host hits all alike; the
-compiled model alone, after the others. Decoding is greedy, after a prompt of 8, by each library's own `generate`.
+eager and captured. Weights are random. All are timed by turns, so that what else runs on the host hits all alike.
+Decoding is greedy, after a prompt of 8, by each library's own `generate`.
 """
 
 import argparse
@@ -13,9 +13,8 @@ import math
 import re
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import date
 from functools import partial
 from importlib import import_module
@@ -29,8 +28,10 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.drop_in import seconds
 from benchmarks.measure import command, report
 from mamba_ops.commands.bench.peers import module
+from mamba_ops.commands.bench.peers import versions as peer_versions
 from mamba_ops.commands.targets import quiet_transformers
 from mamba_ops.commands.watch import device_name
 from mamba_ops.compat.transformers import use_mamba_ops
@@ -75,16 +76,6 @@ def transformers_model(name: str, width: int, layers: int, words: int, device: t
     return model.eval().to(torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
-@contextmanager
-def bound(model: Any) -> Iterator[None]:
-    """Within the block a model, and others of its modeling file, run on our ops."""
-    binding = use_mamba_ops(model)
-    try:
-        yield
-    finally:
-        binding.undo()
-
-
 def of_transformers(model: Any, read: Any) -> Contestant:
     def write(prompt: Tensor, count: int) -> object:
         return model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
@@ -114,10 +105,8 @@ class _Theirs:
         self.MambaLMHeadModel = module("mamba_ssm.models.mixer_seq_simple").MambaLMHeadModel
 
 
-def contestants(
-    name: str, sizes: tuple[int, int, int], device: torch.device
-) -> Iterator[dict[str, Callable[[], Contestant]]]:
-    """Yield those who are timed by turns: who reads and writes, and how it is built."""
+def contestants(name: str, sizes: tuple[int, int, int], device: torch.device) -> dict[str, Callable[[], Contestant]]:
+    """Return who reads and writes, and how it is built."""
 
     def stock() -> Contestant:
         model = transformers_model(name, *sizes, device)
@@ -125,23 +114,22 @@ def contestants(
 
     def ours() -> Contestant:
         model = transformers_model(name, *sizes, device)
-        return of_transformers(model, model)._replace(during=partial(bound, model))
+        return of_transformers(model, model)._replace(during=partial(use_mamba_ops, model))
 
     def compiled() -> Contestant:
         model = transformers_model(name, *sizes, device)
-        return of_transformers(model, torch.compile(model))._replace(write=None, during=partial(bound, model))
+        return of_transformers(model, torch.compile(model))._replace(write=None, during=partial(use_mamba_ops, model))
 
-    by_turns = {"Transformers": stock, "ours, eager": ours}
+    found = {"Transformers": stock, "ours, eager": ours, "ours, compiled": compiled}
     if name == "mamba2":
         front = import_module("mamba_ops.compat.mamba_ssm.models")
-        by_turns |= {
+        found |= {
             "mamba_ssm": lambda: of_mamba_ssm(_Theirs(), sizes, device, captured=False),
             "mamba_ssm, captured": lambda: of_mamba_ssm(_Theirs(), sizes, device, captured=True),
             "ours by mamba_ssm's names": lambda: of_mamba_ssm(front, sizes, device, captured=False),
             "ours by those, captured": lambda: of_mamba_ssm(front, sizes, device, captured=True),
         }
-    yield by_turns
-    yield {"ours, compiled": compiled}  # alone: what is bound and not bound by turns is compiled anew
+    return found
 
 
 def shares(call: Callable[[], object], took: float) -> dict[str, float]:
@@ -158,40 +146,28 @@ def shares(call: Callable[[], object], took: float) -> dict[str, float]:
     return {**found, "waiting": max(1 - sum(found.values()), 0.0)}
 
 
-def seconds(calls: Mapping[str, Callable[[], object]], those: Mapping[str, Contestant], runs: int) -> dict[str, float]:
+def by_turns(
+    calls: Mapping[str, Callable[[], object]], those: Mapping[str, Contestant], options: argparse.Namespace
+) -> dict[str, float]:
     """Return the median time of each one's call; they take turns, each with a call before that does not count.
 
     Who runs out of memory is left out.
     """
     taken: dict[str, list[float]] = {title: [] for title in calls}
-    for _ in range(runs):
+    for _ in range(options.runs):
         for title in list(taken):
             try:
                 with those[title].during():
-                    calls[title]()
-                    taken[title].append(_seconds_of(calls[title]))
+                    taken[title].append(seconds(calls[title], options.device, runs=1))
             except torch.OutOfMemoryError:  # stock keeps every chunk's states and decays at once
                 del taken[title]
-                _free()
+                _free(options.device)
     return {title: statistics.median(times) for title, times in taken.items()}
 
 
-def _seconds_of(call: Callable[[], object]) -> float:
-    _wait()
-    begin = time.perf_counter()
-    call()
-    _wait()
-    return time.perf_counter() - begin
-
-
-def _wait() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-
-
-def _free() -> None:
+def _free(device: torch.device) -> None:
     gc.collect()
-    if torch.accelerator.is_available():
+    if device.type != "cpu":
         torch.accelerator.empty_cache()
 
 
@@ -201,7 +177,7 @@ def measure(
     """Add tokens a second of prefill and of decode by batch, and the shares of a prefill's time, to each one's row."""
     tokens = torch.randint(words, (1, options.length), device=options.device)
     reading = {title: partial(one.read, tokens) for title, one in those.items()}
-    for title, took in seconds(reading, those, options.runs).items():
+    for title, took in by_turns(reading, those, options).items():
         found[title]["prefill"] = tokens.numel() / took
         if options.device.type != "cpu":
             with those[title].during():
@@ -210,10 +186,10 @@ def measure(
     for batch in options.batch:
         prompt = torch.randint(words, (batch, PROMPT), device=options.device)
         left = {title: one.write for title, one in those.items() if one.write is not None}
-        few = seconds({title: partial(write, prompt, 2) for title, write in left.items()}, those, options.runs)
+        few = by_turns({title: partial(write, prompt, 2) for title, write in left.items()}, those, options)
         for count in (options.decode, 8 * options.decode):
             writing = {title: partial(left[title], prompt, 2 + count) for title in few if title in left}
-            many = seconds(writing, those, options.runs)
+            many = by_turns(writing, those, options)
             for title, took in many.items():
                 found[title][f"decode {batch}"] = batch * count / max(took - few[title], 1e-9)
             # Of others what was timed is mostly the prompt, which both have.
@@ -248,15 +224,6 @@ def _cell(column: str, value: float) -> str:
     return f"{value:.0%}" if column.startswith("prefill ") else f"{value:,.0f}"
 
 
-def kernels_here() -> list[str]:
-    """Return which packages with kernels Transformers finds."""
-    found = []
-    for name in ("mamba_ssm", "causal_conv1d", "fla"):
-        with suppress(ImportError):
-            found.append(f"{name} {getattr(import_module(name), '__version__', 'of no stated version')}")
-    return found
-
-
 def sizes_of(name: str, options: argparse.Namespace) -> tuple[int, int, int]:
     width, layers, words = SIZES[name]
     return options.width or width, options.layers or layers, options.words or words
@@ -283,15 +250,14 @@ def main(arguments: list[str] | None = None) -> int:
     found: dict[str, dict[str, dict[str, float]]] = {}
     results = {"device": device_name(options.device), "date": date.today().isoformat(), "models": found}
     missing: list[str] = []
-    todo = [(n, group) for n in options.models for group in contestants(n, sizes_of(n, options), options.device)]
     finished = False
     bar = Progress(disable=not sys.stderr.isatty())
     with suppress(KeyboardInterrupt), torch.no_grad(), quiet_transformers(), bar as progress:
-        task = progress.add_task("models", total=len(todo))
-        for name, group in todo:
+        task = progress.add_task("models", total=len(options.models))
+        for name in options.models:
             those: dict[str, Contestant] = {}
-            rows = found.setdefault(name, {})
-            for title, build in group.items():
+            rows = found[name] = {}
+            for title, build in contestants(name, sizes_of(name, options), options.device).items():
                 try:
                     those[title], rows[title] = build(), {}
                 except ImportError as error:
@@ -301,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
                 missing.append(f"{name}, for want of memory: {lacking}")
             those.clear()
             torch.compiler.reset()
-            _free()
+            _free(options.device)
             progress.advance(task)
             print(f"{name}: {json.dumps(rows)}", file=sys.stderr, flush=True)
             if options.json:
@@ -314,7 +280,8 @@ def main(arguments: list[str] | None = None) -> int:
     lines += [f"- not measured: {sentence}" for sentence in missing]
     lines += [] if finished else ["- broken off: what is missing was not measured"]
     versions = f"torch {torch.__version__}, transformers {version('transformers')}"
-    lines += [f"- kernels that Transformers may take: {', '.join(kernels_here()) or 'none'}"]
+    here = [f"{peer} {number}" for peer, number in peer_versions().items() if not number.startswith("absent")]
+    lines += [f"- installed: {', '.join(here) or 'no peers'}; Transformers takes the kernels of those that it knows"]
     lines += [f"- the median of {options.runs} calls, by turns; {versions}; `{command(parser, options)}`"]
     text = "\n".join(lines) + "\n"
     options.name = "models"  # after the command was read from them

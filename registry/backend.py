@@ -77,10 +77,9 @@ class Kernel:
 
     def why_not(self, arguments: Mapping[str, Any]) -> str | None:
         """Return why the kernel takes no calls like this one, whatever their strides, or None."""
-        for parameter in self.op.parameters if self.op.added else ():
-            name, default = parameter.name, parameter.default
-            if name in self.op.added and arguments.get(name, default) != default and name in self._lacking:
-                return f"does not know {name}"
+        for p in self.op.parameters:
+            if p.name in self.op.added and arguments.get(p.name, p.default) != p.default and p.name in self._lacking:
+                return f"does not know {p.name}"
         return None if self.unsupported is None else self.unsupported(**arguments)
 
     def why_not_here(self, arguments: Mapping[str, Any], *, rehearses: bool = True) -> str | None:

@@ -165,8 +165,11 @@ class Loader:
 
     def _end(self, worker: "subprocess.Popen[str]") -> None:
         self._lines.put(None)
-        with suppress(OSError):  # its forks may have ended
-            os.killpg(worker.pid, signal.SIGKILL) if hasattr(os, "killpg") else worker.kill()
+        if hasattr(os, "killpg"):
+            with suppress(OSError):  # it and its forks may have ended
+                os.killpg(worker.pid, signal.SIGKILL)
+        else:
+            worker.kill()
         worker.wait()
         assert worker.stdout is not None  # for mypy: it is a pipe
         worker.stdout.close()

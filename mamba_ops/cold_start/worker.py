@@ -61,7 +61,7 @@ def main() -> None:
     elsewhere.compile_for(first["target"])
     gc.collect()
     gc.freeze()  # the forks leave these pages as they are,
-    gc.disable()  # and compile a sixth faster: Triton makes many small objects, and few circles of them
+    gc.disable()  # and compile a sixth faster: Triton makes many small objects, and few reference cycles
     waiting: PriorityQueue[tuple[int, int, _Job | None]] = PriorityQueue()
     all_read = threading.Event()
 

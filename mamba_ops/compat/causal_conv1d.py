@@ -21,10 +21,10 @@ from mamba_ops.compat.packing import Packed, convolved_apart
 from mamba_ops.ops._common.checking import one_device, shape_is, slot_table
 from mamba_ops.ops._common.slots import is_padding, store_rows
 from mamba_ops.ops._common.values import slots_in_cache
+from mamba_ops.ops.causal_conv1d_update.op import WIDEST
 from mamba_ops.registry import answering, bad_argument, use_backend
 from mamba_ops.registry.errors import in_call_of
 
-WIDEST = 8
 _LONGEST = 2**16  # inputs that a state keeps: more would be memory alone, by mistake all that there is
 
 
@@ -140,8 +140,10 @@ def causal_conv1d_update(
         )
     rows = x if x.dim() == 2 else x.transpose(1, 2)
     if cache_seqlens is None and state_len < WIDEST:
-        caches = (rows, conv_state, weight, bias)
-        out = ops.causal_conv1d_update(*caches, slots=conv_state_indices, silu=silu, newest_last=state_len >= width)
+        newest_last = state_len >= width
+        out = ops.causal_conv1d_update(
+            rows, conv_state, weight, bias, slots=conv_state_indices, silu=silu, newest_last=newest_last
+        )
     else:
         out = _update_of_window(rows, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices)
     return out if x.dim() == 2 else out.transpose(1, 2)

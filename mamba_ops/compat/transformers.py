@@ -22,13 +22,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mamba_ops.compat.causal_conv1d import WIDEST, causal_conv1d_fn, causal_conv1d_update
+from mamba_ops.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ops.compat.fla import delta_rule, kda
 from mamba_ops.compat.mamba_ssm import mamba_chunk_scan_combined, selective_scan_fn, selective_state_update
 from mamba_ops.compat.packing import Packed
 from mamba_ops.compat.transformers_mixing import MASKS, current_mixing, hearing, noting, refusing, telling
 from mamba_ops.compat.transformers_norms import bind_norms, unbind_norms
 from mamba_ops.compat.transformers_structure import call_instead, mixers_of, models_of, others_of, put_back
+from mamba_ops.ops.causal_conv1d_update.op import WIDEST
 
 
 @dataclass(eq=False)

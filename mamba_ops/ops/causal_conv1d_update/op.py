@@ -22,6 +22,7 @@ from mamba_ops.ops.causal_conv1d_update import cpp as on_cpp
 from mamba_ops.registry import bad_argument
 
 WIDEST = 8
+"""Taps of a convolution, at most."""
 
 
 class Arguments(NamedTuple):

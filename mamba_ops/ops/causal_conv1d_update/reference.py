@@ -8,26 +8,17 @@ from mamba_ops.ops._common.slots import is_padding, row_at, row_bounds, row_slot
 from mamba_ops.ops.causal_conv1d_update.op import Arguments
 
 
-def _step(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    slots: Tensor | None,
-    silu: bool,
-    null_slot: int,
-    history: int,
-    output: Tensor,
-) -> None:
+def _step(call: Arguments, history: int) -> None:
     """The usual call: rows of one length, nothing rolled back. No row needs an index."""
+    x, conv_state, weight, bias = call.x, call.conv_state, call.weight, call.bias
     n, older = x.shape[0], history + 1 - weight.shape[1]  # columns that only move
     compute = torch.promote_types(x.dtype, torch.float32)
     new = x.unsqueeze(1) if x.dim() == 2 else x
-    if slots is None:
+    if call.slots is None:
         is_active, state = None, conv_state[:n, :, :history]
     else:
-        slot = slot_columns(slots, n)[:, 0]
-        is_active = ~is_padding(slot, null_slot, conv_state.shape[0])
+        slot = slot_columns(call.slots, n)[:, 0]
+        is_active = ~is_padding(slot, call.null_slot, conv_state.shape[0])
         state = conv_state[torch.where(is_active, slot, 0)]
     old = state[:, :, :history].transpose(1, 2)
 
@@ -40,13 +31,13 @@ def _step(
     acc = weight.new_zeros(x.shape[-1], dtype=compute) if bias is None else bias.to(compute)
     for entries, tap in zip(ends_at, weight.to(compute).unbind(1), strict=True):
         acc = acc + entries * tap
-    if silu:
+    if call.silu:
         acc = acc / (1 + torch.exp(-acc))  # not torch.sigmoid: on a CPU its last bit depends on an element's place
     if is_active is not None:
         acc = torch.where(is_active.view(n, *[1] * (acc.dim() - 1)), acc, 0)
     # Old entries move as they are, new ones are rounded to the state's dtype. Read first: `output` may be `x`.
     moved = torch.cat((old, new.to(old.dtype)), dim=1)[:, new.shape[1] :].transpose(1, 2)
-    output.copy_(acc.view_as(x))
+    call.output.copy_(acc.view_as(x))
     if is_active is None:
         state.copy_(moved)
     else:
@@ -64,8 +55,7 @@ def causal_conv1d_update(call: Arguments) -> None:
     older = history + 1 - width  # columns that only move
 
     if call.cu_seqlens is None and call.num_accepted_tokens is None:
-        of_call = (call.x, call.conv_state, call.weight, call.bias, call.slots, call.silu, call.null_slot)
-        _step(*of_call, history, call.output)
+        _step(call, history)
         return
 
     rows = torch.arange(n, device=call.x.device)

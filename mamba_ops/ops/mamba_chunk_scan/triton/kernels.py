@@ -89,7 +89,7 @@ def _steps(
 
     # Log2 of the decay since the piece began, rounded; dt times `down`; dt decayed to the piece's end; `up`. Places
     # after a piece's last token have those of steps of 0, so that nobody needs to mask them.
-    # The four are one store: each by itself would be turned in shared memory by itself.
+    # One store of all four: each store has its tile turned in shared memory first.
     parts = tl.join(tl.join(near, tl.exp2(to_log2(left)) * d), tl.join(d * down, up))
     bit = tl.arange(0, 2)
     steps += (piece.to(tl.int64) * HEADS + head)[None, :] * (4 * BLOCK_TOKENS) + place[:, None]
